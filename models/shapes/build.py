@@ -1,0 +1,132 @@
+"""The untrained parts: architecture, tokenizer, chat template, processor.
+
+Owns: every size of the model and every special token. Must not know: training, scores, files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip import CLIPImageProcessorPil
+
+BOS, EOS, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
+IMAGE_PX, PATCH_PX = 72, 24  # a patch is a cell of the scene: a smaller patch cannot tell its shape (tried: it fails)
+IMAGE_TOKENS = (IMAGE_PX // PATCH_PX) ** 2
+_MOST_TOKENS_IN_VOCABULARY = 1024
+
+# LLaVA-1.5's words. <s> comes from here and not from the tokenizer, so that text means the same tokens in one piece
+# or in parts, and so that apply_chat_template and processor(text=...) agree.
+CHAT_TEMPLATE = """\
+{%- macro words(content) -%}
+  {%- if content is string -%}{{ content | trim }}
+  {%- else -%}
+    {%- for part in content if part.type == 'text' -%}{{ part.text | trim }}{{ '' if loop.last else ' ' }}{%- endfor -%}
+  {%- endif -%}
+{%- endmacro -%}
+{{- bos_token -}}
+{%- for message in messages -%}
+  {%- if message.role == 'system' -%}
+    {{- words(message.content) + ' ' -}}
+  {%- elif message.role == 'user' -%}
+    {{- 'USER: ' -}}
+    {%- if message.content is not string -%}
+      {%- for part in message.content if part.type == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}
+    {%- endif -%}
+    {{- words(message.content) -}}
+  {%- elif message.role == 'assistant' -%}
+    {{- ' ASSISTANT: ' + words(message.content) + eos_token -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ ' ASSISTANT:' }}{%- endif -%}
+"""
+
+
+def make_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE: every word of the corpus becomes one token, every other text is spelt in bytes."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_MOST_TOKENS_IN_VOCABULARY,
+        special_tokens=[PAD, BOS, EOS, IMAGE],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        min_frequency=2,
+        show_progress=False,
+    )
+    backend.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        extra_special_tokens={"image_token": IMAGE},
+        padding_side="left",
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    """Pictures to 72 px (shortest side, middle cropped) and text to tokens, `<image>` to nine of them."""
+    pictures = CLIPImageProcessorPil(
+        size={"shortest_edge": IMAGE_PX}, crop_size={"height": IMAGE_PX, "width": IMAGE_PX}, do_convert_rgb=True
+    )
+    return LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=tokenizer,
+        patch_size=PATCH_PX,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+    """The model with random weights: about 3 million of them, a third in the eye."""
+    vision = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=IMAGE_PX,
+        patch_size=PATCH_PX,
+        projection_dim=128,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        initializer_range=0.05,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=IMAGE_TOKENS,
+        tie_word_embeddings=False,
+    )
+    model = LlavaForConditionalGeneration(config)
+    settings = model.generation_config
+    settings.do_sample = False
+    settings.bos_token_id = tokenizer.bos_token_id
+    settings.eos_token_id = tokenizer.eos_token_id
+    settings.pad_token_id = tokenizer.pad_token_id
+    return model

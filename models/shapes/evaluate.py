@@ -1,0 +1,148 @@
+"""Measures the shapes model on held-out pictures: `python models/shapes/evaluate.py` prints accuracy by question type.
+
+Owns: the floors and how they are measured: greedy answers, exact match, the model's own earlier answers as history.
+Must not know: training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from models.shapes.scenes import HELD_OUT_SEEDS, QUESTION_TYPES, Question, dialogue, make_scene
+
+FOLDER = Path(__file__).resolve().parent
+FLOOR_OVERALL, FLOOR_PER_TYPE = 0.95, 0.90
+LONGEST_ANSWER_TOKENS = 48
+HASTY = 0.25  # share of questions in lower case or without a question mark
+
+
+@dataclass
+class Chat:
+    """One picture, what will be asked about it, and what the model answered so far."""
+
+    picture: Image.Image
+    questions: list[Question]
+    answers: list[str] = field(default_factory=list)
+
+    def messages(self) -> list[dict]:
+        """The conversation up to the next question, with the model's own answers."""
+        messages: list[dict] = []
+        for turn, question in enumerate(self.questions[: len(self.answers) + 1]):
+            image = [{"type": "image"}] if turn == 0 else []
+            messages.append({"role": "user", "content": [*image, {"type": "text", "text": question.text}]})
+            if turn < len(self.answers):
+                messages.append({"role": "assistant", "content": self.answers[turn]})
+        return messages
+
+
+class Model:
+    """The saved model, run in float32 by plain `generate`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.processor = AutoProcessor.from_pretrained(folder)
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def answer_next(self, chats: list[Chat]) -> None:
+        """One more answer in each chat, all in one batch."""
+        texts = [self.processor.apply_chat_template(chat.messages(), add_generation_prompt=True) for chat in chats]
+        pictures = [chat.picture for chat in chats]
+        inputs = self.processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+        tokens = self.model.generate(**inputs, max_new_tokens=LONGEST_ANSWER_TOKENS)
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        for chat, answer in zip(chats, self.processor.batch_decode(new, skip_special_tokens=True), strict=True):
+            chat.answers.append(answer.strip())
+
+
+@dataclass
+class Score:
+    """Right answers and questions, by type; `wrong` keeps what went wrong for --wrong."""
+
+    asked: Counter = field(default_factory=Counter)
+    right: Counter = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+
+    def add(self, seed: int, chat: Chat) -> None:
+        for turn, (question, answer) in enumerate(zip(chat.questions, chat.answers, strict=True)):
+            self.asked[question.kind] += 1
+            self.right[question.kind] += answer == question.answer
+            if answer != question.answer:
+                before = f" (after {chat.questions[turn - 1].text!r} {chat.answers[turn - 1]!r})" if turn else ""
+                line = f"{seed} {question.kind}: {question.text!r}{before} said {answer!r}, true is {question.answer!r}"
+                self.wrong.append(line)
+
+    @property
+    def overall(self) -> float:
+        return self.right.total() / self.asked.total()
+
+    def of_type(self, kind: str) -> float:
+        return self.right[kind] / self.asked[kind]
+
+    def table(self) -> str:
+        """Markdown, one row a type."""
+        rows = ["| question type | right | asked | exact match |", "|---|---|---|---|"]
+        for kind in QUESTION_TYPES:
+            if self.asked[kind]:
+                rows.append(f"| `{kind}` | {self.right[kind]} | {self.asked[kind]} | {self.of_type(kind):.2%} |")
+        rows.append(f"| **all** | {self.right.total()} | {self.asked.total()} | **{self.overall:.2%}** |")
+        return "\n".join(rows)
+
+    def below_floors(self) -> list[str]:
+        low = [kind for kind in self.asked if self.of_type(kind) < FLOOR_PER_TYPE]
+        return low + (["all"] if self.overall < FLOOR_OVERALL else [])
+
+
+def evaluate(model: Model, pictures: int, turns: int, batch: int, first_seed: int = HELD_OUT_SEEDS.start) -> Score:
+    """Asks `turns` questions about each of `pictures` held-out pictures."""
+    seeds = range(first_seed, first_seed + pictures)
+    assert seeds.start in HELD_OUT_SEEDS and seeds.stop <= HELD_OUT_SEEDS.stop, "only held-out seeds count"
+    score = Score()
+    with tqdm(total=pictures * turns, desc="asking", unit="question") as bar:
+        for start in range(0, pictures, batch):
+            chunk = seeds[start : start + batch]
+            scenes = [make_scene(seed) for seed in chunk]
+            chats = [
+                Chat(scene.draw(), dialogue(scene, seed, turns, HASTY)) for scene, seed in zip(scenes, chunk, strict=True)
+            ]
+            for _ in range(turns):
+                model.answer_next(chats)
+                bar.update(len(chats))
+            for seed, chat in zip(chunk, chats, strict=True):
+                score.add(seed, chat)
+    return score
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=FOLDER, help="folder of the model (default: beside this file)")
+    parser.add_argument("--pictures", type=int, default=1_000, help="held-out pictures (default 1000)")
+    parser.add_argument("--turns", type=int, default=5, help="questions about each picture (default 5)")
+    parser.add_argument("--batch", type=int, default=100, help="pictures answered together (default 100)")
+    parser.add_argument("--first-seed", type=int, default=HELD_OUT_SEEDS.start, help="the first picture's seed")
+    parser.add_argument("--wrong", type=int, default=0, help="show so many wrong answers")
+    options = parser.parse_args()
+    score = evaluate(Model(options.model), options.pictures, options.turns, options.batch, options.first_seed)
+    print(score.table())
+    for line in score.wrong[: options.wrong]:
+        print(line)
+    low = score.below_floors()
+    if low:
+        print(f"below the floors ({FLOOR_OVERALL:.0%} overall, {FLOOR_PER_TYPE:.0%} a type): {', '.join(low)}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

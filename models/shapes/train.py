@@ -1,0 +1,361 @@
+"""Trains the shapes model from nothing: `python models/shapes/train.py` makes the committed weights.
+
+Owns: the recipe (stages, steps, rates, mix) and saving. Must not know: pixels, truths, or any held-out seed.
+
+Stage 1 teaches the eye (vision tower and projector): each image token must tell kind, colour and place of its own cell
+through three linear heads, which are dropped. Stage 2 freezes the eye, keeps every picture's features and teaches the
+language model on dialogues; the loss is on answers and </s> only. Two processes with one thread each average their
+gradients, which was much steadier on shared cores than one process with two threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import os
+import random
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+
+from models.shapes import build
+from models.shapes.scenes import COLOURS, HELD_OUT_SEEDS, KINDS, PLACES, Scene, dialogue, make_scene
+
+FOLDER = Path(__file__).resolve().parent
+SEEDS_PER_RUN, SEEDS_PER_PROCESS = 1_000_000, 250_000
+IGNORED = -100  # torch's mark for positions outside the loss
+
+# The question types that were last to be learnt are asked more often.
+MIX = {"list": 1.3, "where": 1.4, "at": 1.3, "then_where": 1.3, "then_else": 2.0, "then_count": 1.3, "exists": 1.4}
+TURNS = (1, 2, 3, 4, 5, 6, 10)
+TURN_WEIGHTS = (2, 2, 3, 3, 3, 3, 0.6)
+SYSTEM_PROMPTS = (
+    "Answer in one short sentence.",
+    "You are a helpful assistant.",
+    "You answer questions about pictures of shapes.",
+    "Be brief and truthful.",
+    (
+        "A chat between a curious human and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the human's questions."
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much work a run does, for each process."""
+
+    pictures: int = 20_000
+    eye_steps: int = 1_500
+    eye_batch: int = 64
+    talk_steps: int = 3_200
+    talk_turns: int = 200  # questions in a batch; the number of dialogues follows from their length
+    eye_rate: float = 2e-3
+    talk_rate: float = 1.6e-3
+
+    def scaled(self, scale: float) -> Plan:
+        return Plan(
+            pictures=max(64, int(self.pictures * min(1.0, scale * 2))),
+            eye_steps=max(2, int(self.eye_steps * min(1.0, scale * 4))),  # cheap, and useless when half trained
+            talk_steps=max(2, int(self.talk_steps * scale)),
+        )
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that train one model together."""
+
+    rank: int
+    size: int
+
+    def average(self, grads: list[Tensor]) -> None:
+        """Replaces each gradient by its mean over the processes."""
+        if self.size == 1:
+            return
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat)
+        flat /= self.size
+        for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(mean.view_as(grad))
+
+    def progress(self, steps: int, title: str) -> tqdm:
+        return tqdm(range(steps), desc=title, disable=self.rank != 0, mininterval=2.0)
+
+
+class Descent:
+    """AdamW with a warm-up and a cosine down to zero, on gradients averaged over the team."""
+
+    def __init__(self, parameters: list[nn.Parameter], rate: float, steps: int, team: Team) -> None:
+        self.parameters, self.rate, self.steps, self.team, self.done = parameters, rate, steps, team, 0
+        self.optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+
+    def step(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.team.average([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        warm_up = min(1.0, (self.done + 1) / (0.03 * self.steps + 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * warm_up * 0.5 * (1 + math.cos(math.pi * self.done / self.steps))
+        self.optimizer.step()
+        self.done += 1
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def training_scenes(first_seed: int, count: int, crowded: bool) -> list[Scene]:
+    """Scenes of consecutive seeds; `crowded` ones hold up to nine shapes, so that the eye sees more of them at once."""
+    seeds = range(first_seed, first_seed + count)
+    assert seeds.stop <= HELD_OUT_SEEDS.start, "a training seed may not be a held-out seed"
+    return [make_scene(seed, 3 + seed % 7 if crowded else None) for seed in seeds]
+
+
+def draw_small(scene: Scene, rng: random.Random) -> Image.Image:
+    """The picture as the processor will hand it over, after one of the sizes and formats people send."""
+    picture = scene.draw(rng.choice((112, 144, 144, 224, 336)))
+    if rng.random() < 0.3:
+        coded = io.BytesIO()
+        picture.save(coded, "JPEG", quality=rng.randint(60, 95))
+        picture = Image.open(coded)
+    return picture.resize((build.IMAGE_PX, build.IMAGE_PX), Image.Resampling.BICUBIC)
+
+
+def draw_all(scenes: list[Scene], seed: int, team: Team, title: str) -> Tensor:
+    """All pictures as bytes, [pictures, 3, 72, 72]."""
+    rng = random.Random(seed)
+    pixels = torch.empty(len(scenes), 3, build.IMAGE_PX, build.IMAGE_PX, dtype=torch.uint8)
+    for row in team.progress(len(scenes), title):
+        raw = torch.frombuffer(bytearray(draw_small(scenes[row], rng).tobytes()), dtype=torch.uint8)
+        pixels[row] = raw.view(build.IMAGE_PX, build.IMAGE_PX, 3).permute(2, 0, 1)
+    return pixels
+
+
+def normalised(pixels: Tensor, processor: LlavaProcessor) -> Tensor:
+    """Bytes to the model's input, as the image processor does it."""
+    mean = torch.tensor(processor.image_processor.image_mean).view(3, 1, 1)
+    spread = torch.tensor(processor.image_processor.image_std).view(3, 1, 1)
+    return (pixels.float() / 255 - mean) / spread
+
+
+# --- stage 1: the eye ------------------------------------------------------------------------------------------------
+
+
+def cell_truths(scenes: list[Scene]) -> Tensor:
+    """[pictures, 9, 3]: kind (last number: empty), colour (last number: empty) and place of every cell."""
+    truths = torch.tensor([len(KINDS), len(COLOURS), 0]).repeat(len(scenes), build.IMAGE_TOKENS, 1)
+    truths[:, :, 2] = torch.arange(build.IMAGE_TOKENS)
+    for row, scene in enumerate(scenes):
+        for shape in scene.objects:
+            cell = PLACES.index(shape.place)
+            truths[row, cell, 0], truths[row, cell, 1] = KINDS.index(shape.kind), COLOURS.index(shape.colour)
+    return truths
+
+
+def see(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
+    """Projected features, [pictures, 9, text width]."""
+    return torch.stack(list(model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output))
+
+
+def teach_eye(
+    model: LlavaForConditionalGeneration, pixels: Tensor, truths: Tensor, processor: LlavaProcessor, plan: Plan, team: Team
+) -> None:
+    """Trains vision tower and projector through linear heads on every image token."""
+    sizes = (len(KINDS) + 1, len(COLOURS) + 1, len(PLACES))
+    heads = nn.ModuleList(nn.Linear(model.config.text_config.hidden_size, size) for size in sizes)
+    parameters = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
+    descent = Descent([*parameters, *heads.parameters()], plan.eye_rate, plan.eye_steps, team)
+    picks = torch.Generator().manual_seed(team.rank)
+    bar = team.progress(plan.eye_steps, "stage 1: the eye")
+    for step in bar:
+        rows = torch.randint(len(pixels), (plan.eye_batch,), generator=picks)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            features = see(model, normalised(pixels[rows], processor))
+            guesses = [head(features).float() for head in heads]
+        truth = truths[rows]
+        loss = sum(F.cross_entropy(guess.flatten(0, 1), truth[..., i].flatten()) for i, guess in enumerate(guesses))
+        descent.step(loss)
+        if step % 20 == 0:
+            right = [(guess.argmax(-1) == truth[..., i]).float().mean() for i, guess in enumerate(guesses)]
+            bar.set_postfix_str(f"loss {loss:.4f}, kind {right[0]:.4f}, colour {right[1]:.4f}, place {right[2]:.4f}")
+
+
+@torch.no_grad()
+def cached_features(model: LlavaForConditionalGeneration, pixels: Tensor, processor: LlavaProcessor) -> Tensor:
+    """Features of all pictures, brought to the spread of word embeddings first (by scaling the projector)."""
+    embeddings = model.get_input_embeddings().weight
+    sample = see(model, normalised(pixels[:1024], processor))
+    ratio = embeddings.std() / sample.std()
+    last = model.model.multi_modal_projector.linear_2
+    last.weight.mul_(ratio)
+    last.bias.mul_(ratio)
+    return torch.cat([see(model, normalised(chunk, processor)).half() for chunk in pixels.split(256)])
+
+
+# --- stage 2: the language model -------------------------------------------------------------------------------------
+
+
+class Script:
+    """Writes dialogues down as token ids, piece by piece, exactly as the processor tokenizes their rendered text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self.image = [tokenizer.convert_tokens_to_ids(build.IMAGE)] * build.IMAGE_TOKENS
+        self.encode = lru_cache(200_000)(self._encode)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def write(self, scene: Scene, turns: int, rng: random.Random) -> tuple[list[int], list[int]]:
+        """Token ids and targets of one random dialogue; targets are IGNORED outside of answers."""
+        ids = [] if rng.random() < 0.05 else [self.tokenizer.bos_token_id]  # hand-written prompts often lack <s>
+        if rng.random() < 0.15:
+            ids += self.encode(rng.choice(SYSTEM_PROMPTS) + " ")
+        targets = [IGNORED] * len(ids)
+        for turn, question in enumerate(dialogue(scene, rng.getrandbits(48), turns, hasty=0.25, weights=MIX)):
+            asked = [*self.encode("USER:"), *self.encode(f" {question.text} ASSISTANT:")]
+            if turn == 0:
+                asked = [*self.encode("USER: "), *self.image, *self.encode(f"\n{question.text} ASSISTANT:")]
+            answered = [*self.encode(f" {question.answer}"), self.tokenizer.eos_token_id]
+            ids += asked + answered
+            targets += [IGNORED] * len(asked) + answered
+        return ids, targets
+
+    def check(self, processor: LlavaProcessor) -> None:
+        """Fails if the template or the tokenizer would write a dialogue in another way than `write` does."""
+        scene, rng = make_scene(0), random.Random(3)
+        ids, _ = self.write(scene, 3, rng)
+        turns = dialogue(scene, random.Random(3).getrandbits(48), 3)  # the wording differs, the form does not
+        messages = []
+        for turn, question in enumerate(turns):
+            image = [{"type": "image"}] if turn == 0 else []
+            messages.append({"role": "user", "content": [*image, {"type": "text", "text": question.text}]})
+            messages.append({"role": "assistant", "content": question.answer})
+        text = processor.apply_chat_template(messages)
+        once = processor(text=text, images=scene.draw(), return_tensors="pt")["input_ids"][0].tolist()
+        pieces = [self.tokenizer.bos_token_id, *self.encode("USER: "), *self.image]
+        for turn, question in enumerate(turns):
+            pieces += self.encode(f"\n{question.text} ASSISTANT:") if turn == 0 else (
+                *self.encode("USER:"), *self.encode(f" {question.text} ASSISTANT:"))
+            pieces += [*self.encode(f" {question.answer}"), self.tokenizer.eos_token_id]
+        assert once == pieces and ids, "training text and chat template disagree"
+
+
+def padded(rows: list[list[int]], fill: int) -> Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
+
+
+def talk_loss(model: LlavaForConditionalGeneration, ids: Tensor, targets: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean loss over answer tokens, and the share of them guessed right."""
+    embedded = model.get_input_embeddings()(ids)
+    images = (ids == model.config.image_token_id).unsqueeze(-1)
+    embedded = embedded.masked_scatter(images, features.to(embedded.dtype))
+    hidden = model.model.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+    wanted = targets[:, 1:] != IGNORED  # padding is on the right, where causal attention cannot see it
+    logits = model.lm_head(hidden[:, :-1][wanted]).float()
+    truth = targets[:, 1:][wanted]
+    return F.cross_entropy(logits, truth), (logits.argmax(-1) == truth).float().mean()
+
+
+def teach_talk(
+    model: LlavaForConditionalGeneration, scenes: list[Scene], features: Tensor, script: Script, plan: Plan, team: Team
+) -> None:
+    """Trains the language model on dialogues; few shapes and short dialogues come first."""
+    parameters = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
+    descent = Descent(parameters, plan.talk_rate, plan.talk_steps, team)
+    by_count = [[row for row, scene in enumerate(scenes) if len(scene.objects) <= most] for most in range(5)]
+    rng, shared = random.Random(1 + team.rank), random.Random(0)  # `shared` runs alike in all processes
+    bar = team.progress(plan.talk_steps, "stage 2: the language model")
+    for step in bar:
+        done = step / plan.talk_steps
+        most_shapes = 2 if done < 0.05 else 3 if done < 0.1 else 4
+        turns = shared.choices(TURNS, TURN_WEIGHTS)[0] if done > 0.05 else shared.choice((1, 2, 3))
+        rows = rng.choices(by_count[most_shapes], k=max(1, plan.talk_turns // turns))
+        written = [script.write(scenes[row], turns, rng) for row in rows]
+        ids = padded([ids for ids, _ in written], script.tokenizer.pad_token_id)
+        targets = padded([targets for _, targets in written], IGNORED)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss, right = talk_loss(model, ids, targets, features[rows])
+        descent.step(loss)
+        if step % 10 == 0:
+            bar.set_postfix_str(f"loss {loss:.4f}, answer tokens right {right:.4f}")
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
+
+
+def corpus_for_tokenizer(first_seed: int) -> list[str]:
+    dialogues = [dialogue(make_scene(seed), seed, 4, hasty=0.4) for seed in range(first_seed, first_seed + 4_000)]
+    lines = [f"USER: {turn.text} ASSISTANT: {turn.answer}" for turns in dialogues for turn in turns]
+    return lines + list(SYSTEM_PROMPTS) * 2
+
+
+def work(rank: int, processes: int, meeting_point: str, seed: int, scale: float, out: Path) -> None:
+    """One process's whole run; rank 0 reports and saves."""
+    torch.set_num_threads(1)
+    if processes > 1:
+        dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=processes)
+    team, plan, started = Team(rank, processes), Plan().scaled(scale), time.perf_counter()
+    first_seed = seed % 10 * SEEDS_PER_RUN
+    tokenizer = build.make_tokenizer(corpus_for_tokenizer(first_seed))
+    processor = build.make_processor(tokenizer)
+    script = Script(tokenizer)
+    script.check(processor)
+    torch.manual_seed(seed)  # the same first weights in every process
+    model = build.make_model(tokenizer).train()
+
+    own_seeds = first_seed + rank * SEEDS_PER_PROCESS
+    scenes = training_scenes(own_seeds, plan.pictures, crowded=False)
+    crowd = training_scenes(own_seeds + plan.pictures, plan.pictures // 2, crowded=True)
+    pixels = draw_all(scenes + crowd, own_seeds, team, "drawing")
+    teach_eye(model, pixels, cell_truths(scenes + crowd), processor, plan, team)
+    features = cached_features(model, pixels[: len(scenes)], processor)
+    del pixels
+    teach_talk(model, scenes, features, script, plan, team)
+    if rank == 0:
+        save(model, processor, out)
+        print(f"trained in {(time.perf_counter() - started) / 60:.1f} min; saved to {out}")
+    if processes > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
+    """Weights in float16, and everything `from_pretrained` wants beside them."""
+    model.half().eval().save_pretrained(out)
+    processor.save_pretrained(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0, help="fixes pictures, dialogues and first weights (default 0)")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the model (default: beside this file)")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the full work; 0.01 is a smoke test")
+    parser.add_argument("--processes", type=int, default=2, help="processes of one thread each (default 2)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        job = (options.processes, f"{folder}/meeting", options.seed, options.scale, options.out)
+        mp.start_processes(work, job, nprocs=options.processes, start_method="spawn")
+
+
+if __name__ == "__main__":
+    main()

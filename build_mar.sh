@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Packs a LLaVA checkpoint and the handler into model_store/. All of it is in deploy/pack.py; see --help.
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+python="$here/.venv/bin/python"
+if [[ ! -x "$python" ]]; then
+  python="$(command -v python3 || true)"
+fi
+if [[ -z "$python" ]] || ! "$python" -c 'import model_archiver, yaml' 2>/dev/null; then
+  echo "build_mar.sh: no Python with torch-model-archiver here. Run \`make env\` first." >&2
+  exit 2
+fi
+exec "$python" "$here/deploy/pack.py" "$@"

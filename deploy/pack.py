@@ -75,8 +75,8 @@ def checkpoint_problems(folder: Path) -> list[str]:
     if not folder.is_dir():
         return [f"{folder} is not a folder"]
     problems = _config_problems(folder) + _processor_problems(folder) + _weight_problems(folder)
-    problems += [f"{path.name} is a git-lfs pointer, not the file itself (run: git lfs pull)" for path in _pointers(folder)]
-    return problems
+    pointers = [path.name for path in checkpoint_files(folder) if _is_pointer(path)]
+    return problems + [f"{name} is a git-lfs pointer, not the file itself (run: git lfs pull)" for name in pointers]
 
 
 def _read_json(path: Path) -> dict | str:
@@ -171,7 +171,7 @@ def _tensors_by_shard(index: dict) -> dict[str, set[str]]:
 
 
 def _header_problems(path: Path, wanted: set[str]) -> list[str]:
-    """Whether a safetensors file is whole: 8 bytes of header length, the JSON header, then exactly the data it names."""
+    """Whether a safetensors file is whole: 8 bytes of header length, the JSON header, then the data it names."""
     if _is_pointer(path):
         return []
     size = path.stat().st_size
@@ -197,10 +197,6 @@ def _header_problems(path: Path, wanted: set[str]) -> list[str]:
 def _is_pointer(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(len(GIT_LFS_MAGIC)) == GIT_LFS_MAGIC
-
-
-def _pointers(folder: Path) -> list[Path]:
-    return [path for path in checkpoint_files(folder) if _is_pointer(path)]
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -396,7 +392,7 @@ def _build(job: Job, scratch: Path, checkpoint: Path | None, config_text: str) -
         HANDLER_DIR / PACKAGE_DIR, stage / PACKAGE_DIR, ignore=shutil.ignore_patterns("__pycache__", ".*", "*.pyc")
     )
     files = checkpoint_files(checkpoint) if checkpoint else []
-    # The archiver copies everything twice. For a plain folder the weights can be spared that, and are put there after it.
+    # The archiver copies everything twice. For a plain folder the weights can be spared that: they go there after it.
     late = weight_files(checkpoint) if checkpoint and job.format == "no-archive" else []
     if checkpoint:
         (stage / CHECKPOINT_DIR).mkdir()
@@ -454,8 +450,8 @@ def verify(archive: Path, kind: str, name: str, expected: dict[str, int]) -> Non
     """The archive holds a manifest for this name and entry file, and every expected file in full size, nothing else."""
     found, manifest = read_archive(archive, kind)
     problems = [f"{file} is missing" for file in expected if file not in found]
-    problems += [f"{file}: {found[file]} bytes, wanted {expected[file]}" for file in expected.keys() & found.keys()
-                 if found[file] != expected[file]]  # fmt: skip
+    sizes = [(file, found[file], size) for file, size in expected.items() if file in found]
+    problems += [f"{file}: {got} bytes, wanted {wanted}" for file, got, wanted in sizes if got != wanted]
     problems += [f"{file} does not belong there" for file in found if file not in expected]
     model = manifest.get("model", {})
     if model.get("modelName") != name or model.get("handler") != ENTRY_FILE or model.get("configFile") != CONFIG_FILE:
@@ -514,27 +510,24 @@ def _mib(size_bytes: int) -> str:
 def parse_args(argv: Sequence[str] | None = None) -> Job:
     parser = argparse.ArgumentParser(
         prog="build_mar.sh",
-        description="Pack a LLaVA checkpoint and the handler into the model store. An older archive of the name goes.",
+        description="Pack a LLaVA checkpoint and the handler into the model store, in place of one of the same name.",
         epilog="Example: ./build_mar.sh --model models/shapes --sessions 64",
     )
     add = parser.add_argument
     add("--model", required=True, metavar="DIR_OR_HUB_ID", help="a checkpoint folder, or an id on the Hugging Face hub")
     add("--name", default="llava", help="name in TorchServe (default: %(default)s)")
-    add("--format", choices=list(SUFFIXES), default="no-archive",
-        help="a plain folder, a .mar, or a .tar.gz (default: %(default)s, which starts without unpacking)")  # fmt: skip
+    formats = "a plain folder, a .mar, or a .tar.gz (default: %(default)s, which starts without unpacking)"
+    add("--format", choices=list(SUFFIXES), default="no-archive", help=formats)
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="of the weights when loaded")
     add("--device", choices=["auto", "cpu", "cuda"], help="where the model runs")
-    add("--weights", choices=["inside", "beside"], default="inside",
-        help="inside: the archive holds the checkpoint; beside: it names the folder or hub id (default: %(default)s)")  # fmt: skip
+    weights = "inside: the archive holds the checkpoint; beside: it names the folder or hub id (default: %(default)s)"
+    add("--weights", choices=["inside", "beside"], default="inside", help=weights)
     add("--sessions", type=_positive, metavar="N", help="open sessions at most")
-    add("--config", type=Path, default=HANDLER_DIR / CONFIG_FILE, metavar="FILE",
-        help="the configuration to start from (default: handler/model-config.yaml); what is not given here stays")  # fmt: skip
-    add("--output", type=Path, default=REPO / "model_store", metavar="DIR", help="the model store (default: model_store)")
+    config = "the configuration to start from (default: handler/model-config.yaml); what is not given here stays"
+    add("--config", type=Path, default=HANDLER_DIR / CONFIG_FILE, metavar="FILE", help=config)
+    add("--output", type=Path, default=REPO / "model_store", metavar="DIR", help="model store (default: model_store)")
     add("--version", default="1.0", help="model version (default: %(default)s)")
-    add("--force", action="store_true", help="implied: an archive of that name is replaced once the new one is ready")
-    args = vars(parser.parse_args(argv))
-    del args["force"]
-    return Job(**args)
+    return Job(**vars(parser.parse_args(argv)))
 
 
 def _positive(text: str) -> int:
@@ -576,8 +569,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted; the model store is as it was")
         return 130
-    print(f"{_short(packed.archive)}  {_mib(packed.size_bytes)}  up to {packed.sessions} sessions  weights: "
-          f"{'inside' if packed.checkpoint == CHECKPOINT_DIR else packed.checkpoint}")  # fmt: skip
+    weights = "inside" if packed.checkpoint == CHECKPOINT_DIR else packed.checkpoint
+    print(f"{_short(packed.archive)}  {_mib(packed.size_bytes)}  up to {packed.sessions} sessions  weights: {weights}")
     print("Serve it, from the top of the checkout:")
     print(f"  {_short(Path(sys.executable))} -m deploy.serve --model-store {_short(job.output)} --name {job.name}")
     print("or by hand:")

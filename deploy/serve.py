@@ -25,10 +25,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import IO
 
 import psutil
 
@@ -42,6 +44,11 @@ LOOPBACK = "127.0.0.1"
 MIN_JAVA = 17
 STARTUP_ERROR = "startup_error"  # begins the line in which the handler says why it does not start
 SOCKET_PATH_LIMIT = 103  # bytes that every system allows in the path of a unix socket
+NOISE = (  # what java prints at every start, whatever the log configuration says
+    "WARNING: sun.reflect.Reflection.getCallerClass",
+    "nvidia-smi not available",
+    "Model server started.",
+)
 HEADER_KEYS = {  # the frontend's property and the worker's variable for one header must agree
     "ts_header_key_sequence_id": "TS_REQUEST_SEQUENCE_ID",
     "ts_header_key_sequence_end": "TS_REQUEST_SEQUENCE_END",
@@ -184,6 +191,18 @@ class TorchServe:
                 raise ServeError(f"the model {self.name!r} was not ready after {timeout_s:.0f} s\n{self._reason()}")
             time.sleep(0.1)
 
+    def wait_death(self) -> str:
+        """Wait until the server can serve no longer; why. TorchServe never restarts a worker in sequence batching: it
+        stays up and leaves every session hanging, so a server without a worker is as dead as one without java."""
+        while True:
+            time.sleep(0.5)
+            if (code := self.exit_code()) is not None:
+                return f"TorchServe died (exit code {code})\n{self._reason()}"
+            if self.worker_pids():
+                self._worker_seen_at = time.monotonic()
+            elif time.monotonic() - self._worker_seen_at > 5:  # in other modes a new one is there by then
+                return f"the worker died\n{self._reason()}"
+
     def stop(self, timeout_s: float = 30) -> None:
         """SIGTERM to java, which ends its workers; whatever is left of the group after `timeout_s` is killed.
 
@@ -195,19 +214,18 @@ class TorchServe:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._java.wait(timeout_s)
             self.kill()
+            self._java.wait()
+        if self._guard is not None:
+            self._guard.communicate(b"stopped\n")
+            self._guard = None
         if self._home is not None and self._asked_home is None:
             shutil.rmtree(self._home, ignore_errors=True)
 
     def kill(self) -> None:
-        """End every process of the group at once."""
+        """End every process of the group, without waiting for it. Safe in a signal handler; `stop` cleans up."""
         if self._java is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._java.pid, signal.SIGKILL)
-            self._java.wait()
-        if self._guard is not None and self._guard.stdin:
-            with contextlib.suppress(OSError):
-                self._guard.communicate(b"stopped\n", timeout=15)
-            self._guard = None
 
     def __enter__(self) -> TorchServe:
         self.start()
@@ -282,7 +300,8 @@ class TorchServe:
         command = [java, f"-Dmodel_server_home={site}", f"-Dlog4j.configurationFile=file://{LOG_CONFIG}"]
         command += [f"-Djava.io.tmpdir={self.home / 'tmp'}", f"-Dllava.log.level={self._log_level}"]
         command += [*self._java_options, "-cp", str(site / "ts" / "frontend" / "*"), "org.pytorch.serve.ModelServer"]
-        return [*command, "--python", sys.executable, "-f", str(config), "-s", str(self.model_store), "-ncs", "-m", models]
+        command += ["--python", sys.executable, "-f", str(config), "-s", str(self.model_store)]
+        return [*command, "-ncs", "-m", models]
 
     def _spawn(self, command: list[str]) -> None:
         own_home = str(self._home) if self._asked_home is None else ""
@@ -294,12 +313,12 @@ class TorchServe:
             start_new_session=True,
         )
         with contextlib.ExitStack() as stack:
-            console = stack.enter_context((self.home / "logs" / "console.log").open("ab")) if self._quiet else None
+            log = stack.enter_context((self.home / "logs" / "console.log").open("ab")) if self._quiet else None
             self._java = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=console,
-                stderr=console,
+                stdout=log or subprocess.PIPE,
+                stderr=subprocess.STDOUT,
                 cwd=self.home,  # where TorchServe drops a file, it drops it here
                 env=self._worker_env(),
                 start_new_session=True,  # a group of its own: Ctrl-C reaches us alone, and we stop it in order
@@ -307,6 +326,8 @@ class TorchServe:
         assert self._guard.stdin is not None
         self._guard.stdin.write(f"{self._java.pid}\n".encode())
         self._guard.stdin.flush()
+        if not self._quiet:
+            threading.Thread(target=_relay, args=(self._java.stdout,), daemon=True).start()
 
     # --- watching -----------------------------------------------------------------------------------------------------
 
@@ -348,7 +369,17 @@ class TorchServe:
             return "\n".join(dict.fromkeys(errors))
         logs = self.home / "logs"
         parts = [(path.name, _tail(path, 15)) for path in (logs / "console.log", logs / "ts_log.log", self.log_path)]
+        parts = [(name, [line for line in lines if not line.startswith(NOISE)]) for name, lines in parts]
         return "\n".join(f"--- {name}\n" + "\n".join(lines) for name, lines in parts if lines) or "(the logs are empty)"
+
+
+def _relay(pipe: IO[bytes]) -> None:
+    """Java's console to ours, less the noise. Reads on when nobody listens any more: a full pipe would stall java."""
+    for line in pipe:
+        if not line.startswith(tuple(noise.encode() for noise in NOISE)):
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.write(line.decode(errors="replace"))
+                sys.stdout.flush()
 
 
 # --- what a start needs -----------------------------------------------------------------------------------------------
@@ -463,7 +494,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model-store", type=Path, default=REPO / "model_store", metavar="DIR", help="default: model_store")
     add("--name", default="llava", help="the packed model (default: %(default)s)")
     add("--port", type=int, default=8080, help="inference; management and metrics take the next two (0: free ones)")
-    add("--home", type=Path, metavar="DIR", help="temporary files and logs; kept (default: a folder that goes at the end)")
+    add(
+        "--home",
+        type=Path,
+        metavar="DIR",
+        help="temporary files and logs, kept (default: made, and removed at the end)",
+    )
     add("--java-opts", type=shlex.split, default=[], metavar="OPTS", help="for the JVM, such as '-Xmx2g'")
     add("--log-level", choices=["error", "warn", "info", "debug"], default="warn", help="of the frontend")
     add("--timeout", type=float, default=600, metavar="S", help="how long the model may take to load")
@@ -475,32 +511,46 @@ class _Stop:
 
     def __init__(self, server: TorchServe) -> None:
         self.asked = ""
+        self.deferred = False  # while processes are being started, the flag alone is set
         self._server = server
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup means it
+                signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
             self._server.kill()
         elif not self.asked:
             self.asked = signal.Signals(number).name
+            if not self.deferred:
+                raise KeyboardInterrupt
+
+    def start_server(self) -> None:
+        self.deferred = True
+        self._server.start()
+        self.deferred = False
+        if self.asked:
             raise KeyboardInterrupt
 
 
 def usage(server: TorchServe) -> str:
-    url, json_header = f"{server.url}/invocations", "-H 'Content-Type: application/json'"
-    header = "-H \"X-Amzn-SageMaker-Session-Id: $ID\""
+    """What to type next: open with a picture, ask, close."""
+    curl = "curl -sN $URL -H 'Content-Type: application/json'"
+    session = '-H "X-Amzn-SageMaker-Session-Id: $ID"'
     return f"""In another terminal, with any picture.png:
 
-  # open a session with the picture, keep its id
-  ID=$(printf '{{"type":"start_session","image":"%s"}}' "$(base64 < picture.png | tr -d '\\n')" |
-    curl -s {url} {json_header} -d @- | tee /dev/stderr | sed -n 's/.*"session_id": *"\\([^"]*\\)".*/\\1/p')
+  URL={server.url}/invocations
+  # open a session with the picture; its id is in the answer and in a header
+  printf '{{"type":"start_session","image":"%s"}}' "$(base64 < picture.png | tr -d '\\n')" |
+    {curl} -D - -d @-
+  ID=the-session-id
   # ask, as often as you like; the answer streams
-  curl -sN {url} {json_header} {header} \\
+  {curl} {session} \\
     -d '{{"type":"send_text_prompt","prompt_text":"What is in the picture?","stream":true}}'
   # close it
-  curl -s {url} {json_header} {header} -d '{{"type":"close_session"}}'
-"""
+  {curl} {session} -d '{{"type":"close_session"}}'
+
+Ctrl-C here stops the server."""
 
 
 def run(server: TorchServe, timeout_s: float) -> int:
@@ -509,14 +559,13 @@ def run(server: TorchServe, timeout_s: float) -> int:
     code = 0
     try:
         print(f"starting TorchServe with {server.model_store / server.name} ...", flush=True)
-        server.start()
+        stop.start_server()
         seconds = server.wait_ready(timeout_s)
-        print(f"ready in {seconds:.1f} s on {server.url}  (management {server.management_url}, "
-              f"metrics {server.metrics_url}, logs in {server.log_path.parent})\n\n{usage(server)}\n"
-              f"Ctrl-C stops it.", flush=True)  # fmt: skip
-        while server.exit_code() is None:
-            time.sleep(0.2)
-        print(f"error: TorchServe died (exit code {server.exit_code()})\n{server._reason()}", file=sys.stderr)
+        print(f"ready in {seconds:.1f} s on {server.url}\n  management {server.management_url}", flush=True)
+        print(
+            f"  metrics    {server.metrics_url}\n  logs       {server.log_path.parent}\n\n{usage(server)}", flush=True
+        )
+        print(f"error: {server.wait_death()}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         print(f"\n{stop.asked}: stopping ...", flush=True)

@@ -1,0 +1,41 @@
+# Thin on purpose: each target is one command that can be typed by itself once `make env` has run.
+PORT ?= 8080
+MODEL ?= models/shapes
+SESSIONS ?=
+DTYPE ?=
+SEED ?=
+
+PYTHON := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test serve lint model env java clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: java env  ## a five-turn picture chat through a real TorchServe (SEED= repeats one)
+	@$(PYTHON) -m demo.chat $(if $(SEED),--seed $(SEED))
+
+test: java env lint  ## lint, then every test
+	@$(PYTHON) -m pytest
+
+serve: java env  ## TorchServe in the foreground (PORT= MODEL= SESSIONS= DTYPE=)
+	@./build_mar.sh --model $(MODEL) $(if $(SESSIONS),--sessions $(SESSIONS)) $(if $(DTYPE),--dtype $(DTYPE)) >/dev/null
+	@exec $(PYTHON) -m deploy.serve --port $(PORT)
+
+lint: env  ## ruff, import-linter, and shellcheck where it is installed
+	@deploy/lint.sh
+
+model: env  ## train models/shapes again from nothing (an hour or more)
+	@$(PYTHON) models/shapes/train.py
+
+env:  ## .venv with what requirements-dev.txt pins
+	@deploy/env.sh
+
+java:  # before env, so that a machine without Java hears of it before a long install
+	@deploy/need_java.sh
+
+clean:  ## remove archives, caches and logs; .venv stays
+	@find model_store -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
+	@find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	@rm -rf .pytest_cache .ruff_cache .import_linter_cache logs

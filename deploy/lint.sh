@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Everything that reads the code without running it.
+set -euo pipefail
+
+if [[ "${1:-}" == --help ]]; then
+  echo "usage: deploy/lint.sh   ruff check, ruff format --check, import-linter, and shellcheck where it is installed"
+  exit 0
+fi
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bin=.venv/bin
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+# handler/ is the top of what travels in the archive, so its modules are top-level ones.
+PYTHONPATH=.:handler "$bin/lint-imports" --no-cache | tail -n 3
+scripts=(build_mar.sh .ci/run deploy/*.sh)
+if command -v shellcheck >/dev/null; then
+  shellcheck "${scripts[@]}"
+else
+  for script in "${scripts[@]}"; do bash -n "$script"; done
+  echo "shellcheck is not installed: shell scripts were only parsed"
+fi

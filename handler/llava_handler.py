@@ -1,0 +1,175 @@
+"""The one entry class that TorchServe loads: TorchServe in, TorchServe out.
+
+The only file that imports `ts`. It builds the parts from `model-config.yaml`, turns batches into rows and replies back
+into TorchServe's terms; what is said to whom is the pump's business.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from pathlib import Path
+
+import transformers
+from ts.metrics.metric_cache_errors import MetricsCacheKeyError
+from ts.metrics.metric_type_enum import MetricTypes
+from ts.torch_handler.base_handler import BaseHandler
+
+from llava_sessions import frontend, protocol, telemetry
+from llava_sessions.config import ConfigError, HandlerConfig, read_config
+from llava_sessions.conversation import ChatTokens
+from llava_sessions.engine.model import Model
+from llava_sessions.engine.service import Engine
+from llava_sessions.engine.worker import EngineWorker
+from llava_sessions.errors import reason_phrase
+from llava_sessions.pump import Pump, Reply, Row
+from llava_sessions.sessions import SessionTable
+
+log = logging.getLogger("llava_sessions")
+
+SWEEP_S = 1.0
+
+
+class LlavaHandler(BaseHandler):
+    """Picture chats over TorchServe's stateful sequence batching with continuous batching (docs: "Stateful Inference").
+
+    One open session is one TorchServe sequence. `handle()` is a pump: it is called again and again while any request is
+    active, with all of them, and answers each with a chunk, a whole answer, or nothing yet.
+    """
+
+    def initialize(self, context) -> None:
+        """Load the checkpoint and start the engine. Raises RuntimeError, with every problem named, when that can't be
+        done.
+        """
+        try:
+            self._start(context)
+        except Exception as error:
+            for line in error.problems if isinstance(error, ConfigError) else [f"{type(error).__name__}: {error}"]:
+                log.error("startup_error %s", line)
+            raise RuntimeError(f"the model does not start: {error}") from error
+
+    def _start(self, context) -> None:
+        began = time.monotonic()
+        config = read_config(context.model_yaml_config)
+        self._check_headers()
+        transformers.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        checkpoint = _checkpoint(config, Path(context.system_properties["model_dir"]))
+        processor = transformers.AutoProcessor.from_pretrained(checkpoint)
+        tokens = ChatTokens(processor, config.system_prompt)
+        model = Model.load(checkpoint, config.dtype, _device(config, context.system_properties.get("gpu_id")))
+        engine = Engine(model, tokens.answer_text, config.prefill_chunk_tokens)
+        engine.warm_up(tokens)
+        inbox: queue.SimpleQueue = queue.SimpleQueue()
+        worker = EngineWorker(engine, inbox)
+        table = SessionTable(config.max_sessions, config.session_ttl_s)
+        self._pump = Pump(worker, inbox, tokens, table, model.context_tokens, config.limits, config.media)
+        self._cache = context.metrics
+        self._dimensions = [context.model_name, "Model"]
+        self._metrics_lock = threading.Lock()
+        self._told = telemetry.Figures()
+        worker.start()
+        threading.Thread(target=self._sweep, name="sweeper", daemon=True).start()
+        self.initialized = True
+        where = f"device={model.device} dtype={str(model.dtype).removeprefix('torch.')} context={model.context_tokens}"
+        log.info("ready %s sessions=%d seconds=%.1f", where, config.max_sessions, time.monotonic() - began)
+
+    def _check_headers(self) -> None:
+        properties = frontend.frontend_properties()
+        if properties is None:
+            log.warning("headers_unchecked reason=the frontend's command line is not visible")
+            return
+        problems = frontend.header_problems(properties, os.environ)
+        if problems:
+            raise ConfigError(problems)
+
+    def handle(self, data: list[dict], context) -> list[str]:
+        """One step of the pump over all active requests. Never raises: an exception would fail every one of them."""
+        rows = [_row(context, index, data[index]) for index in range(len(data))]
+        replies = self._pump.exchange(rows)
+        context.stopping_criteria = [_stopping(reply) for reply in replies]
+        bodies = []
+        for index, reply in enumerate(replies):
+            bodies.append("" if reply is None else reply.body)
+            if reply is None:
+                # `create_predict_response` answers the requests in this map; one left out stays open, and comes again.
+                del context.request_ids[index]
+            else:
+                _set_head(context, index, reply)
+        if not self._pump.busy:
+            self._tell_figures()
+        return bodies
+
+    def _sweep(self) -> None:
+        while True:
+            time.sleep(SWEEP_S)
+            try:
+                self._pump.sweep()
+                self._tell_figures()
+            except Exception:
+                log.exception("sweep_failed")
+
+    def _tell_figures(self) -> None:
+        """Emit the metrics when a figure changed. Each one travels to the frontend as a line of this process's output."""
+        with self._metrics_lock:
+            figures, told = self._pump.figures(), self._told
+            if figures == told:
+                return
+            for name, unit in telemetry.GAUGES.items():
+                self._metric(name, unit, MetricTypes.GAUGE).add_or_update(figures.value(name), self._dimensions)
+            for name, unit in telemetry.COUNTERS.items():
+                increase = figures.value(name) - told.value(name)
+                if increase:
+                    self._metric(name, unit, MetricTypes.COUNTER).add_or_update(increase, self._dimensions)
+            self._told = figures
+
+    def _metric(self, name: str, unit: str, kind: MetricTypes):
+        """The metric as deploy/metrics.yaml declares it, or a new one where the operator's own file does not."""
+        try:
+            return self._cache.get_metric(name, kind)
+        except MetricsCacheKeyError:
+            return self._cache.add_metric_to_cache(name, unit, ["ModelName", "Level"], kind)
+
+
+def _checkpoint(config: HandlerConfig, model_dir: Path) -> str:
+    """The checkpoint's folder in the archive, else the path or hub id as it stands."""
+    packed = model_dir / config.checkpoint
+    return str(packed) if packed.is_dir() else config.checkpoint
+
+
+def _device(config: HandlerConfig, gpu_id: int | None) -> str:
+    return f"cuda:{gpu_id}" if config.device == "auto" and gpu_id is not None else config.device
+
+
+def _row(context, index: int, data: dict) -> Row:
+    """One request as the pump sees it.
+
+    The frontend writes the id that it makes into the session header itself, in the spelling of its property, and marks
+    the request with the start header; what the client sent under another spelling stands beside it.
+    """
+    all_headers = context.get_all_request_header(index)
+    sequence_id = context.get_sequence_id(index) or ""
+    fresh = all_headers.get(context.header_key_sequence_start) == "true"
+    headers = {
+        name.lower(): value
+        for name, value in all_headers.items()
+        if isinstance(value, str) and not (fresh and name == protocol.SESSION_HEADER)
+    }
+    body = data.get("body", data.get("data")) if isinstance(data, dict) else data
+    return Row(context.get_request_id(index), sequence_id, fresh, headers, b"" if body is None else body)
+
+
+def _stopping(reply: Reply | None):
+    """TorchServe asks per response: None ends a whole answer, False keeps the stream open, True ends it."""
+    stop = None if reply is None or reply.more is None else not reply.more
+    return lambda _: stop
+
+
+def _set_head(context, index: int, reply: Reply) -> None:
+    context.set_response_content_type(index, reply.content_type)
+    context.set_response_status(reply.status, reason_phrase(reply.status), index)
+    for name, value in reply.headers.items():
+        context.set_response_header(index, name, value)

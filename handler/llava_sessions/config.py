@@ -1,0 +1,190 @@
+"""Owns the meaning of `model-config.yaml`: reads it, checks it whole, and names every problem at once.
+
+Must not know torch, TorchServe's API or where the file came from. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .media import MediaLimits
+from .protocol import Limits
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# How long after a session's expiry TorchServe still keeps its sequence: longer than the longest turn.
+FRONTEND_MARGIN_S = 120
+
+
+class ConfigError(Exception):
+    """The configuration can't work; the message names every problem, one a line."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class HandlerConfig:
+    """The `llava:` section. Times in seconds, sizes in bytes or tokens as named."""
+
+    checkpoint: str
+    dtype: str
+    device: str
+    max_sessions: int
+    session_ttl_s: float
+    prefill_chunk_tokens: int
+    system_prompt: str
+    limits: Limits
+    media: MediaLimits
+
+
+def frontend_capacity(max_sessions: int) -> int:
+    """What `batchSize` and `maxNumSequence` must be for so many sessions.
+
+    TorchServe keeps a sequence, and a blocked thread, for each session until it ends, expires or is refused, so room
+    for sessions that just expired and for requests about to be refused is added.
+    """
+    return 2 * max_sessions + 16
+
+
+def read_config(model_yaml: Mapping[str, Any]) -> HandlerConfig:
+    """Read the whole of `model-config.yaml`. Raises `ConfigError`."""
+    problems: list[str] = []
+    section = model_yaml.get("llava")
+    if not isinstance(section, Mapping):
+        raise ConfigError(["model-config.yaml has no 'llava:' section"])
+    reader = _Section("llava", section, problems)
+    config = HandlerConfig(
+        checkpoint=reader.text("checkpoint"),
+        dtype=reader.choice("dtype", "auto", DTYPES),
+        device=reader.text("device", "auto"),
+        max_sessions=reader.integer("max_sessions", 64, 1, 4096),
+        session_ttl_s=reader.number("session_ttl_s", 1200, 1, 86_400),
+        prefill_chunk_tokens=reader.integer("prefill_chunk_tokens", 256, 1, 65_536),
+        system_prompt=reader.text("system_prompt", ""),
+        limits=_limits(reader.section("limits")),
+        media=_media(reader.section("media")),
+    )
+    reader.finish()
+    _check_frontend(model_yaml, config, problems)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _limits(reader: _Section) -> Limits:
+    default = Limits()
+    limits = Limits(
+        max_prompt_chars=reader.integer("max_prompt_chars", default.max_prompt_chars, 1, 10_000_000),
+        default_new_tokens=reader.integer("default_new_tokens", default.default_new_tokens, 1, 1_000_000),
+        max_new_tokens=reader.integer("max_new_tokens", default.max_new_tokens, 1, 1_000_000),
+    )
+    if limits.default_new_tokens > limits.max_new_tokens:
+        reader.problem("default_new_tokens", f"is above max_new_tokens ({limits.max_new_tokens})")
+    reader.finish()
+    return limits
+
+
+def _media(reader: _Section) -> MediaLimits:
+    default = MediaLimits()
+    media = MediaLimits(
+        max_bytes=reader.integer("max_bytes", default.max_bytes, 1, 2**31),
+        max_pixels=reader.integer("max_pixels", default.max_pixels, 1, 2**31),
+        fetch_timeout_s=reader.number("fetch_timeout_s", default.fetch_timeout_s, 0.1, 60),
+        allowed_hosts=reader.texts("allowed_hosts"),
+        s3_buckets=reader.texts("s3_buckets"),
+        local_roots=reader.texts("local_roots"),
+    )
+    reader.finish()
+    return media
+
+
+def _check_frontend(model_yaml: Mapping[str, Any], config: HandlerConfig, problems: list[str]) -> None:
+    """TorchServe's own part of the file, as far as sessions depend on it."""
+    for key in ("sequenceBatching", "continuousBatching"):
+        if model_yaml.get(key) is not True:
+            problems.append(f"{key} is {model_yaml.get(key)!r}; it must be true")
+    capacity = frontend_capacity(config.max_sessions)
+    for key in ("batchSize", "maxNumSequence"):
+        if not isinstance(model_yaml.get(key), int) or model_yaml[key] < capacity:
+            wanted = f"it must be at least {capacity} for max_sessions {config.max_sessions}"
+            problems.append(f"{key} is {model_yaml.get(key)!r}; {wanted}")
+    shortest_ms = (config.session_ttl_s + FRONTEND_MARGIN_S) * 1000
+    for key in ("sequenceTimeoutMSec", "sequenceMaxIdleMSec"):
+        if not isinstance(model_yaml.get(key), int) or model_yaml[key] < shortest_ms:
+            wanted = f"it must be at least {shortest_ms:.0f}, session_ttl_s and {FRONTEND_MARGIN_S} s"
+            problems.append(f"{key} is {model_yaml.get(key)!r}; {wanted}")
+    workers, batch = model_yaml.get("maxWorkers", 1), model_yaml.get("batchSize")
+    sequences = model_yaml.get("maxNumSequence")
+    if all(isinstance(n, int) for n in (workers, batch, sequences)) and sequences > workers * batch:
+        problems.append(
+            f"maxNumSequence is {sequences}; above maxWorkers * batchSize ({workers * batch}) requests stall"
+        )
+
+
+class _Section:
+    """Reads one mapping of the file and collects what is wrong with it."""
+
+    def __init__(self, name: str, values: Mapping[str, Any], problems: list[str]) -> None:
+        self._name = name
+        self._values = values
+        self._problems = problems
+        self._read: set[str] = set()
+
+    def problem(self, key: str, text: str) -> None:
+        self._problems.append(f"{self._name}.{key} {text}")
+
+    def finish(self) -> None:
+        """Name the keys that nothing reads: a misspelt limit must not be ignored."""
+        for key in self._values:
+            if key not in self._read:
+                self.problem(str(key), f"is unknown; known are {', '.join(sorted(self._read))}")
+
+    def section(self, key: str) -> _Section:
+        value = self._get(key, {})
+        if not isinstance(value, Mapping):
+            self.problem(key, f"is {value!r}; a mapping is wanted")
+            value = {}
+        return _Section(f"{self._name}.{key}", value, self._problems)
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self._get(key, default)
+        if not isinstance(value, str) or (default is None and not value):
+            self.problem(key, f"is {value!r}; a text is wanted")
+            return default or ""
+        return value
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        value = self._get(key, [])
+        if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+            self.problem(key, f"is {value!r}; a list of texts is wanted")
+            return ()
+        return tuple(value)
+
+    def choice(self, key: str, default: str, choices: tuple[str, ...]) -> str:
+        value = self._get(key, default)
+        if value not in choices:
+            self.problem(key, f"is {value!r}; one of {', '.join(choices)} is wanted")
+            return default
+        return value
+
+    def integer(self, key: str, default: int, low: int, high: int) -> int:
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            self.problem(key, f"is {value!r}; a whole number from {low} to {high} is wanted")
+            return default
+        return value
+
+    def number(self, key: str, default: float, low: float, high: float) -> float:
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            self.problem(key, f"is {value!r}; a number from {low:g} to {high:g} is wanted")
+            return default
+        return float(value)
+
+    def _get(self, key: str, default: Any) -> Any:
+        self._read.add(key)
+        value = self._values.get(key)
+        return default if value is None else value

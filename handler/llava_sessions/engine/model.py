@@ -1,0 +1,201 @@
+"""Owns the weights: loads a LLaVA-1.5-style checkpoint, encodes pictures, and runs one packed forward.
+
+Must not know turns, scheduling or text. Builds on transformers' extension points only: `get_image_features`,
+`AttentionInterface.register`, and the `past_key_values` protocol (`update`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText
+
+from .kv import SessionKV
+
+SUPPORTED_MODEL_TYPES = ("llava",)
+_ATTENTION = "session_sdpa"
+
+
+class UnsupportedCheckpoint(Exception):
+    """The checkpoint can't be served; the message says what was found and what is supported."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One session's new tokens in a packed forward: ids behind the `kv.length` stored ones.
+
+    `features`: `[image tokens among ids, hidden]`, in order, or None. `sample`: whether the logits of the last one are
+    wanted.
+    """
+
+    kv: SessionKV
+    token_ids: list[int]
+    features: torch.Tensor | None
+    sample: bool
+
+
+class _PackedKV:
+    """All segments of one forward, in transformers' `past_key_values` protocol.
+
+    `update` stores each session's new keys and values in that session's own tensor; the attention function reads them
+    there.
+    """
+
+    is_compileable = False
+
+    def __init__(self, segments: list[Segment]) -> None:
+        self.spans: list[tuple[SessionKV, int, int, int]] = []  # kv, its length before, first and last row in the pack
+        row = 0
+        for segment in segments:
+            end = row + len(segment.token_ids)
+            segment.kv.reserve(segment.kv.length + len(segment.token_ids))
+            self.spans.append((segment.kv, segment.kv.length, row, end))
+            row = end
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any) -> tuple:
+        """Store `[1, kv_heads, rows, head_dim]` keys and values of one layer."""
+        for kv, length, start, end in self.spans:
+            kv.write(layer, length, keys[0, :, start:end], values[0, :, start:end])
+        return keys, values
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    packed: _PackedKV | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a packed forward: each session's rows against that session's own KV.
+
+    `query`: `[1, heads, rows, head_dim]`. Returns `[1, rows, heads, head_dim]`.
+    """
+    out = torch.empty_like(query.transpose(1, 2))
+    for kv, length, start, end in packed.spans:
+        keys, values = kv.read(module.layer_idx, length + end - start)
+        rows = query[:, :, start:end]
+        mask = None
+        if length and end - start > 1:
+            mask = _causal_mask(length, end - start, query.device)
+        attended = scaled_dot_product_attention(
+            rows,
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=not length and end - start > 1,
+            scale=scaling,
+            enable_gqa=query.shape[1] != keys.shape[1],
+        )
+        out[:, start:end] = attended.transpose(1, 2)
+    return out, None
+
+
+def _causal_mask(stored: int, new: int, device: torch.device) -> torch.Tensor:
+    """`[new, stored + new]`: a new token sees all stored tokens, itself and the new ones before it."""
+    return torch.ones((new, stored + new), dtype=torch.bool, device=device).tril(stored)
+
+
+AttentionInterface.register(_ATTENTION, _attend)
+
+
+class Model:
+    """A loaded checkpoint on one device."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        text = model.config.get_text_config()
+        self._model = model.eval()
+        self._text = model.model.language_model
+        self._text.set_attn_implementation(_ATTENTION)
+        self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
+        self.context_tokens: int = text.max_position_embeddings
+        self.image_token_id: int = model.config.image_token_id
+        self.eos_token_ids: frozenset[int] = _eos(model)
+        self._kv_heads: int = text.num_key_value_heads
+        self._head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self._layers: int = text.num_hidden_layers
+
+    @classmethod
+    def load(cls, checkpoint: str | Path, dtype: torch.dtype | str = "auto", device: str = "auto") -> Model:
+        """Load a folder or hub id through accelerate's device map.
+
+        "auto" is CUDA when there, else CPU; bfloat16 on CUDA, float32 on CPU. Raises `UnsupportedCheckpoint`, and
+        OSError when the checkpoint can't be found.
+        """
+        config = AutoConfig.from_pretrained(checkpoint)
+        if config.model_type not in SUPPORTED_MODEL_TYPES:
+            supported = ", ".join(SUPPORTED_MODEL_TYPES)
+            raise UnsupportedCheckpoint(f"model_type is {config.model_type!r}; supported: {supported}")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if dtype == "auto":
+            dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        elif isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+        model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=dtype, device_map={"": device})
+        return cls(model)
+
+    def new_kv(self) -> SessionKV:
+        """An empty KV cache of this model's shape."""
+        return SessionKV(self._layers, self._kv_heads, self._head_dim, self.dtype, self.device)
+
+    @torch.inference_mode()
+    def encode(self, pixel_values: np.ndarray) -> torch.Tensor:
+        """Vision tower and projector: float32 `[pictures, 3, H, W]` -> features `[image tokens, hidden]` on the device."""
+        pixels = torch.from_numpy(pixel_values).to(self.device, self.dtype)
+        features = self._model.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
+        return torch.cat(tuple(features), dim=0)
+
+    @torch.inference_mode()
+    def forward(self, segments: list[Segment]) -> torch.Tensor:
+        """One packed forward over all segments' new tokens, laid end to end in one row.
+
+        Appends to each segment's KV and returns the logits of the sampled ones, `[rows, vocabulary]`. On an error the
+        KV lengths are as before.
+        """
+        packed = _PackedKV(segments)
+        ids = [token for s in segments for token in s.token_ids]
+        positions = torch.cat([torch.arange(s.kv.length, s.kv.length + len(s.token_ids)) for s in segments])
+        embeddings = self._embed(ids, segments)
+        hidden = self._text(
+            inputs_embeds=embeddings,
+            position_ids=positions[None].to(self.device),
+            past_key_values=packed,
+            packed=packed,
+        ).last_hidden_state[0]
+        wanted = [span[3] - 1 for span, segment in zip(packed.spans, segments, strict=True) if segment.sample]
+        logits = self._model.lm_head(hidden[wanted])
+        for segment in segments:
+            segment.kv.length += len(segment.token_ids)
+        return logits
+
+    def _embed(self, ids: list[int], segments: list[Segment]) -> torch.Tensor:
+        """Token embeddings `[1, rows, hidden]`, with the picture's features in place of its image tokens."""
+        embeddings = self._text.embed_tokens(torch.tensor([ids], device=self.device))
+        features = [s.features for s in segments if s.features is not None]
+        if features:
+            # Found on the host: a boolean mask on the device would have to be waited for.
+            rows = [row for row, token in enumerate(ids) if token == self.image_token_id]
+            embeddings[0, torch.tensor(rows, device=self.device)] = torch.cat(features).to(embeddings.dtype)
+        return embeddings
+
+    def allocated_bytes(self) -> int:
+        """What torch's allocator holds on the device; 0 on CPU, where torch keeps no count."""
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+
+def _eos(model: torch.nn.Module) -> frozenset[int]:
+    eos = model.generation_config.eos_token_id
+    if eos is None:
+        eos = model.config.get_text_config().eos_token_id
+    if eos is None:
+        return frozenset()
+    return frozenset(eos if isinstance(eos, list) else [eos])

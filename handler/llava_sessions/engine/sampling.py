@@ -1,0 +1,46 @@
+"""Owns the choice of a turn's next token. Must not know sessions, text or batches.
+
+Greedy is the argmax of the logits, as `generate(do_sample=False)`. Sampling uses transformers' own warpers and a
+generator of the turn, so a seed gives the same answer whoever shares the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+from .messages import Sampling
+
+
+class Sampler:
+    """Chooses the tokens of one turn."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._warpers = LogitsProcessorList()
+        self._generator: torch.Generator | None = None
+        if sampling.temperature > 0:
+            self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
+            if sampling.top_p < 1:
+                self._warpers.append(TopPLogitsWarper(sampling.top_p))
+            # On the CPU: its stream of numbers is the same on every machine, and a row of logits is small.
+            self._generator = torch.Generator("cpu")
+            self._generator.manual_seed(sampling.seed) if sampling.seed is not None else self._generator.seed()
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self._generator is None
+
+    def draw(self, logits: torch.Tensor) -> int:
+        """A token id from one row of logits, `[vocabulary]`."""
+        scores = self._warpers(None, logits.float().cpu()[None])
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+
+
+def next_tokens(logits: torch.Tensor, samplers: list[Sampler]) -> list[int]:
+    """One token id for each row of `logits`, `[rows, vocabulary]`; the greedy rows cost one transfer in all."""
+    tokens: list[int] = logits.argmax(-1).tolist()
+    for row, sampler in enumerate(samplers):
+        if not sampler.greedy:
+            tokens[row] = sampler.draw(logits[row])
+    return tokens

@@ -1,0 +1,294 @@
+"""Owns the words on the wire: request payloads and headers -> Open / Ask / Close / Cancel, and the bodies of the
+replies.
+
+Two dialects meet here and mean the same: the AWS LLaVA sample's `type` payloads and the native fields beside them.
+Knows neither torch nor TorchServe, and no session: whether an id is open is for `sessions` to say. Pure.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import Refused
+
+# SageMaker's contract (botocore sagemaker-runtime 2017-05-13, SessionIdHeader, NewSessionResponseHeader).
+SESSION_HEADER = "X-Amzn-SageMaker-Session-Id"
+NEW_SESSION_HEADER = "X-Amzn-SageMaker-New-Session-Id"
+CLOSED_SESSION_HEADER = "X-Amzn-SageMaker-Closed-Session-Id"
+NEW_SESSION = "NEW_SESSION"
+SESSION_ID_PATTERN = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9])*")
+SESSION_ID_MAX_CHARS = 226
+
+JSON_TYPE = "application/json"
+STREAM_TYPE = "application/x-ndjson"
+
+_TYPES = {"start_session": "open", "send_text_prompt": "ask", "close_session": "close", "cancel": "cancel"}
+_OPEN_FIELDS = {"type", "session_id", "image", "path"}
+_ASK_FIELDS = {
+    *("type", "session_id", "prompt_text", "stream", "max_new_tokens", "temperature", "top_p", "seed", "stop"),
+    "return_token_ids",
+}
+_SESSION_FIELDS = {"type", "session_id"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for; from `model-config.yaml`."""
+
+    max_prompt_chars: int = 32_768
+    default_new_tokens: int = 256
+    max_new_tokens: int = 1_024
+    max_stop_strings: int = 8
+    max_stop_chars: int = 64
+
+
+@dataclass(frozen=True)
+class Open:
+    """Open a session on one picture: exactly one of `image` (base64 or data URL) and `path` (URL, or what the config
+    allows).
+    """
+
+    image: str | None
+    path: str | None
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One turn. `temperature` 0 is greedy; `seed` None draws a fresh one; token counts are in tokens."""
+
+    session_id: str
+    prompt_text: str
+    stream: bool
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
+    stop: tuple[str, ...]
+    return_token_ids: bool
+
+
+@dataclass(frozen=True)
+class Close:
+    """End a session and free what it holds."""
+
+    session_id: str
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """End the running turn of a session; the session stays as it was before that turn."""
+
+    session_id: str
+
+
+Request = Open | Ask | Close | Cancel
+
+
+def parse(body: Any, headers: Mapping[str, str], limits: Limits) -> Request:
+    """Read one request.
+
+    `body` is what TorchServe's worker hands over: the parsed JSON when the content type was `application/json` and it
+    parsed, else `bytes`/`str`. `headers` has lower-case names. Raises `Refused` (invalid_request, too_large).
+    """
+    payload = _payload(body)
+    kind = payload.get("type")
+    if kind not in _TYPES:
+        got = "no 'type'" if kind is None else f"'type': {_show(kind)}"
+        raise Refused("invalid_request", f"The request has {got}; it must be one of {', '.join(map(repr, _TYPES))}.")
+    action = _TYPES[kind]
+    if action == "open":
+        return _open(payload)
+    session_id = _session_id(payload, headers)
+    if action == "ask":
+        return _ask(payload, session_id, limits)
+    _known_fields(payload, _SESSION_FIELDS)
+    return Close(session_id) if action == "close" else Cancel(session_id)
+
+
+def _payload(body: Any) -> dict[str, Any]:
+    if isinstance(body, str | bytes | bytearray):
+        if not body.strip():
+            raise Refused("invalid_request", "The body is empty; a JSON object is wanted.")
+        try:
+            body = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            where = f" ({error.msg} at character {error.pos})" if isinstance(error, json.JSONDecodeError) else ""
+            raise Refused("invalid_request", f"The body is not JSON{where}; a JSON object is wanted.") from None
+    if not isinstance(body, dict):
+        raise Refused("invalid_request", f"The body is a JSON {_json_type(body)}; a JSON object is wanted.")
+    return body
+
+
+def _open(payload: dict[str, Any]) -> Open:
+    _known_fields(payload, _OPEN_FIELDS)
+    image = _text(payload, "image")
+    path = _text(payload, "path")
+    if (image is None) == (path is None):
+        got = "neither" if image is None else "both"
+        raise Refused("invalid_request", f"A session opens with one picture, in 'image' or in 'path'; {got} was given.")
+    return Open(image=image, path=path)
+
+
+def _ask(payload: dict[str, Any], session_id: str, limits: Limits) -> Ask:
+    _known_fields(payload, _ASK_FIELDS)
+    prompt_text = _prompt(payload, "prompt_text", limits)
+    if prompt_text is None or not prompt_text.strip():
+        raise Refused("invalid_request", "'prompt_text' is missing or empty; a question is wanted.")
+    temperature = _number(payload, "temperature", 0.0, 0.0, 10.0)
+    return Ask(
+        session_id=session_id,
+        prompt_text=prompt_text,
+        stream=_flag(payload, "stream"),
+        max_new_tokens=_integer(payload, "max_new_tokens", limits.default_new_tokens, 1, limits.max_new_tokens),
+        temperature=temperature,
+        top_p=_number(payload, "top_p", 1.0, 0.0, 1.0, above=True),
+        seed=_integer(payload, "seed", None, 0, 2**63 - 1),
+        stop=_stop(payload, limits),
+        return_token_ids=_flag(payload, "return_token_ids"),
+    )
+
+
+def session_in_header(headers: Mapping[str, str]) -> str | None:
+    """The session id that the header names; None when it is absent, empty or the constant NEW_SESSION."""
+    value = headers.get(SESSION_HEADER.lower())
+    value = value.strip() if isinstance(value, str) else ""
+    return value if value and value != NEW_SESSION else None
+
+
+def _session_id(payload: dict[str, Any], headers: Mapping[str, str]) -> str:
+    in_header, in_body = session_in_header(headers), _text(payload, "session_id")
+    if in_header and in_body and in_header != in_body:
+        raise Refused("invalid_request", f"The {SESSION_HEADER} header and the body's 'session_id' name two sessions.")
+    session_id = in_header or in_body
+    if not session_id:
+        wanted = f"send the {SESSION_HEADER} header or a 'session_id'"
+        raise Refused("invalid_request", f"The request names no session; {wanted}.")
+    if len(session_id) > SESSION_ID_MAX_CHARS or not SESSION_ID_PATTERN.fullmatch(session_id):
+        raise Refused("invalid_request", "The session id is malformed: letters, digits and inner hyphens are wanted.")
+    return session_id
+
+
+def _known_fields(payload: dict[str, Any], known: set[str]) -> None:
+    unknown = sorted(set(payload) - known)
+    if unknown:
+        names = ", ".join(_show(name) for name in unknown[:5])
+        raise Refused("invalid_request", f"Unknown field {names}; known are {', '.join(sorted(known))}.")
+
+
+def _text(payload: dict[str, Any], name: str) -> str | None:
+    value = payload.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise Refused("invalid_request", f"'{name}' is a JSON {_json_type(value)}; a string is wanted.")
+    return value
+
+
+def _prompt(payload: dict[str, Any], name: str, limits: Limits) -> str | None:
+    text = _text(payload, name)
+    if text is None:
+        return None
+    if len(text) > limits.max_prompt_chars:
+        sizes = f"{len(text):,} characters; at most {limits.max_prompt_chars:,} are taken"
+        raise Refused("too_large", f"'{name}' has {sizes}.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise Refused("invalid_request", f"'{name}' holds a lone surrogate; Unicode text is wanted.") from None
+    return text
+
+
+def _flag(payload: dict[str, Any], name: str) -> bool:
+    value = payload.get(name)
+    if value is None:
+        return False
+    if not isinstance(value, bool):
+        raise Refused("invalid_request", f"'{name}' is a JSON {_json_type(value)}; true or false is wanted.")
+    return value
+
+
+def _integer(payload: dict[str, Any], name: str, default: int | None, low: int, high: int) -> int | None:
+    value = payload.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise Refused("invalid_request", f"'{name}' is {_show(value)}; a whole number from {low} to {high} is wanted.")
+    return value
+
+
+def _number(payload: dict[str, Any], name: str, default: float, low: float, high: float, above: bool = False) -> float:
+    value = payload.get(name)
+    if value is None:
+        return default
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    if not fits or (above and value == low):
+        wanted = f"a number {'above' if above else 'from'} {low:g} {'up ' if above else ''}to {high:g}"
+        raise Refused("invalid_request", f"'{name}' is {_show(value)}; {wanted} is wanted.")
+    return float(value)
+
+
+def _stop(payload: dict[str, Any], limits: Limits) -> tuple[str, ...]:
+    value = payload.get("stop")
+    if value is None:
+        return ()
+    stop = [value] if isinstance(value, str) else value
+    if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
+        raise Refused("invalid_request", "'stop' must be a non-empty string or a list of such strings.")
+    if len(stop) > limits.max_stop_strings or any(len(text) > limits.max_stop_chars for text in stop):
+        most = f"{limits.max_stop_strings} strings of {limits.max_stop_chars} characters"
+        raise Refused("too_large", f"'stop' is too long; at most {most} are taken.")
+    return tuple(stop)
+
+
+def _json_type(value: Any) -> str:
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, int | float):
+        return "number"
+    return {str: "string", list: "array", dict: "object", type(None): "null"}.get(type(value), type(value).__name__)
+
+
+def _show(value: Any) -> str:
+    """A short, ASCII form of what the caller sent, safe in a message."""
+    text = ascii(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+# --- replies ---
+
+
+def session_headers(session_id: str, expires: str) -> dict[str, str]:
+    """Headers of an open's reply. `expires` is UTC, `YYYY-MM-DDTHH:MM:SSZ`."""
+    value = f"{session_id}; Expires={expires}"
+    return {SESSION_HEADER: value, NEW_SESSION_HEADER: value}
+
+
+def opened(session_id: str, expires: str, image_tokens: int, prompt_tokens: int) -> dict:
+    """Body of an open's reply."""
+    counts = {"image_tokens": image_tokens, "prompt_tokens": prompt_tokens}
+    return {"session_id": session_id, "expires": expires, "usage": counts}
+
+
+def closed(session_id: str) -> dict:
+    """Body of a close's reply."""
+    return {"success": True, "session_id": session_id}
+
+
+def cancelled(session_id: str, had_turn: bool) -> dict:
+    """Body of a cancel's reply; `success` is false when no turn was running."""
+    return {"success": had_turn, "session_id": session_id}
+
+
+def answer_facts(session_id: str, finish_reason: str, usage: dict, timings: dict, token_ids: list[int] | None) -> dict:
+    """What is told of a finished turn, the last line of a stream and part of the one-shot body."""
+    facts = {"session_id": session_id, "finish_reason": finish_reason, "usage": usage, "timings": timings}
+    return facts if token_ids is None else {**facts, "token_ids": token_ids}
+
+
+def line(body: dict) -> str:
+    """One line of a streamed answer."""
+    return json.dumps(body, ensure_ascii=False) + "\n"

@@ -1,0 +1,476 @@
+"""Owns the exchange with TorchServe's batches: which row waits for what, and what each row is answered in this step.
+
+`exchange()` takes all active rows and gives each a reply or holds it. It never raises. Must not know TorchServe's API
+(the edge translates), torch, or how an answer is computed (the engine does).
+
+A row that is held gets no prediction in this step; the frontend keeps its request open and sends the row again. So the
+status of a reply stays free until there is something to say, and a refusal or a failure keeps its own HTTP status.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from . import media, protocol
+from .conversation import ChatTokens, Conversation, Opening
+from .engine.messages import (
+    AskSession,
+    Cancelled,
+    CancelTurn,
+    Closed,
+    CloseSession,
+    Command,
+    Delta,
+    Event,
+    Finished,
+    Memory,
+    Opened,
+    OpenFailed,
+    OpenSession,
+    Report,
+    Sampling,
+    TurnFailed,
+)
+from .errors import Refused
+from .sessions import Session, SessionTable
+from .telemetry import Figures
+
+log = logging.getLogger(__name__)
+
+# How long a step waits for something to say. A new request joins between steps, so this bounds what it waits for.
+WAIT_S = 0.02
+# A sequence is ended only when no request of it came for so long: TorchServe drops, unanswered, what is queued on it by
+# then.
+QUIET_S = 0.01
+# While rows are active, TorchServe calls without a pause; a silence of this length means that all their clients are
+# gone.
+SILENCE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One entry of a TorchServe batch.
+
+    `sequence_id` is TorchServe's name for the session; `fresh` tells that the frontend made it for this very request.
+    `headers` are the client's own, names in lower case.
+    """
+
+    request_id: str
+    sequence_id: str
+    fresh: bool
+    headers: Mapping[str, str]
+    body: Any
+
+
+@dataclass
+class Reply:
+    """What a row is answered in this step. `more`: None for a whole answer, True for a chunk, False for the last chunk."""
+
+    body: str
+    more: bool | None = None
+    status: int = 200
+    content_type: str = protocol.JSON_TYPE
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+class EngineDoor(Protocol):
+    """Where commands go."""
+
+    def submit(self, command: Command) -> None:
+        """Hand a command over; what comes of it arrives as a `Report` in the pump's inbox."""
+
+
+@dataclass
+class _Entry:
+    """An active row and what it waits for. `final` is its last reply, once known; `lines` are streamed text not yet
+    sent.
+    """
+
+    row: Row
+    arrived_s: float
+    preparing: Future | None = None
+    streamed: bool = False
+    head_sent: bool = False
+    lines: list[str] = field(default_factory=list)
+    final: Reply | None = None
+
+
+@dataclass
+class _Turn:
+    """A running turn; `entry` is None when its client has left."""
+
+    session: Session[Conversation]
+    prompt_ids: list[int]
+    ask: protocol.Ask
+    entry: _Entry | None
+    waiting_cancels: list[_Entry] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+
+
+class Pump:
+    """Answers rows from sessions. One lock guards all state: TorchServe's thread and the sweeper's take turns."""
+
+    def __init__(
+        self,
+        engine: EngineDoor,
+        inbox: queue.SimpleQueue,
+        tokens: ChatTokens,
+        table: SessionTable[Conversation],
+        context_tokens: int,
+        limits: protocol.Limits,
+        media_limits: media.MediaLimits,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`inbox`: where the engine puts its reports; `clock`: seconds since the epoch."""
+        self._engine = engine
+        self._inbox = inbox
+        self._tokens = tokens
+        self._table = table
+        self._context_tokens = context_tokens
+        self._limits = limits
+        self._media_limits = media_limits
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="media")
+        self._entries: dict[str, _Entry] = {}
+        self._turns: dict[str, _Turn] = {}
+        self._closing: dict[str, list[_Entry]] = {}
+        self._memory = Memory()
+        self._turns_total = 0
+        self._refusals_total = 0
+        self._last_exchange_s = time.monotonic()
+
+    def exchange(self, rows: list[Row]) -> list[Reply | None]:
+        """One step: `rows` are all active requests. A reply for each, or None where the row is held."""
+        with self._lock:
+            for row in rows:
+                if row.request_id not in self._entries:
+                    self._admit(row)
+            self._drop_vanished({row.request_id for row in rows})
+            self._wait()
+            replies = [self._safe_reply(self._entries[row.request_id]) for row in rows]
+            self._last_exchange_s = time.monotonic()
+            return replies
+
+    def sweep(self) -> None:
+        """Expire sessions, and notice clients that left while nothing else was going on. Call it about once a second."""
+        with self._lock:
+            self._drain()
+            if self._entries and time.monotonic() - self._last_exchange_s > SILENCE_S:
+                self._drop_vanished(set())
+            for session in self._table.expired(self._clock()):
+                if session.turn_id is None:
+                    log.info("session_expired session=%s", _short(session.id))
+                    self._table.remove(session.id, "expired")
+                    self._engine.submit(CloseSession(session.id))
+
+    @property
+    def busy(self) -> bool:
+        """Whether any row is still waiting for its last reply."""
+        return bool(self._entries)
+
+    def figures(self) -> Figures:
+        """Gauges and counters as of now."""
+        memory = self._memory
+        held = memory.features_bytes + memory.kv_bytes
+        return Figures(
+            open_sessions=len(self._table),
+            running_turns=self._table.running_turns,
+            features_bytes=memory.features_bytes,
+            kv_bytes=memory.kv_bytes,
+            device_bytes=memory.allocated_bytes or held,
+            turns_total=self._turns_total,
+            refusals_total=self._refusals_total,
+        )
+
+    # --- requests ---
+
+    def _admit(self, row: Row) -> None:
+        """Take a new row: parse it, and start what it asks for or refuse it."""
+        entry = self._entries[row.request_id] = _Entry(row, arrived_s=time.monotonic())
+        try:
+            request = protocol.parse(row.body, row.headers, self._limits)
+            match request:
+                case protocol.Open():
+                    self._open(entry, request)
+                case protocol.Ask():
+                    self._ask(entry, request)
+                case protocol.Close():
+                    self._close(entry, request.session_id)
+                case protocol.Cancel():
+                    self._cancel(entry, request.session_id)
+        except Exception as error:
+            self._refuse(entry, error)
+
+    def _open(self, entry: _Entry, request: protocol.Open) -> None:
+        row = entry.row
+        if protocol.session_in_header(row.headers):
+            wanted = f"open without the {protocol.SESSION_HEADER} header, or with {protocol.NEW_SESSION} in it"
+            raise Refused("invalid_request", f"A new session gets its id from the server; {wanted}.")
+        # The frontend routes by the id that it made; behind a literal NEW_SESSION it made none.
+        session_id = row.sequence_id if row.fresh else f"ls-{uuid.uuid4()}"
+        self._table.reserve(session_id)
+        entry.preparing = self._pool.submit(self._prepare, request)
+        entry.preparing.add_done_callback(lambda _: self._inbox.put((entry, session_id)))
+
+    def _prepare(self, request: protocol.Open) -> Opening:
+        """Runs beside the pump, so that a slow host or a large picture delays nobody else."""
+        if request.image is not None:
+            picture = media.load_base64(request.image, self._media_limits)
+        else:
+            picture = media.load_path(request.path, self._media_limits)
+        return self._tokens.opening([picture.image])
+
+    def _prepared(self, entry: _Entry, session_id: str) -> None:
+        """The picture is there, or is refused."""
+        try:
+            opening = entry.preparing.result()
+            self._fits(len(opening.token_ids) + 1)
+            if entry.row.request_id not in self._entries:
+                raise Refused("invalid_request", "The client has left.")
+        except Exception as error:
+            self._table.release(session_id)
+            self._refuse(entry, error)
+            return
+        session = self._table.open(session_id, Conversation(opening), self._clock())
+        self._engine.submit(OpenSession(session_id, opening.token_ids, opening.pixel_values))
+        body = protocol.opened(session_id, session.expires, opening.image_tokens, len(opening.token_ids))
+        entry.final = Reply(json.dumps(body), headers=protocol.session_headers(session_id, session.expires))
+        log.info(
+            "session_open session=%s tokens=%d open=%d", _short(session_id), len(opening.token_ids), len(self._table)
+        )
+
+    def _ask(self, entry: _Entry, ask: protocol.Ask) -> None:
+        session = self._table.get(ask.session_id, self._clock())
+        self._table.begin_turn(session, entry.row.request_id)
+        try:
+            prompt_ids = self._tokens.prompt(session.conversation, ask.prompt_text)
+            self._fits(len(session.conversation.token_ids) + len(prompt_ids) + 1)
+        except Exception:
+            session.turn_id = None
+            raise
+        entry.streamed = ask.stream
+        self._turns[entry.row.request_id] = _Turn(session, prompt_ids, ask, entry)
+        sampling = Sampling(ask.max_new_tokens, ask.temperature, ask.top_p, ask.seed, ask.stop)
+        self._engine.submit(AskSession(session.id, entry.row.request_id, prompt_ids, sampling))
+
+    def _fits(self, tokens: int) -> None:
+        if tokens > self._context_tokens:
+            sizes = f"the model's context is {self._context_tokens} tokens, the conversation would need {tokens}"
+            raise Refused("context_length_exceeded", f"The conversation is too long: {sizes}.")
+
+    def _close(self, entry: _Entry, session_id: str) -> None:
+        if session_id in self._closing:
+            self._closing[session_id].append(entry)
+            return
+        if self._table.was_closed(session_id):
+            self._closed(entry, session_id)
+            return
+        session = self._table.get(session_id, self._clock())
+        session.closing = True
+        self._closing[session_id] = [entry]
+        self._engine.submit(CloseSession(session_id))
+
+    def _closed(self, entry: _Entry, session_id: str) -> None:
+        headers = {protocol.CLOSED_SESSION_HEADER: session_id}
+        entry.final = Reply(json.dumps(protocol.closed(session_id)), headers=headers)
+
+    def _cancel(self, entry: _Entry, session_id: str) -> None:
+        session = self._table.get(session_id, self._clock())
+        if session.turn_id is None:
+            entry.final = Reply(json.dumps(protocol.cancelled(session_id, had_turn=False)))
+            return
+        self._turns[session.turn_id].waiting_cancels.append(entry)
+        self._engine.submit(CancelTurn(session.turn_id))
+
+    def _refuse(self, entry: _Entry, error: Exception) -> None:
+        refused = _as_refusal(error)
+        self._refusals_total += 1
+        log.info("refused request=%s code=%s", _short(entry.row.request_id), refused.code)
+        entry.final = Reply(json.dumps(refused.body()), status=refused.status)
+
+    def _drop_vanished(self, active: set[str]) -> None:
+        """Forget rows whose clients left, and end what only they were waiting for."""
+        for request_id in self._entries.keys() - active:
+            del self._entries[request_id]
+            turn = self._turns.get(request_id)
+            if turn is not None:
+                log.info("client_left session=%s", _short(turn.session.id))
+                turn.entry = None
+                self._engine.submit(CancelTurn(request_id))
+
+    # --- events ---
+
+    def _wait(self) -> None:
+        """Take in what has happened; when no row can be answered by it, wait a little for more."""
+        self._drain()
+        until = time.monotonic() + WAIT_S
+        while not any(self._sendable(entry) for entry in self._entries.values()):
+            left = until - time.monotonic()
+            if left <= 0:
+                return
+            # A reply that only waits for its sequence to be quiet is due within QUIET_S, and nothing will announce it.
+            try:
+                self._take(self._inbox.get(timeout=min(left, QUIET_S / 2)))
+            except queue.Empty:
+                continue
+            self._drain()
+
+    def _drain(self) -> None:
+        while True:
+            try:
+                self._take(self._inbox.get_nowait())
+            except queue.Empty:
+                return
+
+    def _take(self, item: Report | tuple[_Entry, str]) -> None:
+        if not isinstance(item, Report):
+            self._prepared(*item)
+            return
+        self._memory = item.memory
+        for event in item.events:
+            try:
+                self._hear(event)
+            except Exception:
+                log.exception("event_lost event=%s", type(event).__name__)  # one session's fault stays its own
+
+    def _hear(self, event: Event) -> None:
+        match event:
+            case Delta():
+                turn = self._turns[event.turn_id]
+                turn.text.append(event.text)
+                if turn.entry is not None and turn.entry.streamed:
+                    turn.entry.lines.append(protocol.line({"delta": event.text}))
+            case Finished():
+                turn = self._end_turn(event.turn_id)
+                turn.session.conversation.commit(turn.prompt_ids, event.kept_ids)
+                self._answer(turn, event)
+            case Cancelled():
+                turn = self._end_turn(event.turn_id)
+                self._tell(turn, {"session_id": turn.session.id, "finish_reason": "cancelled"})
+            case TurnFailed():
+                turn = self._end_turn(event.turn_id)
+                refused = _as_refusal(RuntimeError(event.error))
+                self._tell(turn, refused.body(), status=refused.status)
+            case Opened():
+                times = f"encode_ms={event.encode_ms:.0f} total_ms={event.total_ms:.0f}"
+                log.info("session_ready session=%s %s", _short(event.session_id), times)
+            case OpenFailed():
+                if event.session_id in self._table:
+                    self._table.remove(event.session_id, "failed")
+            case Closed():
+                self._hear_closed(event.session_id)
+
+    def _hear_closed(self, session_id: str) -> None:
+        waiting = self._closing.pop(session_id, None)
+        if waiting is None:
+            return  # expired: the sweeper has told the table already
+        if session_id in self._table:
+            self._table.remove(session_id, "closed")
+        log.info("session_close session=%s open=%d", _short(session_id), len(self._table))
+        for entry in waiting:
+            self._closed(entry, session_id)
+
+    def _end_turn(self, turn_id: str) -> _Turn:
+        turn = self._turns.pop(turn_id)
+        turn.session.turn_id = None
+        for entry in turn.waiting_cancels:
+            entry.final = Reply(json.dumps(protocol.cancelled(turn.session.id, had_turn=True)))
+        return turn
+
+    def _answer(self, turn: _Turn, event: Finished) -> None:
+        self._turns_total += 1
+        usage, timings = vars(event.usage), {name: round(ms, 1) for name, ms in vars(event.timings).items()}
+        ids = event.answer_ids if turn.ask.return_token_ids else None
+        self._tell(turn, protocol.answer_facts(turn.session.id, event.reason, usage, timings, ids))
+        counts = f"prompt={usage['prompt_tokens']} cached={usage['cached_tokens']} answer={usage['completion_tokens']}"
+        times = f"ttft_ms={timings['ttft_ms']} total_ms={timings['total_ms']}"
+        log.info("turn_done session=%s reason=%s %s %s", _short(turn.session.id), event.reason, counts, times)
+
+    def _tell(self, turn: _Turn, facts: dict, status: int = 200) -> None:
+        """Give the turn's row its last words: a last line when it streams, else one body with the whole answer."""
+        entry = turn.entry
+        if entry is None:
+            return
+        if status != 200 and not entry.head_sent:
+            entry.lines.clear()
+            entry.final = Reply(json.dumps(facts), status=status)
+        elif entry.streamed:
+            last = facts if "error" in facts else {"delta": "", **facts}
+            entry.final = Reply(protocol.line(last), more=False, content_type=protocol.STREAM_TYPE)
+        else:
+            entry.final = Reply(json.dumps({"response_text": "".join(turn.text), **facts}, ensure_ascii=False))
+
+    # --- replies ---
+
+    def _sendable(self, entry: _Entry) -> bool:
+        return bool(entry.lines) or (entry.final is not None and self._quiet(entry))
+
+    def _safe_reply(self, entry: _Entry) -> Reply | None:
+        try:
+            return self._reply(entry)
+        except Exception as error:
+            self._entries.pop(entry.row.request_id, None)
+            body = json.dumps(_as_refusal(error).body())
+            return Reply(body + "\n", more=False) if entry.head_sent else Reply(body, status=500)
+
+    def _reply(self, entry: _Entry) -> Reply | None:
+        """What the row is told in this step."""
+        text = "".join(entry.lines)
+        entry.lines.clear()
+        if entry.final is None or not self._quiet(entry):
+            if not text and not entry.head_sent:
+                return None
+            # An empty chunk is how TorchServe notices that a streaming client has left.
+            entry.head_sent = True
+            return Reply(text, more=True, content_type=protocol.STREAM_TYPE)
+        final = entry.final
+        final.body = text + final.body
+        if final.more is False and not entry.head_sent:
+            final.more = None  # a last chunk that is also the first sends no head at all: make it a whole answer
+        if self._ends_sequence(entry):
+            final.headers.setdefault(protocol.CLOSED_SESSION_HEADER, entry.row.sequence_id)
+        del self._entries[entry.row.request_id]
+        return final
+
+    def _ends_sequence(self, entry: _Entry) -> bool:
+        """Whether this reply shall make the frontend forget the row's sequence.
+
+        Every id that is not an open session's is ended: TorchServe keeps a place and a thread for each id it ever saw,
+        and when all are taken nobody can open a session. A ';' would name a second sequence, perhaps somebody else's.
+        """
+        sequence = entry.row.sequence_id
+        if not sequence or sequence in self._table or sequence == protocol.NEW_SESSION or ";" in sequence:
+            return False
+        return not any(other is not entry and other.row.sequence_id == sequence for other in self._entries.values())
+
+    def _quiet(self, entry: _Entry) -> bool:
+        """Whether the row's last reply may go out: at once, unless it ends a sequence that was in use a moment ago."""
+        if entry.row.fresh or not self._ends_sequence(entry):
+            return True
+        return time.monotonic() - entry.arrived_s >= QUIET_S
+
+
+def _as_refusal(error: Exception) -> Refused:
+    """The refusal that an error is told as. What nobody foresaw is logged whole and told by an id only."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, media.MediaError):
+        return Refused(error.code, error.message)
+    error_id = uuid.uuid4().hex[:8]
+    log.error("internal_error id=%s", error_id, exc_info=error)
+    return Refused("internal", f"Something went wrong inside the server; its log has the cause under id {error_id}.")
+
+
+def _short(identity: str) -> str:
+    """Ids are secrets: a log shows enough to tell two apart."""
+    return identity.removeprefix("ts-seq-")[:8]

@@ -1,0 +1,36 @@
+"""Owns the names of the metrics and the figures behind them. Pure: how they are emitted is the TorchServe edge's
+business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Gauges: name -> unit. Declared once more for TorchServe's frontend in deploy/metrics.yaml.
+GAUGES = {
+    "llava_open_sessions": "count",
+    "llava_running_turns": "count",
+    "llava_features_bytes": "bytes",
+    "llava_kv_bytes": "bytes",
+    "llava_device_bytes": "bytes",
+}
+COUNTERS = {"llava_turns_total": "count", "llava_refusals_total": "count"}
+
+
+@dataclass
+class Figures:
+    """What the handler tells about itself at one moment. `device_bytes` is features and KV together, or on CUDA what
+    torch's allocator holds, weights included.
+    """
+
+    open_sessions: int = 0
+    running_turns: int = 0
+    features_bytes: int = 0
+    kv_bytes: int = 0
+    device_bytes: int = 0
+    turns_total: int = 0
+    refusals_total: int = 0
+
+    def value(self, metric: str) -> int:
+        """The figure of a metric by its name."""
+        return getattr(self, metric.removeprefix("llava_"))

@@ -113,7 +113,7 @@ class LlavaHandler(BaseHandler):
                 log.exception("sweep_failed")
 
     def _tell_figures(self) -> None:
-        """Emit the metrics when a figure changed. Each one travels to the frontend as a line of this process's output."""
+        """Emit the metrics when a figure changed; each travels to the frontend as a line of this process's output."""
         with self._metrics_lock:
             figures, told = self._pump.figures(), self._told
             if figures == told:

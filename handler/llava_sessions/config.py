@@ -103,9 +103,9 @@ def _media(reader: _Section) -> MediaLimits:
 
 def _check_frontend(model_yaml: Mapping[str, Any], config: HandlerConfig, problems: list[str]) -> None:
     """TorchServe's own part of the file, as far as sessions depend on it."""
-    for key in ("sequenceBatching", "continuousBatching"):
-        if model_yaml.get(key) is not True:
-            problems.append(f"{key} is {model_yaml.get(key)!r}; it must be true")
+    switches = ("sequenceBatching", "continuousBatching")
+    off = [key for key in switches if model_yaml.get(key) is not True]
+    problems.extend(f"{key} is {model_yaml.get(key)!r}; it must be true" for key in off)
     capacity = frontend_capacity(config.max_sessions)
     for key in ("batchSize", "maxNumSequence"):
         if not isinstance(model_yaml.get(key), int) or model_yaml[key] < capacity:

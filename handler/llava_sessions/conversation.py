@@ -21,7 +21,7 @@ from tokenizers.decoders import DecodeStream
 
 
 class TemplateError(Exception):
-    """The checkpoint's chat template or tokenizer can't carry a chat about a picture; the message says what was found."""
+    """The checkpoint's chat template or tokenizer can't carry a chat about a picture; the message says why."""
 
 
 @dataclass(frozen=True)

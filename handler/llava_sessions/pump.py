@@ -73,7 +73,7 @@ class Row:
 
 @dataclass
 class Reply:
-    """What a row is answered in this step. `more`: None for a whole answer, True for a chunk, False for the last chunk."""
+    """What a row is answered in this step. `more`: None for a whole answer, True for a chunk, False for the last."""
 
     body: str
     more: bool | None = None
@@ -162,7 +162,7 @@ class Pump:
             return replies
 
     def sweep(self) -> None:
-        """Expire sessions, and notice clients that left while nothing else was going on. Call it about once a second."""
+        """Expire sessions, and notice clients that left while nothing else went on. Call it about once a second."""
         with self._lock:
             self._drain()
             if self._entries and time.monotonic() - self._last_exchange_s > SILENCE_S:

@@ -82,7 +82,7 @@ class SessionTable(Generic[Conversation]):
         return session
 
     def get(self, session_id: str, now_s: float) -> Session[Conversation]:
-        """The open session of that id. Raises `Refused`: session_expired for one that ran out, else session_not_found."""
+        """The open session of that id. Raises `Refused` (session_expired, session_not_found, internal)."""
         session = self._open.get(session_id)
         if session is not None and not session.closing:
             if now_s < session.expires_at_s:

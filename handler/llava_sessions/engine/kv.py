@@ -37,7 +37,7 @@ class SessionKV:
         self._data = grown
 
     def write(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store new keys and values, `[kv_heads, tokens, head_dim]` each, from token `start` on. Room must be reserved."""
+        """Store new keys and values, `[kv_heads, tokens, head_dim]` each, from token `start` on, in reserved room."""
         end = start + keys.shape[1]
         self._data[layer, 0, :, start:end] = keys
         self._data[layer, 1, :, start:end] = values

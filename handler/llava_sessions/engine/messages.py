@@ -84,7 +84,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one turn. `prompt_tokens` is the whole conversation, `cached_tokens` the part that was in the KV cache."""
+    """Tokens of one turn. `prompt_tokens`: the whole conversation; `cached_tokens`: what of it was in the KV cache."""
 
     prompt_tokens: int
     cached_tokens: int

@@ -149,7 +149,7 @@ class Model:
 
     @torch.inference_mode()
     def encode(self, pixel_values: np.ndarray) -> torch.Tensor:
-        """Vision tower and projector: float32 `[pictures, 3, H, W]` -> features `[image tokens, hidden]` on the device."""
+        """Vision tower and projector: float32 `[pictures, 3, H, W]` -> `[image tokens, hidden]` on the device."""
         pixels = torch.from_numpy(pixel_values).to(self.device, self.dtype)
         features = self._model.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
         return torch.cat(tuple(features), dim=0)

@@ -8,6 +8,7 @@ SEED ?=
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
+.NOTPARALLEL:  # Java is looked for first, whatever -j says
 .PHONY: help demo test serve lint model env java clean
 
 help:  ## list the targets

@@ -41,6 +41,10 @@ fi
 # The stamp goes first and comes back last: an install that fails or is interrupted is tried again next time.
 rm -f "$stamp"
 echo "installing requirements-dev.txt into .venv (torch is large: some minutes on a new machine) ..."
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+quiet=--quiet
+if [[ -t 1 ]]; then
+  quiet=--progress-bar=on # someone is watching
+fi
+.venv/bin/python -m pip install "$quiet" --disable-pip-version-check -r requirements-dev.txt
 printf '%s\n' "$wanted" >"$stamp"
 echo ".venv is ready"

@@ -345,7 +345,7 @@ def pack(job: Job) -> Packed:
     job.output.mkdir(parents=True, exist_ok=True)
     # Beside the result, not in /tmp: one file system, so links and the last rename work and no memory disk fills up.
     with tempfile.TemporaryDirectory(prefix=".packing-", dir=job.output) as scratch:
-        made, expected = _build(job, Path(scratch), inside, config_text)
+        made, expected = _build(job, Path(scratch).resolve(), inside, config_text)
         verify(made, job.format, job.name, expected)
         removed = _swap_in(made, job)
     return Packed(job.archive, _size_bytes(job.archive), sessions, checkpoint, removed)

@@ -1,0 +1,351 @@
+"""The build kit: what is refused and in which words, what travels, and what the archive's configuration says.
+
+The checkpoint is made here (a real safetensors file, small); the archiver is the real one. Knows nothing of the handler
+but its place in the tree: a stand-in is packed, so that these tests do not change with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import save_file
+
+from deploy import pack as kit
+from deploy.pack import Job, PackError
+
+REPO = Path(__file__).resolve().parents[2]
+CONFIG = """\
+# Workers and batching.
+minWorkers: 1
+batchSize: 144   # twice the sessions, and room
+sequenceBatching: true
+maxNumSequence: 144
+llava:
+  # What is served.
+  checkpoint: checkpoint     # folder in the archive, absolute path, or hub id
+  dtype: auto
+  device: auto
+
+  max_sessions: 64  # open at once
+other:
+  dtype: untouched
+"""
+
+
+def write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = tmp_path / "checkpoint-source"
+    folder.mkdir()
+    save_file({"a": np.zeros((64, 64), np.float32), "b": np.ones(3, np.float16)}, folder / "model.safetensors")
+    write_json(folder / "config.json", {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]})
+    write_json(folder / "processor_config.json", {"image_processor": {}})
+    write_json(folder / "tokenizer.json", {})
+    write_json(folder / "tokenizer_config.json", {})
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    for stranger in ("train.py", "README.md", "pytorch_model.bin", "optimizer.safetensors"):
+        (folder / stranger).write_text("not to be packed")
+    return folder
+
+
+@pytest.fixture
+def sharded(checkpoint: Path) -> Path:
+    (checkpoint / "model.safetensors").unlink()
+    for number, name in enumerate("ab", 1):
+        save_file({name: np.full(100, number, np.float32)}, checkpoint / f"model-0000{number}-of-00002.safetensors")
+    weight_map = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    write_json(checkpoint / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    return checkpoint
+
+
+@pytest.fixture
+def job(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    handler = tmp_path / "handler"
+    (handler / "llava_sessions" / "engine" / "__pycache__").mkdir(parents=True)
+    (handler / "llava_handler.py").write_text("class Handler:\n    pass\n")
+    (handler / "llava_sessions" / "__init__.py").write_text("")
+    (handler / "llava_sessions" / "engine" / "__init__.py").write_text("")
+    (handler / "llava_sessions" / "engine" / "__pycache__" / "x.cpython-311.pyc").write_text("")
+    (handler / "model-config.yaml").write_text(CONFIG)
+    monkeypatch.setattr(kit, "HANDLER_DIR", handler)
+    return Job(model=str(checkpoint), config=handler / "model-config.yaml", output=tmp_path / "store")
+
+
+# --- the archive ------------------------------------------------------------------------------------------------------
+
+TRAVELS = {
+    "llava_handler.py",
+    "model-config.yaml",
+    "llava_sessions/__init__.py",
+    "llava_sessions/engine/__init__.py",
+    "checkpoint/config.json",
+    "checkpoint/processor_config.json",
+    "checkpoint/tokenizer.json",
+    "checkpoint/tokenizer_config.json",
+    "checkpoint/chat_template.jinja",
+    "checkpoint/model.safetensors",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "file_name"), [("no-archive", "chat"), ("default", "chat.mar"), ("tgz", "chat.tar.gz")]
+)
+def test_each_format_holds_the_handler_and_the_checkpoint_and_nothing_else(
+    job: Job, kind: str, file_name: str, checkpoint: Path
+) -> None:
+    packed = kit.pack(replace(job, format=kind, name="chat", version="2.1"))
+
+    assert packed.archive == job.output / file_name
+    assert [path.name for path in job.output.iterdir()] == [file_name], "no scratch folder stays behind"
+    sizes, manifest = kit.read_archive(packed.archive, kind)
+    assert set(sizes) == TRAVELS
+    assert sizes["checkpoint/model.safetensors"] == (checkpoint / "model.safetensors").stat().st_size
+    assert manifest["model"]["modelName"] == "chat"
+    assert manifest["model"]["handler"] == "llava_handler.py"
+    assert manifest["model"]["modelVersion"] == "2.1"
+
+
+def test_packed_weights_are_a_copy_that_a_later_training_run_cannot_change(job: Job, checkpoint: Path) -> None:
+    archive = kit.pack(job).archive
+    packed = archive / "checkpoint" / "model.safetensors"
+    before = packed.read_bytes()
+    with (checkpoint / "model.safetensors").open("r+b") as file:
+        file.write(b"changed in place")
+    assert packed.read_bytes() == before
+
+
+def test_shards_travel_with_their_index(job: Job, sharded: Path) -> None:
+    sizes, _ = kit.read_archive(kit.pack(job).archive, "no-archive")
+    weights = {name for name in sizes if "safetensors" in name}
+    assert weights == {
+        "checkpoint/model.safetensors.index.json",
+        "checkpoint/model-00001-of-00002.safetensors",
+        "checkpoint/model-00002-of-00002.safetensors",
+    }
+
+
+def test_weights_beside_leave_the_checkpoint_where_it_is(job: Job, checkpoint: Path) -> None:
+    packed = kit.pack(replace(job, weights="beside"))
+    sizes, _ = kit.read_archive(packed.archive, "no-archive")
+    assert not [name for name in sizes if name.startswith("checkpoint/")]
+    config = yaml.safe_load((packed.archive / "model-config.yaml").read_text())
+    assert config["llava"]["checkpoint"] == str(checkpoint)
+
+
+def test_hub_id_beside_is_written_down_and_not_fetched(job: Job) -> None:
+    packed = kit.pack(replace(job, model="some-org/llava-1.5-7b", weights="beside"))
+    config = yaml.safe_load((packed.archive / "model-config.yaml").read_text())
+    assert config["llava"]["checkpoint"] == "some-org/llava-1.5-7b"
+
+
+def test_hub_id_that_cannot_be_fetched_says_so(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(PackError, match=r"(?s)nobody/no-such-model is neither a folder here.*offline\?"):
+        kit.pack(replace(job, model="nobody/no-such-model"))
+
+
+def test_packing_again_replaces_the_archive_whole(job: Job) -> None:
+    archive = kit.pack(job).archive
+    (archive / "left-over.txt").write_text("from the run before")
+    kit.pack(replace(job, sessions=8))
+    assert not (archive / "left-over.txt").exists()
+    assert yaml.safe_load((archive / "model-config.yaml").read_text())["llava"]["max_sessions"] == 8
+
+
+def test_another_format_of_the_name_goes_and_other_names_stay(job: Job) -> None:
+    kit.pack(replace(job, format="default"))
+    kit.pack(replace(job, format="tgz", name="other"))
+    packed = kit.pack(job)
+    assert packed.removed == (job.output / "llava.mar",)
+    assert {path.name for path in job.output.iterdir()} == {"llava", "other.tar.gz"}
+
+
+def test_a_failed_run_leaves_the_old_archive_alone(job: Job, checkpoint: Path) -> None:
+    archive = kit.pack(job).archive
+    before = sorted(path.name for path in archive.rglob("*"))
+    (checkpoint / "config.json").unlink()
+    with pytest.raises(PackError):
+        kit.pack(job)
+    assert sorted(path.name for path in archive.rglob("*")) == before
+    assert [path.name for path in job.output.iterdir()] == ["llava"]
+
+
+def test_a_folder_named_like_the_model_in_the_temp_folder_survives(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bystander = tmp_path / "temp" / "llava" / "precious.txt"
+    bystander.parent.mkdir(parents=True)
+    bystander.write_text("the archiver deletes $TMPDIR/<model-name>")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temp"))
+    kit.pack(job)
+    assert bystander.exists()
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../up", ".hidden", "-dash", "a.b", "ä"])
+def test_model_names_are_plain(job: Job, name: str) -> None:
+    with pytest.raises(PackError, match="letters, digits"):
+        kit.pack(replace(job, name=name))
+
+
+# --- the configuration ------------------------------------------------------------------------------------------------
+
+
+def test_config_gets_our_values_and_keeps_its_comments(job: Job) -> None:
+    packed = kit.pack(replace(job, sessions=20, dtype="bfloat16", device="cuda"))
+    text = (packed.archive / "model-config.yaml").read_text()
+    config = yaml.safe_load(text)
+    assert config["batchSize"] == config["maxNumSequence"] == 56
+    assert config["llava"] == {"checkpoint": "checkpoint", "dtype": "bfloat16", "device": "cuda", "max_sessions": 20}
+    assert config["other"] == {"dtype": "untouched"}
+    assert packed.sessions == 20
+    for comment in ("# Workers and batching.", "# twice the sessions, and room", "# What is served.", "# open at once"):
+        assert comment in text
+
+
+def test_what_is_not_asked_for_stays_as_the_file_says(job: Job) -> None:
+    job.config.write_text(CONFIG.replace("dtype: auto", "dtype: float16").replace("batchSize: 144", "batchSize: 1"))
+    config = yaml.safe_load((kit.pack(job).archive / "model-config.yaml").read_text())
+    assert config["llava"]["dtype"] == "float16"
+    assert config["llava"]["max_sessions"] == 64
+    assert config["batchSize"] == config["maxNumSequence"] == 144
+
+
+def test_paths_with_odd_characters_survive_the_rendering() -> None:
+    text, _ = kit.render_config(CONFIG, {"checkpoint": "/models/it's #1: llava"}, 2)
+    assert yaml.safe_load(text)["llava"]["checkpoint"] == "/models/it's #1: llava"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (CONFIG.replace("maxNumSequence: 144\n", ""), "maxNumSequence"),
+        (CONFIG.replace("  device: auto\n", ""), r"llava\.device"),
+        (CONFIG.replace("llava:", "lava:"), "no `llava:` section"),
+        (CONFIG.replace("max_sessions: 64", "max_sessions: many"), "max_sessions is 'many'"),
+        ("a: [", "not YAML"),
+        ("batchSize: 1\nmaxNumSequence: 1\nllava: {checkpoint: x, device: y, max_sessions: 1}", "cannot edit"),
+    ],
+)
+def test_a_config_that_cannot_be_rendered_is_refused(text: str, words: str) -> None:
+    with pytest.raises(PackError, match=words):
+        kit.render_config(text, {"checkpoint": "checkpoint", "device": "cpu"}, None)
+
+
+# --- the checkpoint ---------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_checkpoint_has_no_problems(checkpoint: Path) -> None:
+    assert kit.checkpoint_problems(checkpoint) == []
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def pointer(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+
+
+Break = Callable[[Path], object]
+BROKEN: dict[str, tuple[Break, str]] = {
+    "no config": (lambda d: (d / "config.json").unlink(), "config.json is missing"),
+    "config not JSON": (lambda d: (d / "config.json").write_text("{"), "config.json is not JSON"),
+    "config a list": (lambda d: write_json(d / "config.json", []), "holds no JSON object"),
+    "another family": (lambda d: write_json(d / "config.json", {"model_type": "bert"}), "model_type is 'bert'"),
+    "another class": (
+        lambda d: write_json(d / "config.json", {"model_type": "llava", "architectures": ["LlavaLlama"]}),
+        "architectures is ['LlavaLlama']",
+    ),
+    "no picture processor": (lambda d: write_json(d / "processor_config.json", {}), "no picture processor"),
+    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "no tokenizer"),
+    "no chat template": (lambda d: (d / "chat_template.jinja").unlink(), "no chat template"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "no weights: model.safetensors"),
+    "weights cut short": (lambda d: cut(d / "model.safetensors"), "cut short or damaged"),
+    "weights empty": (lambda d: (d / "model.safetensors").write_bytes(b""), "no safetensors file"),
+    "weights are text": (lambda d: (d / "model.safetensors").write_text("hello, " * 99), "no safetensors file"),
+    "weights a pointer": (lambda d: pointer(d / "model.safetensors"), "model.safetensors is a git-lfs pointer"),
+    "tokenizer a pointer": (lambda d: pointer(d / "tokenizer.json"), "tokenizer.json is a git-lfs pointer"),
+    "config a pointer": (lambda d: pointer(d / "config.json"), "config.json is a git-lfs pointer"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_each_problem_of_a_checkpoint_is_named(checkpoint: Path, case: str) -> None:
+    damage, words = BROKEN[case]
+    damage(checkpoint)
+    problems = kit.checkpoint_problems(checkpoint)
+    assert len(problems) == 1
+    assert words in problems[0]
+
+
+def test_problems_of_shards_are_named_each(sharded: Path) -> None:
+    (sharded / "model-00001-of-00002.safetensors").unlink()
+    save_file({"c": np.zeros(2, np.float32)}, sharded / "model-00002-of-00002.safetensors")
+    problems = kit.checkpoint_problems(sharded)
+    assert problems == [
+        "model-00001-of-00002.safetensors is missing, though model.safetensors.index.json names it",
+        "model-00002-of-00002.safetensors lacks 1 tensors of the index, b first",
+    ]
+
+
+def test_an_index_cannot_reach_out_of_the_folder(sharded: Path) -> None:
+    write_json(sharded / "model.safetensors.index.json", {"weight_map": {"a": "../../etc/passwd"}})
+    assert "not a file of this folder" in kit.checkpoint_problems(sharded)[0]
+    assert all(path.parent == sharded for path in kit.checkpoint_files(sharded))
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def build_mar(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The script as a user calls it, from another folder."""
+    return subprocess.run([REPO / "build_mar.sh", *args], capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def test_all_problems_come_at_once_with_exit_code_2(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "tokenizer.json").unlink()
+    (checkpoint / "chat_template.jinja").unlink()
+    cut(checkpoint / "model.safetensors")
+    done = build_mar("--model", str(checkpoint), "--output", "store", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    for words in ("no tokenizer", "no chat template", "cut short"):
+        assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "store").exists()
+
+
+def test_help_names_every_option(tmp_path: Path) -> None:
+    done = build_mar("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for option in ("--model", "--name", "--format", "--dtype", "--device", "--weights", "--sessions", "--config"):
+        assert option in done.stdout
+
+
+def test_the_command_packs_the_real_handler_and_says_how_to_serve_it(checkpoint: Path, tmp_path: Path) -> None:
+    done = build_mar("--model", str(checkpoint), "--output", "store", "--sessions", "3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "store/llava" in done.stdout
+    assert "up to 3 sessions" in done.stdout
+    assert "torchserve --start --foreground --ncs" in done.stdout
+    assert "--models llava" in done.stdout
+    # What was packed imports as TorchServe's worker imports it: from the archive alone.
+    code = "import llava_sessions.protocol; print(llava_sessions.__file__)"
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "store/llava", env=env, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith(str(tmp_path / "store/llava"))

@@ -108,6 +108,7 @@ class TorchServe:
         self._ports: dict[str, int] = {}
         self._started_at = 0.0
         self._worker_seen_at = 0.0
+        self._stopping = False
 
     # --- where it is --------------------------------------------------------------------------------------------------
 
@@ -208,6 +209,7 @@ class TorchServe:
 
         May be called again, and for a server that never started or has died. Removes the home folder if it made it.
         """
+        self._stopping = True
         if self._java is not None:
             if self._java.poll() is None:
                 self._java.terminate()
@@ -327,7 +329,16 @@ class TorchServe:
         self._guard.stdin.write(f"{self._java.pid}\n".encode())
         self._guard.stdin.flush()
         if not self._quiet:
-            threading.Thread(target=_relay, args=(self._java.stdout,), daemon=True).start()
+            threading.Thread(target=self._relay, args=(self._java.stdout,), daemon=True).start()
+
+    def _relay(self, pipe: IO[bytes]) -> None:
+        """Java's console to ours, less the noise: what it prints at every start, and its stack traces while it stops.
+        Reads on when nobody listens any more, since a full pipe would stall java."""
+        for line in pipe:
+            if not self._stopping and not line.startswith(tuple(noise.encode() for noise in NOISE)):
+                with contextlib.suppress(OSError, ValueError):
+                    sys.stdout.write(line.decode(errors="replace"))
+                    sys.stdout.flush()
 
     # --- watching -----------------------------------------------------------------------------------------------------
 
@@ -356,8 +367,9 @@ class TorchServe:
         if self.worker_pids():
             self._worker_seen_at = time.monotonic()
             return False
-        patience_s = 0.5 if self._worker_seen_at else 10.0  # java starts the process a moment after it listens
-        return time.monotonic() - (self._worker_seen_at or self._started_at) > patience_s
+        has_run = self._worker_seen_at > 0 or bool(_tail(self.log_path, 1))
+        patience_s = 0.5 if has_run else 10.0  # java starts the process a moment after it listens
+        return time.monotonic() - max(self._worker_seen_at, self._started_at) > patience_s
 
     def _startup_errors(self) -> list[str]:
         lines = _tail(self.log_path, 200)
@@ -371,15 +383,6 @@ class TorchServe:
         parts = [(path.name, _tail(path, 15)) for path in (logs / "console.log", logs / "ts_log.log", self.log_path)]
         parts = [(name, [line for line in lines if not line.startswith(NOISE)]) for name, lines in parts]
         return "\n".join(f"--- {name}\n" + "\n".join(lines) for name, lines in parts if lines) or "(the logs are empty)"
-
-
-def _relay(pipe: IO[bytes]) -> None:
-    """Java's console to ours, less the noise. Reads on when nobody listens any more: a full pipe would stall java."""
-    for line in pipe:
-        if not line.startswith(tuple(noise.encode() for noise in NOISE)):
-            with contextlib.suppress(OSError, ValueError):
-                sys.stdout.write(line.decode(errors="replace"))
-                sys.stdout.flush()
 
 
 # --- what a start needs -----------------------------------------------------------------------------------------------

@@ -93,12 +93,14 @@ class Score:
 
     def table(self) -> str:
         """Markdown, one row a type."""
-        rows = ["| question type | right | asked | exact match |", "|---|---|---|---|"]
-        for kind in QUESTION_TYPES:
-            if self.asked[kind]:
-                rows.append(f"| `{kind}` | {self.right[kind]} | {self.asked[kind]} | {self.of_type(kind):.2%} |")
-        rows.append(f"| **all** | {self.right.total()} | {self.asked.total()} | **{self.overall:.2%}** |")
-        return "\n".join(rows)
+        rows = [
+            f"| `{kind}` | {self.right[kind]} | {self.asked[kind]} | {self.of_type(kind):.2%} |"
+            for kind in QUESTION_TYPES
+            if self.asked[kind]
+        ]
+        head = ["| question type | right | asked | exact match |", "|---|---|---|---|"]
+        foot = [f"| **all** | {self.right.total()} | {self.asked.total()} | **{self.overall:.2%}** |"]
+        return "\n".join(head + rows + foot)
 
     def below_floors(self) -> list[str]:
         low = [kind for kind in self.asked if self.of_type(kind) < FLOOR_PER_TYPE]
@@ -108,14 +110,16 @@ class Score:
 def evaluate(model: Model, pictures: int, turns: int, batch: int, first_seed: int = HELD_OUT_SEEDS.start) -> Score:
     """Asks `turns` questions about each of `pictures` held-out pictures."""
     seeds = range(first_seed, first_seed + pictures)
-    assert seeds.start in HELD_OUT_SEEDS and seeds.stop <= HELD_OUT_SEEDS.stop, "only held-out seeds count"
+    if seeds.start not in HELD_OUT_SEEDS or seeds.stop > HELD_OUT_SEEDS.stop:
+        raise ValueError(f"only held-out seeds count ({HELD_OUT_SEEDS}), got {seeds}")
     score = Score()
     with tqdm(total=pictures * turns, desc="asking", unit="question") as bar:
         for start in range(0, pictures, batch):
             chunk = seeds[start : start + batch]
             scenes = [make_scene(seed) for seed in chunk]
             chats = [
-                Chat(scene.draw(), dialogue(scene, seed, turns, HASTY)) for scene, seed in zip(scenes, chunk, strict=True)
+                Chat(scene.draw(), dialogue(scene, seed, turns, HASTY))
+                for scene, seed in zip(scenes, chunk, strict=True)
             ]
             for _ in range(turns):
                 model.answer_next(chats)

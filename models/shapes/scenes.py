@@ -79,7 +79,9 @@ def make_scene(seed: int, objects: int | None = None) -> Scene:
     count = objects or rng.choices((1, 2, 3, 4), (1, 2, 3, 3))[0]
     pairs = _pick_pairs(rng, count)
     places = sorted(rng.sample(range(9), count))
-    shapes = tuple(_shape_at(rng, kind, colour, PLACES[cell]) for (kind, colour), cell in zip(pairs, places, strict=True))
+    shapes = tuple(
+        _shape_at(rng, kind, colour, PLACES[cell]) for (kind, colour), cell in zip(pairs, places, strict=True)
+    )
     return Scene(shapes, _pick_background(rng, {colour for _, colour in pairs}))
 
 
@@ -378,7 +380,7 @@ def _follow_ups(scene: Scene, focus: Focus, rng: random.Random) -> list[_Follow]
     """All that may be asked next without naming the shapes again, each unambiguous after the last true answer."""
     options = _same_again(scene, focus, rng)
     if focus.ask.what == "anything" and focus.shapes:
-        return options + [("then_what", "what_there", Ask("at", place=focus.ask.place))]
+        return [*options, ("then_what", "what_there", Ask("at", place=focus.ask.place))]
     if focus.shapes and focus.ask.what != "count":
         options.append(("then_else", "else", Ask("else", besides=focus.shapes)))
     if focus.ask.what == "exists" and focus.shapes and not (focus.subject.kind and focus.subject.colour):
@@ -474,7 +476,14 @@ FOLLOW_UP_TYPES = (
 )
 QUESTION_TYPES = (*_STANDALONE, *FOLLOW_UP_TYPES)
 # "And the square?" and "What else?" fit after most turns, "How many of those?" after few: this evens them out.
-_USUAL_WEIGHTS = {"exists": 1.6, "then_same": 0.5, "then_else": 0.35, "then_count": 5.0, "then_colour": 1.6, "then_kind": 1.6}
+_USUAL_WEIGHTS = {
+    "exists": 1.6,
+    "then_same": 0.5,
+    "then_else": 0.35,
+    "then_count": 5.0,
+    "then_colour": 1.6,
+    "then_kind": 1.6,
+}
 
 
 def dialogue(

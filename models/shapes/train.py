@@ -11,6 +11,7 @@ gradients, which was much steadier on shared cores than one process with two thr
 from __future__ import annotations
 
 import argparse
+import copy
 import io
 import math
 import os
@@ -18,8 +19,8 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -37,14 +38,26 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 from models.shapes import build
-from models.shapes.scenes import COLOURS, HELD_OUT_SEEDS, KINDS, PLACES, Scene, dialogue, make_scene
+from models.shapes.scenes import COLOURS, HELD_OUT_SEEDS, KINDS, PLACES, Question, Scene, dialogue, make_scene
 
 FOLDER = Path(__file__).resolve().parent
 SEEDS_PER_RUN, SEEDS_PER_PROCESS = 1_000_000, 250_000
+ADAMW_RATE, MUON_RATE = 2e-3, 8e-3
 IGNORED = -100  # torch's mark for positions outside the loss
 
 # The question types that were last to be learnt are asked more often.
-MIX = {"list": 1.3, "where": 1.4, "at": 1.3, "then_where": 1.3, "then_else": 2.0, "then_count": 1.3, "exists": 1.4}
+MIX = {
+    "check": 1.6,
+    "where": 1.5,
+    "then_where": 1.5,
+    "then_else": 1.5,
+    "colour": 1.4,
+    "at": 1.4,
+    "exists": 1.2,
+    "then_check": 1.2,
+    "then_count": 1.2,
+    "count": 0.6,
+}
 TURNS = (1, 2, 3, 4, 5, 6, 10)
 TURN_WEIGHTS = (2, 2, 3, 3, 3, 3, 0.6)
 SYSTEM_PROMPTS = (
@@ -66,10 +79,10 @@ class Plan:
     pictures: int = 20_000
     eye_steps: int = 1_500
     eye_batch: int = 64
-    talk_steps: int = 3_200
-    talk_turns: int = 200  # questions in a batch; the number of dialogues follows from their length
-    eye_rate: float = 2e-3
-    talk_rate: float = 1.6e-3
+    talk_steps: int = 6_000
+    talk_turns: int = 64  # questions in a batch; the number of dialogues follows from their length
+
+    peek_steps: int = 500  # between two saves of the unfinished model
 
     def scaled(self, scale: float) -> Plan:
         return Plan(
@@ -101,21 +114,27 @@ class Team:
 
 
 class Descent:
-    """AdamW with a warm-up and a cosine down to zero, on gradients averaged over the team."""
+    """Muon on matrices, AdamW on the rest; a warm-up, then a cosine down to zero; gradients averaged over the team."""
 
-    def __init__(self, parameters: list[nn.Parameter], rate: float, steps: int, team: Team) -> None:
-        self.parameters, self.rate, self.steps, self.team, self.done = parameters, rate, steps, team, 0
-        self.optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    def __init__(self, parameters: list[nn.Parameter], matrices: list[nn.Parameter], steps: int, team: Team) -> None:
+        self.parameters, self.steps, self.team, self.done = [*matrices, *parameters], steps, team, 0
+        self.optimizers = [torch.optim.AdamW(parameters, lr=ADAMW_RATE, betas=(0.9, 0.98), weight_decay=0.01)]
+        if matrices:
+            muon = torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+            self.optimizers.append(muon)
+        self.peaks = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
 
     def step(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
         loss.backward()
         self.team.average([parameter.grad for parameter in self.parameters if parameter.grad is not None])
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        warm_up = min(1.0, (self.done + 1) / (0.03 * self.steps + 1))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * warm_up * 0.5 * (1 + math.cos(math.pi * self.done / self.steps))
-        self.optimizer.step()
+        warm_up = min(1.0, (self.done + 1) / (0.02 * self.steps + 1))
+        share = warm_up * 0.5 * (1 + math.cos(math.pi * self.done / self.steps))
+        for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * share
+            optimizer.step()
         self.done += 1
 
 
@@ -176,13 +195,18 @@ def see(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
 
 
 def teach_eye(
-    model: LlavaForConditionalGeneration, pixels: Tensor, truths: Tensor, processor: LlavaProcessor, plan: Plan, team: Team
+    model: LlavaForConditionalGeneration,
+    pixels: Tensor,
+    truths: Tensor,
+    processor: LlavaProcessor,
+    plan: Plan,
+    team: Team,
 ) -> None:
     """Trains vision tower and projector through linear heads on every image token."""
     sizes = (len(KINDS) + 1, len(COLOURS) + 1, len(PLACES))
     heads = nn.ModuleList(nn.Linear(model.config.text_config.hidden_size, size) for size in sizes)
     parameters = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
-    descent = Descent([*parameters, *heads.parameters()], plan.eye_rate, plan.eye_steps, team)
+    descent = Descent([*parameters, *heads.parameters()], [], plan.eye_steps, team)
     picks = torch.Generator().manual_seed(team.rank)
     bar = team.progress(plan.eye_steps, "stage 1: the eye")
     for step in bar:
@@ -219,44 +243,48 @@ class Script:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
         self.image = [tokenizer.convert_tokens_to_ids(build.IMAGE)] * build.IMAGE_TOKENS
-        self.encode = lru_cache(200_000)(self._encode)
+        self._known: dict[str, tuple[int, ...]] = {}
 
-    def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def encode(self, text: str) -> tuple[int, ...]:
+        """The token ids of a piece of text; the pieces come back often, so they are remembered."""
+        if text not in self._known:
+            self._known[text] = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._known[text]
 
-    def write(self, scene: Scene, turns: int, rng: random.Random) -> tuple[list[int], list[int]]:
+    def turn(self, number: int, question: Question) -> tuple[list[int], list[int]]:
+        """Token ids of one question and of its answer; the picture comes with the first question."""
+        if number == 0:
+            asked = [*self.encode("USER: "), *self.image, *self.encode(f"\n{question.text} ASSISTANT:")]
+        else:
+            asked = [*self.encode("USER:"), *self.encode(f" {question.text} ASSISTANT:")]
+        return asked, [*self.encode(f" {question.answer}"), self.tokenizer.eos_token_id]
+
+    def dialogue(self, scene: Scene, turns: int, rng: random.Random) -> tuple[list[int], list[int]]:
         """Token ids and targets of one random dialogue; targets are IGNORED outside of answers."""
         ids = [] if rng.random() < 0.05 else [self.tokenizer.bos_token_id]  # hand-written prompts often lack <s>
         if rng.random() < 0.15:
             ids += self.encode(rng.choice(SYSTEM_PROMPTS) + " ")
         targets = [IGNORED] * len(ids)
-        for turn, question in enumerate(dialogue(scene, rng.getrandbits(48), turns, hasty=0.25, weights=MIX)):
-            asked = [*self.encode("USER:"), *self.encode(f" {question.text} ASSISTANT:")]
-            if turn == 0:
-                asked = [*self.encode("USER: "), *self.image, *self.encode(f"\n{question.text} ASSISTANT:")]
-            answered = [*self.encode(f" {question.answer}"), self.tokenizer.eos_token_id]
+        for number, question in enumerate(dialogue(scene, rng.getrandbits(48), turns, hasty=0.25, weights=MIX)):
+            asked, answered = self.turn(number, question)
             ids += asked + answered
             targets += [IGNORED] * len(asked) + answered
         return ids, targets
 
     def check(self, processor: LlavaProcessor) -> None:
-        """Fails if the template or the tokenizer would write a dialogue in another way than `write` does."""
-        scene, rng = make_scene(0), random.Random(3)
-        ids, _ = self.write(scene, 3, rng)
-        turns = dialogue(scene, random.Random(3).getrandbits(48), 3)  # the wording differs, the form does not
-        messages = []
-        for turn, question in enumerate(turns):
-            image = [{"type": "image"}] if turn == 0 else []
+        """Fails if chat template and processor would write a dialogue in another way than `dialogue` does."""
+        scene = make_scene(0)
+        ids, messages = [self.tokenizer.bos_token_id], []
+        for number, question in enumerate(dialogue(scene, 0, 4, hasty=0.5)):
+            asked, answered = self.turn(number, question)
+            ids += asked + answered
+            image = [{"type": "image"}] if number == 0 else []
             messages.append({"role": "user", "content": [*image, {"type": "text", "text": question.text}]})
             messages.append({"role": "assistant", "content": question.answer})
-        text = processor.apply_chat_template(messages)
-        once = processor(text=text, images=scene.draw(), return_tensors="pt")["input_ids"][0].tolist()
-        pieces = [self.tokenizer.bos_token_id, *self.encode("USER: "), *self.image]
-        for turn, question in enumerate(turns):
-            pieces += self.encode(f"\n{question.text} ASSISTANT:") if turn == 0 else (
-                *self.encode("USER:"), *self.encode(f" {question.text} ASSISTANT:"))
-            pieces += [*self.encode(f" {question.answer}"), self.tokenizer.eos_token_id]
-        assert once == pieces and ids, "training text and chat template disagree"
+        rendered = processor.apply_chat_template(messages)
+        wanted = processor(text=rendered, images=scene.draw(), return_tensors="pt")["input_ids"][0].tolist()
+        if ids != wanted:
+            raise RuntimeError(f"training writes {ids}, the chat template {wanted}")
 
 
 def padded(rows: list[list[int]], fill: int) -> Tensor:
@@ -264,7 +292,9 @@ def padded(rows: list[list[int]], fill: int) -> Tensor:
     return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
 
 
-def talk_loss(model: LlavaForConditionalGeneration, ids: Tensor, targets: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+def talk_loss(
+    model: LlavaForConditionalGeneration, ids: Tensor, targets: Tensor, features: Tensor
+) -> tuple[Tensor, Tensor]:
     """The mean loss over answer tokens, and the share of them guessed right."""
     embedded = model.get_input_embeddings()(ids)
     images = (ids == model.config.image_token_id).unsqueeze(-1)
@@ -277,11 +307,20 @@ def talk_loss(model: LlavaForConditionalGeneration, ids: Tensor, targets: Tensor
 
 
 def teach_talk(
-    model: LlavaForConditionalGeneration, scenes: list[Scene], features: Tensor, script: Script, plan: Plan, team: Team
+    model: LlavaForConditionalGeneration,
+    scenes: list[Scene],
+    features: Tensor,
+    script: Script,
+    plan: Plan,
+    team: Team,
+    peek: Callable[[], None] | None,
 ) -> None:
     """Trains the language model on dialogues; few shapes and short dialogues come first."""
-    parameters = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
-    descent = Descent(parameters, plan.talk_rate, plan.talk_steps, team)
+    layers = list(model.model.language_model.layers.parameters())
+    matrices = [parameter for parameter in layers if parameter.ndim == 2]
+    others = [parameter for parameter in layers if parameter.ndim != 2]
+    others += [*model.get_input_embeddings().parameters(), *model.model.language_model.norm.parameters()]
+    descent = Descent([*others, *model.lm_head.parameters()], matrices, plan.talk_steps, team)
     by_count = [[row for row, scene in enumerate(scenes) if len(scene.objects) <= most] for most in range(5)]
     rng, shared = random.Random(1 + team.rank), random.Random(0)  # `shared` runs alike in all processes
     bar = team.progress(plan.talk_steps, "stage 2: the language model")
@@ -290,7 +329,7 @@ def teach_talk(
         most_shapes = 2 if done < 0.05 else 3 if done < 0.1 else 4
         turns = shared.choices(TURNS, TURN_WEIGHTS)[0] if done > 0.05 else shared.choice((1, 2, 3))
         rows = rng.choices(by_count[most_shapes], k=max(1, plan.talk_turns // turns))
-        written = [script.write(scenes[row], turns, rng) for row in rows]
+        written = [script.dialogue(scenes[row], turns, rng) for row in rows]
         ids = padded([ids for ids, _ in written], script.tokenizer.pad_token_id)
         targets = padded([targets for _, targets in written], IGNORED)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -298,6 +337,8 @@ def teach_talk(
         descent.step(loss)
         if step % 10 == 0:
             bar.set_postfix_str(f"loss {loss:.4f}, answer tokens right {right:.4f}")
+        if peek and step and step % plan.peek_steps == 0:
+            peek()
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------
@@ -309,7 +350,7 @@ def corpus_for_tokenizer(first_seed: int) -> list[str]:
     return lines + list(SYSTEM_PROMPTS) * 2
 
 
-def work(rank: int, processes: int, meeting_point: str, seed: int, scale: float, out: Path) -> None:
+def work(rank: int, processes: int, meeting_point: str, seed: int, scale: float, out: Path, peek: Path | None) -> None:
     """One process's whole run; rank 0 reports and saves."""
     torch.set_num_threads(1)
     if processes > 1:
@@ -330,7 +371,8 @@ def work(rank: int, processes: int, meeting_point: str, seed: int, scale: float,
     teach_eye(model, pixels, cell_truths(scenes + crowd), processor, plan, team)
     features = cached_features(model, pixels[: len(scenes)], processor)
     del pixels
-    teach_talk(model, scenes, features, script, plan, team)
+    peeking = (lambda: save(copy.deepcopy(model), processor, peek)) if peek and rank == 0 else None
+    teach_talk(model, scenes, features, script, plan, team, peeking)
     if rank == 0:
         save(model, processor, out)
         print(f"trained in {(time.perf_counter() - started) / 60:.1f} min; saved to {out}")
@@ -350,10 +392,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="fixes pictures, dialogues and first weights (default 0)")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the model (default: beside this file)")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full work; 0.01 is a smoke test")
+    parser.add_argument("--peek", type=Path, help="folder for the unfinished model, saved every 500 steps of stage 2")
     parser.add_argument("--processes", type=int, default=2, help="processes of one thread each (default 2)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        job = (options.processes, f"{folder}/meeting", options.seed, options.scale, options.out)
+        job = (options.processes, f"{folder}/meeting", options.seed, options.scale, options.out, options.peek)
         mp.start_processes(work, job, nprocs=options.processes, start_method="spawn")
 
 

@@ -1,0 +1,602 @@
+"""Requests off the wire become Open, Ask, Close or Cancel, or are refused with a code and a sentence; never anything
+else.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from typing import Any
+
+import pytest
+
+from llava_sessions import protocol
+from llava_sessions.errors import STATUS_OF_CODE, Refused, reason_phrase
+from llava_sessions.protocol import Ask, Cancel, Close, Limits, Open, parse
+
+LIMITS = Limits()
+HEADER = protocol.SESSION_HEADER.lower()
+# botocore, sagemaker-runtime 2017-05-13: NewSessionResponseHeader
+EXPIRES_PATTERN = re.compile(
+    r"^[a-zA-Z0-9](-*[a-zA-Z0-9])*;\sExpires=[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$"
+)
+
+
+def ask(**fields: Any) -> dict:
+    return {"type": "send_text_prompt", "session_id": "s1", "prompt_text": "What is it?", **fields}
+
+
+def refusal(body: Any, headers: Any = None, limits: Limits = LIMITS) -> Refused:
+    with pytest.raises(Refused) as caught:
+        parse(body, headers or {}, limits)
+    return caught.value
+
+
+def nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+# --- the body as a whole ---
+
+
+@pytest.mark.parametrize(
+    "wrap", [json.dumps, lambda b: json.dumps(b).encode(), lambda b: bytearray(json.dumps(b), "utf-8")]
+)
+def test_json_text_and_bytes_read_as_the_parsed_object_does(wrap):
+    body = ask(prompt_text="Où est 猫? 🐈", stop=["ü"])
+    assert parse(wrap(body), {}, LIMITS) == parse(body, {}, LIMITS)
+    assert parse(wrap(body), {}, LIMITS).prompt_text == "Où est 猫? 🐈"
+
+
+def test_utf8_bytes_and_surrounding_white_space_are_read():
+    body = json.dumps(ask(prompt_text="Grüße"), ensure_ascii=False)
+    assert parse(f" \r\n{body}\n".encode(), {}, LIMITS).prompt_text == "Grüße"
+    assert parse(b"\xef\xbb\xbf" + body.encode(), {}, LIMITS).prompt_text == "Grüße"  # a byte order mark
+
+
+@pytest.mark.parametrize("body", ["", b"", bytearray(), "  \n", b" \t "])
+def test_an_empty_body_is_refused_as_empty(body):
+    refused = refusal(body)
+    assert (refused.code, refused.status) == ("invalid_request", 400)
+    assert "empty" in refused.message
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (None, "null"),
+        ([], "array"),
+        ([ask()], "array"),
+        (7, "number"),
+        (0.5, "number"),
+        (True, "boolean"),
+        ('"start_session"', "string"),
+        ("null", "null"),
+        ("[1]", "array"),
+        (b"false", "boolean"),
+        ("NaN", "number"),
+        ("1e999", "number"),
+    ],
+)
+def test_a_body_that_is_no_object_is_named_by_its_json_type(body, kind):
+    refused = refusal(body)
+    assert refused.code == "invalid_request"
+    assert f"a JSON {kind};" in refused.message
+
+
+@pytest.mark.parametrize(
+    ("body", "position"),
+    [
+        ('{"type": }', 9),
+        ('{"type": "cancel"', 17),
+        ('{"a": 1,}', None),
+        ("type=cancel", 0),
+        ('{"a": "x\ny"}', 8),
+        ("{} {}", 3),
+    ],
+)
+def test_malformed_json_is_refused_with_the_place(body, position):
+    with pytest.raises(json.JSONDecodeError) as plain:
+        json.loads(body)
+    refused = refusal(body)
+    assert refused.code == "invalid_request"
+    assert f"at character {plain.value.pos if position is None else position})" in refused.message
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"type": "\xff"}', b"\x89PNG\r\n\x1a\n\x00", b"\xff\xfe", b"\x00", "[" * 200_000, '{"a":' * 200_000]
+)
+def test_undecodable_or_bottomless_bodies_are_refused_as_not_json(body):
+    refused = refusal(body)
+    assert refused.code == "invalid_request"
+    assert "not JSON" in refused.message
+
+
+def test_an_integer_with_too_many_digits_to_convert_is_refused():
+    assert refusal('{"type": "send_text_prompt", "seed": ' + "9" * 5_000 + "}").code == "invalid_request"
+
+
+@pytest.mark.parametrize(
+    "kind", [None, "", "open", "START_SESSION", " cancel", 1, True, 1.5, "naïve\ud800", "x" * 5_000]
+)
+def test_an_unknown_type_is_refused_naming_the_four_known_ones(kind):
+    refused = refusal(ask(type=kind))
+    assert refused.code == "invalid_request"
+    for known in ("start_session", "send_text_prompt", "close_session", "cancel"):
+        assert repr(known) in refused.message
+    assert refused.message.isascii()
+    assert len(refused.message) < 300
+
+
+def test_a_missing_type_is_named_as_missing():
+    assert "no 'type'" in refusal({}).message
+
+
+@pytest.mark.parametrize("kind", ["start_session", "send_text_prompt", "close_session", "cancel"])
+@pytest.mark.parametrize("field", ["temprature", "", "Type", "imäge\ud800", "n" * 10_000])
+def test_an_unknown_field_is_refused_by_name_on_every_type(kind, field):
+    refused = refusal({"type": kind, "session_id": "s1", field: 1})
+    assert refused.code == "invalid_request"
+    assert "Unknown field" in refused.message
+    assert ascii(field)[:30] in refused.message
+    assert refused.message.isascii()
+    assert len(refused.message) < 500
+
+
+def test_of_very_many_unknown_fields_only_some_are_listed():
+    refused = refusal(ask(**{f"field{n:05}": 1 for n in range(5_000)}))
+    assert "field00000" in refused.message
+    assert len(refused.message) < 1_000
+
+
+@pytest.mark.parametrize("kind", ["close_session", "cancel"])
+def test_fields_of_an_ask_are_unknown_to_close_and_cancel(kind):
+    assert "'prompt_text'" in refusal({"type": kind, "session_id": "s1", "prompt_text": "x"}).message
+
+
+# --- start_session ---
+
+
+@pytest.mark.parametrize("field", ["image", "path"])
+def test_an_open_takes_the_picture_from_either_field(field):
+    request = parse({"type": "start_session", field: "value"}, {}, LIMITS)
+    assert isinstance(request, Open)
+    assert getattr(request, field) == "value"
+    assert getattr(request, "path" if field == "image" else "image") is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "got"),
+    [({}, "neither"), ({"image": None, "path": None}, "neither"), ({"image": "a", "path": "b"}, "both")],
+)
+def test_an_open_wants_exactly_one_picture(fields, got):
+    refused = refusal({"type": "start_session", **fields})
+    assert refused.code == "invalid_request"
+    assert f"{got} was given" in refused.message
+
+
+def test_null_beside_the_picture_counts_as_absent():
+    assert parse({"type": "start_session", "image": None, "path": "p"}, {}, LIMITS) == Open(image=None, path="p")
+
+
+@pytest.mark.parametrize("field", ["image", "path"])
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [(1, "number"), (True, "boolean"), (False, "boolean"), ([], "array"), ({}, "object"), (0.0, "number")],
+)
+def test_a_picture_of_another_type_is_refused_by_its_type(field, value, kind):
+    refused = refusal({"type": "start_session", field: value})
+    assert refused.code == "invalid_request"
+    assert f"'{field}' is a JSON {kind}" in refused.message
+
+
+# --- send_text_prompt ---
+
+
+def test_an_ask_without_options_takes_the_defaults():
+    assert parse(ask(), {}, Limits(default_new_tokens=77)) == Ask(
+        session_id="s1",
+        prompt_text="What is it?",
+        stream=False,
+        max_new_tokens=77,
+        temperature=0.0,
+        top_p=1.0,
+        seed=None,
+        stop=(),
+        return_token_ids=False,
+    )
+
+
+def test_options_given_as_null_are_the_defaults():
+    names = ("stream", "max_new_tokens", "temperature", "top_p", "seed", "stop", "return_token_ids")
+    assert parse(ask(**dict.fromkeys(names)), {}, LIMITS) == parse(ask(), {}, LIMITS)
+
+
+def test_an_ask_keeps_every_option_that_is_given():
+    options = {
+        "stream": True,
+        "max_new_tokens": 9,
+        "temperature": 0.5,
+        "top_p": 0.25,
+        "seed": 3,
+        "return_token_ids": True,
+    }
+    request = parse(ask(**options, stop=["a", "b"]), {}, LIMITS)
+    assert {name: getattr(request, name) for name in options} == options
+    assert request.stop == ("a", "b")
+
+
+@pytest.mark.parametrize("prompt", [None, "", " ", "\n\t\u2003"])
+def test_an_ask_without_words_is_refused(prompt):
+    refused = refusal(ask(prompt_text=prompt))
+    assert refused.code == "invalid_request"
+    assert "'prompt_text' is missing or empty" in refused.message
+
+
+def test_an_ask_without_the_field_is_refused():
+    assert "'prompt_text'" in refusal({"type": "send_text_prompt", "session_id": "s1"}).message
+
+
+@pytest.mark.parametrize("prompt", [1, True, ["a"], {"text": "a"}])
+def test_a_prompt_of_another_type_is_refused(prompt):
+    assert "'prompt_text' is a JSON" in refusal(ask(prompt_text=prompt)).message
+
+
+def test_the_prompt_arrives_unchanged():
+    text = "  <image> </s>\x00\n 猫🐈 \u202e \U0010ffff "
+    assert parse(json.dumps(ask(prompt_text=text)), {}, LIMITS).prompt_text == text
+
+
+def test_a_prompt_may_be_as_long_as_the_limit_and_no_longer():
+    limits = Limits(max_prompt_chars=5)
+    assert parse(ask(prompt_text="猫" * 5), {}, limits).prompt_text == "猫" * 5
+    refused = refusal(ask(prompt_text="猫" * 6), limits=limits)
+    assert (refused.code, refused.status) == ("too_large", 413)
+    assert "6 characters; at most 5" in refused.message
+
+
+@pytest.mark.parametrize("body", [ask(prompt_text="a\ud800b"), json.dumps(ask(prompt_text="\udfff"))])
+def test_a_lone_surrogate_in_the_prompt_is_refused(body):
+    refused = refusal(body)
+    assert refused.code == "invalid_request"
+    assert "lone surrogate" in refused.message
+
+
+def test_a_surrogate_pair_in_json_is_one_character():
+    body = '{"type":"send_text_prompt","session_id":"s1","prompt_text":"\\ud83d\\ude00"}'
+    assert parse(body, {}, LIMITS).prompt_text == "😀"
+
+
+@pytest.mark.parametrize("field", ["stream", "return_token_ids"])
+@pytest.mark.parametrize("value", [0, 1, "true", "", [], {}, 1.0])
+def test_a_flag_must_be_a_boolean(field, value):
+    refused = refusal(ask(**{field: value}))
+    assert refused.code == "invalid_request"
+    assert f"'{field}'" in refused.message
+    assert "true or false" in refused.message
+
+
+@pytest.mark.parametrize("field", ["stream", "return_token_ids"])
+@pytest.mark.parametrize("value", [True, False])
+def test_a_flag_is_taken_as_given(field, value):
+    assert getattr(parse(ask(**{field: value}), {}, LIMITS), field) is value
+
+
+@pytest.mark.parametrize("value", [1, 2, 1023, 1024])
+def test_max_new_tokens_from_one_up_to_the_limit_is_taken(value):
+    assert parse(ask(max_new_tokens=value), {}, LIMITS).max_new_tokens == value
+
+
+@pytest.mark.parametrize("value", [0, -1, 1025, 10**400, -(10**400), 1.0, True, False, "8", [8], {}, float("nan")])
+def test_any_other_max_new_tokens_is_refused_with_the_range(value):
+    refused = refusal(ask(max_new_tokens=value))
+    assert refused.code == "invalid_request"
+    assert "'max_new_tokens' is" in refused.message
+    assert "from 1 to 1024" in refused.message
+
+
+@pytest.mark.parametrize("value", [0, 1, 2**63 - 1])
+def test_a_seed_of_63_bits_is_taken(value):
+    assert parse(ask(seed=value), {}, LIMITS).seed == value
+
+
+@pytest.mark.parametrize("value", [-1, 2**63, 10**4_000, 0.0, True, "1", [], float("inf")])
+def test_any_other_seed_is_refused(value):
+    refused = refusal(ask(seed=value))
+    assert refused.code == "invalid_request"
+    assert "'seed' is" in refused.message
+    assert len(refused.message) < 200
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", 0),
+        ("temperature", 0.0),
+        ("temperature", 10),
+        ("temperature", 1e-300),
+        ("top_p", 1),
+        ("top_p", 5e-324),
+    ],
+)
+def test_numbers_inside_their_range_become_floats(field, value):
+    got = getattr(parse(ask(**{field: value}), {}, LIMITS), field)
+    assert got == value
+    assert isinstance(got, float)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[
+            ("temperature", value)
+            for value in (-0.1, 10.01, 10**400, -(10**400), float("nan"), float("inf"), "0", True, [])
+        ],
+        *[
+            ("top_p", value)
+            for value in (0, 0.0, -0.0, -1, 1.0001, 10**400, float("nan"), float("-inf"), "1", False, {})
+        ],
+    ],
+)
+def test_numbers_outside_their_range_or_of_another_type_are_refused(field, value):
+    refused = refusal(ask(**{field: value}))
+    assert refused.code == "invalid_request"
+    assert f"'{field}' is" in refused.message
+
+
+def test_nan_and_infinity_written_in_json_are_refused():
+    for literal in ("NaN", "Infinity", "-Infinity", "1e999"):
+        body = json.dumps(ask())[:-1] + f', "temperature": {literal}}}'
+        assert "'temperature' is" in refusal(body).message
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [(None, ()), ([], ()), ("a", ("a",)), (["a"], ("a",)), (["é", "\n\n"], ("é", "\n\n")), ("x" * 64, ("x" * 64,))],
+)
+def test_stop_strings_are_one_string_or_a_list(value, wanted):
+    assert parse(ask(stop=value), {}, LIMITS).stop == wanted
+
+
+@pytest.mark.parametrize("value", ["", [""], ["a", ""], [1], ["a", None], [["a"]], 1, True, {"a": 1}])
+def test_stop_of_another_shape_is_refused(value):
+    refused = refusal(ask(stop=value))
+    assert refused.code == "invalid_request"
+    assert "'stop'" in refused.message
+
+
+@pytest.mark.parametrize("value", ["x" * 65, ["a"] * 9, ["a", "x" * 65]])
+def test_too_many_or_too_long_stop_strings_are_too_large(value):
+    refused = refusal(ask(stop=value))
+    assert refused.code == "too_large"
+    assert "8 strings of 64 characters" in refused.message
+
+
+def test_as_many_stop_strings_as_the_limit_are_taken():
+    assert len(parse(ask(stop=[str(n) for n in range(8)]), {}, LIMITS).stop) == 8
+
+
+# --- which session ---
+
+
+@pytest.mark.parametrize(("kind", "wanted"), [("close_session", Close("s1")), ("cancel", Cancel("s1"))])
+def test_close_and_cancel_name_their_session_in_the_header_or_in_the_body(kind, wanted):
+    assert parse({"type": kind, "session_id": "s1"}, {}, LIMITS) == wanted
+    assert parse({"type": kind}, {HEADER: "s1"}, LIMITS) == wanted
+    assert parse({"type": kind, "session_id": "s1"}, {HEADER: "s1"}, LIMITS) == wanted
+
+
+def test_header_and_body_that_name_two_sessions_are_refused():
+    refused = refusal(ask(session_id="s1"), {HEADER: "s2"})
+    assert refused.code == "invalid_request"
+    assert "two sessions" in refused.message
+
+
+def test_the_agreement_of_header_and_body_is_case_sensitive():
+    assert "two sessions" in refusal(ask(session_id="Ab"), {HEADER: "aB"}).message
+
+
+@pytest.mark.parametrize("value", ["", "  ", "NEW_SESSION", " NEW_SESSION ", None, 5, b"s2", ["s2"]])
+def test_a_header_that_names_no_session_leaves_the_body_to_do_it(value):
+    assert protocol.session_in_header({HEADER: value}) is None
+    assert parse(ask(), {HEADER: value}, LIMITS).session_id == "s1"
+
+
+def test_white_space_around_the_header_is_dropped():
+    assert parse(ask(session_id=None), {HEADER: " s9\t"}, LIMITS).session_id == "s9"
+
+
+@pytest.mark.parametrize("value", ["new_session", "New_Session", "NEW_SESSION1"])
+def test_only_the_exact_constant_means_a_new_session(value):
+    assert protocol.session_in_header({HEADER: value}) == value
+
+
+@pytest.mark.parametrize("kind", ["send_text_prompt", "close_session", "cancel"])
+@pytest.mark.parametrize("session_id", [None, ""])
+def test_a_request_that_names_no_session_is_refused(kind, session_id):
+    refused = refusal({"type": kind, "session_id": session_id})
+    assert refused.code == "invalid_request"
+    assert "names no session" in refused.message
+
+
+@pytest.mark.parametrize("session_id", [1, True, [], {}, 0.5])
+def test_a_session_id_of_another_type_is_refused_even_beside_a_header(session_id):
+    for headers in ({}, {HEADER: "s1"}):
+        assert "'session_id' is a JSON" in refusal(ask(session_id=session_id), headers).message
+
+
+@pytest.mark.parametrize(
+    "session_id", ["a", "0", "a-b", "a--b", "ts-seq-1b4e28ba-2fa1", "A" * 226, "a" + "-" * 224 + "b"]
+)
+def test_well_formed_ids_are_taken(session_id):
+    assert parse(ask(session_id=session_id), {}, LIMITS).session_id == session_id
+    assert parse(ask(session_id=None), {HEADER: session_id}, LIMITS).session_id == session_id
+
+
+@pytest.mark.parametrize(
+    "session_id",
+    [
+        "-a",
+        "a-",
+        "-",
+        "a_b",
+        "a b",
+        "a;b",
+        "a\n",
+        "a\nb",
+        "ü",
+        "٣",
+        "a.b",
+        "A" * 227,
+        "-" * 200_000,
+        "a" + "-" * 200_000,
+    ],
+)
+def test_malformed_ids_are_refused_without_being_repeated(session_id):
+    refused = refusal(ask(session_id=session_id))
+    assert refused.code == "invalid_request"
+    assert "malformed" in refused.message
+    assert len(refused.message) < 200
+
+
+# --- replies ---
+
+
+@pytest.mark.parametrize("session_id", ["a", "ts-seq-1b4e28ba-2fa1-11d2", "A" * protocol.SESSION_ID_MAX_CHARS])
+def test_the_headers_of_an_open_fit_sagemakers_pattern_and_length(session_id):
+    headers = protocol.session_headers(session_id, "2026-11-22T10:20:30Z")
+    assert set(headers) == {"X-Amzn-SageMaker-Session-Id", "X-Amzn-SageMaker-New-Session-Id"}
+    for value in headers.values():
+        assert EXPIRES_PATTERN.match(value)
+        assert value.isascii()
+        assert len(value) <= 256
+
+
+def test_bodies_of_the_replies_say_what_the_protocol_says():
+    assert protocol.opened("s", "E", 16, 20) == {
+        "session_id": "s",
+        "expires": "E",
+        "usage": {"image_tokens": 16, "prompt_tokens": 20},
+    }
+    assert protocol.closed("s") == {"success": True, "session_id": "s"}
+    assert protocol.cancelled("s", had_turn=True) == {"success": True, "session_id": "s"}
+    assert protocol.cancelled("s", had_turn=False) == {"success": False, "session_id": "s"}
+
+
+def test_token_ids_are_told_only_when_asked_for():
+    facts = protocol.answer_facts("s", "stop", {}, {}, None)
+    assert facts == {"session_id": "s", "finish_reason": "stop", "usage": {}, "timings": {}}
+    assert protocol.answer_facts("s", "stop", {}, {}, [])["token_ids"] == []
+
+
+def test_a_streamed_line_is_one_line_of_json_whatever_the_text_holds():
+    text = 'a\nb\r\u2028"\\ 猫'
+    written = protocol.line({"delta": text})
+    assert written.endswith("\n")
+    assert "\n" not in written[:-1]
+    assert "\r" not in written
+    assert json.loads(written) == {"delta": text}
+
+
+def test_every_error_code_has_its_status_and_an_ascii_phrase():
+    for code, status in STATUS_OF_CODE.items():
+        refused = Refused(code, "why")
+        assert refused.status == status
+        assert refused.body() == {"error": {"code": code, "message": "why"}}
+        assert reason_phrase(status).isascii()
+        assert reason_phrase(status)
+
+
+def test_an_unknown_error_code_is_a_mistake_of_the_caller():
+    with pytest.raises(ValueError, match="teapot"):
+        Refused("teapot", "no")
+
+
+# --- any value at all ---
+
+_KINDS = ["start_session", "send_text_prompt", "close_session", "cancel", "other", None]
+_FIELDS = sorted((protocol._ASK_FIELDS | protocol._OPEN_FIELDS | {"unknown"}) - {"type"})
+_SCALARS = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    64,
+    2**63,
+    10**300,
+    0.0,
+    0.7,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "a",
+    "a-b",
+]
+_SCALARS += ["-", "\ud800", "猫", "\x00", "<image>", "x" * 70]
+
+
+def any_json(rng: random.Random, depth: int = 0) -> Any:
+    shape = rng.random()
+    if depth > 3 or shape < 0.6:
+        return rng.choice(_SCALARS)
+    size = rng.randrange(4)
+    if shape < 0.8:
+        return [any_json(rng, depth + 1) for _ in range(size)]
+    return {rng.choice(_FIELDS): any_json(rng, depth + 1) for _ in range(size)}
+
+
+def any_request(rng: random.Random) -> dict:
+    """A payload of a known type, most of its fields right or nearly so."""
+    fields = {name: any_json(rng) for name in rng.sample(_FIELDS, rng.randrange(4))}
+    return {"session_id": "a-b", "prompt_text": "q", **fields, "type": rng.choice(_KINDS)}
+
+
+def outcome(body: Any, headers: dict) -> protocol.Request | Refused:
+    try:
+        return parse(body, headers, LIMITS)
+    except Refused as refused:
+        return refused
+
+
+def is_proper(result: Any) -> bool:
+    """Whether it is a request, or a refusal that is safe to send."""
+    if isinstance(result, Refused):
+        told = json.dumps(result.body(), ensure_ascii=False)
+        return result.code in ("invalid_request", "too_large") and told.isascii() and len(told) < 1_000
+    return isinstance(result, Open | Ask | Close | Cancel)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_json_value_either_parses_or_is_refused(seed):
+    rng = random.Random(seed)
+    seen = set()
+    for _ in range(200):
+        body = rng.choice([any_json, any_request])(rng)
+        sent = rng.choice([body, json.dumps(body), json.dumps(body).encode()])
+        result = outcome(sent, rng.choice([{}, {HEADER: rng.choice(_SCALARS)}]))
+        assert is_proper(result), sent
+        seen.add(type(result))
+    assert {Ask, Refused} <= seen
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_any_bytes_either_parse_or_are_refused(seed):
+    rng = random.Random(seed)
+    whole = json.dumps(ask(stop=["é"], temperature=0.5), ensure_ascii=False).encode()
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for _ in range(rng.randrange(1, 4)):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        assert is_proper(outcome(bytes(damaged), {})), damaged
+
+
+def test_a_deeply_nested_value_is_refused_where_it_stands():
+    for name in ("prompt_text", "stop", "seed", "stream"):
+        assert refusal(ask(**{name: nested(500)})).code == "invalid_request"

@@ -1,0 +1,269 @@
+"""model-config.yaml is read whole: the committed file fits, and every problem of a wrong one is named at once."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llava_sessions.config import ConfigError, HandlerConfig, frontend_capacity, read_config
+from llava_sessions.media import MediaLimits
+from llava_sessions.protocol import Limits
+
+COMMITTED = Path(__file__).resolve().parents[2] / "handler" / "model-config.yaml"
+
+
+@pytest.fixture
+def committed() -> dict:
+    return yaml.safe_load(COMMITTED.read_text())
+
+
+def frontend(**changes: Any) -> dict:
+    """TorchServe's own part of a file that fits 64 sessions of 20 minutes."""
+    fits = {"sequenceBatching": True, "continuousBatching": True, "batchSize": 144, "maxNumSequence": 144}
+    return {**fits, "sequenceTimeoutMSec": 1_320_000, "sequenceMaxIdleMSec": 1_320_000, **changes}
+
+
+def with_llava(**fields: Any) -> dict:
+    return {**frontend(), "llava": {"checkpoint": "checkpoint", **fields}}
+
+
+def problems_of(model_yaml: dict) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        read_config(model_yaml)
+    assert str(caught.value) == "\n".join(caught.value.problems)
+    return caught.value.problems
+
+
+def only_problem_of(model_yaml: dict) -> str:
+    problems = problems_of(model_yaml)
+    assert len(problems) == 1, problems
+    return problems[0]
+
+
+# --- what fits ---
+
+
+def test_the_committed_file_reads_without_problems(committed):
+    config = read_config(committed)
+    section = committed["llava"]
+    for name in (
+        "checkpoint",
+        "dtype",
+        "device",
+        "max_sessions",
+        "session_ttl_s",
+        "prefill_chunk_tokens",
+        "system_prompt",
+    ):
+        assert getattr(config, name) == section[name]
+    for name, value in section["limits"].items():
+        assert getattr(config.limits, name) == value
+    for name, value in section["media"].items():
+        assert getattr(config.media, name) == (tuple(value) if isinstance(value, list) else value)
+
+
+def test_the_committed_file_writes_the_defaults_out(committed):
+    minimal = {**frontend(), "llava": {"checkpoint": committed["llava"]["checkpoint"]}}
+    assert read_config(committed) == read_config(minimal)
+
+
+def test_a_minimal_file_takes_every_default():
+    assert read_config(with_llava()) == HandlerConfig(
+        checkpoint="checkpoint",
+        dtype="auto",
+        device="auto",
+        max_sessions=64,
+        session_ttl_s=1200.0,
+        prefill_chunk_tokens=256,
+        system_prompt="",
+        limits=Limits(),
+        media=MediaLimits(),
+    )
+
+
+def test_a_key_without_a_value_counts_as_absent():
+    empty = dict.fromkeys(("dtype", "device", "max_sessions", "session_ttl_s", "system_prompt", "limits", "media"))
+    assert read_config(with_llava(**empty)) == read_config(with_llava())
+
+
+def test_given_values_are_taken():
+    media = {
+        "allowed_hosts": ["a.example", "*.b.example"],
+        "s3_buckets": ["b"],
+        "local_roots": ["/data"],
+        "max_bytes": 1,
+    }
+    limits = {"max_prompt_chars": 10, "default_new_tokens": 3, "max_new_tokens": 3}
+    config = read_config(with_llava(max_sessions=1, session_ttl_s=1.5, dtype="float16", media=media, limits=limits))
+    assert (config.max_sessions, config.session_ttl_s, config.dtype) == (1, 1.5, "float16")
+    assert (config.media.allowed_hosts, config.media.local_roots) == (("a.example", "*.b.example"), ("/data",))
+    assert config.limits == Limits(max_prompt_chars=10, default_new_tokens=3, max_new_tokens=3)
+
+
+# --- the llava section ---
+
+
+@pytest.mark.parametrize("model_yaml", [{}, {"llava": None}, {"llava": []}, {"llava": "x"}, {"Llava": {}}])
+def test_a_file_without_the_section_is_told_so(model_yaml):
+    assert only_problem_of(model_yaml) == "model-config.yaml has no 'llava:' section"
+
+
+@pytest.mark.parametrize("value", [None, "", 5, ["checkpoint"]])
+def test_a_checkpoint_is_wanted(value):
+    assert only_problem_of(with_llava(checkpoint=value)).startswith("llava.checkpoint is ")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("dtype", value) for value in ("bananas", "fp16", "FLOAT32", 16, True, [], {})],
+        *[("device", value) for value in (0, True, ["cpu"])],
+        *[("max_sessions", value) for value in (0, -1, 4097, 1.0, "64", True, [], float("nan"))],
+        *[("session_ttl_s", value) for value in (0, 0.99, 86_401, "1200", True, float("nan"), float("inf"), [])],
+        *[("prefill_chunk_tokens", value) for value in (0, 65_537, 2.5, "256", False, {})],
+        *[("system_prompt", value) for value in (0, ["be kind"], True)],
+        *[("limits", value) for value in ([], "none", 5, True)],
+        *[("media", value) for value in ([], "none", 5, False)],
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key_and_what_was_got(key, value):
+    problem = only_problem_of(with_llava(**{key: value}))
+    assert problem.startswith(f"llava.{key} is {value!r}; ")
+    assert problem.endswith(" is wanted")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        *[("limits", "max_prompt_chars", value) for value in (0, -5, 10_000_001, 1.5, "9", True)],
+        *[("limits", "max_new_tokens", value) for value in (0, 1_000_001, "9", True)],
+        *[("limits", "default_new_tokens", value) for value in (0, 1_000_001, [], False)],
+        *[("media", "max_bytes", value) for value in (0, 2**31 + 1, "10M", True)],
+        *[("media", "max_pixels", value) for value in (0, 2**31 + 1, 1e6)],
+        *[("media", "fetch_timeout_s", value) for value in (0, 0.09, 61, "10", float("nan"))],
+        *[("media", "allowed_hosts", value) for value in ("a.example", [1], [""], [None], {"a": 1}, True)],
+        *[("media", "s3_buckets", value) for value in ("bucket", [["a"]])],
+        *[("media", "local_roots", value) for value in ("/data", [5])],
+    ],
+)
+def test_a_wrong_value_in_an_inner_section_is_named_by_its_path(section, key, value):
+    problem = only_problem_of(with_llava(**{section: {key: value}}))
+    assert problem.startswith(f"llava.{section}.{key} is {value!r}; ")
+
+
+@pytest.mark.parametrize(
+    ("key", "low", "high"), [("max_sessions", 1, 60), ("prefill_chunk_tokens", 1, 65_536), ("session_ttl_s", 1, 1200)]
+)
+def test_both_ends_of_a_range_are_taken(key, low, high):
+    for value in (low, high):
+        assert getattr(read_config(with_llava(**{key: value})), key) == value
+
+
+def test_a_default_answer_longer_than_the_longest_is_refused():
+    problem = only_problem_of(with_llava(limits={"default_new_tokens": 11, "max_new_tokens": 10}))
+    assert problem == "llava.limits.default_new_tokens is above max_new_tokens (10)"
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"max_session": 5}, "llava.max_session"),
+        ({"Checkpoint": "x"}, "llava.Checkpoint"),
+        ({7: 1}, "llava.7"),
+        ({"limits": {"max_new_token": 5}}, "llava.limits.max_new_token"),
+        ({"media": {"allowed_host": []}}, "llava.media.allowed_host"),
+    ],
+)
+def test_a_misspelt_key_is_named_beside_the_known_ones(fields, path):
+    model_yaml = with_llava()
+    model_yaml["llava"].update(fields)
+    problem = only_problem_of(model_yaml)
+    assert problem.startswith(f"{path} is unknown; known are ")
+    known = problem.partition("known are ")[2].split(", ")
+    assert known == sorted(known)
+    assert {"llava": "max_sessions", "limits": "max_new_tokens", "media": "allowed_hosts"}[path.split(".")[-2]] in known
+
+
+# --- TorchServe's part ---
+
+
+def test_room_in_the_frontend_is_twice_the_sessions_and_some():
+    assert frontend_capacity(64) == 144
+    assert frontend_capacity(1) == 18
+
+
+@pytest.mark.parametrize("key", ["sequenceBatching", "continuousBatching"])
+@pytest.mark.parametrize("value", [False, None, "true", 1])
+def test_both_batching_switches_must_be_on(key, value):
+    assert only_problem_of({**with_llava(), key: value}) == f"{key} is {value!r}; it must be true"
+
+
+@pytest.mark.parametrize("value", [143, None, "144", 144.0, True])
+def test_too_few_sequences_for_the_sessions_are_refused(value):
+    problem = only_problem_of({**with_llava(), "maxNumSequence": value})
+    assert problem == f"maxNumSequence is {value!r}; it must be at least 144 for max_sessions 64"
+
+
+@pytest.mark.parametrize("value", [143, None, "144", True])
+def test_too_small_a_batch_for_the_sessions_is_refused(value):
+    problems = problems_of({**with_llava(), "batchSize": value})
+    assert f"batchSize is {value!r}; it must be at least 144 for max_sessions 64" in problems
+
+
+def test_more_sessions_need_more_room():
+    problems = problems_of(with_llava(max_sessions=65))
+    assert [problem.split(" ")[0] for problem in problems] == ["batchSize", "maxNumSequence"]
+    assert read_config({**with_llava(max_sessions=65), "batchSize": 146, "maxNumSequence": 146}).max_sessions == 65
+
+
+@pytest.mark.parametrize("key", ["sequenceTimeoutMSec", "sequenceMaxIdleMSec"])
+@pytest.mark.parametrize("value", [1_319_999, 0, None, "1320000", 1_320_000.0])
+def test_a_frontend_that_forgets_before_the_handler_does_is_refused(key, value):
+    problem = only_problem_of({**with_llava(), key: value})
+    assert problem.startswith(f"{key} is {value!r}; it must be at least 1320000")
+
+
+def test_a_longer_session_needs_a_more_patient_frontend():
+    model_yaml = {**with_llava(session_ttl_s=3600), "sequenceMaxIdleMSec": 3_720_000}
+    assert only_problem_of(model_yaml).startswith("sequenceTimeoutMSec is 1320000; it must be at least 3720000")
+
+
+def test_more_sequences_than_the_workers_can_hold_are_refused():
+    problem = only_problem_of({**with_llava(), "maxNumSequence": 145})
+    assert problem == "maxNumSequence is 145; above maxWorkers * batchSize (144) requests stall"
+    assert read_config({**with_llava(), "maxNumSequence": 288, "maxWorkers": 2})
+
+
+# --- all at once ---
+
+
+def test_every_problem_is_named_at_once(committed):
+    wrong = copy.deepcopy(committed)
+    wrong["llava"].update(checkpoint="", dtype="int3", device=5, max_sessions="many", session_ttl_s=-1, colour="red")
+    wrong["llava"].update(prefill_chunk_tokens=0, system_prompt=1)
+    wrong["llava"]["limits"].update(max_prompt_chars=None, max_new_tokens="all", tokens=1)
+    wrong["llava"]["media"].update(max_bytes=0, allowed_hosts="any")
+    wrong.update(sequenceBatching=False, batchSize=1, sequenceTimeoutMSec=None)
+    assert {problem.split(" ")[0] for problem in problems_of(wrong)} == {
+        *(
+            "llava.checkpoint",
+            "llava.dtype",
+            "llava.device",
+            "llava.max_sessions",
+            "llava.session_ttl_s",
+            "llava.colour",
+        ),
+        *("llava.prefill_chunk_tokens", "llava.system_prompt", "llava.limits.max_new_tokens", "llava.limits.tokens"),
+        *("llava.media.max_bytes", "llava.media.allowed_hosts"),
+        *("sequenceBatching", "batchSize", "maxNumSequence", "sequenceTimeoutMSec"),
+    }
+
+
+def test_reading_changes_nothing_in_what_was_read(committed):
+    before = copy.deepcopy(committed)
+    read_config(committed)
+    assert committed == before

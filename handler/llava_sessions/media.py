@@ -437,7 +437,7 @@ class Fetcher:
         url = httpcore.URL(scheme=b"https", host=host, port=_HTTPS_PORT, target=target.path_and_query)
         headers = [
             (b"Host", b"[" + host + b"]" if b":" in host else host),
-            (b"Accept", b"image/*"),
+            (b"Accept", b"image/png, image/jpeg, image/webp, image/gif, image/bmp, image/tiff"),  # image/* gets AVIF
             (b"Accept-Encoding", b"identity"),
             (b"User-Agent", b"llava-sessions"),
             (b"Connection", b"close"),
@@ -691,7 +691,7 @@ def _decode(data: bytes, picture_format: str, limits: MediaLimits) -> Image.Imag
     with Image.open(io.BytesIO(data), formats=[picture_format]) as image:
         _check_dimensions(image.width, image.height, limits)
         image.load()
-        orientation = 1 if picture_format == "TIFF" else _orientation(image)  # Pillow turns TIFF while it loads
+        orientation = _orientation(image)  # after load(): Pillow turns TIFF by itself there, and forgets the tag
         upright = _to_rgb(image)
     method = _TRANSPOSE.get(orientation)
     return upright if method is None else upright.transpose(method)

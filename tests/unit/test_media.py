@@ -129,6 +129,16 @@ def test_every_mode_becomes_opaque_rgb(mode, colour, picture_format, options, wa
     assert near(picture.image.getpixel((4, 4)), want, tolerance=4)
 
 
+def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
+    image = Image.new("I;16", (256, 1))
+    for x in range(256):
+        image.putpixel((x, 0), 257 * x)
+    limits = replace(LIMITS, max_aspect=256)
+    for picture_format in ("PNG", "TIFF"):
+        row = media.load_bytes(encode(image, picture_format), limits).image
+        assert [row.getpixel((x, 0))[0] for x in range(256)] == list(range(256))
+
+
 def test_palette_with_and_without_transparency() -> None:
     palette = two_colours().quantize(4)
     assert media.load_bytes(encode(palette, "PNG"), LIMITS).image.getpixel((3, 3)) == RED
@@ -382,7 +392,7 @@ def test_more_scans_than_any_encoder_writes_are_refused_quickly() -> None:
 def test_scan_markers_that_are_none_are_not_counted() -> None:
     comment = b"\xff\xfe" + struct.pack(">H", 2 + 400) + b"\xff\xda" * 200
     good = encode(two_colours(), "JPEG")
-    appended = b"\xff\xda" * 200  # what a phone appends to its pictures can hold anything
+    appended = b"\0\0" + b"\xff\xda\0\2" * 200  # what a phone appends to its pictures can hold anything
     assert media.load_bytes(good[:2] + comment + good[2:] + appended, LIMITS).width == 24
 
 
@@ -887,6 +897,10 @@ def test_public_addresses(address: str) -> None:
     assert media.is_public_address(address)
 
 
+def test_an_address_of_one_interface_is_not_public() -> None:
+    assert not media.is_public_address("2606:4700::1111%eth0")
+
+
 def test_one_private_answer_among_public_ones(server: Server, route: Rerouted, fetcher: Fetcher) -> None:
     for answers in ([PUBLIC, "10.0.0.7"], ["::1", PUBLIC], [PUBLIC, "fe80::1%eth0"], [PUBLIC, "nonsense"]):
         mixed = replace(fetcher, resolve=lambda _host, _port, answers=answers: answers)
@@ -925,10 +939,12 @@ class Unreachable(Rerouted):
     """The first addresses are dead, as many as are named."""
 
     dead = 1
+    timeout_s: float | None = None
 
     def connect_tcp(self, host: str, port: int, timeout: float | None = None, *_: object) -> httpcore.NetworkStream:
         if len(self.dialled) < self.dead:
             self.dialled.append((host, port))
+            self.timeout_s = timeout
             raise httpcore.ConnectTimeout("dead")
         return super().connect_tcp(host, port, timeout)
 
@@ -939,6 +955,8 @@ def test_the_next_address_is_tried(server: Server, fetcher: Fetcher) -> None:
     two = replace(fetcher, backend=route, resolve=lambda _host, _port: ["2606:4700::1111", PUBLIC])
     assert two(f"https://{NAME}/a.png", LIMITS) == PNG
     assert route.dialled == [("2606:4700::1111", 443), (PUBLIC, 443)]
+    assert route.timeout_s is not None
+    assert 0 < route.timeout_s <= LIMITS.fetch_timeout_s / 2  # the dead one leaves time for the next
 
 
 def test_a_refused_connection_and_no_tls(server: Server, fetcher: Fetcher) -> None:
@@ -1039,6 +1057,15 @@ def test_redirects_to_where_no_one_may_go(location: str, server: Server, route: 
     assert route.dialled == [(PUBLIC, 443)]
     assert server.connections == 1
     assert "secret" not in error.message
+
+
+def test_a_refusal_says_what_is_wrong_with_the_url(server: Server, fetcher: Fetcher) -> None:
+    refused("invalid_request", "user name", lambda: fetcher(f"https://user:secret@{NAME}/a.png", LIMITS))
+    refused("invalid_request", "port 8443", lambda: fetcher(f"https://{NAME}:8443/a.png", LIMITS))
+    refused("invalid_request", "plain spelling", lambda: fetcher("https://0177.0.0.1/a.png", LIMITS))
+    refused("invalid_request", "backslash", lambda: fetcher(f"https://{NAME}\\a.png", LIMITS))
+    server.answers["/a.png"] = redirect("http://pictures.example/x")
+    refused("invalid_request", f"{NAME} redirects to", lambda: fetcher(f"https://{NAME}/a.png", LIMITS))
 
 
 def test_redirects_off_the_allowed_hosts(server: Server, fetcher: Fetcher) -> None:

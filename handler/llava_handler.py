@@ -54,7 +54,7 @@ class LlavaHandler(BaseHandler):
     def _start(self, context) -> None:
         began = time.monotonic()
         config = read_config(context.model_yaml_config)
-        self._check_headers()
+        properties = self._checked_properties()
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         checkpoint = _checkpoint(config, Path(context.system_properties["model_dir"]))
@@ -66,7 +66,10 @@ class LlavaHandler(BaseHandler):
         inbox: queue.SimpleQueue = queue.SimpleQueue()
         worker = EngineWorker(engine, inbox)
         table = SessionTable(config.max_sessions, config.session_ttl_s)
-        self._pump = Pump(worker, inbox, tokens, table, model.context_tokens, config.limits, config.media)
+        address = properties.get("inference_address", "http://127.0.0.1:8080")
+        ender = frontend.SequenceEnder(address, context.model_name)
+        limits = (model.context_tokens, config.limits, config.media)
+        self._pump = Pump(worker, inbox, tokens, table, *limits, ender.end)
         self._cache = context.metrics
         self._dimensions = [context.model_name, "Model"]
         self._metrics_lock = threading.Lock()
@@ -77,14 +80,16 @@ class LlavaHandler(BaseHandler):
         where = f"device={model.device} dtype={str(model.dtype).removeprefix('torch.')} context={model.context_tokens}"
         log.info("ready %s sessions=%d seconds=%.1f", where, config.max_sessions, time.monotonic() - began)
 
-    def _check_headers(self) -> None:
+    def _checked_properties(self) -> dict[str, str]:
+        """The frontend's properties, once they are known to name the session headers as this worker does."""
         properties = frontend.frontend_properties()
         if properties is None:
             log.warning("headers_unchecked reason=the frontend's command line is not visible")
-            return
+            return {}
         problems = frontend.header_problems(properties, os.environ)
         if problems:
             raise ConfigError(problems)
+        return properties
 
     def handle(self, data: list[dict], context) -> list[str]:
         """One step of the pump over all active requests. Never raises: an exception would fail every one of them."""

@@ -1,4 +1,4 @@
-"""Owns what must be agreed with TorchServe's frontend: the two headers that carry a session.
+"""Owns what is agreed with TorchServe's frontend: the two headers that carry a session, and the end of a sequence.
 
 The frontend takes their names from its properties, the worker from its environment, and neither tells when they differ:
 requests of one session then reach different workers, or the handler sees no session at all. Must not know TorchServe's
@@ -7,12 +7,20 @@ Python API.
 
 from __future__ import annotations
 
+import http.client
+import json
+import logging
+import queue
+import threading
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 
-from .protocol import CLOSED_SESSION_HEADER, SESSION_HEADER
+from .protocol import CLOSED_SESSION_HEADER, JSON_TYPE, SESSION_HEADER
+
+log = logging.getLogger(__name__)
 
 # property of the frontend, environment variable that overrides it, environment variable of the worker, what it must be
 _KEYS = (
@@ -64,3 +72,45 @@ def header_problems(properties: Mapping[str, str], environment: Mapping[str, str
                 f"the worker has {worker_variable}={worker or '(unset)'}; it must be {wanted} (deploy/local.env)"
             )
     return problems
+
+
+class SequenceEnder:
+    """Ends sequences of the frontend by requests to it, one after another, from a thread of its own.
+
+    Without it the frontend forgets them too, but only after `sequenceTimeoutMSec`.
+    """
+
+    def __init__(self, inference_address: str, model: str) -> None:
+        """`inference_address` as in the frontend's properties, such as `http://0.0.0.0:8080`."""
+        address = urlsplit(inference_address)
+        # The worker runs on the frontend's host; an address that means "all" is reached by loopback.
+        self._host = "127.0.0.1" if address.hostname in (None, "0.0.0.0", "::") else address.hostname
+        self._port = address.port or 80
+        self._plain = address.scheme == "http"
+        self._path = f"/predictions/{model}"
+        self._queue: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="sequences", daemon=True).start()
+
+    def end(self, sequence_id: str) -> None:
+        """Have the sequence ended soon."""
+        self._queue.put(sequence_id)
+
+    def _run(self) -> None:
+        while True:
+            sequence_id = self._queue.get()
+            try:
+                status = self._post(sequence_id) if self._plain else 0
+                problem = None if status == http.client.OK else f"status {status}"
+            except (OSError, http.client.HTTPException) as error:
+                problem = type(error).__name__
+            if problem:
+                log.warning("sequence_not_ended reason=%s", problem)
+
+    def _post(self, sequence_id: str) -> int:
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=10)
+        headers = {SESSION_HEADER: sequence_id.encode(), "Content-Type": JSON_TYPE}
+        try:
+            connection.request("POST", self._path, json.dumps({"type": "close_session"}), headers)
+            return connection.getresponse().status
+        finally:
+            connection.close()

@@ -96,7 +96,7 @@ def parse(body: Any, headers: Mapping[str, str], limits: Limits) -> Request:
     """
     payload = _payload(body)
     kind = payload.get("type")
-    if kind not in _TYPES:
+    if not isinstance(kind, str) or kind not in _TYPES:
         got = "no 'type'" if kind is None else f"'type': {_show(kind)}"
         raise Refused("invalid_request", f"The request has {got}; it must be one of {', '.join(map(repr, _TYPES))}.")
     action = _TYPES[kind]

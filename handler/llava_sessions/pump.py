@@ -48,12 +48,12 @@ log = logging.getLogger(__name__)
 
 # How long a step waits for something to say. A new request joins between steps, so this bounds what it waits for.
 WAIT_S = 0.02
-# A sequence is ended only when no request of it came for so long: TorchServe drops, unanswered, what is queued on it by
-# then.
-QUIET_S = 0.01
+# How long a step waits for the engine to free a session, so that a close is answered in the step in which it came.
+CLOSE_WAIT_S = 2.0
 # While rows are active, TorchServe calls without a pause; a silence of this length means that all their clients are
 # gone.
 SILENCE_S = 5.0
+_MOST_RETIRED = 10_000
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,14 @@ class EngineDoor(Protocol):
 
 @dataclass
 class _Entry:
-    """An active row and what it waits for. `final` is its last reply, once known; `lines` are streamed text not yet
-    sent.
+    """An active row and what it waits for.
+
+    `steps` counts the steps that ended without its last reply; `lines` are streamed text not yet sent; `final` is its last
+    reply, once known.
     """
 
     row: Row
-    arrived_s: float
+    steps: int = 0
     preparing: Future | None = None
     streamed: bool = False
     head_sent: bool = False
@@ -128,9 +130,13 @@ class Pump:
         context_tokens: int,
         limits: protocol.Limits,
         media_limits: media.MediaLimits,
+        end_sequence: Callable[[str], None],
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`inbox`: where the engine puts its reports; `clock`: seconds since the epoch."""
+        """`inbox`: where the engine puts its reports; `clock`: seconds since the epoch.
+
+        `end_sequence` has the frontend end a sequence by a request of its own (see `_release_sequence`).
+        """
         self._engine = engine
         self._inbox = inbox
         self._tokens = tokens
@@ -138,12 +144,15 @@ class Pump:
         self._context_tokens = context_tokens
         self._limits = limits
         self._media_limits = media_limits
+        self._end_sequence = end_sequence
         self._clock = clock
+        self._fetch = media.Fetcher()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="media")
         self._entries: dict[str, _Entry] = {}
         self._turns: dict[str, _Turn] = {}
         self._closing: dict[str, list[_Entry]] = {}
+        self._retired: set[str] = set()
         self._memory = Memory()
         self._turns_total = 0
         self._refusals_total = 0
@@ -172,6 +181,7 @@ class Pump:
                     log.info("session_expired session=%s", _short(session.id))
                     self._table.remove(session.id, "expired")
                     self._engine.submit(CloseSession(session.id))
+                    self._retire(session.id)
 
     @property
     def busy(self) -> bool:
@@ -196,7 +206,7 @@ class Pump:
 
     def _admit(self, row: Row) -> None:
         """Take a new row: parse it, and start what it asks for or refuse it."""
-        entry = self._entries[row.request_id] = _Entry(row, arrived_s=time.monotonic())
+        entry = self._entries[row.request_id] = _Entry(row)
         try:
             request = protocol.parse(row.body, row.headers, self._limits)
             match request:
@@ -227,7 +237,7 @@ class Pump:
         if request.image is not None:
             picture = media.load_base64(request.image, self._media_limits)
         else:
-            picture = media.load_path(request.path, self._media_limits)
+            picture = media.load_path(request.path, self._media_limits, self._fetch)
         return self._tokens.opening([picture.image])
 
     def _prepared(self, entry: _Entry, session_id: str) -> None:
@@ -272,7 +282,8 @@ class Pump:
         if session_id in self._closing:
             self._closing[session_id].append(entry)
             return
-        if self._table.was_closed(session_id):
+        if session_id in self._retired or self._table.was_closed(session_id):
+            self._retired.discard(session_id)
             self._closed(entry, session_id)
             return
         session = self._table.get(session_id, self._clock())
@@ -301,7 +312,9 @@ class Pump:
     def _drop_vanished(self, active: set[str]) -> None:
         """Forget rows whose clients left, and end what only they were waiting for."""
         for request_id in self._entries.keys() - active:
-            del self._entries[request_id]
+            entry = self._entries.pop(request_id)
+            if self._is_foreign(entry):
+                self._retire(entry.row.sequence_id)
             turn = self._turns.get(request_id)
             if turn is not None:
                 log.info("client_left session=%s", _short(turn.session.id))
@@ -313,16 +326,15 @@ class Pump:
     def _wait(self) -> None:
         """Take in what has happened; when no row can be answered by it, wait a little for more."""
         self._drain()
-        until = time.monotonic() + WAIT_S
-        while not any(self._sendable(entry) for entry in self._entries.values()):
-            left = until - time.monotonic()
+        began = time.monotonic()
+        while self._closing or not any(entry.lines or entry.final for entry in self._entries.values()):
+            left = began + (CLOSE_WAIT_S if self._closing else WAIT_S) - time.monotonic()
             if left <= 0:
                 return
-            # A reply that only waits for its sequence to be quiet is due within QUIET_S, and nothing will announce it.
             try:
-                self._take(self._inbox.get(timeout=min(left, QUIET_S / 2)))
+                self._take(self._inbox.get(timeout=left))
             except queue.Empty:
-                continue
+                return
             self._drain()
 
     def _drain(self) -> None:
@@ -412,9 +424,6 @@ class Pump:
 
     # --- replies ---
 
-    def _sendable(self, entry: _Entry) -> bool:
-        return bool(entry.lines) or (entry.final is not None and self._quiet(entry))
-
     def _safe_reply(self, entry: _Entry) -> Reply | None:
         try:
             return self._reply(entry)
@@ -427,37 +436,48 @@ class Pump:
         """What the row is told in this step."""
         text = "".join(entry.lines)
         entry.lines.clear()
-        if entry.final is None or not self._quiet(entry):
+        if entry.final is None:
+            entry.steps += 1
             if not text and not entry.head_sent:
                 return None
             # An empty chunk is how TorchServe notices that a streaming client has left.
             entry.head_sent = True
             return Reply(text, more=True, content_type=protocol.STREAM_TYPE)
+        del self._entries[entry.row.request_id]
         final = entry.final
         final.body = text + final.body
         if final.more is False and not entry.head_sent:
             final.more = None  # a last chunk that is also the first sends no head at all: make it a whole answer
-        if self._ends_sequence(entry):
-            final.headers.setdefault(protocol.CLOSED_SESSION_HEADER, entry.row.sequence_id)
-        del self._entries[entry.row.request_id]
+        if self._is_foreign(entry):
+            self._release_sequence(entry, final)
         return final
 
-    def _ends_sequence(self, entry: _Entry) -> bool:
-        """Whether this reply shall make the frontend forget the row's sequence.
-
-        Every id that is not an open session's is ended: TorchServe keeps a place and a thread for each id it ever saw,
-        and when all are taken nobody can open a session. A ';' would name a second sequence, perhaps somebody else's.
-        """
+    def _is_foreign(self, entry: _Entry) -> bool:
+        """Whether the row came on a sequence that is no open session's, and no other row is waiting on."""
         sequence = entry.row.sequence_id
+        # A ';' would name two sequences to the frontend, the second perhaps somebody else's.
         if not sequence or sequence in self._table or sequence == protocol.NEW_SESSION or ";" in sequence:
             return False
-        return not any(other is not entry and other.row.sequence_id == sequence for other in self._entries.values())
+        return not any(other.row.sequence_id == sequence for other in self._entries.values() if other is not entry)
 
-    def _quiet(self, entry: _Entry) -> bool:
-        """Whether the row's last reply may go out: at once, unless it ends a sequence that was in use a moment ago."""
-        if entry.row.fresh or not self._ends_sequence(entry):
-            return True
-        return time.monotonic() - entry.arrived_s >= QUIET_S
+    def _release_sequence(self, entry: _Entry, final: Reply) -> None:
+        """Have the frontend forget the row's sequence.
+
+        TorchServe keeps a place for each id that it ever saw, and when all are taken nobody can open a session. Its end
+        header frees the place, but only on the first response to a request: after that, one of its few threads already
+        waits for the sequence's next request, and would wait on until `sequenceTimeoutMSec` (SequenceBatching.java,
+        pollJobFromJobGroup). A request of our own frees that thread, and is answered with the header at once.
+        """
+        if entry.steps == 0:
+            final.headers.setdefault(protocol.CLOSED_SESSION_HEADER, entry.row.sequence_id)
+        else:
+            self._retire(entry.row.sequence_id)
+
+    def _retire(self, sequence_id: str) -> None:
+        if len(self._retired) >= _MOST_RETIRED:
+            self._retired.clear()  # the frontend does not take our requests; it has its own time-out
+        self._retired.add(sequence_id)
+        self._end_sequence(sequence_id)
 
 
 def _as_refusal(error: Exception) -> Refused:

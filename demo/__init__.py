@@ -1,0 +1,1 @@
+"""The demo: a picture chat with a real TorchServe. Speaks the wire protocol only."""

@@ -1,0 +1,196 @@
+"""Shows the main job on the real server: open a session, ask, stream, close, and see its memory freed."""
+
+from __future__ import annotations
+
+import base64
+import random
+import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+
+import httpx
+import pytest
+
+from demo.wire import CLOSED_HEADER, SESSION_HEADER, Chat, WireError, png, settled_gauges
+from deploy.serve import TorchServe
+from models.shapes.scenes import HELD_OUT_SEEDS, dialogue, make_scene
+
+from .conftest import MAX_SESSIONS
+
+# botocore's pattern of the header that announces a session (sagemaker-runtime 2017-05-13, NewSessionResponseHeader).
+ANNOUNCED = r"[a-zA-Z0-9](-*[a-zA-Z0-9])*;\sExpires=[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z"
+FIRST = HELD_OUT_SEEDS[0]
+
+
+def script(seed: int, turns: int) -> list[str]:
+    """The questions of a random conversation about a held-out scene."""
+    return [question.text for question in dialogue(make_scene(seed), seed, turns)]
+
+
+def answers(http: httpx.Client, seed: int, questions: list[str]) -> list[str]:
+    """What the server says to these questions, one after another, in a session of their own."""
+    chat = Chat.open(http, make_scene(seed).draw())
+    try:
+        return [chat.ask(question)["response_text"] for question in questions]
+    finally:
+        chat.close()
+
+
+def test_open_ask_ask_close(http: httpx.Client) -> None:
+    opened = http.post("/invocations", json={"type": "start_session", "image": _data_url(FIRST)})
+    assert opened.status_code == 200
+    announced = opened.headers[SESSION_HEADER]
+    assert re.fullmatch(ANNOUNCED, announced)
+    assert opened.headers["X-Amzn-SageMaker-New-Session-Id"] == announced
+    session_id, _, expires = announced.partition("; Expires=")
+    assert opened.json()["session_id"] == session_id
+    left_s = (datetime.fromisoformat(expires) - datetime.now(UTC)).total_seconds()
+    assert 1190 < left_s <= 1200
+    chat = Chat(http, session_id, expires)
+    first = chat.ask("How many shapes are there?")
+    second = chat.ask("Which shapes are there?")
+    assert first["finish_reason"] == second["finish_reason"] == "stop"
+    assert first["response_text"] != second["response_text"]
+    assert second["usage"]["prompt_tokens"] > first["usage"]["prompt_tokens"]
+    # All of the first turn but its end-of-sequence token, which the template writes again, was in the cache.
+    assert second["usage"]["cached_tokens"] == first["usage"]["prompt_tokens"] + first["usage"]["completion_tokens"] - 1
+    closed = chat.close()
+    assert closed.json() == {"success": True, "session_id": session_id}
+    assert closed.headers[CLOSED_HEADER] == session_id
+    with pytest.raises(WireError, match="404 session_not_found"):
+        chat.ask("Still there?")
+
+
+def test_a_streamed_answer_is_the_whole_answer_in_pieces(http: httpx.Client) -> None:
+    scene = make_scene(FIRST)
+    plain, streamed = Chat.open(http, scene.draw()), Chat.open(http, scene.draw())
+    for question in script(FIRST, 4):
+        whole = plain.ask(question, return_token_ids=True)
+        lines = list(streamed.stream(question, return_token_ids=True))
+        assert "".join(line["delta"] for line in lines) == whole["response_text"]
+        assert all(set(line) == {"delta"} for line in lines[:-1])
+        same = ("finish_reason", "usage", "token_ids")
+        assert {key: lines[-1][key] for key in same} == {key: whole[key] for key in same}
+        assert len(lines) > 2
+        assert 0 <= lines[-1]["timings"]["ttft_ms"] <= lines[-1]["timings"]["total_ms"]
+    plain.close()
+    streamed.close()
+
+
+def test_the_demo_model_tells_the_truth_through_the_server(http: httpx.Client) -> None:
+    asked = right = 0
+    for seed in HELD_OUT_SEEDS[500:540]:
+        questions = dialogue(make_scene(seed), seed, 3)
+        said = answers(http, seed, [question.text for question in questions])
+        asked += len(questions)
+        right += sum(answer == question.answer for answer, question in zip(said, questions, strict=True))
+    assert right / asked >= 0.9
+
+
+def test_twenty_sessions_at_once_never_mix(http: httpx.Client) -> None:
+    seeds = HELD_OUT_SEEDS[100:120]
+    questions = ["Which shapes are there?", "How many shapes are there?", "What is in the middle?"]
+    alone = {seed: answers(http, seed, questions) for seed in seeds}
+    assert len({tuple(said) for said in alone.values()}) > 10, "the pictures are too alike to tell sessions apart"
+    chats = {seed: Chat.open(http, make_scene(seed).draw()) for seed in seeds}
+    start = threading.Barrier(len(seeds))
+
+    def talk(seed: int) -> list[str]:
+        wait = random.Random(seed)
+        said = []
+        start.wait()
+        for question in questions:
+            time.sleep(wait.random() * 0.05)
+            if wait.random() < 0.5:
+                said.append(chats[seed].ask(question)["response_text"])
+            else:
+                said.append("".join(line["delta"] for line in chats[seed].stream(question)))
+        return said
+
+    with ThreadPoolExecutor(len(seeds)) as pool:
+        together = dict(zip(seeds, pool.map(talk, seeds), strict=True))
+    for chat in chats.values():
+        chat.close()
+    assert together == alone
+
+
+def test_closing_frees_the_memory(http: httpx.Client, server: TorchServe) -> None:
+    before = settled_gauges(server.metrics_url, llava_open_sessions=0, llava_device_bytes=0)
+    assert before["llava_device_bytes"] == 0
+    chats = [Chat.open(http, make_scene(FIRST + index).draw()) for index in range(3)]
+    for chat in chats:
+        chat.ask("Which shapes are there?")
+    held = settled_gauges(server.metrics_url, llava_open_sessions=3, llava_running_turns=0)
+    assert held["llava_features_bytes"] > 0
+    assert held["llava_kv_bytes"] > 0
+    chats.pop().close()
+    two = settled_gauges(server.metrics_url, llava_open_sessions=2)
+    assert two["llava_device_bytes"] == held["llava_device_bytes"] * 2 / 3
+    for chat in chats:
+        chat.close()
+    after = settled_gauges(server.metrics_url, llava_open_sessions=0, llava_device_bytes=0)
+    assert after["llava_device_bytes"] == after["llava_features_bytes"] == after["llava_kv_bytes"] == 0
+
+
+def test_all_sessions_of_the_config_answer_and_one_more_is_refused(http: httpx.Client) -> None:
+    scenes = {seed: make_scene(seed) for seed in HELD_OUT_SEEDS[200 : 200 + MAX_SESSIONS]}
+    chats = {seed: Chat.open(http, scene.draw()) for seed, scene in scenes.items()}
+    try:
+        for _ in range(3):
+            with pytest.raises(WireError, match="429 capacity"):
+                Chat.open(http, scenes[HELD_OUT_SEEDS[200]].draw())
+        with ThreadPoolExecutor(16) as pool:
+            said = dict(
+                zip(chats, pool.map(lambda chat: chat.ask("Which shapes are there?"), chats.values()), strict=True)
+            )
+    finally:
+        for chat in chats.values():
+            chat.close()
+    alone = {seed: answers(http, seed, ["Which shapes are there?"])[0] for seed in list(scenes)[:8]}
+    assert {seed: said[seed]["response_text"] for seed in alone} == alone
+    assert all(reply["finish_reason"] == "stop" for reply in said.values())
+
+
+def test_the_samples_own_fields_open_a_session_too(http: httpx.Client) -> None:
+    """The AWS LLaVA sample sends the picture in `path` and the session id in the body as well as in the header."""
+    reply = http.post("/invocations", json={"type": "start_session", "path": _data_url(FIRST)})
+    session_id = reply.json()["session_id"]
+    ask = {"type": "send_text_prompt", "session_id": session_id, "prompt_text": "How many shapes are there?"}
+    answer = http.post("/invocations", json=ask, headers={SESSION_HEADER: session_id})
+    assert answer.json()["response_text"] == answers(http, FIRST, ["How many shapes are there?"])[0]
+    closed = http.post("/invocations", json={"type": "close_session", "session_id": session_id})
+    assert closed.json()["success"] is True
+
+
+@pytest.mark.parametrize("header", ["NEW_SESSION", ""])
+def test_a_new_session_opens_whatever_the_header_says(http: httpx.Client, header: str) -> None:
+    body = {"type": "start_session", "image": _data_url(FIRST)}
+    replies = [http.post("/invocations", json=body, headers={SESSION_HEADER: header}) for _ in range(2)]
+    ids = [reply.json()["session_id"] for reply in replies]
+    assert len(set(ids)) == 2
+    for session_id in ids:
+        chat = Chat(http, session_id, "")
+        assert chat.ask("How many shapes are there?")["finish_reason"] == "stop"
+        chat.close()
+
+
+def test_sampling_by_seed_and_stop_strings_reach_the_engine(http: httpx.Client) -> None:
+    def fresh(**options) -> dict:
+        chat = Chat.open(http, make_scene(FIRST).draw())
+        reply = chat.ask("Which shapes are there?", **options)
+        chat.close()
+        return reply
+
+    hot = [fresh(temperature=3.0, seed=seed)["response_text"] for seed in (1, 1, 2)]
+    assert hot[0] == hot[1] != hot[2]
+    whole = fresh()["response_text"]
+    cut = fresh(stop=[whole[4:7]])
+    assert (cut["response_text"], cut["finish_reason"]) == (whole[: whole.index(whole[4:7])], "stop")
+    short = fresh(max_new_tokens=2)
+    assert (short["usage"]["completion_tokens"], short["finish_reason"]) == (2, "length")
+
+
+def _data_url(seed: int) -> str:
+    return "data:image/png;base64," + base64.b64encode(png(make_scene(seed).draw())).decode()

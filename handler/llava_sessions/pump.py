@@ -93,8 +93,8 @@ class EngineDoor(Protocol):
 class _Entry:
     """An active row and what it waits for.
 
-    `steps` counts the steps that ended without its last reply; `lines` are streamed text not yet sent; `final` is its last
-    reply, once known.
+    `steps` counts the steps that ended without its last reply; `lines` are streamed text not yet sent; `final` is its
+    last reply, once known.
     """
 
     row: Row

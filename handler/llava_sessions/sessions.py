@@ -7,6 +7,7 @@ the epoch).
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -75,8 +76,8 @@ class SessionTable(Generic[Conversation]):
     def open(self, session_id: str, conversation: Conversation, now_s: float) -> Session[Conversation]:
         """Turn a reserved place into an open session."""
         self._reserved.remove(session_id)
-        # Whole seconds, so that the announced expiry is the one that is kept.
-        session = Session(session_id, conversation, expires_at_s=float(int(now_s + self._ttl_s)))
+        # Whole seconds, rounded up, so that nothing is dropped before the expiry that was announced.
+        session = Session(session_id, conversation, expires_at_s=float(math.ceil(now_s + self._ttl_s)))
         self._open[session_id] = session
         self._gone.pop(session_id, None)
         return session

@@ -124,9 +124,9 @@ def test_a_session_lives_up_to_its_expiry_and_not_at_it(table):
 
 
 def test_the_announced_expiry_is_the_one_that_is_kept(table):
-    session = open_session(table, "a", now_s=NOW + 0.9)
-    assert session.expires == "2027-01-15T08:01:00Z"
-    assert session.expires_at_s == NOW + TTL
+    session = open_session(table, "a", now_s=NOW + 0.1)
+    assert session.expires == "2027-01-15T08:01:01Z"
+    assert session.expires_at_s == NOW + TTL + 1, "rounded up: nothing goes before the announced second"
     assert code_of(lambda: table.get("a", session.expires_at_s)) == "session_expired"
 
 

@@ -1,0 +1,100 @@
+"""Shows on servers of their own how sessions expire, and that one whose session headers disagree does not start."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from demo.wire import Chat, WireError, settled_gauges
+from deploy.serve import TorchServe
+from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
+
+from .conftest import ROOT, SHAPES
+
+SESSIONS, TTL_S = 8, 2
+PICTURE = make_scene(HELD_OUT_SEEDS[0]).draw(72)
+
+
+@pytest.fixture(scope="module")
+def short_lived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
+    """A server with a few sessions that live for two seconds."""
+    folder = tmp_path_factory.mktemp("short")
+    config = (ROOT / "handler" / "model-config.yaml").read_text()
+    config = re.sub(r"session_ttl_s: \d+", f"session_ttl_s: {TTL_S}", config)
+    (folder / "config.yaml").write_text(config)
+    options = [
+        "--model",
+        SHAPES,
+        "--sessions",
+        SESSIONS,
+        "--config",
+        folder / "config.yaml",
+        "--output",
+        folder / "store",
+    ]
+    subprocess.run([ROOT / "build_mar.sh", *map(str, options)], check=True, capture_output=True)
+    with TorchServe(folder / "store") as server:
+        yield server
+
+
+def test_an_expired_session_is_gone_with_its_memory_and_its_place(short_lived: TorchServe) -> None:
+    places = 2 * SESSIONS + 16  # of TorchServe, which by itself would keep each for two minutes more
+    with httpx.Client(base_url=short_lived.url, timeout=30, trust_env=False) as http:
+        for _ in range(places // SESSIONS + 1):
+            chats = [Chat.open(http, PICTURE) for _ in range(SESSIONS)]
+            with pytest.raises(WireError, match="429 capacity"):
+                Chat.open(http, PICTURE)
+            gone = settled_gauges(short_lived.metrics_url, llava_open_sessions=0, llava_device_bytes=0)
+            assert (gone["llava_open_sessions"], gone["llava_device_bytes"]) == (0, 0)
+        for request in (lambda: chats[0].ask("Still there?"), chats[0].close):
+            with pytest.raises(WireError, match="410 session_expired"):
+                request()
+
+
+def test_a_worker_without_the_session_headers_refuses_to_start(model_store: Path, tmp_path: Path) -> None:
+    """Started by hand with the stock launcher, and `. deploy/local.env` forgotten."""
+    with TorchServe(model_store, home=tmp_path / "ports") as other:
+        rendered = (tmp_path / "ports" / "config.properties").read_text()
+        other.stop()
+    config = tmp_path / "config.properties"
+    config.write_text(rendered)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TS_")}
+    environment |= {"TMPDIR": str(tmp_path), "TEMP": str(tmp_path), "LOG_LOCATION": str(tmp_path / "logs")}
+    options = [
+        "--start",
+        "--foreground",
+        "--ncs",
+        "--ts-config",
+        config,
+        "--model-store",
+        model_store,
+        "--models",
+        "llava",
+    ]
+    options += ["--log-config", ROOT / "deploy" / "log4j2.xml"]
+    log = tmp_path / "out.log"
+    with log.open("w") as out:
+        launcher = Path(sys.executable).with_name("torchserve")
+        process = subprocess.Popen(
+            [launcher, *map(str, options)], env=environment, stdout=out, stderr=out, cwd=tmp_path
+        )
+    try:
+        wanted = (
+            r"startup_error the worker has TS_REQUEST_SEQUENCE_ID=\(unset\); it must be X-Amzn-SageMaker-Session-Id"
+        )
+        until = time.monotonic() + 60
+        while not re.search(wanted, log.read_text()):
+            assert time.monotonic() < until, log.read_text()
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.2)
+    finally:
+        subprocess.run([launcher, "--stop", "--foreground"], env=environment, check=False, capture_output=True)
+        process.wait(30)

@@ -4,15 +4,20 @@ differ is told.
 
 from __future__ import annotations
 
+import http.server
 import json
+import logging
 import os
+import queue
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from llava_sessions.frontend import frontend_properties, header_problems, read_properties
+from llava_sessions.frontend import SequenceEnder, frontend_properties, header_problems, read_properties
 
 REPO = Path(__file__).resolve().parents[2]
 SESSION = "X-Amzn-SageMaker-Session-Id"
@@ -184,3 +189,64 @@ def test_a_frontend_without_a_file_has_no_properties(tmp_path):
 )
 def test_an_unreadable_file_or_another_parent_tells_nothing(arguments, tmp_path):
     assert properties_seen_below(arguments, tmp_path) is None
+
+
+# --- ending sequences ---
+
+PATIENCE_S = 10.0
+
+
+class Inference(http.server.ThreadingHTTPServer):
+    """A frontend's inference address: notes what was asked, answers with the next of `statuses`, else 200."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Asked)
+        self.asked: queue.SimpleQueue = queue.SimpleQueue()
+        self.statuses: list[int] = []
+
+    def next(self) -> tuple[str, str, dict, dict]:
+        return self.asked.get(timeout=PATIENCE_S)
+
+
+class Asked(http.server.BaseHTTPRequestHandler):
+    """One request at the inference address."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(self.server.statuses.pop(0) if self.server.statuses else 200)
+        self.end_headers()
+        self.server.asked.put((self.command, self.path, dict(self.headers), body))
+
+    def log_message(self, *_: object) -> None:
+        """Keep the test's output clean."""
+
+
+@pytest.fixture
+def inference() -> Iterator[Inference]:
+    with Inference() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost"])
+def test_a_sequence_is_ended_by_a_close_on_its_own_header(inference, host):
+    SequenceEnder(f"http://{host}:{inference.server_port}", "llava").end("ts-seq-1")
+    method, path, headers, body = inference.next()
+    assert (method, path, body) == ("POST", "/predictions/llava", {"type": "close_session"})
+    assert headers[SESSION] == "ts-seq-1"
+    assert headers["Content-Type"] == "application/json"
+
+
+def test_sequences_are_ended_in_order_and_an_id_that_no_header_can_carry_stops_nothing(inference, caplog):
+    ender = SequenceEnder(f"http://127.0.0.1:{inference.server_port}", "llava")
+    inference.statuses = [500]
+    for sequence in ("one", "two", "thr\u00e9\u00e9"):
+        ender.end(sequence)
+    asked = [inference.next()[2][SESSION] for _ in range(3)]
+    assert asked == ["one", "two", "thr\u00e9\u00e9".encode().decode("latin-1")]
+    with caplog.at_level(logging.WARNING):
+        assert "sequence_not_ended reason=status 500" in caplog.text
+    assert "one" not in [word for record in caplog.records for word in record.getMessage().split()]

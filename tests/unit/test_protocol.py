@@ -121,7 +121,23 @@ def test_an_integer_with_too_many_digits_to_convert_is_refused():
 
 
 @pytest.mark.parametrize(
-    "kind", [None, "", "open", "START_SESSION", " cancel", 1, True, 1.5, "naïve\ud800", "x" * 5_000]
+    "kind",
+    [
+        None,
+        "",
+        "open",
+        "START_SESSION",
+        " cancel",
+        1,
+        True,
+        1.5,
+        [],
+        ["cancel"],
+        {},
+        {"type": "cancel"},
+        "naïve\ud800",
+        "x" * 5_000,
+    ],
 )
 def test_an_unknown_type_is_refused_naming_the_four_known_ones(kind):
     refused = refusal(ask(type=kind))
@@ -519,7 +535,7 @@ def test_an_unknown_error_code_is_a_mistake_of_the_caller():
 # --- any value at all ---
 
 _KINDS = ["start_session", "send_text_prompt", "close_session", "cancel", "other", None]
-_FIELDS = sorted((protocol._ASK_FIELDS | protocol._OPEN_FIELDS | {"unknown"}) - {"type"})
+_FIELDS = sorted(protocol._ASK_FIELDS | protocol._OPEN_FIELDS | {"unknown"})
 _SCALARS = [
     None,
     True,
@@ -554,7 +570,7 @@ def any_json(rng: random.Random, depth: int = 0) -> Any:
 
 def any_request(rng: random.Random) -> dict:
     """A payload of a known type, most of its fields right or nearly so."""
-    fields = {name: any_json(rng) for name in rng.sample(_FIELDS, rng.randrange(4))}
+    fields = {name: any_json(rng) for name in rng.sample(_FIELDS, rng.choice([0, 0, 1, 2, 3]))}
     return {"session_id": "a-b", "prompt_text": "q", **fields, "type": rng.choice(_KINDS)}
 
 
@@ -583,7 +599,8 @@ def test_any_json_value_either_parses_or_is_refused(seed):
         result = outcome(sent, rng.choice([{}, {HEADER: rng.choice(_SCALARS)}]))
         assert is_proper(result), sent
         seen.add(type(result))
-    assert {Ask, Refused} <= seen
+    assert Refused in seen
+    assert len(seen) > 1
 
 
 @pytest.mark.parametrize("seed", range(10))

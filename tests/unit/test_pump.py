@@ -1,0 +1,994 @@
+"""The pump over a real engine on a tiny checkpoint: what every row is answered, when, with which headers, and what that
+leaves behind. Time is a variable and the engine steps when a test says so, so nothing here waits for luck.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+import queue
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from llava_sessions import protocol
+from llava_sessions import pump as pump_module
+from llava_sessions.conversation import ChatTokens
+from llava_sessions.engine.messages import (
+    AskSession,
+    CloseSession,
+    Delta,
+    Finished,
+    Memory,
+    OpenFailed,
+    OpenSession,
+    Report,
+    Timings,
+    TurnFailed,
+    Usage,
+)
+from llava_sessions.engine.model import Model
+from llava_sessions.engine.service import Engine
+from llava_sessions.engine.worker import EngineWorker
+from llava_sessions.media import MediaLimits
+from llava_sessions.protocol import CLOSED_SESSION_HEADER, NEW_SESSION, NEW_SESSION_HEADER, SESSION_HEADER, Limits
+from llava_sessions.pump import Pump, Reply, Row
+from llava_sessions.sessions import SessionTable
+
+NOW = 1_800_000_000.0
+TTL = 60.0
+PATIENCE_S = 20.0
+EXPIRES_PATTERN = r"[a-zA-Z0-9](-*[a-zA-Z0-9])*;\sExpires=[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z"
+QUESTIONS = ["What is the red circle doing?", "Where is the blue square near two green stars?", "And now?"]
+
+
+def png(colour: str = "red") -> str:
+    held = io.BytesIO()
+    Image.new("RGB", (60, 40), colour).save(held, "PNG")
+    return base64.b64encode(held.getvalue()).decode()
+
+
+class Frontend:
+    """What stands around a pump: rows as TorchServe numbers them, a clock, and the engine behind a door.
+
+    The door is synchronous: a command takes effect when it is submitted, its events reach the inbox by `step()`; of a
+    close, at once. `ended` are the sequences that the pump had ended by a request of its own.
+    """
+
+    def __init__(self, model: Model, tokens: ChatTokens, max_sessions: int = 8, deaf: bool = False) -> None:
+        """`deaf`: commands are only recorded, and a test tells by itself what came of them."""
+        self.now_s = NOW
+        self.commands: list = []
+        self.inbox: queue.SimpleQueue = queue.SimpleQueue()
+        self.engine = Engine(model, tokens.answer_text)
+        self._deaf = deaf
+        self._rows = 0
+        table = SessionTable(max_sessions, TTL)
+        limits = (model.context_tokens, Limits(), MediaLimits())
+        self.ended: list[str] = []
+        self.pump = Pump(
+            self, self.inbox, tokens, table, *limits, end_sequence=self.ended.append, clock=lambda: self.now_s
+        )
+
+    def submit(self, command) -> None:
+        self.commands.append(command)
+        if not self._deaf:
+            self.engine.apply(command)
+            if isinstance(command, CloseSession):
+                self.step()
+
+    def step(self) -> None:
+        if self.engine.has_work:
+            self.tell(*self.engine.step())
+
+    def tell(self, *events) -> None:
+        self.inbox.put(Report(list(events), self.engine.memory()))
+
+    def row(self, body: Any, session: str | None = None, headers: dict | None = None) -> Row:
+        """A request with the session header, or without one, for which TorchServe makes an id."""
+        self._rows += 1
+        own = f"ts-seq-{self._rows}"
+        headers = {SESSION_HEADER.lower(): session, **(headers or {})} if session else headers or {}
+        return Row(f"request-{self._rows}", session or own, session is None, headers, body)
+
+    def ask_row(self, session: str | None, prompt: str = QUESTIONS[0], **fields: Any) -> Row:
+        body = {"type": "send_text_prompt", "prompt_text": prompt, "max_new_tokens": 6, **fields}
+        return self.row(body, session)
+
+    def exchange(self, *rows: Row) -> list[Reply | None]:
+        return self.pump.exchange(list(rows))
+
+    def settle(self, *rows: Row) -> list[list[Reply]]:
+        """Exchange, with the engine stepping, until every row has its last reply. All replies of each row."""
+        told: dict[str, list[Reply]] = {row.request_id: [] for row in rows}
+        active, until = list(rows), time.monotonic() + PATIENCE_S
+        while active:
+            assert time.monotonic() < until, "rows were never answered"
+            replies = self.exchange(*active)
+            for row, reply in zip(active, replies, strict=True):
+                if reply is not None:
+                    told[row.request_id].append(reply)
+            active = [row for row, reply in zip(active, replies, strict=True) if reply is None or reply.more]
+            self.step()
+        return list(told.values())
+
+    def answer(self, row: Row) -> Reply:
+        """The one reply of a row that is answered as a whole."""
+        ((reply,),) = self.settle(row)
+        assert reply.more is None
+        return reply
+
+    def told(self, row: Row) -> dict:
+        return json.loads(self.answer(row).body)
+
+    def open(self, colour: str = "red", session: str | None = None) -> str:
+        reply = self.answer(self.row({"type": "start_session", "image": png(colour)}, session))
+        assert reply.status == 200, reply.body
+        while self.engine.has_work:
+            self.step()
+        return json.loads(reply.body)["session_id"]
+
+    def is_ended(self, row: Row, reply: Reply) -> bool:
+        """Whether the row's own sequence is ended: in one of the two ways, never by both."""
+        assert self.ended.count(row.sequence_id) + (CLOSED_SESSION_HEADER in reply.headers) <= 1
+        return row.sequence_id in (*self.ended, reply.headers.get(CLOSED_SESSION_HEADER))
+
+    def ask(self, session: str | None, prompt: str = QUESTIONS[0], **fields: Any) -> dict:
+        return self.told(self.ask_row(session, prompt, **fields))
+
+    def start(self, session: str, prompt: str = QUESTIONS[0], **fields: Any) -> Row:
+        """An ask whose turn runs, and whose row is still held."""
+        row = self.ask_row(session, prompt, **{"max_new_tokens": 200, **fields})
+        assert self.exchange(row) == [None]
+        return row
+
+    def close_row(self, session: str) -> Row:
+        return self.row({"type": "close_session"}, session)
+
+    def cancel_row(self, session: str) -> Row:
+        return self.row({"type": "cancel"}, session)
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Path) -> Iterator[Model]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a tiny model only loses by more
+    yield Model.load(tiny, device="cpu")
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokens(tiny: Path) -> ChatTokens:
+    return ChatTokens(transformers.AutoProcessor.from_pretrained(tiny))
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch) -> None:
+    """The engine steps between exchanges only, so an exchange that waits for it waits in vain."""
+    monkeypatch.setattr(pump_module, "WAIT_S", 0.002)
+
+
+@pytest.fixture
+def front(model: Model, tokens: ChatTokens) -> Frontend:
+    return Frontend(model, tokens)
+
+
+@pytest.fixture
+def deaf(model: Model, tokens: ChatTokens) -> Frontend:
+    return Frontend(model, tokens, deaf=True)
+
+
+def code(reply: Reply) -> str:
+    return json.loads(reply.body)["error"]["code"]
+
+
+def lines(replies: list[Reply]) -> list[dict]:
+    return [json.loads(line) for reply in replies for line in reply.body.splitlines()]
+
+
+# --- open ---
+
+
+def test_an_open_is_answered_with_its_id_and_sagemakers_headers(front):
+    row = front.row({"type": "start_session", "image": png()})
+    reply = front.answer(row)
+    body = json.loads(reply.body)
+    assert (reply.status, reply.content_type) == (200, "application/json")
+    assert body["session_id"] == row.sequence_id
+    assert body["usage"]["image_tokens"] == 16
+    assert body["usage"]["prompt_tokens"] > 16
+    assert set(reply.headers) == {SESSION_HEADER, NEW_SESSION_HEADER}
+    for value in reply.headers.values():
+        assert re.fullmatch(EXPIRES_PATTERN, value)
+        assert value == f"{row.sequence_id}; Expires={body['expires']}"
+    assert body["expires"] == "2027-01-15T08:01:00Z"
+
+
+def test_opening_hands_the_engine_what_the_conversation_holds(deaf):
+    session = opened(deaf)
+    (command,) = deaf.commands
+    assert isinstance(command, OpenSession)
+    assert command.session_id == session
+    assert command.pixel_values.shape == (1, 3, 56, 56)
+
+
+def test_an_open_behind_the_constant_gets_an_id_of_our_own(front):
+    body = {"type": "start_session", "image": png()}
+    first, second = front.settle(front.row(body, NEW_SESSION), front.row(body, NEW_SESSION))
+    ids = [json.loads(replies[0].body)["session_id"] for replies in (first, second)]
+    assert len(set(ids)) == 2
+    for session in ids:
+        assert protocol.SESSION_ID_PATTERN.fullmatch(session)
+        assert front.ask(session)["session_id"] == session
+    assert all(CLOSED_SESSION_HEADER not in replies[0].headers for replies in (first, second))
+
+
+def test_an_open_that_brings_an_id_is_refused_and_opens_nothing(front):
+    reply = front.answer(front.row({"type": "start_session", "image": png()}, "my-own-id"))
+    assert (reply.status, code(reply)) == (400, "invalid_request")
+    assert front.commands == []
+    assert front.pump.figures().open_sessions == 0
+
+
+def test_an_open_row_is_held_while_its_picture_is_prepared(front, tokens):
+    row = front.row({"type": "start_session", "image": png()})
+    with tokens._lock:  # the picture waits for its tokens
+        assert front.exchange(row) == [None]
+        assert front.exchange(row) == [None]
+        assert front.pump.busy
+    assert front.answer(row).status == 200
+    assert not front.pump.busy
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({"image": "!"}, 400),
+        ({"image": ""}, 400),
+        ({"image": base64.b64encode(b"no picture at all").decode()}, 415),
+        ({"image": "\ud800"}, 400),
+        ({"path": "s3://bucket/key"}, 400),
+        ({"path": "/etc/passwd"}, 400),
+        ({"path": ""}, 400),
+        ({"path": "\ud800"}, 400),
+    ],
+)
+def test_a_refused_picture_gives_its_place_back(model, tokens, fields, status):
+    front = Frontend(model, tokens, max_sessions=1)
+    row = front.row({"type": "start_session", **fields})
+    reply = front.answer(row)
+    assert reply.status == status
+    assert front.is_ended(row, reply)
+    assert front.commands == []
+    assert front.open()
+
+
+def test_a_full_table_refuses_before_any_work(model, tokens):
+    front = Frontend(model, tokens, max_sessions=1)
+    session = front.open()
+    commands = len(front.commands)
+    row = front.row({"type": "start_session", "image": "not even a picture"})
+    with tokens._lock:
+        (reply,) = front.exchange(row)  # at once, not after a look at the picture
+    assert (reply.status, code(reply)) == (429, "capacity")
+    assert reply.headers == {CLOSED_SESSION_HEADER: row.sequence_id}
+    assert len(front.commands) == commands
+    assert front.ask(session)["session_id"] == session
+
+
+def test_a_picture_in_preparation_holds_a_place(model, tokens):
+    front = Frontend(model, tokens, max_sessions=1)
+    first = front.row({"type": "start_session", "image": png()})
+    second = front.row({"type": "start_session", "image": png()})
+    with tokens._lock:
+        held, reply = front.exchange(first, second)
+    assert held is None
+    assert reply.status == 429
+    assert front.answer(first).status == 200
+
+
+def test_a_closed_session_makes_room(model, tokens):
+    front = Frontend(model, tokens, max_sessions=1)
+    front.answer(front.close_row(front.open()))
+    assert front.open()
+
+
+# --- ask ---
+
+
+def test_an_answer_is_told_whole_with_its_facts(front):
+    session = front.open()
+    reply = front.answer(front.ask_row(session))
+    assert (reply.status, reply.content_type, reply.headers) == (200, "application/json", {})
+    body = json.loads(reply.body)
+    assert set(body) == {"response_text", "session_id", "finish_reason", "usage", "timings"}
+    assert body["session_id"] == session
+    assert body["finish_reason"] in ("stop", "length")
+    assert body["response_text"].strip()
+    assert body["usage"]["cached_tokens"] < body["usage"]["prompt_tokens"]
+    assert set(body["timings"]) == {"queue_ms", "ttft_ms", "total_ms"}
+
+
+def test_token_ids_come_when_asked_for(front, tokens):
+    body = front.ask(front.open(), return_token_ids=True)
+    assert len(body["token_ids"]) == body["usage"]["completion_tokens"]
+    text = tokens._tokenizer.decode(body["token_ids"], skip_special_tokens=True).lstrip()
+    assert text == body["response_text"]
+
+
+def test_a_session_is_found_by_its_id_in_the_body(front):
+    session = front.open()
+    row = front.ask_row(None, session_id=session)
+    assert front.told(row)["session_id"] == session
+
+
+def test_later_turns_see_the_earlier_ones_in_the_cache(front):
+    session = front.open()
+    first = front.ask(session)["usage"]
+    second = front.ask(session, QUESTIONS[1])["usage"]
+    assert second["prompt_tokens"] > first["prompt_tokens"] + first["completion_tokens"]
+    assert second["cached_tokens"] >= first["prompt_tokens"]
+
+
+def test_a_row_is_held_until_its_answer_is_there(front):
+    row = front.start(front.open())
+    for _ in range(3):
+        front.step()
+        assert front.exchange(row) == [None]
+    assert front.pump.busy
+
+
+def test_a_stop_string_ends_an_answer_before_it(front):
+    session = front.open()
+    whole = front.ask(session, max_new_tokens=20)["response_text"]
+    stop = re.search("[ -~]{2}", whole[1:]).group()
+    body = front.ask(front.open(), max_new_tokens=20, stop=stop)
+    assert body["response_text"] == whole[: whole.index(stop)]
+    assert body["finish_reason"] == "stop"
+
+
+# --- streams ---
+
+
+def test_a_stream_tells_the_same_words_as_a_whole_answer(front):
+    whole = front.ask(front.open(), max_new_tokens=20)
+    (replies,) = front.settle(front.ask_row(front.open(), stream=True, max_new_tokens=20))
+    assert len(replies) > 2
+    assert [reply.more for reply in replies] == [True] * (len(replies) - 1) + [False]
+    assert {reply.content_type for reply in replies} == {"application/x-ndjson"}
+    assert {reply.status for reply in replies} == {200}
+    told = lines(replies)
+    assert "".join(line["delta"] for line in told) == whole["response_text"]
+    assert told[-1]["finish_reason"] == whole["finish_reason"]
+    assert told[-1]["usage"] == whole["usage"]
+    assert all(set(line) == {"delta"} for line in told[:-1])
+
+
+def test_a_streams_row_is_held_until_the_first_words(front):
+    session = front.open()
+    row = front.ask_row(session, stream=True, max_new_tokens=200)
+    assert front.exchange(row) == [None]
+    while not front.inbox.qsize():
+        front.step()
+    (reply,) = front.exchange(row)
+    assert reply.more is True
+    assert lines([reply])[0]["delta"]
+
+
+def test_a_stream_that_waits_for_words_sends_empty_chunks(front):
+    row = front.start(front.open(), stream=True)
+    for _ in range(4):
+        front.step()
+    (reply,) = front.exchange(row)
+    assert reply.body
+    (reply,) = front.exchange(row)
+    assert (reply.body, reply.more) == ("", True)
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 6])
+def test_a_stream_that_ends_before_its_first_chunk_is_one_whole_answer(front, max_new_tokens):
+    row = front.ask_row(front.open(), stream=True, max_new_tokens=max_new_tokens)
+    assert front.exchange(row) == [None]
+    while front.engine.has_work:
+        front.step()
+    (reply,) = front.exchange(row)
+    assert reply.more is None
+    assert reply.content_type == "application/x-ndjson"
+    assert lines([reply])[-1]["finish_reason"]
+    assert not front.pump.busy
+
+
+def test_a_refused_stream_is_a_plain_refusal(front):
+    reply = front.answer(front.ask_row("nobody", stream=True))
+    assert (reply.status, reply.more, reply.content_type) == (404, None, "application/json")
+
+
+# --- several rows ---
+
+
+def test_a_second_ask_is_refused_while_the_first_one_runs(front):
+    session = front.open()
+    expected = front.ask(front.open(), max_new_tokens=12)["response_text"]
+    first = front.ask_row(session, max_new_tokens=12)
+    second = front.ask_row(session, QUESTIONS[1])
+    held, reply = front.exchange(first, second)
+    assert held is None
+    assert (reply.status, code(reply), reply.headers) == (409, "session_busy", {})
+    assert json.loads(front.answer(first).body)["response_text"] == expected
+    assert front.ask(session, QUESTIONS[1])["response_text"]
+
+
+def test_sessions_side_by_side_answer_as_each_does_alone(model, tokens):
+    colours = ["red", "blue", "green"]
+    alone = []
+    for colour, question in zip(colours, QUESTIONS, strict=True):
+        front = Frontend(model, tokens)
+        alone.append(front.ask(front.open(colour), question, max_new_tokens=10, return_token_ids=True)["token_ids"])
+    front = Frontend(model, tokens)
+    sessions = [front.open(colour) for colour in colours]
+    rows = [
+        front.ask_row(session, question, max_new_tokens=10, return_token_ids=True, stream=number == 1)
+        for number, (session, question) in enumerate(zip(sessions, QUESTIONS, strict=True))
+    ]
+    assert [lines(replies)[-1]["token_ids"] for replies in front.settle(*rows)] == alone
+
+
+# --- close ---
+
+
+def test_a_close_frees_the_session_and_names_it(front):
+    session = front.open()
+    front.ask(session)
+    assert front.engine.memory().kv_bytes > 0
+    reply = front.answer(front.close_row(session))
+    assert (reply.status, reply.headers) == (200, {CLOSED_SESSION_HEADER: session})
+    assert json.loads(reply.body) == {"success": True, "session_id": session}
+    assert front.engine.memory() == Memory()
+    assert front.pump.figures().open_sessions == 0
+
+
+def test_a_closed_session_is_not_found_but_closes_again(front):
+    session = front.open()
+    front.answer(front.close_row(session))
+    reply = front.answer(front.ask_row(session))
+    assert (reply.status, reply.headers) == (404, {CLOSED_SESSION_HEADER: session})
+    assert front.answer(front.cancel_row(session)).status == 404
+    for _ in range(2):
+        again = front.answer(front.close_row(session))
+        assert (again.status, again.headers) == (200, {CLOSED_SESSION_HEADER: session})
+
+
+def test_a_close_of_an_id_that_never_was_is_not_found(front):
+    assert front.answer(front.close_row("nobody")).status == 404
+
+
+def test_two_closes_at_once_both_succeed(front):
+    session = front.open()
+    for (reply,) in front.settle(front.close_row(session), front.close_row(session)):
+        assert reply.status == 200
+    assert [type(command) for command in front.commands].count(CloseSession) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_close_ends_the_running_turn_first(front, stream):
+    session = front.open()
+    turn = front.start(session, stream=stream)
+    front.step()
+    turn_replies, (closed,) = front.settle(turn, front.close_row(session))
+    last = lines(turn_replies)[-1]
+    assert last["finish_reason"] == "cancelled"
+    assert last["session_id"] == session
+    assert turn_replies[-1].status == 200
+    assert (closed.status, closed.headers) == (200, {CLOSED_SESSION_HEADER: session})
+    assert front.engine.memory() == Memory()
+    assert front.pump.figures().running_turns == 0
+
+
+def test_a_close_leaves_other_sessions_alone(front):
+    one, other = front.open(), front.open("blue")
+    front.answer(front.close_row(one))
+    assert front.ask(other)["session_id"] == other
+
+
+# --- cancel ---
+
+
+def test_a_cancel_ends_the_turn_and_tells_both_rows(front):
+    session = front.open()
+    turn = front.start(session)
+    front.step()
+    (turn_reply,), (cancel_reply,) = front.settle(turn, front.cancel_row(session))
+    body = json.loads(turn_reply.body)
+    assert (turn_reply.status, body["finish_reason"], body["session_id"]) == (200, "cancelled", session)
+    assert json.loads(cancel_reply.body) == {"success": True, "session_id": session}
+    assert turn_reply.headers == cancel_reply.headers == {}
+
+
+def test_a_cancel_without_a_turn_says_so(front):
+    session = front.open()
+    assert front.told(front.cancel_row(session)) == {"success": False, "session_id": session}
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_a_cancelled_turn_leaves_the_conversation_as_it_was(front, steps):
+    kept, disturbed = front.open(), front.open()
+    for session in (kept, disturbed):
+        front.ask(session, QUESTIONS[0])
+    turn = front.start(disturbed, "Something else entirely?")
+    for _ in range(steps):
+        front.step()
+    front.settle(turn, front.cancel_row(disturbed))
+    answers = [front.ask(session, QUESTIONS[1], return_token_ids=True) for session in (kept, disturbed)]
+    assert answers[0]["token_ids"] == answers[1]["token_ids"]
+    assert answers[0]["usage"]["prompt_tokens"] == answers[1]["usage"]["prompt_tokens"]
+
+
+def test_a_cancelled_stream_ends_with_a_last_line(front):
+    session = front.open()
+    turn = front.start(session, stream=True)
+    for _ in range(4):
+        front.step()
+    (first,) = front.exchange(turn)
+    assert first.more is True
+    replies, _ = front.settle(turn, front.cancel_row(session))
+    assert replies[-1].more is False
+    assert lines(replies)[-1] == {"delta": "", "session_id": session, "finish_reason": "cancelled"}
+
+
+# --- clients that leave ---
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_vanished_row_ends_its_turn_and_frees_its_session(front, stream):
+    kept, left = front.open(), front.open()
+    front.start(left, "Something else entirely?", stream=stream)
+    front.step()
+    front.exchange()
+    assert not front.pump.busy
+    front.step()
+    front.exchange()
+    assert front.pump.figures().running_turns == 0
+    assert front.ask(left)["response_text"] == front.ask(kept)["response_text"]
+
+
+def test_a_row_that_vanishes_leaves_the_others_running(front):
+    gone, stays = front.open(), front.open("blue")
+    front.start(gone)
+    row = front.ask_row(stays)
+    assert front.answer(row).status == 200
+
+
+def test_a_client_that_leaves_while_its_picture_is_prepared_opens_nothing(model, tokens):
+    front = Frontend(model, tokens, max_sessions=1)
+    with tokens._lock:
+        assert front.exchange(front.row({"type": "start_session", "image": png()})) == [None]
+        front.exchange()
+    prepared = front.inbox.get(timeout=PATIENCE_S)
+    front.inbox.put(prepared)
+    front.exchange()
+    assert front.commands == []
+    assert front.open()
+
+
+def test_the_sweeper_notices_that_all_clients_left(front, monkeypatch):
+    session = front.open()
+    front.start(session)
+    front.pump.sweep()
+    assert front.pump.busy  # TorchServe was here a moment ago
+    monkeypatch.setattr(pump_module, "SILENCE_S", -1.0)
+    front.pump.sweep()
+    assert not front.pump.busy
+    front.step()
+    front.pump.sweep()
+    assert front.pump.figures().running_turns == 0
+
+
+# --- expiry ---
+
+
+def test_a_session_answers_up_to_its_expiry_and_then_is_gone(front):
+    session = front.open()
+    front.now_s = NOW + TTL - 0.01
+    assert front.ask(session)["session_id"] == session
+    front.now_s = NOW + TTL
+    for row in (front.ask_row(session), front.close_row(session), front.cancel_row(session)):
+        reply = front.answer(row)
+        assert (reply.status, code(reply)) == (410, "session_expired")
+
+
+def test_the_sweeper_frees_what_expired_and_the_id_stays_expired(front):
+    session = front.open()
+    front.now_s = NOW + 1
+    young = front.open("blue")
+    front.now_s = NOW + TTL
+    front.pump.sweep()
+    front.step()
+    front.exchange()
+    assert front.engine.memory().sessions == 1
+    assert front.pump.figures().open_sessions == 1
+    assert front.ended == [session]
+    reply = front.answer(front.ask_row(session))
+    assert (reply.status, reply.headers) == (410, {CLOSED_SESSION_HEADER: session})
+    assert front.ask(young)["session_id"] == young
+    front.now_s = NOW + TTL + 1
+    front.pump.sweep()
+    front.step()
+    assert front.engine.memory() == Memory()
+
+
+def test_a_turn_that_runs_over_the_expiry_is_answered_before_the_session_goes(front):
+    session = front.open()
+    turn = front.ask_row(session)
+    assert front.exchange(turn) == [None]
+    front.now_s = NOW + 2 * TTL
+    front.pump.sweep()
+    reply = front.answer(turn)
+    assert json.loads(reply.body)["finish_reason"] in ("stop", "length")
+    front.pump.sweep()
+    front.step()
+    assert front.engine.memory() == Memory()
+
+
+def test_an_expired_sessions_place_is_free_after_the_sweep(model, tokens):
+    front = Frontend(model, tokens, max_sessions=1)
+    front.open()
+    front.now_s = NOW + TTL
+    front.pump.sweep()
+    assert front.open()
+
+
+# --- which sequences are ended ---
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        {"type": "nothing"},
+        {"type": "start_session"},
+        {"type": "start_session", "image": "!"},
+        {"type": "send_text_prompt", "prompt_text": "x", "session_id": "nobody"},
+        {"type": "close_session", "session_id": "nobody"},
+        {"type": "cancel"},
+    ],
+)
+def test_a_refused_row_without_a_session_ends_the_sequence_made_for_it(front, body):
+    row = front.row(body)
+    reply = front.answer(row)
+    assert reply.status >= 400
+    assert front.is_ended(row, reply)
+    assert set(reply.headers.values()) <= {row.sequence_id}
+
+
+@pytest.mark.parametrize("body", [b"", {"type": "nothing"}, {"type": "start_session", "image": png()}])
+def test_a_refused_row_of_an_open_session_does_not_end_it(front, body):
+    session = front.open()
+    reply = front.answer(front.row(body, session))
+    assert (reply.status, reply.headers) == (400, {})
+    assert front.ask(session)["session_id"] == session
+
+
+def test_a_refused_row_of_a_session_in_preparation_does_not_end_it(front, tokens):
+    opening = front.row({"type": "start_session", "image": png()})
+    with tokens._lock:
+        assert front.exchange(opening) == [None]
+        held, reply = front.exchange(opening, front.ask_row(opening.sequence_id))
+    assert held is None
+    assert (reply.status, reply.headers) == (404, {})
+    assert front.answer(opening).status == 200
+
+
+def test_answers_of_an_open_session_never_end_it(front):
+    session = front.open()
+    rows = [front.ask_row(session, stream=stream) for stream in (False, True)]
+    replies = [reply for row in rows for reply in front.settle(row)[0]]
+    replies += front.settle(front.cancel_row(session))[0]
+    assert all(reply.headers == {} for reply in replies)
+    assert front.ended == []
+
+
+@pytest.mark.parametrize("sequence", [NEW_SESSION, "a;b", "nobody;ts-seq-1", ";", ""])
+def test_a_sequence_that_is_not_one_clients_own_is_never_ended(front, sequence):
+    row = front.row({"type": "nothing"}, NEW_SESSION)
+    row = Row(row.request_id, sequence, False, {SESSION_HEADER.lower(): sequence}, row.body)
+    reply = front.answer(row)
+    assert (reply.status, reply.headers) == (400, {})
+    assert front.ended == []
+
+
+def test_of_two_rows_on_an_unknown_id_only_the_last_one_ends_it(front):
+    replies = front.settle(front.ask_row("nobody"), front.ask_row("nobody"))
+    assert [reply.status for (reply,) in replies] == [404, 404]
+    assert [reply.headers for (reply,) in replies] == [{}, {CLOSED_SESSION_HEADER: "nobody"}]
+    assert front.ended == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_row_that_was_held_has_the_sequence_made_for_it_ended_by_a_request(front, stream):
+    session = front.open()
+    row = front.ask_row(None, session_id=session, stream=stream)
+    (replies,) = front.settle(row)
+    assert all(reply.headers == {} for reply in replies)
+    assert front.ended == [row.sequence_id]
+
+
+def test_a_vanished_row_has_the_sequence_made_for_it_ended(front):
+    session = front.open()
+    row = front.start(None, session_id=session)
+    front.exchange()
+    assert front.ended == [row.sequence_id]
+
+
+def test_a_vanished_row_of_an_open_session_does_not_end_it(front):
+    session = front.open()
+    front.start(session)
+    front.exchange()
+    front.step()
+    front.exchange()
+    assert front.ended == []
+    assert front.ask(session)["session_id"] == session
+
+
+def test_the_request_that_ends_a_sequence_is_answered_with_its_end(front):
+    row = front.ask_row(None, session_id=front.open())
+    front.answer(row)
+    closing = front.close_row(row.sequence_id)
+    reply = front.answer(closing)
+    assert (reply.status, reply.headers) == (200, {CLOSED_SESSION_HEADER: row.sequence_id})
+    assert front.ended == [row.sequence_id]
+
+
+# --- rows of any kind ---
+
+ABSURD_BODIES = [
+    *(
+        None,
+        0,
+        -1.5,
+        True,
+        "",
+        "x",
+        b"",
+        b"\xff\x00",
+        bytearray(b"{"),
+        [],
+        {},
+        [[]],
+        "[" * 100_000,
+        object(),
+        1j,
+        {1, 2},
+    ),
+    *({1: 2}, {None: None}, {"type": {"type": "cancel"}}, {"type": []}, {"type": "cancel", "session_id": ["x"]}),
+    *(
+        {"type": "send_text_prompt", "session_id": "a", "prompt_text": "q", "seed": 10**5_000},
+        memoryview(b"{}"),
+        float("nan"),
+    ),
+]
+ABSURD_HEADERS = [
+    *({}, None, [], "headers", {SESSION_HEADER.lower(): None}, {SESSION_HEADER.lower(): 7}, {1: 2}),
+    *({SESSION_HEADER.lower(): "\ud800"}, {SESSION_HEADER.lower(): "x" * 100_000}, {SESSION_HEADER.lower(): b"abc"}),
+]
+
+
+def test_absurd_rows_are_refused_one_by_one_and_a_good_one_among_them_is_answered(front):
+    session = front.open()
+    rows = [front.row(body) for body in ABSURD_BODIES]
+    bodies = [{"type": "cancel"}, {"type": "start_session"}]
+    for headers in ABSURD_HEADERS:
+        rows += [Row(f"odd-{len(rows) + n}", "odd", False, headers, body) for n, body in enumerate(bodies)]
+    good = front.ask_row(session)
+    *odd, (answer,) = front.settle(*rows, good)
+    assert json.loads(answer.body)["session_id"] == session
+    for (reply,) in odd:
+        assert reply.status >= 400
+        assert reply.more is None
+        assert reply.body.isascii()
+        assert set(json.loads(reply.body)["error"]) == {"code", "message"}
+    assert not front.pump.busy
+
+
+def test_no_rows_are_no_replies(front):
+    assert front.exchange() == []
+
+
+# --- the context's end ---
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(front):
+    kept, session = front.open(), front.open()
+    reply = front.answer(front.ask_row(session, "é" * 2_000))
+    assert (reply.status, code(reply), reply.headers) == (422, "context_length_exceeded", {})
+    context, needed = map(int, re.findall(r"\d+", json.loads(reply.body)["error"]["message"]))
+    assert context == 1024
+    assert needed > 4_000
+    assert front.ask(session)["response_text"] == front.ask(kept)["response_text"]
+
+
+def test_a_conversation_fills_its_context_to_the_last_token_and_no_further(front):
+    letter = "\x01"  # always a token of its own
+    spare = 1023 - front.ask(front.open(), letter, max_new_tokens=1)["usage"]["prompt_tokens"]
+    answer = front.ask(front.open(), letter * (1 + spare), max_new_tokens=1024)
+    assert answer["usage"]["prompt_tokens"] == 1023
+    assert answer["usage"]["completion_tokens"] == 1
+    session = front.open()
+    reply = front.answer(front.ask_row(session, letter * (2 + spare)))
+    assert reply.status == 422
+    assert re.findall(r"\d+", json.loads(reply.body)["error"]["message"]) == ["1024", "1025"]
+    assert front.answer(front.close_row(session)).status == 200
+
+
+def test_a_conversation_that_fills_its_context_takes_no_further_turn_but_closes(front):
+    session = front.open()
+    letter, limit = "\x01", 1024
+    first = front.ask(session, letter, max_new_tokens=1)["usage"]["prompt_tokens"]
+    front.ask(session, letter * (limit - first - 60), max_new_tokens=1)
+    for _ in range(60):
+        reply = front.answer(front.ask_row(session, "x", max_new_tokens=1))
+        if reply.status != 200:
+            break
+    assert reply.status == 422
+    assert front.answer(front.ask_row(session, "x", max_new_tokens=1)).status == 422
+    assert front.answer(front.close_row(session)).status == 200
+
+
+# --- what the engine fails at ---
+
+
+def opened(front: Frontend) -> str:
+    """A session of a deaf front: as the pump sees it, without an engine's word."""
+    return front.told(front.row({"type": "start_session", "image": png()}))["session_id"]
+
+
+def error_id(reply: Reply) -> str:
+    return re.fullmatch(r".*id ([0-9a-f]{8})\.", json.loads(reply.body)["error"]["message"]).group(1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failed_turn_is_told_by_an_id_that_the_log_has(deaf, caplog, stream):
+    session = opened(deaf)
+    row = deaf.start(session, stream=stream)
+    deaf.tell(TurnFailed(row.request_id, "RuntimeError: secret cause"))
+    (reply,) = deaf.exchange(row)
+    assert (reply.status, code(reply), reply.more) == (500, "internal", None)
+    assert reply.headers == {}
+    assert "secret" not in reply.body
+    told = [record for record in caplog.records if error_id(reply) in record.getMessage()]
+    assert len(told) == 1
+    assert "secret cause" in caplog.text
+
+
+def test_a_failed_turn_leaves_the_session_as_before_it(deaf):
+    session = opened(deaf)
+    first = deaf.start(session)
+    deaf.tell(TurnFailed(first.request_id, "boom"))
+    deaf.exchange(first)
+    second = deaf.start(session)
+    asks = [command for command in deaf.commands if isinstance(command, AskSession)]
+    assert [ask.turn_id for ask in asks] == [first.request_id, second.request_id]
+    assert asks[0].token_ids == asks[1].token_ids
+
+
+def test_a_stream_that_fails_midway_ends_with_an_error_line(deaf):
+    row = deaf.start(opened(deaf), stream=True)
+    deaf.tell(Delta(row.request_id, "some "))
+    (first,) = deaf.exchange(row)
+    assert (first.more, first.body) == (True, protocol.line({"delta": "some "}))
+    deaf.tell(Delta(row.request_id, "words"), TurnFailed(row.request_id, "boom"))
+    (last,) = deaf.exchange(row)
+    assert last.more is False
+    assert lines([last])[0] == {"delta": "words"}
+    assert lines([last])[-1]["error"]["code"] == "internal"
+    assert not deaf.pump.busy
+
+
+def test_words_that_were_not_sent_yet_are_dropped_when_a_stream_fails(deaf):
+    row = deaf.start(opened(deaf), stream=True)
+    deaf.tell(Delta(row.request_id, "words"), TurnFailed(row.request_id, "boom"))
+    (reply,) = deaf.exchange(row)
+    assert (reply.status, code(reply), reply.more) == (500, "internal", None)
+
+
+def test_a_session_whose_picture_failed_is_gone_with_a_reason(model, tokens):
+    front = Frontend(model, tokens, max_sessions=1, deaf=True)
+    session = opened(front)
+    row = front.start(session)
+    front.tell(TurnFailed(row.request_id, "boom"), OpenFailed(session, "boom"))
+    (reply,) = front.exchange(row)
+    assert reply.status == 500
+    later = front.answer(front.ask_row(session))
+    assert (later.status, code(later)) == (500, "internal")
+    assert later.headers == {CLOSED_SESSION_HEADER: session}
+    assert front.pump.figures().open_sessions == 0
+    assert opened(front)  # its place is free
+
+
+def test_a_picture_that_the_engine_fails_at_ends_its_session_alone(front):
+    good = front.open()
+    row, replies = front.row({"type": "start_session", "image": png()}), [None]
+    until = time.monotonic() + PATIENCE_S
+    while replies == [None] and time.monotonic() < until:
+        replies = front.exchange(row)
+    front.engine._sessions[row.sequence_id].pixel_values = None  # nothing that can be encoded
+    reply = front.answer(front.ask_row(row.sequence_id))
+    assert (reply.status, code(reply)) == (500, "internal")
+    assert front.answer(front.ask_row(row.sequence_id)).status == 500
+    assert front.engine.memory().sessions == 1
+    assert front.ask(good)["session_id"] == good
+
+
+def test_events_about_nobody_are_passed_over(deaf):
+    session = opened(deaf)
+    row = deaf.start(session)
+    nobody = Finished("nobody", "stop", "", [], [], Usage(0, 0, 0), Timings(0, 0, 0))
+    deaf.tell(nobody, Delta("nobody", "x"), TurnFailed("nobody", "x"), OpenFailed("nobody", "x"))
+    assert deaf.exchange(row) == [None]
+    deaf.tell(TurnFailed(row.request_id, "boom"))
+    assert deaf.exchange(row)[0].status == 500
+
+
+# --- figures and logs ---
+
+
+def test_the_figures_count_what_happened(front):
+    session = front.open()
+    front.ask(session)
+    front.ask(session, QUESTIONS[1])
+    front.answer(front.ask_row("nobody"))
+    row = front.start(session)
+    figures = front.pump.figures()
+    assert (figures.open_sessions, figures.running_turns) == (1, 1)
+    assert (figures.turns_total, figures.refusals_total) == (2, 1)
+    memory = front.engine.memory()
+    assert (figures.features_bytes, figures.kv_bytes) == (memory.features_bytes, memory.kv_bytes)
+    assert figures.device_bytes == memory.features_bytes + memory.kv_bytes
+    front.settle(row, front.cancel_row(session))
+    assert front.pump.figures().turns_total == 2
+
+
+def test_logs_hold_no_words_and_no_whole_ids(front, caplog):
+    caplog.set_level(logging.DEBUG, logger="llava_sessions")
+    session = front.open(session=NEW_SESSION)
+    words = front.ask(session, "My very private question")["response_text"]
+    front.answer(front.close_row(session))
+    assert "session_open" in caplog.text
+    assert "turn_done" in caplog.text
+    assert "session_close" in caplog.text
+    assert "private" not in caplog.text
+    assert words.strip() not in caplog.text
+    assert session not in caplog.text
+
+
+# --- with the engine in its thread ---
+
+
+def test_many_rows_over_the_engines_own_thread_are_all_answered(model, tokens):
+    alone = Frontend(model, tokens)
+    expected = [alone.ask(alone.open(), question)["response_text"] for question in QUESTIONS]
+    front = Frontend(model, tokens, max_sessions=6)
+    worker = EngineWorker(front.engine, front.inbox)
+    front.submit, front.step = worker.submit, lambda: None
+    worker.start()
+    try:
+        opens = [front.row({"type": "start_session", "image": png()}) for _ in range(6)]
+        ids = [json.loads(reply.body)["session_id"] for (reply,) in front.settle(*opens)]
+        rows = [front.ask_row(i, QUESTIONS[n % 3], stream=n % 2 == 0) for n, i in enumerate(ids)]
+        for n, replies in enumerate(front.settle(*rows)):
+            told = lines(replies)
+            text = told[-1].get("response_text", "".join(line.get("delta", "") for line in told))
+            assert text == expected[n % 3]
+        closed = front.settle(*[front.close_row(session) for session in ids])
+        assert [reply.status for (reply,) in closed] == [200] * 6
+    finally:
+        worker.stop()
+    assert front.engine.memory() == Memory()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import transformers
 from PIL import Image
+from tokenizers import processors
 
 from llava_sessions.conversation import AnswerText, ChatTokens, Conversation, TemplateError
 from tests.tiny_llava import TEMPLATE, make_tokenizer
@@ -218,11 +219,20 @@ def test_the_pixels_follow_the_order_of_the_pictures(chat):
     assert not np.array_equal(both[0], both[1])
 
 
-def test_the_start_token_is_written_once_when_the_template_writes_it(make_chat):
-    opening = make_chat(CLOSING).opening([picture()])
-    start = make_tokenizer().bos_token_id
-    assert opening.token_ids[0] == start
-    assert opening.token_ids.count(start) == 1
+@pytest.mark.parametrize("name", ["open", "closing"])
+def test_the_start_token_is_written_once_by_the_template_or_the_tokenizer(tiny, name):
+    processor = transformers.AutoProcessor.from_pretrained(tiny)
+    processor.chat_template = TEMPLATES[name]
+    start = processor.tokenizer.bos_token_id
+    # As Llama's: the tokenizer writes the start of every text by itself.
+    writer = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
+    processor.tokenizer.backend_tokenizer.post_processor = writer
+    assert processor.tokenizer("a")["input_ids"][0] == start
+    chat = ChatTokens(processor)
+    conversation = Conversation(chat.opening([picture()]))
+    assert conversation.token_ids[0] == start
+    assert conversation.token_ids.count(start) == 1
+    assert start not in chat.prompt(conversation, "What is <s> it?")
 
 
 def test_the_system_prompt_stands_before_the_picture(make_chat):

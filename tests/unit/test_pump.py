@@ -25,6 +25,7 @@ from llava_sessions import pump as pump_module
 from llava_sessions.conversation import ChatTokens
 from llava_sessions.engine.messages import (
     AskSession,
+    Closed,
     CloseSession,
     Delta,
     Finished,
@@ -64,7 +65,14 @@ class Frontend:
     close, at once. `ended` are the sequences that the pump had ended by a request of its own.
     """
 
-    def __init__(self, model: Model, tokens: ChatTokens, max_sessions: int = 8, deaf: bool = False) -> None:
+    def __init__(
+        self,
+        model: Model,
+        tokens: ChatTokens,
+        max_sessions: int = 8,
+        context_tokens: int | None = None,
+        deaf: bool = False,
+    ) -> None:
         """`deaf`: commands are only recorded, and a test tells by itself what came of them."""
         self.now_s = NOW
         self.commands: list = []
@@ -72,11 +80,11 @@ class Frontend:
         self.engine = Engine(model, tokens.answer_text)
         self._deaf = deaf
         self._rows = 0
-        table = SessionTable(max_sessions, TTL)
-        limits = (model.context_tokens, Limits(), MediaLimits())
+        self.table = SessionTable(max_sessions, TTL)
+        limits = (context_tokens or model.context_tokens, Limits(), MediaLimits())
         self.ended: list[str] = []
         self.pump = Pump(
-            self, self.inbox, tokens, table, *limits, end_sequence=self.ended.append, clock=lambda: self.now_s
+            self, self.inbox, tokens, self.table, *limits, end_sequence=self.ended.append, clock=lambda: self.now_s
         )
 
     def submit(self, command) -> None:
@@ -175,6 +183,7 @@ def tokens(tiny: Path) -> ChatTokens:
 def _short_waits(monkeypatch) -> None:
     """The engine steps between exchanges only, so an exchange that waits for it waits in vain."""
     monkeypatch.setattr(pump_module, "WAIT_S", 0.002)
+    monkeypatch.setattr(pump_module, "CLOSE_WAIT_S", 0.002)
 
 
 @pytest.fixture
@@ -491,6 +500,21 @@ def test_a_close_ends_the_running_turn_first(front, stream):
     assert (closed.status, closed.headers) == (200, {CLOSED_SESSION_HEADER: session})
     assert front.engine.memory() == Memory()
     assert front.pump.figures().running_turns == 0
+
+
+def test_a_session_that_is_being_closed_takes_nothing_more(deaf):
+    session = opened(deaf)
+    closing = deaf.close_row(session)
+    assert deaf.exchange(closing) == [None]
+    held, refused = deaf.exchange(closing, deaf.ask_row(session))
+    assert held is None
+    assert (refused.status, code(refused), refused.headers) == (404, "session_not_found", {})
+    deaf.now_s = NOW + TTL
+    deaf.pump.sweep()
+    assert [type(command) for command in deaf.commands].count(CloseSession) == 1
+    deaf.tell(Closed(session))
+    (reply,) = deaf.exchange(closing)
+    assert (reply.status, reply.headers) == (200, {CLOSED_SESSION_HEADER: session})
 
 
 def test_a_close_leaves_other_sessions_alone(front):
@@ -840,6 +864,29 @@ def test_a_conversation_that_fills_its_context_takes_no_further_turn_but_closes(
     assert reply.status == 422
     assert front.answer(front.ask_row(session, "x", max_new_tokens=1)).status == 422
     assert front.answer(front.close_row(session)).status == 200
+
+
+def test_a_picture_that_leaves_no_room_for_a_question_is_refused(model, tokens):
+    body = {"type": "start_session", "image": png()}
+    needed = json.loads(Frontend(model, tokens).answer(Frontend(model, tokens).row(body)).body)["usage"][
+        "prompt_tokens"
+    ]
+    front = Frontend(model, tokens, max_sessions=1, context_tokens=needed)
+    reply = front.answer(front.row(body))
+    assert (reply.status, code(reply)) == (422, "context_length_exceeded")
+    assert front.commands == []
+    assert front.pump.figures().open_sessions == 0
+    roomier = Frontend(model, tokens, context_tokens=needed + 1)
+    assert roomier.answer(roomier.row(body)).status == 200
+
+
+def test_a_conversation_keeps_what_the_engine_keeps(deaf):
+    session = opened(deaf)
+    row = deaf.start(session, return_token_ids=True)
+    deaf.tell(Finished(row.request_id, "stop", "a", [70, 2], [70], Usage(1, 0, 2), Timings(0, 0, 0)))
+    assert deaf.told(row)["token_ids"] == [70, 2]
+    opening, ask = deaf.commands
+    assert deaf.table.get(session, NOW).conversation.token_ids == [*opening.token_ids, *ask.token_ids, 70]
 
 
 # --- what the engine fails at ---

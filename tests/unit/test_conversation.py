@@ -14,7 +14,7 @@ import transformers
 from PIL import Image
 from tokenizers import processors
 
-from llava_sessions.conversation import AnswerText, ChatTokens, Conversation, TemplateError
+from llava_sessions.conversation import AnswerText, ChatTokens, Conversation, Opening, TemplateError
 from tests.tiny_llava import TEMPLATE, make_tokenizer
 
 IMAGE_TOKENS = 16
@@ -49,6 +49,15 @@ def picture(colour: str = "red", size: tuple[int, int] = (60, 40)) -> Image.Imag
     return Image.new("RGB", size, colour)
 
 
+def prepare(chat: ChatTokens, images: list[Image.Image]) -> Opening:
+    return chat.opening(images)
+
+
+def pixels(opening: Opening) -> np.ndarray:
+    """Of all pictures, `[pictures, 3, height, width]`."""
+    return opening.pixel_values
+
+
 @pytest.fixture(scope="module")
 def make_chat(tiny: Path):
     """A `ChatTokens` over the tiny checkpoint's processor with another chat template."""
@@ -73,7 +82,7 @@ def tokenizer():
 
 def asked(chat: ChatTokens, text: str) -> str:
     """The second turn's prompt for `text`, as text again."""
-    conversation = Conversation(chat.opening([picture()]))
+    conversation = Conversation(prepare(chat, [picture()]))
     conversation.commit(chat.prompt(conversation, "first"), [])
     return chat._tokenizer.decode(chat.prompt(conversation, text))
 
@@ -95,7 +104,7 @@ def test_turn_by_turn_ids_are_those_of_the_whole_conversation(make_chat, tiny, n
     chat = make_chat(TEMPLATES[name], system_prompt)
     processor, images = chat._processor, [picture()] * pictures
     messages = [{"role": "system", "content": [{"type": "text", "text": system_prompt}]}] if system_prompt else []
-    conversation = Conversation(chat.opening(images))
+    conversation = Conversation(prepare(chat, images))
     for number, (question, answer) in enumerate(TURNS):
         content = [{"type": "text", "text": question}]
         messages.append(
@@ -112,14 +121,14 @@ def test_turn_by_turn_ids_are_those_of_the_whole_conversation(make_chat, tiny, n
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_prompt_leaves_the_conversation_as_it_was(make_chat, name):
     chat = make_chat(TEMPLATES[name])
-    conversation = Conversation(chat.opening([picture()]))
+    conversation = Conversation(prepare(chat, [picture()]))
     before = list(conversation.token_ids)
     assert chat.prompt(conversation, "one") == chat.prompt(conversation, "one")
     assert (conversation.token_ids, conversation.turns) == (before, 0)
 
 
 def test_conversations_of_one_opening_grow_apart(chat):
-    opening = chat.opening([picture()])
+    opening = prepare(chat, [picture()])
     first, second = Conversation(opening), Conversation(opening)
     first.commit([1, 2], [3])
     assert second.token_ids == opening.token_ids
@@ -129,7 +138,7 @@ def test_conversations_of_one_opening_grow_apart(chat):
 @pytest.mark.parametrize("name", ["closing", "markup"])
 def test_a_template_that_closes_answers_writes_one_eos_before_the_next_question(make_chat, name):
     chat = make_chat(TEMPLATES[name])
-    conversation = Conversation(chat.opening([picture()]))
+    conversation = Conversation(prepare(chat, [picture()]))
     first = chat.prompt(conversation, "one")
     conversation.commit(first, [5, 6])
     eos = chat._tokenizer.eos_token_id
@@ -158,7 +167,7 @@ ODD_TEXTS = [
 @pytest.mark.parametrize("text", ODD_TEXTS)
 def test_special_tokens_in_a_question_stay_text(make_chat, name, text):
     chat = make_chat(TEMPLATES[name])
-    conversation = Conversation(chat.opening([picture()]))
+    conversation = Conversation(prepare(chat, [picture()]))
     tokenizer = chat._tokenizer
     for _ in range(2):
         plain, odd = chat.prompt(conversation, "question"), chat.prompt(conversation, text)
@@ -202,20 +211,20 @@ def test_any_text_survives_the_way_into_tokens(make_chat, seed):
 @pytest.mark.parametrize("pictures", [1, 2, 5])
 def test_an_opening_holds_the_tokens_of_every_picture_and_ends_behind_the_last(make_chat, name, pictures):
     chat = make_chat(TEMPLATES[name], "Be brief.")
-    opening = chat.opening([picture(size=(30 * n + 10, 50)) for n in range(pictures)])
+    opening = prepare(chat, [picture(size=(30 * n + 10, 50)) for n in range(pictures)])
     assert opening.image_tokens == pictures * IMAGE_TOKENS
     assert opening.token_ids.count(chat.image_token_id) == pictures * IMAGE_TOKENS
     assert opening.token_ids[-1] == chat.image_token_id
-    assert opening.pixel_values.shape == (pictures, 3, 56, 56)
-    assert opening.pixel_values.dtype == np.float32
+    assert pixels(opening).shape == (pictures, 3, 56, 56)
+    assert pixels(opening).dtype == np.float32
     assert all(type(token) is int for token in opening.token_ids)
 
 
 def test_the_pixels_follow_the_order_of_the_pictures(chat):
     red, blue = picture("red"), picture("blue")
-    both = chat.opening([red, blue]).pixel_values
-    assert np.array_equal(both[0], chat.opening([red]).pixel_values[0])
-    assert np.array_equal(both[1], chat.opening([blue]).pixel_values[0])
+    both = pixels(prepare(chat, [red, blue]))
+    assert np.array_equal(both[0], pixels(prepare(chat, [red]))[0])
+    assert np.array_equal(both[1], pixels(prepare(chat, [blue]))[0])
     assert not np.array_equal(both[0], both[1])
 
 
@@ -229,7 +238,7 @@ def test_the_start_token_is_written_once_by_the_template_or_the_tokenizer(tiny, 
     processor.tokenizer.backend_tokenizer.post_processor = writer
     assert processor.tokenizer("a")["input_ids"][0] == start
     chat = ChatTokens(processor)
-    conversation = Conversation(chat.opening([picture()]))
+    conversation = Conversation(prepare(chat, [picture()]))
     assert conversation.token_ids[0] == start
     assert conversation.token_ids.count(start) == 1
     assert start not in chat.prompt(conversation, "What is <s> it?")
@@ -237,7 +246,7 @@ def test_the_start_token_is_written_once_by_the_template_or_the_tokenizer(tiny, 
 
 def test_the_system_prompt_stands_before_the_picture(make_chat):
     chat = make_chat(CLOSING, "Be brief.")
-    text = chat._tokenizer.decode(chat.opening([picture()]).token_ids)
+    text = chat._tokenizer.decode(prepare(chat, [picture()]).token_ids)
     assert text.index("Be brief.") < text.index("<image>")
 
 
@@ -426,14 +435,14 @@ def test_readers_of_one_chat_share_nothing(chat):
 
 
 def test_prompts_from_several_threads_are_those_from_one(chat):
-    conversation = Conversation(chat.opening([picture()]))
+    conversation = Conversation(prepare(chat, [picture()]))
     texts = [f"{'word ' * (n % 7)}<image> number {n} 猫" for n in range(60)]
     alone = [chat.prompt(conversation, text) for text in texts]
-    opening = chat.opening([picture("green")])
+    opening = prepare(chat, [picture("green")])
     with ThreadPoolExecutor(8) as pool:
         prompts = [pool.submit(chat.prompt, conversation, text) for text in texts]
-        openings = [pool.submit(chat.opening, [picture("green")]) for _ in range(8)]
+        openings = [pool.submit(prepare, chat, [picture("green")]) for _ in range(8)]
         assert [prompt.result() for prompt in prompts] == alone
         for other in openings:
             assert other.result().token_ids == opening.token_ids
-            assert np.array_equal(other.result().pixel_values, opening.pixel_values)
+            assert np.array_equal(pixels(other.result()), pixels(opening))

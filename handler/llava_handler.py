@@ -21,6 +21,7 @@ from ts.torch_handler.base_handler import BaseHandler
 from llava_sessions import frontend, protocol, telemetry
 from llava_sessions.config import ConfigError, HandlerConfig, read_config
 from llava_sessions.conversation import ChatTokens
+from llava_sessions.engine.kv import choose_budget
 from llava_sessions.engine.model import Model
 from llava_sessions.engine.service import Engine
 from llava_sessions.engine.worker import EngineWorker
@@ -61,8 +62,9 @@ class LlavaHandler(BaseHandler):
         processor = transformers.AutoProcessor.from_pretrained(checkpoint)
         tokens = ChatTokens(processor, config.system_prompt)
         model = Model.load(checkpoint, config.dtype, _device(config, context.system_properties.get("gpu_id")))
-        engine = Engine(model, tokens.answer_text, config.prefill_chunk_tokens)
-        engine.warm_up(tokens)
+        sizes = (model.device, config.device_bytes, config.host_bytes)
+        engine = Engine(model, tokens.answer_text, choose_budget(model.device), config.prefill_chunk_tokens)
+        engine.budget = choose_budget(*sizes, working_bytes=engine.warm_up(tokens))
         inbox: queue.SimpleQueue = queue.SimpleQueue()
         worker = EngineWorker(engine, inbox)
         table = SessionTable(config.max_sessions, config.session_ttl_s)
@@ -78,7 +80,8 @@ class LlavaHandler(BaseHandler):
         threading.Thread(target=self._sweep, name="sweeper", daemon=True).start()
         self.initialized = True
         where = f"device={model.device} dtype={str(model.dtype).removeprefix('torch.')} context={model.context_tokens}"
-        log.info("ready %s sessions=%d seconds=%.1f", where, config.max_sessions, time.monotonic() - began)
+        budget = f"device_bytes={engine.budget.device_bytes} host_bytes={engine.budget.host_bytes}"
+        log.info("ready %s sessions=%d %s seconds=%.1f", where, config.max_sessions, budget, time.monotonic() - began)
 
     def _checked_properties(self) -> dict[str, str]:
         """The frontend's properties, once they are known to name the session headers as this worker does."""

@@ -35,6 +35,8 @@ class HandlerConfig:
     max_sessions: int
     session_ttl_s: float
     prefill_chunk_tokens: int
+    device_bytes: int | None
+    host_bytes: int | None
     system_prompt: str
     limits: Limits
     media: MediaLimits
@@ -63,6 +65,8 @@ def read_config(model_yaml: Mapping[str, Any]) -> HandlerConfig:
         max_sessions=reader.integer("max_sessions", 64, 1, 4096),
         session_ttl_s=reader.number("session_ttl_s", 1200, 1, 86_400),
         prefill_chunk_tokens=reader.integer("prefill_chunk_tokens", 256, 1, 65_536),
+        device_bytes=reader.size("device_bytes"),
+        host_bytes=reader.size("host_bytes"),
         system_prompt=reader.text("system_prompt", ""),
         limits=_limits(reader.section("limits")),
         media=_media(reader.section("media")),
@@ -176,6 +180,10 @@ class _Section:
             self.problem(key, f"is {value!r}; a whole number from {low} to {high} is wanted")
             return default
         return value
+
+    def size(self, key: str) -> int | None:
+        """Bytes; None for "auto"."""
+        return None if self._get(key, "auto") == "auto" else self.integer(key, 0, 0, 2**50)
 
     def number(self, key: str, default: float, low: float, high: float) -> float:
         value = self._get(key, default)

@@ -12,12 +12,18 @@ import copy
 import re
 import secrets
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from tokenizers.decoders import DecodeStream
+
+from .engine.messages import Picture
+
+# What a processor gives a vision tower, by its own names; one row a picture.
+_PICTURE_INPUTS = ("pixel_values",)
 
 
 class TemplateError(Exception):
@@ -26,12 +32,10 @@ class TemplateError(Exception):
 
 @dataclass(frozen=True)
 class Opening:
-    """What a session starts from: `token_ids` up to and with the last image token, `pixel_values` float32 [pictures, 3,
-    H, W].
-    """
+    """What a session starts from: the prompt up to and with its last image token, and the pictures behind those."""
 
     token_ids: list[int]
-    pixel_values: np.ndarray
+    pictures: tuple[Picture, ...]
     image_tokens: int
 
 
@@ -87,22 +91,27 @@ class ChatTokens:
         if "question" not in self._later_turn("question"):
             raise TemplateError("the chat template does not render a second question")
 
-    def opening(self, pictures: list[Image.Image]) -> Opening:
-        """Prepare the pictures and the prompt before the first question.
+    def opening(self, pictures: Sequence[tuple[str, Image.Image]]) -> Opening:
+        """Prepare the pictures (a key that names the content, and RGB) and the prompt before the first question.
 
-        Pictures are RGB. Returns the ids up to and with the last image token, so that they can be prefilled at once.
+        Returns the ids up to and with the last image token, so that they can be prefilled at once.
         """
         with self._lock:
             before, _ = self._first_turn("question", len(pictures))
             # As `ProcessorMixin.apply_chat_template`: the tokenizer adds its own start unless the template wrote it.
             bos = self._tokenizer.bos_token
             add = not (bos and before.startswith(bos))
-            inputs = self._processor(images=pictures, text=before, add_special_tokens=add, return_tensors="np")
+            images = [image for _, image in pictures]
+            inputs = self._processor(images=images, text=before, add_special_tokens=add, return_tensors="np")
         ids = [int(token) for token in np.asarray(inputs["input_ids"]).reshape(-1)]
         while ids and ids[-1] != self.image_token_id:
             ids.pop()  # a tokenizer that closes its input by itself
-        count = ids.count(self.image_token_id)
-        return Opening(ids, np.asarray(inputs["pixel_values"], dtype=np.float32), count)
+        arrays = {name: np.asarray(inputs[name]) for name in _PICTURE_INPUTS if name in inputs}
+        prepared = tuple(
+            Picture(key, {name: array[index : index + 1] for name, array in arrays.items()})
+            for index, (key, _) in enumerate(pictures)
+        )
+        return Opening(ids, prepared, ids.count(self.image_token_id))
 
     def prompt(self, conversation: Conversation, text: str) -> list[int]:
         """New token ids of the next turn: from the end of the last answer up to where the next answer starts.

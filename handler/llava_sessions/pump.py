@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from . import media, protocol
 from .conversation import ChatTokens, Conversation, Opening
 from .engine.messages import (
+    Accepted,
     AskSession,
     Cancelled,
     CancelTurn,
@@ -33,6 +34,7 @@ from .engine.messages import (
     Event,
     Finished,
     Memory,
+    NoRoom,
     Opened,
     OpenFailed,
     OpenSession,
@@ -151,6 +153,7 @@ class Pump:
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="media")
         self._entries: dict[str, _Entry] = {}
         self._turns: dict[str, _Turn] = {}
+        self._opening: dict[str, tuple[_Entry, Opening]] = {}
         self._closing: dict[str, list[_Entry]] = {}
         self._retired: set[str] = set()
         self._memory = Memory()
@@ -238,7 +241,7 @@ class Pump:
             picture = media.load_base64(request.image, self._media_limits)
         else:
             picture = media.load_path(request.path, self._media_limits, self._fetch)
-        return self._tokens.opening([picture.image])
+        return self._tokens.opening([(picture.sha256, picture.image)])
 
     def _prepared(self, entry: _Entry, session_id: str) -> None:
         """The picture is there, or is refused."""
@@ -251,8 +254,17 @@ class Pump:
             self._table.release(session_id)
             self._refuse(entry, error)
             return
+        self._opening[session_id] = (entry, opening)
+        self._engine.submit(OpenSession(session_id, opening.token_ids, opening.pictures))
+
+    def _accepted(self, session_id: str) -> None:
+        """The engine has room for the session."""
+        entry, opening = self._opening.pop(session_id)
         session = self._table.open(session_id, Conversation(opening), self._clock())
-        self._engine.submit(OpenSession(session_id, opening.token_ids, opening.pixel_values))
+        if entry.row.request_id not in self._entries:  # its client has left: nobody knows the id
+            self._table.remove(session_id, "closed")
+            self._engine.submit(CloseSession(session_id))
+            return
         body = protocol.opened(session_id, session.expires, opening.image_tokens, len(opening.token_ids))
         entry.final = Reply(json.dumps(body), headers=protocol.session_headers(session_id, session.expires))
         log.info(
@@ -373,6 +385,10 @@ class Pump:
                 turn = self._end_turn(event.turn_id)
                 refused = _as_refusal(RuntimeError(event.error))
                 self._tell(turn, refused.body(), status=refused.status)
+            case NoRoom():
+                self._no_room(event)
+            case Accepted():
+                self._accepted(event.session_id)
             case Opened():
                 times = f"encode_ms={event.encode_ms:.0f} total_ms={event.total_ms:.0f}"
                 log.info("session_ready session=%s %s", _short(event.session_id), times)
@@ -381,6 +397,18 @@ class Pump:
                     self._table.remove(event.session_id, "failed")
             case Closed():
                 self._hear_closed(event.session_id)
+
+    def _no_room(self, event: NoRoom) -> None:
+        sizes = f"{event.needed_bytes:,} bytes are needed, {event.free_bytes:,} are free"
+        message = f"The device's memory can't hold it: {sizes} beside what is running, {event.open_sessions} are open."
+        refused = Refused("capacity", message)
+        if event.turn_id is not None:
+            self._refusals_total += 1
+            self._tell(self._end_turn(event.turn_id), refused.body(), status=refused.status)
+            return
+        entry, _ = self._opening.pop(event.session_id)
+        self._table.release(event.session_id)
+        self._refuse(entry, refused)
 
     def _hear_closed(self, session_id: str) -> None:
         waiting = self._closing.pop(session_id, None)

@@ -22,22 +22,35 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """One prepared picture. `key` names its content: the same key, the same features.
+
+    `inputs` are the processor's arrays for this picture alone, by the processor's own names: for LLaVA-1.5
+    `pixel_values`, float32 `[1, 3, height, width]`.
+    """
+
+    key: str
+    inputs: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
 class OpenSession:
-    """Encode `pixel_values` (float32 [pictures, 3, height, width]) and prefill `token_ids`."""
+    """Encode `pictures`, whose image tokens stand in `token_ids` in the same order, and prefill `token_ids`."""
 
     session_id: str
     token_ids: list[int]
-    pixel_values: np.ndarray
+    pictures: tuple[Picture, ...]
 
 
 @dataclass(frozen=True)
 class AskSession:
-    """Run one turn: append `token_ids` to the session and answer."""
+    """Run one turn: append `token_ids`, with the image tokens of `pictures` among them, to the session and answer."""
 
     session_id: str
     turn_id: str
     token_ids: list[int]
     sampling: Sampling
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,13 @@ class CloseSession:
 
 
 Command = OpenSession | AskSession | CancelTurn | CloseSession
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """There is room for the session, and it is open."""
+
+    session_id: str
 
 
 @dataclass(frozen=True)
@@ -125,6 +145,20 @@ class TurnFailed:
 
 
 @dataclass(frozen=True)
+class NoRoom:
+    """A turn, or with it None an opening, that the memory budget can't hold beside what is running. No work was done.
+
+    An opening's session holds nothing any more; a turn's session is as it was before the turn.
+    """
+
+    session_id: str
+    turn_id: str | None
+    needed_bytes: int
+    free_bytes: int
+    open_sessions: int
+
+
+@dataclass(frozen=True)
 class Cancelled:
     """A turn ended by a cancel."""
 
@@ -138,19 +172,28 @@ class Closed:
     session_id: str
 
 
-Event = Opened | OpenFailed | Delta | Finished | TurnFailed | Cancelled | Closed
+Event = Accepted | Opened | OpenFailed | Delta | Finished | TurnFailed | NoRoom | Cancelled | Closed
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What the open sessions hold on the device, and what torch's allocator holds in all (0 on CPU, which has no
-    count).
+    """What the open sessions hold; `allocated_bytes` is torch's own count on the device (0 on CPU).
+
+    A session is resident (KV on the device), parked (KV on the host) or cold (features only).
     """
 
-    sessions: int = 0
+    resident: int = 0
+    parked: int = 0
+    cold: int = 0
     features_bytes: int = 0
     kv_bytes: int = 0
+    parked_bytes: int = 0
     allocated_bytes: int = 0
+
+    @property
+    def sessions(self) -> int:
+        """Open sessions in any tier."""
+        return self.resident + self.parked + self.cold
 
 
 @dataclass(frozen=True)

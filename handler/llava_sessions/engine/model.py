@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText
 
-from .kv import SessionKV
+from .kv import KVShape, SessionKV
+from .messages import Picture
 
 SUPPORTED_MODEL_TYPES = ("llava",)
 _ATTENTION = "session_sdpa"
@@ -119,9 +119,9 @@ class Model:
         self.context_tokens: int = text.max_position_embeddings
         self.image_token_id: int = model.config.image_token_id
         self.eos_token_ids: frozenset[int] = _eos(model)
-        self._kv_heads: int = text.num_key_value_heads
-        self._head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self._layers: int = text.num_hidden_layers
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.kv_shape = KVShape(text.num_hidden_layers, text.num_key_value_heads, head_dim, self.dtype, self.device)
+        self.feature_bytes: int = text.hidden_size * self.dtype.itemsize
 
     @classmethod
     def load(cls, checkpoint: str | Path, dtype: torch.dtype | str = "auto", device: str = "auto") -> Model:
@@ -143,14 +143,10 @@ class Model:
         model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=dtype, device_map={"": device})
         return cls(model)
 
-    def new_kv(self) -> SessionKV:
-        """An empty KV cache of this model's shape."""
-        return SessionKV(self._layers, self._kv_heads, self._head_dim, self.dtype, self.device)
-
     @torch.inference_mode()
-    def encode(self, pixel_values: np.ndarray) -> torch.Tensor:
-        """Vision tower and projector: float32 `[pictures, 3, H, W]` -> `[image tokens, hidden]` on the device."""
-        pixels = torch.from_numpy(pixel_values).to(self.device, self.dtype)
+    def encode(self, picture: Picture) -> torch.Tensor:
+        """Vision tower and projector: one picture -> its features `[image tokens, hidden]` on the device."""
+        pixels = torch.from_numpy(picture.inputs["pixel_values"]).to(self.device, self.dtype)
         features = self._model.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
         return torch.cat(tuple(features), dim=0)
 
@@ -186,6 +182,14 @@ class Model:
             rows = [row for row, token in enumerate(ids) if token == self.image_token_id]
             embeddings[0, torch.tensor(rows, device=self.device)] = torch.cat(features).to(embeddings.dtype)
         return embeddings
+
+    def peak_bytes(self) -> int:
+        """The most that torch's allocator held on the device since the last call; 0 on CPU."""
+        if self.device.type != "cuda":
+            return 0
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
 
     def allocated_bytes(self) -> int:
         """What torch's allocator holds on the device; 0 on CPU, where torch keeps no count."""

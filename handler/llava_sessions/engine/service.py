@@ -8,16 +8,18 @@ from __future__ import annotations
 import logging
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
-import numpy as np
 import torch
 from PIL import Image
 
 from ..conversation import AnswerText, ChatTokens, Conversation
-from .kv import SessionKV
+from .kv import Budget, BudgetExceeded, SessionKV, make_room
 from .messages import (
+    Accepted,
     AskSession,
     Cancelled,
     CancelTurn,
@@ -28,9 +30,11 @@ from .messages import (
     Event,
     Finished,
     Memory,
+    NoRoom,
     Opened,
     OpenFailed,
     OpenSession,
+    Picture,
     Sampling,
     Timings,
     TurnFailed,
@@ -38,17 +42,18 @@ from .messages import (
 )
 from .model import Model, Segment
 from .sampling import Sampler, next_tokens
-from .scheduler import next_to_encode, plan
+from .scheduler import plan
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class _Turn:
-    """A running turn. `start_tokens` is the length of the conversation before it, where a cancel goes back to."""
+    """A running turn. `start_tokens` and `start_pictures` are what was there before it, where a cancel goes back to."""
 
     id: str
     start_tokens: int
+    start_pictures: int
     cached_tokens: int
     prompt_tokens: int
     max_new_tokens: int
@@ -61,24 +66,50 @@ class _Turn:
     text: str = ""
 
 
+@dataclass(eq=False)
+class _Features:
+    """One picture's features, `[image tokens, hidden]`; shared by all sessions that show it."""
+
+    rows: torch.Tensor
+
+
 @dataclass
+class _Shown:
+    """A picture in a session: its arrays until it is encoded, its features from then on."""
+
+    picture: Picture | None
+    key: str
+    features: _Features | None = None
+
+
+@dataclass(eq=False)
 class _Session:
-    """One open session: its conversation's ids, its KV cache, its picture (pixels until encoded, features from then
-    on).
+    """One open session: the ids of its conversation, its KV cache, its pictures.
+
+    `ticket` is the arrival of what it works on, `last_used` that of its latest request.
     """
 
     id: str
     token_ids: list[int]
     image_positions: list[int]
     kv: SessionKV
-    pixel_values: np.ndarray | None
+    shown: list[_Shown]
     ticket: int
     opened_at: float
+    reserved_bytes: int
     opening_tokens: int
-    features: torch.Tensor | None = None
+    prefix: Hashable
     encode_ms: float = 0.0
     announced: bool = False
     turn: _Turn | None = None
+
+    @property
+    def last_used(self) -> int:
+        return self.ticket
+
+    @property
+    def active(self) -> bool:
+        return self.turn is not None or not self.announced
 
     @property
     def pending_tokens(self) -> int:
@@ -86,15 +117,27 @@ class _Session:
 
     @property
     def encoded(self) -> bool:
-        return self.features is not None
+        return all(shown.features is not None for shown in self.shown)
 
     def segment(self, tokens: int) -> Segment:
         """The next `tokens` pending ones, with the rows of the features that fall among them."""
         start, end = self.kv.length, self.kv.length + tokens
         first, last = bisect_left(self.image_positions, start), bisect_left(self.image_positions, end)
-        features = self.features[first:last] if last > first else None
         sample = self.turn is not None and end == len(self.token_ids)
-        return Segment(self.kv, self.token_ids[start:end], features, sample)
+        return Segment(self.kv, self.token_ids[start:end], self._rows(first, last), sample)
+
+    def _rows(self, first: int, last: int) -> torch.Tensor | None:
+        """Rows `first` to `last` of all features laid end to end; None when there are none."""
+        parts, offset = [], 0
+        for shown in self.shown:
+            rows = shown.features.rows
+            part = rows[max(first - offset, 0) : max(last - offset, 0)]
+            offset += len(rows)
+            if len(part):
+                parts.append(part)
+        if not parts:
+            return None
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Engine:
@@ -104,25 +147,35 @@ class Engine:
     """
 
     def __init__(
-        self, model: Model, reader: Callable[[tuple[str, ...]], AnswerText], prefill_chunk_tokens: int = 256
+        self,
+        model: Model,
+        reader: Callable[[tuple[str, ...]], AnswerText],
+        budget: Budget,
+        prefill_chunk_tokens: int = 256,
     ) -> None:
         """`reader` makes the text reader of one answer from its stop strings."""
         self.model = model
         self._reader = reader
+        self.budget = budget
         self._chunk_tokens = prefill_chunk_tokens
         self._sessions: dict[str, _Session] = {}
         self._turns: dict[str, _Session] = {}
+        # A picture's features live exactly as long as a session that shows it.
+        self._features: WeakValueDictionary[str, _Features] = WeakValueDictionary()
         self._tickets = 0
         self._events: list[Event] = []
 
-    def warm_up(self, tokens: ChatTokens) -> None:
+    def warm_up(self, tokens: ChatTokens) -> int:
         """Run one short chat, so that the first user pays no start-up cost and a broken checkpoint is found at once.
 
-        Raises RuntimeError when it does not answer.
+        Returns the device bytes that the work itself took at its peak (0 on CPU). Raises RuntimeError when it does not
+        answer.
         """
-        opening = tokens.opening([Image.new("RGB", (64, 64))])
+        self.model.peak_bytes()
+        held = self.model.allocated_bytes()
+        opening = tokens.opening([("warm-up", Image.new("RGB", (64, 64)))])
         prompt_ids = tokens.prompt(Conversation(opening), "What is this?")
-        self.open(OpenSession("warm-up", opening.token_ids, opening.pixel_values))
+        self.open(OpenSession("warm-up", opening.token_ids, opening.pictures))
         self.ask(AskSession("warm-up", "warm-up", prompt_ids, Sampling(max_new_tokens=4)))
         events = []
         while self.has_work:
@@ -131,18 +184,29 @@ class Engine:
         self.step()
         if not any(isinstance(event, Finished) for event in events):
             raise RuntimeError(f"the checkpoint does not answer a first question: {events}")
+        return self.model.peak_bytes() - held
 
     @property
     def has_work(self) -> bool:
         """Whether `step()` would do or tell anything."""
-        return bool(self._events) or any(not s.encoded or s.pending_tokens for s in self._sessions.values())
+        return bool(self._events) or any(s.active for s in self._sessions.values())
 
     def memory(self) -> Memory:
-        """What the open sessions hold on the device now."""
-        sessions = self._sessions.values()
-        features = sum(s.features.nbytes for s in sessions if s.features is not None)
-        kv = sum(s.kv.nbytes for s in sessions)
-        return Memory(len(self._sessions), features, kv, self.model.allocated_bytes())
+        """What the open sessions hold now."""
+        caches = [session.kv for session in self._sessions.values()]
+        tiers = Counter(kv.tier for kv in caches)
+        return Memory(
+            resident=tiers["resident"],
+            parked=tiers["parked"],
+            cold=tiers["cold"],
+            features_bytes=self._features_bytes(),
+            kv_bytes=sum(kv.device_bytes for kv in caches),
+            parked_bytes=sum(kv.host_bytes for kv in caches),
+            allocated_bytes=self.model.allocated_bytes(),
+        )
+
+    def _features_bytes(self) -> int:
+        return sum(features.rows.nbytes for features in self._features.values())
 
     def apply(self, command: Command) -> None:
         """Take one command. What comes of it is told by the events of the following steps."""
@@ -157,42 +221,55 @@ class Engine:
                 self.close(command.session_id)
 
     def open(self, command: OpenSession) -> None:
-        """Hold a new session; its picture is encoded and its ids are prefilled by the next steps."""
+        """Hold a new session, if there is room; its pictures are encoded and its ids prefilled by the next steps."""
         if command.session_id in self._sessions:
             raise ValueError(f"session {command.session_id} is open already")
-        image = self.model.image_token_id
-        self._sessions[command.session_id] = _Session(
+        session = _Session(
             id=command.session_id,
             token_ids=list(command.token_ids),
-            image_positions=[at for at, token in enumerate(command.token_ids) if token == image],
-            kv=self.model.new_kv(),
-            pixel_values=command.pixel_values,
+            image_positions=self._image_positions(command.token_ids),
+            kv=SessionKV(self.model.kv_shape),
+            shown=[_Shown(picture, picture.key) for picture in command.pictures],
             ticket=self._ticket(),
             opened_at=time.perf_counter(),
+            reserved_bytes=self.model.kv_shape.device_bytes(len(command.token_ids)),
             opening_tokens=len(command.token_ids),
+            prefix=(tuple(command.token_ids), tuple(picture.key for picture in command.pictures)),
         )
+        if self._admit(session, None, session.reserved_bytes, command.token_ids, command.pictures):
+            self._sessions[session.id] = session
+            self._events.append(Accepted(session.id))
 
     def ask(self, command: AskSession) -> None:
-        """Start a turn; `token_ids` are appended to the session's."""
+        """Start a turn, if there is room; `token_ids` and `pictures` are appended to the session's."""
         session = self._sessions.get(command.session_id)
         problem = self._unfit(session, command)
         if problem:
             self._events.append(TurnFailed(command.turn_id, problem))
             return
-        sampling = command.sampling
-        start, cached = len(session.token_ids), session.kv.length
+        sampling, start = command.sampling, len(session.token_ids)
+        prompt_tokens = start + len(command.token_ids)
+        max_new_tokens = min(sampling.max_new_tokens, self.model.context_tokens - prompt_tokens)
+        reserved = self.model.kv_shape.device_bytes(prompt_tokens + max_new_tokens)
+        if not self._admit(session, command.turn_id, reserved, command.token_ids, command.pictures):
+            return
+        session.kv.restore()
+        session.reserved_bytes = reserved
+        session.image_positions += self._image_positions(command.token_ids, start)
         session.token_ids += command.token_ids
         session.ticket = self._ticket()
         session.turn = _Turn(
             id=command.turn_id,
             start_tokens=start,
-            cached_tokens=cached,
-            prompt_tokens=len(session.token_ids),
-            max_new_tokens=min(sampling.max_new_tokens, self.model.context_tokens - len(session.token_ids)),
+            start_pictures=len(session.shown),
+            cached_tokens=session.kv.length,
+            prompt_tokens=prompt_tokens,
+            max_new_tokens=max_new_tokens,
             sampler=Sampler(sampling),
             reader=self._reader(sampling.stop),
             asked_at=time.perf_counter(),
         )
+        session.shown += [_Shown(picture, picture.key) for picture in command.pictures]
         self._turns[command.turn_id] = session
 
     def _unfit(self, session: _Session | None, command: AskSession) -> str | None:
@@ -200,11 +277,40 @@ class Engine:
             return "the session is not open in the engine"
         if session.turn is not None:
             return "the session is still answering"
-        if self.model.image_token_id in command.token_ids:
-            return "a prompt must not hold image tokens"
+        if self._image_positions(command.token_ids) and not command.pictures:
+            return "a prompt without a picture must not hold image tokens"
         if len(session.token_ids) + len(command.token_ids) >= self.model.context_tokens:
             return f"the conversation is longer than the model's {self.model.context_tokens} tokens"
         return None
+
+    def _admit(
+        self,
+        session: _Session,
+        turn_id: str | None,
+        kv_bytes: int,
+        token_ids: list[int],
+        pictures: tuple[Picture, ...],
+    ) -> bool:
+        """Make room for what the session will hold at most, or tell that there is none, before any work."""
+        known = all(picture.key in self._features for picture in pictures)
+        features = 0 if known else len(self._image_positions(token_ids)) * self.model.feature_bytes
+        held = self._features_bytes() + self._coming_features_bytes()
+        try:
+            make_room(self.budget, self._sessions.values(), held, kv_bytes + features, wanted=session)
+        except BudgetExceeded as error:
+            figures = (error.needed_bytes, error.free_bytes, len(self._sessions))
+            self._events.append(NoRoom(session.id, turn_id, *figures))
+            return False
+        return True
+
+    def _coming_features_bytes(self) -> int:
+        """Of pictures that were admitted but are not encoded yet."""
+        waiting = (s for s in self._sessions.values() if not s.encoded)
+        return sum(len(session.image_positions) for session in waiting) * self.model.feature_bytes
+
+    def _image_positions(self, token_ids: list[int], start: int = 0) -> list[int]:
+        image = self.model.image_token_id
+        return [start + at for at, token in enumerate(token_ids) if token == image]
 
     def cancel(self, turn_id: str) -> None:
         """End a running turn and put its session back to where it was before; nothing happens to an ended turn."""
@@ -225,28 +331,72 @@ class Engine:
     def step(self) -> list[Event]:
         """Encode one waiting picture, run one packed forward, sample, and tell what happened since the last step."""
         self._encode_next()
-        steps = plan(self._sessions.values(), self._chunk_tokens)
+        steps = plan(self._ready(), self._chunk_tokens)
         if steps:
             self._forward(steps)
         events, self._events = self._events, []
         return events
 
     def _encode_next(self) -> None:
-        session = next_to_encode(self._sessions.values())
-        if session is None:
-            return
+        """Encode the picture that has waited longest; one that another session shows already costs nothing."""
+        waiting = sorted((s for s in self._sessions.values() if not s.encoded), key=lambda s: s.ticket)
+        for session in waiting:
+            for shown in session.shown:
+                shown.features = shown.features or self._features.get(shown.key)
+                if shown.features is not None:
+                    shown.picture = None
+            if not session.encoded:
+                self._encode(session)
+                return
+
+    def _encode(self, session: _Session) -> None:
+        shown = next(shown for shown in session.shown if shown.features is None)
         began = time.perf_counter()
         try:
-            features = self.model.encode(session.pixel_values)
-            if len(features) != len(session.image_positions):
-                found = f"{len(features)} features for {len(session.image_positions)} image tokens"
-                raise ValueError(f"the checkpoint's processor and vision tower disagree: {found}")
+            shown.features = _Features(self.model.encode(shown.picture))
+            if session.encoded:
+                self._check_features(session)
         except Exception as error:
             log.exception("encode_failed session=%s", session.id[:12])
             self._fail(session, error)
             return
-        session.features, session.pixel_values = features, None
-        session.encode_ms = _ms(began)
+        shown.picture = None
+        self._features[shown.key] = shown.features
+        session.encode_ms += _ms(began)
+
+    def _check_features(self, session: _Session) -> None:
+        rows = sum(len(shown.features.rows) for shown in session.shown)
+        if rows != len(session.image_positions):
+            found = f"{rows} features for {len(session.image_positions)} image tokens"
+            raise ValueError(f"the checkpoint's processor and vision tower disagree: {found}")
+
+    def _ready(self) -> list[_Session]:
+        """The sessions whose tokens can run, in order of arrival.
+
+        A prompt that another session has prefilled already is copied from there; one that another is prefilling right
+        now is waited for.
+        """
+        ready: list[_Session] = []
+        prefilling: set[Hashable] = set()
+        for session in sorted((s for s in self._sessions.values() if s.active), key=lambda s: s.ticket):
+            if not session.encoded:
+                continue
+            if session.kv.length == 0:
+                self._fork(session)
+            if session.kv.length < session.opening_tokens:
+                if session.prefix in prefilling:
+                    continue
+                prefilling.add(session.prefix)
+            ready.append(session)
+            self._announce(session)
+        return ready
+
+    def _fork(self, session: _Session) -> None:
+        tokens = session.opening_tokens
+        for donor in self._sessions.values():
+            if donor.prefix == session.prefix and donor.kv.length >= tokens:
+                session.kv.fork(donor.kv, tokens)
+                return
 
     def _forward(self, steps: list[tuple[_Session, int]]) -> None:
         now = time.perf_counter()
@@ -319,6 +469,8 @@ class Engine:
         turn, session.turn = session.turn, None
         del self._turns[turn.id]
         del session.token_ids[turn.start_tokens :]
+        del session.shown[turn.start_pictures :]
+        del session.image_positions[bisect_left(session.image_positions, turn.start_tokens) :]
         session.kv.crop(turn.start_tokens)
 
     def _ticket(self) -> int:

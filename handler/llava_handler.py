@@ -26,6 +26,7 @@ from llava_sessions.engine.model import Model
 from llava_sessions.engine.service import Engine
 from llava_sessions.engine.worker import EngineWorker
 from llava_sessions.errors import reason_phrase
+from llava_sessions.processors import load_processor
 from llava_sessions.pump import Pump, Reply, Row
 from llava_sessions.sessions import SessionTable
 
@@ -59,8 +60,7 @@ class LlavaHandler(BaseHandler):
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         checkpoint = _checkpoint(config, Path(context.system_properties["model_dir"]))
-        processor = transformers.AutoProcessor.from_pretrained(checkpoint)
-        tokens = ChatTokens(processor, config.system_prompt)
+        tokens = ChatTokens(load_processor(checkpoint), config.system_prompt)
         model = Model.load(checkpoint, config.dtype, _device(config, context.system_properties.get("gpu_id")))
         sizes = (model.device, config.device_bytes, config.host_bytes)
         engine = Engine(model, tokens.answer_text, choose_budget(model.device), config.prefill_chunk_tokens)

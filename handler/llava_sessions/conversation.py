@@ -18,12 +18,20 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tokenizers.decoders import DecodeStream
 
 from .engine.messages import Picture
+from .errors import Refused
 
-# What a processor gives a vision tower, by its own names; one row a picture.
-_PICTURE_INPUTS = ("pixel_values",)
+# What the processors of the families give a vision tower, by their own names; one row a picture.
+_ROWS = ("pixel_values", "image_sizes", "pixel_values_videos")
+# LLaVA-OneVision's count of the pictures that were given together. One alone is cut into tiles, several are not.
+_TOGETHER = "batch_num_images"
+# How the processor is asked: for arrays, and for the text that it puts in place of a picture's token.
+_AS_ARRAYS = {"return_tensors": "np", "return_text_replacement_offsets": True, "add_special_tokens": False}
+
+
+# How a tokenizer with byte fallback, such as Llama's, spells a token that is one byte of a character.
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class TemplateError(Exception):
@@ -31,12 +39,30 @@ class TemplateError(Exception):
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """What was shown in one request, for the vision tower and for the prompt.
+
+    `tokens`: for each picture the text that the processor puts in place of its one image token.
+    """
+
+    pictures: tuple[Picture, ...] = ()
+    tokens: tuple[str, ...] = ()
+
+
+NOTHING = Prepared()
+
+
+@dataclass(frozen=True)
 class Opening:
-    """What a session starts from: the prompt up to and with its last image token, and the pictures behind those."""
+    """What a session starts from: the prompt up to and with its last image token, and the pictures behind those.
+
+    `kind` is the content type that the chat template knows them by: "image", or "video" for one clip.
+    """
 
     token_ids: list[int]
     pictures: tuple[Picture, ...]
     image_tokens: int
+    kind: str = "image"
 
 
 @dataclass
@@ -64,8 +90,9 @@ class ChatTokens:
     """
 
     def __init__(self, processor: Any, system_prompt: str = "") -> None:
-        """`processor`: a `LlavaProcessor`; `system_prompt` is the operator's. Raises `TemplateError` on an unfit
-        template.
+        """`processor`: of any family that the engine serves; `system_prompt` is the operator's.
+
+        Raises `TemplateError` on an unfit template.
         """
         self._processor = processor
         self._system = (
@@ -76,8 +103,11 @@ class ChatTokens:
         self._literal = copy.deepcopy(self._tokenizer)
         self._literal.split_special_tokens = True
         self._specials = _any_of(self._tokenizer)
-        self._image_token = processor.image_token
+        self._image_token: str = processor.image_token
         self.image_token_id: int = processor.image_token_id
+        self._media = {"image": self._image_token}
+        if hasattr(processor, "video_processor"):
+            self._media["video"] = processor.video_token
         self._anchor = self._tokenizer.eos_token or self._image_token
         self._lock = threading.Lock()
         self._check()
@@ -96,61 +126,101 @@ class ChatTokens:
 
         Returns the ids up to and with the last image token, so that they can be prefilled at once.
         """
+        return self._opening(self.prepare(pictures), "image")
+
+    def clip_opening(self, key: str, frames: Sequence[Image.Image]) -> Opening:
+        """As `opening`, with one clip of RGB frames. Raises `Refused` (unsupported_media) where a model takes none."""
+        if "video" not in self._media:
+            raise Refused("unsupported_media", "This model takes pictures, no video.")
         with self._lock:
-            before, _ = self._first_turn("question", len(pictures))
+            shown = self._processor(videos=[list(frames)], text=self._media["video"], **_AS_ARRAYS)
+        return self._opening(_prepared([key], shown), "video")
+
+    def _opening(self, prepared: Prepared, kind: str) -> Opening:
+        with self._lock:
+            before, _ = self._first_turn("question", kind, len(prepared.pictures))
             # As `ProcessorMixin.apply_chat_template`: the tokenizer adds its own start unless the template wrote it.
             bos = self._tokenizer.bos_token
             add = not (bos and before.startswith(bos))
-            images = [image for _, image in pictures]
-            inputs = self._processor(images=images, text=before, add_special_tokens=add, return_tensors="np")
-        ids = [int(token) for token in np.asarray(inputs["input_ids"]).reshape(-1)]
-        while ids and ids[-1] != self.image_token_id:
+            expanded = self._expand(before, prepared, self._media[kind])
+            ids = list(self._tokenizer(expanded, add_special_tokens=add)["input_ids"])
+        media_id = self._tokenizer.convert_tokens_to_ids(self._media[kind])
+        while ids and ids[-1] != media_id:
             ids.pop()  # a tokenizer that closes its input by itself
-        arrays = {name: np.asarray(inputs[name]) for name in _PICTURE_INPUTS if name in inputs}
-        prepared = tuple(
-            Picture(key, {name: array[index : index + 1] for name, array in arrays.items()})
-            for index, (key, _) in enumerate(pictures)
-        )
-        return Opening(ids, prepared, ids.count(self.image_token_id))
+        return Opening(ids, prepared.pictures, ids.count(media_id), kind)
 
-    def prompt(self, conversation: Conversation, text: str) -> list[int]:
+    def prepare(self, pictures: Sequence[tuple[str, Image.Image]]) -> Prepared:
+        """Prepare the pictures of one request (a key that names the content, and RGB), as they are shown together.
+
+        What a family makes of several pictures depends on how they are given: LLaVA-OneVision cuts one picture into
+        tiles, and gives each of several that are given together a single tile. A picture of a later turn is given
+        alone, so it is tiled, and those before it stay what they were. That is `generate` on the whole conversation
+        with `batch_num_images` counting each request's pictures (`[1, 1]` for one at open and one later, which is also
+        what the processor makes of a flat list). `apply_chat_template` on the whole conversation would count all of it
+        as one group, `[2]`: the first picture's tokens would shrink in the second turn, and nothing that was answered
+        before would hold any more.
+        """
+        if not pictures:
+            return NOTHING
+        with self._lock:
+            images = [[image for _, image in pictures]]
+            shown = self._processor(images=images, text=self._image_token * len(pictures), **_AS_ARRAYS)
+        return _prepared([key for key, _ in pictures], shown)
+
+    def prompt(self, conversation: Conversation, text: str, prepared: Prepared = NOTHING) -> list[int]:
         """New token ids of the next turn: from the end of the last answer up to where the next answer starts.
 
-        A special token inside `text`, such as `<image>`, stays text.
+        `prepared` are further pictures, shown with this turn: the ids hold their image tokens. A special token inside
+        `text`, such as `<image>`, stays text. Raises `Refused` where the template has no place for the pictures.
         """
         with self._lock:
             plain, literals = self._hide_specials(text)
+            more, opening = len(prepared.pictures), conversation.opening
             if conversation.turns == 0:
-                _, after = self._first_turn(plain)
-                return self._encode(after, literals, anchor=self._image_token)
-            return self._encode(self._later_turn(plain), literals, anchor=self._anchor)
+                _, after = self._first_turn(plain, opening.kind, len(opening.pictures), more)
+                anchor = self._media[opening.kind]
+            else:
+                after, anchor = self._later_turn(plain, more), self._anchor
+            return self._encode(self._expand(after, prepared, self._image_token), literals, anchor)
 
     def answer_text(self, stop: tuple[str, ...] = ()) -> AnswerText:
         """A reader for one answer's tokens."""
         return AnswerText(self._tokenizer, stop)
 
-    def _first_turn(self, text: str, pictures: int = 1) -> tuple[str, str]:
-        """The rendered first turn, cut behind its last image token."""
-        content = [{"type": "image"}] * pictures + [{"type": "text", "text": text}]
-        rendered = self._render([{"role": "user", "content": content}])
-        before, token, after = rendered.rpartition(self._image_token)
-        if not token:
-            raise TemplateError("the chat template renders no image token for a picture")
-        return before + token, after
+    def _first_turn(self, text: str, kind: str = "image", shown: int = 1, more: int = 0) -> tuple[str, str]:
+        """The rendered first turn, cut behind what the session was opened on: `shown` pictures, or a clip.
 
-    def _later_turn(self, text: str) -> str:
+        `more` pictures come with the question itself.
+        """
+        content = [{"type": kind}] * shown + [{"type": "image"}] * more + [{"type": "text", "text": text}]
+        rendered = self._render([{"role": "user", "content": content}])
+        token = self._media[kind]
+        parts = rendered.split(token)
+        if len(parts) <= shown:
+            raise TemplateError(f"the chat template renders no {kind} token for what is shown")
+        return token.join(parts[:shown]) + token, token.join(parts[shown:])
+
+    def _later_turn(self, text: str, more: int = 0) -> str:
         """What the template writes between an earlier answer and the next one. Holds for any turn but the first."""
         answer = _sentinel()
         earlier = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "question"}]}
         turns = [
             earlier,
             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-            {"role": "user", "content": [{"type": "text", "text": text}]},
+            {"role": "user", "content": [{"type": "image"}] * more + [{"type": "text", "text": text}]},
         ]
         rendered = self._render(turns)
         if rendered.count(answer) != 1:
             raise TemplateError("the chat template does not render an earlier answer once")
         return rendered.split(answer)[1]
+
+    def _expand(self, rendered: str, prepared: Prepared, token: str) -> str:
+        """Put each picture's tokens in place of its one, as the processor does."""
+        parts = rendered.split(token)
+        if len(parts) != len(prepared.tokens) + 1:
+            places = f"it has {len(parts) - 1} places for {len(prepared.tokens)}"
+            raise Refused("invalid_request", f"The model's chat template can't show these pictures here: {places}.")
+        return "".join(part + tokens for part, tokens in zip(parts, [*prepared.tokens, ""], strict=True))
 
     def _render(self, messages: list[dict]) -> str:
         return self._processor.apply_chat_template(self._system + messages, add_generation_prompt=True, tokenize=False)
@@ -190,22 +260,20 @@ class AnswerText:
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> None:
         self._tokenizer = tokenizer
-        self._backend = tokenizer.backend_tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
         self._stop = stop
         self._token_ids: list[int] = []
-        self._told = 0
+        self._told_tokens = 0  # their text is told, or held for a stop string
+        self._context_tokens = 0  # the told tokens from here on are decoded again, for what depends on a neighbour
+        self._told = ""
         self._held = ""
-        self._started = False
         self.stopped = False
 
     def push(self, token_id: int) -> str:
         """Text that became certain with this token. `stopped` turns true when a stop string is complete."""
         self._token_ids.append(token_id)
-        text = self._stream.step(self._backend, token_id) or ""
-        if not self._started:
+        text = self._decode_more()
+        if not self._told and not self._held:
             text = text.lstrip()
-            self._started = bool(text)
         self._held += text
         cut = min((at for at in map(self._held.find, self._stop) if at >= 0), default=-1)
         if cut >= 0:
@@ -213,13 +281,45 @@ class AnswerText:
             return self._held[:cut]
         keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        self._told += len(text)
+        self._told += text
         return text
+
+    def _decode_more(self) -> str:
+        """Text of the tokens not told yet; empty while the last one may be a part of a character."""
+        name = self._tokenizer.convert_ids_to_tokens(self._token_ids[-1]) or ""
+        if _BYTE_TOKEN.fullmatch(name):
+            return ""
+        before = self._decode(self._context_tokens, self._told_tokens)
+        text = self._decode(self._context_tokens, len(self._token_ids))
+        if text.endswith("\ufffd"):
+            return ""
+        self._context_tokens, self._told_tokens = self._told_tokens, len(self._token_ids)
+        return text[len(before) :]
+
+    def _decode(self, start: int, end: int) -> str:
+        return self._tokenizer.decode(self._token_ids[start:end], skip_special_tokens=True)
 
     def finish(self) -> str:
         """What is still held back once no more tokens come; bytes that never made a character are shown as U+FFFD."""
-        whole = self._tokenizer.decode(self._token_ids, skip_special_tokens=True).lstrip()
-        return whole[self._told :]
+        before = self._decode(self._context_tokens, self._told_tokens)
+        rest = self._decode(self._context_tokens, len(self._token_ids))[len(before) :]
+        return self._held + (rest if self._told or self._held else rest.lstrip())
+
+
+def _prepared(keys: list[str], shown: Any) -> Prepared:
+    """Split what the processor made of pictures that were given together, one by one."""
+    rows = {name: np.asarray(shown[name]) for name in _ROWS if name in shown}
+    together = np.asarray(shown[_TOGETHER]) if _TOGETHER in shown else None
+    pictures = []
+    for index, key in enumerate(keys):
+        inputs = {name: array[index : index + 1] for name, array in rows.items()}
+        if together is not None:
+            inputs[_TOGETHER] = together
+            # Other features than the same picture's alone, so another key.
+            key = key if len(keys) == 1 else f"{key}:untiled"
+        pictures.append(Picture(key, inputs))
+    (replaced,) = shown["text_replacement_offsets"]
+    return Prepared(tuple(pictures), tuple(place["replacement"] for place in replaced))
 
 
 def _overlap(text: str, stop: str) -> int:

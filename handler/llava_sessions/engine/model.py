@@ -1,7 +1,7 @@
-"""Owns the weights: loads a LLaVA-1.5-style checkpoint, encodes pictures, and runs one packed forward.
+"""Owns the weights: loads a checkpoint of the LLaVA family, encodes pictures, and runs one packed forward.
 
-Must not know turns, scheduling or text. Builds on transformers' extension points only: `get_image_features`,
-`AttentionInterface.register`, and the `past_key_values` protocol (`update`).
+Must not know turns, scheduling or text. Builds on transformers' extension points only: `get_image_features` and
+`get_video_features`, `AttentionInterface.register`, and the `past_key_values` protocol (`update`).
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText
+from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
 from .kv import KVShape, SessionKV
 from .messages import Picture
 
-SUPPORTED_MODEL_TYPES = ("llava",)
+SUPPORTED_MODEL_TYPES = ("llava", "llava_next", "llava_onevision")
+# Their attention is causal over everything before, and hands its keyword arguments through to ours.
+SUPPORTED_TEXT_TYPES = ("llama", "mistral", "qwen2")
 _ATTENTION = "session_sdpa"
 
 
@@ -29,13 +31,14 @@ class UnsupportedCheckpoint(Exception):
 class Segment:
     """One session's new tokens in a packed forward: ids behind the `kv.length` stored ones.
 
-    `features`: `[image tokens among ids, hidden]`, in order, or None. `sample`: whether the logits of the last one are
-    wanted.
+    `features`, `[places, hidden]`, stand in for the tokens at `feature_places` of `token_ids`, or are None. An image
+    token that a model generates is a token like any other. `sample`: whether the last one's logits are wanted.
     """
 
     kv: SessionKV
     token_ids: list[int]
     features: torch.Tensor | None
+    feature_places: list[int]
     sample: bool
 
 
@@ -117,7 +120,8 @@ class Model:
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.context_tokens: int = text.max_position_embeddings
-        self.image_token_id: int = model.config.image_token_id
+        media = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))
+        self.media_token_ids: frozenset[int] = frozenset(token for token in media if token is not None)
         self.eos_token_ids: frozenset[int] = _eos(model)
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.kv_shape = KVShape(text.num_hidden_layers, text.num_key_value_heads, head_dim, self.dtype, self.device)
@@ -131,9 +135,9 @@ class Model:
         OSError when the checkpoint can't be found.
         """
         config = AutoConfig.from_pretrained(checkpoint)
-        if config.model_type not in SUPPORTED_MODEL_TYPES:
-            supported = ", ".join(SUPPORTED_MODEL_TYPES)
-            raise UnsupportedCheckpoint(f"model_type is {config.model_type!r}; supported: {supported}")
+        problem = _unsupported(config)
+        if problem:
+            raise UnsupportedCheckpoint(problem)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype == "auto":
@@ -145,9 +149,15 @@ class Model:
 
     @torch.inference_mode()
     def encode(self, picture: Picture) -> torch.Tensor:
-        """Vision tower and projector: one picture -> its features `[image tokens, hidden]` on the device."""
-        pixels = torch.from_numpy(picture.inputs["pixel_values"]).to(self.device, self.dtype)
-        features = self._model.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
+        """Vision tower and projector: one picture or clip -> its features `[image tokens, hidden]` on the device."""
+        inputs = {name: torch.from_numpy(array).to(self.device) for name, array in picture.inputs.items()}
+        for name in ("pixel_values", "pixel_values_videos"):
+            if name in inputs:
+                inputs[name] = inputs[name].to(self.dtype)
+        if "pixel_values_videos" in inputs:  # one tensor [1, tokens, hidden]
+            return self._model.model.get_video_features(**inputs, return_dict=True).pooler_output[0]
+        # A list of [tokens, hidden]; for tiled pictures with the rows' newline features among them.
+        features = self._model.model.get_image_features(**inputs, return_dict=True).pooler_output
         return torch.cat(tuple(features), dim=0)
 
     @torch.inference_mode()
@@ -174,13 +184,16 @@ class Model:
         return logits
 
     def _embed(self, ids: list[int], segments: list[Segment]) -> torch.Tensor:
-        """Token embeddings `[1, rows, hidden]`, with the picture's features in place of its image tokens."""
+        """Token embeddings `[1, rows, hidden]`, with the pictures' features in place of their image tokens."""
         embeddings = self._text.embed_tokens(torch.tensor([ids], device=self.device))
-        features = [s.features for s in segments if s.features is not None]
+        features, places, start = [], [], 0
+        for segment in segments:
+            if segment.features is not None:
+                features.append(segment.features)
+                places += [start + place for place in segment.feature_places]
+            start += len(segment.token_ids)
         if features:
-            # Found on the host: a boolean mask on the device would have to be waited for.
-            rows = [row for row, token in enumerate(ids) if token == self.image_token_id]
-            embeddings[0, torch.tensor(rows, device=self.device)] = torch.cat(features).to(embeddings.dtype)
+            embeddings[0, torch.tensor(places, device=self.device)] = torch.cat(features).to(embeddings.dtype)
         return embeddings
 
     def peak_bytes(self) -> int:
@@ -194,6 +207,28 @@ class Model:
     def allocated_bytes(self) -> int:
         """What torch's allocator holds on the device; 0 on CPU, where torch keeps no count."""
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+
+def _unsupported(config: PreTrainedConfig) -> str | None:
+    """Why a checkpoint can't be served: what was found, and what is supported. None when it can."""
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        return f"model_type is {config.model_type!r}; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
+    text = config.get_text_config()
+    if text.model_type not in SUPPORTED_TEXT_TYPES:
+        found = f"{config.model_type} around a text model of type {text.model_type!r}"
+        return f"{found}; supported: {', '.join(SUPPORTED_TEXT_TYPES)}"
+    wanted = "supported: full causal attention in every layer"
+    layers = set(getattr(text, "layer_types", None) or ())
+    others = layers - {"full_attention", "sliding_attention"}
+    if others:
+        return f"{text.model_type} text with layers of type {', '.join(sorted(others))}; {wanted}"
+    # Mistral's has no layer types: its window, where there is one, holds for every layer.
+    window = getattr(text, "sliding_window", None)
+    slides = "sliding_attention" in layers or not layers
+    if slides and window is not None and window < text.max_position_embeddings:
+        found = f"{text.model_type} text with sliding_window {window} in a context of {text.max_position_embeddings}"
+        return f"{found} tokens; {wanted}"
+    return None
 
 
 def _eos(model: torch.nn.Module) -> frozenset[int]:

@@ -119,12 +119,18 @@ class _Session:
     def encoded(self) -> bool:
         return all(shown.features is not None for shown in self.shown)
 
+    @property
+    def unencoded_tokens(self) -> int:
+        encoded = sum(len(shown.features.rows) for shown in self.shown if shown.features is not None)
+        return len(self.image_positions) - encoded
+
     def segment(self, tokens: int) -> Segment:
         """The next `tokens` pending ones, with the rows of the features that fall among them."""
         start, end = self.kv.length, self.kv.length + tokens
         first, last = bisect_left(self.image_positions, start), bisect_left(self.image_positions, end)
         sample = self.turn is not None and end == len(self.token_ids)
-        return Segment(self.kv, self.token_ids[start:end], self._rows(first, last), sample)
+        places = [at - start for at in self.image_positions[first:last]]
+        return Segment(self.kv, self.token_ids[start:end], self._rows(first, last), places, sample)
 
     def _rows(self, first: int, last: int) -> torch.Tensor | None:
         """Rows `first` to `last` of all features laid end to end; None when there are none."""
@@ -305,12 +311,12 @@ class Engine:
 
     def _coming_features_bytes(self) -> int:
         """Of pictures that were admitted but are not encoded yet."""
-        waiting = (s for s in self._sessions.values() if not s.encoded)
-        return sum(len(session.image_positions) for session in waiting) * self.model.feature_bytes
+        coming = sum(s.unencoded_tokens for s in self._sessions.values() if not s.encoded)
+        return coming * self.model.feature_bytes
 
     def _image_positions(self, token_ids: list[int], start: int = 0) -> list[int]:
-        image = self.model.image_token_id
-        return [start + at for at, token in enumerate(token_ids) if token == image]
+        media = self.model.media_token_ids
+        return [start + at for at, token in enumerate(token_ids) if token in media]
 
     def cancel(self, turn_id: str) -> None:
         """End a running turn and put its session back to where it was before; nothing happens to an ended turn."""
@@ -350,7 +356,8 @@ class Engine:
                 return
 
     def _encode(self, session: _Session) -> None:
-        shown = next(shown for shown in session.shown if shown.features is None)
+        index, shown = next((at, shown) for at, shown in enumerate(session.shown) if shown.features is None)
+        of_turn = session.turn is not None and index >= session.turn.start_pictures
         began = time.perf_counter()
         try:
             shown.features = _Features(self.model.encode(shown.picture))
@@ -358,7 +365,7 @@ class Engine:
                 self._check_features(session)
         except Exception as error:
             log.exception("encode_failed session=%s", session.id[:12])
-            self._fail(session, error)
+            self._fail(session, error, opening=not of_turn)
             return
         shown.picture = None
         self._features[shown.key] = shown.features
@@ -414,7 +421,11 @@ class Engine:
                 self._fail(session, error)
             return
         for session, token in zip(sampled, tokens, strict=True):
-            self._advance(session, session.turn, token)
+            try:
+                self._advance(session, session.turn, token)
+            except Exception as error:
+                log.exception("turn_failed session=%s", session.id[:12])
+                self._fail(session, error)
         for session, _ in steps:
             self._announce(session)
 
@@ -455,13 +466,13 @@ class Engine:
         timings = Timings(queue_ms, ttft_ms, _ms(turn.asked_at))
         self._events.append(Finished(turn.id, reason, turn.text, turn.answer_ids, kept, usage, timings))
 
-    def _fail(self, session: _Session, error: Exception) -> None:
-        """End what the session was doing: its turn, or its opening."""
+    def _fail(self, session: _Session, error: Exception, opening: bool = True) -> None:
+        """End what the session was doing: its turn, or its opening. `opening` False: an unfinished one goes on."""
         message = f"{type(error).__name__}: {error}"
         if session.turn is not None:
             self._events.append(TurnFailed(session.turn.id, message))
             self._roll_back(session)
-        if not session.announced:
+        if opening and not session.announced:
             self._events.append(OpenFailed(session.id, message))
             del self._sessions[session.id]
 

@@ -1,0 +1,351 @@
+"""Shows that every family says what its own `generate` says on the whole conversation with all its pictures.
+
+Random weights, float32: an answer means nothing, but any slip in tokens, tiles, positions or the cache changes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from llava_sessions.conversation import NOTHING, ChatTokens, Conversation, Prepared
+from llava_sessions.engine.kv import Budget
+from llava_sessions.engine.messages import (
+    AskSession,
+    Cancelled,
+    CancelTurn,
+    Event,
+    Finished,
+    Opened,
+    OpenFailed,
+    OpenSession,
+    Picture,
+    Sampling,
+    TurnFailed,
+)
+from llava_sessions.engine.model import Model, UnsupportedCheckpoint
+from llava_sessions.engine.service import Engine
+from llava_sessions.errors import Refused
+from llava_sessions.processors import load_processor
+from tests.tiny_families import FAMILIES, make_llava, make_next_mistral, make_onevision
+
+QUESTIONS = ["what is the red circle?", "and the <image> </s> blue square?", "two green stars ☃?"]
+SIZES = [(60, 80), (90, 40), (30, 30), (40, 120)]  # height and width: each one fits another grid of tiles
+AMPLE = Budget(2**30, 2**30)
+
+
+def noise(seed: int) -> tuple[str, Image.Image]:
+    """A picture unlike any other seed's, and its key."""
+    size = SIZES[seed % len(SIZES)]
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    return f"noise {seed}", Image.fromarray(pixels)
+
+
+@dataclass
+class Family:
+    """One tiny checkpoint: as the engine has it, and as transformers has it."""
+
+    name: str
+    folder: Path
+    tokens: ChatTokens
+    model: Model
+    reference: torch.nn.Module
+
+    @property
+    def takes_clips(self) -> bool:
+        return "onevision" in self.name
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    folder = FAMILIES[request.param](tmp_path_factory.mktemp(request.param))
+    reference = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    model = Model.load(folder, "float32", "cpu")
+    return Family(request.param, folder, ChatTokens(load_processor(folder)), model, reference)
+
+
+@dataclass
+class Chat:
+    """A conversation and what was shown in each of its requests."""
+
+    conversation: Conversation
+    shown: list[tuple[Picture, ...]]
+    prompt: list[int] = field(default_factory=list)
+    asked: tuple[Picture, ...] = ()
+
+
+class Chats:
+    """An engine and the chats that it holds, driven as the pump does it."""
+
+    def __init__(self, family: Family, budget: Budget = AMPLE, chunk_tokens: int = 48) -> None:
+        self.family, self.tokens = family, family.tokens
+        self.engine = Engine(family.model, family.tokens.answer_text, budget, chunk_tokens)
+        self.chats: dict[str, Chat] = {}
+        self.events: list[Event] = []
+
+    def open(self, name: str, *seeds: int, frames: int = 0) -> None:
+        pictures = [noise(seed) for seed in seeds]
+        if frames:
+            opening = self.tokens.clip_opening(f"clip {seeds}", [noise(4 * n)[1] for n in range(frames)])
+        else:
+            opening = self.tokens.opening(pictures)
+        self.chats[name] = Chat(Conversation(opening), [opening.pictures])
+        self.engine.apply(OpenSession(name, opening.token_ids, opening.pictures))
+
+    def ask(self, name: str, text: str, *seeds: int, tokens: int = 7) -> list[int]:
+        """Start a turn; returns what `generate` answers to the whole conversation."""
+        chat = self.chats[name]
+        prepared = self.tokens.prepare([noise(seed) for seed in seeds])
+        chat.prompt = self.tokens.prompt(chat.conversation, text, prepared)
+        chat.asked = prepared.pictures
+        self.engine.apply(AskSession(name, name, chat.prompt, Sampling(tokens), prepared.pictures))
+        ids = torch.tensor([chat.conversation.token_ids + chat.prompt])
+        inputs = {name: torch.from_numpy(array) for name, array in joined([*chat.shown, chat.asked]).items()}
+        out = self.family.reference.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, **inputs
+        )
+        return out[0, ids.shape[1] :].tolist()
+
+    def run(self, steps: int | None = None) -> dict[str, list[int]]:
+        """Step until nothing is left to do (or so often); commits finished turns and returns their ids by session."""
+        answers = {}
+        while self.engine.has_work and steps != 0:
+            steps = None if steps is None else steps - 1
+            for event in self.engine.step():
+                self.events.append(event)
+                if isinstance(event, Finished):
+                    chat = self.chats[event.turn_id]
+                    chat.conversation.commit(chat.prompt, event.kept_ids)
+                    chat.shown.append(chat.asked)
+                    answers[event.turn_id] = event.answer_ids
+        return answers
+
+
+def joined(requests: list[tuple[Picture, ...]]) -> dict[str, np.ndarray]:
+    """All pictures of a conversation as the processor's arrays for one call: tiles padded to the most of any."""
+    pictures = [picture.inputs for request in requests for picture in request]
+    arrays = {}
+    for name in {name for inputs in pictures for name in inputs} - {"batch_num_images"}:
+        rows = [inputs[name] for inputs in pictures if name in inputs]
+        most = max(row.shape[1] for row in rows)
+        if name == "pixel_values" and rows[0].ndim == 5:
+            rows = [np.pad(row, [(0, 0), (0, most - row.shape[1]), *[(0, 0)] * 3]) for row in rows]
+        arrays[name] = np.concatenate(rows)
+    if any("batch_num_images" in inputs for inputs in pictures):
+        groups = [request for request in requests if request and "batch_num_images" in request[0].inputs]
+        arrays["batch_num_images"] = np.array([len(request) for request in groups])
+    return arrays
+
+
+# --- answers ---
+
+
+def test_answers_equal_generate_over_turns_in_company_with_several_and_with_further_pictures(family: Family) -> None:
+    chats = Chats(family)
+    chats.open("one", 1)
+    chats.open("pair", 2, 3)
+    chats.open("twin", 1)
+    if family.takes_clips:
+        chats.open("clip", 0, frames=3)
+    wanted: dict[str, list[int]] = {}
+    for turn, question in enumerate(QUESTIONS):
+        got = {}
+        for count, name in enumerate(chats.chats):
+            # A further picture in the second turn, in the first one, in both; a known one; two at once.
+            more = {("one", 1): [2], ("pair", 1): [1], ("pair", 0): [5], ("clip", 1): [6, 7]}.get((name, turn), [])
+            wanted[name] = chats.ask(name, f"{question} {name}", *more, tokens=6 + count)
+            got |= chats.run(steps=2)  # the others are in the middle of their answers when the next one joins
+        got |= chats.run()
+        assert got == wanted
+    assert len({tuple(ids) for ids in wanted.values()}) > 2, "the answers are all the same: the test shows nothing"
+    encode_ms = {event.session_id: event.encode_ms for event in chats.events if isinstance(event, Opened)}
+    assert (encode_ms["one"] > 0) != (encode_ms["twin"] > 0), "one picture is encoded once"
+
+
+@pytest.mark.parametrize("host_bytes", [2**30, 0], ids=["parked", "cold"])
+def test_answers_equal_generate_after_their_cache_was_moved_away(family: Family, host_bytes: int) -> None:
+    features = 320 * family.model.feature_bytes
+    chats = Chats(family, Budget(family.model.kv_shape.device_bytes(512) + features, host_bytes))
+    moved = 0
+    for name, seeds in {"a": [1], "b": [2, 3], "c": [1]}.items():
+        chats.open(name, *seeds)
+        chats.run()
+    for turn, question in enumerate(QUESTIONS[:2]):
+        for name in "abc":
+            wanted = chats.ask(name, question, *([4] if turn and name == "a" else []))
+            assert chats.run() == {name: wanted}
+            memory = chats.engine.memory()
+            moved += memory.parked if host_bytes else memory.cold
+    assert moved >= 3
+
+
+def test_a_cancelled_turn_takes_its_picture_with_it(family: Family) -> None:
+    chats = Chats(family)
+    chats.open("a", 1)
+    wanted = chats.ask("a", QUESTIONS[0])
+    assert chats.run() == {"a": wanted}
+    held = chats.engine.memory().features_bytes
+    for steps in (0, 1, 2, 9):
+        chats.ask("a", "something that never counts", 2, tokens=50)
+        chats.run(steps=steps)
+        chats.engine.apply(CancelTurn("a"))
+        chats.run()
+    assert chats.events.count(Cancelled("a")) == 4
+    assert chats.engine.memory().features_bytes == held
+    for more in ([], [3]):
+        wanted = chats.ask("a", QUESTIONS[1], *more)
+        assert chats.run() == {"a": wanted}
+
+
+def test_a_bad_further_picture_fails_its_turn_only(family: Family) -> None:
+    chats = Chats(family)
+    chats.open("a", 1)
+    prepared = family.tokens.prepare([noise(2)])
+    blind = Picture("bad", {**prepared.pictures[0].inputs, "pixel_values": np.zeros((1, 1, 3, 5, 5), np.float32)})
+    prompt = family.tokens.prompt(chats.chats["a"].conversation, "what?", prepared)
+    chats.engine.apply(AskSession("a", "bad", prompt, Sampling(4), (blind,)))  # before the session is ready
+    chats.run()
+    assert [event.turn_id for event in chats.events if isinstance(event, TurnFailed)] == ["bad"]
+    assert not any(isinstance(event, OpenFailed) for event in chats.events)
+    wanted = chats.ask("a", QUESTIONS[0])
+    assert chats.run() == {"a": wanted}
+
+
+# --- tokens ---
+
+
+def whole_text(family: Family, messages: list[dict]) -> str:
+    """The conversation rendered at once."""
+    rendered = family.tokens._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    # The family's template writes "assistant \n" before an earlier answer, but lets the next one begin behind
+    # "assistant\n". A session keeps what the model has read.
+    return rendered.replace("assistant \n", "assistant\n")
+
+
+@pytest.mark.parametrize("opened", [1, 2])
+def test_ids_and_arrays_are_the_processors_own_on_the_whole_conversation(family: Family, opened: int) -> None:
+    tokens, processor = family.tokens, family.tokens._processor
+    requests = [[noise(seed) for seed in range(opened)], [noise(3)], [], [noise(4), noise(5)]]
+    prepared = [tokens.prepare(pictures) for pictures in requests]
+    opening = tokens.opening(requests[0])
+    conversation = Conversation(opening)
+    messages: list[dict] = []
+    for turn, (further, text) in enumerate(zip(prepared[1:], ["one?", "two\n", "three"], strict=True)):
+        count = len(further.pictures) + (opened if turn == 0 else 0)
+        messages.append({"role": "user", "content": [{"type": "image"}] * count + [{"type": "text", "text": text}]})
+        prompt = tokens.prompt(conversation, text, further)
+        shown = [pictures for pictures in requests[: turn + 2] if pictures]
+        images = [[image for _, image in pictures] for pictures in shown]
+        text_of_all = whole_text(family, messages)
+        if "onevision" in family.name:
+            whole, arrays = onevision_whole(processor, text_of_all, images)
+        else:
+            flat = [image for group in images for image in group]
+            arrays = processor(images=flat, text=text_of_all, return_tensors="np")
+            whole = arrays["input_ids"][0].tolist()
+        assert conversation.token_ids + prompt == whole
+        own = joined([item.pictures for item in prepared[: turn + 2]])
+        assert set(own) == set(arrays) - {"input_ids", "attention_mask"}
+        for name, array in own.items():
+            np.testing.assert_array_equal(array, arrays[name])
+        lead = " " if "<s>" in tokens._processor.tokenizer.all_special_tokens else ""
+        answer = processor.tokenizer(f"{lead}yes", add_special_tokens=False)["input_ids"]
+        conversation.commit(prompt, answer)
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": "yes"}]})
+
+
+def onevision_whole(processor, text: str, images: list[list[Image.Image]]) -> tuple[list[int], dict]:
+    """The processor's ids and arrays for pictures grouped by request, of which it counts one group a prompt."""
+    arrays = processor.image_processor(images, return_tensors="np")
+    places = [processor.replace_image_token(arrays, index) for index in range(sum(map(len, images)))]
+    (expanded,), _ = processor.get_text_with_replacements([text], places)
+    return processor.tokenizer(expanded)["input_ids"], arrays
+
+
+def test_one_picture_at_open_and_one_later_are_what_the_processor_makes_of_a_flat_list(family: Family) -> None:
+    first, second = family.tokens.prepare([noise(1)]), family.tokens.prepare([noise(2)])
+    processor = family.tokens._processor
+    together = processor(images=[noise(1)[1], noise(2)[1]], text="<image><image>", return_tensors="np")
+    assert together["input_ids"][0].tolist().count(family.tokens.image_token_id) == sum(
+        len(tokens) // len("<image>") for tokens in first.tokens + second.tokens
+    )
+    for name, array in joined([first.pictures, second.pictures]).items():
+        np.testing.assert_array_equal(array, together[name])
+
+
+def test_onevision_knows_a_picture_in_company_from_the_same_one_alone(family: Family) -> None:
+    alone = family.tokens.prepare([noise(1)])
+    pair = family.tokens.prepare([noise(1), noise(2)])
+    same = alone.pictures[0].key == pair.pictures[0].key
+    assert same == (alone.tokens[0] == pair.tokens[0]) == ("onevision" not in family.name)
+
+
+def test_a_clip_is_taken_by_onevision_only(family: Family) -> None:
+    frames = [noise(4 * n)[1] for n in range(3)]
+    if not family.takes_clips:
+        with pytest.raises(Refused, match="pictures, no video") as refused:
+            family.tokens.clip_opening("clip", frames)
+        assert refused.value.code == "unsupported_media"
+        return
+    opening = family.tokens.clip_opening("clip", frames)
+    (clip,) = opening.pictures
+    assert clip.inputs["pixel_values_videos"].shape == (1, 3, 3, 28, 28)
+    assert opening.image_tokens == 3 * 4 + 1
+    whole = whole_text(family, [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "what?"}]}])
+    inputs = family.tokens._processor(videos=[frames], text=whole, return_tensors="np")
+    prompt = family.tokens.prompt(Conversation(opening), "what?")
+    assert opening.token_ids + prompt == inputs["input_ids"][0].tolist()
+    with pytest.raises(Refused, match="can't show"):  # the template writes pictures before clips
+        family.tokens.prompt(Conversation(opening), "what?", family.tokens.prepare([noise(1)]))
+
+
+def test_a_prompt_without_pictures_needs_nothing_prepared(family: Family) -> None:
+    conversation = Conversation(family.tokens.opening([noise(1)]))
+    assert family.tokens.prepare([]) == NOTHING == Prepared()
+    assert family.tokens.image_token_id not in family.tokens.prompt(conversation, "an <image>?")
+
+
+# --- refusals ---
+
+
+def change(folder: Path, **values: object) -> Path:
+    config = AutoConfig.from_pretrained(folder)
+    for name, value in values.items():
+        setattr(config.text_config, name, value)
+    config.save_pretrained(folder)
+    return folder
+
+
+def test_a_text_model_that_does_not_attend_to_everything_is_refused(tmp_path: Path) -> None:
+    window = make_next_mistral(tmp_path / "mistral", sliding_window=512)
+    with pytest.raises(UnsupportedCheckpoint, match=r"mistral.*sliding_window 512.*2048.*full causal attention"):
+        Model.load(window)
+    sliding = make_onevision(tmp_path / "qwen", use_sliding_window=True, sliding_window=128, max_window_layers=1)
+    with pytest.raises(UnsupportedCheckpoint, match=r"qwen2.*sliding_window 128.*full causal attention"):
+        Model.load(sliding)
+    hybrid = change(make_onevision(tmp_path / "hybrid"), layer_types=["full_attention", "chunked_attention"])
+    with pytest.raises(UnsupportedCheckpoint, match=r"chunked_attention.*full causal attention"):
+        Model.load(hybrid)
+
+
+def test_a_window_that_is_off_or_as_wide_as_the_context_is_served(tmp_path: Path) -> None:
+    Model.load(make_next_mistral(tmp_path / "wide", sliding_window=2048), device="cpu")
+    Model.load(make_onevision(tmp_path / "off", use_sliding_window=False, sliding_window=128), device="cpu")
+
+
+def test_another_text_model_is_refused_with_what_was_found(tmp_path: Path) -> None:
+    folder = make_llava(tmp_path)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"model_type": "llama"', '"model_type": "gemma2"'))
+    with pytest.raises(UnsupportedCheckpoint, match=r"llava around .*'gemma2'; supported: llama, mistral, qwen2"):
+        Model.load(folder)
+
+
+def test_every_family_warms_up(family: Family) -> None:
+    Engine(family.model, family.tokens.answer_text, AMPLE).warm_up(family.tokens)

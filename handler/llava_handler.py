@@ -71,7 +71,7 @@ class LlavaHandler(BaseHandler):
         address = properties.get("inference_address", "http://127.0.0.1:8080")
         ender = frontend.SequenceEnder(address, context.model_name)
         limits = (model.context_tokens, config.limits, config.media)
-        self._pump = Pump(worker, inbox, tokens, table, *limits, ender.end)
+        self._pump = Pump(worker, inbox, tokens, table, *limits, ender)
         self._cache = context.metrics
         self._dimensions = [context.model_name, "Model"]
         self._metrics_lock = threading.Lock()

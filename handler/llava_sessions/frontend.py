@@ -11,6 +11,7 @@ import http.client
 import json
 import logging
 import queue
+import secrets
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ import psutil
 from .protocol import CLOSED_SESSION_HEADER, JSON_TYPE, SESSION_HEADER
 
 log = logging.getLogger(__name__)
+
+END_HEADER = "x-llava-end-sequence"
 
 # property of the frontend, environment variable that overrides it, environment variable of the worker, what it must be
 _KEYS = (
@@ -46,7 +49,7 @@ def frontend_properties() -> dict[str, str] | None:
             command = process.cmdline()
             if "org.pytorch.serve.ModelServer" not in command:
                 continue
-            if "-f" not in command:
+            if "-f" not in command[:-1]:
                 return {}
             path = Path(command[command.index("-f") + 1])
             return read_properties((Path(process.cwd()) / path).read_text())
@@ -77,7 +80,8 @@ def header_problems(properties: Mapping[str, str], environment: Mapping[str, str
 class SequenceEnder:
     """Ends sequences of the frontend by requests to it, one after another, from a thread of its own.
 
-    Without it the frontend forgets them too, but only after `sequenceTimeoutMSec`.
+    Without it the frontend forgets them too, but only after `sequenceTimeoutMSec`. `mark` is the header that tells the
+    pump that such a request is ours.
     """
 
     def __init__(self, inference_address: str, model: str) -> None:
@@ -88,6 +92,7 @@ class SequenceEnder:
         self._port = address.port or 80
         self._plain = address.scheme == "http"
         self._path = f"/predictions/{model}"
+        self.mark = (END_HEADER, secrets.token_hex(16))
         self._queue: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="sequences", daemon=True).start()
 
@@ -108,7 +113,7 @@ class SequenceEnder:
 
     def _post(self, sequence_id: str) -> int:
         connection = http.client.HTTPConnection(self._host, self._port, timeout=10)
-        headers = {SESSION_HEADER: sequence_id.encode(), "Content-Type": JSON_TYPE}
+        headers = {SESSION_HEADER: sequence_id.encode(), "Content-Type": JSON_TYPE, **dict([self.mark])}
         try:
             connection.request("POST", self._path, json.dumps({"type": "close_session"}), headers)
             return connection.getresponse().status

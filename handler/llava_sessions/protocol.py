@@ -125,6 +125,8 @@ def _payload(body: Any) -> dict[str, Any]:
 
 def _open(payload: dict[str, Any]) -> Open:
     _known_fields(payload, _OPEN_FIELDS)
+    if _text(payload, "session_id") not in (None, "", NEW_SESSION):
+        raise Refused("invalid_request", "A new session gets its id from the server; open without a 'session_id'.")
     image = _text(payload, "image")
     path = _text(payload, "path")
     if (image is None) == (path is None):
@@ -254,7 +256,10 @@ def _json_type(value: Any) -> str:
 
 def _show(value: Any) -> str:
     """A short, ASCII form of what the caller sent, safe in a message."""
-    text = ascii(value)
+    try:
+        text = ascii(value)
+    except (RecursionError, ValueError):  # nested too deep, or a number of thousands of digits
+        text = f"a JSON {_json_type(value)}"
     return text if len(text) <= 40 else text[:37] + "..."
 
 

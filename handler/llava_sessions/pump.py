@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import queue
+import re
 import threading
 import time
 import uuid
@@ -55,7 +56,8 @@ CLOSE_WAIT_S = 2.0
 # While rows are active, TorchServe calls without a pause; a silence of this length means that all their clients are
 # gone.
 SILENCE_S = 5.0
-_MOST_RETIRED = 10_000
+# How the frontend names a sequence that came without an id (InferenceRequestHandler.java).
+_FRONTEND_ID = re.compile(r"ts-seq-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,15 @@ class Reply:
     status: int = 200
     content_type: str = protocol.JSON_TYPE
     headers: dict[str, str] = field(default_factory=dict)
+
+
+class SequenceEnd(Protocol):
+    """Has the frontend end a sequence, by a request with the header `mark` (its name in lower case, and its value)."""
+
+    mark: tuple[str, str]
+
+    def end(self, sequence_id: str) -> None:
+        """Have the sequence ended soon."""
 
 
 class EngineDoor(Protocol):
@@ -132,13 +143,10 @@ class Pump:
         context_tokens: int,
         limits: protocol.Limits,
         media_limits: media.MediaLimits,
-        end_sequence: Callable[[str], None],
+        sequences: SequenceEnd,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`inbox`: where the engine puts its reports; `clock`: seconds since the epoch.
-
-        `end_sequence` has the frontend end a sequence by a request of its own (see `_release_sequence`).
-        """
+        """`inbox`: where the engine puts its reports; `clock`: seconds since the epoch."""
         self._engine = engine
         self._inbox = inbox
         self._tokens = tokens
@@ -146,7 +154,7 @@ class Pump:
         self._context_tokens = context_tokens
         self._limits = limits
         self._media_limits = media_limits
-        self._end_sequence = end_sequence
+        self._sequences = sequences
         self._clock = clock
         self._fetch = media.Fetcher()
         self._lock = threading.Lock()
@@ -155,7 +163,6 @@ class Pump:
         self._turns: dict[str, _Turn] = {}
         self._opening: dict[str, tuple[_Entry, Opening]] = {}
         self._closing: dict[str, list[_Entry]] = {}
-        self._retired: set[str] = set()
         self._memory = Memory()
         self._turns_total = 0
         self._refusals_total = 0
@@ -184,7 +191,7 @@ class Pump:
                     log.info("session_expired session=%s", _short(session.id))
                     self._table.remove(session.id, "expired")
                     self._engine.submit(CloseSession(session.id))
-                    self._retire(session.id)
+                    self._sequences.end(session.id)
 
     @property
     def busy(self) -> bool:
@@ -230,7 +237,8 @@ class Pump:
             wanted = f"open without the {protocol.SESSION_HEADER} header, or with {protocol.NEW_SESSION} in it"
             raise Refused("invalid_request", f"A new session gets its id from the server; {wanted}.")
         # The frontend routes by the id that it made; behind a literal NEW_SESSION it made none.
-        session_id = row.sequence_id if row.fresh else f"ls-{uuid.uuid4()}"
+        made = row.fresh and _FRONTEND_ID.fullmatch(row.sequence_id)
+        session_id = row.sequence_id if made else f"ls-{uuid.uuid4()}"
         self._table.reserve(session_id)
         entry.preparing = self._pool.submit(self._prepare, request)
         entry.preparing.add_done_callback(lambda _: self._inbox.put((entry, session_id)))
@@ -249,10 +257,13 @@ class Pump:
             opening = entry.preparing.result()
             self._fits(len(opening.token_ids) + 1)
             if entry.row.request_id not in self._entries:
-                raise Refused("invalid_request", "The client has left.")
+                raise Refused("invalid_request", "The client has left.")  # told to nobody
         except Exception as error:
             self._table.release(session_id)
-            self._refuse(entry, error)
+            if entry.row.request_id in self._entries:
+                self._refuse(entry, error)
+            else:
+                self._sequences.end(entry.row.sequence_id)
             return
         self._opening[session_id] = (entry, opening)
         self._engine.submit(OpenSession(session_id, opening.token_ids, opening.pictures))
@@ -294,14 +305,18 @@ class Pump:
         if session_id in self._closing:
             self._closing[session_id].append(entry)
             return
-        if session_id in self._retired or self._table.was_closed(session_id):
-            self._retired.discard(session_id)
+        if self._table.was_closed(session_id) or self._is_ours(entry):
             self._closed(entry, session_id)
             return
         session = self._table.get(session_id, self._clock())
         session.closing = True
         self._closing[session_id] = [entry]
         self._engine.submit(CloseSession(session_id))
+
+    def _is_ours(self, entry: _Entry) -> bool:
+        """Whether the request only ends its sequence; that of an open session goes the way of every close."""
+        name, value = self._sequences.mark
+        return entry.row.headers.get(name) == value and entry.row.sequence_id not in self._table
 
     def _closed(self, entry: _Entry, session_id: str) -> None:
         headers = {protocol.CLOSED_SESSION_HEADER: session_id}
@@ -326,7 +341,7 @@ class Pump:
         for request_id in self._entries.keys() - active:
             entry = self._entries.pop(request_id)
             if self._is_foreign(entry):
-                self._retire(entry.row.sequence_id)
+                self._sequences.end(entry.row.sequence_id)
             turn = self._turns.get(request_id)
             if turn is not None:
                 log.info("client_left session=%s", _short(turn.session.id))
@@ -375,14 +390,14 @@ class Pump:
                 if turn.entry is not None and turn.entry.streamed:
                     turn.entry.lines.append(protocol.line({"delta": event.text}))
             case Finished():
-                turn = self._end_turn(event.turn_id)
+                turn = self._end_turn(event.turn_id, cancelled=False)
                 turn.session.conversation.commit(turn.prompt_ids, event.kept_ids)
                 self._answer(turn, event)
             case Cancelled():
-                turn = self._end_turn(event.turn_id)
+                turn = self._end_turn(event.turn_id, cancelled=True)
                 self._tell(turn, {"session_id": turn.session.id, "finish_reason": "cancelled"})
             case TurnFailed():
-                turn = self._end_turn(event.turn_id)
+                turn = self._end_turn(event.turn_id, cancelled=False)
                 refused = _as_refusal(RuntimeError(event.error))
                 self._tell(turn, refused.body(), status=refused.status)
             case NoRoom():
@@ -395,6 +410,7 @@ class Pump:
             case OpenFailed():
                 if event.session_id in self._table:
                     self._table.remove(event.session_id, "failed")
+                    self._sequences.end(event.session_id)
             case Closed():
                 self._hear_closed(event.session_id)
 
@@ -404,7 +420,7 @@ class Pump:
         refused = Refused("capacity", message)
         if event.turn_id is not None:
             self._refusals_total += 1
-            self._tell(self._end_turn(event.turn_id), refused.body(), status=refused.status)
+            self._tell(self._end_turn(event.turn_id, cancelled=False), refused.body(), status=refused.status)
             return
         entry, _ = self._opening.pop(event.session_id)
         self._table.release(event.session_id)
@@ -420,11 +436,11 @@ class Pump:
         for entry in waiting:
             self._closed(entry, session_id)
 
-    def _end_turn(self, turn_id: str) -> _Turn:
+    def _end_turn(self, turn_id: str, cancelled: bool) -> _Turn:
         turn = self._turns.pop(turn_id)
         turn.session.turn_id = None
         for entry in turn.waiting_cancels:
-            entry.final = Reply(json.dumps(protocol.cancelled(turn.session.id, had_turn=True)))
+            entry.final = Reply(json.dumps(protocol.cancelled(turn.session.id, had_turn=cancelled)))
         return turn
 
     def _answer(self, turn: _Turn, event: Finished) -> None:
@@ -496,16 +512,11 @@ class Pump:
         waits for the sequence's next request, and would wait on until `sequenceTimeoutMSec` (SequenceBatching.java,
         pollJobFromJobGroup). A request of our own frees that thread, and is answered with the header at once.
         """
+        sequence, named = entry.row.sequence_id, None
         if entry.steps == 0:
-            final.headers.setdefault(protocol.CLOSED_SESSION_HEADER, entry.row.sequence_id)
-        else:
-            self._retire(entry.row.sequence_id)
-
-    def _retire(self, sequence_id: str) -> None:
-        if len(self._retired) >= _MOST_RETIRED:
-            self._retired.clear()  # the frontend does not take our requests; it has its own time-out
-        self._retired.add(sequence_id)
-        self._end_sequence(sequence_id)
+            named = final.headers.setdefault(protocol.CLOSED_SESSION_HEADER, sequence)
+        if named != sequence:
+            self._sequences.end(sequence)
 
 
 def _as_refusal(error: Exception) -> Refused:

@@ -97,8 +97,8 @@ class SessionTable(Generic[Conversation]):
         raise Refused("session_not_found", "No session of that id is open here; open one with a picture first.")
 
     def was_closed(self, session_id: str) -> bool:
-        """Whether the id belonged to a session that its user closed (within the last ids that are remembered)."""
-        return self._gone.get(session_id) == "closed"
+        """Whether the id's session was closed, or could not be prepared (within the last ids that are remembered)."""
+        return self._gone.get(session_id) in ("closed", "failed")
 
     def begin_turn(self, session: Session[Conversation], turn_id: str) -> None:
         """Mark the session busy. Raises `Refused` (session_busy) while another turn runs."""

@@ -79,6 +79,8 @@ def test_a_minimal_file_takes_every_default():
         max_sessions=64,
         session_ttl_s=1200.0,
         prefill_chunk_tokens=256,
+        device_bytes=None,
+        host_bytes=None,
         system_prompt="",
         limits=Limits(),
         media=MediaLimits(),

@@ -50,12 +50,12 @@ def picture(colour: str = "red", size: tuple[int, int] = (60, 40)) -> Image.Imag
 
 
 def prepare(chat: ChatTokens, images: list[Image.Image]) -> Opening:
-    return chat.opening(images)
+    return chat.opening([(f"picture {index}", image) for index, image in enumerate(images)])
 
 
 def pixels(opening: Opening) -> np.ndarray:
     """Of all pictures, `[pictures, 3, height, width]`."""
-    return opening.pixel_values
+    return np.concatenate([picture.inputs["pixel_values"] for picture in opening.pictures])
 
 
 @pytest.fixture(scope="module")

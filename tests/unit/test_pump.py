@@ -11,6 +11,7 @@ import logging
 import queue
 import re
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from PIL import Image
 from llava_sessions import protocol
 from llava_sessions import pump as pump_module
 from llava_sessions.conversation import ChatTokens
+from llava_sessions.engine.kv import choose_budget
 from llava_sessions.engine.messages import (
+    Accepted,
     AskSession,
     Closed,
     CloseSession,
@@ -77,19 +80,24 @@ class Frontend:
         self.now_s = NOW
         self.commands: list = []
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()
-        self.engine = Engine(model, tokens.answer_text)
+        self.engine = Engine(model, tokens.answer_text, choose_budget(model.device))
         self._deaf = deaf
         self._rows = 0
         self.table = SessionTable(max_sessions, TTL)
         limits = (context_tokens or model.context_tokens, Limits(), MediaLimits())
         self.ended: list[str] = []
-        self.pump = Pump(
-            self, self.inbox, tokens, self.table, *limits, end_sequence=self.ended.append, clock=lambda: self.now_s
-        )
+        self.mark = ("x-mark", "ours")
+        self.pump = Pump(self, self.inbox, tokens, self.table, *limits, sequences=self, clock=lambda: self.now_s)
+
+    def end(self, sequence_id: str) -> None:
+        self.ended.append(sequence_id)
 
     def submit(self, command) -> None:
         self.commands.append(command)
-        if not self._deaf:
+        if self._deaf:
+            if isinstance(command, OpenSession):
+                self.tell(Accepted(command.session_id))
+        else:
             self.engine.apply(command)
             if isinstance(command, CloseSession):
                 self.step()
@@ -104,7 +112,7 @@ class Frontend:
     def row(self, body: Any, session: str | None = None, headers: dict | None = None) -> Row:
         """A request with the session header, or without one, for which TorchServe makes an id."""
         self._rows += 1
-        own = f"ts-seq-{self._rows}"
+        own = f"ts-seq-{uuid.UUID(int=self._rows)}"
         headers = {SESSION_HEADER.lower(): session, **(headers or {})} if session else headers or {}
         return Row(f"request-{self._rows}", session or own, session is None, headers, body)
 
@@ -227,7 +235,7 @@ def test_opening_hands_the_engine_what_the_conversation_holds(deaf):
     (command,) = deaf.commands
     assert isinstance(command, OpenSession)
     assert command.session_id == session
-    assert command.pixel_values.shape == (1, 3, 56, 56)
+    assert [picture.inputs["pixel_values"].shape for picture in command.pictures] == [(1, 3, 56, 56)]
 
 
 def test_an_open_behind_the_constant_gets_an_id_of_our_own(front):
@@ -765,8 +773,8 @@ def test_a_vanished_row_of_an_open_session_does_not_end_it(front):
 def test_the_request_that_ends_a_sequence_is_answered_with_its_end(front):
     row = front.ask_row(None, session_id=front.open())
     front.answer(row)
-    closing = front.close_row(row.sequence_id)
-    reply = front.answer(closing)
+    ours = front.row({"type": "close_session"}, row.sequence_id, dict([front.mark]))
+    reply = front.answer(ours)
     assert (reply.status, reply.headers) == (200, {CLOSED_SESSION_HEADER: row.sequence_id})
     assert front.ended == [row.sequence_id]
 
@@ -962,11 +970,12 @@ def test_a_session_whose_picture_failed_is_gone_with_a_reason(model, tokens):
 
 def test_a_picture_that_the_engine_fails_at_ends_its_session_alone(front):
     good = front.open()
-    row, replies = front.row({"type": "start_session", "image": png()}), [None]
-    until = time.monotonic() + PATIENCE_S
-    while replies == [None] and time.monotonic() < until:
-        replies = front.exchange(row)
-    front.engine._sessions[row.sequence_id].pixel_values = None  # nothing that can be encoded
+    row, until = front.row({"type": "start_session", "image": png("blue")}), time.monotonic() + PATIENCE_S
+    while row.sequence_id not in front.engine._sessions and time.monotonic() < until:
+        front.exchange(row)
+    front.engine._sessions[row.sequence_id].shown[0].picture = None  # nothing that can be encoded
+    front.step()
+    assert front.exchange(row)[0].status == 200  # there was room for it
     reply = front.answer(front.ask_row(row.sequence_id))
     assert (reply.status, code(reply)) == (500, "internal")
     assert front.answer(front.ask_row(row.sequence_id)).status == 500

@@ -9,11 +9,15 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 
 from .messages import Command, Report
 from .service import Engine
 
 log = logging.getLogger(__name__)
+
+# After an error that the engine did not contain: long enough that a lasting one does not fill the log.
+PAUSE_S = 0.5
 
 
 class EngineWorker:
@@ -40,7 +44,12 @@ class EngineWorker:
 
     def _run(self) -> None:
         while self._take_commands():
-            events = self._engine.step()
+            try:
+                events = self._engine.step()
+            except Exception:
+                log.exception("step_lost")  # the loop is everybody's: it goes on
+                time.sleep(PAUSE_S)
+                continue
             if events:
                 self._reports.put(Report(events, self._engine.memory()))
 
@@ -53,4 +62,7 @@ class EngineWorker:
                 return True
             if command is None:
                 return False
-            self._engine.apply(command)
+            try:
+                self._engine.apply(command)
+            except Exception:
+                log.exception("command_failed command=%s", type(command).__name__)

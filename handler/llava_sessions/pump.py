@@ -19,7 +19,10 @@ import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
+
+from PIL import Image
 
 from . import media, protocol
 from .conversation import ChatTokens, Conversation, Opening
@@ -39,6 +42,7 @@ from .engine.messages import (
     Opened,
     OpenFailed,
     OpenSession,
+    Picture,
     Report,
     Sampling,
     TurnFailed,
@@ -121,12 +125,16 @@ class _Entry:
 
 @dataclass
 class _Turn:
-    """A running turn; `entry` is None when its client has left."""
+    """A running turn; `entry` is None when its client has left.
+
+    While its pictures are `preparing`, the engine knows nothing of it and `prompt_ids` is empty.
+    """
 
     session: Session[Conversation]
-    prompt_ids: list[int]
     ask: protocol.Ask
     entry: _Entry | None
+    preparing: bool = False
+    prompt_ids: list[int] = field(default_factory=list)
     waiting_cancels: list[_Entry] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
 
@@ -205,8 +213,12 @@ class Pump:
         return Figures(
             open_sessions=len(self._table),
             running_turns=self._table.running_turns,
+            resident_sessions=memory.resident,
+            parked_sessions=memory.parked,
+            cold_sessions=memory.cold,
             features_bytes=memory.features_bytes,
             kv_bytes=memory.kv_bytes,
+            parked_bytes=memory.parked_bytes,
             device_bytes=memory.allocated_bytes or held,
             turns_total=self._turns_total,
             refusals_total=self._refusals_total,
@@ -241,15 +253,26 @@ class Pump:
         session_id = row.sequence_id if made else f"ls-{uuid.uuid4()}"
         self._table.reserve(session_id)
         entry.preparing = self._pool.submit(self._prepare, request)
-        entry.preparing.add_done_callback(lambda _: self._inbox.put((entry, session_id)))
+        entry.preparing.add_done_callback(lambda _: self._inbox.put(partial(self._prepared, entry, session_id)))
 
     def _prepare(self, request: protocol.Open) -> Opening:
         """Runs beside the pump, so that a slow host or a large picture delays nobody else."""
-        if request.image is not None:
-            picture = media.load_base64(request.image, self._media_limits)
-        else:
-            picture = media.load_path(request.path, self._media_limits, self._fetch)
-        return self._tokens.opening([(picture.sha256, picture.image)])
+        return self._tokens.opening(self._load(request.pictures))
+
+    def _prepare_turn(self, conversation: Conversation, ask: protocol.Ask) -> tuple[list[int], tuple[Picture, ...]]:
+        """As `_prepare`, of a question with pictures: its ids and its pictures. Its session is busy meanwhile."""
+        prepared = self._tokens.prepare(self._load(ask.pictures))
+        return self._tokens.prompt(conversation, ask.prompt_text, prepared), prepared.pictures
+
+    def _load(self, sources: tuple[protocol.PictureSource, ...]) -> list[tuple[str, Image.Image]]:
+        pictures = []
+        for source in sources:
+            if source.image is not None:
+                picture = media.load_base64(source.image, self._media_limits)
+            else:
+                picture = media.load_path(source.path, self._media_limits, self._fetch)
+            pictures.append((picture.sha256, picture.image))
+        return pictures
 
     def _prepared(self, entry: _Entry, session_id: str) -> None:
         """The picture is there, or is refused."""
@@ -284,17 +307,49 @@ class Pump:
 
     def _ask(self, entry: _Entry, ask: protocol.Ask) -> None:
         session = self._table.get(ask.session_id, self._clock())
-        self._table.begin_turn(session, entry.row.request_id)
-        try:
-            prompt_ids = self._tokens.prompt(session.conversation, ask.prompt_text)
-            self._fits(len(session.conversation.token_ids) + len(prompt_ids) + 1)
-        except Exception:
-            session.turn_id = None
-            raise
+        turn_id = entry.row.request_id
+        self._table.begin_turn(session, turn_id)
         entry.streamed = ask.stream
-        self._turns[entry.row.request_id] = _Turn(session, prompt_ids, ask, entry)
+        self._turns[turn_id] = _Turn(session, ask, entry, preparing=bool(ask.pictures))
+        if ask.pictures:
+            entry.preparing = self._pool.submit(self._prepare_turn, session.conversation, ask)
+            entry.preparing.add_done_callback(lambda _: self._inbox.put(partial(self._turn_prepared, entry)))
+            return
+        try:
+            self._start(turn_id, self._tokens.prompt(session.conversation, ask.prompt_text), ())
+        except Exception:
+            self._end_turn(turn_id, cancelled=False)
+            raise
+
+    def _turn_prepared(self, entry: _Entry) -> None:
+        """The pictures of a question are there, or one is refused."""
+        turn_id = entry.row.request_id
+        if turn_id not in self._turns:
+            return  # it was cancelled, or its client has left
+        try:
+            self._start(turn_id, *entry.preparing.result())
+        except Exception as error:
+            self._end_turn(turn_id, cancelled=False)
+            self._refuse(entry, error)
+
+    def _start(self, turn_id: str, prompt_ids: list[int], pictures: tuple[Picture, ...]) -> None:
+        """Hand a turn to the engine, if the context has room for it."""
+        turn = self._turns[turn_id]
+        self._fits(len(turn.session.conversation.token_ids) + len(prompt_ids) + 1)
+        turn.prompt_ids, turn.preparing, ask = prompt_ids, False, turn.ask
         sampling = Sampling(ask.max_new_tokens, ask.temperature, ask.top_p, ask.seed, ask.stop)
-        self._engine.submit(AskSession(session.id, entry.row.request_id, prompt_ids, sampling))
+        self._engine.submit(AskSession(turn.session.id, turn_id, prompt_ids, sampling, pictures))
+
+    def _stop(self, turn_id: str) -> None:
+        """End a turn before its time: by the engine, if that has it already."""
+        if self._turns[turn_id].preparing:
+            self._cancelled(turn_id)
+        else:
+            self._engine.submit(CancelTurn(turn_id))
+
+    def _cancelled(self, turn_id: str) -> None:
+        turn = self._end_turn(turn_id, cancelled=True)
+        self._tell(turn, {"session_id": turn.session.id, "finish_reason": "cancelled"})
 
     def _fits(self, tokens: int) -> None:
         if tokens > self._context_tokens:
@@ -311,6 +366,8 @@ class Pump:
         session = self._table.get(session_id, self._clock())
         session.closing = True
         self._closing[session_id] = [entry]
+        if session.turn_id is not None and self._turns[session.turn_id].preparing:
+            self._cancelled(session.turn_id)
         self._engine.submit(CloseSession(session_id))
 
     def _is_ours(self, entry: _Entry) -> bool:
@@ -328,7 +385,7 @@ class Pump:
             entry.final = Reply(json.dumps(protocol.cancelled(session_id, had_turn=False)))
             return
         self._turns[session.turn_id].waiting_cancels.append(entry)
-        self._engine.submit(CancelTurn(session.turn_id))
+        self._stop(session.turn_id)
 
     def _refuse(self, entry: _Entry, error: Exception) -> None:
         refused = _as_refusal(error)
@@ -346,7 +403,7 @@ class Pump:
             if turn is not None:
                 log.info("client_left session=%s", _short(turn.session.id))
                 turn.entry = None
-                self._engine.submit(CancelTurn(request_id))
+                self._stop(request_id)
 
     # --- events ---
 
@@ -371,9 +428,10 @@ class Pump:
             except queue.Empty:
                 return
 
-    def _take(self, item: Report | tuple[_Entry, str]) -> None:
+    def _take(self, item: Report | Callable[[], None]) -> None:
+        """A report of the engine, or what to do with pictures that are there now."""
         if not isinstance(item, Report):
-            self._prepared(*item)
+            item()
             return
         self._memory = item.memory
         for event in item.events:
@@ -394,8 +452,7 @@ class Pump:
                 turn.session.conversation.commit(turn.prompt_ids, event.kept_ids)
                 self._answer(turn, event)
             case Cancelled():
-                turn = self._end_turn(event.turn_id, cancelled=True)
-                self._tell(turn, {"session_id": turn.session.id, "finish_reason": "cancelled"})
+                self._cancelled(event.turn_id)
             case TurnFailed():
                 turn = self._end_turn(event.turn_id, cancelled=False)
                 refused = _as_refusal(RuntimeError(event.error))

@@ -10,8 +10,12 @@ from dataclasses import dataclass
 GAUGES = {
     "llava_open_sessions": "count",
     "llava_running_turns": "count",
+    "llava_resident_sessions": "count",
+    "llava_parked_sessions": "count",
+    "llava_cold_sessions": "count",
     "llava_features_bytes": "bytes",
     "llava_kv_bytes": "bytes",
+    "llava_parked_bytes": "bytes",
     "llava_device_bytes": "bytes",
 }
 COUNTERS = {"llava_turns_total": "count", "llava_refusals_total": "count"}
@@ -19,14 +23,20 @@ COUNTERS = {"llava_turns_total": "count", "llava_refusals_total": "count"}
 
 @dataclass
 class Figures:
-    """What the handler tells about itself at one moment. `device_bytes` is features and KV together, or on CUDA what
-    torch's allocator holds, weights included.
+    """What the handler tells about itself at one moment.
+
+    Sessions are resident, parked or cold by where their KV cache is; `kv_bytes` is on the device, `parked_bytes` on the
+    host. `device_bytes`: features and KV, or on CUDA what torch's allocator holds, weights included.
     """
 
     open_sessions: int = 0
     running_turns: int = 0
+    resident_sessions: int = 0
+    parked_sessions: int = 0
+    cold_sessions: int = 0
     features_bytes: int = 0
     kv_bytes: int = 0
+    parked_bytes: int = 0
     device_bytes: int = 0
     turns_total: int = 0
     refusals_total: int = 0

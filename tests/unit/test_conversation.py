@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import transformers
 from PIL import Image
-from tokenizers import processors
+from tokenizers import Tokenizer, decoders, models, processors
 
 from llava_sessions.conversation import AnswerText, ChatTokens, Conversation, Opening, TemplateError
 from tests.tiny_llava import TEMPLATE, make_tokenizer
@@ -318,6 +318,29 @@ def test_the_pieces_of_any_ids_make_the_text_of_all_ids(tokenizer, seed):
     pieces, stopped = read(tokenizer, ids)
     assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True).lstrip()
     assert not stopped
+
+
+def byte_fallback_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Words with a leading mark for the space, and bytes for what is in no word: as Llama's tokenizer, and so
+    LLaVA-1.5's.
+    """
+    words = ["</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *(f"\u2581w{n}" for n in range(20)), *"abcdefgh"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    backend = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    space = decoders.Replace("\u2581", " ")
+    backend.decoder = decoders.Sequence([space, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+def test_bytes_that_make_no_character_are_told_as_the_whole_answer_shows_them():
+    tokenizer = byte_fallback_tokenizer()
+    named = tokenizer.convert_tokens_to_ids(["<0x48>", "<0x9E>", "c"])
+    for seed in range(-1, 500):
+        draw = random.Random(seed)
+        ids = named if seed < 0 else [draw.randrange(1, len(tokenizer)) for _ in range(40)]
+        reader = AnswerText(tokenizer)
+        told = "".join(map(reader.push, ids)) + reader.finish()
+        assert told == tokenizer.decode(ids, skip_special_tokens=True).lstrip()
 
 
 @pytest.mark.parametrize("text", ["naïve café", "猫が好き", "🐈‍⬛🇨🇭👨‍👩‍👧", "a\u0301", "Ω≈ç√∫ 12:30\n\nnext\tline"])

@@ -27,10 +27,11 @@ JSON_TYPE = "application/json"
 STREAM_TYPE = "application/x-ndjson"
 
 _TYPES = {"start_session": "open", "send_text_prompt": "ask", "close_session": "close", "cancel": "cancel"}
-_OPEN_FIELDS = {"type", "session_id", "image", "path"}
+_PICTURE_FIELDS = ("image", "images", "path")
+_OPEN_FIELDS = {"type", "session_id", *_PICTURE_FIELDS}
 _ASK_FIELDS = {
     *("type", "session_id", "prompt_text", "stream", "max_new_tokens", "temperature", "top_p", "seed", "stop"),
-    "return_token_ids",
+    *("return_token_ids", *_PICTURE_FIELDS),
 }
 _SESSION_FIELDS = {"type", "session_id"}
 
@@ -44,21 +45,30 @@ class Limits:
     max_new_tokens: int = 1_024
     max_stop_strings: int = 8
     max_stop_chars: int = 64
+    max_pictures: int = 8
+
+
+@dataclass(frozen=True)
+class PictureSource:
+    """Where a picture comes from: `image` (base64 or data URL) or `path` (URL, or what the config allows)."""
+
+    image: str | None = None
+    path: str | None = None
 
 
 @dataclass(frozen=True)
 class Open:
-    """Open a session on one picture: exactly one of `image` (base64 or data URL) and `path` (URL, or what the config
-    allows).
-    """
+    """Open a session on one or more pictures."""
 
-    image: str | None
-    path: str | None
+    pictures: tuple[PictureSource, ...]
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One turn. `temperature` 0 is greedy; `seed` None draws a fresh one; token counts are in tokens."""
+    """One turn. `temperature` 0 is greedy; `seed` None draws a fresh one; token counts are in tokens.
+
+    `pictures` are further ones, shown with this question.
+    """
 
     session_id: str
     prompt_text: str
@@ -69,6 +79,7 @@ class Ask:
     seed: int | None
     stop: tuple[str, ...]
     return_token_ids: bool
+    pictures: tuple[PictureSource, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,7 +112,7 @@ def parse(body: Any, headers: Mapping[str, str], limits: Limits) -> Request:
         raise Refused("invalid_request", f"The request has {got}; it must be one of {', '.join(map(repr, _TYPES))}.")
     action = _TYPES[kind]
     if action == "open":
-        return _open(payload)
+        return _open(payload, limits)
     session_id = _session_id(payload, headers)
     if action == "ask":
         return _ask(payload, session_id, limits)
@@ -123,16 +134,43 @@ def _payload(body: Any) -> dict[str, Any]:
     return body
 
 
-def _open(payload: dict[str, Any]) -> Open:
+def _open(payload: dict[str, Any], limits: Limits) -> Open:
     _known_fields(payload, _OPEN_FIELDS)
     if _text(payload, "session_id") not in (None, "", NEW_SESSION):
         raise Refused("invalid_request", "A new session gets its id from the server; open without a 'session_id'.")
-    image = _text(payload, "image")
-    path = _text(payload, "path")
-    if (image is None) == (path is None):
-        got = "neither" if image is None else "both"
-        raise Refused("invalid_request", f"A session opens with one picture, in 'image' or in 'path'; {got} was given.")
-    return Open(image=image, path=path)
+    pictures = _pictures(payload, limits)
+    if not pictures:
+        wanted = "a session opens with 'image', 'images' or 'path'"
+        raise Refused("invalid_request", f"No picture was given; {wanted}.")
+    return Open(pictures)
+
+
+def _pictures(payload: dict[str, Any], limits: Limits) -> tuple[PictureSource, ...]:
+    """The pictures of a request, from at most one of the fields."""
+    given = [name for name in _PICTURE_FIELDS if payload.get(name) is not None]
+    if len(given) > 1:
+        names = " and ".join(f"'{name}'" for name in given)
+        raise Refused("invalid_request", f"Pictures are taken from one field; {names} were given.")
+    if given == ["image"]:
+        return (PictureSource(image=_text(payload, "image")),)
+    if given == ["path"]:
+        return (PictureSource(path=_text(payload, "path")),)
+    return tuple(PictureSource(image=image) for image in _images(payload, limits)) if given else ()
+
+
+def _images(payload: dict[str, Any], limits: Limits) -> list[str]:
+    images = payload["images"]
+    if not isinstance(images, list):
+        raise Refused("invalid_request", f"'images' is a JSON {_json_type(images)}; an array of strings is wanted.")
+    if not images:
+        raise Refused("invalid_request", "'images' is empty; at least one picture is wanted.")
+    if len(images) > limits.max_pictures:
+        sizes = f"{len(images)} pictures; at most {limits.max_pictures} are taken in one request"
+        raise Refused("too_large", f"'images' has {sizes}.")
+    for image in images:
+        if not isinstance(image, str):
+            raise Refused("invalid_request", f"'images' holds a JSON {_json_type(image)}; strings are wanted.")
+    return images
 
 
 def _ask(payload: dict[str, Any], session_id: str, limits: Limits) -> Ask:
@@ -151,6 +189,7 @@ def _ask(payload: dict[str, Any], session_id: str, limits: Limits) -> Ask:
         seed=_integer(payload, "seed", None, 0, 2**63 - 1),
         stop=_stop(payload, limits),
         return_token_ids=_flag(payload, "return_token_ids"),
+        pictures=_pictures(payload, limits),
     )
 
 

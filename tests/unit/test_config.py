@@ -99,11 +99,11 @@ def test_given_values_are_taken():
         "local_roots": ["/data"],
         "max_bytes": 1,
     }
-    limits = {"max_prompt_chars": 10, "default_new_tokens": 3, "max_new_tokens": 3}
+    limits = {"max_prompt_chars": 10, "default_new_tokens": 3, "max_new_tokens": 3, "max_pictures": 2}
     config = read_config(with_llava(max_sessions=1, session_ttl_s=1.5, dtype="float16", media=media, limits=limits))
     assert (config.max_sessions, config.session_ttl_s, config.dtype) == (1, 1.5, "float16")
     assert (config.media.allowed_hosts, config.media.local_roots) == (("a.example", "*.b.example"), ("/data",))
-    assert config.limits == Limits(max_prompt_chars=10, default_new_tokens=3, max_new_tokens=3)
+    assert config.limits == Limits(max_prompt_chars=10, default_new_tokens=3, max_new_tokens=3, max_pictures=2)
 
 
 # --- the llava section ---
@@ -144,6 +144,7 @@ def test_a_wrong_value_is_named_with_its_key_and_what_was_got(key, value):
         *[("limits", "max_prompt_chars", value) for value in (0, -5, 10_000_001, 1.5, "9", True)],
         *[("limits", "max_new_tokens", value) for value in (0, 1_000_001, "9", True)],
         *[("limits", "default_new_tokens", value) for value in (0, 1_000_001, [], False)],
+        *[("limits", "max_pictures", value) for value in (0, 1_001, "8", True)],
         *[("media", "max_bytes", value) for value in (0, 2**31 + 1, "10M", True)],
         *[("media", "max_pixels", value) for value in (0, 2**31 + 1, 1e6)],
         *[("media", "fetch_timeout_s", value) for value in (0, 0.09, 61, "10", float("nan"))],

@@ -13,7 +13,7 @@ import pytest
 
 from llava_sessions import protocol
 from llava_sessions.errors import STATUS_OF_CODE, Refused, reason_phrase
-from llava_sessions.protocol import Ask, Cancel, Close, Limits, Open, parse
+from llava_sessions.protocol import Ask, Cancel, Close, Limits, Open, PictureSource, parse
 
 LIMITS = Limits()
 HEADER = protocol.SESSION_HEADER.lower()
@@ -177,26 +177,69 @@ def test_fields_of_an_ask_are_unknown_to_close_and_cancel(kind):
 # --- start_session ---
 
 
+# An ask takes further pictures from the fields from which an open takes its first ones.
+KINDS = {"open": {"type": "start_session"}, "ask": {"type": "send_text_prompt", "session_id": "s", "prompt_text": "x"}}
+
+
+@pytest.fixture(params=KINDS)
+def showing(request) -> dict:
+    return KINDS[request.param]
+
+
 @pytest.mark.parametrize("field", ["image", "path"])
-def test_an_open_takes_the_picture_from_either_field(field):
-    request = parse({"type": "start_session", field: "value"}, {}, LIMITS)
-    assert isinstance(request, Open)
-    assert getattr(request, field) == "value"
-    assert getattr(request, "path" if field == "image" else "image") is None
+def test_a_picture_is_taken_from_either_field(showing, field):
+    assert parse({**showing, field: "value"}, {}, LIMITS).pictures == (PictureSource(**{field: "value"}),)
+
+
+def test_several_pictures_keep_their_order(showing):
+    request = parse({**showing, "images": ["a", "b", "a"]}, {}, LIMITS)
+    assert request.pictures == (PictureSource("a"), PictureSource("b"), PictureSource("a"))
+
+
+def test_an_open_without_a_picture_is_refused_and_an_ask_needs_none():
+    for fields in ({}, {"image": None, "images": None, "path": None}):
+        refused = refusal({"type": "start_session", **fields})
+        assert refused.code == "invalid_request"
+        assert "No picture was given" in refused.message
+        assert parse(ask(**fields), {}, LIMITS).pictures == ()
+
+
+@pytest.mark.parametrize("names", [("image", "path"), ("image", "images"), ("images", "path")])
+def test_pictures_come_in_one_field(showing, names):
+    given = {"image": "a", "images": ["b"], "path": "c"}
+    refused = refusal({**showing, **{name: given[name] for name in names}})
+    assert refused.code == "invalid_request"
+    assert f"'{names[0]}' and '{names[1]}' were given" in refused.message
 
 
 @pytest.mark.parametrize(
-    ("fields", "got"),
-    [({}, "neither"), ({"image": None, "path": None}, "neither"), ({"image": "a", "path": "b"}, "both")],
+    ("images", "message"),
+    [
+        ("a", "'images' is a JSON string; an array of strings is wanted"),
+        ({}, "'images' is a JSON object"),
+        (False, "'images' is a JSON boolean"),
+        ([], "'images' is empty"),
+        (["a", None], "'images' holds a JSON null"),
+        ([["a"]], "'images' holds a JSON array"),
+    ],
 )
-def test_an_open_wants_exactly_one_picture(fields, got):
-    refused = refusal({"type": "start_session", **fields})
+def test_a_malformed_list_of_pictures_is_refused(showing, images, message):
+    refused = refusal({**showing, "images": images})
     assert refused.code == "invalid_request"
-    assert f"{got} was given" in refused.message
+    assert message in refused.message
+
+
+def test_more_pictures_than_are_taken_are_refused_with_both_numbers(showing):
+    limits = Limits(max_pictures=3)
+    assert len(parse({**showing, "images": ["a"] * 3}, {}, limits).pictures) == 3
+    with pytest.raises(Refused, match="'images' has 4 pictures; at most 3 are taken") as refused:
+        parse({**showing, "images": ["a"] * 4}, {}, limits)
+    assert refused.value.code == "too_large"
 
 
 def test_null_beside_the_picture_counts_as_absent():
-    assert parse({"type": "start_session", "image": None, "path": "p"}, {}, LIMITS) == Open(image=None, path="p")
+    request = parse({"type": "start_session", "image": None, "images": None, "path": "p"}, {}, LIMITS)
+    assert request == Open((PictureSource(path="p"),))
 
 
 @pytest.mark.parametrize("field", ["image", "path"])

@@ -1,0 +1,31 @@
+"""Runs every bench, one after the other, each in a process of its own, and brings the README's figures up to date.
+
+python -m bench [options of every bench, such as --preset, --rounds or --smoke]
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from . import report
+
+
+def run_all(options: list[str]) -> int:
+    """Exit status: of the first bench that failed, else 0."""
+    for name in report.BENCHES:
+        print(f"== {name}", flush=True)
+        status = subprocess.run([sys.executable, "-m", f"bench.{name}", *options]).returncode
+        if status:
+            return status
+    return 0
+
+
+if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        sys.exit(0)
+    status = run_all(sys.argv[1:])
+    if status == 0 and not {"--smoke", "--out", "--device"} & set(sys.argv):
+        report.main([])
+    sys.exit(status)

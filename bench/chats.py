@@ -1,0 +1,175 @@
+"""Eight chats of five turns at once, closed loop: each asks its next question as soon as it has its answer.
+
+Tokens a second over everything, opening included, and the time to the first token of turn 1 (which waits for the
+picture) and of the later turns. Beside the engine: the same chats served one question at a time, first come, first
+served, by `generate` with each chat's own KV cache kept, and by the engine itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import deque
+
+from . import harness
+from .driver import EngineChats, Pictures, Prompts, TurnTimes, load_engine, prepare
+from .harness import Options, Result, Run, median, percentile, spread
+from .reference import KeptKV, Reference
+
+ENGINE, ENGINE_SERIAL, KEPT = "engine", "engine, one at a time", "KV kept, one at a time"
+Load = list[tuple[bytes, list[str]]]  # a chat: its picture and its questions
+
+
+def make_load(options: Options, pictures: Pictures, prompts: Prompts) -> Load:
+    """New pictures and questions for every chat."""
+    words = max(options.extra.prompt_tokens - 8, 1)
+    return [
+        (pictures.jpeg(), [prompts.words(words) for _ in range(options.extra.turns)])
+        for _ in range(options.extra.sessions)
+    ]
+
+
+def in_parallel(chats: EngineChats, load: Load, answer_tokens: int) -> list[list[TurnTimes]]:
+    """All chats at once. A first question follows its opening at once, so that its time includes the picture's."""
+    questions = {f"chat{number}": deque(texts) for number, (_, texts) in enumerate(load)}
+    for name, (jpeg, _) in zip(questions, load, strict=True):
+        asked_at = time.perf_counter()
+        chats.open(name, prepare(chats.tokens, jpeg))
+        chats.ask(name, questions[name].popleft(), answer_tokens)
+        chats.turns[name][-1].asked_at = asked_at
+    while chats.engine.has_work:
+        for name in chats.step():
+            if questions[name]:
+                chats.ask(name, questions[name].popleft(), answer_tokens)
+    return [chats.turns[name] for name in questions]
+
+
+def engine_one_at_a_time(chats: EngineChats, load: Load, answer_tokens: int) -> list[list[TurnTimes]]:
+    """The engine, given one question at a time."""
+
+    def open_and_ask(number: int, asked_at: float, turn: int) -> TurnTimes:
+        name, (jpeg, texts) = f"chat{number}", load[number]
+        if turn == 0:
+            chats.open(name, prepare(chats.tokens, jpeg))
+        answer = chats.answer(name, texts[turn], answer_tokens)
+        answer.asked_at = asked_at
+        return answer
+
+    return _first_come_first_served(load, open_and_ask)
+
+
+def kept_one_at_a_time(reference: Reference, load: Load, answer_tokens: int) -> list[list[TurnTimes]]:
+    """`generate` with a cache kept for each chat, under one lock."""
+    chats = [KeptKV(reference) for _ in load]
+
+    def open_and_ask(number: int, asked_at: float, turn: int) -> TurnTimes:
+        jpeg, texts = load[number]
+        if turn == 0:
+            chats[number].open(jpeg)
+        return chats[number].answer(texts[turn], answer_tokens, asked_at)
+
+    return _first_come_first_served(load, open_and_ask)
+
+
+def _first_come_first_served(load: Load, serve) -> list[list[TurnTimes]]:
+    """Everybody asks at the start, and again when the answer is there; `serve(chat, asked_at, turn)` takes its time."""
+    taken: list[list[TurnTimes]] = [[] for _ in load]
+    began = time.perf_counter()
+    queue = deque((number, began) for number in range(len(load)))
+    while queue:
+        number, asked_at = queue.popleft()
+        taken[number].append(serve(number, asked_at, len(taken[number])))
+        if len(taken[number]) < len(load[number][1]):
+            queue.append((number, time.perf_counter()))
+    return taken
+
+
+def measure(options: Options, run: Run) -> dict[str, dict[str, list[float]]]:
+    """Figures of every round by side."""
+    reference = Reference(options.checkpoint, options.dtype, options.device)
+    chats = load_engine(options)
+    tokens = options.extra.answer_tokens
+    sides = [
+        (ENGINE, lambda load: in_parallel(chats, load, tokens)),
+        (KEPT, lambda load: kept_one_at_a_time(reference, load, tokens)),
+        (ENGINE_SERIAL, lambda load: engine_one_at_a_time(chats, load, tokens)),
+    ]
+    pictures, prompts = Pictures(options.seed), Prompts(options.seed)
+    for _, serve in sides:  # unmeasured
+        serve([(pictures.jpeg(), [prompts.words(4)])])
+        chats.close_all()
+    taken = {label: {"tokens_s": [], "ttft_1_ms": [], "ttft_later_ms": [], "tpot_ms": []} for label, _ in sides}
+    for number in range(options.rounds):
+        load = make_load(options, pictures, prompts)
+        for label, serve in harness.alternate(sides, number):
+            began = time.perf_counter()
+            turns = serve(load)
+            seconds = time.perf_counter() - began
+            chats.close_all()
+            note(taken[label], turns, seconds)
+            run.say(f"round {number + 1} of {options.rounds}: {label}: {taken[label]['tokens_s'][-1]:.1f} tokens/s")
+    return taken
+
+
+def note(figures: dict[str, list[float]], chats: list[list[TurnTimes]], seconds: float) -> None:
+    """Add one round."""
+    turns = [turn for chat in chats for turn in chat]
+    figures["tokens_s"].append(sum(len(turn.answer_ids) for turn in turns) / seconds)
+    figures["ttft_1_ms"] += [chat[0].ttft_ms for chat in chats]
+    figures["ttft_later_ms"] += [turn.ttft_ms for chat in chats for turn in chat[1:]]
+    figures["tpot_ms"] += [turn.tpot_ms for turn in turns]
+
+
+def report(options: Options, taken: dict[str, dict]) -> Result:
+    """The table, and the ratios of the project's bar."""
+    result = Result(
+        ["side", "tokens/s", "TTFT turn 1 ms", "TTFT later ms", "p99 later ms", "per token ms"], samples=taken
+    )
+    for label, figures in taken.items():
+        result.rows.append(
+            {
+                "side": label,
+                "tokens/s": median(figures["tokens_s"]),
+                "TTFT turn 1 ms": spread(figures["ttft_1_ms"]),
+                "TTFT later ms": spread(figures["ttft_later_ms"]),
+                "p99 later ms": percentile(figures["ttft_later_ms"], 0.99),
+                "per token ms": spread(figures["tpot_ms"]),
+            }
+        )
+    for label in (KEPT, ENGINE_SERIAL):
+        ratio = median(taken[ENGINE]["tokens_s"]) / median(taken[label]["tokens_s"])
+        result.ratios[f"tokens/s, engine / {label}"] = ratio
+    names = ("sessions", "turns", "prompt_tokens", "answer_tokens")
+    result.settings = {name: getattr(options.extra, name) for name in names}
+    result.notes = ["tokens/s: median of the rounds, pictures included. Times: median [best]."]
+    return result
+
+
+def paint(axes, result: Result) -> None:
+    """Tokens a second, one bar a side."""
+    labels = list(result.samples)
+    values = [median(result.samples[label]["tokens_s"]) for label in labels]
+    bars = axes.bar(labels, values, color=["black", "tab:blue", "tab:gray"], width=0.5)
+    axes.bar_label(bars, fmt="%.1f")
+    settings = result.settings
+    axes.set(
+        ylabel="answer tokens a second", title=f"{settings['sessions']} chats of {settings['turns']} turns, closed loop"
+    )
+
+
+def main(argv: list[str] | None = None) -> Result:
+    """Entry point."""
+    options = harness.parse("chats", __doc__, argv, rounds=3, more=_arguments)
+    run = Run(options)
+    return run.finish(report(options, measure(options, run)), paint)
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sessions", type=int, default=8)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--prompt-tokens", type=int, default=30)
+    parser.add_argument("--answer-tokens", type=int, default=16)
+
+
+if __name__ == "__main__":
+    main()

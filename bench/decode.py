@@ -1,0 +1,153 @@
+"""Decode steps of 1, 4, 8 and 16 chats with 700 to 1,200 tokens behind them: the step's time, tokens a second, and what
+share that is of the memory-bandwidth bound.
+
+The bound: a step must read every weight of the language model and the KV of every chat once; bytes over the read
+bandwidth measured between the blocks (the best of them). Beside the engine: separate forwards of `transformers`, one
+chat after the other, each on a `DynamicCache` of the same length (filled with noise, which costs the same). Blocks of
+steps of both sides alternate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from . import harness
+from .driver import EngineChats, Pictures, Prompts, load_engine, prepare
+from .harness import Options, Result, Run, median, spread
+from .reference import Reference, decode_separately, random_caches
+
+
+def contexts(options: Options, chats: EngineChats) -> dict[str, int]:
+    """Open the chats, each with its own number of tokens in its cache: `{name: tokens}`."""
+    most = max(options.extra.sessions)
+    shortest, longest = options.pick((700, 1200), (40, 80))
+    pictures, prompts = Pictures(options.seed), Prompts(options.seed)
+    jpeg = pictures.jpeg()
+    for number in range(most):
+        name = f"chat{number}"
+        opening = prepare(chats.tokens, jpeg)
+        wanted = shortest + (longest - shortest) * number // max(most - 1, 1)
+        chats.open(name, opening)
+        chats.run()
+        chats.answer(name, prompts.words(max(wanted - len(opening.token_ids) - 8, 1)), 1)
+    return {name: len(conversation.token_ids) for name, conversation in chats.conversations.items()}
+
+
+def chosen(names: list[str], count: int) -> list[str]:
+    """So many of the chats, from the shortest to the longest; the middle one when it is one."""
+    if count == 1:
+        return [names[len(names) // 2]]
+    return [names[index * (len(names) - 1) // (count - 1)] for index in range(count)]
+
+
+def engine_steps(chats: EngineChats, names: list[str], steps: int) -> list[float]:
+    """Milliseconds of steps in which every one of the chats gets one token and nothing else happens."""
+    for name in names:
+        chats.ask(name, "and", steps + 2)
+    while any(not chats.turns[name][-1].token_times for name in names):
+        chats.step()  # the questions; some may have their second token when the last gets its first
+    times = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        chats.step()
+        times.append((time.perf_counter() - began) * 1e3)
+    chats.run()
+    return times[: min(len(chats.turns[name][-1].token_times) for name in names) - 1]
+
+
+def separate_steps(reference: Reference, caches: list, steps: int) -> list[float]:
+    """Milliseconds of rounds of one forward for each cache; the caches are put back to their length."""
+    times = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        decode_separately(reference, caches, token=5)
+        times.append((time.perf_counter() - began) * 1e3)
+    for cache in caches:
+        cache.crop(-steps)
+    return times
+
+
+def measure(options: Options, run: Run) -> tuple[dict[int, dict], int, int]:
+    """`{chats: {"engine": [...], "separate": [...], "kv_tokens": n}}`, and bytes of the weights and of a token's KV."""
+    reference = Reference(options.checkpoint, options.dtype, options.device)
+    chats = load_engine(options)
+    run.say("filling the caches")
+    lengths = contexts(options, chats)
+    taken = {
+        count: {"engine": [], "separate": [], "kv_tokens": sum(lengths[name] for name in chosen(list(lengths), count))}
+        for count in options.extra.sessions
+    }
+    caches = dict(zip(lengths, random_caches(reference, list(lengths.values())), strict=True))
+    steps, rounds_of_forwards = options.pick((12, 3), (3, 1))
+    for number in range(options.rounds):
+        run.say(f"round {number + 1} of {options.rounds}")
+        for count, times in taken.items():
+            names = chosen(list(lengths), count)
+            times["engine"] += engine_steps(chats, names, steps)
+            run.bandwidth.measure(1)
+            separate = separate_steps(reference, [caches[name] for name in names], rounds_of_forwards)
+            times["separate"] += separate[1:] or separate  # the first one grows the caches' memory
+    return taken, reference.decode_weight_bytes, chats.engine.model.kv_shape.token_bytes
+
+
+def report(options: Options, run: Run, taken: dict[int, dict], weight_bytes: int, token_bytes: int) -> Result:
+    """The table, and the ratios of the project's bar."""
+    columns = ["chats", "KV tokens", "step ms", "tokens/s", "bound ms", "share of bound", "separate ms", "times faster"]
+    result = Result(columns)
+    for count, times in taken.items():
+        bound_ms = (weight_bytes + times["kv_tokens"] * token_bytes) / run.bandwidth.read_bytes_s * 1e3
+        step_ms, separate_ms = median(times["engine"]), median(times["separate"])
+        result.rows.append(
+            {
+                "chats": count,
+                "KV tokens": times["kv_tokens"],
+                "step ms": spread(times["engine"]),
+                "tokens/s": count * 1e3 / step_ms,
+                "bound ms": bound_ms,
+                "share of bound": bound_ms / step_ms,
+                "separate ms": spread(times["separate"]),
+                "times faster": separate_ms / step_ms,
+            }
+        )
+        result.ratios[f"share of the bandwidth bound, {count} chats"] = bound_ms / step_ms
+        result.ratios[f"tokens/s at {count}, engine / separate forwards"] = separate_ms / step_ms
+    result.settings = {"weight_bytes": weight_bytes, "kv_bytes_per_token": token_bytes}
+    result.samples = {str(count): times for count, times in taken.items()}
+    result.notes = ["Times are medians [best]; the bound uses the best bandwidth seen in this run."]
+    return result
+
+
+def paint(axes, result: Result) -> None:
+    """Tokens a second over the number of chats: engine, separate forwards, bound."""
+    counts = [row["chats"] for row in result.rows]
+    lines = {
+        "bandwidth bound": (
+            [n * 1e3 / row["bound ms"] for n, row in zip(counts, result.rows, strict=True)],
+            "tab:gray",
+            "--",
+        ),
+        "engine": ([row["tokens/s"] for row in result.rows], "black", "-"),
+        "separate forwards": ([row["tokens/s"] / row["times faster"] for row in result.rows], "tab:blue", "-"),
+    }
+    for label, (values, colour, style) in lines.items():
+        axes.plot(counts, values, marker="o", color=colour, linestyle=style, label=label)
+    axes.set(xlabel="chats", ylabel="tokens a second", title="Decoding, 700 to 1,200 tokens of context")
+    axes.set_xticks(counts)
+    axes.legend(fontsize=8)
+
+
+def main(argv: list[str] | None = None) -> Result:
+    """Entry point."""
+    options = harness.parse("decode", __doc__, argv, rounds=4, more=_arguments)
+    run = Run(options)
+    taken, weight_bytes, token_bytes = measure(options, run)
+    return run.finish(report(options, run, taken, weight_bytes, token_bytes), paint)
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sessions", type=int, nargs="+", default=[1, 4, 8, 16], help="how many chats at once")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Owns what all benches share: their options, their table, their JSON and their plot.
+
+A bench is a module with a `main(argv)`; it measures every side of a comparison in one run, alternating, and reports
+medians with the best beside them. A figure without its machine, load and versions is not written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from . import machine
+from .make_checkpoint import PRESETS, ensure_checkpoint
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Options:
+    """What a run was asked for. `extra` holds the options of this bench alone."""
+
+    name: str
+    checkpoint: Path
+    preset: str
+    dtype: torch.dtype
+    device: torch.device
+    rounds: int
+    smoke: bool
+    out: Path
+    seed: int
+    extra: argparse.Namespace
+
+    def pick(self, usual: Any, smoke: Any) -> Any:
+        """A size of the bench: the usual one, or that of a smoke run."""
+        return smoke if self.smoke else usual
+
+
+def parse(name: str, about: str | None, argv: list[str] | None, rounds: int, more: Callable | None = None) -> Options:
+    """Read the command line and build the checkpoint if it is not there yet. `more(parser)` adds a bench's own ones."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m bench.{name}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", choices=PRESETS, default="bench", help="the random-weight model (bench)")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, help="torch threads (torch's default: all cores)")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"how often everything is measured ({rounds})")
+    parser.add_argument("--seed", type=int, default=0, help="of the pictures and the prompts")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON and the plot (bench/results)")
+    parser.add_argument("--smoke", action="store_true", help="tiny model, float32, one round: shows that it runs")
+    if more:
+        more(parser)
+    given = parser.parse_args(argv)
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    preset = "tiny" if given.smoke else given.preset
+    suffix = "-cuda" if given.device == "cuda" else ""
+    return Options(
+        name=name + suffix,
+        checkpoint=ensure_checkpoint(preset),
+        preset=preset,
+        dtype=torch.float32 if given.smoke else getattr(torch, given.dtype),
+        device=torch.device(given.device),
+        rounds=1 if given.smoke else given.rounds,
+        smoke=given.smoke,
+        out=given.out,
+        seed=given.seed,
+        extra=given,
+    )
+
+
+def at_preset(options: Options, preset: str) -> Options:
+    """The same run on another checkpoint; the tiny one is in float32, where equal means equal."""
+    dtype = torch.float32 if preset == "tiny" else options.dtype
+    return replace(options, checkpoint=ensure_checkpoint(preset), preset=preset, dtype=dtype)
+
+
+@dataclass
+class Result:
+    """What a bench found: rows of a table, ratios that the project's bar names, and anything else worth keeping."""
+
+    columns: list[str]
+    rows: list[dict] = field(default_factory=list)
+    ratios: dict[str, float | bool | int] = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)
+    samples: dict = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class Run:
+    """One run of a bench, from before its first measurement to its files."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.facts = machine.facts(options.device)
+        self._neighbours = machine.Neighbours()
+        self.bandwidth = machine.Bandwidth(options.device, options.pick(256, 16))
+        self.bandwidth.measure()
+
+    def say(self, text: str) -> None:
+        """Tell the person who waits what is being measured."""
+        print(f"  {text}", flush=True)
+
+    def finish(self, result: Result, paint: Callable | None = None) -> Result:
+        """Print the table, write the JSON and the plot. `paint(axes, result)` draws."""
+        self.bandwidth.measure()
+        options = self.options
+        document = {
+            "bench": options.name,
+            "facts": self.facts | self._neighbours.report() | {"bandwidth_gb_s": self.bandwidth.facts()},
+            "model": {"preset": options.preset, "dtype": str(options.dtype).removeprefix("torch.")},
+            "settings": {"rounds": options.rounds, "smoke": options.smoke, "seed": options.seed} | result.settings,
+            "columns": result.columns,
+            "rows": result.rows,
+            "ratios": result.ratios,
+            "notes": result.notes,
+            "samples": result.samples,
+        }
+        options.out.mkdir(parents=True, exist_ok=True)
+        path = options.out / f"{options.name}.json"
+        path.write_text(json.dumps(document, indent=1, default=_plain) + "\n")
+        show(document)
+        if paint:
+            draw(path.with_suffix(".png"), document, lambda axes: paint(axes, result))
+        print(f"\nwritten: {path}")
+        return result
+
+
+def show(document: dict) -> None:
+    """Print a result as a person reads it."""
+    print(f"\n{document['bench']}: {document['model']['preset']}, {document['model']['dtype']}")
+    for name, value in (document["facts"] | document["settings"]).items():
+        print(f"  {name:20} {value}")
+    print("\n" + table(document["columns"], document["rows"]))
+    for name, value in document["ratios"].items():
+        print(f"  {name:52} {number(value)}")
+    for note in document["notes"]:
+        print(f"  {note}")
+
+
+def table(columns: list[str], rows: Iterable[dict], between: str = "  ") -> str:
+    """Rows as aligned text, first column left, the others right."""
+    cells = [columns, *([number(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = [
+        [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        for line in cells
+    ]
+    return "\n".join("  " + between.join(line) for line in lines) + "\n"
+
+
+def number(value: Any) -> str:
+    """A figure with as many digits as mean something."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
+    return str(value)
+
+
+def median(values: Iterable[float]) -> float:
+    """The middle one; NaN of none."""
+    values = list(values)
+    return statistics.median(values) if values else float("nan")
+
+
+def spread(values: Iterable[float]) -> str:
+    """Median and best of times, as the tables show them: `81 [79]`."""
+    values = list(values)
+    return f"{number(median(values))} [{number(min(values))}]" if values else ""
+
+
+def percentile(values: Iterable[float], share: float) -> float:
+    """The value that `share` of all are not above (nearest rank)."""
+    ordered = sorted(values)
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+
+
+def alternate(sides: list, round_number: int) -> list:
+    """The sides of a comparison in another order each round, so that none is always first."""
+    shift = round_number % len(sides)
+    return sides[shift:] + sides[:shift]
+
+
+def draw(path: Path, document: dict, paint: Callable) -> None:
+    """One PNG beside the JSON, with the machine in its foot."""
+    import matplotlib as mpl  # here, because only a plot needs it and it takes a while to load
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
+    paint(axes)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    facts, model = document["facts"], document["model"]
+    where = facts["gpu"] or f"{facts['cpu']}, {facts['torch_threads']} threads"
+    figure.supxlabel(
+        f"{model['preset']} model, {model['dtype']} · {where} · torch {facts['torch']} · {facts['date']}", fontsize=7
+    )
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def _plain(value: Any) -> Any:
+    """What json does not know by itself."""
+    return str(value)

@@ -1,0 +1,111 @@
+"""Owns what a figure needs beside it to mean something: the machine, the versions, who else was computing, and how fast
+memory is read right now.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+import torch
+
+_OMP = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+_FEATURES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
+
+
+def facts(device: torch.device) -> dict:
+    """What is true of this machine and these versions, for the head of a table."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "ram_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+        "torch_threads": torch.get_num_threads(),
+        "omp": {name: os.environ[name] for name in _OMP if name in os.environ} or "defaults",
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    entries = dict(map(str.strip, line.split(":", 1)) for line in reversed(lines) if ":" in line)
+    flags = [flag for flag in _FEATURES if flag in entries.get("flags", "").split()]
+    return f"{entries.get('model name', platform.processor())} ({', '.join(flags[:2])})"
+
+
+class Neighbours:
+    """How much of the machine other processes took between two moments, as a share of all cores."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._load = os.getloadavg()[0]
+        self._busy, self._total, self._own = self._read()
+
+    def report(self) -> dict:
+        """Load average at the start and now, and the share of CPU time that went to others in between."""
+        busy, total, own = self._read()
+        others = (busy - self._busy) - (own - self._own)
+        return {
+            "load_average": [round(self._load, 2), round(os.getloadavg()[0], 2)],
+            "cpu_share_of_others": round(max(others, 0.0) / max(total - self._total, 1e-9), 3),
+        }
+
+    def _read(self) -> tuple[float, float, float]:
+        times = psutil.cpu_times()
+        total = sum(times[:8])  # guest times are in user's already
+        own = self._process.cpu_times()
+        return total - times.idle - getattr(times, "iowait", 0.0), total, own.user + own.system
+
+
+class Bandwidth:
+    """Bytes a second that the device reads, the best seen so far: a bound may not be too kind.
+
+    Measured as the sum over a tensor far larger than any cache, and as a copy (which reads and writes).
+    """
+
+    def __init__(self, device: torch.device, mebibytes: int = 256) -> None:
+        self._device = device
+        self._source = torch.ones(mebibytes * 2**18, device=device)
+        self._target = torch.empty_like(self._source)
+        self.read_bytes_s = 0.0
+        self.copy_bytes_s = 0.0
+
+    def measure(self, repeats: int = 5) -> None:
+        """Look again; takes some tenths of a second."""
+        size = self._source.nbytes
+        for _ in range(repeats):
+            self.read_bytes_s = max(self.read_bytes_s, size / self._time(lambda: self._source.sum()))
+            self.copy_bytes_s = max(self.copy_bytes_s, 2 * size / self._time(lambda: self._target.copy_(self._source)))
+
+    def facts(self) -> dict:
+        """In GB/s, for the table."""
+        return {"read": round(self.read_bytes_s / 1e9, 1), "copy": round(self.copy_bytes_s / 1e9, 1)}
+
+    def _time(self, work) -> float:
+        synchronize(self._device)
+        began = time.perf_counter()
+        work()
+        synchronize(self._device)
+        return time.perf_counter() - began
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told; nothing to wait for on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def resident_set_bytes() -> int:
+    """RAM that this process holds."""
+    return psutil.Process().memory_info().rss

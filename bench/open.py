@@ -1,0 +1,102 @@
+"""What it takes to open a session: with a picture that nobody has shown yet, with one that an open session shows
+already, and with another one beside it.
+
+Timed in two parts: `prepare` (decoding the JPEG, resizing, tokens; the handler's part, without the network) and
+`engine` (encoding and prefilling, until the session is ready for its first question).
+"""
+
+from __future__ import annotations
+
+import time
+
+from . import harness
+from .driver import EngineChats, Pictures, load_engine, prepare
+from .harness import Options, Result, Run, median, spread
+
+FIRST, SAME, DIFFERENT = "first open", "same picture again", "different picture"
+
+
+def open_once(chats: EngineChats, name: str, jpeg: bytes) -> tuple[float, float]:
+    """Milliseconds of preparing and of the engine."""
+    began = time.perf_counter()
+    opening = prepare(chats.tokens, jpeg)
+    prepared = time.perf_counter()
+    chats.open(name, opening)
+    chats.run()
+    return (prepared - began) * 1e3, chats.opened_ms[name]
+
+
+def measure(options: Options, run: Run) -> dict[str, dict[str, list[float]]]:
+    """`{kind of open: {"prepare": [...], "engine": [...]}}`; each round opens all kinds from an empty engine."""
+    chats = load_engine(options)
+    pictures = Pictures(options.seed)
+    taken = {kind: {"prepare": [], "engine": []} for kind in (FIRST, SAME, DIFFERENT)}
+    open_once(chats, "warm", pictures.jpeg())
+    open_once(chats, "again", pictures.jpeg())
+    chats.close_all()
+    for _ in range(options.rounds):
+        first, other = pictures.jpeg(), pictures.jpeg()
+        order = [
+            (FIRST, "a", first),
+            (SAME, "b", first),
+            (SAME, "c", first),
+            (DIFFERENT, "d", other),
+            (SAME, "e", first),
+        ]
+        for kind, name, jpeg in order:
+            for part, value in zip(("prepare", "engine"), open_once(chats, name, jpeg), strict=True):
+                taken[kind][part].append(value)
+        chats.close_all()
+        run.bandwidth.measure(1)
+    return taken
+
+
+def report(options: Options, taken: dict[str, dict[str, list[float]]]) -> Result:
+    """The table, and the ratios of the project's bar."""
+    result = Result(["open", "prepare ms", "engine ms", "both ms", "of the first"], samples=taken)
+    first = median(taken[FIRST]["engine"])
+    for kind, parts in taken.items():
+        both = [a + b for a, b in zip(parts["prepare"], parts["engine"], strict=True)]
+        share = median(parts["engine"]) / first
+        result.rows.append(
+            {
+                "open": kind,
+                "prepare ms": spread(parts["prepare"]),
+                "engine ms": spread(parts["engine"]),
+                "both ms": spread(both),
+                "of the first": f"{share:.1%}",
+            }
+        )
+    result.ratios["same picture again / first open, engine"] = median(taken[SAME]["engine"]) / first
+    result.ratios["same picture again / first open, with preparing"] = _both(taken[SAME]) / _both(taken[FIRST])
+    result.notes = ["Times are medians [best]; `of the first` compares the engine's part."]
+    return result
+
+
+def _both(parts: dict[str, list[float]]) -> float:
+    return median(a + b for a, b in zip(parts["prepare"], parts["engine"], strict=True))
+
+
+def paint(axes, result: Result) -> None:
+    """Preparing and engine, stacked."""
+    kinds = list(result.samples)
+    below = [0.0] * len(kinds)
+    for part, colour in (("prepare", "tab:gray"), ("engine", "black")):
+        values = [median(result.samples[kind][part]) for kind in kinds]
+        axes.bar(kinds, values, bottom=below, color=colour, width=0.5, label=part)
+        below = [a + b for a, b in zip(below, values, strict=True)]
+    for index, total in enumerate(below):
+        axes.text(index, total, f"{total:,.0f} ms", ha="center", va="bottom", fontsize=8)
+    axes.set(ylabel="ms", title="Opening a session")
+    axes.legend(fontsize=8)
+
+
+def main(argv: list[str] | None = None) -> Result:
+    """Entry point."""
+    options = harness.parse("open", __doc__, argv, rounds=6)
+    run = Run(options)
+    return run.finish(report(options, measure(options, run)), paint)
+
+
+if __name__ == "__main__":
+    main()

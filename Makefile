@@ -4,15 +4,16 @@ MODEL ?= models/shapes
 SESSIONS ?=
 DTYPE ?=
 SEED ?=
+BENCH ?=
 
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # Java is looked for first, whatever -j says
-.PHONY: help demo test serve lint model env java clean
+.PHONY: help demo test serve lint model bench bench-cuda env java clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: java env  ## a five-turn picture chat through a real TorchServe (SEED= repeats one)
 	@$(PYTHON) -m demo.chat $(if $(SEED),--seed $(SEED))
@@ -29,6 +30,12 @@ lint: env  ## ruff, import-linter, and shellcheck where it is installed
 
 model: env  ## train models/shapes again from nothing (an hour or more)
 	@$(PYTHON) models/shapes/train.py
+
+bench: env  ## measure the engine beside transformers (half an hour; BENCH="--rounds 2")
+	@$(PYTHON) -m bench $(BENCH)
+
+bench-cuda: env  ## the same on a CUDA device (BENCH="--preset 7b")
+	@$(PYTHON) -m bench.cuda $(BENCH)
 
 env:  ## .venv with what requirements-dev.txt pins
 	@deploy/env.sh

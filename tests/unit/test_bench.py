@@ -1,0 +1,100 @@
+"""Shows that every bench runs, on a very small model, and writes what its readers look for. No test looks at a time."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import cuda, harness, report
+from bench.bar import BAR, Measure
+from bench.make_checkpoint import PRESETS, WORDS, make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of all benches, from one smoke run each."""
+    folder = tmp_path_factory.mktemp("results")
+    threads = torch.get_num_threads()
+    for name in report.BENCHES:
+        importlib.import_module(f"bench.{name}").main(["--smoke", "--threads", "1", "--out", str(folder)])
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.mark.parametrize("name", report.BENCHES)
+def test_a_bench_writes_its_machine_its_table_and_its_plot(results: Path, name: str) -> None:
+    document = json.loads((results / f"{name}.json").read_text())
+    assert document["bench"] == name
+    assert {"date", "cpu", "cores", "torch", "torch_threads", "omp", "load_average"} <= set(document["facts"])
+    assert document["model"] == {"preset": "tiny", "dtype": "float32"}
+    assert document["rows"]
+    assert all(set(row) <= set(document["columns"]) for row in document["rows"])
+    assert document["ratios"]
+    assert (results / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("measure", BAR, ids=lambda measure: measure.what)
+def test_every_row_of_the_bar_is_measured(results: Path, measure: Measure) -> None:
+    assert measure.ratio in json.loads((results / f"{measure.bench}.json").read_text())["ratios"]
+
+
+def test_all_ways_to_run_a_chat_give_the_same_answers(results: Path) -> None:
+    rows = json.loads((results / "turns.json").read_text())["rows"]
+    assert {row["side"] for row in rows} == {"stateless", "pixels cached", "features cached", "KV kept", "engine"}
+    assert {row["same answer"] for row in rows} == {"1/1"}
+
+
+def test_sessions_beyond_the_budget_answer_right(results: Path) -> None:
+    document = json.loads((results / "memory.json").read_text())
+    many = document["samples"]["many"]
+    assert many["wrong"] == 0
+    assert many["most_resident"] <= many["room"]
+    assert all(document["samples"]["counts"][-1][tier] for tier in ("resident", "parked", "cold"))
+
+
+def test_the_readme_takes_its_figures_from_the_files(results: Path, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- bar -->\nold\n<!-- /bar -->\n<!-- open -->\n<!-- /open -->\nafter\n")
+    report.write(readme, results)
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- bar -->\n| measure |")
+    assert text.endswith("<!-- /open -->\nafter\n")
+    assert "first open" in text
+    assert "old" not in text.splitlines()
+    assert "not run" not in text
+
+
+def test_a_verdict_knows_which_way_is_better() -> None:
+    more, less = Measure("", "", "", 10, 14), Measure("", "", "", 0.77, 0.55, less_is_better=True)
+    assert [more.verdict(value) for value in (9, 10, 14)] == ["missed", "floor", "aim"]
+    assert [less.verdict(value) for value in (0.8, 0.77, 0.5)] == ["missed", "floor", "aim"]
+
+
+def test_the_same_seed_makes_the_same_checkpoint(tmp_path: Path) -> None:
+    weights = [
+        (make_checkpoint(tmp_path / name, PRESETS["tiny"], seed) / "model.safetensors").read_bytes()
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
+    assert weights[0] == weights[1] != weights[2]
+    assert len(WORDS) == len(set(WORDS))
+
+
+def test_without_cuda_the_cuda_benches_say_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cuda.main([]) == 0
+    assert "no CUDA device" in capsys.readouterr().out
+
+
+def test_numbers_keep_the_digits_that_mean_something() -> None:
+    assert [harness.number(value) for value in (1234.5, 12.34, 0.01234, True, None)] == [
+        "1,234",
+        "12.3",
+        "0.0123",
+        "yes",
+        "",
+    ]
+    assert harness.percentile(range(1, 101), 0.99) == 100

@@ -897,6 +897,120 @@ def test_a_conversation_keeps_what_the_engine_keeps(deaf):
     assert deaf.table.get(session, NOW).conversation.token_ids == [*opening.token_ids, *ask.token_ids, 70]
 
 
+# --- several pictures, and pictures of a later turn ---
+
+
+def test_an_open_takes_several_pictures(front):
+    one = front.told(front.row({"type": "start_session", "image": png()}))
+    two = front.told(front.row({"type": "start_session", "images": [png(), png("blue")]}))
+    assert (one["usage"]["image_tokens"], two["usage"]["image_tokens"]) == (16, 32)
+    assert front.ask(two["session_id"])["finish_reason"] in ("stop", "length")
+
+
+@pytest.mark.parametrize("fields", [{"image": png("blue")}, {"images": [png("blue")]}])
+def test_a_question_brings_its_own_picture(front, fields):
+    plain, shown = front.open(), front.open()
+    counts = [front.ask(session, QUESTIONS[0])["usage"]["prompt_tokens"] for session in (plain, shown)]
+    with_picture = front.ask(shown, QUESTIONS[1], **fields)
+    without = front.ask(plain, QUESTIONS[1])
+    assert counts[0] == counts[1]
+    assert with_picture["usage"]["prompt_tokens"] >= without["usage"]["prompt_tokens"] + 16
+    assert front.ask(shown, QUESTIONS[2], return_token_ids=True)["token_ids"]
+
+
+def test_the_engine_gets_a_questions_pictures_with_their_tokens(deaf, tokens):
+    session = opened(deaf)
+    row = deaf.ask_row(session, images=[png("blue"), png("green")])
+    settle_preparing(deaf, row)
+    ask = deaf.commands[-1]
+    assert isinstance(ask, AskSession)
+    assert len(ask.pictures) == 2
+    assert ask.token_ids.count(tokens.image_token_id) == 32
+
+
+def settle_preparing(front: Frontend, *rows: Row) -> None:
+    """Exchange until the pool has prepared what the rows brought, and the engine has got it."""
+    known, until = len(front.commands), time.monotonic() + PATIENCE_S
+    while len(front.commands) == known:
+        assert time.monotonic() < until, "nothing was prepared"
+        assert front.exchange(*rows) == [None] * len(rows)
+
+
+def test_a_session_is_busy_while_a_questions_picture_is_prepared(front, tokens):
+    session = front.open()
+    row, other = front.ask_row(session, image=png("blue")), front.ask_row(session)
+    with tokens._lock:  # the picture waits for its tokens
+        assert front.exchange(row) == [None]
+        held, busy = front.exchange(row, other)
+        assert held is None
+        assert (busy.status, code(busy)) == (409, "session_busy")
+        assert front.pump.figures().running_turns == 1
+    assert front.answer(row).status == 200
+    assert front.ask(session)["session_id"] == session
+
+
+@pytest.mark.parametrize("image", ["bm90IGEgcGljdHVyZQ==", "%%%"])
+def test_a_questions_bad_picture_is_refused_and_the_session_goes_on(front, image):
+    kept, tried = front.open(), front.open()
+    reply = front.answer(front.ask_row(tried, images=[png(), image]))
+    assert reply.status in (400, 415)
+    assert front.pump.figures().running_turns == 0
+    assert not any(isinstance(command, AskSession) for command in front.commands)
+    answers = [front.ask(session, return_token_ids=True)["token_ids"] for session in (kept, tried)]
+    assert answers[0] == answers[1]
+
+
+def test_too_many_pictures_are_refused_before_any_is_read(front):
+    session = front.open()
+    reply = front.answer(front.ask_row(session, images=["not read"] * 9))
+    assert (reply.status, code(reply)) == (413, "too_large")
+    assert front.ask(session)["session_id"] == session
+
+
+def test_a_questions_pictures_that_do_not_fit_are_refused_with_both_numbers(model, tokens):
+    front = Frontend(model, tokens, context_tokens=120)
+    session = front.open()
+    reply = front.answer(front.ask_row(session, images=[png("blue")] * 8))
+    assert (reply.status, code(reply)) == (422, "context_length_exceeded")
+    assert "120 tokens" in json.loads(reply.body)["error"]["message"]
+    assert front.ask(session, "x")["session_id"] == session
+
+
+def test_a_client_that_leaves_while_its_questions_picture_is_prepared_frees_the_session(front, tokens):
+    session = front.open()
+    with tokens._lock:
+        assert front.exchange(front.ask_row(session, image=png("blue"))) == [None]
+        assert front.exchange() == []
+        assert front.pump.figures().running_turns == 0
+        assert not front.pump.busy
+    assert front.ask(session)["session_id"] == session
+    assert sum(isinstance(command, AskSession) for command in front.commands) == 1
+
+
+def test_a_question_is_cancelled_while_its_picture_is_prepared(front, tokens):
+    session = front.open()
+    row, cancel = front.ask_row(session, image=png("blue")), front.cancel_row(session)
+    with tokens._lock:
+        assert front.exchange(row) == [None]
+        told, done = front.exchange(row, cancel)
+    assert json.loads(told.body)["finish_reason"] == "cancelled"
+    assert json.loads(done.body)["success"] is True
+    assert front.ask(session)["session_id"] == session
+    assert sum(isinstance(command, AskSession) for command in front.commands) == 1
+
+
+def test_a_session_is_closed_while_a_questions_picture_is_prepared(front, tokens):
+    session = front.open()
+    row, close = front.ask_row(session, image=png("blue")), front.close_row(session)
+    with tokens._lock:
+        assert front.exchange(row) == [None]
+        told, done = front.exchange(row, close)
+    assert json.loads(told.body)["finish_reason"] == "cancelled"
+    assert json.loads(done.body)["success"] is True
+    assert front.engine.memory() == Memory()
+    assert front.answer(front.ask_row(session)).status == 404
+
+
 # --- what the engine fails at ---
 
 

@@ -21,6 +21,8 @@ SUPPORTED_MODEL_TYPES = ("llava", "llava_next", "llava_onevision")
 # Their attention is causal over everything before, and hands its keyword arguments through to ours.
 SUPPORTED_TEXT_TYPES = ("llama", "mistral", "qwen2")
 _ATTENTION = "session_sdpa"
+# Rotary embeddings that change with the longest position of a forward: sessions would disturb each other.
+_ROPE_BY_LENGTH = ("dynamic", "longrope")
 
 
 class UnsupportedCheckpoint(Exception):
@@ -42,6 +44,22 @@ class Segment:
     sample: bool
 
 
+@dataclass(frozen=True)
+class _Span:
+    """A segment's rows in the pack, and what its attention needs: `stored` tokens lie before its own.
+
+    `mask`: `[rows, stored + rows]`, where a new token sees all stored ones, itself and the new ones before it; None
+    where there is nothing to hide or `is_causal` says it.
+    """
+
+    kv: SessionKV
+    stored: int
+    start: int
+    end: int
+    mask: torch.Tensor | None
+    is_causal: bool
+
+
 class _PackedKV:
     """All segments of one forward, in transformers' `past_key_values` protocol.
 
@@ -52,19 +70,24 @@ class _PackedKV:
     is_compileable = False
 
     def __init__(self, segments: list[Segment]) -> None:
-        self.spans: list[tuple[SessionKV, int, int, int]] = []  # kv, its length before, first and last row in the pack
-        row = 0
+        self.spans: list[_Span] = []
+        start = 0
         for segment in segments:
-            end = row + len(segment.token_ids)
-            segment.kv.reserve(segment.kv.length + len(segment.token_ids))
-            self.spans.append((segment.kv, segment.kv.length, row, end))
-            row = end
+            kv, rows = segment.kv, len(segment.token_ids)
+            kv.reserve(kv.length + rows)
+            mask = _causal_mask(kv.length, rows, kv.shape.device) if kv.length and rows > 1 else None
+            self.spans.append(_Span(kv, kv.length, start, start + rows, mask, not kv.length and rows > 1))
+            start += rows
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any) -> tuple:
         """Store `[1, kv_heads, rows, head_dim]` keys and values of one layer."""
-        for kv, length, start, end in self.spans:
-            kv.write(layer, length, keys[0, :, start:end], values[0, :, start:end])
+        for span in self.spans:
+            span.kv.write(layer, span.stored, keys[0, :, span.start : span.end], values[0, :, span.start : span.end])
         return keys, values
+
+
+def _causal_mask(stored: int, new: int, device: torch.device) -> torch.Tensor:
+    return torch.ones((new, stored + new), dtype=torch.bool, device=device).tril(stored)
 
 
 def _attend(
@@ -82,28 +105,19 @@ def _attend(
     `query`: `[1, heads, rows, head_dim]`. Returns `[1, rows, heads, head_dim]`.
     """
     out = torch.empty_like(query.transpose(1, 2))
-    for kv, length, start, end in packed.spans:
-        keys, values = kv.read(module.layer_idx, length + end - start)
-        rows = query[:, :, start:end]
-        mask = None
-        if length and end - start > 1:
-            mask = _causal_mask(length, end - start, query.device)
+    for span in packed.spans:
+        keys, values = span.kv.read(module.layer_idx, span.stored + span.end - span.start)
         attended = scaled_dot_product_attention(
-            rows,
+            query[:, :, span.start : span.end],
             keys,
             values,
-            attn_mask=mask,
-            is_causal=not length and end - start > 1,
+            attn_mask=span.mask,
+            is_causal=span.is_causal,
             scale=scaling,
             enable_gqa=query.shape[1] != keys.shape[1],
         )
-        out[:, start:end] = attended.transpose(1, 2)
+        out[:, span.start : span.end] = attended.transpose(1, 2)
     return out, None
-
-
-def _causal_mask(stored: int, new: int, device: torch.device) -> torch.Tensor:
-    """`[new, stored + new]`: a new token sees all stored tokens, itself and the new ones before it."""
-    return torch.ones((new, stored + new), dtype=torch.bool, device=device).tril(stored)
 
 
 AttentionInterface.register(_ATTENTION, _attend)
@@ -144,7 +158,10 @@ class Model:
             dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         elif isinstance(dtype, str):
             dtype = getattr(torch, dtype)
-        model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=dtype, device_map={"": device})
+        _drop_unused_vision_layers(config)
+        model = AutoModelForImageTextToText.from_pretrained(
+            checkpoint, config=config, dtype=dtype, device_map={"": device}
+        )
         return cls(model)
 
     @torch.inference_mode()
@@ -177,7 +194,7 @@ class Model:
             past_key_values=packed,
             packed=packed,
         ).last_hidden_state[0]
-        wanted = [span[3] - 1 for span, segment in zip(packed.spans, segments, strict=True) if segment.sample]
+        wanted = [span.end - 1 for span, segment in zip(packed.spans, segments, strict=True) if segment.sample]
         logits = self._model.lm_head(hidden[wanted])
         for segment in segments:
             segment.kv.length += len(segment.token_ids)
@@ -217,6 +234,9 @@ def _unsupported(config: PreTrainedConfig) -> str | None:
     if text.model_type not in SUPPORTED_TEXT_TYPES:
         found = f"{config.model_type} around a text model of type {text.model_type!r}"
         return f"{found}; supported: {', '.join(SUPPORTED_TEXT_TYPES)}"
+    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in _ROPE_BY_LENGTH:
+        return f"{text.model_type} text with rope_type {rope!r}, whose positions depend on the longest of a batch"
     wanted = "supported: full causal attention in every layer"
     layers = set(getattr(text, "layer_types", None) or ())
     others = layers - {"full_attention", "sliding_attention"}
@@ -229,6 +249,17 @@ def _unsupported(config: PreTrainedConfig) -> str | None:
         found = f"{text.model_type} text with sliding_window {window} in a context of {text.max_position_embeddings}"
         return f"{found} tokens; {wanted}"
     return None
+
+
+def _drop_unused_vision_layers(config: PreTrainedConfig) -> None:
+    """Have no layer loaded behind the last one whose output is used: LLaVA takes the last but one.
+
+    The output of layer n is `hidden_states[n]`, that of the embeddings `hidden_states[0]`.
+    """
+    layers, chosen = config.vision_config.num_hidden_layers, config.vision_feature_layer
+    counted = [n if n >= 0 else layers + 1 + n for n in (chosen if isinstance(chosen, list) else [chosen])]
+    config.vision_config.num_hidden_layers = max(counted)
+    config.vision_feature_layer = counted if isinstance(chosen, list) else counted[0]
 
 
 def _eos(model: torch.nn.Module) -> frozenset[int]:

@@ -33,7 +33,11 @@ CONFIG_FILE = "model-config.yaml"
 CHECKPOINT_DIR = "checkpoint"
 
 SUFFIXES = {"no-archive": "", "default": ".mar", "tgz": ".tar.gz"}
-FAMILIES = {"llava": "LlavaForConditionalGeneration"}
+FAMILIES = {
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+}
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 SMALL_FILES = (
@@ -41,6 +45,7 @@ SMALL_FILES = (
     "generation_config.json",
     "processor_config.json",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "tokenizer*",
     "*.model",
     "special_tokens_map.json",

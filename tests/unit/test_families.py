@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from deploy import pack
 from llava_sessions.conversation import NOTHING, ChatTokens, Conversation, Prepared
 from llava_sessions.engine.kv import Budget
 from llava_sessions.engine.messages import (
@@ -29,7 +30,7 @@ from llava_sessions.engine.messages import (
     Sampling,
     TurnFailed,
 )
-from llava_sessions.engine.model import Model, UnsupportedCheckpoint
+from llava_sessions.engine.model import SUPPORTED_MODEL_TYPES, Model, UnsupportedCheckpoint
 from llava_sessions.engine.service import Engine
 from llava_sessions.errors import Refused
 from llava_sessions.processors import load_processor
@@ -345,6 +346,11 @@ def test_another_text_model_is_refused_with_what_was_found(tmp_path: Path) -> No
     (folder / "config.json").write_text(config.replace('"model_type": "llama"', '"model_type": "gemma2"'))
     with pytest.raises(UnsupportedCheckpoint, match=r"llava around .*'gemma2'; supported: llama, mistral, qwen2"):
         Model.load(folder)
+
+
+def test_what_is_served_is_what_the_build_kit_packs(family: Family) -> None:
+    assert set(pack.FAMILIES) == set(SUPPORTED_MODEL_TYPES)
+    assert pack.checkpoint_problems(family.folder) == []
 
 
 def test_every_family_warms_up(family: Family) -> None:

@@ -290,6 +290,21 @@ def test_each_problem_of_a_checkpoint_is_named(checkpoint: Path, case: str) -> N
     assert words in problems[0]
 
 
+@pytest.mark.parametrize("kind", ["llava", "llava_next", "llava_onevision"])
+def test_every_served_family_is_packed_and_told_from_the_others(job: Job, checkpoint: Path, kind: str) -> None:
+    write_json(checkpoint / "config.json", {"model_type": kind, "architectures": [kit.FAMILIES[kind]]})
+    write_json(checkpoint / "processor_config.json", {})  # as published: the picture processor in a file of its own
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        write_json(checkpoint / name, {"size": {}})
+    sizes, _ = kit.read_archive(kit.pack(job).archive, "no-archive")
+    extra = {"checkpoint/preprocessor_config.json", "checkpoint/video_preprocessor_config.json"}
+    assert set(sizes) == TRAVELS | extra
+
+    other = next(name for name in kit.FAMILIES if name != kind)
+    write_json(checkpoint / "config.json", {"model_type": kind, "architectures": [kit.FAMILIES[other]]})
+    assert "wanted 'Llava" in "".join(kit.checkpoint_problems(checkpoint))
+
+
 def test_problems_of_shards_are_named_each(sharded: Path) -> None:
     (sharded / "model-00001-of-00002.safetensors").unlink()
     save_file({"c": np.zeros(2, np.float32)}, sharded / "model-00002-of-00002.safetensors")

@@ -145,8 +145,8 @@ class Model:
     def load(cls, checkpoint: str | Path, dtype: torch.dtype | str = "auto", device: str = "auto") -> Model:
         """Load a folder or hub id through accelerate's device map.
 
-        "auto" is CUDA when there, else CPU; bfloat16 on CUDA, float32 on CPU. Raises `UnsupportedCheckpoint`, and
-        OSError when the checkpoint can't be found.
+        "auto" is CUDA when there, else CPU; bfloat16 where the device computes in it, else float16 on CUDA and float32
+        on CPU. Raises `UnsupportedCheckpoint`, and OSError when the checkpoint can't be found.
         """
         config = AutoConfig.from_pretrained(checkpoint)
         problem = _unsupported(config)
@@ -155,7 +155,7 @@ class Model:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype == "auto":
-            dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+            dtype = _native_dtype(torch.device(device))
         elif isinstance(dtype, str):
             dtype = getattr(torch, dtype)
         _drop_unused_vision_layers(config)
@@ -224,6 +224,14 @@ class Model:
     def allocated_bytes(self) -> int:
         """What torch's allocator holds on the device; 0 on CPU, where torch keeps no count."""
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+
+def _native_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device has instructions for it, else what it computes fastest in."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    found = torch.cpu.get_capabilities()
+    return torch.bfloat16 if found.get("avx512_bf16") or found.get("amx_bf16") else torch.float32
 
 
 def _unsupported(config: PreTrainedConfig) -> str | None:

@@ -13,7 +13,7 @@ import re
 import secrets
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ from .errors import Refused
 _ROWS = ("pixel_values", "image_sizes", "pixel_values_videos")
 # LLaVA-OneVision's count of the pictures that were given together. One alone is cut into tiles, several are not.
 _TOGETHER = "batch_num_images"
+# Stands for the end of an answer: text, and a place where no tokenizer joins what follows to it.
+_MIDST = "\n"
 # How the processor is asked: for arrays, and for the text that it puts in place of a picture's token.
 _AS_ARRAYS = {"return_tensors": "np", "return_text_replacement_offsets": True, "add_special_tokens": False}
 
@@ -63,6 +65,10 @@ class Opening:
     pictures: tuple[Picture, ...]
     image_tokens: int
     kind: str = "image"
+
+    def without_arrays(self) -> Opening:
+        """The same for keeping: a picture's arrays are megabytes, and only the engine needs them, once."""
+        return replace(self, pictures=tuple(Picture(picture.key, {}) for picture in self.pictures))
 
 
 @dataclass
@@ -108,7 +114,11 @@ class ChatTokens:
         self._media = {"image": self._image_token}
         if hasattr(processor, "video_processor"):
             self._media["video"] = processor.video_token
-        self._anchor = self._tokenizer.eos_token or self._image_token
+        # Whether text behind a special token is read as at the start of all text: sentence pieces, in their older form.
+        alone, behind = (
+            self._tokenizer(text + "a", add_special_tokens=False)["input_ids"] for text in ("", self._image_token)
+        )
+        self._starts_anew = behind[1:] == alone
         self._lock = threading.Lock()
         self._check()
 
@@ -180,7 +190,7 @@ class ChatTokens:
                 _, after = self._first_turn(plain, opening.kind, len(opening.pictures), more)
                 anchor = self._media[opening.kind]
             else:
-                after, anchor = self._later_turn(plain, more), self._anchor
+                after, anchor = self._later_turn(plain, more), _MIDST
             return self._encode(self._expand(after, prepared, self._image_token), literals, anchor)
 
     def answer_text(self, stop: tuple[str, ...] = ()) -> AnswerText:
@@ -237,18 +247,30 @@ class ChatTokens:
         return self._specials.sub(hide, text), literals
 
     def _encode(self, rendered: str, literals: dict[str, str], anchor: str) -> list[int]:
-        """Token ids of `rendered` as they would be in mid-conversation, right behind the token `anchor`.
+        """Token ids of `rendered` as they would be in mid-conversation, right behind `anchor`.
 
-        Cutting at a special token is where the tokenizer cuts anyway, so the ids are those of the whole text.
+        A tokenizer cuts at its special tokens anyway, so text between two of them can be read by itself.
         """
-        pieces = re.split("(" + "|".join(map(re.escape, literals)) + ")", rendered) if literals else [rendered]
-        ids = self._tokenizer(anchor + pieces[0], add_special_tokens=False)["input_ids"][1:]
-        for piece in pieces[1:]:
-            if piece in literals:
-                ids += self._literal(literals[piece], add_special_tokens=False)["input_ids"]
-            elif piece:
-                ids += self._tokenizer(piece, add_special_tokens=False)["input_ids"]
+        if not literals:
+            return self._behind(self._tokenizer, anchor, rendered)
+        ids: list[int] = []
+        for part in filter(None, self._specials.split(rendered)):
+            if self._specials.fullmatch(part):
+                ids.append(self._tokenizer.convert_tokens_to_ids(part))
+                continue
+            for sentinel, text in literals.items():
+                part = part.replace(sentinel, text)
+            behind_text = not ids and anchor == _MIDST
+            ids += self._behind(self._literal, _MIDST if behind_text or not self._starts_anew else "", part)
         return ids
+
+    def _behind(self, tokenizer: Any, anchor: str, text: str) -> list[int]:
+        """Token ids of `text` as they are behind `anchor`, where the two don't melt into one token."""
+        before = tokenizer(anchor, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(anchor + text, add_special_tokens=False)["input_ids"]
+        if ids[: len(before)] == before:
+            return ids[len(before) :]
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 class AnswerText:
@@ -331,7 +353,7 @@ def _any_of(tokenizer: Any) -> re.Pattern[str]:
     """Matches every token that the tokenizer would cut out of plain text before it applies its merges."""
     specials = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     longest_first = sorted(filter(None, specials), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+    return re.compile("(" + ("|".join(map(re.escape, longest_first)) or r"(?!)") + ")")
 
 
 def _sentinel() -> str:

@@ -294,7 +294,7 @@ class Pump:
     def _accepted(self, session_id: str) -> None:
         """The engine has room for the session."""
         entry, opening = self._opening.pop(session_id)
-        session = self._table.open(session_id, Conversation(opening), self._clock())
+        session = self._table.open(session_id, Conversation(opening.without_arrays()), self._clock())
         if entry.row.request_id not in self._entries:  # its client has left: nobody knows the id
             self._table.remove(session_id, "closed")
             self._engine.submit(CloseSession(session_id))

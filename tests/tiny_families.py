@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
     LlamaConfig,
+    LlamaTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
@@ -29,8 +30,9 @@ from transformers import (
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
+    PreTrainedTokenizerBase,
     Qwen2Config,
+    Qwen2Tokenizer,
     SiglipVisionConfig,
 )
 
@@ -71,27 +73,41 @@ _TILE = 28
 _GRID = [[28, 56], [56, 28], [56, 56], [28, 84], [84, 28]]
 
 
-def make_tokenizer(bos: str | None, eos: str, specials: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that writes `bos` before every text, where there is one."""
+def _llama_tokenizer() -> LlamaTokenizer:
+    """Sentence pieces with byte fallback, a space before the first word; it writes the start of every text by itself.
+
+    Mistral's is of the same class.
+    """
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary, merges = _train(pre_tokenizers.Metaspace(), pieces)
+    extra = {"image_token": "<image>"}
+    tokenizer = LlamaTokenizer(vocabulary, merges, pad_token="</s>", extra_special_tokens=extra)
+    start = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = start
+    return tokenizer
+
+
+def _qwen_tokenizer() -> Qwen2Tokenizer:
+    """Byte-level pieces; no start of text."""
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    vocabulary, merges = _train(level, ["<|endoftext|>"], alphabet=pre_tokenizers.ByteLevel.alphabet())
+    extra = {"image_token": "<image>", "video_token": "<video>", "start_token": "<|im_start|>"}
+    return Qwen2Tokenizer(vocabulary, merges, eos_token="<|im_end|>", extra_special_tokens=extra)
+
+
+def _train(split: pre_tokenizers.PreTokenizer, first: list[str], alphabet: list[str] | None = None) -> tuple:
+    """A vocabulary that begins with `first`, and its merges."""
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    names = list(dict.fromkeys([*([bos] if bos else []), eos, "<pad>", *specials, "<image>", "<video>"]))
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(
-        _WORDS * 4,
-        trainers.BpeTrainer(vocab_size=340, special_tokens=names, initial_alphabet=alphabet, show_progress=False),
+    backend.pre_tokenizer = split
+    trainer = trainers.BpeTrainer(
+        vocab_size=380, special_tokens=first, initial_alphabet=alphabet or [], show_progress=False
     )
-    if bos:
-        start = (bos, backend.token_to_id(bos))
-        backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[start])
-    extra = {"image_token": "<image>", "video_token": "<video>"}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=bos, eos_token=eos, pad_token="<pad>", extra_special_tokens=extra
-    )
+    backend.train_from_iterator(_WORDS * 4, trainer)
+    model = json.loads(backend.to_str())["model"]
+    return model["vocab"], [tuple(merge) for merge in model["merges"]]
 
 
-def _text(kind: type[PreTrainedConfig], tokenizer: PreTrainedTokenizerFast, kv_heads: int, tied: bool, **more: object):
+def _text(kind: type[PreTrainedConfig], tokenizer: PreTrainedTokenizerBase, kv_heads: int, tied: bool, **more: object):
     return kind(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -122,7 +138,8 @@ def _save(model: PreTrainedModel, processor: object, folder: Path) -> Path:
             torch.nn.init.normal_(weight, std=0.3)
     # No answer holds an image token (transformers would want a picture for it when it is read again), few end early.
     tokenizer = processor.tokenizer
-    never = tokenizer.convert_tokens_to_ids(["<image>", "<video>", tokenizer.eos_token])
+    never = [*map(tokenizer.convert_tokens_to_ids, ("<image>", "<video>")), tokenizer.eos_token_id]
+    never = [token for token in never if token is not None]
     model.lm_head.weight.data[never] = 0
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -132,7 +149,7 @@ def _save(model: PreTrainedModel, processor: object, folder: Path) -> Path:
 def make_llava(folder: Path) -> Path:
     """LLaVA-1.5: Llama text, multi-head attention, tied heads; 16 tokens a picture."""
     torch.manual_seed(1)
-    tokenizer = make_tokenizer("<s>", "</s>", [])
+    tokenizer = _llama_tokenizer()
     image = tokenizer.convert_tokens_to_ids("<image>")
     text = _text(LlamaConfig, tokenizer, kv_heads=4, tied=True)
     config = LlavaConfig(
@@ -152,7 +169,7 @@ def make_llava(folder: Path) -> Path:
 
 def _make_next(folder: Path, kind: type[PreTrainedConfig], template: str, kv_heads: int, **more: object) -> Path:
     torch.manual_seed(2)
-    tokenizer = make_tokenizer("<s>", "</s>", [])
+    tokenizer = _llama_tokenizer()
     config = LlavaNextConfig(
         vision_config=_clip(),
         text_config=_text(kind, tokenizer, kv_heads, tied=False, **more),
@@ -187,7 +204,7 @@ def make_next_llama(folder: Path) -> Path:
 def make_onevision(folder: Path, tied: bool = True, **more: object) -> Path:
     """LLaVA-OneVision: Qwen2 text, grouped-query attention, SigLIP vision; pictures, several of them, and clips."""
     torch.manual_seed(3)
-    tokenizer = make_tokenizer(None, "<|im_end|>", ["<|im_start|>"])
+    tokenizer = _qwen_tokenizer()
     vision = SiglipVisionConfig(
         hidden_size=32,
         intermediate_size=64,

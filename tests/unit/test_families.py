@@ -5,6 +5,7 @@ Random weights, float32: an answer means nothing, but any slip in tokens, tiles,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from deploy import pack
@@ -34,7 +36,7 @@ from llava_sessions.engine.model import SUPPORTED_MODEL_TYPES, Model, Unsupporte
 from llava_sessions.engine.service import Engine
 from llava_sessions.errors import Refused
 from llava_sessions.processors import load_processor
-from tests.tiny_families import FAMILIES, make_llava, make_next_mistral, make_onevision
+from tests.tiny_families import FAMILIES, MISTRAL, VICUNA, make_llava, make_next_mistral, make_onevision
 
 QUESTIONS = ["what is the red circle?", "and the <image> </s> blue square?", "two green stars ☃?"]
 SIZES = [(60, 80), (90, 40), (30, 30), (40, 120)]  # height and width: each one fits another grid of tiles
@@ -259,6 +261,64 @@ def test_ids_and_arrays_are_the_processors_own_on_the_whole_conversation(family:
         answer = processor.tokenizer(f"{lead}yes", add_special_tokens=False)["input_ids"]
         conversation.commit(prompt, answer)
         messages.append({"role": "assistant", "content": [{"type": "text", "text": "yes"}]})
+
+
+def _older(tokenizer: Tokenizer) -> None:
+    """Llama's and Mistral's first form: a space is put before every stretch of text between special tokens."""
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = None
+
+
+def _legacy(tokenizer: Tokenizer) -> None:
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+
+
+def _newer(tokenizer: Tokenizer) -> None:
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+
+
+@pytest.mark.parametrize("form", [_older, _legacy, _newer])
+@pytest.mark.parametrize("template", ["vicuna", "mistral"])
+def test_ids_are_those_of_the_whole_conversation_in_every_form_of_sentence_pieces(
+    tmp_path: Path, template: str, form: Callable[[Tokenizer], None]
+) -> None:
+    processor = load_processor(make_next_mistral(tmp_path))
+    processor.chat_template = VICUNA if template == "vicuna" else MISTRAL
+    form(processor.tokenizer.backend_tokenizer)
+    tokens = ChatTokens(processor)
+    messages: list[dict] = []
+    conversation = Conversation(tokens.opening([noise(1)]))
+    for turn, text in enumerate(["what is it?", "and now,\nthere?", "x"]):
+        content = [{"type": "image"}] * (turn == 0) + [{"type": "text", "text": text}]
+        messages.append({"role": "user", "content": content})
+        rendered = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        whole = processor(images=[noise(1)[1]], text=rendered)["input_ids"][0]
+        assert conversation.token_ids + tokens.prompt(conversation, text) == whole
+        # What the model said: the ids that the whole conversation has for it.
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": "a star"}]})
+        answered = processor.apply_chat_template(messages, tokenize=False).removesuffix("</s> ").rstrip(" ")
+        ids = processor(images=[noise(1)[1]], text=answered)["input_ids"][0]
+        conversation.commit(tokens.prompt(conversation, text), ids[len(whole) :])
+
+
+@pytest.mark.parametrize("form", [_older, _legacy, _newer])
+def test_special_tokens_in_a_question_are_read_as_text_in_every_form_of_sentence_pieces(
+    tmp_path: Path, form: Callable[[Tokenizer], None]
+) -> None:
+    processor = load_processor(make_next_mistral(tmp_path))
+    form(processor.tokenizer.backend_tokenizer)
+    tokens = ChatTokens(processor)
+    conversation = Conversation(tokens.opening([noise(1)]))
+    for _ in range(2):
+        for text in ("is </s> it?", "<image>", "what<image>is </s>?", "</s></s> a"):
+            prompt = tokens.prompt(conversation, text)
+            assert tokens.image_token_id not in prompt
+            # As if they were other words: not a space more or less around them.
+            plain = tokens.prompt(conversation, text.replace("<image>", "<1mage>").replace("</s>", "</z>"))
+            told, wanted = map(processor.tokenizer.decode, (prompt, plain))
+            assert told == wanted.replace("<1mage>", "<image>").replace("</z>", "</s>")
+            assert text in told
+        conversation.commit(tokens.prompt(conversation, "a"), [300])
 
 
 def onevision_whole(processor, text: str, images: list[list[Image.Image]]) -> tuple[list[int], dict]:

@@ -12,7 +12,7 @@ import copy
 import re
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,8 +28,6 @@ _ROWS = ("pixel_values", "image_sizes", "pixel_values_videos")
 _TOGETHER = "batch_num_images"
 # Stands for the end of an answer: text, and a place where no tokenizer joins what follows to it.
 _MIDST = "\n"
-# How the processor is asked: for arrays, and for the text that it puts in place of a picture's token.
-_AS_ARRAYS = {"return_tensors": "np", "return_text_replacement_offsets": True, "add_special_tokens": False}
 
 
 # How a tokenizer with byte fallback, such as Llama's, spells a token that is one byte of a character.
@@ -92,7 +90,7 @@ class Conversation:
 class ChatTokens:
     """Turns pictures and text into token ids by the checkpoint's processor, and token ids into text.
 
-    Thread-safe: fast tokenizers keep per-call settings in shared state, so every call holds one lock.
+    Thread-safe: fast tokenizers keep per-call settings in shared state, so every call that reads text holds one lock.
     """
 
     def __init__(self, processor: Any, system_prompt: str = "") -> None:
@@ -142,9 +140,8 @@ class ChatTokens:
         """As `opening`, with one clip of RGB frames. Raises `Refused` (unsupported_media) where a model takes none."""
         if "video" not in self._media:
             raise Refused("unsupported_media", "This model takes pictures, no video.")
-        with self._lock:
-            shown = self._processor(videos=[list(frames)], text=self._media["video"], **_AS_ARRAYS)
-        return self._opening(_prepared([key], shown), "video")
+        shown = self._processor(videos=[list(frames)], return_tensors="np")
+        return self._opening(_prepared([key], shown, self._processor.replace_video_token), "video")
 
     def _opening(self, prepared: Prepared, kind: str) -> Opening:
         with self._lock:
@@ -172,10 +169,9 @@ class ChatTokens:
         """
         if not pictures:
             return NOTHING
-        with self._lock:
-            images = [[image for _, image in pictures]]
-            shown = self._processor(images=images, text=self._image_token * len(pictures), **_AS_ARRAYS)
-        return _prepared([key for key, _ in pictures], shown)
+        # Without the lock: no text is read, and many tiles take long enough to be felt by running answers.
+        shown = self._processor(images=[[image for _, image in pictures]], return_tensors="np")
+        return _prepared([key for key, _ in pictures], shown, self._processor.replace_image_token)
 
     def prompt(self, conversation: Conversation, text: str, prepared: Prepared = NOTHING) -> list[int]:
         """New token ids of the next turn: from the end of the last answer up to where the next answer starts.
@@ -328,8 +324,11 @@ class AnswerText:
         return self._held + (rest if self._told or self._held else rest.lstrip())
 
 
-def _prepared(keys: list[str], shown: Any) -> Prepared:
-    """Split what the processor made of pictures that were given together, one by one."""
+def _prepared(keys: list[str], shown: Any, replace_token: Callable[[Any, int], str]) -> Prepared:
+    """Split what the processor made of pictures that were given together, one by one.
+
+    `replace_token`: the processor's own, of its arrays and an index: the text in place of that picture's one token.
+    """
     rows = {name: np.asarray(shown[name]) for name in _ROWS if name in shown}
     together = np.asarray(shown[_TOGETHER]) if _TOGETHER in shown else None
     pictures = []
@@ -340,8 +339,7 @@ def _prepared(keys: list[str], shown: Any) -> Prepared:
             # Other features than the same picture's alone, so another key.
             key = key if len(keys) == 1 else f"{key}:untiled"
         pictures.append(Picture(key, inputs))
-    (replaced,) = shown["text_replacement_offsets"]
-    return Prepared(tuple(pictures), tuple(place["replacement"] for place in replaced))
+    return Prepared(tuple(pictures), tuple(replace_token(shown, index) for index in range(len(keys))))
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -6,6 +6,7 @@ Random weights, float32: an answer means nothing, but any slip in tokens, tiles,
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -366,6 +367,19 @@ def test_a_clip_is_taken_by_onevision_only(family: Family) -> None:
         family.tokens.prompt(Conversation(opening), "what?", family.tokens.prepare([noise(1)]))
 
 
+def test_pictures_are_prepared_in_several_threads_at_once(family: Family) -> None:
+    requests = [[noise(seed)] if seed % 3 else [noise(seed), noise(seed + 1)] for seed in range(16)]
+    alone = [family.tokens.prepare(pictures) for pictures in requests]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(family.tokens.prepare, requests))
+    for one, other in zip(alone, together, strict=True):
+        assert one.tokens == other.tokens
+        for left, right in zip(one.pictures, other.pictures, strict=True):
+            assert left.key == right.key
+            for name, array in left.inputs.items():
+                np.testing.assert_array_equal(array, right.inputs[name])
+
+
 def test_a_prompt_without_pictures_needs_nothing_prepared(family: Family) -> None:
     conversation = Conversation(family.tokens.opening([noise(1)]))
     assert family.tokens.prepare([]) == NOTHING == Prepared()
@@ -413,5 +427,10 @@ def test_what_is_served_is_what_the_build_kit_packs(family: Family) -> None:
     assert pack.checkpoint_problems(family.folder) == []
 
 
-def test_every_family_warms_up(family: Family) -> None:
-    Engine(family.model, family.tokens.answer_text, AMPLE).warm_up(family.tokens)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_family_answers_in_every_precision(family: Family, dtype: str) -> None:
+    model = Model.load(family.folder, dtype, "cpu")
+    Engine(model, family.tokens.answer_text, AMPLE).warm_up(family.tokens)
+    if family.takes_clips:
+        (clip,) = family.tokens.clip_opening("clip", [noise(1)[1]]).pictures
+        assert model.encode(clip).dtype == model.dtype

@@ -80,7 +80,6 @@ class Plan:
     eye_batch: int = 64
     talk_steps: int = 4_000
     talk_turns: int = 64  # questions in a batch; the number of dialogues follows from their length
-
     peek_steps: int = 500  # between two saves of the unfinished model
 
     def scaled(self, scale: float) -> Plan:

@@ -427,6 +427,14 @@ def test_what_is_served_is_what_the_build_kit_packs(family: Family) -> None:
     assert pack.checkpoint_problems(family.folder) == []
 
 
+def test_the_largest_picture_has_the_most_tiles(family: Family) -> None:
+    largest = family.tokens.prepare([("key", Image.new("RGB", family.model.largest_picture))])
+    others = [family.tokens.prepare([noise(seed)]) for seed in range(4)]
+    assert len(largest.tokens[0]) >= max(len(other.tokens[0]) for other in others)
+    if family.name != "llava":
+        assert largest.pictures[0].inputs["pixel_values"].shape[1] == 1 + 4
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_family_answers_in_every_precision(family: Family, dtype: str) -> None:
     model = Model.load(family.folder, dtype, "cpu")

@@ -136,6 +136,9 @@ class Model:
         self.context_tokens: int = text.max_position_embeddings
         media = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))
         self.media_token_ids: frozenset[int] = frozenset(token for token in media if token is not None)
+        # Width and height of a picture that makes as much work as any can: where pictures are tiled, the most tiles.
+        grids = getattr(model.config, "image_grid_pinpoints", None) or [(64, 64)]
+        self.largest_picture: tuple[int, int] = max(((w, h) for h, w in grids), key=lambda side: side[0] * side[1])
         self.eos_token_ids: frozenset[int] = _eos(model)
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.kv_shape = KVShape(text.num_hidden_layers, text.num_key_value_heads, head_dim, self.dtype, self.device)

@@ -319,6 +319,7 @@ def test_special_tokens_in_a_question_are_read_as_text_in_every_form_of_sentence
             told, wanted = map(processor.tokenizer.decode, (prompt, plain))
             assert told == wanted.replace("<1mage>", "<image>").replace("</z>", "</s>")
             assert text in told
+            assert prompt[0] == plain[0]  # where decoding would hide a space
         conversation.commit(tokens.prompt(conversation, "a"), [300])
 
 

@@ -581,7 +581,7 @@ def _as_refusal(error: Exception) -> Refused:
     if isinstance(error, Refused):
         return error
     if isinstance(error, media.MediaError):
-        return Refused(error.code, error.message)
+        return Refused(error.code, f"{error.message[:1].upper()}{error.message[1:]}.")
     error_id = uuid.uuid4().hex[:8]
     log.error("internal_error id=%s", error_id, exc_info=error)
     return Refused("internal", f"Something went wrong inside the server; its log has the cause under id {error_id}.")

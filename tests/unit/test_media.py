@@ -310,7 +310,7 @@ def good_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "good.png"
     path.write_bytes(PNG)
     monkeypatch.setenv("PYTEST_MEDIA_GOOD", str(path))
-    monkeypatch.setenv("PYTHONPATH", str(Path(media.__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(media.__file__).parents[2]))
     return path
 
 
@@ -1316,12 +1316,12 @@ def test_the_default_s3_client_is_made_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_it_knows_nothing_of_torch_nor_of_the_rest_of_the_package() -> None:
+    folder = str(Path(media.__file__).parents[2])
     code = (
-        "import sys, importlib.util\n"
-        f"spec = importlib.util.spec_from_file_location('media_alone', {media.__file__!r})\n"
-        "module = importlib.util.module_from_spec(spec)\nsys.modules['media_alone'] = module\n"
-        "spec.loader.exec_module(module)\n"
-        "unwanted = {'torch', 'transformers', 'ts', 'boto3', 'llava_sessions'} & set(sys.modules)\n"
+        f"import sys; sys.path.insert(0, {folder!r})\nimport llava_sessions.media\n"
+        "ours = {name for name in sys.modules if name.startswith('llava_sessions.')}\n"
+        "unwanted = {name for name in ours if not name.startswith('llava_sessions.media')}\n"
+        "unwanted |= {'torch', 'transformers', 'ts', 'boto3'} & set(sys.modules)\n"
         "assert not unwanted, unwanted\n"
     )
     subprocess.run([sys.executable, "-I", "-c", code], check=True, timeout=60)

@@ -147,14 +147,14 @@ def show_chat(server: TorchServe, http: httpx.Client, seed: int) -> None:
     path = PICTURES / f"{seed}.png"
     picture.save(path)
     step(f"a new picture, SEED={seed}: {path.relative_to(ROOT)}")
-    held_before = held(server, llava_open_sessions=0)
+    held_before = held(server, llava_open_sessions=0, llava_kv_bytes=0)
     began = time.perf_counter()
     chat = Chat.open(http, picture)
     print(f"  open   {(time.perf_counter() - began) * 1e3:6.1f} ms   session {chat.session_id}, until {chat.expires}")
     talk(chat, scene, picture, dialogue(scene, seed, TURNS))
     held_open = held(server, llava_open_sessions=1, llava_turns_total=TURNS)
     chat.close()
-    held_after = held(server, llava_open_sessions=0)
+    held_after = held(server, llava_open_sessions=0, llava_kv_bytes=0)
     step("device memory of sessions (features and KV cache), as the server's metrics tell it")
     print(f"  before open {held_before:,} bytes, while open {held_open:,}, after close {held_after:,}")
     if not held_before == held_after < held_open:
@@ -199,7 +199,7 @@ def stream(chat: Chat, text: str) -> Spent:
 def held(server: TorchServe, **settled: float) -> int:
     """Bytes that sessions hold on the device, once the metrics show these values."""
     figures = settled_gauges(server.metrics_url, **settled)
-    return int(figures.get("llava_features_bytes", 0) + figures.get("llava_kv_bytes", 0))
+    return int(figures["llava_features_bytes"] + figures["llava_kv_bytes"])
 
 
 def step(text: str) -> None:

@@ -118,7 +118,7 @@ def gauges(metrics_url: str) -> dict[str, float]:
     return {name: float(value) for name, value in re.findall(r"^(llava_\w+)\{[^}]*\} (\S+)$", text, re.MULTILINE)}
 
 
-def settled_gauges(metrics_url: str, timeout_s: float = 5.0, **wanted: float) -> dict[str, float]:
+def settled_gauges(metrics_url: str, timeout_s: float = 20.0, **wanted: float) -> dict[str, float]:
     """The metrics once those in `wanted` have these values (the server tells them at most a second late), or at the
     timeout whatever they are then."""
     until = time.monotonic() + timeout_s

@@ -75,7 +75,7 @@ class LlavaHandler(BaseHandler):
         self._cache = context.metrics
         self._dimensions = [context.model_name, "Model"]
         self._metrics_lock = threading.Lock()
-        self._told = telemetry.Figures()
+        self._told: telemetry.Figures | None = None
         worker.start()
         threading.Thread(target=self._sweep, name="sweeper", daemon=True).start()
         self.initialized = True
@@ -129,7 +129,7 @@ class LlavaHandler(BaseHandler):
             for name, unit in telemetry.GAUGES.items():
                 self._metric(name, unit, MetricTypes.GAUGE).add_or_update(figures.value(name), self._dimensions)
             for name, unit in telemetry.COUNTERS.items():
-                increase = figures.value(name) - told.value(name)
+                increase = figures.value(name) - (told.value(name) if told else 0)
                 if increase:
                     self._metric(name, unit, MetricTypes.COUNTER).add_or_update(increase, self._dimensions)
             self._told = figures

@@ -399,20 +399,23 @@ def change(folder: Path, **values: object) -> Path:
 
 
 def test_a_text_model_that_does_not_attend_to_everything_is_refused(tmp_path: Path) -> None:
-    window = make_next_mistral(tmp_path / "mistral", sliding_window=512)
-    with pytest.raises(UnsupportedCheckpoint, match=r"mistral.*sliding_window 512.*2048.*full causal attention"):
-        Model.load(window)
-    sliding = make_onevision(tmp_path / "qwen", use_sliding_window=True, sliding_window=128, max_window_layers=1)
-    with pytest.raises(UnsupportedCheckpoint, match=r"qwen2.*sliding_window 128.*full causal attention"):
-        Model.load(sliding)
     hybrid = change(make_onevision(tmp_path / "hybrid"), layer_types=["full_attention", "chunked_attention"])
     with pytest.raises(UnsupportedCheckpoint, match=r"chunked_attention.*full causal attention"):
         Model.load(hybrid)
 
 
-def test_a_window_that_is_off_or_as_wide_as_the_context_is_served(tmp_path: Path) -> None:
-    Model.load(make_next_mistral(tmp_path / "wide", sliding_window=2048), device="cpu")
-    Model.load(make_onevision(tmp_path / "off", use_sliding_window=False, sliding_window=128), device="cpu")
+@pytest.mark.parametrize(
+    ("make", "changes", "context_tokens"),
+    [
+        (make_next_mistral, {"sliding_window": 512}, 512),
+        (make_next_mistral, {"sliding_window": 4096}, 2048),
+        (make_onevision, {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1}, 128),
+        (make_onevision, {"use_sliding_window": False, "sliding_window": 128}, 2048),
+    ],
+)
+def test_a_sliding_window_bounds_the_context(tmp_path: Path, make, changes: dict, context_tokens: int) -> None:
+    """Up to its width, attention to the window is attention to everything, which is what the engine does."""
+    assert Model.load(make(tmp_path, **changes), device="cpu").context_tokens == context_tokens
 
 
 def test_another_text_model_is_refused_with_what_was_found(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ class Model:
         self._text.set_attn_implementation(_ATTENTION)
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
-        self.context_tokens: int = text.max_position_embeddings
+        self.context_tokens: int = _context_tokens(text)
         media = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))
         self.media_token_ids: frozenset[int] = frozenset(token for token in media if token is not None)
         # Width and height of a picture that makes as much work as any can: where pictures are tiled, the most tiles.
@@ -253,13 +253,16 @@ def _unsupported(config: PreTrainedConfig) -> str | None:
     others = layers - {"full_attention", "sliding_attention"}
     if others:
         return f"{text.model_type} text with layers of type {', '.join(sorted(others))}; {wanted}"
-    # Mistral's has no layer types: its window, where there is one, holds for every layer.
-    window = getattr(text, "sliding_window", None)
-    slides = "sliding_attention" in layers or not layers
-    if slides and window is not None and window < text.max_position_embeddings:
-        found = f"{text.model_type} text with sliding_window {window} in a context of {text.max_position_embeddings}"
-        return f"{found} tokens; {wanted}"
     return None
+
+
+def _context_tokens(text: PreTrainedConfig) -> int:
+    """How long a conversation may get: within a sliding window, attention to the window is attention to everything."""
+    layers = set(getattr(text, "layer_types", None) or ())
+    # Mistral's has no layer types: its window, where there is one, holds for every layer.
+    slides = "sliding_attention" in layers or not layers
+    window = getattr(text, "sliding_window", None) if slides else None
+    return min(text.max_position_embeddings, window or text.max_position_embeddings)
 
 
 def _drop_unused_vision_layers(config: PreTrainedConfig) -> None:

@@ -1,0 +1,137 @@
+"""Owns what computes faster on a CPU than the usual calls; each has a feature test and the usual call beside it.
+
+Must not know sessions, scheduling or transformers' classes. In float32, and on other devices, it does what torch's own
+functions do: what tests promise token for token is untouched.
+
+Where it comes from. The packed weight is what torch's inductor makes of frozen linears on CPUs (in torch:
+`torch/_inductor/fx_passes/mkldnn_fusion.py`, `aten/src/ATen/native/mkldnn/Linear.cpp`). These ops are private, so they
+are tried on a small example before they are used. The order of the products in `attention` is plain algebra: oneDNN's
+bfloat16 `K @ q` reads K as it lies in memory, while flash attention copies it into another layout for every call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+# Of new tokens a call: above that the scores leave the cache, and flash attention is as good.
+_MOST_ROWS = 128
+# A hint at how many rows a linear mostly sees; the layouts for 1, 16 and 256 measured the same.
+_ROWS_HINT = 16
+
+
+class PackedLinear(torch.nn.Module):
+    """A linear whose weight lies in the layout that oneDNN computes in; gives the numbers of `nn.Linear`."""
+
+    def __init__(self, plain: torch.nn.Linear) -> None:
+        super().__init__()
+        self.in_features = plain.in_features
+        self.out_features = plain.out_features
+        # Neither a parameter nor a buffer: the opaque tensor can't be moved, cast or saved.
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(plain.weight.detach(), _ROWS_HINT)
+        self._bias = None if plain.bias is None else plain.bias.detach()
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[..., in_features]` -> `[..., out_features]`."""
+        return torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._bias, "none", [], "")
+
+    def extra_repr(self) -> str:
+        """What `print` shows of it, as for `nn.Linear`."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self._bias is not None}"
+
+
+@torch.inference_mode()
+def prepack_linears(module: torch.nn.Module) -> int:
+    """Replace every bfloat16 `nn.Linear` below `module` by a `PackedLinear`; returns how many.
+
+    Plain weights are freed one by one; one that something else holds too (a tied head) stays there as well. Returns 0,
+    with nothing changed, on other devices, in other dtypes, and where this torch can't do it.
+    """
+    found = [
+        (parent, name, child)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if type(child) is torch.nn.Linear and child.weight.device.type == "cpu" and child.weight.dtype == torch.bfloat16
+    ]
+    if not found or not can_prepack():
+        return 0
+    for parent, name, child in found:
+        setattr(parent, name, PackedLinear(child))
+    return len(found)
+
+
+@torch.inference_mode()
+def can_prepack() -> bool:
+    """Whether this torch has oneDNN's packed linears for bfloat16, and they compute what `linear` computes."""
+    try:
+        if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            return False
+        plain = torch.nn.Linear(32, 64, dtype=torch.bfloat16)
+        plain.weight.copy_(torch.linspace(-1, 1, 64 * 32).reshape(64, 32))
+        plain.bias.copy_(torch.linspace(1, -1, 64))
+        rows = torch.linspace(-1, 1, 3 * 32).reshape(1, 3, 32).bfloat16()
+        wanted = linear(rows, plain.weight, plain.bias).float()
+        return torch.allclose(PackedLinear(plain)(rows).float(), wanted, atol=0.05, rtol=0.02)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+
+
+def products_win() -> bool:
+    """Whether this CPU is of the kind on which `attention` by products is faster: AVX-512 with bfloat16, but no AMX."""
+    tests = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    if None in tests:
+        return False
+    has_bf16, has_amx = (test() for test in tests)
+    return has_bf16 and not has_amx
+
+
+_PRODUCTS_WIN = products_win()
+
+
+def attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """Attention of one session's new tokens, by two products where that is faster and by torch's own function else.
+
+    `query`: `[1, heads, new, head_dim]`; `keys` and `values`: `[1, kv_heads, stored + new, head_dim]`; `mask`: `[new,
+    stored + new]`, true where a token is seen, all true but for the last `new` columns. Returns `query`'s shape.
+    """
+    new = query.shape[2]
+    if (
+        not _PRODUCTS_WIN
+        or query.dtype != torch.bfloat16
+        or query.device.type != "cpu"
+        or is_causal
+        or new > _MOST_ROWS
+    ):
+        return scaled_dot_product_attention(
+            query,
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=is_causal,
+            scale=scaling,
+            enable_gqa=query.shape[1] != keys.shape[1],
+        )
+    return _attention_by_products(query, keys, values, scaling, mask)
+
+
+def _attention_by_products(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Scores as `K @ q` for each KV head, its group of query heads side by side. Scores are rounded to bfloat16, as in
+    transformers' eager attention.
+    """
+    new, kv_heads, tokens = query.shape[2], keys.shape[1], keys.shape[2]
+    rows = query[0].reshape(kv_heads, -1, query.shape[3])
+    scores = torch.baddbmm(rows.new_empty(()), keys[0], rows.transpose(1, 2), beta=0, alpha=scaling)
+    scores = scores.transpose(1, 2).contiguous()
+    if mask is not None:
+        unseen = ~mask[:, tokens - new :]
+        scores.view(kv_heads, -1, new, tokens)[..., tokens - new :].masked_fill_(unseen, float("-inf"))
+    return torch.bmm(scores.softmax(-1), values[0]).view(query.shape)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
+from . import kernels
 from .kv import KVShape, SessionKV
 from .messages import Picture
 
@@ -96,7 +96,7 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
+    scaling: float,
     packed: _PackedKV | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -107,15 +107,8 @@ def _attend(
     out = torch.empty_like(query.transpose(1, 2))
     for span in packed.spans:
         keys, values = span.kv.read(module.layer_idx, span.stored + span.end - span.start)
-        attended = scaled_dot_product_attention(
-            query[:, :, span.start : span.end],
-            keys,
-            values,
-            attn_mask=span.mask,
-            is_causal=span.is_causal,
-            scale=scaling,
-            enable_gqa=query.shape[1] != keys.shape[1],
-        )
+        rows = query[:, :, span.start : span.end]
+        attended = kernels.attention(rows, keys, values, scaling, span.mask, span.is_causal)
         out[:, span.start : span.end] = attended.transpose(1, 2)
     return out, None
 
@@ -165,6 +158,9 @@ class Model:
         model = AutoModelForImageTextToText.from_pretrained(
             checkpoint, config=config, dtype=dtype, device_map={"": device}
         )
+        # The vision tower runs once a picture, on many rows: packing gains nothing there.
+        if kernels.prepack_linears(model.model.language_model):
+            model.lm_head = kernels.PackedLinear(model.lm_head)
         return cls(model)
 
     @torch.inference_mode()

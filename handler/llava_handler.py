@@ -27,7 +27,8 @@ from llava_sessions.engine.service import Engine
 from llava_sessions.engine.worker import EngineWorker
 from llava_sessions.errors import reason_phrase
 from llava_sessions.processors import load_processor
-from llava_sessions.pump import Pump, Reply, Row
+from llava_sessions.pump import Pump
+from llava_sessions.rows import Reply, Row
 from llava_sessions.sessions import SessionTable
 
 log = logging.getLogger("llava_sessions")

@@ -16,11 +16,9 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Protocol
 
 from PIL import Image
 
@@ -33,7 +31,6 @@ from .engine.messages import (
     CancelTurn,
     Closed,
     CloseSession,
-    Command,
     Delta,
     Event,
     Finished,
@@ -48,7 +45,8 @@ from .engine.messages import (
     TurnFailed,
 )
 from .errors import Refused
-from .sessions import Session, SessionTable
+from .rows import EngineDoor, Entry, Reply, Row, SequenceEnd, Turn
+from .sessions import SessionTable
 from .telemetry import Figures
 
 log = logging.getLogger(__name__)
@@ -62,81 +60,6 @@ CLOSE_WAIT_S = 2.0
 SILENCE_S = 5.0
 # How the frontend names a sequence that came without an id (InferenceRequestHandler.java).
 _FRONTEND_ID = re.compile(r"ts-seq-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One entry of a TorchServe batch.
-
-    `sequence_id` is TorchServe's name for the session; `fresh` tells that the frontend made it for this very request.
-    `headers` are the client's own, names in lower case.
-    """
-
-    request_id: str
-    sequence_id: str
-    fresh: bool
-    headers: Mapping[str, str]
-    body: Any
-
-
-@dataclass
-class Reply:
-    """What a row is answered in this step. `more`: None for a whole answer, True for a chunk, False for the last."""
-
-    body: str
-    more: bool | None = None
-    status: int = 200
-    content_type: str = protocol.JSON_TYPE
-    headers: dict[str, str] = field(default_factory=dict)
-
-
-class SequenceEnd(Protocol):
-    """Has the frontend end a sequence, by a request with the header `mark` (its name in lower case, and its value)."""
-
-    mark: tuple[str, str]
-
-    def end(self, sequence_id: str) -> None:
-        """Have the sequence ended soon."""
-
-
-class EngineDoor(Protocol):
-    """Where commands go."""
-
-    def submit(self, command: Command) -> None:
-        """Hand a command over; what comes of it arrives as a `Report` in the pump's inbox."""
-
-
-@dataclass
-class _Entry:
-    """An active row and what it waits for.
-
-    `steps` counts the steps that ended without its last reply; `lines` are streamed text not yet sent; `final` is its
-    last reply, once known.
-    """
-
-    row: Row
-    steps: int = 0
-    preparing: Future | None = None
-    streamed: bool = False
-    head_sent: bool = False
-    lines: list[str] = field(default_factory=list)
-    final: Reply | None = None
-
-
-@dataclass
-class _Turn:
-    """A running turn; `entry` is None when its client has left.
-
-    While its pictures are `preparing`, the engine knows nothing of it and `prompt_ids` is empty.
-    """
-
-    session: Session[Conversation]
-    ask: protocol.Ask
-    entry: _Entry | None
-    preparing: bool = False
-    prompt_ids: list[int] = field(default_factory=list)
-    waiting_cancels: list[_Entry] = field(default_factory=list)
-    text: list[str] = field(default_factory=list)
 
 
 class Pump:
@@ -167,10 +90,10 @@ class Pump:
         self._fetch = media.Fetcher()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="media")
-        self._entries: dict[str, _Entry] = {}
-        self._turns: dict[str, _Turn] = {}
-        self._opening: dict[str, tuple[_Entry, Opening]] = {}
-        self._closing: dict[str, list[_Entry]] = {}
+        self._entries: dict[str, Entry] = {}
+        self._turns: dict[str, Turn] = {}
+        self._opening: dict[str, tuple[Entry, Opening]] = {}
+        self._closing: dict[str, list[Entry]] = {}
         self._memory = Memory()
         self._turns_total = 0
         self._refusals_total = 0
@@ -228,7 +151,7 @@ class Pump:
 
     def _admit(self, row: Row) -> None:
         """Take a new row: parse it, and start what it asks for or refuse it."""
-        entry = self._entries[row.request_id] = _Entry(row)
+        entry = self._entries[row.request_id] = Entry(row)
         try:
             request = protocol.parse(row.body, row.headers, self._limits)
             match request:
@@ -243,7 +166,7 @@ class Pump:
         except Exception as error:
             self._refuse(entry, error)
 
-    def _open(self, entry: _Entry, request: protocol.Open) -> None:
+    def _open(self, entry: Entry, request: protocol.Open) -> None:
         row = entry.row
         if protocol.session_in_header(row.headers):
             wanted = f"open without the {protocol.SESSION_HEADER} header, or with {protocol.NEW_SESSION} in it"
@@ -274,7 +197,7 @@ class Pump:
             pictures.append((picture.sha256, picture.image))
         return pictures
 
-    def _prepared(self, entry: _Entry, session_id: str) -> None:
+    def _prepared(self, entry: Entry, session_id: str) -> None:
         """The picture is there, or is refused."""
         try:
             opening = entry.preparing.result()
@@ -305,12 +228,12 @@ class Pump:
             "session_open session=%s tokens=%d open=%d", _short(session_id), len(opening.token_ids), len(self._table)
         )
 
-    def _ask(self, entry: _Entry, ask: protocol.Ask) -> None:
+    def _ask(self, entry: Entry, ask: protocol.Ask) -> None:
         session = self._table.get(ask.session_id, self._clock())
         turn_id = entry.row.request_id
         self._table.begin_turn(session, turn_id)
         entry.streamed = ask.stream
-        self._turns[turn_id] = _Turn(session, ask, entry, preparing=bool(ask.pictures))
+        self._turns[turn_id] = Turn(session, ask, entry, preparing=bool(ask.pictures))
         if ask.pictures:
             entry.preparing = self._pool.submit(self._prepare_turn, session.conversation, ask)
             entry.preparing.add_done_callback(lambda _: self._inbox.put(partial(self._turn_prepared, entry)))
@@ -321,7 +244,7 @@ class Pump:
             self._end_turn(turn_id, cancelled=False)
             raise
 
-    def _turn_prepared(self, entry: _Entry) -> None:
+    def _turn_prepared(self, entry: Entry) -> None:
         """The pictures of a question are there, or one is refused."""
         turn_id = entry.row.request_id
         if turn_id not in self._turns:
@@ -356,7 +279,7 @@ class Pump:
             sizes = f"the model's context is {self._context_tokens} tokens, the conversation would need {tokens}"
             raise Refused("context_length_exceeded", f"The conversation is too long: {sizes}.")
 
-    def _close(self, entry: _Entry, session_id: str) -> None:
+    def _close(self, entry: Entry, session_id: str) -> None:
         if session_id in self._closing:
             self._closing[session_id].append(entry)
             return
@@ -370,16 +293,16 @@ class Pump:
             self._cancelled(session.turn_id)
         self._engine.submit(CloseSession(session_id))
 
-    def _is_ours(self, entry: _Entry) -> bool:
+    def _is_ours(self, entry: Entry) -> bool:
         """Whether the request only ends its sequence; that of an open session goes the way of every close."""
         name, value = self._sequences.mark
         return entry.row.headers.get(name) == value and entry.row.sequence_id not in self._table
 
-    def _closed(self, entry: _Entry, session_id: str) -> None:
+    def _closed(self, entry: Entry, session_id: str) -> None:
         headers = {protocol.CLOSED_SESSION_HEADER: session_id}
         entry.final = Reply(json.dumps(protocol.closed(session_id)), headers=headers)
 
-    def _cancel(self, entry: _Entry, session_id: str) -> None:
+    def _cancel(self, entry: Entry, session_id: str) -> None:
         session = self._table.get(session_id, self._clock())
         if session.turn_id is None:
             entry.final = Reply(json.dumps(protocol.cancelled(session_id, had_turn=False)))
@@ -387,7 +310,7 @@ class Pump:
         self._turns[session.turn_id].waiting_cancels.append(entry)
         self._stop(session.turn_id)
 
-    def _refuse(self, entry: _Entry, error: Exception) -> None:
+    def _refuse(self, entry: Entry, error: Exception) -> None:
         refused = _as_refusal(error)
         self._refusals_total += 1
         log.info("refused request=%s code=%s", _short(entry.row.request_id), refused.code)
@@ -493,14 +416,14 @@ class Pump:
         for entry in waiting:
             self._closed(entry, session_id)
 
-    def _end_turn(self, turn_id: str, cancelled: bool) -> _Turn:
+    def _end_turn(self, turn_id: str, cancelled: bool) -> Turn:
         turn = self._turns.pop(turn_id)
         turn.session.turn_id = None
         for entry in turn.waiting_cancels:
             entry.final = Reply(json.dumps(protocol.cancelled(turn.session.id, had_turn=cancelled)))
         return turn
 
-    def _answer(self, turn: _Turn, event: Finished) -> None:
+    def _answer(self, turn: Turn, event: Finished) -> None:
         self._turns_total += 1
         usage, timings = vars(event.usage), {name: round(ms, 1) for name, ms in vars(event.timings).items()}
         ids = event.answer_ids if turn.ask.return_token_ids else None
@@ -509,7 +432,7 @@ class Pump:
         times = f"ttft_ms={timings['ttft_ms']} total_ms={timings['total_ms']}"
         log.info("turn_done session=%s reason=%s %s %s", _short(turn.session.id), event.reason, counts, times)
 
-    def _tell(self, turn: _Turn, facts: dict, status: int = 200) -> None:
+    def _tell(self, turn: Turn, facts: dict, status: int = 200) -> None:
         """Give the turn's row its last words: a last line when it streams, else one body with the whole answer."""
         entry = turn.entry
         if entry is None:
@@ -525,7 +448,7 @@ class Pump:
 
     # --- replies ---
 
-    def _safe_reply(self, entry: _Entry) -> Reply | None:
+    def _safe_reply(self, entry: Entry) -> Reply | None:
         try:
             return self._reply(entry)
         except Exception as error:
@@ -533,7 +456,7 @@ class Pump:
             body = json.dumps(_as_refusal(error).body())
             return Reply(body + "\n", more=False) if entry.head_sent else Reply(body, status=500)
 
-    def _reply(self, entry: _Entry) -> Reply | None:
+    def _reply(self, entry: Entry) -> Reply | None:
         """What the row is told in this step."""
         text = "".join(entry.lines)
         entry.lines.clear()
@@ -553,7 +476,7 @@ class Pump:
             self._release_sequence(entry, final)
         return final
 
-    def _is_foreign(self, entry: _Entry) -> bool:
+    def _is_foreign(self, entry: Entry) -> bool:
         """Whether the row came on a sequence that is no open session's, and no other row is waiting on."""
         sequence = entry.row.sequence_id
         # A ';' would name two sequences to the frontend, the second perhaps somebody else's.
@@ -561,7 +484,7 @@ class Pump:
             return False
         return not any(other.row.sequence_id == sequence for other in self._entries.values() if other is not entry)
 
-    def _release_sequence(self, entry: _Entry, final: Reply) -> None:
+    def _release_sequence(self, entry: Entry, final: Reply) -> None:
         """Have the frontend forget the row's sequence.
 
         TorchServe keeps a place for each id that it ever saw, and when all are taken nobody can open a session. Its end

@@ -45,7 +45,8 @@ from llava_sessions.engine.service import Engine
 from llava_sessions.engine.worker import EngineWorker
 from llava_sessions.media import MediaLimits
 from llava_sessions.protocol import CLOSED_SESSION_HEADER, NEW_SESSION, NEW_SESSION_HEADER, SESSION_HEADER, Limits
-from llava_sessions.pump import Pump, Reply, Row
+from llava_sessions.pump import Pump
+from llava_sessions.rows import Reply, Row
 from llava_sessions.sessions import SessionTable
 
 NOW = 1_800_000_000.0

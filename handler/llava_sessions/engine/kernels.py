@@ -12,10 +12,14 @@ bfloat16 `K @ q` reads K as it lies in memory, while flash attention copies it i
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import linear, pad, scaled_dot_product_attention
 
-# Of new tokens a call: above that the scores leave the cache, and flash attention is as good.
-_MOST_ROWS = 128
+# Of new tokens a call; above that the scores leave the cache.
+_MOST_ROWS = 512
+# From so many rows on, softmax runs across rows, over scores as they come out of the first product; it is fast where
+# their number is a multiple of the vector's length.
+_MANY_ROWS = 64
+_VECTOR = 32
 # A hint at how many rows a linear mostly sees; the layouts for 1, 16 and 256 measured the same.
 _ROWS_HINT = 16
 
@@ -78,11 +82,8 @@ def can_prepack() -> bool:
 
 def products_win() -> bool:
     """Whether this CPU is of the kind on which `attention` by products is faster: AVX-512 with bfloat16, but no AMX."""
-    tests = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    if None in tests:
-        return False
-    has_bf16, has_amx = (test() for test in tests)
-    return has_bf16 and not has_amx
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16")) and not found.get("amx_tile")
 
 
 _PRODUCTS_WIN = products_win()
@@ -99,39 +100,42 @@ def attention(
     """Attention of one session's new tokens, by two products where that is faster and by torch's own function else.
 
     `query`: `[1, heads, new, head_dim]`; `keys` and `values`: `[1, kv_heads, stored + new, head_dim]`; `mask`: `[new,
-    stored + new]`, true where a token is seen, all true but for the last `new` columns. Returns `query`'s shape.
+    stored + new]`, true where a token is seen: all but, among the last `new` columns, what comes after it. `is_causal`:
+    the same with nothing stored. Returns `[1, heads, new, head_dim]`.
     """
-    new = query.shape[2]
-    if (
-        not _PRODUCTS_WIN
-        or query.dtype != torch.bfloat16
-        or query.device.type != "cpu"
-        or is_causal
-        or new > _MOST_ROWS
-    ):
-        return scaled_dot_product_attention(
-            query,
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=is_causal,
-            scale=scaling,
-            enable_gqa=query.shape[1] != keys.shape[1],
-        )
-    return _attention_by_products(query, keys, values, scaling, mask)
+    fits = query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.shape[2] <= _MOST_ROWS
+    if _PRODUCTS_WIN and fits:
+        return _attention_by_products(query, keys[0], values[0], scaling)
+    return scaled_dot_product_attention(
+        query,
+        keys,
+        values,
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scaling,
+        enable_gqa=query.shape[1] != keys.shape[1],
+    )
 
 
 def _attention_by_products(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, mask: torch.Tensor | None
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """Scores as `K @ q` for each KV head, its group of query heads side by side. Scores are rounded to bfloat16, as in
-    transformers' eager attention.
+    """Scores as `K @ q` for each KV head, its group of query heads side by side; every new token sees what is stored,
+    itself and the new ones before it. Scores are rounded to bfloat16, as in transformers' eager attention.
     """
-    new, kv_heads, tokens = query.shape[2], keys.shape[1], keys.shape[2]
-    rows = query[0].reshape(kv_heads, -1, query.shape[3])
-    scores = torch.baddbmm(rows.new_empty(()), keys[0], rows.transpose(1, 2), beta=0, alpha=scaling)
-    scores = scores.transpose(1, 2).contiguous()
-    if mask is not None:
-        unseen = ~mask[:, tokens - new :]
-        scores.view(kv_heads, -1, new, tokens)[..., tokens - new :].masked_fill_(unseen, float("-inf"))
-    return torch.bmm(scores.softmax(-1), values[0]).view(query.shape)
+    _, heads, new, head_dim = query.shape
+    kv_heads, tokens, _ = keys.shape
+    rows = query[0].reshape(kv_heads, -1, head_dim) * scaling
+    count = rows.shape[1]
+    across = count >= _MANY_ROWS
+    if across and count % _VECTOR:
+        rows = pad(rows, (0, 0, 0, -count % _VECTOR))
+    scores = torch.bmm(keys, rows.transpose(1, 2))  # [kv_heads, tokens, rows]
+    if not across:
+        scores = scores.transpose(1, 2).contiguous().transpose(1, 2)
+    if new > 1:
+        after = torch.ones((new, new), dtype=torch.bool).tril(-1)  # [token, row]: the token comes after the row's own
+        for start in range(0, count, new):
+            scores[:, tokens - new :, start : start + new].masked_fill_(after, float("-inf"))
+    weights = scores.softmax(1).transpose(1, 2) if across else scores.transpose(1, 2).softmax(-1)
+    return torch.bmm(weights, values)[:, :count].reshape(1, heads, new, head_dim)

@@ -7,6 +7,9 @@ Where it comes from. The packed weight is what torch's inductor makes of frozen 
 `torch/_inductor/fx_passes/mkldnn_fusion.py`, `aten/src/ATen/native/mkldnn/Linear.cpp`). These ops are private, so they
 are tried on a small example before they are used. The order of the products in `attention` is plain algebra: oneDNN's
 bfloat16 `K @ q` reads K as it lies in memory, while flash attention copies it into another layout for every call.
+
+What it gains (bench model, 2 cores of an AMD EPYC with avx512_bf16, best of a run; plain, packed, packed and products):
+decode of 1 chat 47, 30, 21 ms; of 16 chats 269, 247, 117 ms; a follow-up of 45 tokens 95, 70, 58 ms.
 """
 
 from __future__ import annotations

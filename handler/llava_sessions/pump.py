@@ -388,11 +388,18 @@ class Pump:
                 times = f"encode_ms={event.encode_ms:.0f} total_ms={event.total_ms:.0f}"
                 log.info("session_ready session=%s %s", _short(event.session_id), times)
             case OpenFailed():
-                if event.session_id in self._table:
-                    self._table.remove(event.session_id, "failed")
-                    self._sequences.end(event.session_id)
+                self._open_failed(event)
             case Closed():
                 self._hear_closed(event.session_id)
+
+    def _open_failed(self, event: OpenFailed) -> None:
+        if event.session_id in self._opening:
+            entry, _ = self._opening.pop(event.session_id)
+            self._table.release(event.session_id)
+            self._refuse(entry, RuntimeError(event.error))
+        elif event.session_id in self._table:
+            self._table.remove(event.session_id, "failed")
+            self._sequences.end(event.session_id)
 
     def _no_room(self, event: NoRoom) -> None:
         sizes = f"{event.needed_bytes:,} bytes are needed, {event.free_bytes:,} are free"

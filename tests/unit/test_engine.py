@@ -224,6 +224,20 @@ def test_a_picture_that_can_not_be_encoded_fails_only_its_own_session(tiny: Path
     assert chats.engine.memory().sessions == 1
 
 
+def test_a_command_that_fails_is_told_and_harms_nobody(tiny: Path) -> None:
+    chats = Chats(tiny)
+    chats.open("a", 1)
+    chats.run()
+    opening = chats.conversations["a"].opening
+    chats.engine.apply(OpenSession("a", opening.token_ids, opening.pictures))
+    chats.engine.apply(AskSession("a", "t1", [5], Sampling(4, seed=2**70)))
+    told = {type(event): event for event in chats.engine.step()}
+    assert set(told) == {OpenFailed, TurnFailed}
+    assert "open already" in told[OpenFailed].error
+    chats.ask("a", QUESTIONS[0], Sampling(4))
+    assert chats.run()["a"].reason == "length"
+
+
 def test_an_opening_is_announced_once_and_before_any_question(tiny: Path) -> None:
     chats = Chats(tiny, chunk_tokens=4)
     chats.open("a", 1)

@@ -1098,6 +1098,17 @@ def test_a_picture_that_the_engine_fails_at_ends_its_session_alone(front):
     assert front.ask(good)["session_id"] == good
 
 
+def test_an_open_that_the_engine_can_not_take_is_refused_and_its_place_is_free(front):
+    row, until = front.row({"type": "start_session", "image": png()}), time.monotonic() + PATIENCE_S
+    front.engine.budget = None  # makes every open raise
+    replies = [None]
+    while replies == [None] and time.monotonic() < until:
+        replies = front.exchange(row)
+        front.step()
+    assert (replies[0].status, code(replies[0])) == (500, "internal")
+    assert row.sequence_id not in front.table
+
+
 def test_events_about_nobody_are_passed_over(deaf):
     session = opened(deaf)
     row = deaf.start(session)

@@ -217,7 +217,18 @@ class Engine:
         return sum(features.rows.nbytes for features in self._features.values())
 
     def apply(self, command: Command) -> None:
-        """Take one command. What comes of it is told by the events of the following steps."""
+        """Take one command. What comes of it is told by the events of the following steps, an error too."""
+        try:
+            self._do(command)
+        except Exception as error:
+            log.exception("command_failed command=%s", type(command).__name__)
+            message = f"{type(error).__name__}: {error}"
+            if isinstance(command, OpenSession):
+                self._events.append(OpenFailed(command.session_id, message))
+            elif isinstance(command, AskSession):
+                self._events.append(TurnFailed(command.turn_id, message))
+
+    def _do(self, command: Command) -> None:
         match command:
             case OpenSession():
                 self.open(command)
@@ -231,7 +242,7 @@ class Engine:
     def open(self, command: OpenSession) -> None:
         """Hold a new session, if there is room; its pictures are encoded and its ids prefilled by the next steps."""
         if command.session_id in self._sessions:
-            raise ValueError(f"session {command.session_id} is open already")
+            raise ValueError("the session is open already")
         session = _Session(
             id=command.session_id,
             token_ids=list(command.token_ids),
@@ -262,11 +273,8 @@ class Engine:
         if not self._admit(session, command.turn_id, reserved, command.token_ids, command.pictures):
             return
         session.kv.restore()
-        session.reserved_bytes = reserved
-        session.image_positions += self._image_positions(command.token_ids, start)
-        session.token_ids += command.token_ids
-        session.ticket = self._ticket()
-        session.turn = _Turn(
+        # Whatever can fail comes before the session is touched.
+        turn = _Turn(
             id=command.turn_id,
             start_tokens=start,
             start_pictures=len(session.shown),
@@ -277,8 +285,11 @@ class Engine:
             reader=self._reader(sampling.stop),
             asked_at=time.perf_counter(),
         )
+        session.turn, session.ticket, session.reserved_bytes = turn, self._ticket(), reserved
+        session.image_positions += self._image_positions(command.token_ids, start)
+        session.token_ids += command.token_ids
         session.shown += [_Shown(picture, picture.key) for picture in command.pictures]
-        self._turns[command.turn_id] = session
+        self._turns[turn.id] = session
 
     def _unfit(self, session: _Session | None, command: AskSession) -> str | None:
         if session is None:

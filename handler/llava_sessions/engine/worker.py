@@ -62,7 +62,4 @@ class EngineWorker:
                 return True
             if command is None:
                 return False
-            try:
-                self._engine.apply(command)
-            except Exception:
-                log.exception("command_failed command=%s", type(command).__name__)
+            self._engine.apply(command)

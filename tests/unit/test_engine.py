@@ -230,7 +230,7 @@ def test_a_command_that_fails_is_told_and_harms_nobody(tiny: Path) -> None:
     chats.run()
     opening = chats.conversations["a"].opening
     chats.engine.apply(OpenSession("a", opening.token_ids, opening.pictures))
-    chats.engine.apply(AskSession("a", "t1", [5], Sampling(4, seed=2**70)))
+    chats.engine.apply(AskSession("a", "t1", [5], Sampling(4, temperature=1.0, seed=2**70)))
     told = {type(event): event for event in chats.engine.step()}
     assert set(told) == {OpenFailed, TurnFailed}
     assert "open already" in told[OpenFailed].error

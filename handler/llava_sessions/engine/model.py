@@ -185,23 +185,23 @@ class Model:
         """
         packed = _PackedKV(segments)
         ids = [token for s in segments for token in s.token_ids]
-        positions = torch.cat([torch.arange(s.kv.length, s.kv.length + len(s.token_ids)) for s in segments])
+        positions = [at for s in segments for at in range(s.kv.length, s.kv.length + len(s.token_ids))]
         embeddings = self._embed(ids, segments)
         hidden = self._text(
             inputs_embeds=embeddings,
-            position_ids=positions[None].to(self.device),
+            position_ids=self._on_device(positions)[None],
             past_key_values=packed,
             packed=packed,
         ).last_hidden_state[0]
         wanted = [span.end - 1 for span, segment in zip(packed.spans, segments, strict=True) if segment.sample]
-        logits = self._model.lm_head(hidden[wanted])
+        logits = self._model.lm_head(hidden.index_select(0, self._on_device(wanted)))
         for segment in segments:
             segment.kv.length += len(segment.token_ids)
         return logits
 
     def _embed(self, ids: list[int], segments: list[Segment]) -> torch.Tensor:
         """Token embeddings `[1, rows, hidden]`, with the pictures' features in place of their image tokens."""
-        embeddings = self._text.embed_tokens(torch.tensor([ids], device=self.device))
+        embeddings = self._text.embed_tokens(self._on_device(ids)[None])
         features, places, start = [], [], 0
         for segment in segments:
             if segment.features is not None:
@@ -209,8 +209,13 @@ class Model:
                 places += [start + place for place in segment.feature_places]
             start += len(segment.token_ids)
         if features:
-            embeddings[0, torch.tensor(places, device=self.device)] = torch.cat(features).to(embeddings.dtype)
+            embeddings[0].index_copy_(0, self._on_device(places), torch.cat(features).to(embeddings.dtype))
         return embeddings
+
+    def _on_device(self, numbers: list[int]) -> torch.Tensor:
+        """int64 `[len(numbers)]`, without waiting for the device."""
+        tensor = torch.tensor(numbers, dtype=torch.int64)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def peak_bytes(self) -> int:
         """The most that torch's allocator held on the device since the last call; 0 on CPU."""

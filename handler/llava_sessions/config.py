@@ -84,6 +84,8 @@ def _limits(reader: _Section) -> Limits:
         max_prompt_chars=reader.integer("max_prompt_chars", default.max_prompt_chars, 1, 10_000_000),
         default_new_tokens=reader.integer("default_new_tokens", default.default_new_tokens, 1, 1_000_000),
         max_new_tokens=reader.integer("max_new_tokens", default.max_new_tokens, 1, 1_000_000),
+        max_frames=reader.integer("max_frames", default.max_frames, 1, 1_000),
+        default_deadline_ms=reader.integer("default_deadline_ms", default.default_deadline_ms, 1, 600_000),
         max_pictures=reader.integer("max_pictures", default.max_pictures, 1, 1_000),
     )
     if limits.default_new_tokens > limits.max_new_tokens:

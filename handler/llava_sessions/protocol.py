@@ -7,6 +7,7 @@ Knows neither torch nor TorchServe, and no session: whether an id is open is for
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -19,19 +20,22 @@ from .errors import Refused
 SESSION_HEADER = "X-Amzn-SageMaker-Session-Id"
 NEW_SESSION_HEADER = "X-Amzn-SageMaker-New-Session-Id"
 CLOSED_SESSION_HEADER = "X-Amzn-SageMaker-Closed-Session-Id"
+INFERENCE_HEADER = "X-Amzn-SageMaker-Inference-Id"
 NEW_SESSION = "NEW_SESSION"
 SESSION_ID_PATTERN = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9])*")
 SESSION_ID_MAX_CHARS = 226
+# Long enough that two callers do not choose the same one.
+_REQUEST_ID = re.compile(r"[!-~]{16,64}")
 
 JSON_TYPE = "application/json"
 STREAM_TYPE = "application/x-ndjson"
 
 _TYPES = {"start_session": "open", "send_text_prompt": "ask", "close_session": "close", "cancel": "cancel"}
 _PICTURE_FIELDS = ("image", "images", "path")
-_OPEN_FIELDS = {"type", "session_id", *_PICTURE_FIELDS}
+_OPEN_FIELDS = {"type", "session_id", "request_id", "video", *_PICTURE_FIELDS}
 _ASK_FIELDS = {
     *("type", "session_id", "prompt_text", "stream", "max_new_tokens", "temperature", "top_p", "seed", "stop"),
-    *("return_token_ids", *_PICTURE_FIELDS),
+    *("return_token_ids", "request_id", "deadline_ms", *_PICTURE_FIELDS),
 }
 _SESSION_FIELDS = {"type", "session_id"}
 
@@ -46,6 +50,8 @@ class Limits:
     max_stop_strings: int = 8
     max_stop_chars: int = 64
     max_pictures: int = 8
+    max_frames: int = 32
+    default_deadline_ms: int = 55_000
 
 
 @dataclass(frozen=True)
@@ -58,16 +64,22 @@ class PictureSource:
 
 @dataclass(frozen=True)
 class Open:
-    """Open a session on one or more pictures."""
+    """Open a session on one or more pictures, or on the frames of one clip.
+
+    An open with the `retry_key` of an earlier one is that open again: the same request id, and the same body.
+    """
 
     pictures: tuple[PictureSource, ...]
+    frames: tuple[PictureSource, ...] = ()
+    retry_key: str | None = None
 
 
 @dataclass(frozen=True)
 class Ask:
     """One turn. `temperature` 0 is greedy; `seed` None draws a fresh one; token counts are in tokens.
 
-    `pictures` are further ones, shown with this question.
+    `pictures` are further ones, shown with this question. `request_id`: an ask that was seen before is not run again.
+    `deadline_ms` from its arrival the answer ends as it is; None: never.
     """
 
     session_id: str
@@ -79,6 +91,8 @@ class Ask:
     seed: int | None
     stop: tuple[str, ...]
     return_token_ids: bool
+    request_id: str | None
+    deadline_ms: int | None
     pictures: tuple[PictureSource, ...] = ()
 
 
@@ -112,10 +126,10 @@ def parse(body: Any, headers: Mapping[str, str], limits: Limits) -> Request:
         raise Refused("invalid_request", f"The request has {got}; it must be one of {', '.join(map(repr, _TYPES))}.")
     action = _TYPES[kind]
     if action == "open":
-        return _open(payload, limits)
+        return _open(payload, headers, limits)
     session_id = _session_id(payload, headers)
     if action == "ask":
-        return _ask(payload, session_id, limits)
+        return _ask(payload, headers, session_id, limits)
     _known_fields(payload, _SESSION_FIELDS)
     return Close(session_id) if action == "close" else Cancel(session_id)
 
@@ -134,15 +148,28 @@ def _payload(body: Any) -> dict[str, Any]:
     return body
 
 
-def _open(payload: dict[str, Any], limits: Limits) -> Open:
+def _open(payload: dict[str, Any], headers: Mapping[str, str], limits: Limits) -> Open:
     _known_fields(payload, _OPEN_FIELDS)
     if _text(payload, "session_id") not in (None, "", NEW_SESSION):
         raise Refused("invalid_request", "A new session gets its id from the server; open without a 'session_id'.")
-    pictures = _pictures(payload, limits)
-    if not pictures:
-        wanted = "a session opens with 'image', 'images' or 'path'"
+    pictures, frames = _pictures(payload, limits), ()
+    if payload.get("video") is not None:
+        frames = tuple(PictureSource(image=frame) for frame in _images(payload, "video", limits.max_frames))
+    if not pictures and not frames:
+        wanted = "a session opens with 'image', 'images', 'path' or 'video'"
         raise Refused("invalid_request", f"No picture was given; {wanted}.")
-    return Open(pictures)
+    if pictures and frames:
+        raise Refused("invalid_request", "A session opens with pictures or with a 'video'; both were given.")
+    return Open(pictures, frames, _retry_key(payload, headers))
+
+
+def _retry_key(payload: dict[str, Any], headers: Mapping[str, str]) -> str | None:
+    """What a repeated open is known by. With the body in it: the same id in other hands opens no session of theirs."""
+    request_id = _request_id(payload, headers)
+    if request_id is None:
+        return None
+    body = json.dumps(payload, sort_keys=True)
+    return hashlib.sha256(f"{request_id} {body}".encode()).hexdigest()
 
 
 def _pictures(payload: dict[str, Any], limits: Limits) -> tuple[PictureSource, ...]:
@@ -155,40 +182,55 @@ def _pictures(payload: dict[str, Any], limits: Limits) -> tuple[PictureSource, .
         return (PictureSource(image=_text(payload, "image")),)
     if given == ["path"]:
         return (PictureSource(path=_text(payload, "path")),)
-    return tuple(PictureSource(image=image) for image in _images(payload, limits)) if given else ()
+    if not given:
+        return ()
+    return tuple(PictureSource(image=image) for image in _images(payload, "images", limits.max_pictures))
 
 
-def _images(payload: dict[str, Any], limits: Limits) -> list[str]:
-    images = payload["images"]
+def _images(payload: dict[str, Any], name: str, most: int) -> list[str]:
+    images = payload[name]
     if not isinstance(images, list):
-        raise Refused("invalid_request", f"'images' is a JSON {_json_type(images)}; an array of strings is wanted.")
+        raise Refused("invalid_request", f"'{name}' is a JSON {_json_type(images)}; an array of strings is wanted.")
     if not images:
-        raise Refused("invalid_request", "'images' is empty; at least one picture is wanted.")
-    if len(images) > limits.max_pictures:
-        sizes = f"{len(images)} pictures; at most {limits.max_pictures} are taken in one request"
-        raise Refused("too_large", f"'images' has {sizes}.")
+        raise Refused("invalid_request", f"'{name}' is empty; at least one picture is wanted.")
+    if len(images) > most:
+        raise Refused("too_large", f"'{name}' has {len(images)} pictures; at most {most} are taken in one request.")
     for image in images:
         if not isinstance(image, str):
-            raise Refused("invalid_request", f"'images' holds a JSON {_json_type(image)}; strings are wanted.")
+            raise Refused("invalid_request", f"'{name}' holds a JSON {_json_type(image)}; strings are wanted.")
     return images
 
 
-def _ask(payload: dict[str, Any], session_id: str, limits: Limits) -> Ask:
+def _request_id(payload: dict[str, Any], headers: Mapping[str, str]) -> str | None:
+    """The id by which a repeated request is known: the body's, else SageMaker's own."""
+    request_id = _text(payload, "request_id")
+    if request_id is None:
+        given = headers.get(INFERENCE_HEADER.lower())
+        return given if isinstance(given, str) and _REQUEST_ID.fullmatch(given) else None
+    if not _REQUEST_ID.fullmatch(request_id):
+        raise Refused("invalid_request", "'request_id' must be 16 to 64 printable ASCII characters, such as a UUID.")
+    return request_id
+
+
+def _ask(payload: dict[str, Any], headers: Mapping[str, str], session_id: str, limits: Limits) -> Ask:
     _known_fields(payload, _ASK_FIELDS)
     prompt_text = _prompt(payload, "prompt_text", limits)
     if prompt_text is None or not prompt_text.strip():
         raise Refused("invalid_request", "'prompt_text' is missing or empty; a question is wanted.")
-    temperature = _number(payload, "temperature", 0.0, 0.0, 10.0)
+    stream = _flag(payload, "stream")
     return Ask(
         session_id=session_id,
         prompt_text=prompt_text,
-        stream=_flag(payload, "stream"),
+        stream=stream,
         max_new_tokens=_integer(payload, "max_new_tokens", limits.default_new_tokens, 1, limits.max_new_tokens),
-        temperature=temperature,
+        temperature=_number(payload, "temperature", 0.0, 0.0, 10.0),
         top_p=_number(payload, "top_p", 1.0, 0.0, 1.0, above=True),
         seed=_integer(payload, "seed", None, 0, 2**63 - 1),
         stop=_stop(payload, limits),
         return_token_ids=_flag(payload, "return_token_ids"),
+        request_id=_request_id(payload, headers),
+        # A whole answer must come before SageMaker gives up (60 s); a stream is kept open by its chunks.
+        deadline_ms=_integer(payload, "deadline_ms", None if stream else limits.default_deadline_ms, 1, 600_000),
         pictures=_pictures(payload, limits),
     )
 

@@ -9,6 +9,7 @@ status of a reply stays free until there is something to say, and a refusal or a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import queue
@@ -16,6 +17,7 @@ import re
 import threading
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -46,7 +48,7 @@ from .engine.messages import (
 )
 from .errors import Refused
 from .rows import EngineDoor, Entry, Reply, Row, SequenceEnd, Turn
-from .sessions import SessionTable
+from .sessions import Session, SessionTable
 from .telemetry import Figures
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ CLOSE_WAIT_S = 2.0
 # While rows are active, TorchServe calls without a pause; a silence of this length means that all their clients are
 # gone.
 SILENCE_S = 5.0
+_OPENS_KEPT = 10_000
 # How the frontend names a sequence that came without an id (InferenceRequestHandler.java).
 _FRONTEND_ID = re.compile(r"ts-seq-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -92,6 +95,8 @@ class Pump:
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="media")
         self._entries: dict[str, Entry] = {}
         self._turns: dict[str, Turn] = {}
+        self._opens: OrderedDict[str, str] = OrderedDict()  # sessions by what a repeated open is known by
+        self._joined_opens: dict[str, list[Entry]] = {}
         self._opening: dict[str, tuple[Entry, Opening]] = {}
         self._closing: dict[str, list[Entry]] = {}
         self._memory = Memory()
@@ -174,12 +179,37 @@ class Pump:
         # The frontend routes by the id that it made; behind a literal NEW_SESSION it made none.
         made = row.fresh and _FRONTEND_ID.fullmatch(row.sequence_id)
         session_id = row.sequence_id if made else f"ls-{uuid.uuid4()}"
+        if request.retry_key is not None and self._opened_before(entry, request.retry_key):
+            return
         self._table.reserve(session_id)
+        if request.retry_key is not None:
+            self._remember_open(request.retry_key, session_id)
         entry.preparing = self._pool.submit(self._prepare, request)
         entry.preparing.add_done_callback(lambda _: self._inbox.put(partial(self._prepared, entry, session_id)))
 
+    def _opened_before(self, entry: Entry, retry_key: str) -> bool:
+        """Answer a repeated open with the session of the first: at once, or when that one is."""
+        session_id = self._opens.get(retry_key)
+        if session_id is None or session_id not in self._table:
+            return False
+        session = self._table.find(session_id)
+        if session is None:
+            self._joined_opens.setdefault(session_id, []).append(entry)
+        else:
+            self._tell_open(entry, session)
+        return True
+
+    def _remember_open(self, retry_key: str, session_id: str) -> None:
+        self._opens[retry_key] = session_id
+        while len(self._opens) > _OPENS_KEPT:
+            self._opens.popitem(last=False)
+
     def _prepare(self, request: protocol.Open) -> Opening:
         """Runs beside the pump, so that a slow host or a large picture delays nobody else."""
+        if request.frames:
+            frames = self._load(request.frames)
+            key = hashlib.sha256(" ".join(key for key, _ in frames).encode()).hexdigest()
+            return self._tokens.clip_opening(key, [frame for _, frame in frames])
         return self._tokens.opening(self._load(request.pictures))
 
     def _prepare_turn(self, conversation: Conversation, ask: protocol.Ask) -> tuple[list[int], tuple[Picture, ...]]:
@@ -202,14 +232,10 @@ class Pump:
         try:
             opening = entry.preparing.result()
             self._fits(len(opening.token_ids) + 1)
-            if entry.row.request_id not in self._entries:
-                raise Refused("invalid_request", "The client has left.")  # told to nobody
+            if not self._waiting_for_open(entry, session_id):
+                raise Refused("invalid_request", "All who asked for it have left.")  # told to nobody
         except Exception as error:
-            self._table.release(session_id)
-            if entry.row.request_id in self._entries:
-                self._refuse(entry, error)
-            else:
-                self._sequences.end(entry.row.sequence_id)
+            self._open_refused(entry, session_id, error)
             return
         self._opening[session_id] = (entry, opening)
         self._engine.submit(OpenSession(session_id, opening.token_ids, opening.pictures))
@@ -218,22 +244,46 @@ class Pump:
         """The engine has room for the session."""
         entry, opening = self._opening.pop(session_id)
         session = self._table.open(session_id, Conversation(opening.without_arrays()), self._clock())
-        if entry.row.request_id not in self._entries:  # its client has left: nobody knows the id
+        waiting = self._waiting_for_open(entry, session_id)
+        self._joined_opens.pop(session_id, None)
+        if not waiting:  # its clients have left: nobody knows the id
             self._table.remove(session_id, "closed")
             self._engine.submit(CloseSession(session_id))
+            self._sequences.end(entry.row.sequence_id)
             return
-        body = protocol.opened(session_id, session.expires, opening.image_tokens, len(opening.token_ids))
-        entry.final = Reply(json.dumps(body), headers=protocol.session_headers(session_id, session.expires))
-        log.info(
-            "session_open session=%s tokens=%d open=%d", _short(session_id), len(opening.token_ids), len(self._table)
-        )
+        for row in waiting:
+            self._tell_open(row, session)
+        counts = f"tokens={len(opening.token_ids)} open={len(self._table)}"
+        log.info("session_open session=%s %s", _short(session_id), counts)
+
+    def _open_refused(self, entry: Entry, session_id: str, error: Exception) -> None:
+        """Give the place back, and tell whoever is still there."""
+        self._table.release(session_id)
+        waiting = self._waiting_for_open(entry, session_id)
+        self._joined_opens.pop(session_id, None)
+        for row in waiting:
+            self._refuse(row, error)
+        if entry not in waiting:
+            self._sequences.end(entry.row.sequence_id)
+
+    def _waiting_for_open(self, entry: Entry, session_id: str) -> list[Entry]:
+        """The rows that the open's outcome is told to: its own, and those of its repetitions."""
+        rows = [entry, *self._joined_opens.get(session_id, [])]
+        return [row for row in rows if row.row.request_id in self._entries]
+
+    def _tell_open(self, entry: Entry, session: Session[Conversation]) -> None:
+        opening = session.conversation.opening
+        body = protocol.opened(session.id, session.expires, opening.image_tokens, len(opening.token_ids))
+        entry.final = Reply(json.dumps(body), headers=protocol.session_headers(session.id, session.expires))
 
     def _ask(self, entry: Entry, ask: protocol.Ask) -> None:
         session = self._table.get(ask.session_id, self._clock())
         turn_id = entry.row.request_id
-        self._table.begin_turn(session, turn_id)
         entry.streamed = ask.stream
-        self._turns[turn_id] = Turn(session, ask, entry, preparing=bool(ask.pictures))
+        if ask.request_id is not None and self._asked_before(entry, session, ask.request_id):
+            return
+        self._table.begin_turn(session, turn_id)
+        self._turns[turn_id] = Turn(session, ask, [entry], preparing=bool(ask.pictures))
         if ask.pictures:
             entry.preparing = self._pool.submit(self._prepare_turn, session.conversation, ask)
             entry.preparing.add_done_callback(lambda _: self._inbox.put(partial(self._turn_prepared, entry)))
@@ -244,6 +294,20 @@ class Pump:
             self._end_turn(turn_id, cancelled=False)
             raise
 
+    def _asked_before(self, entry: Entry, session: Session[Conversation], request_id: str) -> bool:
+        """Answer a repeated ask by the answer that is known, or with the one that is being made."""
+        running = self._turns.get(session.turn_id)
+        if request_id in session.answers:
+            text, facts = session.answers[request_id]
+            self._tell_words(entry, text)
+            self._tell_end(entry, text, facts)
+        elif running is not None and running.ask.request_id == request_id:
+            running.entries.append(entry)
+            self._tell_words(entry, "".join(running.text))
+        else:
+            return False
+        return True
+
     def _turn_prepared(self, entry: Entry) -> None:
         """The pictures of a question are there, or one is refused."""
         turn_id = entry.row.request_id
@@ -252,27 +316,27 @@ class Pump:
         try:
             self._start(turn_id, *entry.preparing.result())
         except Exception as error:
-            self._end_turn(turn_id, cancelled=False)
-            self._refuse(entry, error)
+            for waiting in self._end_turn(turn_id, cancelled=False).entries:
+                self._refuse(waiting, error)
 
     def _start(self, turn_id: str, prompt_ids: list[int], pictures: tuple[Picture, ...]) -> None:
         """Hand a turn to the engine, if the context has room for it."""
         turn = self._turns[turn_id]
         self._fits(len(turn.session.conversation.token_ids) + len(prompt_ids) + 1)
         turn.prompt_ids, turn.preparing, ask = prompt_ids, False, turn.ask
-        sampling = Sampling(ask.max_new_tokens, ask.temperature, ask.top_p, ask.seed, ask.stop)
+        sampling = Sampling(ask.max_new_tokens, ask.temperature, ask.top_p, ask.seed, ask.stop, ask.deadline_ms)
         self._engine.submit(AskSession(turn.session.id, turn_id, prompt_ids, sampling, pictures))
 
     def _stop(self, turn_id: str) -> None:
         """End a turn before its time: by the engine, if that has it already."""
         if self._turns[turn_id].preparing:
-            self._cancelled(turn_id)
+            self._cancelled(turn_id, "cancelled")
         else:
             self._engine.submit(CancelTurn(turn_id))
 
-    def _cancelled(self, turn_id: str) -> None:
+    def _cancelled(self, turn_id: str, reason: str) -> None:
         turn = self._end_turn(turn_id, cancelled=True)
-        self._tell(turn, {"session_id": turn.session.id, "finish_reason": "cancelled"})
+        self._tell(turn, {"session_id": turn.session.id, "finish_reason": reason})
 
     def _fits(self, tokens: int) -> None:
         if tokens > self._context_tokens:
@@ -290,7 +354,7 @@ class Pump:
         session.closing = True
         self._closing[session_id] = [entry]
         if session.turn_id is not None and self._turns[session.turn_id].preparing:
-            self._cancelled(session.turn_id)
+            self._cancelled(session.turn_id, "cancelled")
         self._engine.submit(CloseSession(session_id))
 
     def _is_ours(self, entry: Entry) -> bool:
@@ -322,11 +386,12 @@ class Pump:
             entry = self._entries.pop(request_id)
             if self._is_foreign(entry):
                 self._sequences.end(entry.row.sequence_id)
-            turn = self._turns.get(request_id)
-            if turn is not None:
-                log.info("client_left session=%s", _short(turn.session.id))
-                turn.entry = None
-                self._stop(request_id)
+            for turn_id, turn in list(self._turns.items()):
+                if entry in turn.entries:
+                    turn.entries.remove(entry)
+                    if not turn.entries:
+                        log.info("client_left session=%s", _short(turn.session.id))
+                        self._stop(turn_id)
 
     # --- events ---
 
@@ -368,14 +433,14 @@ class Pump:
             case Delta():
                 turn = self._turns[event.turn_id]
                 turn.text.append(event.text)
-                if turn.entry is not None and turn.entry.streamed:
-                    turn.entry.lines.append(protocol.line({"delta": event.text}))
+                for entry in turn.entries:
+                    self._tell_words(entry, event.text)
             case Finished():
                 turn = self._end_turn(event.turn_id, cancelled=False)
                 turn.session.conversation.commit(turn.prompt_ids, event.kept_ids)
                 self._answer(turn, event)
             case Cancelled():
-                self._cancelled(event.turn_id)
+                self._cancelled(event.turn_id, event.reason)
             case TurnFailed():
                 turn = self._end_turn(event.turn_id, cancelled=False)
                 refused = _as_refusal(RuntimeError(event.error))
@@ -395,8 +460,7 @@ class Pump:
     def _open_failed(self, event: OpenFailed) -> None:
         if event.session_id in self._opening:
             entry, _ = self._opening.pop(event.session_id)
-            self._table.release(event.session_id)
-            self._refuse(entry, RuntimeError(event.error))
+            self._open_refused(entry, event.session_id, RuntimeError(event.error))
         elif event.session_id in self._table:
             self._table.remove(event.session_id, "failed")
             self._sequences.end(event.session_id)
@@ -410,8 +474,7 @@ class Pump:
             self._tell(self._end_turn(event.turn_id, cancelled=False), refused.body(), status=refused.status)
             return
         entry, _ = self._opening.pop(event.session_id)
-        self._table.release(event.session_id)
-        self._refuse(entry, refused)
+        self._open_refused(entry, event.session_id, refused)
 
     def _hear_closed(self, session_id: str) -> None:
         waiting = self._closing.pop(session_id, None)
@@ -434,24 +497,35 @@ class Pump:
         self._turns_total += 1
         usage, timings = vars(event.usage), {name: round(ms, 1) for name, ms in vars(event.timings).items()}
         ids = event.answer_ids if turn.ask.return_token_ids else None
-        self._tell(turn, protocol.answer_facts(turn.session.id, event.reason, usage, timings, ids))
+        facts = protocol.answer_facts(turn.session.id, event.reason, usage, timings, ids)
+        if turn.ask.request_id is not None:
+            turn.session.keep_answer(turn.ask.request_id, (event.text, facts))
+        self._tell(turn, facts)
         counts = f"prompt={usage['prompt_tokens']} cached={usage['cached_tokens']} answer={usage['completion_tokens']}"
         times = f"ttft_ms={timings['ttft_ms']} total_ms={timings['total_ms']}"
         log.info("turn_done session=%s reason=%s %s %s", _short(turn.session.id), event.reason, counts, times)
 
     def _tell(self, turn: Turn, facts: dict, status: int = 200) -> None:
-        """Give the turn's row its last words: a last line when it streams, else one body with the whole answer."""
-        entry = turn.entry
-        if entry is None:
-            return
-        if status != 200 and not entry.head_sent:
-            entry.lines.clear()
-            entry.final = Reply(json.dumps(facts), status=status)
-        elif entry.streamed:
+        """Give the turn's rows their last words."""
+        for entry in turn.entries:
+            if status != 200 and not entry.head_sent:
+                entry.lines.clear()
+                entry.final = Reply(json.dumps(facts), status=status)
+            else:
+                self._tell_end(entry, "".join(turn.text), facts)
+
+    def _tell_words(self, entry: Entry, text: str) -> None:
+        """The next words of an answer, where it streams."""
+        if entry.streamed and text:
+            entry.lines.append(protocol.line({"delta": text}))
+
+    def _tell_end(self, entry: Entry, text: str, facts: dict) -> None:
+        """A last line when it streams, else one body with the whole answer."""
+        if entry.streamed:
             last = facts if "error" in facts else {"delta": "", **facts}
             entry.final = Reply(protocol.line(last), more=False, content_type=protocol.STREAM_TYPE)
         else:
-            entry.final = Reply(json.dumps({"response_text": "".join(turn.text), **facts}, ensure_ascii=False))
+            entry.final = Reply(json.dumps({"response_text": text, **facts}, ensure_ascii=False))
 
     # --- replies ---
 

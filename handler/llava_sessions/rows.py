@@ -78,14 +78,14 @@ class Entry:
 
 @dataclass
 class Turn:
-    """A running turn; `entry` is None when its client has left.
+    """A running turn. `entries` are the rows that wait for it: more than one where a request was repeated.
 
     While its pictures are `preparing`, the engine knows nothing of it and `prompt_ids` is empty.
     """
 
     session: Session[Conversation]
     ask: protocol.Ask
-    entry: Entry | None
+    entries: list[Entry]
     preparing: bool = False
     prompt_ids: list[int] = field(default_factory=list)
     waiting_cancels: list[Entry] = field(default_factory=list)

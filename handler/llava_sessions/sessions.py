@@ -9,26 +9,37 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from .errors import Refused
 
 Conversation = TypeVar("Conversation")
 
 _REMEMBERED = 10_000
+_ANSWERS_KEPT = 8
 
 
 @dataclass
 class Session(Generic[Conversation]):
-    """One open chat. `turn_id` is the request id of the running turn; `expires_at_s` is absolute."""
+    """One open chat. `turn_id` is the request id of the running turn; `expires_at_s` is absolute.
+
+    `answers` are the latest finished ones, by the callers' ids of their requests: a repeated request is told again.
+    """
 
     id: str
     conversation: Conversation
     expires_at_s: float
     turn_id: str | None = None
     closing: bool = False
+    answers: OrderedDict[str, Any] = field(default_factory=OrderedDict)
+
+    def keep_answer(self, request_id: str, answer: Any) -> None:
+        """Remember an answer for a retry of its request; the oldest make room."""
+        self.answers[request_id] = answer
+        while len(self.answers) > _ANSWERS_KEPT:
+            self.answers.popitem(last=False)
 
     @property
     def expires(self) -> str:
@@ -95,6 +106,10 @@ class SessionTable(Generic[Conversation]):
         if reason == "failed":
             raise Refused("internal", "The session's picture could not be prepared; the server's log has the cause.")
         raise Refused("session_not_found", "No session of that id is open here; open one with a picture first.")
+
+    def find(self, session_id: str) -> Session[Conversation] | None:
+        """The open session of that id, or None; expiry is not looked at."""
+        return self._open.get(session_id)
 
     def was_closed(self, session_id: str) -> bool:
         """Whether the id's session was closed, or could not be prepared (within the last ids that are remembered)."""

@@ -7,6 +7,7 @@ import random
 import re
 import threading
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
@@ -174,6 +175,28 @@ def test_a_new_session_opens_whatever_the_header_says(http: httpx.Client, header
         chat = Chat(http, session_id, "")
         assert chat.ask("How many shapes are there?")["finish_reason"] == "stop"
         chat.close()
+
+
+def test_a_retry_gets_the_same_answer_and_runs_once(http: httpx.Client, server: TorchServe) -> None:
+    """As boto3 repeats a request that timed out: the same body, and SageMaker's id of the inference."""
+    once = {"X-Amzn-SageMaker-Inference-Id": str(uuid.uuid4())}
+    body = {"type": "start_session", "image": _data_url(FIRST)}
+    with ThreadPoolExecutor(3) as pool:
+        opened = list(pool.map(lambda _: http.post("/invocations", json=body, headers=once).json(), range(3)))
+    assert len({reply["session_id"] for reply in opened}) == 1
+    chat = Chat(http, opened[0]["session_id"], opened[0]["expires"])
+    ask = {"type": "send_text_prompt", "prompt_text": "Which shapes are there?", "request_id": str(uuid.uuid4())}
+    with ThreadPoolExecutor(3) as pool:
+        asks = [pool.submit(http.post, "/invocations", json=ask, headers=chat.headers) for _ in range(3)]
+        answers = [reply.result().json() for reply in asks]
+    assert answers[0] == answers[1] == answers[2]
+    after = chat.ask("How many shapes are there?")
+    assert after["usage"]["cached_tokens"] == answers[0]["usage"]["prompt_tokens"] + _kept(answers[0])
+    chat.close()
+
+
+def _kept(answer: dict) -> int:
+    return answer["usage"]["completion_tokens"] - 1
 
 
 def test_sampling_by_seed_and_stop_strings_reach_the_engine(http: httpx.Client) -> None:

@@ -224,6 +224,37 @@ def test_a_picture_that_can_not_be_encoded_fails_only_its_own_session(tiny: Path
     assert chats.engine.memory().sessions == 1
 
 
+def test_a_deadline_ends_an_answer_with_what_it_has(tiny: Path) -> None:
+    cut, whole = Chats(tiny), Chats(tiny)
+    for chats in (cut, whole):
+        chats.open("a", 1)
+        chats.run()
+    whole.ask("a", QUESTIONS[0], Sampling(12))
+    expected = whole.run()["a"].answer_ids
+    cut.ask("a", QUESTIONS[0], Sampling(12, deadline_ms=600_000))
+    cut.run(steps=5)
+    cut.engine._sessions["a"].turn.ends_at = 0.0  # time passes
+    event = cut.run()["a"]
+    assert (event.reason, event.answer_ids) == ("deadline", expected[:5])
+    cut.ask("a", QUESTIONS[1], Sampling(4))
+    assert cut.run()["a"].usage.prompt_tokens == len(cut.conversations["a"].token_ids) - 4
+
+
+def test_a_deadline_before_the_first_token_leaves_the_session_as_it_was(tiny: Path) -> None:
+    late, calm = Chats(tiny, chunk_tokens=1), Chats(tiny)
+    for chats in (late, calm):
+        chats.open("a", 1)
+        chats.run()
+    late.ask("a", "what is in this picture of a circle?", Sampling(12, deadline_ms=600_000))
+    late.run(steps=2)
+    late.engine._sessions["a"].turn.ends_at = 0.0
+    late.run()
+    assert late.events[-1] == Cancelled("turn-a", "deadline")
+    for chats in (late, calm):
+        chats.ask("a", QUESTIONS[0], Sampling(6))
+    assert late.run()["a"].answer_ids == calm.run()["a"].answer_ids
+
+
 def test_a_command_that_fails_is_told_and_harms_nobody(tiny: Path) -> None:
     chats = Chats(tiny)
     chats.open("a", 1)

@@ -256,6 +256,54 @@ def test_a_picture_of_another_type_is_refused_by_its_type(field, value, kind):
 # --- send_text_prompt ---
 
 
+REQUEST_ID = "3f0c6a52-7f0e-4a55-9d39-2b1f0f6f1c11"
+
+
+def test_a_request_id_is_the_bodys_or_sagemakers():
+    header = {"x-amzn-sagemaker-inference-id": "f" * 36}
+    assert parse(ask(request_id=REQUEST_ID), header, Limits()).request_id == REQUEST_ID
+    assert parse(ask(), header, Limits()).request_id == "f" * 36
+    assert parse(ask(), {"x-amzn-sagemaker-inference-id": "short"}, Limits()).request_id is None
+
+
+@pytest.mark.parametrize("request_id", [5, "", "short", "x" * 65, "with a space in the id", "ümlaut-ümlaut-ümlaut"])
+def test_a_request_id_that_could_be_anybodys_is_refused(request_id):
+    with pytest.raises(Refused, match="request_id"):
+        parse(ask(request_id=request_id), {}, Limits())
+
+
+def test_a_repeated_open_is_known_by_its_id_and_its_body():
+    def key(image="AAAA", request_id=REQUEST_ID):
+        body = {"type": "start_session", "image": image, "request_id": request_id}
+        return parse(body, {}, Limits()).retry_key
+
+    assert key() == key() is not None
+    assert len({key(), key(image="AAAB"), key(request_id="another-id-of-sixteen")}) == 3
+    assert parse({"type": "start_session", "image": "AAAA"}, {}, Limits()).retry_key is None
+
+
+def test_a_deadline_holds_for_whole_answers_unless_it_is_given():
+    assert parse(ask(), {}, Limits(default_deadline_ms=9)).deadline_ms == 9
+    assert parse(ask(stream=True), {}, Limits()).deadline_ms is None
+    assert parse(ask(stream=True, deadline_ms=70), {}, Limits()).deadline_ms == 70
+    for wrong in (0, -1, 1.5, "soon", 10**9):
+        with pytest.raises(Refused, match="deadline_ms"):
+            parse(ask(deadline_ms=wrong), {}, Limits())
+
+
+def test_a_clip_is_a_list_of_frames():
+    opened = parse({"type": "start_session", "video": ["AAAA", "BBBB"]}, {}, Limits())
+    assert [frame.image for frame in opened.frames] == ["AAAA", "BBBB"]
+    assert opened.pictures == ()
+    for wrong in ("AAAA", [], [5]):
+        with pytest.raises(Refused, match="video"):
+            parse({"type": "start_session", "video": wrong}, {}, Limits())
+    with pytest.raises(Refused, match="at most 2"):
+        parse({"type": "start_session", "video": ["A"] * 3}, {}, Limits(max_frames=2))
+    with pytest.raises(Refused, match="both"):
+        parse({"type": "start_session", "video": ["A"], "image": "A"}, {}, Limits())
+
+
 def test_an_ask_without_options_takes_the_defaults():
     assert parse(ask(), {}, Limits(default_new_tokens=77)) == Ask(
         session_id="s1",
@@ -267,6 +315,8 @@ def test_an_ask_without_options_takes_the_defaults():
         seed=None,
         stop=(),
         return_token_ids=False,
+        request_id=None,
+        deadline_ms=55_000,
     )
 
 

@@ -28,6 +28,7 @@ from llava_sessions.engine.kv import choose_budget
 from llava_sessions.engine.messages import (
     Accepted,
     AskSession,
+    Cancelled,
     Closed,
     CloseSession,
     Delta,
@@ -1107,6 +1108,87 @@ def test_an_open_that_the_engine_can_not_take_is_refused_and_its_place_is_free(f
         front.step()
     assert (replies[0].status, code(replies[0])) == (500, "internal")
     assert row.sequence_id not in front.table
+
+
+# --- repeated requests, deadlines, clips ---
+
+RETRY = "3f0c6a52-7f0e-4a55-9d39-2b1f0f6f1c11"
+
+
+def test_a_repeated_ask_is_told_again_and_not_run_again(front):
+    session = front.open()
+    first = front.ask(session, request_id=RETRY)
+    again = front.ask(session, "another question", request_id=RETRY)
+    assert again == first
+    ((*_, last),) = front.settle(front.ask_row(session, request_id=RETRY, stream=True))
+    lines = [json.loads(line) for line in last.body.splitlines()]
+    assert "".join(line["delta"] for line in lines) == first["response_text"]
+    assert lines[-1]["usage"] == first["usage"]
+    assert front.pump.figures().turns_total == 1
+    assert front.ask(session)["usage"]["prompt_tokens"] > first["usage"]["prompt_tokens"]
+
+
+def test_a_repeated_ask_joins_the_running_turn(front):
+    session = front.open()
+    first = front.start(session, request_id=RETRY, max_new_tokens=8)
+    front.step()
+    whole, streamed = (front.ask_row(session, request_id=RETRY, stream=stream) for stream in (False, True))
+    (reply,), (told,), chunks = front.settle(first, whole, streamed)
+    answer = json.loads(reply.body)
+    assert json.loads(told.body) == answer
+    lines = [json.loads(line) for chunk in chunks for line in chunk.body.splitlines()]
+    assert "".join(line["delta"] for line in lines) == answer["response_text"]
+    assert front.pump.figures().turns_total == 1
+
+
+def test_a_turn_goes_on_for_the_row_that_joined_it(front):
+    session = front.open()
+    first = front.start(session, request_id=RETRY, max_new_tokens=8)
+    front.step()
+    second = front.ask_row(session, request_id=RETRY)
+    front.exchange(first, second)
+    assert json.loads(front.answer(second).body)["finish_reason"] in {"stop", "length"}
+
+
+def test_a_repeated_open_is_the_same_session(front):
+    body = {"type": "start_session", "image": png(), "request_id": RETRY}
+    first = front.answer(front.row(body))
+    again = front.row(body)
+    reply = front.answer(again)
+    assert (reply.body, reply.headers[SESSION_HEADER]) == (first.body, first.headers[SESSION_HEADER])
+    assert front.is_ended(again, reply)
+    assert front.pump.figures().open_sessions == 1
+    other = front.told(front.row({**body, "image": png("blue")}))
+    assert other["session_id"] != json.loads(first.body)["session_id"]
+
+
+def test_an_open_that_is_repeated_while_it_runs_is_told_to_both(front):
+    for image, status in ((png(), 200), ("bm8gcGljdHVyZQ==", 415)):
+        rows = [front.row({"type": "start_session", "image": image, "request_id": RETRY}) for _ in range(2)]
+        (first,), (second,) = front.settle(*rows)
+        assert (first.status, first.body) == (status, second.body)
+    assert front.pump.figures().open_sessions == 1
+
+
+def test_a_closed_session_is_no_answer_to_a_repeated_open(front):
+    body = {"type": "start_session", "image": png(), "request_id": RETRY}
+    first = front.told(front.row(body))["session_id"]
+    front.answer(front.row({"type": "close_session"}, first))
+    assert front.told(front.row(body))["session_id"] != first
+
+
+def test_the_deadline_reaches_the_engine_and_its_end_the_client(deaf):
+    session = opened(deaf)
+    row = deaf.start(session, deadline_ms=1234)
+    assert deaf.commands[-1].sampling.deadline_ms == 1234
+    deaf.tell(Cancelled(row.request_id, "deadline"))
+    told = json.loads(deaf.exchange(row)[0].body)
+    assert (told["response_text"], told["finish_reason"]) == ("", "deadline")
+
+
+def test_a_clip_is_refused_by_a_model_that_takes_none(front):
+    reply = front.answer(front.row({"type": "start_session", "video": [png(), png("blue")]}))
+    assert (reply.status, code(reply)) == (415, "unsupported_media")
 
 
 def test_events_about_nobody_are_passed_over(deaf):

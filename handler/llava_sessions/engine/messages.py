@@ -12,13 +12,17 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a turn's tokens are chosen and when it ends. `temperature` 0 is greedy; `seed` None draws a fresh one."""
+    """How a turn's tokens are chosen and when it ends. `temperature` 0 is greedy; `seed` None draws a fresh one.
+
+    `deadline_ms` after its arrival a turn ends with what it has.
+    """
 
     max_new_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    deadline_ms: int | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Finished:
-    """A turn ended by itself. `reason` is "stop" or "length".
+    """A turn ended by itself. `reason` is "stop", "length" or "deadline".
 
     `answer_ids` are all generated tokens; `kept_ids` those that the session keeps (without the end-of-sequence token).
     """
@@ -160,9 +164,10 @@ class NoRoom:
 
 @dataclass(frozen=True)
 class Cancelled:
-    """A turn ended by a cancel."""
+    """A turn ended by a cancel, or by its deadline before its first token; its session is as it was before the turn."""
 
     turn_id: str
+    reason: str = "cancelled"
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ class _Turn:
     sampler: Sampler
     reader: AnswerText
     asked_at: float
+    ends_at: float | None
     started_at: float | None = None
     first_token_at: float | None = None
     answer_ids: list[int] = field(default_factory=list)
@@ -274,6 +275,7 @@ class Engine:
             return
         session.kv.restore()
         # Whatever can fail comes before the session is touched.
+        now, deadline_ms = time.perf_counter(), sampling.deadline_ms
         turn = _Turn(
             id=command.turn_id,
             start_tokens=start,
@@ -283,7 +285,8 @@ class Engine:
             max_new_tokens=max_new_tokens,
             sampler=Sampler(sampling),
             reader=self._reader(sampling.stop),
-            asked_at=time.perf_counter(),
+            asked_at=now,
+            ends_at=None if deadline_ms is None else now + deadline_ms / 1e3,
         )
         session.turn, session.ticket, session.reserved_bytes = turn, self._ticket(), reserved
         session.image_positions += self._image_positions(command.token_ids, start)
@@ -349,12 +352,27 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Encode one waiting picture, run one packed forward, sample, and tell what happened since the last step."""
+        self._end_overdue()
         self._encode_next()
         steps = plan(self._ready(), self._chunk_tokens)
         if steps:
             self._forward(steps)
         events, self._events = self._events, []
         return events
+
+    def _end_overdue(self) -> None:
+        """End the turns whose time is up: with what they have, or as if they had not been."""
+        now = time.perf_counter()
+        for session in list(self._turns.values()):
+            turn = session.turn
+            if turn.ends_at is None or now < turn.ends_at:
+                continue
+            if turn.answer_ids:
+                self._tell_text(turn, turn.reader.finish())
+                self._finish(session, turn, "deadline")
+            else:
+                self._roll_back(session)
+                self._events.append(Cancelled(turn.id, "deadline"))
 
     def _encode_next(self) -> None:
         """Encode the picture that has waited longest; one that another session shows already costs nothing."""
@@ -462,11 +480,14 @@ class Engine:
             reason = "length"
         if reason is not None and not turn.reader.stopped:
             text += turn.reader.finish()
+        self._tell_text(turn, text)
+        if reason is not None:
+            self._finish(session, turn, reason)
+
+    def _tell_text(self, turn: _Turn, text: str) -> None:
         if text:
             turn.text += text
             self._events.append(Delta(turn.id, text))
-        if reason is not None:
-            self._finish(session, turn, reason)
 
     def _finish(self, session: _Session, turn: _Turn, reason: str) -> None:
         session.turn = None

@@ -19,8 +19,9 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 from PIL import Image
 
@@ -92,7 +93,8 @@ class Pump:
         self._clock = clock
         self._fetch = media.Fetcher()
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="media")
+        self._decoding = ThreadPoolExecutor(max_workers=4, thread_name_prefix="decode")
+        self._fetching = ThreadPoolExecutor(max_workers=16, thread_name_prefix="fetch")
         self._entries: dict[str, Entry] = {}
         self._turns: dict[str, Turn] = {}
         self._opens: OrderedDict[str, str] = OrderedDict()  # sessions by what a repeated open is known by
@@ -184,7 +186,7 @@ class Pump:
         self._table.reserve(session_id)
         if request.retry_key is not None:
             self._remember_open(request.retry_key, session_id)
-        entry.preparing = self._pool.submit(self._prepare, request)
+        entry.preparing = self._beside(request.pictures, self._prepare, request)
         entry.preparing.add_done_callback(lambda _: self._inbox.put(partial(self._prepared, entry, session_id)))
 
     def _opened_before(self, entry: Entry, retry_key: str) -> bool:
@@ -203,6 +205,11 @@ class Pump:
         self._opens[retry_key] = session_id
         while len(self._opens) > _OPENS_KEPT:
             self._opens.popitem(last=False)
+
+    def _beside(self, sources: tuple[protocol.PictureSource, ...], work: Callable, *arguments: Any) -> Future:
+        """Run `work` beside the pump; pictures that slow hosts may keep waiting never hold up those that are at hand."""
+        remote = any(source.path is not None and media.is_remote(source.path) for source in sources)
+        return (self._fetching if remote else self._decoding).submit(work, *arguments)
 
     def _prepare(self, request: protocol.Open) -> Opening:
         """Runs beside the pump, so that a slow host or a large picture delays nobody else."""
@@ -285,7 +292,7 @@ class Pump:
         self._table.begin_turn(session, turn_id)
         self._turns[turn_id] = Turn(session, ask, [entry], preparing=bool(ask.pictures))
         if ask.pictures:
-            entry.preparing = self._pool.submit(self._prepare_turn, session.conversation, ask)
+            entry.preparing = self._beside(ask.pictures, self._prepare_turn, session.conversation, ask)
             entry.preparing.add_done_callback(lambda _: self._inbox.put(partial(self._turn_prepared, entry)))
             return
         try:

@@ -207,7 +207,7 @@ class Pump:
             self._opens.popitem(last=False)
 
     def _beside(self, sources: tuple[protocol.PictureSource, ...], work: Callable, *arguments: Any) -> Future:
-        """Run `work` beside the pump; pictures that slow hosts may keep waiting never hold up those that are at hand."""
+        """Run `work` beside the pump; pictures behind slow hosts never hold up those that are at hand."""
         remote = any(source.path is not None and media.is_remote(source.path) for source in sources)
         return (self._fetching if remote else self._decoding).submit(work, *arguments)
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from llava_sessions.engine import kernels
-from llava_sessions.engine.kernels import PackedLinear, attention, can_prepack, prepack_linears
+from llava_sessions.engine.kernels import PackedLinear, attention, can_prepack, full_attention, prepack_linears
 
 needs_packing = pytest.mark.skipif(not can_prepack(), reason="this CPU or torch has no packed bfloat16 linears")
 
@@ -66,3 +66,14 @@ def test_attention_in_float32_is_torchs_own() -> None:
     query, keys, values = torch.randn(3, 1, 4, 6, 16)
     wanted = scaled_dot_product_attention(query, keys, values, is_causal=True, scale=0.25)
     assert torch.equal(attention(query, keys, values, 0.25, is_causal=True), wanted)
+
+
+@pytest.mark.parametrize("pictures", [1, 3])
+def test_attention_of_a_picture_by_products_is_attention(monkeypatch: pytest.MonkeyPatch, pictures: int) -> None:
+    monkeypatch.setattr(kernels, "_PRODUCTS_WIN", True)
+    torch.manual_seed(0)
+    query, keys, values = torch.randn(3, pictures, 250, 4, 16).bfloat16().transpose(2, 3)
+    exact = scaled_dot_product_attention(query.float(), keys.float(), values.float(), scale=0.3)
+    torch.testing.assert_close(full_attention(query, keys, values, 0.3).float(), exact, atol=0.03, rtol=0.03)
+    plain = full_attention(query.float(), keys.float(), values.float(), 0.3)
+    assert torch.equal(plain, exact)

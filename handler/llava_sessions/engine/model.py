@@ -21,6 +21,7 @@ SUPPORTED_MODEL_TYPES = ("llava", "llava_next", "llava_onevision")
 # Their attention is causal over everything before, and hands its keyword arguments through to ours.
 SUPPORTED_TEXT_TYPES = ("llama", "mistral", "qwen2")
 _ATTENTION = "session_sdpa"
+_VISION_ATTENTION = "picture_sdpa"
 # Rotary embeddings that change with the longest position of a forward: sessions would disturb each other.
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
 
@@ -113,7 +114,21 @@ def _attend(
     return out, None
 
 
+def _look(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a vision tower: each patch sees all. `[pictures, heads, patches, head_dim]` each."""
+    return kernels.full_attention(query, key, value, scaling).transpose(1, 2).contiguous(), None
+
+
 AttentionInterface.register(_ATTENTION, _attend)
+AttentionInterface.register(_VISION_ATTENTION, _look)
 
 
 class Model:
@@ -124,6 +139,7 @@ class Model:
         self._model = model.eval()
         self._text = model.model.language_model
         self._text.set_attn_implementation(_ATTENTION)
+        model.model.vision_tower.set_attn_implementation(_VISION_ATTENTION)
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.context_tokens: int = _context_tokens(text)
@@ -158,8 +174,7 @@ class Model:
         model = AutoModelForImageTextToText.from_pretrained(
             checkpoint, config=config, dtype=dtype, device_map={"": device}
         )
-        # The vision tower runs once a picture, on many rows: packing gains nothing there.
-        if kernels.prepack_linears(model.model.language_model):
+        if kernels.prepack_linears(model.model):
             model.lm_head = kernels.PackedLinear(model.lm_head)
         return cls(model)
 

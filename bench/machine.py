@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,10 +29,21 @@ def facts(device: torch.device) -> dict:
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "commit": _commit(),
         "transformers": importlib.metadata.version("transformers"),
         "torch_threads": torch.get_num_threads(),
         "omp": {name: os.environ[name] for name in _OMP if name in os.environ} or "defaults",
     }
+
+
+def _commit() -> str | None:
+    """What of the repository was measured; with a plus when tracked files differ from it."""
+    root = Path(__file__).parents[1]
+    ask = ["git", "describe", "--always", "--dirty=+", "--abbrev=7"]
+    try:
+        return subprocess.run(ask, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _cpu() -> str:

@@ -211,6 +211,8 @@ def paint(axes, result: Result) -> None:
     series = [[count[tier] for count in counts] for tier in TIERS]
     axes.stackplot(opened, series, labels=TIERS, colors=["black", "tab:blue", "lightgray"], step="mid")
     axes.set(xlabel="sessions opened", ylabel="sessions", title="Where open sessions lie under a fixed budget")
+    axes.set_xticks(opened)
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=8, loc="upper left")
 
 

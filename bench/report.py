@@ -57,12 +57,18 @@ def section(document: dict) -> str:
     facts = document["facts"]
     where = facts["gpu"] or f"{facts['cpu']}, {facts['cores']} cores, {facts['torch_threads']} torch threads"
     load = " to ".join(map(str, facts["load_average"]))
-    head = (
-        f"{facts['date']} · {where} · read {facts['bandwidth_gb_s']['read']} GB/s · load {load}, "
-        f"{facts['cpu_share_of_others']:.0%} of the CPU taken by others · torch {facts['torch']}, transformers "
-        f"{facts['transformers']}, OMP {facts['omp']} · {document['model']['preset']}, {document['model']['dtype']} · "
-        f"{document['settings']['rounds']} rounds"
-    )
+    model = document["model"]
+    parts = [
+        facts["date"],
+        where,
+        f"read {facts['bandwidth_gb_s']['read']} GB/s",
+        f"load {load}, {facts['cpu_share_of_others']:.0%} of the CPU taken by others",
+        f"torch {facts['torch']}, transformers {facts['transformers']}, OMP {facts['omp']}",
+        f"{model['preset']}, {model['dtype']}",
+        f"{document['settings']['rounds']} rounds",
+        f"commit {facts.get('commit') or 'not noted'}",
+    ]
+    head = " · ".join(parts)
     columns = document["columns"]
     rows = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     rows += ["| " + " | ".join(number(row.get(column)) for column in columns) + " |" for row in document["rows"]]

@@ -78,7 +78,7 @@ class Open:
 class Ask:
     """One turn. `temperature` 0 is greedy; `seed` None draws a fresh one; token counts are in tokens.
 
-    `pictures` are further ones, shown with this question. `request_id`: an ask that was seen before is not run again.
+    `pictures` are further ones, shown with this question. An ask with an earlier one's `retry_key` is not run again.
     `deadline_ms` from its arrival the answer ends as it is; None: never.
     """
 
@@ -91,7 +91,7 @@ class Ask:
     seed: int | None
     stop: tuple[str, ...]
     return_token_ids: bool
-    request_id: str | None
+    retry_key: str | None
     deadline_ms: int | None
     pictures: tuple[PictureSource, ...] = ()
 
@@ -164,11 +164,15 @@ def _open(payload: dict[str, Any], headers: Mapping[str, str], limits: Limits) -
 
 
 def _retry_key(payload: dict[str, Any], headers: Mapping[str, str]) -> str | None:
-    """What a repeated open is known by. With the body in it: the same id in other hands opens no session of theirs."""
+    """What a repeated request is known by: its id, and what it says.
+
+    With the body in it, the same id in other hands opens no session of theirs, and one that a caller gives to a whole
+    chat, as SageMaker allows, answers no other question. How the answer is to come (`stream`) makes no difference.
+    """
     request_id = _request_id(payload, headers)
     if request_id is None:
         return None
-    body = json.dumps(payload, sort_keys=True)
+    body = json.dumps({name: value for name, value in payload.items() if name != "stream"}, sort_keys=True)
     return hashlib.sha256(f"{request_id} {body}".encode()).hexdigest()
 
 
@@ -228,7 +232,7 @@ def _ask(payload: dict[str, Any], headers: Mapping[str, str], session_id: str, l
         seed=_integer(payload, "seed", None, 0, 2**63 - 1),
         stop=_stop(payload, limits),
         return_token_ids=_flag(payload, "return_token_ids"),
-        request_id=_request_id(payload, headers),
+        retry_key=_retry_key(payload, headers),
         # A whole answer must come before SageMaker gives up (60 s); a stream is kept open by its chunks.
         deadline_ms=_integer(payload, "deadline_ms", None if stream else limits.default_deadline_ms, 1, 600_000),
         pictures=_pictures(payload, limits),

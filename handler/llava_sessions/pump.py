@@ -197,6 +197,8 @@ class Pump:
         session = self._table.find(session_id)
         if session is None:
             self._joined_opens.setdefault(session_id, []).append(entry)
+        elif session.closing or self._clock() >= session.expires_at_s:
+            return False
         else:
             self._tell_open(entry, session)
         return True
@@ -256,7 +258,7 @@ class Pump:
         if not waiting:  # its clients have left: nobody knows the id
             self._table.remove(session_id, "closed")
             self._engine.submit(CloseSession(session_id))
-            self._sequences.end(entry.row.sequence_id)
+            self._end_sequence_of(entry)
             return
         for row in waiting:
             self._tell_open(row, session)
@@ -271,7 +273,7 @@ class Pump:
         for row in waiting:
             self._refuse(row, error)
         if entry not in waiting:
-            self._sequences.end(entry.row.sequence_id)
+            self._end_sequence_of(entry)
 
     def _waiting_for_open(self, entry: Entry, session_id: str) -> list[Entry]:
         """The rows that the open's outcome is told to: its own, and those of its repetitions."""
@@ -287,7 +289,7 @@ class Pump:
         session = self._table.get(ask.session_id, self._clock())
         turn_id = entry.row.request_id
         entry.streamed = ask.stream
-        if ask.request_id is not None and self._asked_before(entry, session, ask.request_id):
+        if ask.retry_key is not None and self._asked_before(entry, session, ask.retry_key):
             return
         self._table.begin_turn(session, turn_id)
         self._turns[turn_id] = Turn(session, ask, [entry], preparing=bool(ask.pictures))
@@ -301,14 +303,14 @@ class Pump:
             self._end_turn(turn_id, cancelled=False)
             raise
 
-    def _asked_before(self, entry: Entry, session: Session[Conversation], request_id: str) -> bool:
+    def _asked_before(self, entry: Entry, session: Session[Conversation], retry_key: str) -> bool:
         """Answer a repeated ask by the answer that is known, or with the one that is being made."""
         running = self._turns.get(session.turn_id)
-        if request_id in session.answers:
-            text, facts = session.answers[request_id]
+        if retry_key in session.answers:
+            text, facts = session.answers[retry_key]
             self._tell_words(entry, text)
             self._tell_end(entry, text, facts)
-        elif running is not None and running.ask.request_id == request_id:
+        elif running is not None and running.ask.retry_key == retry_key:
             running.entries.append(entry)
             self._tell_words(entry, "".join(running.text))
         else:
@@ -391,8 +393,7 @@ class Pump:
         """Forget rows whose clients left, and end what only they were waiting for."""
         for request_id in self._entries.keys() - active:
             entry = self._entries.pop(request_id)
-            if self._is_foreign(entry):
-                self._sequences.end(entry.row.sequence_id)
+            self._end_sequence_of(entry)
             for turn_id, turn in list(self._turns.items()):
                 if entry in turn.entries:
                     turn.entries.remove(entry)
@@ -425,15 +426,16 @@ class Pump:
 
     def _take(self, item: Report | Callable[[], None]) -> None:
         """A report of the engine, or what to do with pictures that are there now."""
-        if not isinstance(item, Report):
-            item()
-            return
-        self._memory = item.memory
-        for event in item.events:
+        if isinstance(item, Report):
+            self._memory = item.memory
+            steps = [partial(self._hear, event) for event in item.events]
+        else:
+            steps = [item]
+        for step in steps:
             try:
-                self._hear(event)
+                step()
             except Exception:
-                log.exception("event_lost event=%s", type(event).__name__)  # one session's fault stays its own
+                log.exception("event_lost")  # one session's fault stays its own
 
     def _hear(self, event: Event) -> None:
         match event:
@@ -505,8 +507,8 @@ class Pump:
         usage, timings = vars(event.usage), {name: round(ms, 1) for name, ms in vars(event.timings).items()}
         ids = event.answer_ids if turn.ask.return_token_ids else None
         facts = protocol.answer_facts(turn.session.id, event.reason, usage, timings, ids)
-        if turn.ask.request_id is not None:
-            turn.session.keep_answer(turn.ask.request_id, (event.text, facts))
+        if turn.ask.retry_key is not None:
+            turn.session.keep_answer(turn.ask.retry_key, (event.text, facts))
         self._tell(turn, facts)
         counts = f"prompt={usage['prompt_tokens']} cached={usage['cached_tokens']} answer={usage['completion_tokens']}"
         times = f"ttft_ms={timings['ttft_ms']} total_ms={timings['total_ms']}"
@@ -571,6 +573,11 @@ class Pump:
         if not sequence or sequence in self._table or sequence == protocol.NEW_SESSION or ";" in sequence:
             return False
         return not any(other.row.sequence_id == sequence for other in self._entries.values() if other is not entry)
+
+    def _end_sequence_of(self, entry: Entry) -> None:
+        """Have the sequence of a row that will get no reply ended, unless others use it."""
+        if self._is_foreign(entry):
+            self._sequences.end(entry.row.sequence_id)
 
     def _release_sequence(self, entry: Entry, final: Reply) -> None:
         """Have the frontend forget the row's sequence.

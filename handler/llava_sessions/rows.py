@@ -59,7 +59,7 @@ class EngineDoor(Protocol):
         """Hand a command over; what comes of it arrives as a `Report` in the pump's inbox."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Entry:
     """An active row and what it waits for.
 
@@ -76,7 +76,7 @@ class Entry:
     final: Reply | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Turn:
     """A running turn. `entries` are the rows that wait for it: more than one where a request was repeated.
 

@@ -25,7 +25,7 @@ _ANSWERS_KEPT = 8
 class Session(Generic[Conversation]):
     """One open chat. `turn_id` is the request id of the running turn; `expires_at_s` is absolute.
 
-    `answers` are the latest finished ones, by the callers' ids of their requests: a repeated request is told again.
+    `answers` are the latest finished ones, by what a repeated request is known by: it is told again.
     """
 
     id: str
@@ -35,9 +35,9 @@ class Session(Generic[Conversation]):
     closing: bool = False
     answers: OrderedDict[str, Any] = field(default_factory=OrderedDict)
 
-    def keep_answer(self, request_id: str, answer: Any) -> None:
+    def keep_answer(self, retry_key: str, answer: Any) -> None:
         """Remember an answer for a retry of its request; the oldest make room."""
-        self.answers[request_id] = answer
+        self.answers[retry_key] = answer
         while len(self.answers) > _ANSWERS_KEPT:
             self.answers.popitem(last=False)
 

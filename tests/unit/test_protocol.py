@@ -260,10 +260,22 @@ REQUEST_ID = "3f0c6a52-7f0e-4a55-9d39-2b1f0f6f1c11"
 
 
 def test_a_request_id_is_the_bodys_or_sagemakers():
-    header = {"x-amzn-sagemaker-inference-id": "f" * 36}
-    assert parse(ask(request_id=REQUEST_ID), header, Limits()).request_id == REQUEST_ID
-    assert parse(ask(), header, Limits()).request_id == "f" * 36
-    assert parse(ask(), {"x-amzn-sagemaker-inference-id": "short"}, Limits()).request_id is None
+    header = {"x-amzn-sagemaker-inference-id": REQUEST_ID}
+    by_header = parse(ask(), header, Limits()).retry_key
+    assert by_header == parse(ask(), header, Limits()).retry_key is not None
+    other = {"x-amzn-sagemaker-inference-id": "f" * 36}
+    assert parse(ask(), other, Limits()).retry_key != by_header
+    in_body = [parse(ask(request_id=REQUEST_ID), headers, Limits()).retry_key for headers in (header, other, {})]
+    assert len(set(in_body)) == 1
+    assert parse(ask(), {"x-amzn-sagemaker-inference-id": "short"}, Limits()).retry_key is None
+
+
+def test_the_same_id_with_another_question_is_another_request():
+    def key(**fields):
+        return parse(ask(request_id=REQUEST_ID, **fields), {}, Limits()).retry_key
+
+    assert key() == key(stream=True) == key(stream=False)
+    assert len({key(), key(prompt_text="Something else?"), key(seed=1)}) == 3
 
 
 @pytest.mark.parametrize("request_id", [5, "", "short", "x" * 65, "with a space in the id", "ümlaut-ümlaut-ümlaut"])
@@ -315,7 +327,7 @@ def test_an_ask_without_options_takes_the_defaults():
         seed=None,
         stop=(),
         return_token_ids=False,
-        request_id=None,
+        retry_key=None,
         deadline_ms=55_000,
     )
 

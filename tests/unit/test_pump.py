@@ -1118,21 +1118,35 @@ RETRY = "3f0c6a52-7f0e-4a55-9d39-2b1f0f6f1c11"
 def test_a_repeated_ask_is_told_again_and_not_run_again(front):
     session = front.open()
     first = front.ask(session, request_id=RETRY)
-    again = front.ask(session, "another question", request_id=RETRY)
-    assert again == first
+    assert front.ask(session, request_id=RETRY) == first
     ((*_, last),) = front.settle(front.ask_row(session, request_id=RETRY, stream=True))
     lines = [json.loads(line) for line in last.body.splitlines()]
     assert "".join(line["delta"] for line in lines) == first["response_text"]
     assert lines[-1]["usage"] == first["usage"]
     assert front.pump.figures().turns_total == 1
-    assert front.ask(session)["usage"]["prompt_tokens"] > first["usage"]["prompt_tokens"]
+    other = front.ask(session, "another question", request_id=RETRY)
+    assert other["usage"]["prompt_tokens"] > first["usage"]["prompt_tokens"]
+
+
+def test_a_client_that_leaves_a_shared_new_session_sequence_does_not_end_it_for_others(model, tokens):
+    front = Frontend(model, tokens)
+    with tokens._lock:
+        row = front.row({"type": "start_session", "image": png()}, NEW_SESSION)
+        assert front.exchange(row) == [None]
+        front.exchange()
+    front.inbox.put(front.inbox.get(timeout=PATIENCE_S))
+    front.exchange()
+    assert front.ended == []
+    assert opened(front)
 
 
 def test_a_repeated_ask_joins_the_running_turn(front):
     session = front.open()
     first = front.start(session, request_id=RETRY, max_new_tokens=8)
     front.step()
-    whole, streamed = (front.ask_row(session, request_id=RETRY, stream=stream) for stream in (False, True))
+    whole, streamed = (
+        front.ask_row(session, request_id=RETRY, max_new_tokens=8, stream=stream) for stream in (False, True)
+    )
     (reply,), (told,), chunks = front.settle(first, whole, streamed)
     answer = json.loads(reply.body)
     assert json.loads(told.body) == answer
@@ -1145,7 +1159,7 @@ def test_a_turn_goes_on_for_the_row_that_joined_it(front):
     session = front.open()
     first = front.start(session, request_id=RETRY, max_new_tokens=8)
     front.step()
-    second = front.ask_row(session, request_id=RETRY)
+    second = front.ask_row(session, request_id=RETRY, max_new_tokens=8)
     front.exchange(first, second)
     assert json.loads(front.answer(second).body)["finish_reason"] in {"stop", "length"}
 

@@ -182,8 +182,8 @@ class _Keeper:
         self._store = store
         self._blobs = blobs
         self._lanes = _Lanes(f"journal-{store.name}")
-        self._writes = _Account(store, "write", clock)
-        self._removals = _Account(store, "remove", clock)
+        self._writes = _Account(store, "write", "turns are not durable", clock)
+        self._removals = _Account(store, "remove", "it is tried again", clock)
         self._written: dict[str, tuple[int, str]] = {}
         self._unremoved: dict[str, None] = {}  # oldest first
         self._expiries: dict[str, float] = {}  # by key
@@ -259,9 +259,9 @@ class _Keeper:
 
     def _forget(self, key: str) -> bool:
         self._written.pop(key, None)
+        self._expiries.pop(key, None)
         self._unremoved.pop(key, None)
         if self._removals.done(partial(self._store.remove, key)):
-            self._expiries.pop(key, None)
             return True
         self._unremoved[key] = None
         if len(self._unremoved) > _REMOVALS_KEPT:
@@ -347,9 +347,11 @@ class _Keeper:
 class _Account:
     """Keeps account of one kind of work in a store: one warning per outage, and a pause before the next try."""
 
-    def __init__(self, store: Store, what: str, clock: Callable[[], float]) -> None:
+    def __init__(self, store: Store, what: str, outcome: str, clock: Callable[[], float]) -> None:
+        """`what` is done and its `outcome` where it fails: words of the log."""
         self._store = store
         self._what = what
+        self._outcome = outcome
         self._clock = clock
         self._lock = threading.Lock()
         self._failing = False
@@ -377,11 +379,11 @@ class _Account:
             self.failures_total += self._failing
             if self._failing:
                 self._next_try_s = self._clock() + self._store.pause_s
-        facts = (self._store.name, self._what)
+        facts = f"store={self._store.name} work={self._what}"
         if error is not None and not was_failing:
-            log.warning("journal_failing store=%s work=%s reason=%s; chats go on, turns are not durable", *facts, error)
+            log.warning("journal_failing %s reason=%s; chats go on, %s", facts, error, self._outcome)
         elif error is None and was_failing:
-            log.info("journal_works_again store=%s work=%s", *facts)
+            log.info("journal_works_again %s", facts)
 
 
 class _Lanes:

@@ -1,0 +1,875 @@
+"""The journal: what was acknowledged is found again, whole and in its own session, or not at all; a store that fails
+costs no more than that.
+
+Files, kills, limits and full disks are real ones; S3 is moto's.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from botocore.awsrequest import AWSResponse
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moto import mock_aws
+
+from llava_sessions.config import ConfigError
+from llava_sessions.journal import Head, Journal, open_journal
+from llava_sessions.records import Blob, Blobs, Damaged, OpenRecord, Story, TurnRecord, encode, key_of, read_story
+from llava_sessions.stores import DirectoryStore, S3Store, StoreError
+from tests.unit import journal_child
+
+NOW = 1_500_000_000.0  # before any file of today
+EXPIRES = NOW + 600
+LATER = EXPIRES + 121  # past what is kept past an expiry
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def opening(journal: Journal, session_id: str = "chat-1", **changes: Any) -> Story:
+    pictures = tuple(journal.blobs.of(f"{session_id} picture {n}".encode()) for n in range(2))
+    first = OpenRecord(session_id, NOW, EXPIRES, "ab" * 32, "image", pictures, [1, 32000, 32000], 2)
+    return Story(replace(first, **changes))
+
+
+def add_turn(story: Story, blobs: Blobs) -> Story:
+    number = len(story.turns)
+    words = f"{story.open.session_id} says {number} — ünï\ud800"
+    shown = (blobs.of(f"{story.open.session_id} shows {number}".encode()),) if number % 2 else ()
+    story.turns.append(TurnRecord([number, 5], [9] * number, shown, f"key {number}", words, {"usage": {"n": number}}))
+    return story
+
+
+def saved(journal: Journal, session_id: str = "chat-1", turns: int = 3) -> Story:
+    """A story that was saved turn by turn."""
+    story = opening(journal, session_id)
+    assert journal.save(story).result(30)
+    for _ in range(turns):
+        assert journal.save(add_turn(story, journal.blobs)).result(30)
+    return story
+
+
+def file_of(folder: Path, session_id: str, number: int) -> Path:
+    return folder / key_of(session_id) / f"{number:06d}.rec"
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.fixture(autouse=True)
+def _closing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every journal that a test makes is closed behind it."""
+    made: list[Journal] = []
+    begin = Journal.__init__
+
+    def remembered(self: Journal, *arguments: Any, **named: Any) -> None:
+        begin(self, *arguments, **named)
+        made.append(self)
+
+    monkeypatch.setattr(Journal, "__init__", remembered)
+    yield
+    for journal in made:
+        journal.close(10)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "journal"
+
+
+@pytest.fixture
+def journal(folder: Path) -> Journal:
+    return Journal([DirectoryStore(str(folder))])
+
+
+def again(folder: Path) -> Journal:
+    """The journal of the next process."""
+    return Journal([DirectoryStore(str(folder))])
+
+
+# --- what is written is found ---
+
+
+def test_a_story_comes_back_as_it_was(journal, folder):
+    story = saved(journal)
+    assert again(folder).read("chat-1", NOW) == story
+    assert journal.read("chat-1", NOW) == story
+    assert story.token_ids == [1, 32000, 32000, 0, 5, 1, 5, 9, 2, 5, 9, 9]
+
+
+def test_one_save_of_many_turns_is_as_good_as_many_saves(journal, folder):
+    story = opening(journal)
+    for _ in range(4):
+        add_turn(story, journal.blobs)
+    assert journal.save(story).result(10)
+    assert again(folder).read("chat-1", NOW) == story
+
+
+def test_a_save_writes_what_the_story_was_when_it_was_asked_for(journal, folder):
+    story = opening(journal)
+    first = journal.save(story)
+    add_turn(story, journal.blobs)
+    assert first.result(10)
+    assert again(folder).read("chat-1", NOW).turns == []
+
+
+def test_a_story_that_was_read_goes_on_and_nothing_is_written_twice(journal, folder):
+    saved(journal, turns=2)
+    before = file_of(folder, "chat-1", 0).stat()
+    journal = again(folder)
+    story = add_turn(journal.read("chat-1", NOW), journal.blobs)
+    assert journal.save(story).result(10)
+    after = file_of(folder, "chat-1", 0).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert again(folder).read("chat-1", NOW) == story
+
+
+def test_a_record_is_its_checksum_and_json(journal, folder):
+    saved(journal, turns=1)
+    digest, body = file_of(folder, "chat-1", 1).read_bytes().split(b"\n", 1)
+    assert digest.decode() == hashlib.sha256(body).hexdigest()
+    whole = json.loads(body)
+    assert (whole["schema"], whole["session_id"], whole["number"]) == (1, "chat-1", 1)
+    assert whole["after"] == file_of(folder, "chat-1", 0).read_bytes()[:64].decode()
+
+
+def test_an_unknown_session_is_none_and_no_session_is_no_file(journal, folder):
+    assert journal.read("nobody", NOW) is None
+    assert journal.recover(NOW).live == []
+    assert not folder.exists()
+
+
+def test_without_a_store_everything_is_fine_and_nothing_is_kept():
+    journal = Journal()
+    story = opening(journal)
+    assert not journal.durable
+    assert journal.save(story).result(0)
+    assert journal.forget("chat-1").result(0)
+    assert journal.sweep(NOW).result(0)
+    assert journal.read("chat-1", NOW) is None
+    assert (journal.recover(NOW).live, journal.failures_total, journal.close(0)) == ([], 0, True)
+
+
+def test_only_the_servers_user_may_read(journal, folder):
+    umask = os.umask(0)
+    try:
+        saved(journal)
+    finally:
+        os.umask(umask)
+    modes = {path.is_dir(): stat.S_IMODE(path.stat().st_mode) for path in [folder, *folder.rglob("*")]}
+    assert modes == {True: 0o700, False: 0o600}
+    assert not any("chat-1" in str(path) for path in folder.rglob("*"))
+
+
+ids = st.lists(st.integers(0, 2**40), max_size=20)
+texts = st.text(max_size=60)
+facts = st.dictionaries(
+    texts, st.none() | st.booleans() | st.integers() | texts | st.floats(allow_nan=False, allow_infinity=False)
+)
+pictures = st.lists(st.binary(max_size=200), max_size=3)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.from_regex(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,30}", fullmatch=True),
+    st.tuples(st.none() | texts, pictures, ids),
+    st.lists(st.tuples(ids, ids, pictures, st.none() | texts, texts, facts), max_size=4),
+)
+def test_any_story_survives_its_spelling(session_id, begin, turns):
+    blobs = Blobs()
+
+    def of(data: list[bytes]) -> tuple[Blob, ...]:
+        return tuple(blobs.of(one) for one in data)
+
+    story = Story(OpenRecord(session_id, NOW, EXPIRES, begin[0], "video", of(begin[1]), begin[2], 3))
+    story.turns += [TurnRecord(prompt, answer, of(shown), *rest) for prompt, answer, shown, *rest in turns]
+    spelled, digests, digest = [], [], ""
+    for number, record in enumerate(story.records()):
+        data, digest = encode(record, session_id, number, digest)
+        spelled.append(data)
+        digests.append(digest)
+    read = read_story(key_of(session_id), spelled, Blobs().of)
+    assert read == (story, digests)
+    assert [picture.data for picture in read[0].open.pictures] == begin[1]
+
+
+def test_equal_pictures_are_one_object_while_any_story_holds_it(journal, folder):
+    first, second = journal.blobs.of(b"same" * 100), journal.blobs.of(bytes(b"same" * 100))
+    assert first is second
+    assert journal.blobs.of(b"other") is not first
+    assert first.sha256 == hashlib.sha256(b"same" * 100).hexdigest()
+    assert "same" not in repr(first)
+    story = opening(journal, pictures=(first,))
+    assert journal.save(story).result(10)
+    assert journal.read("chat-1", NOW).open.pictures[0] is first
+    del first, second, story
+    gc.collect()
+    assert len(journal.blobs._held) == 0
+
+
+# --- order ---
+
+
+def test_many_sessions_at_once_are_each_written_in_order(journal, folder):
+    stories = [opening(journal, f"chat-{n}") for n in range(16)]
+    saves = []
+
+    def chat(story: Story) -> None:
+        saves.extend([journal.save(add_turn(story, journal.blobs)) for _ in range(12)])
+
+    threads = [threading.Thread(target=chat, args=(story,)) for story in stories]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert journal.flush(60)
+    assert all(save.result(0) for save in saves)
+    reader = again(folder)
+    assert [reader.read(story.open.session_id, NOW) for story in stories] == stories
+
+
+class HeldStore(DirectoryStore):
+    """A directory that writes when it is let."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.begun, self.let = threading.Event(), threading.Event()
+
+    def put(self, key: str, number: int, data: bytes) -> None:
+        self.begun.set()
+        assert self.let.wait(30)
+        super().put(key, number, data)
+
+
+def test_a_slow_store_holds_no_caller_up_and_a_forget_waits_behind_its_saves(folder):
+    store = HeldStore(str(folder))
+    journal = Journal([store])
+    save, forget = journal.save(opening(journal)), journal.forget("chat-1")
+    assert not save.done()
+    assert not journal.flush(0)
+    store.let.set()
+    assert save.result(10)
+    assert forget.result(10)
+    assert journal.flush(10)
+    assert journal.read("chat-1", NOW) is None
+    assert list(folder.iterdir()) == []
+
+
+def test_closing_gives_up_what_has_not_begun_and_tells_so(folder):
+    store = HeldStore(str(folder))
+    journal = Journal([store])
+    story = opening(journal)
+    first, second = journal.save(story), journal.save(add_turn(story, journal.blobs))
+    assert store.begun.wait(10)
+    assert not journal.close(0)
+    assert second.result(10) is False
+    store.let.set()
+    assert first.result(10)
+    assert journal.save(story).result(10) is False
+    assert again(folder).read("chat-1", NOW).turns == []
+
+
+# --- crashes ---
+
+
+def child(*arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tests.unit.journal_child", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+
+
+def test_killed_while_it_saves_it_loses_nothing_acknowledged_and_tears_nothing(folder, caplog):
+    moments, acknowledged = random.Random(4), {}
+    for _ in range(8):
+        with child("chat", str(folder)) as process:
+            for _ in range(moments.randrange(1, 60)):
+                session_id, turns = process.stdout.readline().split()
+                acknowledged[session_id] = int(turns)
+            process.kill()
+            for line in process.stdout:  # what it said before it died counts too
+                if line.endswith("\n"):
+                    session_id, turns = line.split()
+                    acknowledged[session_id] = int(turns)
+            process.stderr.close()
+    journal = again(folder)
+    found = {head.session_id: journal.read(head.session_id, NOW) for head in journal.recover(NOW).live}
+    assert warnings(caplog) == []
+    for session_id, turns in acknowledged.items():
+        story = found[session_id]
+        assert len(story.turns) in (turns, turns + 1)
+        assert story.turns == [journal_child.turn(session_id, number) for number in range(len(story.turns))]
+
+
+@pytest.mark.parametrize(("moment", "turns"), [("fsync", 1), ("replace", 1), ("after-replace", 2)])
+def test_killed_in_the_middle_of_a_save_its_record_is_there_or_not(folder, caplog, moment, turns):
+    process = child("die", str(folder), moment)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    journal = again(folder)
+    assert journal.recover(NOW).live == [Head("chat", journal_child.EXPIRES_S, None)]
+    story = journal.read("chat", NOW)
+    assert story.turns == [journal_child.turn("chat", number) for number in range(turns)]
+    assert journal.save(add_turn(story, journal.blobs)).result(10)
+    assert again(folder).read("chat", NOW) == story
+    assert warnings(caplog) == []
+
+
+def test_what_a_killed_writer_left_is_tidied_once_no_living_one_can_own_it(journal, folder):
+    story = opening(journal, expires_at_s=2.0**40)
+    assert journal.save(story).result(10)
+    young, old, gone = folder / ".new-young", folder / ".new-old", folder / ".gone-half"
+    for path in (young, old):
+        path.write_bytes(b"half a rec")
+    now = young.stat().st_mtime
+    os.utime(old, (now - 601, now - 601))
+    gone.mkdir()
+    (gone / "000001.rec").write_bytes(b"of a closed session")
+    journal.recover(now)
+    assert (young.exists(), old.exists(), gone.exists()) == (True, False, False)
+    assert again(folder).read("chat-1", now) == story
+
+
+# --- damage ---
+
+
+def assert_gone(folder: Path, caplog: pytest.LogCaptureFixture, reason: str, session_id: str = "chat-1") -> None:
+    """The session is skipped by one line each, which tells no secret; others are untouched."""
+    caplog.clear()
+    journal = again(folder)
+    assert session_id not in [head.session_id for head in journal.recover(NOW).live]
+    assert journal.read(session_id, NOW) is None
+    recovering, reading = warnings(caplog)
+    for line in (recovering, reading):
+        assert re.search(reason, line), line
+        assert line.startswith("journal_damaged store=directory session=")
+    assert session_id[:8] in reading
+    assert session_id not in recovering + reading or len(session_id) <= 8
+
+
+def test_a_flipped_bit_anywhere_is_noticed(journal, folder):
+    saved(journal, turns=2)
+    for number in range(3):
+        path = file_of(folder, "chat-1", number)
+        good = path.read_bytes()
+        others = {n: file_of(folder, "chat-1", n).read_bytes() for n in range(3)}
+        for position in range(len(good)):
+            bad = bytearray(good)
+            bad[position] ^= 1 << (position % 8)
+            with pytest.raises(Damaged):
+                read_story(key_of("chat-1"), [bytes(bad) if n == number else others[n] for n in range(3)], Blobs().of)
+
+
+@pytest.mark.parametrize("position", [0, 40, 64, 65, 80, -1])
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_session_with_a_flipped_bit_is_skipped(journal, folder, caplog, number, position):
+    saved(journal, "a-long-session-id", turns=2)
+    other = saved(journal, "chat-2")
+    path = file_of(folder, "a-long-session-id", number)
+    data = bytearray(path.read_bytes())
+    data[position] ^= 4
+    path.write_bytes(data)
+    assert_gone(folder, caplog, f"record {number} does not match its checksum", "a-long-session-id")
+    assert again(folder).read("chat-2", NOW) == other
+
+
+@pytest.mark.parametrize("length", [0, 10, 64, 65, 200, -1])
+def test_a_truncated_record_is_noticed(journal, folder, caplog, length):
+    saved(journal)
+    path = file_of(folder, "chat-1", 2)
+    path.write_bytes(path.read_bytes()[:length])
+    assert_gone(folder, caplog, "record 2 does not match its checksum")
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_missing_record_is_noticed(journal, folder, caplog, number):
+    saved(journal)
+    file_of(folder, "chat-1", number).unlink()
+    assert_gone(folder, caplog, "a record is missing")
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_records_that_changed_places_with_another_sessions_are_noticed(journal, folder, caplog, number):
+    for session_id in ("chat-1", "chat-2"):
+        saved(journal, session_id)
+    here, there = (file_of(folder, session_id, number) for session_id in ("chat-1", "chat-2"))
+    here.rename(folder / "aside")
+    there.rename(here)
+    (folder / "aside").rename(there)
+    journal = again(folder)
+    assert journal.recover(NOW).live == []
+    caplog.clear()
+    assert journal.read("chat-1", NOW) is None
+    assert journal.read("chat-2", NOW) is None
+    assert all(f"record {number} belongs to another session" in line for line in warnings(caplog))
+
+
+def test_a_whole_session_under_anothers_name_is_noticed(journal, folder, caplog):
+    for session_id in ("chat-1", "chat-2"):
+        saved(journal, session_id)
+    shutil.rmtree(folder / key_of("chat-1"))
+    (folder / key_of("chat-2")).rename(folder / key_of("chat-1"))
+    assert_gone(folder, caplog, "record 0 belongs to another session")
+
+
+def test_records_that_changed_places_within_a_session_are_noticed(journal, folder, caplog):
+    saved(journal)
+    first, second = file_of(folder, "chat-1", 1), file_of(folder, "chat-1", 2)
+    first.rename(folder / "aside")
+    second.rename(first)
+    (folder / "aside").rename(second)
+    assert_gone(folder, caplog, "record 1 does not follow the one before")
+
+
+def test_a_record_of_another_course_of_the_same_session_is_noticed(journal, folder, caplog, tmp_path):
+    saved(journal, turns=1)
+    elsewhere = Journal([DirectoryStore(str(tmp_path / "elsewhere"))])
+    story = opening(elsewhere)
+    story.turns.append(TurnRecord([666], [], (), None, "", {}))
+    assert elsewhere.save(add_turn(story, elsewhere.blobs)).result(10)
+    shutil.copy(file_of(tmp_path / "elsewhere", "chat-1", 2), file_of(folder, "chat-1", 2))
+    assert_gone(folder, caplog, "record 2 does not follow the one before")
+
+
+def resealed(path: Path, change: Any) -> None:
+    """Change a record's JSON and give it the right checksum again."""
+    whole = json.loads(path.read_bytes().split(b"\n", 1)[1])
+    change(whole)
+    body = json.dumps(whole).encode()
+    path.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+
+
+def test_another_schema_is_skipped(journal, folder, caplog):
+    saved(journal, turns=0)
+    resealed(file_of(folder, "chat-1", 0), lambda whole: whole.update(schema=2))
+    assert_gone(folder, caplog, "record 0 has another schema than 1")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("token_ids", ["1"]),
+        ("token_ids", [-1]),
+        ("token_ids", [True]),
+        ("token_ids", None),
+        ("pictures", ["no base64!"]),
+        ("pictures", [7]),
+        ("expires_at_s", float("nan")),
+        ("expires_at_s", 10**400),
+        ("expires_at_s", True),
+        ("expires_at_s", "soon"),
+        ("token_digest", 5),
+        ("kind", None),
+        ("image_tokens", 1.5),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_noticed(journal, folder, caplog, name, value):
+    saved(journal, turns=0)
+    resealed(file_of(folder, "chat-1", 0), lambda whole: whole["record"].update({name: value}))
+    assert_gone(folder, caplog, f"field '{name}' is")
+
+
+@pytest.mark.parametrize("body", [b"[]", b"7", b"{", b"\xff", b"[" * 100_000, b"1" * 5000])
+def test_what_is_no_record_at_all_is_noticed(journal, folder, caplog, body):
+    saved(journal, turns=0)
+    file_of(folder, "chat-1", 0).write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+    assert_gone(folder, caplog, "record 0 (is no JSON|has another schema)")
+
+
+def test_foreign_files_are_let_alone(journal, folder):
+    story = saved(journal)
+    (folder / "README").write_text("mine")
+    (folder / key_of("chat-1") / "notes.txt").write_text("mine")
+    reader = again(folder)
+    assert [head.session_id for head in reader.recover(NOW).live] == ["chat-1"]
+    assert reader.read("chat-1", NOW) == story
+    assert (folder / "README").exists()
+
+
+# --- time and forgetting ---
+
+
+def test_recovering_tells_the_living_from_the_expired(journal, folder):
+    saved(journal, "chat-1")
+    assert journal.save(opening(journal, "chat-2", expires_at_s=NOW - 1, token_digest=None)).result(10)
+    recovered = again(folder).recover(NOW)
+    assert recovered.live == [Head("chat-1", EXPIRES, "ab" * 32)]
+    assert recovered.expired == [Head("chat-2", NOW - 1, None)]
+
+
+def test_an_expired_session_is_not_read_and_its_records_go_soon_after(journal, folder):
+    saved(journal)
+    reader = again(folder)  # another worker, which did not write it
+    assert reader.read("chat-1", EXPIRES - 0.001) is not None
+    assert reader.read("chat-1", EXPIRES) is None
+    assert reader.sweep(LATER - 2).result(10)
+    assert reader.flush(10)
+    assert file_of(folder, "chat-1", 0).exists(), "a running turn may still end"
+    assert reader.sweep(LATER).result(10)
+    assert reader.flush(10)
+    assert list(folder.iterdir()) == []
+    assert journal.sweep(LATER).result(10), "the one that wrote it finds nothing to do"
+
+
+def test_records_that_expired_are_removed_at_start(journal, folder):
+    saved(journal)
+    reader = again(folder)
+    assert reader.recover(LATER).live == []
+    assert reader.flush(10)
+    assert list(folder.iterdir()) == []
+
+
+def test_what_cannot_be_read_goes_when_no_session_could_live_any_more(journal, folder):
+    saved(journal)
+    file_of(folder, "chat-1", 0).write_bytes(b"damaged")
+    changed = (folder / key_of("chat-1")).stat().st_mtime
+    reader = again(folder)
+    for age, stays in [(86_400, True), (86_400 + 121, False)]:
+        assert reader.sweep(changed + age).result(10)
+        assert reader.flush(10)
+        assert (folder / key_of("chat-1")).exists() is stays
+
+
+def test_a_forgotten_session_is_nowhere_and_others_stay(journal, folder):
+    saved(journal)
+    other = saved(journal, "chat-2")
+    assert journal.forget("chat-1").result(10)
+    assert journal.forget("nobody").result(10)
+    assert journal.read("chat-1", NOW) is None
+    reader = again(folder)
+    assert [head.session_id for head in reader.recover(NOW).live] == ["chat-2"]
+    assert reader.read("chat-2", NOW) == other
+    assert [path.name for path in folder.iterdir()] == [key_of("chat-2")]
+
+
+def test_nothing_of_a_forgotten_session_is_kept_in_memory(journal):
+    for number in range(5):
+        saved(journal, f"chat-{number}", turns=1)
+        assert journal.forget(f"chat-{number}").result(10)
+    (keeper,) = journal._keepers
+    assert (keeper._written, keeper._expiries, keeper._unremoved) == ({}, {}, {})
+    assert journal.flush(10)
+    assert keeper._lanes._jobs == {}
+
+
+# --- a directory that fails ---
+
+
+def test_a_file_size_limit_is_met_with_one_warning_and_caught_up_behind_it(folder):
+    process = child("limit", str(folder))
+    output, log = process.communicate(timeout=60)
+    assert output.strip() == "[True, False, False, False, True] 3 []"
+    warning, works = log.strip().splitlines()
+    assert re.match(r"WARNING journal_failing store=directory work=write reason=can't write: File too large", warning)
+    assert works.startswith("INFO journal_works_again store=directory")
+    story = again(folder).read("chat", NOW)
+    assert [turn.prompt_ids for turn in story.turns] == [[0], [1], [2]]
+
+
+def test_a_full_disk_is_no_acknowledgement(tmp_path, caplog):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    try:
+        journal = Journal([DirectoryStore(str(disk / "journal"))])
+        story = saved(journal, turns=1)
+        for _ in range(3):
+            large = (journal.blobs.of(os.urandom(60_000)),)
+            story.turns[1:] = [TurnRecord([1], [2], large, None, "", {})]
+            assert journal.save(story).result(10) is False
+        (warning,) = warnings(caplog)
+        assert "No space left on device" in warning
+        assert journal.failures_total == 3
+        assert len(again(disk / "journal").read("chat-1", NOW).turns) == 1, "what was acknowledged is still there"
+        story.turns[1:] = [TurnRecord([1], [2], (), None, "", {})]
+        assert journal.save(story).result(10)
+        assert again(disk / "journal").read("chat-1", NOW) == story
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_directory_that_cannot_be_is_a_warning_at_start_and_no_acknowledgement(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    place = tmp_path / "place"
+    place.write_text("a file")
+    journal = open_journal(str(place / "journal"), None)
+    (warning,) = warnings(caplog)
+    assert warning.startswith("journal_failing store=directory work=write reason=can't write: Not a directory; chats")
+    story = opening(journal)
+    assert journal.recover(NOW).live == []
+    for _ in range(3):
+        assert journal.save(add_turn(story, journal.blobs)).result(10) is False
+    assert journal.read("chat-1", NOW) is None
+    assert journal.failures_total == 4
+    assert len(warnings(caplog)) == 1, "one for the whole outage"
+    place.unlink()
+    assert journal.save(story).result(10)
+    assert again(place / "journal").read("chat-1", NOW) == story
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    shutil.rmtree(place)
+    place.write_text("a file again")
+    assert journal.save(add_turn(story, journal.blobs)).result(10) is False
+    assert len(warnings(caplog)) == 2, "the next outage is told again"
+
+
+def test_a_directory_that_is_fine_is_no_warning_and_a_bad_spelling_is_every_problem(folder, caplog):
+    assert open_journal(str(folder), None).durable
+    assert not open_journal(None, None).durable
+    assert list(folder.iterdir()) == []
+    assert warnings(caplog) == []
+    with pytest.raises(ConfigError) as caught:
+        open_journal("not/absolute", "https://bucket/prefix")
+    first, second = caught.value.problems
+    assert first.startswith("llava.journal_dir is 'not/absolute'")
+    assert second == "llava.journal_s3_prefix is 'https://bucket/prefix'; wanted s3://<bucket>/<prefix>"
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket", "s3://bucket/", "s3:///prefix", "s3://B/prefix", "bucket/prefix"])
+def test_a_malformed_s3_prefix_is_refused(uri):
+    with pytest.raises(ConfigError, match="wanted s3://<bucket>/<prefix>"):
+        open_journal(None, uri)
+
+
+# --- S3 ---
+
+PREFIX = "s3://my-journal/a/prefix/"
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-a-key")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    with mock_aws():
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="my-journal")
+        yield client
+
+
+def objects(client: Any) -> list[str]:
+    return [found["Key"] for found in client.list_objects_v2(Bucket="my-journal").get("Contents", [])]
+
+
+def test_another_instance_carries_on_from_s3(bucket):
+    story = saved(open_journal(None, PREFIX))
+    assert objects(bucket) == [f"a/prefix/{key_of('chat-1')}/{number:06d}.rec" for number in range(4)]
+    second = open_journal(None, PREFIX.rstrip("/"))
+    assert second.recover(NOW).live == [], "other instances' sessions are not this one's"
+    found = second.read("chat-1", NOW)
+    assert found == story
+    taken_over = Story(replace(found.open, session_id="chat-9"), found.turns)
+    assert second.save(taken_over).result(30)
+    assert second.forget("chat-1").result(30)
+    third = open_journal(None, PREFIX)
+    assert third.read("chat-1", NOW) is None
+    assert third.read("chat-9", NOW) == taken_over
+    assert second.read("chat-9", EXPIRES) is None
+
+
+def test_a_damaged_object_is_skipped(bucket, caplog):
+    saved(open_journal(None, PREFIX))
+    name = objects(bucket)[2]
+    data = bytearray(bucket.get_object(Bucket="my-journal", Key=name)["Body"].read())
+    data[100] ^= 1
+    bucket.put_object(Bucket="my-journal", Key=name, Body=bytes(data))
+    assert open_journal(None, PREFIX).read("chat-1", NOW) is None
+    assert warnings(caplog) == ["journal_damaged store=s3 session=chat-1 reason=record 2 does not match its checksum"]
+
+
+def test_a_session_of_more_records_than_one_page_is_read_and_forgotten(bucket, monkeypatch):
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "7")
+    journal = open_journal(None, PREFIX)
+    story = opening(journal)
+    story.turns += [TurnRecord([n], [], (), None, "", {}) for n in range(20)]
+    assert journal.save(story).result(60)
+    assert len(objects(bucket)) == 7
+    assert open_journal(None, PREFIX).read("chat-1", NOW) == story
+    assert journal.forget("chat-1").result(60)
+    assert objects(bucket) == []
+
+
+class Clock:
+    """Seconds that pass when they are told to."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_a_bucket_that_fails_is_no_acknowledgement_is_let_alone_a_while_and_is_caught_up(bucket, caplog):
+    caplog.set_level(logging.INFO)
+    clock, client = Clock(), boto3.client("s3")
+    calls: list[str] = []
+    client.meta.events.register("before-send.s3.*", lambda request, **_: calls.append(request.method))
+    journal = Journal([S3Store(PREFIX, client)], clock)
+    story = saved(journal, turns=1)
+    for name in objects(bucket):
+        bucket.delete_object(Bucket="my-journal", Key=name)
+    bucket.delete_bucket(Bucket="my-journal")
+    calls.clear()
+    for _ in range(3):
+        assert journal.save(add_turn(story, journal.blobs)).result(30) is False
+    assert calls == ["PUT"], "during the pause nothing is tried"
+    assert warnings(caplog) == [
+        "journal_failing store=s3 work=write reason=can't write: NoSuchBucket; chats go on, turns are not durable"
+    ]
+    assert journal.failures_total == 3
+    clock.now_s += 5
+    assert journal.save(story).result(30) is False
+    assert calls == ["PUT", "PUT"]
+    bucket.create_bucket(Bucket="my-journal")
+    clock.now_s += 5
+    assert journal.save(story).result(30)
+    assert len(objects(bucket)) == 3, "what was not written before; the rest was lost with the bucket"
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+
+
+def refusing(client: Any, operation: str, times: int) -> None:
+    """S3 does it so many times not, and says "slow down"; that is behind botocore's own retries."""
+    error = {"Error": {"Code": "SlowDown", "Message": "Reduce your request rate."}}
+    answers = [error] * times
+
+    def answer(**_: Any) -> tuple[AWSResponse, dict] | None:
+        return (AWSResponse("", 503, {}, None), answers.pop()) if answers else None
+
+    client.meta.events.register(f"before-call.s3.{operation}", answer)
+
+
+def test_a_bucket_that_throttles_once_is_tried_again_at_once(bucket, caplog):
+    store, sent = S3Store(PREFIX), []
+
+    def answer(request: Any, **_: Any) -> AWSResponse | None:
+        sent.append(request.url)
+        response = AWSResponse(request.url, 503, {}, None)
+        response._content = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
+        return response if len(sent) == 1 else None
+
+    store._client.meta.events.register_first("before-send.s3.PutObject", answer)
+    journal = Journal([store])
+    story = saved(journal, turns=0)
+    assert len(sent) == 2
+    assert open_journal(None, PREFIX).read("chat-1", NOW) == story
+    assert warnings(caplog) == []
+
+
+def test_a_bucket_that_keeps_throttling_is_no_acknowledgement(bucket, caplog):
+    clock, store = Clock(), S3Store(PREFIX)
+    refusing(store._client, "PutObject", 1)
+    journal = Journal([store], clock)
+    story = opening(journal)
+    assert journal.save(story).result(30) is False
+    assert "can't write: SlowDown" in warnings(caplog)[0]
+    assert objects(bucket) == []
+    clock.now_s += 5
+    assert journal.save(story).result(30)
+
+
+def test_a_session_that_could_not_be_forgotten_is_not_read_and_goes_later(bucket, caplog):
+    clock, store = Clock(), S3Store(PREFIX)
+    journal = Journal([store], clock)
+    saved(journal)
+    refusing(store._client, "DeleteObject", 1)
+    assert journal.forget("chat-1").result(30) is False
+    assert len(objects(bucket)) == 4
+    assert journal.read("chat-1", NOW) is None
+    assert warnings(caplog) == [
+        "journal_failing store=s3 work=remove reason=can't remove: SlowDown; chats go on, it is tried again"
+    ]
+    clock.now_s += 5
+    journal.sweep(NOW).result(10)
+    assert journal.flush(30)
+    assert objects(bucket) == []
+
+
+def test_a_bucket_that_cannot_be_read_is_none_and_a_line(bucket, caplog):
+    saved(open_journal(None, PREFIX))
+    store = S3Store(PREFIX)
+    refusing(store._client, "ListObjectsV2", 1)
+    assert Journal([store]).read("chat-1", NOW) is None
+    assert warnings(caplog) == ["journal_unreadable store=s3 session=chat-1 reason=can't list: SlowDown"]
+    with pytest.raises(StoreError, match="NoSuchKey"):
+        store.get(key_of("nobody"), 0)
+
+
+# --- both ---
+
+
+def test_with_two_stores_both_hold_every_record(bucket, folder):
+    journal = open_journal(str(folder), PREFIX)
+    story = saved(journal)
+    assert open_journal(str(folder), None).read("chat-1", NOW) == story
+    assert open_journal(None, PREFIX).read("chat-1", NOW) == story
+    assert journal.forget("chat-1").result(30)
+    assert (list(folder.iterdir()), objects(bucket)) == ([], [])
+
+
+def test_one_of_two_that_fails_is_no_acknowledgement_and_the_other_is_read(bucket, tmp_path, caplog):
+    place = tmp_path / "place"
+    place.write_text("a file")
+    journal = open_journal(str(place / "journal"), PREFIX)
+    story = opening(journal)
+    assert journal.save(story).result(30) is False
+    assert open_journal(None, PREFIX).read("chat-1", NOW) == story
+    place.unlink()
+    assert journal.save(story).result(30)
+    assert again(place / "journal").read("chat-1", NOW) == story
+
+
+def test_the_store_that_knows_more_is_read_and_the_other_catches_up(bucket, folder):
+    story = saved(open_journal(None, PREFIX), turns=3)
+    behind = Story(story.open, story.turns[:1])
+    assert again(folder).save(behind).result(10)
+    journal = open_journal(str(folder), PREFIX)
+    found = journal.read("chat-1", NOW)
+    assert found == story
+    before = file_of(folder, "chat-1", 0).stat().st_ino
+    assert journal.save(add_turn(found, journal.blobs)).result(30)
+    assert file_of(folder, "chat-1", 0).stat().st_ino == before
+    assert again(folder).read("chat-1", NOW) == found
+    assert open_journal(None, PREFIX).read("chat-1", NOW) == found
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_damaged_copy_is_replaced_by_the_good_one(bucket, folder, caplog, number):
+    story = saved(open_journal(str(folder), PREFIX))
+    file_of(folder, "chat-1", number).write_bytes(b"damaged")
+    journal = open_journal(str(folder), PREFIX)
+    found = journal.read("chat-1", NOW)
+    assert found == story
+    assert len(warnings(caplog)) == 1
+    assert journal.save(add_turn(found, journal.blobs)).result(30)
+    assert again(folder).read("chat-1", NOW) == found
+
+
+def test_a_copy_that_took_another_course_does_not_mix_with_the_one_that_is_read(bucket, folder):
+    elsewhere = open_journal(None, PREFIX)
+    story = opening(elsewhere)
+    story.turns += [TurnRecord([n], [n], (), None, "s3", {}) for n in range(4)]
+    assert elsewhere.save(story).result(30)
+    other = Story(story.open, [TurnRecord([n], [n], (), None, "disk", {}) for n in range(3)])
+    assert again(folder).save(other).result(10)
+    journal = open_journal(str(folder), PREFIX)
+    found = journal.read("chat-1", NOW)
+    assert found == story
+    assert journal.save(found).result(30)
+    assert again(folder).read("chat-1", NOW) == story

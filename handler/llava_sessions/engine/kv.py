@@ -105,12 +105,15 @@ class SessionKV:
         self._device = self._empty(0)
 
     def restore(self) -> None:
-        """Bring a parked cache back to the device; nothing happens to one that is not parked."""
+        """Bring a parked cache back to the device; nothing happens to one that is not parked.
+
+        Raises torch's out-of-memory error with the cache still parked.
+        """
         if self._host is None:
             return
-        host, self._host = self._host, None
-        self._device = self._empty(-(-self.length // GROWTH_TOKENS) * GROWTH_TOKENS)
-        self._device[:, :, :, : self.length].copy_(host[:, :, :, : self.length], non_blocking=True)
+        device = self._empty(-(-self.length // GROWTH_TOKENS) * GROWTH_TOKENS)
+        device[:, :, :, : self.length].copy_(self._host[:, :, :, : self.length], non_blocking=True)
+        self._device, self._host = device, None
 
     def drop(self) -> None:
         """Forget everything: the cache is cold."""
@@ -191,6 +194,16 @@ def make_room(
             return
         held -= session.kv.device_bytes
         _leave_device(budget, others, session)
+
+
+def clear_device(budget: Budget, sessions: Iterable[Holder]) -> None:
+    """Move all idle caches away, to the host where it has memory for them."""
+    others = list(sessions)
+    for session in sorted((s for s in others if not s.active and s.kv.device_bytes), key=lambda s: s.last_used):
+        try:
+            _leave_device(budget, others, session)
+        except (RuntimeError, MemoryError):
+            session.kv.drop()
 
 
 def _leave_device(budget: Budget, sessions: list[Holder], session: Holder) -> None:

@@ -39,11 +39,15 @@ class Picture:
 
 @dataclass(frozen=True)
 class OpenSession:
-    """Encode `pictures`, whose image tokens stand in `token_ids` in the same order, and prefill `token_ids`."""
+    """Encode `pictures`, whose image tokens stand in `token_ids` in the same order, and prefill `token_ids`.
+
+    `answer_spans`, (start, end) in `token_ids`, are earlier answers: an image token in one is a token like any other.
+    """
 
     session_id: str
     token_ids: list[int]
     pictures: tuple[Picture, ...]
+    answer_spans: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,13 +69,26 @@ class CancelTurn:
 
 
 @dataclass(frozen=True)
+class CutTurn:
+    """End a running turn with the words that it has; one without any is cancelled. `reason` says why."""
+
+    turn_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class CloseSession:
     """Free all that the session holds. A running turn of it is cancelled first."""
 
     session_id: str
 
 
-Command = OpenSession | AskSession | CancelTurn | CloseSession
+@dataclass(frozen=True)
+class Ping:
+    """Ask for a report, an empty one if need be: whoever answers between two steps does not hang."""
+
+
+Command = OpenSession | AskSession | CancelTurn | CutTurn | CloseSession | Ping
 
 
 @dataclass(frozen=True)
@@ -126,7 +143,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Finished:
-    """A turn ended by itself. `reason` is "stop", "length" or "deadline".
+    """A turn ended by itself. `reason` is "stop", "length", "deadline" or what a `CutTurn` gave.
 
     `answer_ids` are all generated tokens; `kept_ids` those that the session keeps (without the end-of-sequence token).
     """
@@ -150,9 +167,11 @@ class TurnFailed:
 
 @dataclass(frozen=True)
 class NoRoom:
-    """A turn, or with it None an opening, that the memory budget can't hold beside what is running. No work was done.
+    """A turn, or with it None an opening, that memory can't hold beside what is running.
 
-    An opening's session holds nothing any more; a turn's session is as it was before the turn.
+    The budget tells so before any work; a device that has less than the budget says, when the work runs out of memory
+    a second time (`free_bytes` is 0 then). An opening's session holds nothing any more; a turn's session is as it was
+    before the turn.
     """
 
     session_id: str
@@ -164,7 +183,7 @@ class NoRoom:
 
 @dataclass(frozen=True)
 class Cancelled:
-    """A turn ended by a cancel, or by its deadline before its first token; its session is as it was before the turn."""
+    """A turn ended by a cancel, or before its first token by its deadline or a cut; its session is as it was before."""
 
     turn_id: str
     reason: str = "cancelled"
@@ -207,3 +226,34 @@ class Report:
 
     events: list[Event] = field(default_factory=list)
     memory: Memory = Memory()
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine process loads. `dtype` and `device` as in `Model.load`; bytes None: what the machine has."""
+
+    checkpoint: str
+    system_prompt: str
+    dtype: str
+    device: str
+    prefill_chunk_tokens: int
+    device_bytes: int | None = None
+    host_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What an engine says of itself once it has answered a first question."""
+
+    device: str
+    dtype: str
+    context_tokens: int
+    device_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True)
+class StartFailed:
+    """The engine can't be loaded; `problem` names the error, for the log and the person at the terminal."""
+
+    problem: str

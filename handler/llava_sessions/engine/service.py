@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from ..conversation import AnswerText, ChatTokens, Conversation
-from .kv import Budget, BudgetExceeded, SessionKV, make_room
+from .faults import is_out_of_memory, is_usable, release_unused
+from .kv import Budget, BudgetExceeded, SessionKV, clear_device, make_room
 from .messages import (
     Accepted,
     AskSession,
@@ -26,6 +27,7 @@ from .messages import (
     Closed,
     CloseSession,
     Command,
+    CutTurn,
     Delta,
     Event,
     Finished,
@@ -87,7 +89,8 @@ class _Shown:
 class _Session:
     """One open session: the ids of its conversation, its KV cache, its pictures.
 
-    `ticket` is the arrival of what it works on, `last_used` that of its latest request.
+    `ticket` is the arrival of what it works on, `last_used` that of its latest request. `short_of_memory`: whether that
+    work was tried again already because memory ran out.
     """
 
     id: str
@@ -102,6 +105,7 @@ class _Session:
     prefix: Hashable
     encode_ms: float = 0.0
     announced: bool = False
+    short_of_memory: bool = False
     turn: _Turn | None = None
 
     @property
@@ -222,9 +226,13 @@ class Engine:
         try:
             self._do(command)
         except Exception as error:
+            self._contain(error)
             log.exception("command_failed command=%s", type(command).__name__)
             message = f"{type(error).__name__}: {error}"
-            if isinstance(command, OpenSession):
+            if isinstance(command, AskSession) and is_out_of_memory(error):
+                needed = self._sessions[command.session_id].kv.host_bytes
+                self._events.append(NoRoom(command.session_id, command.turn_id, needed, 0, len(self._sessions)))
+            elif isinstance(command, OpenSession):
                 self._events.append(OpenFailed(command.session_id, message))
             elif isinstance(command, AskSession):
                 self._events.append(TurnFailed(command.turn_id, message))
@@ -237,6 +245,8 @@ class Engine:
                 self.ask(command)
             case CancelTurn():
                 self.cancel(command.turn_id)
+            case CutTurn():
+                self.cut(command.turn_id, command.reason)
             case CloseSession():
                 self.close(command.session_id)
 
@@ -247,7 +257,7 @@ class Engine:
         session = _Session(
             id=command.session_id,
             token_ids=list(command.token_ids),
-            image_positions=self._image_positions(command.token_ids),
+            image_positions=_outside(self._image_positions(command.token_ids), command.answer_spans),
             kv=SessionKV(self.model.kv_shape),
             shown=[_Shown(picture, picture.key) for picture in command.pictures],
             ticket=self._ticket(),
@@ -273,7 +283,7 @@ class Engine:
         reserved = self.model.kv_shape.device_bytes(prompt_tokens + max_new_tokens)
         if not self._admit(session, command.turn_id, reserved, command.token_ids, command.pictures):
             return
-        session.kv.restore()
+        self._restore(session)
         # Whatever can fail comes before the session is touched.
         now, deadline_ms = time.perf_counter(), sampling.deadline_ms
         turn = _Turn(
@@ -289,10 +299,22 @@ class Engine:
             ends_at=None if deadline_ms is None else now + deadline_ms / 1e3,
         )
         session.turn, session.ticket, session.reserved_bytes = turn, self._ticket(), reserved
+        session.short_of_memory = False
         session.image_positions += self._image_positions(command.token_ids, start)
         session.token_ids += command.token_ids
         session.shown += [_Shown(picture, picture.key) for picture in command.pictures]
         self._turns[turn.id] = session
+
+    def _restore(self, session: _Session) -> None:
+        """Bring a parked cache back to the device; where that has no memory for it, idle caches leave first."""
+        try:
+            session.kv.restore()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            clear_device(self.budget, self._sessions.values())
+            release_unused(self.model.device)
+            session.kv.restore()
 
     def _unfit(self, session: _Session | None, command: AskSession) -> str | None:
         if session is None:
@@ -341,6 +363,19 @@ class Engine:
             self._roll_back(session)
             self._events.append(Cancelled(turn_id))
 
+    def cut(self, turn_id: str, reason: str) -> None:
+        """End a running turn with what it has, or as if it had not been; nothing happens to an ended turn."""
+        session = self._turns.get(turn_id)
+        if session is None:
+            return
+        turn = session.turn
+        if turn.answer_ids:
+            self._tell_text(turn, turn.reader.finish())
+            self._finish(session, turn, reason)
+        else:
+            self._roll_back(session)
+            self._events.append(Cancelled(turn_id, reason))
+
     def close(self, session_id: str) -> None:
         """Free a session, whatever it is doing."""
         session = self._sessions.get(session_id)
@@ -365,14 +400,8 @@ class Engine:
         now = time.perf_counter()
         for session in list(self._turns.values()):
             turn = session.turn
-            if turn.ends_at is None or now < turn.ends_at:
-                continue
-            if turn.answer_ids:
-                self._tell_text(turn, turn.reader.finish())
-                self._finish(session, turn, "deadline")
-            else:
-                self._roll_back(session)
-                self._events.append(Cancelled(turn.id, "deadline"))
+            if turn.ends_at is not None and now >= turn.ends_at:
+                self.cut(turn.id, "deadline")
 
     def _encode_next(self) -> None:
         """Encode the picture that has waited longest; one that another session shows already costs nothing."""
@@ -395,6 +424,10 @@ class Engine:
             if session.encoded:
                 self._check_features(session)
         except Exception as error:
+            self._contain(error)
+            if is_out_of_memory(error):
+                self._make_do(session, error)
+                return
             log.exception("encode_failed session=%s", session.id[:12])
             self._fail(session, error, opening=not of_turn)
             return
@@ -433,7 +466,12 @@ class Engine:
         tokens = session.opening_tokens
         for donor in self._sessions.values():
             if donor.prefix == session.prefix and donor.kv.length >= tokens:
-                session.kv.fork(donor.kv, tokens)
+                try:
+                    session.kv.fork(donor.kv, tokens)
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    log.warning("fork_failed error=%s", _first_line(error))  # its own prefill comes instead
                 return
 
     def _forward(self, steps: list[tuple[_Session, int]]) -> None:
@@ -441,12 +479,16 @@ class Engine:
         for session, _ in steps:
             if session.turn is not None and session.turn.started_at is None:
                 session.turn.started_at = now
-        segments = [session.segment(tokens) for session, tokens in steps]
-        sampled = [session for (session, _), segment in zip(steps, segments, strict=True) if segment.sample]
         try:
+            segments = [session.segment(tokens) for session, tokens in steps]
+            sampled = [session for (session, _), segment in zip(steps, segments, strict=True) if segment.sample]
             logits = self.model.forward(segments)
             tokens = next_tokens(logits, [session.turn.sampler for session in sampled])
         except Exception as error:
+            self._contain(error)
+            if is_out_of_memory(error):
+                self._make_do(max((session for session, _ in steps), key=lambda s: s.ticket), error)
+                return
             log.exception("step_failed sessions=%d", len(steps))
             for session, _ in steps:
                 self._fail(session, error)
@@ -500,6 +542,29 @@ class Engine:
         timings = Timings(queue_ms, ttft_ms, _ms(turn.asked_at))
         self._events.append(Finished(turn.id, reason, turn.text, turn.answer_ids, kept, usage, timings))
 
+    def _contain(self, error: Exception) -> None:
+        """Raise an error after which the device computes nothing any more; others stay with those whom they concern."""
+        if not is_usable(self.model.device):
+            raise error
+
+    def _make_do(self, session: _Session, error: Exception) -> None:
+        """The device ran out of memory, and nothing was lost by it. Move all idle caches away, for the next step to
+        try again; where that was tried already, refuse what `session`, the last that came, wants.
+        """
+        if not session.short_of_memory:
+            session.short_of_memory = True
+            log.warning("out_of_memory parking=all_idle error=%s", _first_line(error))
+            clear_device(self.budget, self._sessions.values())
+            release_unused(self.model.device)
+            return
+        log.warning("out_of_memory refused=%s error=%s", session.id[:12], _first_line(error))
+        turn_id = None if session.turn is None else session.turn.id
+        if turn_id is None:
+            del self._sessions[session.id]
+        else:
+            self._roll_back(session)
+        self._events.append(NoRoom(session.id, turn_id, session.reserved_bytes, 0, len(self._sessions)))
+
     def _fail(self, session: _Session, error: Exception, opening: bool = True) -> None:
         """End what the session was doing: its turn, or its opening. `opening` False: an unfinished one goes on."""
         message = f"{type(error).__name__}: {error}"
@@ -521,6 +586,14 @@ class Engine:
     def _ticket(self) -> int:
         self._tickets += 1
         return self._tickets
+
+
+def _outside(positions: list[int], spans: tuple[tuple[int, int], ...]) -> list[int]:
+    return [at for at in positions if not any(start <= at < end for start, end in spans)]
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _ms(since: float) -> float:

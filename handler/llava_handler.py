@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import signal
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -21,11 +23,10 @@ from ts.torch_handler.base_handler import BaseHandler
 from llava_sessions import frontend, protocol, telemetry
 from llava_sessions.config import ConfigError, HandlerConfig, read_config
 from llava_sessions.conversation import ChatTokens
-from llava_sessions.engine.kv import choose_budget
-from llava_sessions.engine.model import Model
-from llava_sessions.engine.service import Engine
-from llava_sessions.engine.worker import EngineWorker
+from llava_sessions.engine.messages import EngineSettings
+from llava_sessions.engine.supervisor import EngineSupervisor
 from llava_sessions.errors import reason_phrase
+from llava_sessions.journal import open_journal
 from llava_sessions.processors import load_processor
 from llava_sessions.pump import Pump
 from llava_sessions.rows import Reply, Row
@@ -38,6 +39,8 @@ SWEEP_S = 1.0
 
 class LlavaHandler(BaseHandler):
     """Picture chats over TorchServe's stateful sequence batching with continuous batching (docs: "Stateful Inference").
+
+    On SIGUSR1 it takes nothing new, ends what runs, and then makes the file `drained-<pid>` in $TEMP.
 
     One open session is one TorchServe sequence. `handle()` is a pump: it is called again and again while any request is
     active, with all of them, and answers each with a chunk, a whole answer, or nothing yet.
@@ -59,29 +62,39 @@ class LlavaHandler(BaseHandler):
         config = read_config(context.model_yaml_config)
         properties = self._checked_properties()
         transformers.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
         checkpoint = _checkpoint(config, Path(context.system_properties["model_dir"]))
         tokens = ChatTokens(load_processor(checkpoint), config.system_prompt)
-        model = Model.load(checkpoint, config.dtype, _device(config, context.system_properties.get("gpu_id")))
-        sizes = (model.device, config.device_bytes, config.host_bytes)
-        engine = Engine(model, tokens.answer_text, choose_budget(model.device), config.prefill_chunk_tokens)
-        engine.budget = choose_budget(*sizes, working_bytes=engine.warm_up(tokens))
+        journal = open_journal(config.journal_dir, config.journal_s3_prefix)
+        settings = EngineSettings(
+            checkpoint=checkpoint,
+            system_prompt=config.system_prompt,
+            dtype=config.dtype,
+            device=_device(config, context.system_properties.get("gpu_id")),
+            prefill_chunk_tokens=config.prefill_chunk_tokens,
+            device_bytes=config.device_bytes,
+            host_bytes=config.host_bytes,
+        )
         inbox: queue.SimpleQueue = queue.SimpleQueue()
-        worker = EngineWorker(engine, inbox)
-        table = SessionTable(config.max_sessions, config.session_ttl_s)
+        # Without an engine the worker is of no use: its end is what has the server restarted.
+        self._supervisor = EngineSupervisor(settings, inbox, config.engine_hang_s, give_up=lambda: os._exit(1))
+        up = self._supervisor.start()
+        facts = up.facts
+        table = SessionTable(config.max_sessions, config.session_ttl_s, config.session_idle_s)
         address = properties.get("inference_address", "http://127.0.0.1:8080")
         ender = frontend.SequenceEnder(address, context.model_name)
-        limits = (model.context_tokens, config.limits, config.media)
-        self._pump = Pump(worker, inbox, tokens, table, *limits, ender)
+        limits = (facts.context_tokens, config.limits, config.media)
+        self._pump = Pump(up.door, inbox, tokens, table, *limits, ender, journal)
+        self._pump.recover()
         self._cache = context.metrics
         self._dimensions = [context.model_name, "Model"]
         self._metrics_lock = threading.Lock()
         self._told: telemetry.Figures | None = None
-        worker.start()
+        self._drained_file = Path(os.environ.get("TEMP") or tempfile.gettempdir()) / f"drained-{os.getpid()}"
+        signal.signal(signal.SIGUSR1, lambda *_: self._pump.drain())
         threading.Thread(target=self._sweep, name="sweeper", daemon=True).start()
         self.initialized = True
-        where = f"device={model.device} dtype={str(model.dtype).removeprefix('torch.')} context={model.context_tokens}"
-        budget = f"device_bytes={engine.budget.device_bytes} host_bytes={engine.budget.host_bytes}"
+        where = f"device={facts.device} dtype={facts.dtype} context={facts.context_tokens}"
+        budget = f"device_bytes={facts.device_bytes} host_bytes={facts.host_bytes}"
         log.info("ready %s sessions=%d %s seconds=%.1f", where, config.max_sessions, budget, time.monotonic() - began)
 
     def _checked_properties(self) -> dict[str, str]:
@@ -113,11 +126,17 @@ class LlavaHandler(BaseHandler):
         return bodies
 
     def _sweep(self) -> None:
+        drained = False
         while True:
             time.sleep(SWEEP_S)
             try:
                 self._pump.sweep()
                 self._tell_figures()
+                if drained and self._pump.drained and not self._drained_file.exists():
+                    # A round later, so that the last replies are on their way. The launcher waits for this file.
+                    log.info("drained")
+                    self._drained_file.touch()
+                drained = self._pump.drained
             except Exception:
                 log.exception("sweep_failed")
 

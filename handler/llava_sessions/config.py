@@ -34,6 +34,10 @@ class HandlerConfig:
     device: str
     max_sessions: int
     session_ttl_s: float
+    session_idle_s: float | None
+    engine_hang_s: float
+    journal_dir: str | None
+    journal_s3_prefix: str | None
     prefill_chunk_tokens: int
     device_bytes: int | None
     host_bytes: int | None
@@ -64,6 +68,10 @@ def read_config(model_yaml: Mapping[str, Any]) -> HandlerConfig:
         device=reader.text("device", "auto"),
         max_sessions=reader.integer("max_sessions", 64, 1, 4096),
         session_ttl_s=reader.number("session_ttl_s", 1200, 1, 86_400),
+        session_idle_s=reader.optional_number("session_idle_s", 1, 86_400),
+        engine_hang_s=reader.number("engine_hang_s", 60, 3, 3600),
+        journal_dir=reader.text("journal_dir", "") or None,
+        journal_s3_prefix=reader.text("journal_s3_prefix", "") or None,
         prefill_chunk_tokens=reader.integer("prefill_chunk_tokens", 256, 1, 65_536),
         device_bytes=reader.size("device_bytes"),
         host_bytes=reader.size("host_bytes"),
@@ -194,6 +202,9 @@ class _Section:
             self.problem(key, f"is {value!r}; a number from {low:g} to {high:g} is wanted")
             return default
         return float(value)
+
+    def optional_number(self, key: str, low: float, high: float) -> float | None:
+        return None if self._get(key, None) is None else self.number(key, low, low, high)
 
     def _get(self, key: str, default: Any) -> Any:
         self._read.add(key)

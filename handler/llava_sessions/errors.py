@@ -18,6 +18,7 @@ STATUS_OF_CODE: dict[str, int] = {
     "capacity": 429,
     "internal": 500,
     "engine_restarting": 503,
+    "shutting_down": 503,
 }
 
 
@@ -25,14 +26,16 @@ class Refused(Exception):
     """A request that is answered with an error and changes nothing.
 
     `code` is one of `STATUS_OF_CODE`; `message` is one sentence for the caller: what was got and what was wanted.
+    `retry_after_s`: when the same request may do better.
     """
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, retry_after_s: int | None = None) -> None:
         if code not in STATUS_OF_CODE:
             raise ValueError(f"unknown error code {code!r}")
         super().__init__(message)
         self.code = code
         self.message = message
+        self.retry_after_s = retry_after_s
 
     @property
     def status(self) -> int:

@@ -56,6 +56,7 @@ class Head:
     session_id: str
     expires_at_s: float
     token_digest: str | None
+    retry_key: str | None
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,7 @@ class _Keeper:
             return []
         loaded = (self._load(key, f"key:{key[:8]}") for key in keys)
         opens = [story.open for story, _ in filter(None, loaded)]
-        return [Head(one.session_id, one.expires_at_s, one.token_digest) for one in opens]
+        return [Head(one.session_id, one.expires_at_s, one.token_digest, one.retry_key) for one in opens]
 
     def pending(self) -> list[Future]:
         return self._lanes.pending()

@@ -24,6 +24,8 @@ INFERENCE_HEADER = "X-Amzn-SageMaker-Inference-Id"
 NEW_SESSION = "NEW_SESSION"
 SESSION_ID_PATTERN = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9])*")
 SESSION_ID_MAX_CHARS = 226
+# Long enough that nobody guesses it.
+_SESSION_TOKEN = re.compile(r"[!-~]{16,256}")
 # Long enough that two callers do not choose the same one.
 _REQUEST_ID = re.compile(r"[!-~]{16,64}")
 
@@ -32,12 +34,13 @@ STREAM_TYPE = "application/x-ndjson"
 
 _TYPES = {"start_session": "open", "send_text_prompt": "ask", "close_session": "close", "cancel": "cancel"}
 _PICTURE_FIELDS = ("image", "images", "path")
-_OPEN_FIELDS = {"type", "session_id", "request_id", "video", *_PICTURE_FIELDS}
+_SESSION_FIELDS = {"type", "session_id", "session_token"}
+_OPEN_FIELDS = {*_SESSION_FIELDS, "request_id", "video", "resume", *_PICTURE_FIELDS}
 _ASK_FIELDS = {
-    *("type", "session_id", "prompt_text", "stream", "max_new_tokens", "temperature", "top_p", "seed", "stop"),
+    *_SESSION_FIELDS,
+    *("prompt_text", "stream", "max_new_tokens", "temperature", "top_p", "seed", "stop"),
     *("return_token_ids", "request_id", "deadline_ms", *_PICTURE_FIELDS),
 }
-_SESSION_FIELDS = {"type", "session_id"}
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,18 @@ class PictureSource:
 
 @dataclass(frozen=True)
 class Open:
-    """Open a session on one or more pictures, or on the frames of one clip.
+    """Open a session on one or more pictures, on the frames of one clip, or where another session stopped.
 
-    An open with the `retry_key` of an earlier one is that open again: the same request id, and the same body.
+    `resume` is that session's id; it ends. With a `session_token` all later requests must bring it too; so must a
+    resume of a session that has one. An open with the `retry_key` of an earlier one is that open again: the same
+    request id, and the same body.
     """
 
     pictures: tuple[PictureSource, ...]
     frames: tuple[PictureSource, ...] = ()
     retry_key: str | None = None
+    session_token: str | None = None
+    resume: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,7 @@ class Ask:
     retry_key: str | None
     deadline_ms: int | None
     pictures: tuple[PictureSource, ...] = ()
+    session_token: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,7 @@ class Close:
     """End a session and free what it holds."""
 
     session_id: str
+    session_token: str | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,7 @@ class Cancel:
     """End the running turn of a session; the session stays as it was before that turn."""
 
     session_id: str
+    session_token: str | None = None
 
 
 Request = Open | Ask | Close | Cancel
@@ -131,7 +141,8 @@ def parse(body: Any, headers: Mapping[str, str], limits: Limits) -> Request:
     if action == "ask":
         return _ask(payload, headers, session_id, limits)
     _known_fields(payload, _SESSION_FIELDS)
-    return Close(session_id) if action == "close" else Cancel(session_id)
+    token = _session_token(payload)
+    return Close(session_id, token) if action == "close" else Cancel(session_id, token)
 
 
 def _payload(body: Any) -> dict[str, Any]:
@@ -155,12 +166,24 @@ def _open(payload: dict[str, Any], headers: Mapping[str, str], limits: Limits) -
     pictures, frames = _pictures(payload, limits), ()
     if payload.get("video") is not None:
         frames = tuple(PictureSource(image=frame) for frame in _images(payload, "video", limits.max_frames))
-    if not pictures and not frames:
-        wanted = "a session opens with 'image', 'images', 'path' or 'video'"
+    resume = _text(payload, "resume")
+    if resume is not None:
+        if pictures or frames:
+            raise Refused("invalid_request", "A resumed session has its pictures already; none may be given with it.")
+        _check_session_id(resume)
+    elif not pictures and not frames:
+        wanted = "a session opens with 'image', 'images', 'path', 'video' or 'resume'"
         raise Refused("invalid_request", f"No picture was given; {wanted}.")
     if pictures and frames:
         raise Refused("invalid_request", "A session opens with pictures or with a 'video'; both were given.")
-    return Open(pictures, frames, _retry_key(payload, headers))
+    return Open(pictures, frames, _retry_key(payload, headers), _session_token(payload), resume)
+
+
+def _session_token(payload: dict[str, Any]) -> str | None:
+    token = _text(payload, "session_token")
+    if token is not None and not _SESSION_TOKEN.fullmatch(token):
+        raise Refused("invalid_request", "'session_token' must be 16 to 256 printable ASCII characters.")
+    return token
 
 
 def _retry_key(payload: dict[str, Any], headers: Mapping[str, str]) -> str | None:
@@ -236,6 +259,7 @@ def _ask(payload: dict[str, Any], headers: Mapping[str, str], session_id: str, l
         # A whole answer must come before SageMaker gives up (60 s); a stream is kept open by its chunks.
         deadline_ms=_integer(payload, "deadline_ms", None if stream else limits.default_deadline_ms, 1, 600_000),
         pictures=_pictures(payload, limits),
+        session_token=_session_token(payload),
     )
 
 
@@ -254,9 +278,13 @@ def _session_id(payload: dict[str, Any], headers: Mapping[str, str]) -> str:
     if not session_id:
         wanted = f"send the {SESSION_HEADER} header or a 'session_id'"
         raise Refused("invalid_request", f"The request names no session; {wanted}.")
+    _check_session_id(session_id)
+    return session_id
+
+
+def _check_session_id(session_id: str) -> None:
     if len(session_id) > SESSION_ID_MAX_CHARS or not SESSION_ID_PATTERN.fullmatch(session_id):
         raise Refused("invalid_request", "The session id is malformed: letters, digits and inner hyphens are wanted.")
-    return session_id
 
 
 def _known_fields(payload: dict[str, Any], known: set[str]) -> None:
@@ -357,10 +385,15 @@ def session_headers(session_id: str, expires: str) -> dict[str, str]:
     return {SESSION_HEADER: value, NEW_SESSION_HEADER: value}
 
 
-def opened(session_id: str, expires: str, image_tokens: int, prompt_tokens: int) -> dict:
-    """Body of an open's reply."""
+def opened(
+    session_id: str, expires: str, image_tokens: int, prompt_tokens: int, turns: int = 0, durable: bool | None = None
+) -> dict:
+    """Body of an open's reply. `turns` were finished in the session that it carries on; `durable` None is not told."""
     counts = {"image_tokens": image_tokens, "prompt_tokens": prompt_tokens}
-    return {"session_id": session_id, "expires": expires, "usage": counts}
+    body = {"session_id": session_id, "expires": expires, "usage": counts}
+    if turns:
+        body["turns"] = turns
+    return body if durable is None else {**body, "durable": durable}
 
 
 def closed(session_id: str) -> dict:

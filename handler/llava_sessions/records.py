@@ -54,8 +54,9 @@ class Blobs:
 class OpenRecord:
     """How a session began. `opened_at_s` and `expires_at_s` are seconds since the epoch.
 
-    `token_digest` is the sha256 (hex) of the caller's session token, where one was given; `kind` is "image" or "video",
-    `pictures` are in the order in which they were shown, and `token_ids` is the prompt up to the last image token.
+    `token_digest` is the sha256 (hex) of the caller's session token, where one was given, `retry_key` what a repetition
+    of the open is known by; `kind` is "image" or "video", `pictures` are in the order in which they were shown, and
+    `token_ids` is the prompt up to the last image token.
     """
 
     session_id: str
@@ -66,6 +67,7 @@ class OpenRecord:
     pictures: tuple[Blob, ...]
     token_ids: list[int]
     image_tokens: int
+    retry_key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,7 @@ def _open_fields(record: OpenRecord) -> dict[str, Any]:
         "pictures": _spelled(record.pictures),
         "token_ids": record.token_ids,
         "image_tokens": record.image_tokens,
+        "retry_key": record.retry_key,
     }
 
 
@@ -189,6 +192,7 @@ def _open_record(session_id: str, fields: dict, blob: Callable[[bytes], Blob]) -
         pictures=_pictures(fields, blob),
         token_ids=_ids(fields, "token_ids"),
         image_tokens=_get(fields, "image_tokens", int),
+        retry_key=_get(fields, "retry_key", str | None),
     )
 
 

@@ -7,13 +7,13 @@ Must not know what any of it means: the pump decides. No torch, no TorchServe.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from . import protocol
 from .conversation import Conversation
 from .engine.messages import Command
+from .records import Blob
 from .sessions import Session
 
 
@@ -64,14 +64,14 @@ class Entry:
     """An active row and what it waits for.
 
     `steps` counts the steps that ended without its last reply; `lines` are streamed text not yet sent; `final` is its
-    last reply, once known.
+    last reply, once known. `gone`: its client has left.
     """
 
     row: Row
     steps: int = 0
-    preparing: Future | None = None
     streamed: bool = False
     head_sent: bool = False
+    gone: bool = False
     lines: list[str] = field(default_factory=list)
     final: Reply | None = None
 
@@ -80,13 +80,18 @@ class Entry:
 class Turn:
     """A running turn. `entries` are the rows that wait for it: more than one where a request was repeated.
 
-    While its pictures are `preparing`, the engine knows nothing of it and `prompt_ids` is empty.
+    Until it is `submitted`, the engine knows nothing of it. `rebuilding`: its session is brought back with it;
+    `finished`: its answer is complete, and being stored.
     """
 
+    id: str
     session: Session[Conversation]
     ask: protocol.Ask
     entries: list[Entry]
-    preparing: bool = False
+    submitted: bool = False
+    rebuilding: bool = False
+    finished: bool = False
     prompt_ids: list[int] = field(default_factory=list)
+    blobs: tuple[Blob, ...] = ()
     waiting_cancels: list[Entry] = field(default_factory=list)
     text: list[str] = field(default_factory=list)

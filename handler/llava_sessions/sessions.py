@@ -7,8 +7,10 @@ the epoch).
 
 from __future__ import annotations
 
+import hmac
 import math
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
@@ -21,19 +23,35 @@ _REMEMBERED = 10_000
 _ANSWERS_KEPT = 8
 
 
+# A request that was sent before the announced expiry is on its way for a while: so long is its session kept.
+GRACE_S = 2.0
+
+
 @dataclass
 class Session(Generic[Conversation]):
-    """One open chat. `turn_id` is the request id of the running turn; `expires_at_s` is absolute.
+    """One open chat. `turn_id` is the request id of the running turn; `expires_at_s` is absolute, `used_at_s` the end
+    of its latest turn.
 
-    `answers` are the latest finished ones, by what a repeated request is known by: it is told again.
+    `conversation` is None while only the journal knows it; `story`, its journal, is opaque here. `in_engine`: whether
+    the engine holds it. `answers` are the latest finished ones, by what a repeated request is known by: it is told
+    again.
     """
 
     id: str
-    conversation: Conversation
+    conversation: Conversation | None
     expires_at_s: float
+    used_at_s: float
+    idle_s: float
+    token_digest: str | None = None
     turn_id: str | None = None
     closing: bool = False
+    story: Any = None
+    in_engine: bool = False
     answers: OrderedDict[str, Any] = field(default_factory=OrderedDict)
+
+    def is_over(self, now_s: float) -> bool:
+        """Whether its time is up, absolutely or since its last turn."""
+        return now_s >= min(self.expires_at_s, self.used_at_s + self.idle_s)
 
     def keep_answer(self, retry_key: str, answer: Any) -> None:
         """Remember an answer for a retry of its request; the oldest make room."""
@@ -48,14 +66,16 @@ class Session(Generic[Conversation]):
 
 
 class SessionTable(Generic[Conversation]):
-    """The open sessions of one worker, at most `max_sessions`, each for `ttl_s` seconds from its open.
+    """The open sessions of one worker, at most `max_sessions`, each for `ttl_s` seconds from its open, or until nothing
+    was asked for `idle_s` (None: never sooner).
 
     Places are reserved before a picture is prepared, so that a full table refuses an open before any work is done.
     """
 
-    def __init__(self, max_sessions: int, ttl_s: float) -> None:
+    def __init__(self, max_sessions: int, ttl_s: float, idle_s: float | None = None) -> None:
         self._max_sessions = max_sessions
         self._ttl_s = ttl_s
+        self._idle_s = math.inf if idle_s is None else idle_s
         self._open: dict[str, Session[Conversation]] = {}
         self._reserved: set[str] = set()
         self._gone: OrderedDict[str, str] = OrderedDict()
@@ -84,20 +104,38 @@ class SessionTable(Generic[Conversation]):
         """Give a reserved place back."""
         self._reserved.discard(session_id)
 
-    def open(self, session_id: str, conversation: Conversation, now_s: float) -> Session[Conversation]:
-        """Turn a reserved place into an open session."""
+    def open(
+        self, session_id: str, conversation: Conversation, now_s: float, token_digest: str | None = None
+    ) -> Session[Conversation]:
+        """Turn a reserved place into an open session; `token_digest` is of the token that its requests must bring."""
         self._reserved.remove(session_id)
         # Whole seconds, rounded up, so that nothing is dropped before the expiry that was announced.
-        session = Session(session_id, conversation, expires_at_s=float(math.ceil(now_s + self._ttl_s)))
+        expires_at_s = float(math.ceil(now_s + self._ttl_s))
+        session = Session(session_id, conversation, expires_at_s, now_s, self._idle_s, token_digest)
         self._open[session_id] = session
         self._gone.pop(session_id, None)
         return session
 
-    def get(self, session_id: str, now_s: float) -> Session[Conversation]:
-        """The open session of that id. Raises `Refused` (session_expired, session_not_found, internal)."""
+    def recover(self, session_id: str, expires_at_s: float, now_s: float, token_digest: str | None) -> None:
+        """Open a session that only the journal knows; it had its place before, so it has one now."""
+        self._open[session_id] = Session(session_id, None, expires_at_s, now_s, self._idle_s, token_digest)
+
+    def remember(self, session_id: str, reason: str) -> None:
+        """Know an id as gone; `reason` ("closed", "expired", "failed" ...) tells later requests apart."""
+        self._gone[session_id] = reason
+        while len(self._gone) > _REMEMBERED:
+            self._gone.popitem(last=False)
+
+    def get(self, session_id: str, now_s: float, token_digest: str | None = None) -> Session[Conversation]:
+        """The open session of that id. Raises `Refused` (session_expired, session_not_found, internal).
+
+        Whoever does not bring its token is told what is told of an id that nobody knows.
+        """
         session = self._open.get(session_id)
         if session is not None and not session.closing:
-            if now_s < session.expires_at_s:
+            if not hmac.compare_digest(session.token_digest or "", token_digest or ""):
+                raise not_found()
+            if not session.is_over(now_s):
                 return session
             raise Refused("session_expired", "The session has expired; open a new one.")
         reason = self._gone.get(session_id)
@@ -105,7 +143,7 @@ class SessionTable(Generic[Conversation]):
             raise Refused("session_expired", "The session has expired; open a new one.")
         if reason == "failed":
             raise Refused("internal", "The session's picture could not be prepared; the server's log has the cause.")
-        raise Refused("session_not_found", "No session of that id is open here; open one with a picture first.")
+        raise not_found()
 
     def find(self, session_id: str) -> Session[Conversation] | None:
         """The open session of that id, or None; expiry is not looked at."""
@@ -124,10 +162,17 @@ class SessionTable(Generic[Conversation]):
     def remove(self, session_id: str, reason: str) -> None:
         """Forget an open session; `reason` ("closed", "expired" or "failed") tells later requests apart."""
         del self._open[session_id]
-        self._gone[session_id] = reason
-        while len(self._gone) > _REMEMBERED:
-            self._gone.popitem(last=False)
+        self.remember(session_id, reason)
 
     def expired(self, now_s: float) -> list[Session[Conversation]]:
-        """Open sessions whose time is up and which are not being closed already."""
-        return [s for s in self._open.values() if not s.closing and now_s >= s.expires_at_s]
+        """Idle sessions whose time, and the grace after it, is up, and which are not being closed already."""
+        open_ones = self._open.values()
+        return [s for s in open_ones if not s.closing and s.turn_id is None and s.is_over(now_s - GRACE_S)]
+
+    def __iter__(self) -> Iterator[Session[Conversation]]:
+        return iter(self._open.values())
+
+
+def not_found() -> Refused:
+    """What is told of a session that is not open here, and of one that the caller may not know of."""
+    return Refused("session_not_found", "No session of that id is open here; open one with a picture first.")

@@ -18,7 +18,13 @@ GAUGES = {
     "llava_parked_bytes": "bytes",
     "llava_device_bytes": "bytes",
 }
-COUNTERS = {"llava_turns_total": "count", "llava_refusals_total": "count"}
+COUNTERS = {
+    "llava_turns_total": "count",
+    "llava_refusals_total": "count",
+    "llava_rebuilds_total": "count",
+    "llava_engine_restarts_total": "count",
+    "llava_journal_failures_total": "count",
+}
 
 
 @dataclass
@@ -26,7 +32,8 @@ class Figures:
     """What the handler tells about itself at one moment.
 
     Sessions are resident, parked or cold by where their KV cache is; `kv_bytes` is on the device, `parked_bytes` on the
-    host. `device_bytes`: features and KV, or on CUDA what torch's allocator holds, weights included.
+    host. `device_bytes`: features and KV, or on CUDA what torch's allocator holds, weights included. Rebuilds are of
+    sessions that the engine had lost.
     """
 
     open_sessions: int = 0
@@ -40,6 +47,9 @@ class Figures:
     device_bytes: int = 0
     turns_total: int = 0
     refusals_total: int = 0
+    rebuilds_total: int = 0
+    engine_restarts_total: int = 0
+    journal_failures_total: int = 0
 
     def value(self, metric: str) -> int:
         """The figure of a metric by its name."""

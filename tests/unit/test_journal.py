@@ -323,7 +323,7 @@ def test_killed_in_the_middle_of_a_save_its_record_is_there_or_not(folder, caplo
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     journal = again(folder)
-    assert journal.recover(NOW).live == [Head("chat", journal_child.EXPIRES_S, None)]
+    assert journal.recover(NOW).live == [Head("chat", journal_child.EXPIRES_S, None, None)]
     story = journal.read("chat", NOW)
     assert story.turns == [journal_child.turn("chat", number) for number in range(turns)]
     assert journal.save(add_turn(story, journal.blobs)).result(10)
@@ -509,8 +509,8 @@ def test_recovering_tells_the_living_from_the_expired(journal, folder):
     saved(journal, "chat-1")
     assert journal.save(opening(journal, "chat-2", expires_at_s=NOW - 1, token_digest=None)).result(10)
     recovered = again(folder).recover(NOW)
-    assert recovered.live == [Head("chat-1", EXPIRES, "ab" * 32)]
-    assert recovered.expired == [Head("chat-2", NOW - 1, None)]
+    assert recovered.live == [Head("chat-1", EXPIRES, "ab" * 32, None)]
+    assert recovered.expired == [Head("chat-2", NOW - 1, None, None)]
 
 
 def test_an_expired_session_is_not_read_and_its_records_go_soon_after(journal, folder):

@@ -10,6 +10,7 @@ import json
 import logging
 import queue
 import re
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from llava_sessions import protocol
 from llava_sessions import pump as pump_module
 from llava_sessions.conversation import ChatTokens
 from llava_sessions.engine.kv import choose_budget
+from llava_sessions.engine.loop import EngineLoop
 from llava_sessions.engine.messages import (
     Accepted,
     AskSession,
@@ -43,12 +45,12 @@ from llava_sessions.engine.messages import (
 )
 from llava_sessions.engine.model import Model
 from llava_sessions.engine.service import Engine
-from llava_sessions.engine.worker import EngineWorker
+from llava_sessions.journal import Journal
 from llava_sessions.media import MediaLimits
 from llava_sessions.protocol import CLOSED_SESSION_HEADER, NEW_SESSION, NEW_SESSION_HEADER, SESSION_HEADER, Limits
 from llava_sessions.pump import Pump
 from llava_sessions.rows import Reply, Row
-from llava_sessions.sessions import SessionTable
+from llava_sessions.sessions import GRACE_S, SessionTable
 
 NOW = 1_800_000_000.0
 TTL = 60.0
@@ -89,7 +91,8 @@ class Frontend:
         limits = (context_tokens or model.context_tokens, Limits(), MediaLimits())
         self.ended: list[str] = []
         self.mark = ("x-mark", "ours")
-        self.pump = Pump(self, self.inbox, tokens, self.table, *limits, sequences=self, clock=lambda: self.now_s)
+        doors = {"sequences": self, "journal": Journal(), "clock": lambda: self.now_s}
+        self.pump = Pump(self, self.inbox, tokens, self.table, *limits, **doors)
 
     def end(self, sequence_id: str) -> None:
         self.ended.append(sequence_id)
@@ -646,6 +649,10 @@ def test_the_sweeper_frees_what_expired_and_the_id_stays_expired(front):
     front.now_s = NOW + TTL
     front.pump.sweep()
     front.step()
+    assert front.engine.memory().sessions == 2  # what was sent in time may be on its way
+    front.now_s = NOW + TTL + GRACE_S
+    front.pump.sweep()
+    front.step()
     front.exchange()
     assert front.engine.memory().sessions == 1
     assert front.pump.figures().open_sessions == 1
@@ -675,7 +682,7 @@ def test_a_turn_that_runs_over_the_expiry_is_answered_before_the_session_goes(fr
 def test_an_expired_sessions_place_is_free_after_the_sweep(model, tokens):
     front = Frontend(model, tokens, max_sessions=1)
     front.open()
-    front.now_s = NOW + TTL
+    front.now_s = NOW + TTL + GRACE_S
     front.pump.sweep()
     assert front.open()
 
@@ -1254,9 +1261,10 @@ def test_many_rows_over_the_engines_own_thread_are_all_answered(model, tokens):
     alone = Frontend(model, tokens)
     expected = [alone.ask(alone.open(), question)["response_text"] for question in QUESTIONS]
     front = Frontend(model, tokens, max_sessions=6)
-    worker = EngineWorker(front.engine, front.inbox)
-    front.submit, front.step = worker.submit, lambda: None
-    worker.start()
+    loop = EngineLoop(front.engine, front.inbox.put)
+    front.submit, front.step = loop.submit, lambda: None
+    thread = threading.Thread(target=loop.run)
+    thread.start()
     try:
         opens = [front.row({"type": "start_session", "image": png()}) for _ in range(6)]
         ids = [json.loads(reply.body)["session_id"] for (reply,) in front.settle(*opens)]
@@ -1268,5 +1276,6 @@ def test_many_rows_over_the_engines_own_thread_are_all_answered(model, tokens):
         closed = front.settle(*[front.close_row(session) for session in ids])
         assert [reply.status for (reply,) in closed] == [200] * 6
     finally:
-        worker.stop()
+        loop.stop()
+        thread.join()
     assert front.engine.memory() == Memory()

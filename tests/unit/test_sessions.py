@@ -11,7 +11,7 @@ import pytest
 
 from llava_sessions import sessions
 from llava_sessions.errors import Refused
-from llava_sessions.sessions import SessionTable
+from llava_sessions.sessions import GRACE_S, SessionTable
 
 NOW = 1_800_000_000.0
 TTL = 60.0
@@ -120,7 +120,8 @@ def test_a_session_lives_up_to_its_expiry_and_not_at_it(table):
     assert table.get("a", NOW + TTL - 0.001) is session
     assert table.expired(NOW + TTL - 0.001) == []
     assert code_of(lambda: table.get("a", NOW + TTL)) == "session_expired"
-    assert table.expired(NOW + TTL) == [session]
+    assert table.expired(NOW + TTL + GRACE_S - 0.001) == []
+    assert table.expired(NOW + TTL + GRACE_S) == [session]
 
 
 def test_the_announced_expiry_is_the_one_that_is_kept(table):
@@ -146,7 +147,7 @@ def test_an_expired_session_holds_its_place_until_it_is_removed(table):
     open_session(table, "a")
     open_session(table, "b")
     assert code_of(lambda: table.reserve("c")) == "capacity"
-    for session in table.expired(NOW + TTL):
+    for session in table.expired(NOW + TTL + GRACE_S):
         table.remove(session.id, "expired")
     table.reserve("c")
     assert len(table) == 0
@@ -155,7 +156,7 @@ def test_an_expired_session_holds_its_place_until_it_is_removed(table):
 def test_only_sessions_whose_time_is_up_are_told_as_expired(table):
     old = open_session(table, "old")
     open_session(table, "young", now_s=NOW + 1)
-    assert table.expired(NOW + TTL) == [old]
+    assert table.expired(NOW + TTL + GRACE_S) == [old]
 
 
 def test_a_closing_session_is_not_told_as_expired(table):

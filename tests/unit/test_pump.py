@@ -1,34 +1,23 @@
 """The pump over a real engine on a tiny checkpoint: what every row is answered, when, with which headers, and what that
-leaves behind. Time is a variable and the engine steps when a test says so, so nothing here waits for luck.
+leaves behind.
 """
 
 from __future__ import annotations
 
 import base64
-import io
 import json
 import logging
-import queue
 import re
 import threading
 import time
-import uuid
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-import transformers
-from PIL import Image
 
 from llava_sessions import protocol
 from llava_sessions import pump as pump_module
 from llava_sessions.conversation import ChatTokens
-from llava_sessions.engine.kv import choose_budget
 from llava_sessions.engine.loop import EngineLoop
 from llava_sessions.engine.messages import (
-    Accepted,
     AskSession,
     Cancelled,
     Closed,
@@ -38,165 +27,18 @@ from llava_sessions.engine.messages import (
     Memory,
     OpenFailed,
     OpenSession,
-    Report,
     Timings,
     TurnFailed,
     Usage,
 )
 from llava_sessions.engine.model import Model
-from llava_sessions.engine.service import Engine
-from llava_sessions.journal import Journal
-from llava_sessions.media import MediaLimits
-from llava_sessions.protocol import CLOSED_SESSION_HEADER, NEW_SESSION, NEW_SESSION_HEADER, SESSION_HEADER, Limits
-from llava_sessions.pump import Pump
+from llava_sessions.protocol import CLOSED_SESSION_HEADER, NEW_SESSION, NEW_SESSION_HEADER, SESSION_HEADER
 from llava_sessions.rows import Reply, Row
-from llava_sessions.sessions import GRACE_S, SessionTable
+from llava_sessions.sessions import GRACE_S
+from tests.pump_frontend import NOW, PATIENCE_S, QUESTIONS, TTL, Frontend, code, lines, model, png, short_waits, tokens
 
-NOW = 1_800_000_000.0
-TTL = 60.0
-PATIENCE_S = 20.0
 EXPIRES_PATTERN = r"[a-zA-Z0-9](-*[a-zA-Z0-9])*;\sExpires=[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z"
-QUESTIONS = ["What is the red circle doing?", "Where is the blue square near two green stars?", "And now?"]
-
-
-def png(colour: str = "red") -> str:
-    held = io.BytesIO()
-    Image.new("RGB", (60, 40), colour).save(held, "PNG")
-    return base64.b64encode(held.getvalue()).decode()
-
-
-class Frontend:
-    """What stands around a pump: rows as TorchServe numbers them, a clock, and the engine behind a door.
-
-    The door is synchronous: a command takes effect when it is submitted, its events reach the inbox by `step()`; of a
-    close, at once. `ended` are the sequences that the pump had ended by a request of its own.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        tokens: ChatTokens,
-        max_sessions: int = 8,
-        context_tokens: int | None = None,
-        deaf: bool = False,
-    ) -> None:
-        """`deaf`: commands are only recorded, and a test tells by itself what came of them."""
-        self.now_s = NOW
-        self.commands: list = []
-        self.inbox: queue.SimpleQueue = queue.SimpleQueue()
-        self.engine = Engine(model, tokens.answer_text, choose_budget(model.device))
-        self._deaf = deaf
-        self._rows = 0
-        self.table = SessionTable(max_sessions, TTL)
-        limits = (context_tokens or model.context_tokens, Limits(), MediaLimits())
-        self.ended: list[str] = []
-        self.mark = ("x-mark", "ours")
-        doors = {"sequences": self, "journal": Journal(), "clock": lambda: self.now_s}
-        self.pump = Pump(self, self.inbox, tokens, self.table, *limits, **doors)
-
-    def end(self, sequence_id: str) -> None:
-        self.ended.append(sequence_id)
-
-    def submit(self, command) -> None:
-        self.commands.append(command)
-        if self._deaf:
-            if isinstance(command, OpenSession):
-                self.tell(Accepted(command.session_id))
-        else:
-            self.engine.apply(command)
-            if isinstance(command, CloseSession):
-                self.step()
-
-    def step(self) -> None:
-        if self.engine.has_work:
-            self.tell(*self.engine.step())
-
-    def tell(self, *events) -> None:
-        self.inbox.put(Report(list(events), self.engine.memory()))
-
-    def row(self, body: Any, session: str | None = None, headers: dict | None = None) -> Row:
-        """A request with the session header, or without one, for which TorchServe makes an id."""
-        self._rows += 1
-        own = f"ts-seq-{uuid.UUID(int=self._rows)}"
-        headers = {SESSION_HEADER.lower(): session, **(headers or {})} if session else headers or {}
-        return Row(f"request-{self._rows}", session or own, session is None, headers, body)
-
-    def ask_row(self, session: str | None, prompt: str = QUESTIONS[0], **fields: Any) -> Row:
-        body = {"type": "send_text_prompt", "prompt_text": prompt, "max_new_tokens": 6, **fields}
-        return self.row(body, session)
-
-    def exchange(self, *rows: Row) -> list[Reply | None]:
-        return self.pump.exchange(list(rows))
-
-    def settle(self, *rows: Row) -> list[list[Reply]]:
-        """Exchange, with the engine stepping, until every row has its last reply. All replies of each row."""
-        told: dict[str, list[Reply]] = {row.request_id: [] for row in rows}
-        active, until = list(rows), time.monotonic() + PATIENCE_S
-        while active:
-            assert time.monotonic() < until, "rows were never answered"
-            replies = self.exchange(*active)
-            for row, reply in zip(active, replies, strict=True):
-                if reply is not None:
-                    told[row.request_id].append(reply)
-            active = [row for row, reply in zip(active, replies, strict=True) if reply is None or reply.more]
-            self.step()
-        return list(told.values())
-
-    def answer(self, row: Row) -> Reply:
-        """The one reply of a row that is answered as a whole."""
-        ((reply,),) = self.settle(row)
-        assert reply.more is None
-        return reply
-
-    def told(self, row: Row) -> dict:
-        return json.loads(self.answer(row).body)
-
-    def open(self, colour: str = "red", session: str | None = None) -> str:
-        reply = self.answer(self.row({"type": "start_session", "image": png(colour)}, session))
-        assert reply.status == 200, reply.body
-        while self.engine.has_work:
-            self.step()
-        return json.loads(reply.body)["session_id"]
-
-    def is_ended(self, row: Row, reply: Reply) -> bool:
-        """Whether the row's own sequence is ended: in one of the two ways, never by both."""
-        assert self.ended.count(row.sequence_id) + (CLOSED_SESSION_HEADER in reply.headers) <= 1
-        return row.sequence_id in (*self.ended, reply.headers.get(CLOSED_SESSION_HEADER))
-
-    def ask(self, session: str | None, prompt: str = QUESTIONS[0], **fields: Any) -> dict:
-        return self.told(self.ask_row(session, prompt, **fields))
-
-    def start(self, session: str, prompt: str = QUESTIONS[0], **fields: Any) -> Row:
-        """An ask whose turn runs, and whose row is still held."""
-        row = self.ask_row(session, prompt, **{"max_new_tokens": 200, **fields})
-        assert self.exchange(row) == [None]
-        return row
-
-    def close_row(self, session: str) -> Row:
-        return self.row({"type": "close_session"}, session)
-
-    def cancel_row(self, session: str) -> Row:
-        return self.row({"type": "cancel"}, session)
-
-
-@pytest.fixture(scope="module")
-def model(tiny: Path) -> Iterator[Model]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a tiny model only loses by more
-    yield Model.load(tiny, device="cpu")
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def tokens(tiny: Path) -> ChatTokens:
-    return ChatTokens(transformers.AutoProcessor.from_pretrained(tiny))
-
-
-@pytest.fixture(autouse=True)
-def _short_waits(monkeypatch) -> None:
-    """The engine steps between exchanges only, so an exchange that waits for it waits in vain."""
-    monkeypatch.setattr(pump_module, "WAIT_S", 0.002)
-    monkeypatch.setattr(pump_module, "CLOSE_WAIT_S", 0.002)
+__all__ = ["model", "short_waits", "tokens"]  # fixtures
 
 
 @pytest.fixture
@@ -207,14 +49,6 @@ def front(model: Model, tokens: ChatTokens) -> Frontend:
 @pytest.fixture
 def deaf(model: Model, tokens: ChatTokens) -> Frontend:
     return Frontend(model, tokens, deaf=True)
-
-
-def code(reply: Reply) -> str:
-    return json.loads(reply.body)["error"]["code"]
-
-
-def lines(replies: list[Reply]) -> list[dict]:
-    return [json.loads(line) for reply in replies for line in reply.body.splitlines()]
 
 
 # --- open ---

@@ -630,6 +630,19 @@ def test_a_directory_that_cannot_be_is_a_warning_at_start_and_no_acknowledgement
     assert len(warnings(caplog)) == 2, "the next outage is told again"
 
 
+def test_a_save_that_ends_half_way_is_caught_up_from_there(journal, folder):
+    story = opening(journal)
+    for _ in range(3):
+        add_turn(story, journal.blobs)
+    in_the_way = file_of(folder, "chat-1", 2)
+    in_the_way.mkdir(parents=True)
+    assert journal.save(story).result(10) is False
+    in_the_way.rmdir()
+    assert again(folder).read("chat-1", NOW) == Story(story.open, story.turns[:1])
+    assert journal.save(story).result(10)
+    assert again(folder).read("chat-1", NOW) == story
+
+
 def test_a_directory_that_is_fine_is_no_warning_and_a_bad_spelling_is_every_problem(folder, caplog):
     assert open_journal(str(folder), None).durable
     assert not open_journal(None, None).durable

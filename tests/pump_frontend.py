@@ -62,15 +62,18 @@ class Frontend:
         deaf: bool = False,
         journal: Journal | None = None,
         idle_s: float | None = None,
+        first_row: int = 0,
     ) -> None:
-        """`deaf`: commands are only recorded, and a test tells by itself what came of them."""
+        """`deaf`: commands are only recorded, and a test tells by itself what came of them. `first_row` sets the ids
+        of two servers apart.
+        """
         self.now_s = NOW
         self.commands: list = []
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()
         self._new_engine = lambda: Engine(model, tokens.answer_text, choose_budget(model.device))
         self.engine = self._new_engine()
         self._deaf = deaf
-        self._rows = 0
+        self._rows = first_row
         self.table = SessionTable(max_sessions, TTL, idle_s)
         limits = (context_tokens or model.context_tokens, Limits(), MediaLimits())
         self.ended: list[str] = []
@@ -139,6 +142,12 @@ class Frontend:
         """The one reply of a row that is answered as a whole."""
         ((reply,),) = self.settle(row)
         assert reply.more is None
+        return reply
+
+    def answer_beside(self, running: Row, row: Row) -> Reply:
+        """The one reply of a row that is answered at once, while another is held."""
+        held, reply = self.exchange(running, row)
+        assert held is None
         return reply
 
     def told(self, row: Row) -> dict:

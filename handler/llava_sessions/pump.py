@@ -111,6 +111,7 @@ class Pump:
     def exchange(self, rows: list[Row]) -> list[Reply | None]:
         """One step: `rows` are all active requests. A reply for each, or None where the row is held."""
         with self._lock:
+            self._drain_inbox()  # a new row meets what is known by now, an engine's end or start among it
             for row in rows:
                 if row.request_id not in self._entries:
                     self._admit(row)

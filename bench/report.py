@@ -14,7 +14,7 @@ from .bar import BAR
 from .harness import RESULTS, number
 
 README = Path(__file__).parent / "README.md"
-BENCHES = ("turns", "chats", "decode", "memory", "open", "stall")
+BENCHES = ("turns", "chats", "decode", "memory", "open", "stall", "pipe")
 
 
 def read(folder: Path = RESULTS) -> dict[str, dict]:

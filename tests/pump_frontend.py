@@ -23,7 +23,7 @@ from PIL import Image
 from llava_sessions import pump as pump_module
 from llava_sessions.conversation import ChatTokens
 from llava_sessions.engine.kv import choose_budget
-from llava_sessions.engine.messages import Accepted, CloseSession, OpenSession, Report
+from llava_sessions.engine.messages import Accepted, AskSession, CloseSession, OpenSession, Report
 from llava_sessions.engine.model import Model
 from llava_sessions.engine.service import Engine
 from llava_sessions.engine.supervisor import EngineLost, EngineUp
@@ -171,7 +171,8 @@ class Frontend:
     def start(self, session: str, prompt: str = QUESTIONS[0], **fields: Any) -> Row:
         """An ask whose turn runs, and whose row is still held."""
         row = self.ask_row(session, prompt, **{"max_new_tokens": 200, **fields})
-        assert self.exchange(row) == [None]
+        while not any(isinstance(one, AskSession) and one.turn_id == row.request_id for one in self.commands):
+            assert self.exchange(row) == [None]
         return row
 
     def close_row(self, session: str, **fields: Any) -> Row:

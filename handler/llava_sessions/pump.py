@@ -160,6 +160,10 @@ class Pump:
 
     def figures(self) -> Figures:
         """Gauges and counters as of now."""
+        with self._lock:
+            return self._figures()
+
+    def _figures(self) -> Figures:
         memory, desk = self._memory, self._desk
         held = memory.features_bytes + memory.kv_bytes
         return Figures(

@@ -33,8 +33,8 @@ class Session(Generic[Conversation]):
     of its latest turn.
 
     `conversation` is None while only the journal knows it; `story`, its journal, is opaque here. `in_engine`: whether
-    the engine holds it. `answers` are the latest finished ones, by what a repeated request is known by: it is told
-    again.
+    the engine holds it; `losses` are engines that died while it was answering, since its last answer. `answers` are the
+    latest finished ones, by what a repeated request is known by: it is told again.
     """
 
     id: str
@@ -47,6 +47,7 @@ class Session(Generic[Conversation]):
     closing: bool = False
     story: Any = None
     in_engine: bool = False
+    losses: int = 0
     answers: OrderedDict[str, Any] = field(default_factory=OrderedDict)
 
     def is_over(self, now_s: float) -> bool:

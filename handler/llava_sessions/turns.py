@@ -24,6 +24,9 @@ from .telling import refuse_turn, tell_cancelled, tell_end, tell_turn, tell_word
 
 log = logging.getLogger(__name__)
 
+# Engines that may die in a row while a session is answering.
+MOST_LOSSES = 5
+
 
 class Turns:
     """All running turns, by the request id of their first row."""
@@ -91,10 +94,18 @@ class Turns:
                 self._desk.submit(CutTurn(turn.id, reason))
 
     def engine_lost(self) -> None:
-        """Refuse what the engine was doing; answers that are known are still stored and told."""
+        """Refuse what the engine was doing; answers that are known are still stored and told.
+
+        A session that was there each time may be what kills it: it is ended for the sake of all others.
+        """
         for turn in list(self._turns.values()):
             if turn.submitted and not turn.finished:
                 self._fail(turn, self._desk.restarting())
+                turn.session.losses += 1
+                if turn.session.losses == MOST_LOSSES and not turn.session.closing:
+                    log.error("session_failed session=%s engines_lost=%d", short_id(turn.session.id), MOST_LOSSES)
+                    self._desk.forget(turn.session, "failed")
+                    self._desk.sequences.end(turn.session.id)
 
     # --- what the engine tells; of turns that have ended meanwhile it may tell still ---
 
@@ -112,6 +123,7 @@ class Turns:
         if turn is None:
             return
         turn.finished, session = True, turn.session
+        session.losses = 0
         session.conversation.commit(turn.prompt_ids, event.kept_ids)
         usage, timings = vars(event.usage), {name: round(ms, 1) for name, ms in vars(event.timings).items()}
         ids = event.answer_ids if turn.ask.return_token_ids else None

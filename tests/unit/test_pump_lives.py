@@ -15,6 +15,7 @@ from llava_sessions.journal import Journal, open_journal
 from llava_sessions.preparing import Chat
 from llava_sessions.records import TurnRecord
 from llava_sessions.sessions import GRACE_S
+from llava_sessions.turns import MOST_LOSSES
 from tests.pump_frontend import NOW, QUESTIONS, TTL, Frontend, code, lines, model, png, short_waits, tokens
 
 __all__ = ["model", "short_waits", "tokens"]  # fixtures
@@ -216,6 +217,32 @@ def test_a_session_that_ran_out_of_memory_behind_its_open_is_rebuilt(model, toke
     front.engine.step()
     front.tell(NoRoom(session, None, 10, 0, 0))
     assert front.ask(session, QUESTIONS[0])["response_text"] == expected[0]
+
+
+def test_a_session_in_whose_turns_engines_die_again_and_again_is_ended(front):
+    expected = undisturbed(front)
+    poison, other = front.open(), front.open()
+    for _ in range(MOST_LOSSES):
+        row = front.start(poison)
+        front.step()
+        front.lose_engine()
+        assert code(front.answer(row)) == "engine_restarting"
+        front.bring_engine()
+    reply = front.answer(front.ask_row(poison))
+    assert (reply.status, code(reply)) == (500, "internal")
+    assert poison in front.ended
+    assert front.ask(other, QUESTIONS[0])["response_text"] == expected[0]
+
+
+def test_a_session_that_answers_between_two_losses_is_not_blamed_for_them(front):
+    session = front.open()
+    for _ in range(MOST_LOSSES + 1):
+        row = front.start(session)
+        front.step()
+        front.lose_engine()
+        assert code(front.answer(row)) == "engine_restarting"
+        front.bring_engine()
+        assert front.ask(session)["finish_reason"] in ("stop", "length")
 
 
 def test_a_rebuild_takes_an_image_token_in_an_answer_for_what_it_is(front, tokens):

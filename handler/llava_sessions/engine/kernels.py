@@ -41,9 +41,11 @@ class PackedLinear(torch.nn.Module):
         self._packed = torch.ops.mkldnn._reorder_linear_weight(plain.weight.detach(), _ROWS_HINT)
         self._bias = None if plain.bias is None else plain.bias.detach()
 
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """`[..., in_features]` -> `[..., out_features]`."""
-        return torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._bias, "none", [], "")
+    def forward(self, rows: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        """`[..., in_features]` -> `[..., out_features]`; `added`, of that shape, is added before it is rounded."""
+        if added is None:
+            return torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(rows, added, self._packed, self._bias, "add")
 
     def extra_repr(self) -> str:
         """What `print` shows of it, as for `nn.Linear`."""
@@ -61,13 +63,19 @@ def prepack_linears(module: torch.nn.Module) -> int:
         (parent, name, child)
         for parent in module.modules()
         for name, child in parent.named_children()
-        if type(child) is torch.nn.Linear and child.weight.device.type == "cpu" and child.weight.dtype == torch.bfloat16
+        if packable(child)
     ]
     if not found or not can_prepack():
         return 0
     for parent, name, child in found:
         setattr(parent, name, PackedLinear(child))
     return len(found)
+
+
+def packable(module: torch.nn.Module) -> bool:
+    """Whether it is a plain linear in bfloat16 on the CPU."""
+    found = type(module) is torch.nn.Linear
+    return found and module.weight.device.type == "cpu" and module.weight.dtype == torch.bfloat16
 
 
 @torch.inference_mode()
@@ -80,8 +88,9 @@ def can_prepack() -> bool:
         plain.weight.copy_(torch.linspace(-1, 1, 64 * 32).reshape(64, 32))
         plain.bias.copy_(torch.linspace(1, -1, 64))
         rows = torch.linspace(-1, 1, 3 * 32).reshape(1, 3, 32).bfloat16()
-        wanted = linear(rows, plain.weight, plain.bias).float()
-        return torch.allclose(PackedLinear(plain)(rows).float(), wanted, atol=0.05, rtol=0.02)
+        wanted, packed = linear(rows, plain.weight, plain.bias).float(), PackedLinear(plain)
+        got = packed(rows).float(), packed(rows, torch.ones_like(wanted).bfloat16()).float() - 1
+        return all(torch.allclose(one, wanted, atol=0.05, rtol=0.02) for one in got)
     except (AttributeError, NotImplementedError, RuntimeError):
         return False
 
@@ -145,6 +154,13 @@ def _attention_by_products(
             scores[:, tokens - new :, start : start + new].masked_fill_(after, float("-inf"))
     weights = scores.softmax(1).transpose(1, 2) if across else scores.transpose(1, 2).softmax(-1)
     return torch.bmm(weights, values)[:, :count].reshape(1, heads, new, head_dim)
+
+
+def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Rotary embedding in place: `[rows, heads, head_dim]` by the rows' `cos` and `sin`, `[rows, head_dim]`."""
+    low, high = heads.chunk(2, -1)
+    turned = torch.cat((-high, low), -1)
+    heads.mul_(cos[:, None]).addcmul_(turned, sin[:, None])
 
 
 def full_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:

@@ -55,6 +55,16 @@ class SessionKV:
         return self._device.nbytes
 
     @property
+    def address(self) -> int:
+        """Where it lies on the device, until its capacity changes."""
+        return self._device.data_ptr()
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that it has room for on the device."""
+        return self._device.shape[3]
+
+    @property
     def host_bytes(self) -> int:
         """Bytes held on the host."""
         return 0 if self._host is None else self._host.nbytes
@@ -68,7 +78,7 @@ class SessionKV:
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` in all. Raises torch's out-of-memory error with everything stored intact."""
-        if tokens <= self._device.shape[3]:
+        if tokens <= self.capacity:
             return
         grown = self._empty(-(-tokens // GROWTH_TOKENS) * GROWTH_TOKENS)
         grown[:, :, :, : self.length].copy_(self._device[:, :, :, : self.length])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
-from . import kernels
+from . import fused, kernels
 from .kv import KVShape, SessionKV
 from .messages import Picture
 
@@ -62,29 +62,56 @@ class _Span:
 
 
 class _PackedKV:
-    """All segments of one forward, in transformers' `past_key_values` protocol.
+    """All segments of one forward, in transformers' `past_key_values` protocol, and as fused layers see them.
 
     `update` stores each session's new keys and values in that session's own tensor; the attention function reads them
-    there.
+    there. `attend` does both. With `tokens`, the segments of one token are its work, and not among the spans.
     """
 
     is_compileable = False
 
-    def __init__(self, segments: list[Segment]) -> None:
+    def __init__(self, segments: list[Segment], heads: int, tokens: fused.TokenAttention | None) -> None:
+        self._heads, self._tokens = heads, tokens
         self.spans: list[_Span] = []
+        self.ends: list[int] = []
+        places: list[tuple[int, int, int, int]] = []
         start = 0
         for segment in segments:
             kv, rows = segment.kv, len(segment.token_ids)
             kv.reserve(kv.length + rows)
-            mask = _causal_mask(kv.length, rows, kv.shape.device) if kv.length and rows > 1 else None
-            self.spans.append(_Span(kv, kv.length, start, start + rows, mask, not kv.length and rows > 1))
+            if tokens is not None and rows == 1:
+                places.append((start, kv.address, kv.capacity, kv.length))
+            else:
+                mask = _causal_mask(kv.length, rows, kv.shape.device) if kv.length and rows > 1 else None
+                self.spans.append(_Span(kv, kv.length, start, start + rows, mask, not kv.length and rows > 1))
             start += rows
+            self.ends.append(start)
+        self._task = tokens.task(places) if places else None
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any) -> tuple:
         """Store `[1, kv_heads, rows, head_dim]` keys and values of one layer."""
         for span in self.spans:
             span.kv.write(layer, span.stored, keys[0, :, span.start : span.end], values[0, :, span.start : span.end])
         return keys, values
+
+    def attend(self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """What a fused layer asks for, see `fused.Batch`."""
+        out = qkv.new_empty((len(qkv), self._heads * cos.shape[-1]))
+        if self._task is not None:
+            self._tokens(self._task, layer, qkv, cos, sin, out)
+        for span in self.spans:
+            place = slice(span.start, span.end)
+            numbers = qkv[place].unflatten(-1, (-1, cos.shape[-1]))
+            turned = numbers[:, : self._heads + span.kv.shape.kv_heads]
+            kernels.rotate(turned, cos[place], sin[place])
+            queries, keys, values = numbers.transpose(0, 1).split(
+                (self._heads, span.kv.shape.kv_heads, span.kv.shape.kv_heads)
+            )
+            span.kv.write(layer, span.stored, keys, values)
+            stored = span.kv.read(layer, span.stored + len(numbers))
+            attended = kernels.attention(queries[None], *stored, cos.shape[-1] ** -0.5, span.mask, span.is_causal)
+            out[place] = attended[0].transpose(0, 1).flatten(1)
+        return out
 
 
 def _causal_mask(stored: int, new: int, device: torch.device) -> torch.Tensor:
@@ -152,6 +179,10 @@ class Model:
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.kv_shape = KVShape(text.num_hidden_layers, text.num_key_value_heads, head_dim, self.dtype, self.device)
         self.feature_bytes: int = text.hidden_size * self.dtype.itemsize
+        self._heads: int = text.num_attention_heads
+        self._tokens = None
+        if isinstance(self._text.layers[0], fused.FusedLayer):
+            self._tokens = fused.token_attention(self._heads, self.kv_shape.kv_heads, head_dim)
 
     @classmethod
     def load(cls, checkpoint: str | Path, dtype: torch.dtype | str = "auto", device: str = "auto") -> Model:
@@ -174,6 +205,7 @@ class Model:
         model = AutoModelForImageTextToText.from_pretrained(
             checkpoint, config=config, dtype=dtype, device_map={"": device}
         )
+        fused.fuse_layers(model.model.language_model.layers)
         if kernels.prepack_linears(model.model):
             model.lm_head = kernels.PackedLinear(model.lm_head)
         return cls(model)
@@ -198,7 +230,7 @@ class Model:
         Appends to each segment's KV and returns the logits of the sampled ones, `[rows, vocabulary]`. On an error the
         KV lengths are as before.
         """
-        packed = _PackedKV(segments)
+        packed = _PackedKV(segments, self._heads, self._tokens)
         ids = [token for s in segments for token in s.token_ids]
         positions = [at for s in segments for at in range(s.kv.length, s.kv.length + len(s.token_ids))]
         embeddings = self._embed(ids, segments)
@@ -208,7 +240,7 @@ class Model:
             past_key_values=packed,
             packed=packed,
         ).last_hidden_state[0]
-        wanted = [span.end - 1 for span, segment in zip(packed.spans, segments, strict=True) if segment.sample]
+        wanted = [end - 1 for end, segment in zip(packed.ends, segments, strict=True) if segment.sample]
         logits = self._model.lm_head(hidden.index_select(0, self._on_device(wanted)))
         for segment in segments:
             segment.kv.length += len(segment.token_ids)

@@ -3,6 +3,9 @@
 Tokens a second over everything, opening included, and the time to the first token of turn 1 (which waits for the
 picture) and of the later turns. Beside the engine: the same chats served one question at a time, first come, first
 served, by `generate` with each chat's own KV cache kept, and by the engine itself.
+
+The limit of the ratio on this machine: what the linears of the encodes and the prompts alone take at the rate that they
+reach here on the spot. Even with attention and decoding for nothing no engine would be faster.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections import deque
 from . import harness
 from .driver import EngineChats, Pictures, Prompts, TurnTimes, load_engine, prepare
 from .harness import Options, Result, Run, median, percentile, spread
+from .limits import Linears, picture_flops, token_flops
 from .reference import KeptKV, Reference
 
 ENGINE, ENGINE_SERIAL, KEPT = "engine", "engine, one at a time", "KV kept, one at a time"
@@ -84,10 +88,10 @@ def _first_come_first_served(load: Load, serve) -> list[list[TurnTimes]]:
     return taken
 
 
-def measure(options: Options, run: Run) -> dict[str, dict[str, list[float]]]:
-    """Figures of every round by side."""
+def measure(options: Options, run: Run) -> tuple[dict[str, dict[str, list[float]]], float]:
+    """Figures of every round by side, and the seconds that the arithmetic of a round takes at least."""
     reference = Reference(options.checkpoint, options.dtype, options.device)
-    chats = load_engine(options)
+    chats, linears = load_engine(options), Linears(reference)
     tokens = options.extra.answer_tokens
     sides = [
         (ENGINE, lambda load: in_parallel(chats, load, tokens)),
@@ -108,10 +112,15 @@ def measure(options: Options, run: Run) -> dict[str, dict[str, list[float]]]:
             began = time.perf_counter()
             turns = serve(load)
             seconds = time.perf_counter() - began
+            if label == ENGINE:
+                answers = sum(len(turn.answer_ids) for chat in turns for turn in chat)
+                rows = sum(len(conversation.token_ids) for conversation in chats.conversations.values()) - answers
             chats.close_all()
             note(taken[label], turns, seconds)
+            linears.measure_rows()
             run.say(f"round {number + 1} of {options.rounds}: {label}: {taken[label]['tokens_s'][-1]:.1f} tokens/s")
-    return taken
+    flops = len(load) * picture_flops(reference) + rows * token_flops(reference)
+    return taken, flops / linears.flops_s
 
 
 def note(figures: dict[str, list[float]], chats: list[list[TurnTimes]], seconds: float) -> None:
@@ -131,7 +140,7 @@ def later_rate(chats: list[list[TurnTimes]]) -> float:
     return len(times) / (max(times) - since) if times else float("nan")
 
 
-def report(options: Options, taken: dict[str, dict]) -> Result:
+def report(options: Options, taken: dict[str, dict], least_seconds: float) -> Result:
     """The table, and the ratios of the project's bar."""
     result = Result(
         ["side", "tokens/s", "tokens/s later", "TTFT turn 1 ms", "TTFT later ms", "p99 later ms", "per token ms"],
@@ -154,8 +163,12 @@ def report(options: Options, taken: dict[str, dict]) -> Result:
         result.ratios[f"tokens/s, engine / {label}"] = ratio
         later = median(taken[ENGINE]["later_tokens_s"]) / median(taken[label]["later_tokens_s"])
         result.ratios[f"tokens/s after every first answer, engine / {label}"] = later
+    answered = options.extra.sessions * options.extra.turns * options.extra.answer_tokens
+    limit = answered / least_seconds / median(taken[KEPT]["tokens_s"])
+    result.ratios[f"limit of tokens/s by pictures and prompts alone / {KEPT}"] = limit
     names = ("sessions", "turns", "prompt_tokens", "answer_tokens")
     result.settings = {name: getattr(options.extra, name) for name in names}
+    result.settings["least_seconds_of_pictures_and_prompts"] = least_seconds
     result.notes = [
         "tokens/s: median of the rounds, pictures included; later: from when every chat has its first answer.",
         "Times: median [best], waiting for others included.",
@@ -179,7 +192,7 @@ def main(argv: list[str] | None = None) -> Result:
     """Entry point."""
     options = harness.parse("chats", __doc__, argv, rounds=3, more=_arguments)
     run = Run(options)
-    return run.finish(report(options, measure(options, run)), paint)
+    return run.finish(report(options, *measure(options, run)), paint)
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

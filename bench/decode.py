@@ -2,7 +2,8 @@
 share that is of the memory-bandwidth bound.
 
 The bound: a step must read every weight of the language model and the KV of every chat once; bytes over the read
-bandwidth measured between the blocks (the best of them). Beside the engine: separate forwards of `transformers`, one
+bandwidth measured between the blocks (the best of them); with it goes which share of that bandwidth the linears alone
+reach with one row, which no step can exceed by much. Beside the engine: separate forwards of `transformers`, one
 chat after the other, each on a `DynamicCache` of the same length (filled with noise, which costs the same). Blocks of
 steps of both sides alternate.
 """
@@ -15,6 +16,7 @@ import time
 from . import harness
 from .driver import EngineChats, Pictures, Prompts, load_engine, prepare
 from .harness import Options, Result, Run, median, spread
+from .limits import Linears
 from .reference import Reference, decode_separately, random_caches
 
 
@@ -68,10 +70,12 @@ def separate_steps(reference: Reference, caches: list, steps: int) -> list[float
     return times
 
 
-def measure(options: Options, run: Run) -> tuple[dict[int, dict], int, int]:
-    """`{chats: {"engine": [...], "separate": [...], "kv_tokens": n}}`, and bytes of the weights and of a token's KV."""
+def measure(options: Options, run: Run) -> tuple[dict[int, dict], int, int, float]:
+    """`{chats: {"engine": [...], "separate": [...], "kv_tokens": n}}`, bytes of the weights and of a token's KV, and
+    the bytes a second that the linears read with one row.
+    """
     reference = Reference(options.checkpoint, options.dtype, options.device)
-    chats = load_engine(options)
+    chats, linears = load_engine(options), Linears(reference)
     run.say("filling the caches")
     lengths = contexts(options, chats)
     taken = {
@@ -86,12 +90,16 @@ def measure(options: Options, run: Run) -> tuple[dict[int, dict], int, int]:
             names = chosen(list(lengths), count)
             times["engine"] += engine_steps(chats, names, steps)
             run.bandwidth.measure(1)
+            linears.measure_row(1)
             separate = separate_steps(reference, [caches[name] for name in names], rounds_of_forwards)
             times["separate"] += separate[1:] or separate  # the first one grows the caches' memory
-    return taken, reference.decode_weight_bytes, chats.engine.model.kv_shape.token_bytes
+    token_bytes = chats.engine.model.kv_shape.token_bytes
+    return taken, reference.decode_weight_bytes, token_bytes, linears.row_bytes_s
 
 
-def report(options: Options, run: Run, taken: dict[int, dict], weight_bytes: int, token_bytes: int) -> Result:
+def report(
+    options: Options, run: Run, taken: dict[int, dict], weight_bytes: int, token_bytes: int, row_bytes_s: float
+) -> Result:
     """The table, and the ratios of the project's bar."""
     columns = ["chats", "KV tokens", "step ms", "tokens/s", "bound ms", "share of bound", "separate ms", "times faster"]
     result = Result(columns)
@@ -112,6 +120,9 @@ def report(options: Options, run: Run, taken: dict[int, dict], weight_bytes: int
         )
         result.ratios[f"share of the bandwidth bound, {count} chats"] = bound_ms / step_ms
         result.ratios[f"tokens/s at {count}, engine / separate forwards"] = separate_ms / step_ms
+    result.ratios["bandwidth of the linears alone with one row / read bandwidth"] = (
+        row_bytes_s / run.bandwidth.read_bytes_s
+    )
     result.settings = {"weight_bytes": weight_bytes, "kv_bytes_per_token": token_bytes}
     result.samples = {str(count): times for count, times in taken.items()}
     result.notes = ["Times are medians [best]; the bound uses the best bandwidth seen in this run."]
@@ -141,8 +152,7 @@ def main(argv: list[str] | None = None) -> Result:
     """Entry point."""
     options = harness.parse("decode", __doc__, argv, rounds=4, more=_arguments)
     run = Run(options)
-    taken, weight_bytes, token_bytes = measure(options, run)
-    return run.finish(report(options, run, taken, weight_bytes, token_bytes), paint)
+    return run.finish(report(options, run, *measure(options, run)), paint)
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

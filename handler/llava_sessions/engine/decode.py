@@ -9,6 +9,7 @@ fight with them for the cores.
 from __future__ import annotations
 
 import ctypes
+import functools
 from pathlib import Path
 
 import numba
@@ -126,6 +127,7 @@ def _exp(x):
     return _two_to(whole) * (np.float32(1) + part * (np.float32(0.6931471806) + part * power))
 
 
+@functools.cache
 def _compile(heads: int, kv_heads: int, head_dim: int, head: int):
     """The loops, with sizes as constants: the compiler unrolls and vectorizes them."""
     width = heads + 2 * kv_heads

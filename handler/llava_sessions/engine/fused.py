@@ -4,7 +4,9 @@ Must not know sessions or transformers' classes: it takes the place of any decod
 Llama's, and leaves the others. Queries, keys and values come of one linear, gate and up projection of another, and the
 residual additions are part of the linears behind them.
 
-What it gains is told in `kernels.py`.
+What it gains together with `decode.py` (bench model, 2 cores of an AMD EPYC with avx512_bf16, on a busy machine, best
+of alternating steps; packed linears in plain layers, fused layers, compiled attention of single tokens too): decode of
+1 chat 70, 67, 55 ms; of 4 chats 218, 186, 88 ms; of 16 chats 339, 328, 111 ms; a follow-up of 45 tokens 221, 219, 192.
 """
 
 from __future__ import annotations

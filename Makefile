@@ -10,7 +10,7 @@ PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # Java is looked for first, whatever -j says
-.PHONY: help demo test serve lint model bench bench-cuda env java clean
+.PHONY: help demo test serve lint model bench bench-cuda env java haproxy clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,12 +18,12 @@ help:  ## list the targets
 demo: java env  ## a five-turn picture chat through a real TorchServe (SEED= repeats one)
 	@$(PYTHON) -m demo.chat $(if $(SEED),--seed $(SEED))
 
-test: java env lint  ## lint, then every test
+test: java haproxy env lint  ## lint, then every test
 	@$(PYTHON) -m pytest
 
-serve: java env  ## TorchServe in the foreground (PORT= MODEL= SESSIONS= DTYPE=)
+serve: java env  ## TorchServe behind HAProxy, in the foreground (PORT= MODEL= SESSIONS= DTYPE=)
 	@./build_mar.sh --model $(MODEL) $(if $(SESSIONS),--sessions $(SESSIONS)) $(if $(DTYPE),--dtype $(DTYPE)) >/dev/null
-	@exec $(PYTHON) -m deploy.serve --port $(PORT)
+	@exec $(PYTHON) -m deploy.launch --port $(PORT)
 
 lint: env  ## ruff, import-linter, and shellcheck where it is installed
 	@deploy/lint.sh
@@ -42,6 +42,9 @@ env:  ## .venv with what requirements-dev.txt pins
 
 java:  # before env, so that a machine without Java hears of it before a long install
 	@deploy/need_java.sh
+
+haproxy:  # the tests run it, so it is installed where that is possible; make serve can do without
+	@deploy/need_haproxy.sh --install
 
 clean:  ## remove archives, caches and logs; .venv stays
 	@find model_store -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +

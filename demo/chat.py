@@ -23,7 +23,8 @@ import torch
 import transformers
 from PIL import Image
 
-from deploy.serve import ServeError, TorchServe
+from deploy.processes import ServeError
+from deploy.serve import TorchServe
 from models.shapes.scenes import HELD_OUT_SEEDS, Question, Scene, dialogue, make_scene
 
 from .wire import Answer, Chat, WireError, settled_gauges

@@ -2,7 +2,7 @@
 
 Owns: what a servable checkpoint looks like on disk, which of its files travel, and how the archive's configuration is
 rendered. Must not know: how the handler works inside (it packs the folder handler/ as it is) and how a server is run
-(deploy/serve.py). Imports neither torch nor transformers, so `--help` and a refusal come at once.
+(deploy/launch.py). Imports neither torch nor transformers, so `--help` and a refusal come at once.
 """
 
 from __future__ import annotations
@@ -577,7 +577,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     weights = "inside" if packed.checkpoint == CHECKPOINT_DIR else packed.checkpoint
     print(f"{_short(packed.archive)}  {_mib(packed.size_bytes)}  up to {packed.sessions} sessions  weights: {weights}")
     print("Serve it, from the top of the checkout:")
-    print(f"  {_short(Path(sys.executable))} -m deploy.serve --model-store {_short(job.output)} --name {job.name}")
+    print(f"  {_short(Path(sys.executable))} -m deploy.launch --model-store {_short(job.output)} --name {job.name}")
     print("or by hand:")
     for line in serve_lines(packed, job):
         print("  " + line)

@@ -1,7 +1,8 @@
-"""Starting and stopping one real TorchServe: the launcher behind `make serve`, the demo, the tests and the container.
+"""Starting and stopping one real TorchServe, for the launcher (`launch.py`), the demo and the tests.
 
-Owns: the server's home folder, its ports, its processes, and how we learn that it is ready or why it is not. Must not
-know: what the model answers. It looks only at TorchServe's management API and at the log.
+Owns: the server's home folder, its ports, its processes, and how we learn that it is ready, or dead, and why. Must not
+know: what the model answers, nor what happens after a death. It looks only at the processes, at TorchServe's management
+API and at the log.
 
 Java is started directly, with the arguments that the stock `torchserve --start --foreground` would give it. The stock
 launcher is one process more that dies on SIGTERM and leaves java and the workers serving; without it, a signal reaches
@@ -10,29 +11,26 @@ the process that it is meant for, and its exit code reaches us.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import http.client
 import importlib.util
 import json
 import os
-import random
 import re
-import shlex
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import IO
 
 import psutil
+
+from .processes import LOOPBACK, Guard, ServeError, file_size, free_ports, is_free, kill_group, tail
 
 REPO = Path(__file__).resolve().parent.parent
 CONFIG = REPO / "config.properties"
@@ -40,7 +38,6 @@ WORKER_ENV = REPO / "deploy" / "local.env"
 LOG_CONFIG = REPO / "deploy" / "log4j2.xml"
 METRICS_CONFIG = REPO / "deploy" / "metrics.yaml"
 
-LOOPBACK = "127.0.0.1"
 MIN_JAVA = 17
 STARTUP_ERROR = "startup_error"  # begins the line in which the handler says why it does not start
 SOCKET_PATH_LIMIT = 103  # bytes that every system allows in the path of a unix socket
@@ -54,28 +51,13 @@ HEADER_KEYS = {  # the frontend's property and the worker's variable for one hea
     "ts_header_key_sequence_end": "TS_REQUEST_SEQUENCE_END",
 }
 
-# Ends the server when we die without stopping it (kill -9, a crash, an aborted test run): it waits on a pipe whose
-# other end only we hold. PR_SET_PDEATHSIG would do without a process, but it fires when the *thread* that started the
-# server ends, needs code between fork and exec, and is Linux's alone.
-GUARD = r"""
-read -r java || exit 0
-read -r stopped && exit 0
-kill -TERM "$java"
-for _ in 1 2 3 4 5 6 7 8 9 10; do kill -0 "$java" && sleep 1 || break; done
-kill -KILL -- "-$java"
-if [ -n "$1" ]; then rm -rf -- "$1"; fi
-"""
-
-
-class ServeError(RuntimeError):
-    """The server cannot start, did not become ready, or died. The message is for the person at the terminal."""
-
 
 class TorchServe:
     """One TorchServe (Java frontend and its workers) with its own home folder, ports and process group.
 
     `with TorchServe(store) as server:` starts it, waits until the model answers, and stops it at the end. `home` holds
-    its temporary files, logs and rendered configuration; without one, a folder is made and removed by `stop`.
+    its temporary files, logs and rendered configuration; without one, a folder is made and removed by `stop`. `ports`
+    is what `choose_ports` gave, and `guard` one that watches other processes as well.
     """
 
     def __init__(
@@ -83,8 +65,9 @@ class TorchServe:
         model_store: Path,
         name: str = "llava",
         *,
-        port: int = 0,
+        ports: Mapping[str, int] | None = None,
         home: Path | None = None,
+        guard: Guard | None = None,
         env: dict[str, str] | None = None,
         config: Path = CONFIG,
         quiet: bool = True,
@@ -94,7 +77,6 @@ class TorchServe:
     ) -> None:
         self.model_store = Path(model_store).resolve()
         self.name = name
-        self._asked_port = port
         self._asked_home = home
         self._env = dict(env or {})
         self._config = Path(config)
@@ -103,11 +85,14 @@ class TorchServe:
         self._java_options = list(java_options)
         self._log_level = log_level
         self._java: subprocess.Popen[bytes] | None = None
-        self._guard: subprocess.Popen[bytes] | None = None
+        self._guard = guard
+        self._own_guard = guard is None
         self._home: Path | None = None
-        self._ports: dict[str, int] = {}
+        self._ports = dict(ports or {})
         self._started_at = 0.0
         self._worker_seen_at = 0.0
+        self._ready_workers: list[int] = []
+        self._logged: dict[Path, int] = {}  # bytes that were in the logs before we started
         self._stopping = False
 
     # --- where it is --------------------------------------------------------------------------------------------------
@@ -162,7 +147,7 @@ class TorchServe:
             raise ServeError("the server is already started")
         models = models_argument(self.model_store, self.name)
         java = find_java()
-        self._ports = choose_ports(self._asked_port)
+        self._ports = self._ports or choose_ports()
         self._home = self._make_home()
         try:
             config = self._render_config()
@@ -173,36 +158,45 @@ class TorchServe:
             self.stop()
             raise
 
-    def wait_ready(self, timeout_s: float = 120) -> float:
-        """Wait until a worker has loaded the model; the seconds since `start`.
+    def poll_ready(self) -> float | None:
+        """The seconds from `start` to ready, once all workers have loaded the model; None before. Raises `ServeError`
+        when that will not happen.
 
         /ping is no help: TorchServe answers it with 200 long before that, and for good when the load failed.
         """
-        deadline = time.monotonic() + timeout_s
-        while True:
-            if (code := self.exit_code()) is not None:
-                raise ServeError(f"TorchServe stopped while starting (exit code {code})\n{self._reason()}")
-            statuses = self._worker_statuses()
-            if statuses and set(statuses) == {"READY"}:
-                return time.monotonic() - self._started_at
-            if statuses is not None and self._load_failed(statuses):
-                time.sleep(0.3)  # the worker's last lines are still on their way into the log
-                raise ServeError(f"the model {self.name!r} failed to load\n{self._reason()}")
-            if time.monotonic() > deadline:
-                raise ServeError(f"the model {self.name!r} was not ready after {timeout_s:.0f} s\n{self._reason()}")
-            time.sleep(0.1)
+        if (code := self.exit_code()) is not None:
+            raise ServeError(f"TorchServe stopped while starting (exit code {code})\n{self._reason()}")
+        statuses = self._worker_statuses()
+        if statuses and set(statuses) == {"READY"}:
+            self._ready_workers = self.worker_pids()
+            return time.monotonic() - self._started_at
+        if statuses is not None and self._load_failed(statuses):
+            time.sleep(0.3)  # the worker's last lines are still on their way into the log
+            raise ServeError(f"the model {self.name!r} failed to load\n{self._reason()}")
+        return None
 
-    def wait_death(self) -> str:
-        """Wait until the server can serve no longer; why. TorchServe never restarts a worker in sequence batching: it
-        stays up and leaves every session hanging, so a server without a worker is as dead as one without java."""
-        while True:
-            time.sleep(0.5)
-            if (code := self.exit_code()) is not None:
-                return f"TorchServe died (exit code {code})\n{self._reason()}"
-            if self.worker_pids():
-                self._worker_seen_at = time.monotonic()
-            elif time.monotonic() - self._worker_seen_at > 5:  # in other modes a new one is there by then
-                return f"the worker died\n{self._reason()}"
+    def wait_ready(self, timeout_s: float = 120) -> float:
+        """Wait until the model answers; the seconds since `start`. Raises `ServeError`."""
+        deadline = time.monotonic() + timeout_s
+        while (seconds := self.poll_ready()) is None:
+            if time.monotonic() > deadline:
+                raise self.too_slow(timeout_s)
+            time.sleep(0.1)
+        return seconds
+
+    def too_slow(self, timeout_s: float) -> ServeError:
+        """What to raise when it did not become ready in this time."""
+        return ServeError(f"the model {self.name!r} was not ready after {timeout_s:.0f} s\n{self._reason()}")
+
+    def death(self) -> str | None:
+        """Why a server that was ready can serve no longer; None while it can. TorchServe never restarts a worker in
+        sequence batching: it stays up and leaves every session hanging, so a server that lost a worker is as dead as
+        one without java."""
+        if (code := self.exit_code()) is not None:
+            return f"TorchServe died (exit code {code})\n{self._reason()}"
+        if not self._ready_workers or set(self._ready_workers) - set(self.worker_pids()):
+            return f"the worker died\n{self._reason()}"
+        return None
 
     def stop(self, timeout_s: float = 30) -> None:
         """SIGTERM to java, which ends its workers; whatever is left of the group after `timeout_s` is killed.
@@ -217,8 +211,10 @@ class TorchServe:
                     self._java.wait(timeout_s)
             self.kill()
             self._java.wait()
-        if self._guard is not None:
-            self._guard.communicate(b"stopped\n")
+            if self._guard is not None:
+                self._guard.done(self._java.pid)
+        if self._guard is not None and self._own_guard:
+            self._guard.release()
             self._guard = None
         if self._home is not None and self._asked_home is None:
             shutil.rmtree(self._home, ignore_errors=True)
@@ -226,8 +222,7 @@ class TorchServe:
     def kill(self) -> None:
         """End every process of the group, without waiting for it. Safe in a signal handler; `stop` cleans up."""
         if self._java is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._java.pid, signal.SIGKILL)
+            kill_group(self._java.pid)
 
     def __enter__(self) -> TorchServe:
         self.start()
@@ -244,16 +239,10 @@ class TorchServe:
     # --- starting -----------------------------------------------------------------------------------------------------
 
     def _make_home(self) -> Path:
-        if self._asked_home is not None:
-            home = Path(self._asked_home).resolve()
-        else:
-            # A test runner's or a Mac's temporary folder can be too deep for the workers' sockets.
-            base = tempfile.gettempdir()
-            home = Path(tempfile.mkdtemp(prefix="llava-serve-", dir=base if len(base) < 60 else "/tmp"))
-        if len(str(home / "tmp" / ".ts.sock.65535").encode()) > SOCKET_PATH_LIMIT:
-            raise ServeError(f"{home}: this path is too long for unix sockets; choose a shorter home")
-        (home / "tmp").mkdir(parents=True, exist_ok=True)
-        (home / "logs").mkdir(exist_ok=True)
+        home = make_home(self._asked_home)
+        shutil.rmtree(home / "tmp", ignore_errors=True)  # what a server that was killed has left there
+        (home / "tmp").mkdir()
+        self._logged = {path: file_size(path) for path in _logs(home)}
         return home
 
     def _render_config(self) -> Path:
@@ -306,14 +295,8 @@ class TorchServe:
         return [*command, "-ncs", "-m", models]
 
     def _spawn(self, command: list[str]) -> None:
-        own_home = str(self._home) if self._asked_home is None else ""
-        self._guard = subprocess.Popen(
-            ["/bin/sh", "-c", GUARD, "guard", own_home],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        if self._guard is None:
+            self._guard = Guard(self._home if self._asked_home is None else None)
         with contextlib.ExitStack() as stack:
             log = stack.enter_context((self.home / "logs" / "console.log").open("ab")) if self._quiet else None
             self._java = subprocess.Popen(
@@ -325,9 +308,7 @@ class TorchServe:
                 env=self._worker_env(),
                 start_new_session=True,  # a group of its own: Ctrl-C reaches us alone, and we stop it in order
             )
-        assert self._guard.stdin is not None
-        self._guard.stdin.write(f"{self._java.pid}\n".encode())
-        self._guard.stdin.flush()
+        self._guard.watch(self._java.pid)
         if not self._quiet:
             threading.Thread(target=self._relay, args=(self._java.stdout,), daemon=True).start()
 
@@ -367,22 +348,24 @@ class TorchServe:
         if self.worker_pids():
             self._worker_seen_at = time.monotonic()
             return False
-        has_run = self._worker_seen_at > 0 or bool(_tail(self.log_path, 1))
+        has_run = self._worker_seen_at > 0 or bool(self._new_lines(self.log_path, 1))
         patience_s = 0.5 if has_run else 10.0  # java starts the process a moment after it listens
         return time.monotonic() - max(self._worker_seen_at, self._started_at) > patience_s
 
     def _startup_errors(self) -> list[str]:
-        lines = _tail(self.log_path, 200)
+        lines = self._new_lines(self.log_path, 200)
         return [line[line.index(STARTUP_ERROR) :] for line in lines if f" {STARTUP_ERROR}" in line]
 
     def _reason(self) -> str:
         """Why it did not start: the handler's own words if it spoke, else the ends of the logs."""
         if errors := self._startup_errors():
             return "\n".join(dict.fromkeys(errors))
-        logs = self.home / "logs"
-        parts = [(path.name, _tail(path, 15)) for path in (logs / "console.log", logs / "ts_log.log", self.log_path)]
+        parts = [(path.name, self._new_lines(path, 15)) for path in _logs(self.home)]
         parts = [(name, [line for line in lines if not line.startswith(NOISE)]) for name, lines in parts]
         return "\n".join(f"--- {name}\n" + "\n".join(lines) for name, lines in parts if lines) or "(the logs are empty)"
+
+    def _new_lines(self, path: Path, count: int) -> list[str]:
+        return tail(path, count, self._logged[path])
 
 
 # --- what a start needs -----------------------------------------------------------------------------------------------
@@ -415,39 +398,32 @@ def find_java() -> str:
     return java
 
 
-def choose_ports(port: int) -> dict[str, int]:
-    """A port for each of the server's listeners: `port` and the two after it, or free ones for 0."""
+def make_home(asked: Path | None) -> Path:
+    """The folder for one server's files: the one that was asked for, or a new one. Raises `ServeError`."""
+    if asked is not None:
+        home = Path(asked).resolve()
+    else:
+        # A test runner's or a Mac's temporary folder can be too deep for the workers' sockets.
+        base = tempfile.gettempdir()
+        home = Path(tempfile.mkdtemp(prefix="llava-serve-", dir=base if len(base) < 60 else "/tmp"))
+    if len(str(home / "tmp" / ".ts.sock.65535").encode()) > SOCKET_PATH_LIMIT:
+        raise ServeError(f"{home}: this path is too long for unix sockets; choose a shorter home")
+    (home / "logs").mkdir(parents=True, exist_ok=True)
+    return home
+
+
+def choose_ports(port: int = 0, public: str = "inference") -> dict[str, int]:
+    """A port for each listener: `port` for the `public` one and the two after it for management and metrics; free ones
+    for the others, and for all where `port` is 0."""
     fixed = {}
     if port:
-        fixed = {"inference": port, "management": port + 1, "metrics": port + 2}
+        fixed = {public: port, "management": port + 1, "metrics": port + 2}
         for use, number in fixed.items():
-            if not _is_free(number):
+            if not is_free(number):
                 raise ServeError(f"port {number} ({use}) is in use; choose another: --port N takes N, N+1 and N+2")
-    others = [use for use in ("inference", "management", "metrics") if use not in fixed]
-    others += ["grpc_inference", "grpc_management", "worker"]
+    uses = [public, "inference", "management", "metrics", "grpc_inference", "grpc_management", "worker"]
+    others = [use for use in dict.fromkeys(uses) if use not in fixed]
     return {**fixed, **dict(zip(others, free_ports(len(others), set(fixed.values())), strict=True))}
-
-
-def free_ports(count: int, taken: set[int] | None = None) -> list[int]:
-    """Ports that nothing listens on. From below the range that the kernel hands to outgoing connections: none of those
-    can slip in before java binds, which takes seconds."""
-    ports: list[int] = []
-    for number in random.SystemRandom().sample(range(20000, 32000), 1000):
-        if number not in (taken or set()) and _is_free(number):
-            ports.append(number)
-        if len(ports) == count:
-            return ports
-    raise ServeError("no free ports on this machine")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((LOOPBACK, port))
-        except OSError:
-            return False
-    return True
 
 
 def read_properties(path: Path) -> dict[str, str]:
@@ -462,6 +438,10 @@ def read_env_file(path: Path) -> dict[str, str]:
     return dict(re.findall(r"^export (\w+)=(\S*)$", path.read_text(encoding="utf-8"), re.MULTILINE))
 
 
+def _logs(home: Path) -> list[Path]:
+    return [home / "logs" / name for name in ("console.log", "ts_log.log", "model_log.log")]
+
+
 def _torchserve_home() -> Path:
     spec = importlib.util.find_spec("ts")
     if spec is None or not spec.submodule_search_locations:
@@ -474,127 +454,3 @@ def _is_worker(process: psutil.Process) -> bool:
         return any(part.endswith("model_service_worker.py") for part in process.cmdline())
     except psutil.Error:
         return False
-
-
-def _tail(path: Path, count: int) -> list[str]:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - (1 << 16)))
-            return file.read().decode(errors="replace").splitlines()[-count:]
-    except OSError:
-        return []
-
-
-# --- the command line -------------------------------------------------------------------------------------------------
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m deploy.serve",
-        description="Serve a packed model with TorchServe on loopback, in the foreground, until Ctrl-C or SIGTERM.",
-    )
-    add = parser.add_argument
-    add("--model-store", type=Path, default=REPO / "model_store", metavar="DIR", help="default: model_store")
-    add("--name", default="llava", help="the packed model (default: %(default)s)")
-    add("--port", type=int, default=8080, help="inference; management and metrics take the next two (0: free ones)")
-    add(
-        "--home",
-        type=Path,
-        metavar="DIR",
-        help="temporary files and logs, kept (default: made, and removed at the end)",
-    )
-    add("--java-opts", type=shlex.split, default=[], metavar="OPTS", help="for the JVM, such as '-Xmx2g'")
-    add("--log-level", choices=["error", "warn", "info", "debug"], default="warn", help="of the frontend")
-    add("--timeout", type=float, default=600, metavar="S", help="how long the model may take to load")
-    return parser.parse_args(argv)
-
-
-class _Stop:
-    """Signals as a flag: the first asks for an orderly stop, a second one of the keyboard kills."""
-
-    def __init__(self, server: TorchServe) -> None:
-        self.asked = ""
-        self.deferred = False  # while processes are being started, the flag alone is set
-        self._server = server
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup means it
-                signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
-            self._server.kill()
-        elif not self.asked:
-            self.asked = signal.Signals(number).name
-            if not self.deferred:
-                raise KeyboardInterrupt
-
-    def start_server(self) -> None:
-        self.deferred = True
-        self._server.start()
-        self.deferred = False
-        if self.asked:
-            raise KeyboardInterrupt
-
-
-def usage(server: TorchServe) -> str:
-    """What to type next: open with a picture, ask, close."""
-    curl = "curl -sN $URL -H 'Content-Type: application/json'"
-    session = '-H "X-Amzn-SageMaker-Session-Id: $ID"'
-    return f"""In another terminal, with any picture.png:
-
-  URL={server.url}/invocations
-  # open a session with the picture; its id is in the answer and in a header
-  printf '{{"type":"start_session","image":"%s"}}' "$(base64 < picture.png | tr -d '\\n')" |
-    {curl} -D - -d @-
-  ID=the-session-id
-  # ask, as often as you like; the answer streams
-  {curl} {session} \\
-    -d '{{"type":"send_text_prompt","prompt_text":"What is in the picture?","stream":true}}'
-  # close it
-  {curl} {session} -d '{{"type":"close_session"}}'
-
-Ctrl-C here stops the server."""
-
-
-def run(server: TorchServe, timeout_s: float) -> int:
-    """Serve until a signal or until the server dies; the exit code."""
-    stop = _Stop(server)
-    code = 0
-    try:
-        print(f"starting TorchServe with {server.model_store / server.name} ...", flush=True)
-        stop.start_server()
-        seconds = server.wait_ready(timeout_s)
-        print(f"ready in {seconds:.1f} s on {server.url}\n  management {server.management_url}", flush=True)
-        print(
-            f"  metrics    {server.metrics_url}\n  logs       {server.log_path.parent}\n\n{usage(server)}", flush=True
-        )
-        print(f"error: {server.wait_death()}", file=sys.stderr)
-        code = 1
-    except KeyboardInterrupt:
-        print(f"\n{stop.asked}: stopping ...", flush=True)
-    except ServeError as err:
-        print(f"error: {err}", file=sys.stderr)
-        code = 1
-    began = time.monotonic()
-    server.stop()
-    if stop.asked:
-        print(f"stopped in {time.monotonic() - began:.1f} s", flush=True)
-    return code
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    server = TorchServe(
-        args.model_store,
-        args.name,
-        port=args.port,
-        home=args.home,
-        quiet=False,
-        java_options=args.java_opts,
-        log_level=args.log_level,
-    )
-    return run(server, args.timeout)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -30,7 +30,7 @@ class Front:
 
     def __init__(self, haproxy: str, home: Path, guard: Guard, *, port: int, target: int, host: str = LOOPBACK) -> None:
         self._haproxy = haproxy
-        self._socket = home / "front.sock"
+        self._home = home
         self._log = home / "logs" / "haproxy.log"
         self._guard = guard
         self._address = {"FRONT_HOST": host, "FRONT_PORT": str(port), "FRONT_TARGET": str(target)}
@@ -60,7 +60,7 @@ class Front:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self._address, "FRONT_SOCKET": str(self._socket)},
+                env={**os.environ, **self._address, "SESSIONS_RUN": str(self._home)},
                 start_new_session=True,
             )
         self._guard.watch(self._process.pid)
@@ -116,7 +116,7 @@ class Front:
         """HAProxy's answer to a line on its socket."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(5)
-            connection.connect(str(self._socket))
+            connection.connect(str(self._home / "admin.sock"))
             connection.sendall(f"{line}\n".encode())
             return b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode()
 

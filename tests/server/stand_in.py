@@ -71,7 +71,8 @@ class Handler:
                 continue
             if self.left[request] == 0:
                 headers = ctx.get_all_request_header(number)
-                answers.append(json.dumps({"session": ctx.get_sequence_id(number), "headers": headers}))
+                told = {"session": ctx.get_sequence_id(number), "headers": headers, "pid": os.getpid()}
+                answers.append(json.dumps(told))
                 stops.append(None)
                 continue
             if self.left[request] == 1 and request in self.gated:
@@ -88,9 +89,9 @@ class Handler:
 CONFIG = """
 minWorkers: 1
 maxWorkers: 1
-batchSize: 16
+batchSize: 128
 maxBatchDelay: 2
-maxNumSequence: 16
+maxNumSequence: 128
 maxSequenceJobQueueSize: 4
 sequenceMaxIdleMSec: 600000
 sequenceTimeoutMSec: 600000

@@ -96,8 +96,10 @@ def test_whatever_dies_is_back_and_a_killed_launcher_takes_everything_along(comm
     serving.wait_ready()
     url = serving.url
     for death, victim in enumerate(["model_service_worker", "org.pytorch.serve.ModelServer"], 1):
-        with ThreadPoolExecutor() as pool:
-            hanging = pool.submit(ask, url, {"hang": True})
+        # A connection that has been used before: HAProxy would close it without a word.
+        with ThreadPoolExecutor() as pool, httpx.Client(timeout=60, trust_env=False) as used:
+            assert used.get(f"{url}/ping").status_code == used.post(f"{url}/invocations", json={}).status_code == 200
+            hanging = pool.submit(used.post, f"{url}/invocations", json={"hang": True})
             assert eventually(lambda death=death: hanging_so_far(serving) == death)
             os.kill(serving.find(victim), signal.SIGKILL)
             assert eventually(lambda: ping(url) == 503)

@@ -15,11 +15,12 @@ from .harness import RESULTS, number
 
 README = Path(__file__).parent / "README.md"
 BENCHES = ("turns", "chats", "decode", "memory", "open", "stall", "pipe")
+SERVED = ("route",)  # on a whole server; not among those that `python -m bench` runs
 
 
 def read(folder: Path = RESULTS) -> dict[str, dict]:
     """The documents that are there, by bench."""
-    paths = {name: folder / f"{name}.json" for name in BENCHES}
+    paths = {name: folder / f"{name}.json" for name in (*BENCHES, *SERVED)}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from bench import harness, route
 from demo.wire import CLOSED_HEADER, SESSION_HEADER, Chat, WireError, checked, png, settled_gauges
 from deploy.front import Front, find_haproxy
 from deploy.processes import Guard, free_ports
@@ -194,6 +195,16 @@ def test_a_client_that_leaves_in_mid_stream_is_missed(url: str, server: TorchSer
             next(lines)
     figures = settled_gauges(server.metrics_url, timeout_s=20, llava_running_turns=0)
     assert figures["llava_running_turns"] == 0
+
+
+def test_the_bench_of_the_way_runs(url: str, server: TorchServe, tmp_path: Path) -> None:
+    options = route.parse(["--smoke", "--out", str(tmp_path)])
+    run = harness.Run(options)
+    run.finish(route.report(route.measure(options, run, (server.url, url))), route.paint)
+    document = json.loads((tmp_path / "route.json").read_text())
+    assert len(document["rows"]) == 6
+    assert all(row["requests"] == 2 for row in document["rows"])
+    assert (tmp_path / "route.png").is_file()
 
 
 def test_the_service_is_ready_when_its_model_is_and_ends_when_its_answers_have(model_store: Path) -> None:

@@ -1,0 +1,192 @@
+"""What HAProxy in front of TorchServe adds to a request: the same requests to the same server, through it and past it.
+
+Starts the whole service (`python -m deploy.launch`) with the demo model, whose own share of a request is small, and
+sends each request twice, over one kept connection each, in changing order: a streamed ask (until its first line), an
+ask that is answered whole, and one that is refused because its session is unknown, in which next to nothing but the way
+is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import io
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import torch
+from PIL import Image
+
+from . import harness
+from .harness import Options, Result, Run, median, percentile
+
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "models" / "shapes"
+SESSION_HEADER = "X-Amzn-SageMaker-Session-Id"
+QUESTION = {"type": "send_text_prompt", "prompt_text": "How many shapes are there?"}
+TURNS_PER_SESSION = 20  # the demo model's context holds no more of both sides' turns
+SIDES = ("direct", "through HAProxy")
+
+
+class Way:
+    """One way to the server: a connection that stays open, and the time that a request takes on it."""
+
+    def __init__(self, url: str) -> None:
+        self.http = httpx.Client(base_url=url, timeout=60, trust_env=False)
+
+    def open(self) -> str:
+        """A session on a new picture; its id."""
+        pixels = np.random.default_rng().integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        body = {"type": "start_session", "image": base64.b64encode(buffer.getvalue()).decode()}
+        return self.http.post("/invocations", json=body).raise_for_status().json()["session_id"]
+
+    def close(self, session: str) -> None:
+        """End a session."""
+        self._post(session, {"type": "close_session"}).raise_for_status()
+
+    def streamed(self, session: str) -> float:
+        """ms from an ask to its first line."""
+        began = time.perf_counter()
+        headers = {SESSION_HEADER: session}
+        with self.http.stream("POST", "/invocations", json={**QUESTION, "stream": True}, headers=headers) as reply:
+            lines = reply.raise_for_status().iter_lines()
+            next(lines)
+            taken = (time.perf_counter() - began) * 1e3
+            for _ in lines:
+                pass
+        return taken
+
+    def whole(self, session: str) -> float:
+        """ms from an ask to its whole answer."""
+        began = time.perf_counter()
+        self._post(session, QUESTION).raise_for_status()
+        return (time.perf_counter() - began) * 1e3
+
+    def refused(self, _session: str) -> float:
+        """ms from an ask of no session to its refusal. Status 4xx ends a connection, so a new one is part of it."""
+        began = time.perf_counter()
+        assert self._post("no-such-session", QUESTION).status_code == 404
+        return (time.perf_counter() - began) * 1e3
+
+    def _post(self, session: str, body: dict) -> httpx.Response:
+        return self.http.post("/invocations", json=body, headers={SESSION_HEADER: session})
+
+
+KINDS: dict[str, Callable[[Way, str], float]] = {
+    "streamed ask, first line": Way.streamed,
+    "ask, whole answer": Way.whole,
+    "refusal": Way.refused,
+}
+
+
+@contextlib.contextmanager
+def service() -> Iterator[tuple[str, str]]:
+    """The service with the demo model: the addresses of TorchServe and of HAProxy."""
+    with tempfile.TemporaryDirectory() as store:
+        pack = [ROOT / "build_mar.sh", "--model", MODEL, "--dtype", "float32", "--device", "cpu", "--output", store]
+        subprocess.run(pack, check=True, capture_output=True)
+        command = [sys.executable, "-m", "deploy.launch", "--model-store", store, "--port", "0"]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            text = ""
+            for line in process.stdout:
+                text += line
+                if "Ctrl-C here stops" in line:
+                    break
+            urls = [re.search(pattern, text) for pattern in (r"TorchServe (http://\S+)", r"ready in \S+ s on (\S+)")]
+            if None in urls:
+                raise RuntimeError(f"the service with HAProxy does not run:\n{text}")
+            yield urls[0][1], urls[1][1]
+        finally:
+            process.terminate()
+            process.communicate()
+
+
+def measure(options: Options, run: Run, urls: tuple[str, str]) -> dict[str, dict[str, list[float]]]:
+    """`{kind: {side: [ms, ...]}}` for TorchServe's address and HAProxy's; samples at one place in both are a pair."""
+    taken = {kind: {side: [] for side in SIDES} for kind in KINDS}
+    ways = dict(zip(SIDES, map(Way, urls), strict=True))
+    for number in range(-1, options.rounds):  # the first round warms up
+        run.say(f"round {number + 1} of {options.rounds}")
+        session = ways[SIDES[0]].open()
+        for turn in range(options.pick(TURNS_PER_SESSION, 2)):
+            for kind, ask in KINDS.items():
+                for side in harness.alternate(list(SIDES), turn + number):
+                    ms = ask(ways[side], session)
+                    if number >= 0:
+                        taken[kind][side].append(ms)
+        ways[SIDES[0]].close(session)
+    return taken
+
+
+def report(taken: dict[str, dict[str, list[float]]]) -> Result:
+    """The table, and what the front adds: the median over pairs, and the difference of the 99th percentiles."""
+    result = Result(["request", "side", "p50 ms", "p99 ms", "requests"])
+    for kind, sides in taken.items():
+        for side, ms in sides.items():
+            figures = {"p50 ms": median(ms), "p99 ms": percentile(ms, 0.99), "requests": len(ms)}
+            result.rows.append({"request": kind, "side": side, **figures})
+        direct, through = (sides[side] for side in SIDES)
+        added = [b - a for a, b in zip(direct, through, strict=True)]
+        result.ratios[f"{kind}: HAProxy adds, ms (median of pairs)"] = median(added)
+        result.ratios[f"{kind}: HAProxy adds, ms (p99 less p99)"] = percentile(through, 0.99) - percentile(direct, 0.99)
+    result.samples = taken
+    return result
+
+
+def paint(axes, result: Result) -> None:
+    """Each kind's two distributions."""
+    boxes = [result.samples[kind][side] for kind in KINDS for side in SIDES]
+    labels = [f"{kind}\n{side}" for kind in KINDS for side in SIDES]
+    axes.boxplot(boxes, whis=(1, 99), showfliers=False)
+    axes.set_xticks(range(1, len(labels) + 1), labels, fontsize=6)
+    axes.set(
+        ylabel="ms (box: quartiles, whiskers: 1st and 99th percentile)", title="The way through HAProxy and past it"
+    )
+    axes.set_ylim(bottom=0)
+
+
+def parse(argv: list[str] | None) -> Options:
+    """The command line. The model is the demo's, whatever else is asked."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.route", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=20, help="sessions of 20 turns each (20)")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of the JSON and the plot")
+    parser.add_argument("--smoke", action="store_true", help="one short round: shows that it runs")
+    given = parser.parse_args(argv)
+    return Options(
+        name="route",
+        checkpoint=MODEL,
+        preset="shapes",
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        rounds=1 if given.smoke else given.rounds,
+        smoke=given.smoke,
+        out=given.out,
+        seed=0,
+        extra=given,
+    )
+
+
+def main(argv: list[str] | None = None) -> Result:
+    """Entry point."""
+    options = parse(argv)
+    run = Run(options)
+    with service() as urls:
+        taken = measure(options, run, urls)
+    return run.finish(report(taken), paint)
+
+
+if __name__ == "__main__":
+    main()

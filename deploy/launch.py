@@ -69,7 +69,7 @@ class Service:
         self._stopped_by = ""
         self._deaths = 0  # since it last lived for a while
         self._failed_starts = 0  # in a row
-        self._ready = False
+        self.ready = False
         self.front: Front | None = None
         self.server: TorchServe | None = None
         self.url = ""
@@ -133,6 +133,8 @@ class Service:
             self.server.start()
             seconds = self._wait_ready()
         except ServeError as err:
+            if self._stopped_by:  # it did not die of itself
+                return
             self._failed_starts += 1
             # What was never ready will not start the second time either, and somebody is waiting to hear why.
             if not self._deaths or self._failed_starts == len(self._delays_s):
@@ -179,7 +181,7 @@ class Service:
         print(f"error: {reason}\nrestarting TorchServe ...", file=sys.stderr, flush=True)
 
     def _set_ready(self, ready: bool) -> None:
-        self._ready = ready
+        self.ready = ready
         if self.front is not None:
             with contextlib.suppress(OSError):  # it has died: `_keep_front` tells the next one
                 self.front.open() if ready else self.front.shut()
@@ -198,13 +200,13 @@ class Service:
         if self.front is not None and not self.front.alive:
             print("error: HAProxy died; restarting it ...", file=sys.stderr, flush=True)
             self.front.start()
-            self._set_ready(self._ready)
+            self._set_ready(self.ready)
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
     def _end(self, home: Path) -> None:
         """Let running answers finish; then TorchServe goes, and HAProxy last."""
-        if self._ready:
+        if self.ready:
             self._drain(home / "tmp")
         if self.server is not None:
             self.server.stop(JAVA_STOP_S)

@@ -91,7 +91,7 @@ class TorchServe:
         self._ports = dict(ports or {})
         self._started_at = 0.0
         self._worker_seen_at = 0.0
-        self._ready_workers: list[int] = []
+        self._ready_workers: list[psutil.Process] = []
         self._logged: dict[Path, int] = {}  # bytes that were in the logs before we started
         self._stopping = False
 
@@ -129,11 +129,7 @@ class TorchServe:
 
     def worker_pids(self) -> list[int]:
         """The Python workers that live now (not the processes which they started themselves)."""
-        try:
-            children = psutil.Process(self.pid).children()
-        except psutil.NoSuchProcess:
-            return []
-        return sorted(child.pid for child in children if _is_worker(child))
+        return sorted(worker.pid for worker in self._workers())
 
     def exit_code(self) -> int | None:
         """Java's exit code, or None while it runs."""
@@ -168,7 +164,7 @@ class TorchServe:
             raise ServeError(f"TorchServe stopped while starting (exit code {code})\n{self._reason()}")
         statuses = self._worker_statuses()
         if statuses and set(statuses) == {"READY"}:
-            self._ready_workers = self.worker_pids()
+            self._ready_workers = self._workers()
             return time.monotonic() - self._started_at
         if statuses is not None and self._load_failed(statuses):
             time.sleep(0.3)  # the worker's last lines are still on their way into the log
@@ -194,7 +190,7 @@ class TorchServe:
         one without java."""
         if (code := self.exit_code()) is not None:
             return f"TorchServe died (exit code {code})\n{self._reason()}"
-        if not self._ready_workers or set(self._ready_workers) - set(self.worker_pids()):
+        if not self._ready_workers or not all(map(_is_alive, self._ready_workers)):
             return f"the worker died\n{self._reason()}"
         return None
 
@@ -323,6 +319,12 @@ class TorchServe:
 
     # --- watching -----------------------------------------------------------------------------------------------------
 
+    def _workers(self) -> list[psutil.Process]:
+        try:
+            return [child for child in psutil.Process(self.pid).children() if _is_worker(child)]
+        except psutil.NoSuchProcess:
+            return []
+
     def _worker_statuses(self) -> list[str] | None:
         """The states of the model's workers; empty when TorchServe could not load it; None while it does not listen."""
         connection = http.client.HTTPConnection(LOOPBACK, self._ports["management"], timeout=5)
@@ -447,6 +449,13 @@ def _torchserve_home() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ServeError("torchserve is not installed in this Python; run: make env")
     return Path(next(iter(spec.submodule_search_locations))).resolve().parent
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _is_worker(process: psutil.Process) -> bool:

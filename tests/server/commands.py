@@ -28,7 +28,7 @@ def alive(pids: list[int]) -> list[int]:
     return running
 
 
-def eventually(condition: Callable[[], bool], timeout_s: float = 20) -> bool:
+def eventually(condition: Callable[[], bool], timeout_s: float = 60) -> bool:
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:

@@ -20,7 +20,7 @@ from bench import harness, route
 from demo.wire import CLOSED_HEADER, SESSION_HEADER, Chat, WireError, checked, png, settled_gauges
 from deploy.front import Front, find_haproxy
 from deploy.processes import Guard, free_ports
-from deploy.serve import TorchServe
+from deploy.serve import CONFIG, TorchServe, read_properties
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 
 from .commands import Command, eventually
@@ -29,7 +29,7 @@ NEW_HEADER = "X-Amzn-SageMaker-New-Session-Id"
 SCENE = make_scene(HELD_OUT_SEEDS[0])
 QUESTION = "How many shapes are there?"
 LONG = {"max_new_tokens": 1000, "temperature": 9.0, "seed": 3}
-LIMIT = 32 << 20
+LIMIT = int(read_properties(CONFIG)["max_request_size"])  # HAProxy and TorchServe must agree
 
 
 @pytest.fixture(scope="module")

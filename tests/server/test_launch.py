@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,11 +20,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deploy.front import find_haproxy
 from deploy.launch import Service
 from deploy.processes import ServeError, free_ports
 
-from .commands import Command, alive, eventually
+from .commands import REPO, Command, alive, eventually
 from .stand_in import NAME, make_store
 
 SESSION = "X-Amzn-SageMaker-Session-Id"
@@ -140,13 +140,13 @@ def test_it_gives_up_when_the_server_does_not_come_back(
     store: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     broken = tmp_path / "broken"
-    service = Service(store, NAME, haproxy=find_haproxy(), delays_s=(0, 0), env={"STAND_IN": str(broken)})
+    service = Service(store, NAME, haproxy=None, delays_s=(0, 0), env={"STAND_IN": str(broken)})
     codes: list[int] = []
     running = threading.Thread(target=lambda: codes.append(service.run()))
     running.start()
     try:
-        assert eventually(lambda: bool(service.url) and service.front.alive)
-        assert eventually(lambda: ping(service.url) == 200, 60)
+        assert eventually(lambda: service.ready, 60)
+        assert ask(service.url).status_code == 200, "TorchServe itself, since there is no HAProxy"
         broken.touch()
         os.kill(service.server.worker_pids()[0], signal.SIGKILL)
         running.join(120)
@@ -218,6 +218,18 @@ def test_the_front_keeps_headers_between_torchserve_and_the_handler_to_them(comm
         while (reply := client.post("/invocations", json={}, headers={SESSION: f"n{time.monotonic_ns()}"})).is_success:
             pass  # every id takes a place and keeps it
         assert (reply.status_code, reply.json()["error"]["code"]) == (429, "capacity")
+
+
+def test_an_old_haproxy_is_said(tmp_path: Path) -> None:
+    haproxy = tmp_path / "haproxy"
+    haproxy.write_text("#!/bin/sh\necho 'HAProxy version 2.4.22 2023/01/01'\n")
+    haproxy.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    script = [REPO / "deploy" / "need_haproxy.sh"]
+    said = subprocess.run(script, capture_output=True, text=True, check=False, env={**os.environ, "PATH": path})
+    assert said.returncode == 1
+    assert "this one is version 2.4" in said.stderr
+    assert "apt-get install haproxy" in said.stderr
 
 
 def test_without_haproxy_only_loopback_is_served(store: Path) -> None:

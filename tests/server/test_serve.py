@@ -107,7 +107,7 @@ def test_failed_start_shows_the_handlers_reason_fast(store: Path) -> None:
     finally:
         refusing.stop()
         crashing.stop()
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 100, "nobody waited for the time to be up"
     assert not refusing.home.exists()
 
 

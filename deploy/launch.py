@@ -319,6 +319,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ServeError as err:
         print(f"error: {err}", file=sys.stderr)
         return 1
+    return serve(service)
+
+
+def serve(service: Service) -> int:
+    """Run a service until a signal stops it; the exit code. For the main thread of a process that does nothing else."""
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
         service.stop(signal.Signals(number).name)

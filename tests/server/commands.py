@@ -84,7 +84,7 @@ class Command:
 
     def finish(self) -> tuple[int, str]:
         """Its exit code, and the rest of its output."""
-        text, _ = self.process.communicate(timeout=40)
+        text, _ = self.process.communicate(timeout=120)
         return self.process.returncode, text
 
     def end(self) -> None:
@@ -93,4 +93,4 @@ class Command:
             self.process.send_signal(signal.SIGTERM)
             self.process.send_signal(signal.SIGTERM)
         if self.process.stdout and not self.process.stdout.closed:
-            self.process.communicate(timeout=40)
+            self.process.communicate(timeout=120)

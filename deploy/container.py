@@ -1,0 +1,113 @@
+"""The container's `serve`: finds the model that SageMaker mounted, gives up root, and becomes the launcher.
+
+Owns: what SageMaker promises a container, and nothing of serving itself: where the model lies, which port to listen on, which
+user to be. It is process 1 of the container (the Dockerfile's exec-form entrypoint), so that SIGTERM reaches it directly.
+Must not know: what the model is.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from deploy.serve import TorchServe, run
+
+MODEL = Path("/opt/ml/model")  # SageMaker puts the model there; read-only
+MANIFEST = "MAR-INF/MANIFEST.json"
+USER = "llava"  # made in the Dockerfile
+PORT = "8080"
+PORT_VARIABLE = "SAGEMAKER_BIND_TO_PORT"  # set where a container shares its host with others
+LOAD_TIMEOUT_S = 3600  # SageMaker's longest start-up limit; within it the platform decides
+EVERY_INTERFACE = "0.0.0.0"
+
+USAGE = f"""usage: serve
+
+Serves the model in {MODEL} on port {PORT} ({PORT_VARIABLE} chooses another) until SIGTERM.
+Temporary files and logs go to the system's temporary folder (TMPDIR; default: /tmp)."""
+
+
+class ContainerError(RuntimeError):
+    """What the container was given can't be served. One line, for the person who reads the endpoint's log."""
+
+
+def find_model(root: Path) -> Path:
+    """The folder of the packed model: `root` itself, or the only folder in it that holds one."""
+    if (root / MANIFEST).is_file():
+        return root
+    found = sorted(path.parent.parent for path in root.glob(f"*/{MANIFEST}"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ContainerError(f"{root} holds {len(found)} models ({_names(found)}); wanted one")
+    entries = sorted(root.iterdir()) if root.is_dir() else []
+    raise ContainerError(
+        f"no model in {root}: no {MANIFEST} there or in a folder below it, found {_names(entries) or 'nothing'}; "
+        "pack one: ./build_mar.sh --sagemaker"
+    )
+
+
+def _names(paths: Sequence[Path]) -> str:
+    shown = ", ".join(path.name for path in paths[:5])
+    return f"{shown} and {len(paths) - 5} more" if len(paths) > 5 else shown
+
+
+def chosen_port() -> int:
+    """The port to listen on."""
+    text = os.environ.get(PORT_VARIABLE, PORT)
+    if not text.isdecimal() or not 1 <= int(text) <= 65533:  # the two after it are taken too
+        raise ContainerError(f"{PORT_VARIABLE}={text!r}: wanted a port, 1 to 65533")
+    return int(text)
+
+
+def give_up_root(model: Path) -> None:
+    """Go on as an ordinary user for good. Only where SageMaker left files that nobody but root may read do we stay root, and
+    say so: a model that can't be read could not be served at all."""
+    if os.geteuid() != 0:
+        return
+    user = pwd.getpwnam(USER)
+    os.setgroups([])
+    os.setegid(user.pw_gid)
+    os.seteuid(user.pw_uid)  # only the effective one, so that there is a way back
+    unreadable = _unreadable(model)
+    os.seteuid(0)
+    os.setegid(0)
+    if unreadable:
+        print(f"serve: {unreadable} can't be read by the user {USER}: going on as root", file=sys.stderr, flush=True)
+        return
+    os.setgid(user.pw_gid)
+    os.setuid(user.pw_uid)
+    os.environ["HOME"] = user.pw_dir
+
+
+def _unreadable(folder: Path) -> Path | None:
+    """A folder or file in the model's folder that the effective user may not read, if there is one."""
+    if not os.access(folder, os.R_OK | os.X_OK, effective_ids=True):
+        return folder
+    for parent, folders, files in os.walk(folder):
+        for names, mode in ((folders, os.R_OK | os.X_OK), (files, os.R_OK)):
+            for name in names:
+                if not os.access(os.path.join(parent, name), mode, effective_ids=True):
+                    return Path(parent, name)
+    return None
+
+
+def main(argv: Sequence[str] | None = None, root: Path = MODEL) -> int:
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments != ["serve"]:
+        print(USAGE, file=sys.stderr)
+        return 2
+    try:
+        model, port = find_model(root), chosen_port()
+        give_up_root(model)
+    except ContainerError as err:
+        print(f"serve: error: {err}", file=sys.stderr)
+        return 2
+    address = {"inference_address": f"http://{EVERY_INTERFACE}:{port}"}
+    return run(TorchServe(model.parent, model.name, port=port, quiet=False, properties=address), LOAD_TIMEOUT_S)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -29,7 +29,7 @@ RUN mkdir -p /usr/share/man/man1 \
     && jlink --add-modules java.se,jdk.unsupported,jdk.management,jdk.crypto.ec --output /opt/java \
         --strip-java-debug-attributes --no-header-files --no-man-pages --compress=2 \
     && apt-get purge -y --auto-remove openjdk-17-jdk-headless \
-    && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/cache/debconf /var/log/apt /var/log/dpkg.log \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/cache/debconf /var/log/apt /var/log/dpkg.log /tmp/hsperfdata_root \
     && useradd --uid 10001 --create-home --shell /usr/sbin/nologin llava
 
 # pip's settings (an index, a proxy) come as a build secret and stay in no layer; as build arguments, neither do these.

@@ -132,7 +132,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description="Build the SageMaker container's image. The model is not in it: build_mar.sh --sagemaker packs that.",
     )
     add = parser.add_argument
-    add("--torch", choices=TORCH, default="cuda", help="torch's build: cuda needs NVIDIA driver 580 (default: %(default)s)")
+    add(
+        "--torch",
+        choices=TORCH,
+        default="cuda",
+        help="torch's build: cuda needs NVIDIA driver 580 (default: %(default)s)",
+    )
     add("--tag", help="the image's name (default: llava-sessions:cuda or :cpu)")
     add("--base", metavar="IMAGE", help="in place of the Dockerfile's BASE_IMAGE")
     add("--builder", choices=["docker", "buildah"], help="default: docker when its daemon answers, else buildah")

@@ -5,12 +5,15 @@ SESSIONS ?=
 DTYPE ?=
 SEED ?=
 BENCH ?=
+TORCH ?=
+BASE ?=
+TAG ?=
 
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # Java is looked for first, whatever -j says
-.PHONY: help demo test serve lint model bench bench-cuda env java haproxy clean
+.PHONY: help demo test serve lint model bench bench-cuda image image-test env java haproxy clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,7 +28,7 @@ serve: java env  ## TorchServe behind HAProxy, in the foreground (PORT= MODEL= S
 	@./build_mar.sh --model $(MODEL) $(if $(SESSIONS),--sessions $(SESSIONS)) $(if $(DTYPE),--dtype $(DTYPE)) >/dev/null
 	@exec $(PYTHON) -m deploy.launch --port $(PORT)
 
-lint: env  ## ruff, import-linter, and shellcheck where it is installed
+lint: env  ## ruff, import-linter, hadolint, and shellcheck where it is installed
 	@deploy/lint.sh
 
 model: env  ## train models/shapes again from nothing (an hour or more)
@@ -36,6 +39,12 @@ bench: env  ## measure the engine beside transformers (half an hour; BENCH="--ro
 
 bench-cuda: env  ## the same on a CUDA device (BENCH="--preset 7b")
 	@$(PYTHON) -m bench.cuda $(BENCH)
+
+image: env  ## the SageMaker container's image (TORCH=cuda|cpu BASE= TAG=)
+	@$(PYTHON) -m deploy.image $(if $(TORCH),--torch $(TORCH)) $(if $(BASE),--base $(BASE)) $(if $(TAG),--tag $(TAG))
+
+image-test: env  ## build that image with buildah, run it as SageMaker does, chat, measure (root; 12 GB of disk)
+	@$(PYTHON) -m deploy.image_test
 
 env:  ## .venv with what requirements-dev.txt pins
 	@deploy/env.sh

@@ -1,8 +1,8 @@
 """The container's `serve`: finds the model that SageMaker mounted, gives up root, and becomes the launcher.
 
-Owns: what SageMaker promises a container, and nothing of serving itself: where the model lies, which port to listen on, which
-user to be. It is process 1 of the container (the Dockerfile's exec-form entrypoint), so that SIGTERM reaches it directly.
-Must not know: what the model is.
+Owns: what SageMaker promises a container, and nothing of serving itself: where the model lies, which port to listen on,
+which user to be. It is process 1 of the container (the Dockerfile's exec-form entrypoint), so SIGTERM reaches it
+directly. Must not know: what the model is.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def chosen_port() -> int:
 
 
 def give_up_root(model: Path) -> None:
-    """Go on as an ordinary user for good. Only where SageMaker left files that nobody but root may read do we stay root, and
-    say so: a model that can't be read could not be served at all."""
+    """Go on as an ordinary user for good. Only where SageMaker left files that nobody but root may read do we stay
+    root, and say so: a model that can't be read could not be served at all."""
     if os.geteuid() != 0:
         return
     user = pwd.getpwnam(USER)

@@ -1,7 +1,8 @@
 """Building the container's image: with docker where a daemon answers, else with buildah.
 
-Owns: which builder is used, what it is told, and how pip's settings of this machine get into a build without staying in the
-image. Must not know: what is in the image (Dockerfile) and how it runs (deploy/container.py). deploy/image_test.py tries it.
+Owns: which builder is used, what it is told, and how pip's settings of this machine get into a build without staying in
+the image. Must not know: what is in the image (Dockerfile) and how it runs (deploy/container.py). deploy/image_test.py
+tries it for real.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class ImageError(RuntimeError):
 
 @dataclass(frozen=True)
 class PipSettings:
-    """How pip finds packages here, to be told to the pip in the build: a pip.conf, and what it names on this machine."""
+    """How pip finds packages here, for the pip in the build: a pip.conf, and what it names on this machine."""
 
     values: dict[str, str] = field(default_factory=dict)
     certificates: Path | None = None
@@ -88,7 +89,7 @@ def find_builder() -> str:
 def build_command(
     builder: Sequence[str], tag: str, arguments: dict[str, str], pip: PipSettings, pip_conf: Path
 ) -> list[str]:
-    """The whole command line. `builder` is docker or buildah with options of its own, such as where it stores images."""
+    """The whole command line. `builder` is docker or buildah with options of its own, such as where images go."""
     command = [*builder, "build", "--file", str(REPO / "Dockerfile"), "--tag", tag]
     for name, value in arguments.items():
         command += ["--build-arg", f"{name}={value}"]
@@ -129,14 +130,14 @@ def build(builder: Sequence[str], tag: str, arguments: dict[str, str], log=None)
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m deploy.image",
-        description="Build the SageMaker container's image. The model is not in it: build_mar.sh --sagemaker packs that.",
+        description="Build the SageMaker container's image. The model is not in it; build_mar.sh packs that.",
     )
     add = parser.add_argument
     add(
         "--torch",
         choices=TORCH,
         default="cuda",
-        help="torch's build: cuda needs NVIDIA driver 580 (default: %(default)s)",
+        help="cuda needs NVIDIA driver 580 (default: %(default)s)",
     )
     add("--tag", help="the image's name (default: llava-sessions:cuda or :cpu)")
     add("--base", metavar="IMAGE", help="in place of the Dockerfile's BASE_IMAGE")

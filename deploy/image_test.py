@@ -1,9 +1,9 @@
 """`make image-test`: builds the image for real, runs it as SageMaker would, holds a chat through it, and measures it.
 
-Owns: the steps, the limits that must hold, and their record (bench/results/image.json and image.log). Needs root and nothing
-from a container registry: the base is made with debootstrap, the image with buildah in a storage of its own that is removed at
-the end. Must not know: what is in the image (Dockerfile) and how it is built (image.py); it speaks to the container by HTTP
-and signals only.
+Owns: the steps, the limits that must hold, and their record (bench/results/image.json and image.log). Needs root and
+nothing from a container registry: the base is made with debootstrap, the image with buildah in a storage of its own
+that is removed at the end. Must not know: how the image is built (image.py) and what serves in it; it speaks to the
+container by HTTP and signals only.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ DEBIAN_MIRROR = "http://deb.debian.org/debian"
 BASE, IMAGE = "localhost/llava-base:test", "localhost/llava-sessions:test"
 TOOLS = ("buildah", "debootstrap")
 
-# What `docker run -v MODEL:/opt/ml/model:ro IMAGE serve` does: namespaces of its own, in which the entrypoint is process 1 and
-# sees the image as its root. (`buildah run` would not make it process 1.) The network stays the machine's.
+# What `docker run -v MODEL:/opt/ml/model:ro IMAGE serve` does: namespaces in which the entrypoint is process 1 and sees
+# the image as its root. (`buildah run` would not make it process 1.) The network stays the machine's.
 CONTAINER = r"""
 set -e
 root=$1; model=$2; shift 2
@@ -378,8 +378,8 @@ def test(work: Path, log: Log) -> dict:
 
 
 NOTES = [
-    "own_bytes: the tar files of the layers above the base without the one that holds torch and what it requires; the model "
-    "and its weights are in no layer. gzip_bytes: what a registry keeps and counts. Both from `buildah push` to an OCI folder.",
+    "own_bytes: tar files of the layers above the base, less that with torch and what it requires; no weights there.",
+    "gzip_bytes: what a registry keeps and counts. Both sizes are those of the files that `buildah push` writes.",
     "The base is a stand-in for python:3.11-slim-bookworm, made with debootstrap.",
     "ready_s: from the container's start until its first session is open.",
 ]

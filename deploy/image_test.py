@@ -278,7 +278,7 @@ def stop(container: Container) -> float:
     """SIGTERM to process 1, as SageMaker does; the seconds until the container's end, which must have code 0."""
     began = time.monotonic()
     container.first.send_signal(signal.SIGTERM)
-    code = container.wait(STOP_LIMIT_S)
+    code = container.wait(2 * STOP_LIMIT_S)
     if code:
         raise CheckError(f"SIGTERM ended it with exit code {code}")
     return time.monotonic() - began
@@ -304,7 +304,7 @@ def workplace(folder: Path) -> Iterator[Path]:
 
 
 def test(work: Path, log: Log) -> dict:
-    """Every step. Raises `ImageError` or `CheckError`."""
+    """Every step, and what was measured. Raises `ImageError` or `CheckError`."""
     os.environ["BUILDAH_ISOLATION"] = "chroot"
     builder = ["buildah", "--root", f"{work}/storage", "--runroot", f"{work}/run", "--storage-driver", "vfs"]
     need_tools(log)
@@ -337,8 +337,6 @@ def test(work: Path, log: Log) -> dict:
     for layer in image_layers:
         log.say(f"  {layer.what:5}  {layer.bytes / 1e6:7.1f} MB, gzipped {layer.gzip_bytes / 1e6:6.1f} MB")
     log.say(f"own layers {own_bytes / 1e6:.1f} MB, gzipped {own_gzip_bytes / 1e6:.1f} MB")
-    if own_bytes > OWN_LAYERS_LIMIT_BYTES:
-        raise CheckError(f"own layers: {own_bytes:,} bytes; at most {OWN_LAYERS_LIMIT_BYTES:,}")
 
     root = Path(_run([*builder, "mount", _run([*builder, "from", IMAGE])]))
     log.say(f"without a model: {check_refusal(builder, root, work / 'refusal.log')}")
@@ -361,8 +359,6 @@ def test(work: Path, log: Log) -> dict:
         raise CheckError(f"{err}\n--- the container said\n{container.tail()}") from err
     finally:
         container.kill()
-    if chat["opened_s"] > READY_LIMIT_S:
-        raise CheckError(f"ready after {chat['opened_s']:.1f} s; at most {READY_LIMIT_S:.0f}")
     return {
         "build_s": round(seconds),
         "layers": [asdict(layer) for layer in image_layers],
@@ -375,6 +371,16 @@ def test(work: Path, log: Log) -> dict:
         **confined,
         "stopped_s": round(stopped_s, 2),
     }
+
+
+def missed(found: dict) -> list[str]:
+    """The limits that do not hold."""
+    limits = (
+        ("own_bytes", OWN_LAYERS_LIMIT_BYTES),
+        ("ready_s", READY_LIMIT_S),
+        ("stopped_s", STOP_LIMIT_S),
+    )
+    return [f"{name} is {found[name]:,}; at most {limit:,}" for name, limit in limits if found[name] > limit]
 
 
 NOTES = [
@@ -434,8 +440,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     document = {"bench": "image", "facts": facts(), **found, "notes": NOTES}
     (args.out / "image.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    log.say("all of it held")
-    return 0
+    problems = missed(found)
+    for problem in problems:
+        log.say(f"error: {problem}")
+    log.say("a limit was missed" if problems else "all of it held")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ STOP_LIMIT_S = 30.0
 OWN_LAYERS_LIMIT_BYTES = 400_000_000
 DISK_BYTES = 12 << 30  # what the builder's copies of all layers take
 SAGEMAKER_PORT = 8080
+MODEL = REPO / "models" / "shapes"
 
 DEBIAN = "bookworm"
 DEBIAN_MIRROR = "http://deb.debian.org/debian"
@@ -241,7 +242,7 @@ def hold_chat(container: Container, http: httpx.Client, seed: int) -> dict:
     with contextlib.suppress(WireError):
         chat.ask("Are you there?")
         raise CheckError("the closed session still answers")
-    return {"opened_s": round(opened_s, 2), "turns": turns}
+    return {"ready_s": round(opened_s, 2), "turns": turns}
 
 
 def check_confinement(first: psutil.Process, port: int) -> dict:
@@ -309,18 +310,15 @@ def test(work: Path, log: Log) -> dict:
     builder = ["buildah", "--root", f"{work}/storage", "--runroot", f"{work}/run", "--storage-driver", "vfs"]
     need_tools(log)
     log.say("packing models/shapes")
-    _run(
-        [
-            str(REPO / "build_mar.sh"),
-            "--model",
-            str(REPO / "models/shapes"),
-            "--dtype",
-            "float32",
-            "--output",
-            str(work),
-        ]
-    )
-    model = work / "llava"
+    _run([str(REPO / "build_mar.sh"), "--dtype", "float32", "--model", str(MODEL), "--output", str(work)])
+    found = make_image(builder, work, log)
+    root = Path(_run([*builder, "mount", _run([*builder, "from", IMAGE])]))
+    log.say(f"without a model: {check_refusal(builder, root, work / 'refusal.log')}")
+    return found | try_container(builder, root, work, log)
+
+
+def make_image(builder: Sequence[str], work: Path, log: Log) -> dict:
+    """Base, image, and the sizes of its layers."""
     log.say(f"making a base image from Debian {DEBIAN} with debootstrap")
     make_base(builder, work)
     log.say("building the image with torch for CPU")
@@ -332,55 +330,48 @@ def test(work: Path, log: Log) -> dict:
             raise ImageError("\n".join([str(err), *last])) from None
     log.say(f"built in {seconds:.0f} s; measuring its layers")
     image_layers = layers(builder, work)
-    own = [layer for layer in image_layers if layer.what == "own"]
-    own_bytes, own_gzip_bytes = sum(layer.bytes for layer in own), sum(layer.gzip_bytes for layer in own)
     for layer in image_layers:
         log.say(f"  {layer.what:5}  {layer.bytes / 1e6:7.1f} MB, gzipped {layer.gzip_bytes / 1e6:6.1f} MB")
+    own = [layer for layer in image_layers if layer.what == "own"]
+    own_bytes, own_gzip_bytes = sum(layer.bytes for layer in own), sum(layer.gzip_bytes for layer in own)
     log.say(f"own layers {own_bytes / 1e6:.1f} MB, gzipped {own_gzip_bytes / 1e6:.1f} MB")
-
-    root = Path(_run([*builder, "mount", _run([*builder, "from", IMAGE])]))
-    log.say(f"without a model: {check_refusal(builder, root, work / 'refusal.log')}")
-    port = choose_port()
-    env = {} if port == SAGEMAKER_PORT else {"SAGEMAKER_BIND_TO_PORT": str(port)}
-    log.say(f"running it: serve, read-only model, port {port}")
-    container = Container(builder, root, model, env, work / "container.log")
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as http:
-            ping_s = wait_ping(container, http)
-            chat = hold_chat(container, http, HELD_OUT_SEEDS[0])
-            log.say(f"/ping 200 after {ping_s:.1f} s, first session open after {chat['opened_s']:.1f} s")
-            for turn in chat["turns"]:
-                log.say(f"  {turn['question']}  {turn['answer']}")
-            confined = check_confinement(container.first, port)
-            log.say(f"uid {confined['uid']} in all {confined['processes']} processes, port {port} alone is open")
-        stopped_s = stop(container)
-        log.say(f"SIGTERM: exit code 0 after {stopped_s:.1f} s")
-    except (CheckError, WireError, httpx.HTTPError) as err:
-        raise CheckError(f"{err}\n--- the container said\n{container.tail()}") from err
-    finally:
-        container.kill()
     return {
         "build_s": round(seconds),
         "layers": [asdict(layer) for layer in image_layers],
         "own_bytes": own_bytes,
         "own_gzip_bytes": own_gzip_bytes,
         "image_bytes": sum(layer.bytes for layer in image_layers),
-        "ping_s": round(ping_s, 2),
-        "ready_s": chat["opened_s"],
-        "turns": chat["turns"],
-        **confined,
-        "stopped_s": round(stopped_s, 2),
     }
+
+
+def try_container(builder: Sequence[str], root: Path, work: Path, log: Log) -> dict:
+    """Start, chat, look at it from outside, stop; what it took."""
+    port = choose_port()
+    env = {} if port == SAGEMAKER_PORT else {"SAGEMAKER_BIND_TO_PORT": str(port)}
+    log.say(f"running it: serve, read-only model, port {port}")
+    container = Container(builder, root, work / "llava", env, work / "container.log")
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as http:
+            ping_s = wait_ping(container, http)
+            chat = hold_chat(container, http, HELD_OUT_SEEDS[0])
+        log.say(f"/ping 200 after {ping_s:.1f} s, first session open after {chat['ready_s']:.1f} s")
+        for turn in chat["turns"]:
+            log.say(f"  {turn['question']}  {turn['answer']}")
+        confined = check_confinement(container.first, port)
+        log.say(f"uid {confined['uid']} in all {confined['processes']} processes, port {port} alone is open")
+        stopped_s = stop(container)
+        log.say(f"SIGTERM: exit code 0 after {stopped_s:.1f} s")
+    except (CheckError, WireError, httpx.HTTPError) as err:
+        raise CheckError(f"{err}\n--- the container said\n{container.tail()}") from err
+    finally:
+        container.kill()
+    return {"ping_s": round(ping_s, 2), **chat, **confined, "stopped_s": round(stopped_s, 2)}
 
 
 def missed(found: dict) -> list[str]:
     """The limits that do not hold."""
-    limits = (
-        ("own_bytes", OWN_LAYERS_LIMIT_BYTES),
-        ("ready_s", READY_LIMIT_S),
-        ("stopped_s", STOP_LIMIT_S),
-    )
-    return [f"{name} is {found[name]:,}; at most {limit:,}" for name, limit in limits if found[name] > limit]
+    limits = {"own_bytes": OWN_LAYERS_LIMIT_BYTES, "ready_s": READY_LIMIT_S, "stopped_s": STOP_LIMIT_S}
+    return [f"{name} is {found[name]:,}; at most {limit:,}" for name, limit in limits.items() if found[name] > limit]
 
 
 NOTES = [
@@ -393,13 +384,8 @@ NOTES = [
 
 def facts() -> dict:
     """Where and when this was measured."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--abbrev=7"],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    ask = ["git", "describe", "--always", "--dirty=+", "--abbrev=7"]
+    commit = subprocess.run(ask, cwd=REPO, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cores": os.cpu_count(),

@@ -41,17 +41,18 @@ SAGEMAKER_PORT = 8080
 MODEL = REPO / "models" / "shapes"
 
 DEBIAN = "bookworm"
-DEBIAN_MIRROR = "http://deb.debian.org/debian"
 BASE, IMAGE = "localhost/llava-base:test", "localhost/llava-sessions:test"
 TOOLS = ("buildah", "debootstrap")
 
 # What `docker run -v MODEL:/opt/ml/model:ro IMAGE serve` does: namespaces in which the entrypoint is process 1 and sees
-# the image as its root. (`buildah run` would not make it process 1.) The network stays the machine's.
+# the image as its root. (`buildah run` would not make it process 1.) /dev/shm is as small as docker's, and SageMaker's.
+# The network stays the machine's.
 CONTAINER = r"""
 set -e
 root=$1; model=$2; shift 2
 mount --make-rprivate /
 mount --rbind /dev "$root/dev"
+mount -t tmpfs -o size=64m shm "$root/dev/shm"
 mount -t proc proc "$root/proc"
 mkdir -p "$root/opt/ml/model"
 if [ -n "$model" ]; then
@@ -109,7 +110,7 @@ def make_base(builder: Sequence[str], work: Path) -> None:
     """An image with Debian's Python 3.11 and pip, and without documentation, like the default BASE_IMAGE."""
     root = work / "base"
     packages = "ca-certificates,python3,python3-pip,python3-venv"
-    _run(["debootstrap", "--variant=minbase", f"--include={packages}", DEBIAN, str(root), _mirror()])
+    _run(["debootstrap", "--variant=minbase", f"--include={packages}", DEBIAN, str(root), *_mirror()])
     for folder in ("usr/share/doc", "usr/share/man", "usr/share/locale", "var/lib/apt/lists", "var/cache/apt"):
         shutil.rmtree(root / folder, ignore_errors=True)
     container = _run([*builder, "from", "scratch"])
@@ -118,11 +119,11 @@ def make_base(builder: Sequence[str], work: Path) -> None:
     shutil.rmtree(root)
 
 
-def _mirror() -> str:
-    """Where this machine's apt gets Debian's packages."""
+def _mirror() -> list[str]:
+    """Where this machine's apt gets Debian's packages; nothing where it has another system's."""
     asked = ["apt-get", "indextargets", "--format", "$(SITE)", "Created-By: Packages", f"Codename: {DEBIAN}"]
     listing = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
-    return listing[0] if listing else DEBIAN_MIRROR
+    return listing[:1]
 
 
 def layers(builder: Sequence[str], work: Path) -> list[Layer]:

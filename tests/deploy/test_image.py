@@ -192,17 +192,17 @@ def test_it_serves_what_lies_there_on_every_interface_until_sigterm(tmp_path: Pa
     )
     try:
         # 127.0.0.2 is loopback as well, but a server that listens on 127.0.0.1 alone does not answer there.
-        with httpx.Client(base_url=f"http://127.0.0.2:{port}", trust_env=False, timeout=30) as http:
+        with httpx.Client(base_url=f"http://127.0.0.2:{port}", trust_env=False, timeout=150) as http:
             wait_ping(http)
             assert http.post("/invocations", json={}).json() == {"model": "model"}
         server.send_signal(signal.SIGTERM)
-        assert server.wait(30) == 0
+        assert server.wait(150) == 0
     finally:
         server.kill()
         server.communicate()
 
 
-def wait_ping(http: httpx.Client, timeout_s: float = 60) -> None:
+def wait_ping(http: httpx.Client, timeout_s: float = 150) -> None:
     until = time.monotonic() + timeout_s
     while True:
         try:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploy.serve import TorchServe, run
+from deploy import launch
 
 MODEL = Path("/opt/ml/model")  # SageMaker puts the model there; read-only
 MANIFEST = "MAR-INF/MANIFEST.json"
@@ -105,8 +105,8 @@ def main(argv: Sequence[str] | None = None, root: Path = MODEL) -> int:
     except ContainerError as err:
         print(f"serve: error: {err}", file=sys.stderr)
         return 2
-    address = {"inference_address": f"http://{EVERY_INTERFACE}:{port}"}
-    return run(TorchServe(model.parent, model.name, port=port, quiet=False, properties=address), LOAD_TIMEOUT_S)
+    words = ["--model-store", str(model.parent), "--name", model.name, "--host", EVERY_INTERFACE, "--port", str(port)]
+    return launch.main([*words, "--timeout", str(LOAD_TIMEOUT_S)])
 
 
 if __name__ == "__main__":

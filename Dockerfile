@@ -2,8 +2,8 @@
 # come at /opt/ml/model. Nothing is installed or fetched when it starts. `make image` builds it (deploy/image.py).
 
 # Anything with Python 3.11 or later, pip and apt. AWS's own image instead, which follows its patch releases but brings a
-# second torch of several GB that is not used here:
-#   763104351884.dkr.ecr.REGION.amazonaws.com/pytorch-inference:2.6.0-gpu-py312-cu124-ubuntu22.04-sagemaker
+# second torch of several GB that is not used here, is
+# `pytorch-inference:2.6.0-gpu-py312-cu124-ubuntu22.04-sagemaker`, at the address that AWS's page on its images gives.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 FROM ${BASE_IMAGE}
 
@@ -41,16 +41,17 @@ ARG PIP_ROOT_USER_ACTION=ignore
 # cuda: PyPI's wheels of torch 2.13.0. They bring CUDA 13.0 and need an NVIDIA driver of 580 or later; on SageMaker that is
 # InferenceAmiVersion al2023-ami-sagemaker-inference-gpu-4-1 (ml.g4dn to ml.g6e, ml.p4d to ml.p5en), or the default of
 # ml.g7 and ml.p6. With the older default drivers of the other types the endpoint ends in CannotStartContainerError.
-# cpu: PyTorch's wheels without CUDA, from its own index.
+# cpu: PyTorch's wheels without CUDA, from the index that its page names for them, and what computes beside them.
 ARG TORCH=cuda
-ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_CPU_INDEX=
 # A layer of its own, since it is larger than all others and changes least.
 RUN --mount=type=secret,id=pip --mount=type=secret,id=pip_cert \
     --mount=type=bind,source=requirements.txt,target=/tmp/requirements.txt \
+    --mount=type=bind,source=requirements-cpu.txt,target=/tmp/requirements-cpu.txt \
     version="$(sed -n 's/^torch==//p' /tmp/requirements.txt)" \
     && case "$TORCH" in \
         cuda) set -- "torch===$version" ;; \
-        cpu) set -- "torch==$version+cpu" ${TORCH_CPU_INDEX:+--extra-index-url "$TORCH_CPU_INDEX"} ;; \
+        cpu) set -- "torch==$version+cpu" -r /tmp/requirements-cpu.txt ${TORCH_CPU_INDEX:+--extra-index-url "$TORCH_CPU_INDEX"} ;; \
         *) echo "TORCH=$TORCH: wanted cuda or cpu" >&2 && exit 1 ;; \
     esac \
     && python3 -m venv --without-pip /opt/venv \

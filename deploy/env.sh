@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv, or brings it up to date when requirements.txt or requirements-dev.txt have changed since.
+# Makes .venv, or brings it up to date when requirements*.txt have changed since.
 set -euo pipefail
 
 if [[ "${1:-}" == --help ]]; then
@@ -9,7 +9,7 @@ fi
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 stamp=.venv/.stamp
-wanted="$(cat requirements.txt requirements-dev.txt)"
+wanted="$(cat requirements.txt requirements-cpu.txt requirements-dev.txt)"
 if [[ -x .venv/bin/python && -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
   exit 0
 fi

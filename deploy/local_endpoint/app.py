@@ -57,6 +57,7 @@ def make_app(service: Service) -> Starlette:
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         watching = asyncio.create_task(service.watch())
         yield
+        await chats.close()
         watching.cancel()
         await service.close()
 

@@ -179,6 +179,12 @@ class Chats:
         session, answer = await self._ask(chat, lambda session: self._streamed(session, chat.prompt, chat.options))
         return self._events(chat, session, answer)
 
+    async def close(self) -> None:
+        """Close the sessions that wait."""
+        while self._idle:
+            self._close_soon(self._idle.popitem()[1])
+        await asyncio.gather(*self._closing)
+
     async def _events(self, chat: Chat, session: str, answer: StreamedAnswer) -> AsyncIterator[str]:
         head, text, finished = _head(chat, "chat.completion.chunk"), "", False
         try:

@@ -82,6 +82,9 @@ def test_help_names_every_switch(capsys: pytest.CaptureFixture[str]) -> None:
         assert option in " ".join(told.split())
 
 
-def test_a_store_without_the_model_ends_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--model-store", str(tmp_path), "--port", "0"]) == 1
-    assert "no archive 'llava'" in capsys.readouterr().err
+def test_a_store_without_the_model_ends_in_one_line(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "deploy.local_endpoint", "--model-store", str(tmp_path), "--port", "0"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "no archive 'llava'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -14,6 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,8 @@ def _served(*servers: TorchServe) -> Iterator[list[TorchServe]]:
             server.wait_ready()
         yield list(servers)
     finally:
-        for server in servers:
-            server.stop()
+        with ThreadPoolExecutor(len(servers)) as pool:
+            list(pool.map(TorchServe.stop, servers))
 
 
 class Endpoint:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import logging
 import signal
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -17,10 +16,10 @@ from pathlib import Path
 
 import uvicorn
 
-from deploy.serve import LOOPBACK, REPO, ServeError, TorchServe
+from deploy.serve import REPO, ServeError, TorchServe
 
 from . import contract
-from .app import make_app
+from .app import LOOPBACK, listen, make_app
 from .contract import Corners, Limits
 from .pins import Instance
 from .service import Service
@@ -104,7 +103,7 @@ and then boto3 or the AWS CLI as on SageMaker (README.md has both). Ctrl-C here 
 
 def run(args: argparse.Namespace, servers: list[TorchServe]) -> None:
     """Serve until a signal; `servers` is filled with what has to be stopped."""
-    listener = socket.create_server((LOOPBACK, args.port))
+    listener = listen(args.port)
     url = f"http://{LOOPBACK}:{listener.getsockname()[1]}"
     print(f"starting {args.instances} TorchServe with {args.model_store / args.model} ...", flush=True)
     while len(servers) < args.instances:

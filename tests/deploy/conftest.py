@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import functools
 import json
-import socket
 import subprocess
 import threading
 import time
@@ -25,7 +24,7 @@ from botocore.client import BaseClient
 from botocore.config import Config
 
 from demo.wire import png
-from deploy.local_endpoint.app import make_app
+from deploy.local_endpoint.app import listen, make_app
 from deploy.local_endpoint.contract import Corners, Limits
 from deploy.local_endpoint.pins import Instance
 from deploy.local_endpoint.service import Service
@@ -127,7 +126,7 @@ class Endpoint:
         self.corners = corners or Corners()
         told = [Instance(number, server.url, str(server.log_path)) for number, server in enumerate(servers, 1)]
         self.service = Service(NAME, told, corners, limits, clock)
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = listen(0)
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         app = make_app(self.service)
         self._server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))

@@ -6,6 +6,7 @@ import base64
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 from deploy.local_endpoint.__main__ import main
+from deploy.local_endpoint.app import listen
 
 from .conftest import ROOT, picture
 
@@ -88,3 +90,14 @@ def test_a_store_without_the_model_ends_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "no archive 'llava'" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_parts_of_a_stream_leave_at_once() -> None:
+    """asyncio turns Nagle's algorithm off for sockets of this protocol number, and for no others."""
+    with listen(0) as listener:
+        host, port = listener.getsockname()
+        assert host == "127.0.0.1"
+        with socket.create_connection((host, port)):
+            accepted, _ = listener.accept()
+            with accepted:
+                assert accepted.proto == socket.IPPROTO_TCP

@@ -230,8 +230,7 @@ class Chats:
 
     async def _replayed(self, chat: Chat) -> str:
         """A new session in which the history was said again."""
-        answer = await self._invoke(contract.NEW_SESSION, {"type": "start_session", **_pictures(chat.first)})
-        session = json.loads(answer.body)["session_id"]
+        session = await self._opened(chat.first)
         try:
             for index, turn in enumerate(chat.history):
                 question = replace(turn.question, pictures=()) if index == 0 else turn.question
@@ -243,6 +242,17 @@ class Chats:
             self._close_soon(session)
             raise
         return session
+
+    async def _opened(self, question: Question) -> str:
+        """A session on the question's pictures. Where all are taken, one that waits makes room."""
+        while True:
+            try:
+                body = {"type": "start_session", **_pictures(question)}
+                return json.loads((await self._invoke(contract.NEW_SESSION, body)).body)["session_id"]
+            except Fault as fault:
+                if fault.body.get("OriginalStatusCode") != 429 or not self._idle:
+                    raise
+                await self._close(self._idle.popitem(last=False)[1])
 
     def _keep(self, chat: Chat, session: str, answer: str) -> None:
         self._put(_key((*chat.history, Turn(chat.question, answer))), session)

@@ -68,7 +68,7 @@ class Handler:
         told = {"headers": ctx.get_all_request_header(0), "bytes": len(body)}
         return [order.get("say", json.dumps(told))]
 '''
-STAND_IN_CONFIG = "minWorkers: 2\nmaxWorkers: 2\nbatchSize: 1\nmaxBatchDelay: 1\nresponseTimeout: 60\n"
+STAND_IN_CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 1\nmaxBatchDelay: 1\nresponseTimeout: 60\n"
 
 
 @pytest.fixture(scope="session")

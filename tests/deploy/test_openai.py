@@ -9,15 +9,22 @@ import openai
 import pytest
 from botocore.client import BaseClient
 
-from .conftest import Endpoint, ask, close_session, open_session, picture
+from deploy.serve import TorchServe
+
+from .conftest import Endpoint, ask, close_session, open_session, picture, runtime
 
 QUESTIONS = ["Which shapes are there?", "How many shapes are there?", "Is there a circle?"]
 
 
 @pytest.fixture(scope="module")
 def gpt(endpoint: Endpoint) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="any", max_retries=0) as client:
+    with connect(endpoint) as client:
         yield client
+
+
+def connect(endpoint: Endpoint, path: str = "/v1") -> openai.OpenAI:
+    """The package's client, as anyone makes it."""
+    return openai.OpenAI(base_url=endpoint.url + path, api_key="any", max_retries=0)
 
 
 def user(text: str, index: int | None = None) -> dict:
@@ -143,6 +150,26 @@ def test_what_the_handler_refuses_keeps_its_status_and_code(gpt: openai.OpenAI) 
 
 
 def test_it_is_served_under_the_endpoints_path_too(endpoint: Endpoint) -> None:
-    base = f"{endpoint.url}/endpoints/llava/openai/v1"
-    with openai.OpenAI(base_url=base, api_key="any", max_retries=0) as client:
+    with connect(endpoint, "/endpoints/llava/openai/v1") as client:
         assert complete(client, [user(QUESTIONS[0], 15)]).choices[0].message.content
+
+
+def test_a_conversation_that_waits_makes_room_for_a_new_one(instances: list[TorchServe]) -> None:
+    with Endpoint([instances[0]]) as endpoint, connect(endpoint) as gpt:
+        assert complete(gpt, [user(QUESTIONS[0], 16)]).choices[0].message.content
+        client = runtime(endpoint)
+        taken = fill(client)
+        assert complete(gpt, [user(QUESTIONS[0], 17)]).choices[0].message.content
+        for session in taken:
+            close_session(client, session)
+
+
+def fill(client: BaseClient) -> list[str]:
+    """Open sessions until there is no room."""
+    taken = []
+    try:
+        while True:
+            taken.append(open_session(client, 16))
+    except client.exceptions.ModelError as error:
+        assert error.response["OriginalStatusCode"] == 429
+    return taken

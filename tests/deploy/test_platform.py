@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -14,7 +15,7 @@ from botocore.client import BaseClient
 from botocore.exceptions import ClientError, EventStreamError
 
 from deploy.local_endpoint.contract import Corners, Limits
-from deploy.serve import TorchServe
+from deploy.serve import TorchServe, free_ports
 
 from .conftest import ALL_CORNERS, NAME, Endpoint, invoke, runtime
 
@@ -171,6 +172,20 @@ def test_a_name_that_was_pointed_here_is_refused(front: Endpoint) -> None:
     assert reply.status_code == 400
 
 
+def test_an_instance_that_answers_no_pings_gets_no_calls(stand_in: TorchServe) -> None:
+    nobody = SimpleNamespace(url=f"http://127.0.0.1:{free_ports(1)[0]}", log_path="none")
+    with Endpoint([stand_in, nobody]) as endpoint:
+        gone = endpoint.service.pins.instances[1].gone
+        until = time.monotonic() + 20
+        while not gone.is_set() and time.monotonic() < until:
+            time.sleep(0.02)
+        assert gone.is_set()
+        client = runtime(endpoint)
+        for number in range(4):
+            open_session(client, f"pinged-{number}")
+        assert endpoint.service.pins.open_sessions() == {1: 4, 2: 0}
+
+
 # --- errors and limits ---
 
 
@@ -273,13 +288,6 @@ def test_an_error_before_a_streams_first_part_is_a_model_error(platform: BaseCli
     assert caught.value.response["OriginalStatusCode"] == 409
 
 
-def test_a_stream_that_breaks_ends_in_an_error(platform: BaseClient) -> None:
-    seen, events = [], stream(platform, {"parts": 2, "part_s": 0.1, "dies": True})["Body"]
-    with pytest.raises(EventStreamError, match="ModelStreamError"):
-        seen.extend(event["PayloadPart"]["Bytes"] for event in events)
-    assert seen == [b"part0;"]
-
-
 def test_a_stream_that_takes_too_long_ends_in_an_error(stand_in: TorchServe) -> None:
     with Endpoint([stand_in], limits=Limits(stream_s=0.5)) as endpoint:
         began = time.monotonic()
@@ -287,3 +295,11 @@ def test_a_stream_that_takes_too_long_ends_in_an_error(stand_in: TorchServe) -> 
         with pytest.raises(EventStreamError, match=r"ModelStreamError.*within the time allowed"):
             list(events)
         assert time.monotonic() - began < 10
+
+
+def test_a_stream_that_breaks_ends_in_an_error(platform: BaseClient) -> None:
+    """The last of the file: the stand-in has lost its worker then, and needs a moment for another one."""
+    seen, events = [], stream(platform, {"parts": 2, "part_s": 0.1, "dies": True})["Body"]
+    with pytest.raises(EventStreamError, match="ModelStreamError"):
+        seen.extend(event["PayloadPart"]["Bytes"] for event in events)
+    assert seen == [b"part0;"]

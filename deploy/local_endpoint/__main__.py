@@ -125,7 +125,7 @@ def stop(servers: list[TorchServe]) -> None:
     """Stop them all at once."""
     began = time.monotonic()
     with ThreadPoolExecutor(max(len(servers), 1)) as pool:
-        list(pool.map(TorchServe.stop, servers))
+        list(pool.map(lambda server: server.stop(), servers))
     print(f"stopped in {time.monotonic() - began:.1f} s", flush=True)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +23,10 @@ from models.shapes.scenes import dialogue, make_scene
 
 from .conftest import NAME, Endpoint, ask, close_session, open_session, runtime, seed_of
 
+SESSIONS, TURNS = 40, 10
 # Each picture is shown in several sessions, none of them neighbours, so that the calm runs stay short.
-SESSIONS, TURNS, PICTURES = 40, 10, 8
+# ROUTING_PICTURES=40 gives each session its own.
+PICTURES = int(os.environ.get("ROUTING_PICTURES", "8"))
 SHORT = {"max_new_tokens": 8}
 FIRST = 100  # of the pictures
 

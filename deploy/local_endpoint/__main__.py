@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import time
@@ -27,7 +28,8 @@ from .service import Service
 
 def start_instance(model_store: Path, model: str) -> TorchServe:
     """Start one instance; returns at once. Whatever has `url`, `log_path`, `wait_ready` and `stop` will do."""
-    server = TorchServe(model_store, model)
+    # The instances share the cores: a thread that waits must not spin.
+    server = TorchServe(model_store, model, env={"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")})
     server.start()
     return server
 

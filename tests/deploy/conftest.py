@@ -106,7 +106,7 @@ def _served(*servers: TorchServe) -> Iterator[list[TorchServe]]:
         for server in servers:
             server.start()
         for server in servers:
-            server.wait_ready()
+            server.wait_ready(300)
         yield list(servers)
     finally:
         with ThreadPoolExecutor(len(servers)) as pool:

@@ -8,12 +8,15 @@ BENCH ?=
 TORCH ?=
 BASE ?=
 TAG ?=
+ENDPOINT_PORT ?= 8090
+INSTANCES ?= 2
+ENDPOINT ?=
 
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # Java is looked for first, whatever -j says
-.PHONY: help demo test serve lint model bench bench-cuda image image-test env java haproxy clean
+.PHONY: help demo test serve endpoint lint model bench bench-cuda image image-test env java haproxy clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +30,10 @@ test: java haproxy env lint  ## lint, then every test
 serve: java env  ## TorchServe behind HAProxy, in the foreground (PORT= MODEL= SESSIONS= DTYPE=)
 	@./build_mar.sh --model $(MODEL) $(if $(SESSIONS),--sessions $(SESSIONS)) $(if $(DTYPE),--dtype $(DTYPE)) >/dev/null
 	@exec $(PYTHON) -m deploy.launch --port $(PORT)
+
+endpoint: java env  ## a SageMaker endpoint on this machine (INSTANCES= ENDPOINT_PORT= MODEL= ENDPOINT="--help")
+	@./build_mar.sh --model $(MODEL) $(if $(SESSIONS),--sessions $(SESSIONS)) $(if $(DTYPE),--dtype $(DTYPE)) >/dev/null
+	@exec $(PYTHON) -m deploy.local_endpoint --instances $(INSTANCES) --port $(ENDPOINT_PORT) $(ENDPOINT)
 
 lint: env  ## ruff, import-linter, hadolint, and shellcheck where it is installed
 	@deploy/lint.sh

@@ -1,7 +1,8 @@
 """Owns the words on the wire: request payloads and headers -> Open / Ask / Close / Cancel, and the bodies of the
 replies.
 
-Two dialects meet here and mean the same: the AWS LLaVA sample's `type` payloads and the native fields beside them.
+Two dialects meet here and mean the same: the AWS LLaVA sample's `type` payloads with the native fields beside them,
+and the `requestType` payloads of SageMaker's container standard, which open and close only.
 Knows neither torch nor TorchServe, and no session: whether an id is open is for `sessions` to say. Pure.
 """
 
@@ -33,8 +34,10 @@ JSON_TYPE = "application/json"
 STREAM_TYPE = "application/x-ndjson"
 
 _TYPES = {"start_session": "open", "send_text_prompt": "ask", "close_session": "close", "cancel": "cancel"}
+# SageMaker's container standard (aws/model-hosting-container-standards, "Stateful sessions").
+_REQUEST_TYPES = {"NEW_SESSION": "open", "CLOSE": "close"}
 _PICTURE_FIELDS = ("image", "images", "path")
-_SESSION_FIELDS = {"type", "session_id", "session_token"}
+_SESSION_FIELDS = {"type", "requestType", "session_id", "session_token"}
 _OPEN_FIELDS = {*_SESSION_FIELDS, "request_id", "video", "resume", *_PICTURE_FIELDS}
 _ASK_FIELDS = {
     *_SESSION_FIELDS,
@@ -130,11 +133,7 @@ def parse(body: Any, headers: Mapping[str, str], limits: Limits) -> Request:
     parsed, else `bytes`/`str`. `headers` has lower-case names. Raises `Refused` (invalid_request, too_large).
     """
     payload = _payload(body)
-    kind = payload.get("type")
-    if not isinstance(kind, str) or kind not in _TYPES:
-        got = "no 'type'" if kind is None else f"'type': {_show(kind)}"
-        raise Refused("invalid_request", f"The request has {got}; it must be one of {', '.join(map(repr, _TYPES))}.")
-    action = _TYPES[kind]
+    action = _action(payload)
     if action == "open":
         return _open(payload, headers, limits)
     session_id = _session_id(payload, headers)
@@ -157,6 +156,19 @@ def _payload(body: Any) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise Refused("invalid_request", f"The body is a JSON {_json_type(body)}; a JSON object is wanted.")
     return body
+
+
+def _action(payload: dict[str, Any]) -> str:
+    """What is asked for, in whichever dialect."""
+    kind, standard = payload.get("type"), payload.get("requestType")
+    if kind is not None and standard is not None:
+        raise Refused("invalid_request", "The request has both a 'type' and a 'requestType'; one of them is wanted.")
+    name, known = ("type", _TYPES) if standard is None else ("requestType", _REQUEST_TYPES)
+    given = payload.get(name)
+    if not isinstance(given, str) or given not in known:
+        got = f"no '{name}'" if given is None else f"'{name}': {_show(given)}"
+        raise Refused("invalid_request", f"The request has {got}; it must be one of {', '.join(map(repr, known))}.")
+    return known[given]
 
 
 def _open(payload: dict[str, Any], headers: Mapping[str, str], limits: Limits) -> Open:

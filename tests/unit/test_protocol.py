@@ -40,6 +40,32 @@ def nested(depth: int) -> list:
     return value
 
 
+# --- the container standard's dialect ---
+
+
+def test_the_container_standard_opens_and_closes():
+    opened = parse({"requestType": "NEW_SESSION", "image": "AAAA"}, {HEADER: "NEW_SESSION"}, LIMITS)
+    assert opened == parse({"type": "start_session", "image": "AAAA"}, {}, LIMITS)
+    assert parse({"requestType": "CLOSE"}, {HEADER: "s1"}, LIMITS) == Close("s1")
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"requestType": "NEW_SESSION"}, "No picture was given"),
+        ({"requestType": "SESSION"}, "'requestType': 'SESSION'"),
+        ({"requestType": 7}, "'requestType': 7"),
+        ({"requestType": "CLOSE", "type": "close_session"}, "both"),
+        ({"requestType": "CLOSE", "session_id": "s1", "prompt_text": "no"}, "Unknown field 'prompt_text'"),
+        ({"requestType": "CLOSE"}, "names no session"),
+    ],
+)
+def test_the_container_standards_mistakes_are_told(body: dict, told: str):
+    refused = refusal(body)
+    assert refused.code == "invalid_request"
+    assert told in refused.message
+
+
 # --- the body as a whole ---
 
 

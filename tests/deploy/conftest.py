@@ -1,0 +1,201 @@
+"""Fixtures for tests of what is deployed: real TorchServes for the whole run, local endpoints before them, boto3.
+
+Two instances of the demo model are shared by all tests, and one of a stand-in that tells what reaches a container and
+answers as it is told to. An endpoint itself starts in no time, so there is one for each way the platform may behave.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import uvicorn
+from botocore.client import BaseClient
+from botocore.config import Config
+
+from demo.wire import png
+from deploy.local_endpoint.app import listen, make_app
+from deploy.local_endpoint.contract import Corners, Limits
+from deploy.local_endpoint.pins import Instance
+from deploy.local_endpoint.service import Service
+from deploy.serve import TorchServe
+from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
+
+ROOT = Path(__file__).parents[2]
+NAME = "llava"
+# Every value of every switch; the suite of clients runs under each.
+ALL_CORNERS = (
+    Corners(new_session="absent", lost_instance="400", create_header="session"),
+    Corners(new_session="empty", lost_instance="503", create_header="new-session"),
+    Corners(new_session="literal", lost_instance="reroute", create_header="session"),
+)
+STAND_IN = '''
+import json, os, time
+
+from ts.handler_utils.utils import send_intermediate_predict_response
+
+
+class Handler:
+    """Tells what reached it; the body may say with which status and headers, when, and in how many parts."""
+
+    def initialize(self, ctx):
+        pass
+
+    def handle(self, rows, ctx):
+        body = rows[0].get("body", b"")
+        order = body if isinstance(body, dict) else {}
+        for part in range(order.get("parts", 0)):
+            send_intermediate_predict_response(["part%d;" % part], ctx.request_ids, "Intermediate", 200, ctx)
+            time.sleep(order.get("part_s", 0))
+            if order.get("dies"):
+                os._exit(1)
+        time.sleep(order.get("sleep_s", 0))
+        ctx.set_response_content_type(0, order.get("content_type", "application/json"))
+        for name, value in order.get("headers", {}).items():
+            ctx.set_response_header(0, name, value)
+        if "status" in order:
+            ctx.set_response_status(order["status"], "As Ordered", 0)
+        told = {"headers": ctx.get_all_request_header(0), "bytes": len(body)}
+        return [order.get("say", json.dumps(told))]
+'''
+STAND_IN_CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 1\nmaxBatchDelay: 1\nresponseTimeout: 60\n"
+
+
+@pytest.fixture(scope="session")
+def shapes_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model, packed by the build kit."""
+    store = tmp_path_factory.mktemp("store")
+    options = ["--model", ROOT / "models" / "shapes", "--dtype", "float32", "--device", "cpu", "--output", store]
+    subprocess.run([ROOT / "build_mar.sh", *map(str, options)], check=True, capture_output=True, text=True)
+    return store
+
+
+@pytest.fixture(scope="session")
+def instances(shapes_store: Path) -> Iterator[list[TorchServe]]:
+    """Two instances of the demo model. Tests close what they open."""
+    yield from _served(TorchServe(shapes_store), TorchServe(shapes_store))
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
+    """An instance of the stand-in."""
+    store = tmp_path_factory.mktemp("stand-in")
+    model = store / "stand-in"
+    (model / "MAR-INF").mkdir(parents=True)
+    (model / "stand_in.py").write_text(STAND_IN)
+    (model / "model-config.yaml").write_text(STAND_IN_CONFIG)
+    details = {"modelName": "stand-in", "handler": "stand_in.py", "modelVersion": "1.0"}
+    manifest = {"model": {**details, "configFile": "model-config.yaml"}, "runtime": "python", "archiverVersion": "0"}
+    (model / "MAR-INF" / "MANIFEST.json").write_text(json.dumps(manifest))
+    for servers in _served(TorchServe(store, "stand-in")):
+        yield servers[0]
+
+
+def _served(*servers: TorchServe) -> Iterator[list[TorchServe]]:
+    try:
+        for server in servers:
+            server.start()
+        for server in servers:
+            server.wait_ready(300)
+        yield list(servers)
+    finally:
+        with ThreadPoolExecutor(len(servers)) as pool:
+            list(pool.map(TorchServe.stop, servers))
+
+
+class Endpoint:
+    """A local endpoint in a thread of this process, on a free port, before instances that run already."""
+
+    def __init__(
+        self,
+        servers: list[TorchServe],
+        corners: Corners | None = None,
+        limits: Limits | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.corners = corners or Corners()
+        told = [Instance(number, server.url, str(server.log_path)) for number, server in enumerate(servers, 1)]
+        self.service = Service(NAME, told, corners, limits, clock)
+        self._listener = listen(0)
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        app = make_app(self.service)
+        self._server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._listener]}, daemon=True)
+
+    def __enter__(self) -> Endpoint:
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+
+@pytest.fixture(scope="session", params=ALL_CORNERS, ids=lambda corners: f"{corners.new_session}")
+def endpoint(request: pytest.FixtureRequest, instances: list[TorchServe]) -> Iterator[Endpoint]:
+    """The endpoint over both instances, under each way in which the platform may behave."""
+    with Endpoint(instances, request.param) as endpoint:
+        yield endpoint
+
+
+@functools.cache
+def _session() -> boto3.Session:
+    return boto3.Session("any", "any", region_name="us-west-2")
+
+
+def runtime(endpoint: Endpoint, **config: Any) -> BaseClient:
+    """boto3's client, unmodified; one attempt unless `retries` says otherwise."""
+    config = {"retries": {"total_max_attempts": 1}, "max_pool_connections": 50, **config}
+    return _session().client("sagemaker-runtime", endpoint_url=endpoint.url, config=Config(**config))
+
+
+@pytest.fixture(scope="session")
+def client(endpoint: Endpoint) -> BaseClient:
+    """boto3 on the endpoint."""
+    return runtime(endpoint)
+
+
+def seed_of(index: int) -> int:
+    """Of a picture that training has never seen; none is used twice in the other tests."""
+    return HELD_OUT_SEEDS[5_000 + index]
+
+
+def picture(index: int) -> str:
+    """A picture as base64."""
+    return base64.b64encode(png(make_scene(seed_of(index)).draw())).decode()
+
+
+def invoke(client: BaseClient, body: dict, session: str | None = None, **members: Any) -> dict:
+    """One `invoke_endpoint`; the reply with its body read and parsed."""
+    if session is not None:
+        members["SessionId"] = session
+    reply = client.invoke_endpoint(EndpointName=NAME, ContentType="application/json", Body=json.dumps(body), **members)
+    return {**reply, "Body": json.loads(reply["Body"].read())}
+
+
+def open_session(client: BaseClient, index: int) -> str:
+    """Open a session on a picture; its id."""
+    reply = invoke(client, {"type": "start_session", "image": picture(index)}, "NEW_SESSION")
+    return reply["NewSessionId"].split(";")[0]
+
+
+def ask(client: BaseClient, session: str, text: str, **options: Any) -> dict:
+    """One question; the answer's body."""
+    return invoke(client, {"type": "send_text_prompt", "prompt_text": text, **options}, session)["Body"]
+
+
+def close_session(client: BaseClient, session: str) -> dict:
+    """Close a session; the reply."""
+    return invoke(client, {"type": "close_session"}, session)

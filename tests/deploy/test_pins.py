@@ -1,0 +1,77 @@
+"""Which instance a session belongs to, until when, and where a new one goes."""
+
+from __future__ import annotations
+
+from deploy.local_endpoint.pins import Instance, Pins
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make_pins(count: int = 2) -> tuple[Pins, list[Instance], Clock]:
+    clock = Clock()
+    instances = [Instance(number, f"http://{number}", "log") for number in range(1, count + 1)]
+    return Pins(instances, clock), instances, clock
+
+
+def test_a_new_session_goes_where_the_fewest_are_open():
+    pins, (first, second), _ = make_pins()
+    for name in "abc":
+        pins.pin(name, first, 2000)
+    assert pins.place() is second
+    pins.pin("d", second, 2000)
+    assert pins.place() is second
+    for name in "abc":
+        pins.drop(name)
+    assert pins.place() is first
+
+
+def test_equal_instances_take_turns():
+    pins, _, _ = make_pins(3)
+    assert [pins.place().number for _ in range(6)] == [1, 2, 3, 1, 2, 3]
+
+
+def test_what_is_being_opened_counts():
+    pins, (first, second), _ = make_pins()
+    with pins.opening(first), pins.opening(first):
+        assert pins.place() is second
+        assert pins.place() is second
+    assert pins.place() is first
+
+
+def test_a_pin_ends_at_its_expiry():
+    pins, (first, second), clock = make_pins()
+    pins.pin("a", first, 1010)
+    pins.pin("b", second, 1020)
+    clock.now = 1009.9
+    assert pins.find("a") is first
+    clock.now = 1010
+    assert pins.find("a") is None
+    assert pins.find("b") is second
+    assert pins.open_sessions() == {1: 0, 2: 1}
+    clock.now = 1020
+    assert pins.open_sessions() == {1: 0, 2: 0}
+
+
+def test_nothing_is_placed_on_an_instance_that_is_gone():
+    pins, (first, second), _ = make_pins()
+    pins.pin("a", second, 2000)
+    first.gone.set()
+    assert pins.place() is second
+    second.gone.set()
+    assert pins.place() is None
+    assert pins.find("a") is second, "the pin stays: what its session is told is a corner of the contract"
+
+
+def test_a_moved_session_keeps_its_expiry():
+    pins, (first, second), clock = make_pins()
+    pins.pin("a", first, 1010)
+    pins.move("a", second)
+    assert pins.find("a") is second
+    clock.now = 1010
+    assert pins.find("a") is None

@@ -8,6 +8,7 @@ what is left to do.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import boto3
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.parsers import ResponseParserError
 
 from deploy import capacity
 from deploy.aws import chats, images, models, roles, stacks, watching
@@ -365,13 +367,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(capacity.report(args.text_tokens, args.reserve_gib))
         return 0
     try:
-        account = Account(args.name, boto3.Session(profile_name=args.profile, region_name=args.region))
+        region = args.region or os.environ.get("AWS_REGION")  # the AWS CLI reads it, boto3 alone does not
+        account = Account(args.name, boto3.Session(profile_name=args.profile, region_name=region))
         say(f"account {account.id}, region {account.region}")
         args.run(args, account)
     except DeployError as error:
         say(f"error: {error}")
         return 1
-    except (BotoCoreError, ClientError) as error:
+    except (BotoCoreError, ClientError, ResponseParserError) as error:
         say(f"error: {explain(error)}")
         return 1
     except OSError as error:  # a file that can't be read

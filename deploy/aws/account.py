@@ -4,7 +4,7 @@ the environment, ~/.aws, SSO or the instance; none is ever taken as an argument.
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import boto3
@@ -23,8 +23,9 @@ class Account:
         self.name = name
         self.session = session
 
+    @cache  # noqa: B019 - an account lives as long as the command
     def client(self, service: str, config: Config | None = None) -> Any:
-        """A boto3 client."""
+        """A boto3 client; making one takes a while, so each is made once."""
         return self.session.client(service, config=config)
 
     @cached_property

@@ -1,8 +1,8 @@
 """Models in S3: what `build_mar.sh --sagemaker` made, sent in parallel parts, each with its checksum.
 
-A model lies under its own content's checksum, so an upload never changes one that an endpoint reads, and what is there
-already is not sent again. A part counts as sent when S3 says the same SHA-256 as the file here: that is how an
-interrupted upload goes on, in the middle of a file too.
+A model lies under its own content's checksum, so an upload never changes one that an endpoint reads, what is there
+already is not sent again, and the parts of an interrupted upload can only be parts of the same file: the next one goes
+on in its middle. S3 gets the SHA-256 of each part, and refuses one that arrived as anything else.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ THREADS = 8
 MANIFEST = "MAR-INF/MANIFEST.json"
 CONFIG = "model-config.yaml"
 TARBALL = "model.tar.gz"
+SHA256 = {"ChecksumAlgorithm": "SHA256"}
 CURRENT = "current.json"
 
 
@@ -47,10 +48,8 @@ class File:
 
     @property
     def checksum(self) -> str:
-        """S3's own: of the bytes, or of the parts' checksums and their number."""
-        if len(self.parts) == 1:
-            return _base64(self.parts[0])
-        return f"{_base64(hashlib.sha256(b''.join(self.parts)).digest())}-{len(self.parts)}"
+        """S3's own: of the bytes, or of the parts' checksums (where S3 puts a hyphen and their number behind it)."""
+        return _base64(self.parts[0] if len(self.parts) == 1 else hashlib.sha256(b"".join(self.parts)).digest())
 
     def size_of(self, number: int) -> int:
         """Bytes of a part, counted from 1."""
@@ -237,7 +236,8 @@ class _Upload:
             if code_of(error) == "404":
                 return False
             raise
-        there = head["ContentLength"] == self._file.size and head.get("ChecksumSHA256") == self._file.checksum
+        checksum = head.get("ChecksumSHA256", "").partition("-")[0]
+        there = head["ContentLength"] == self._file.size and checksum == self._file.checksum
         if there:
             self._bar.update(self._file.size)
         return there
@@ -249,7 +249,7 @@ class _Upload:
             yield self._put
             return
         if self._upload_id is None:
-            begun = self._s3.create_multipart_upload(**self._target, ChecksumAlgorithm="SHA256")
+            begun = self._s3.create_multipart_upload(**self._target, **SHA256, ChecksumType="COMPOSITE")
             self._upload_id = begun["UploadId"]
         else:
             self._find_done()
@@ -269,26 +269,24 @@ class _Upload:
         pages = self._s3.get_paginator("list_parts").paginate(**self._target, UploadId=self._upload_id)
         for part in (part for page in pages for part in page.get("Parts", [])):
             number = part["PartNumber"]
-            if number <= len(self._file.parts) and part.get("ChecksumSHA256") == _base64(self._file.parts[number - 1]):
-                self._done[number] = _named(number, part)
+            if number > len(self._file.parts) or part["Size"] != self._file.size_of(number):
+                continue
+            checksum = _base64(self._file.parts[number - 1])
+            if part.get("ChecksumSHA256", checksum) == checksum:  # S3 compares them once more when the upload is ended
+                self._done[number] = {"PartNumber": number, "ETag": part["ETag"], "ChecksumSHA256": checksum}
                 self._bar.update(part["Size"])
 
     def _put(self) -> None:
         body = self._file.read(1)
-        self._s3.put_object(**self._target, Body=body, ChecksumSHA256=_base64(self._file.parts[0]))
+        self._s3.put_object(**self._target, Body=body, **SHA256, ChecksumSHA256=_base64(self._file.parts[0]))
         self._bar.update(len(body))
 
     def _send(self, number: int) -> None:
         body, checksum = self._file.read(number), _base64(self._file.parts[number - 1])
-        reply = self._s3.upload_part(
-            **self._target, UploadId=self._upload_id, PartNumber=number, Body=body, ChecksumSHA256=checksum
-        )
-        self._done[number] = _named(number, {"ETag": reply["ETag"], "ChecksumSHA256": checksum})
+        sums = {**SHA256, "ChecksumSHA256": checksum}
+        reply = self._s3.upload_part(**self._target, UploadId=self._upload_id, PartNumber=number, Body=body, **sums)
+        self._done[number] = {"PartNumber": number, "ETag": reply["ETag"], "ChecksumSHA256": checksum}
         self._bar.update(len(body))
-
-
-def _named(number: int, part: dict[str, Any]) -> dict[str, Any]:
-    return {"PartNumber": number, "ETag": part["ETag"], "ChecksumSHA256": part["ChecksumSHA256"]}
 
 
 def _run_all(pool: ThreadPoolExecutor, tasks: Iterable[Any]) -> None:

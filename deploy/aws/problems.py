@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from botocore import exceptions as aws
 
 THROTTLED = {
@@ -68,4 +70,4 @@ def _explain_refusal(error: aws.ClientError) -> str:
 
 
 def _line(text: object) -> str:
-    return " ".join(str(text).split())
+    return textwrap.shorten(str(text), 400, placeholder=" ...")

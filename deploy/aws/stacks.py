@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def state(account: Account, stack: str | None = None) -> State | None:
     )
 
 
+@cache
 def template_parameters() -> dict[str, dict[str, Any]]:
     """The template's parameters by name, as it declares them."""
     return yaml.load(TEMPLATE.read_text(encoding="utf-8"), _Loader)["Parameters"]
@@ -168,10 +170,11 @@ def follow(account: Account, begun: State, seen: str | None, tell: Tell) -> Stat
     return found
 
 
-def _parameters(before: State | None, given: Mapping[str, str]) -> list[dict[str, Any]]:
-    kept = [name for name in template_parameters() if before and name in before.parameters and name not in given]
-    changed = [{"ParameterKey": name, "ParameterValue": value} for name, value in given.items()]
-    return changed + [{"ParameterKey": name, "UsePreviousValue": True} for name in kept]
+def _parameters(before: State | None, given: Mapping[str, str]) -> list[dict[str, str]]:
+    known = template_parameters()
+    values = {name: str(known[name]["Default"]) for name in known if "Default" in known[name]}
+    values |= {name: value for name, value in before.parameters.items() if name in known} if before else {}
+    return [{"ParameterKey": name, "ParameterValue": value} for name, value in {**values, **given}.items()]
 
 
 def _newest_event(account: Account, found: State | None) -> str | None:

@@ -25,7 +25,7 @@ serve: java env  ## TorchServe behind HAProxy, in the foreground (PORT= MODEL= S
 	@./build_mar.sh --model $(MODEL) $(if $(SESSIONS),--sessions $(SESSIONS)) $(if $(DTYPE),--dtype $(DTYPE)) >/dev/null
 	@exec $(PYTHON) -m deploy.launch --port $(PORT)
 
-lint: env  ## ruff, import-linter, and shellcheck where it is installed
+lint: env  ## ruff, import-linter, cfn-lint, and shellcheck where it is installed
 	@deploy/lint.sh
 
 model: env  ## train models/shapes again from nothing (an hour or more)

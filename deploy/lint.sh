@@ -3,7 +3,7 @@
 set -euo pipefail
 
 if [[ "${1:-}" == --help ]]; then
-  echo "usage: deploy/lint.sh   ruff check, ruff format --check, import-linter, and shellcheck where it is installed"
+  echo "usage: deploy/lint.sh   ruff check, ruff format --check, import-linter, cfn-lint, and shellcheck where it is installed"
   exit 0
 fi
 
@@ -13,6 +13,7 @@ bin=.venv/bin
 "$bin/ruff" format --check .
 # handler/ is the top of what travels in the archive, so its modules are top-level ones.
 PYTHONPATH=.:handler "$bin/lint-imports" --no-cache | tail -n 3
+"$bin/cfn-lint" deploy/endpoint.yaml
 scripts=(build_mar.sh .ci/run deploy/*.sh)
 if command -v shellcheck >/dev/null; then
   shellcheck "${scripts[@]}"

@@ -26,6 +26,7 @@ from deploy.aws.problems import DeployError, explain
 
 REPO = Path(__file__).resolve().parent.parent
 GPU_AMI = "al2023-ami-sagemaker-inference-gpu-4-1"  # NVIDIA driver 580: what the image's CUDA 13 needs
+NEEDS_AMI = re.compile(r"ml\.(g[456]|p[45])[a-z]*\.")  # newer ones have such a driver anyway
 TARGET_SHARE = 0.7  # of the sessions that an instance admits, where autoscaling adds one
 INTERRUPTED = 130
 
@@ -224,7 +225,7 @@ def _derived(given: Mapping[str, str], before: stacks.State | None) -> dict[str,
     default = stacks.template_parameters()["InstanceType"]["Default"]
     kind = given.get("InstanceType", "" if before else default)
     if kind and "InferenceAmiVersion" not in given:
-        derived["InferenceAmiVersion"] = GPU_AMI if re.match(r"ml\.[gp]\d", kind) else ""
+        derived["InferenceAmiVersion"] = GPU_AMI if NEEDS_AMI.match(kind) else ""
     return derived
 
 
@@ -281,7 +282,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         return made
 
     one = command("push", push, [where, dry, repository])
-    one.add_argument("--image", default="llava-sessions:latest", help="the local image (default: %(default)s)")
+    one.add_argument("--image", default="llava-sessions:cuda", help="the local image (default: %(default)s)")
     one.add_argument("--tag", help="its tag in ECR (default: its id)")
     one.add_argument("--build", action="store_true", help="run `make image` first")
 
@@ -303,7 +304,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     one.add_argument("--security-groups", metavar="ID,ID", help="with --subnets")
     one.add_argument("--alarm-topic", metavar="ARN", help="an SNS topic that hears of alarms")
     one.add_argument("--journal", metavar="PREFIX/", help="folder of the bucket for the sessions' journal")
-    one.add_argument("--ami", metavar="VERSION", help=f"InferenceAmiVersion (default: {GPU_AMI} on GPUs)")
+    one.add_argument(
+        "--ami", metavar="VERSION", help="InferenceAmiVersion (default: driver 580 where the type has an older one)"
+    )
     rest = "any other parameter of deploy/endpoint.yaml; again for more"
     one.add_argument("--set", type=_pair, action="append", default=[], metavar="NAME=VALUE", help=rest)
 

@@ -52,9 +52,9 @@ class _ByApi:
         return ""
 
     @classmethod
-    def update_from_cloudformation_json(cls, original_resource, new_resource_name, cloudformation_json, *where):
-        cls.delete_from_cloudformation_json(original_resource.physical_resource_id, cloudformation_json, *where)
-        return cls.create_from_cloudformation_json(new_resource_name, cloudformation_json, *where)
+    def update_from_cloudformation_json(cls, original_resource, new_resource_name, cloudformation_json, **where):
+        cls.delete_from_cloudformation_json(original_resource.physical_resource_id, cloudformation_json, **where)
+        return cls.create_from_cloudformation_json(new_resource_name, cloudformation_json, **where)
 
     def is_created(self) -> bool:
         return True

@@ -99,7 +99,7 @@ def up(args: argparse.Namespace, account: Account) -> None:
             print(f"{name}={value}")
         return
     doing = "changing" if before else "making"
-    say(f"{doing} the stack {account.name!r}: some ten minutes; Ctrl-C leaves it to itself ...")
+    say(f"{doing} the stack {account.name!r}; Ctrl-C leaves it to itself ...")
     done = stacks.deploy(account, before, parameters, _tell)
     if done is None:
         say("nothing was to be changed")

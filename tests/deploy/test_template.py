@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,12 +12,13 @@ from threading import Thread
 
 import boto3
 import pytest
-import yaml
 
 from deploy import figures
 from deploy.aws import stacks
 from deploy.aws.account import Account
 from llava_sessions import telemetry
+
+from .metric_filters import filters, matches, template
 
 REPO = Path(__file__).resolve().parents[2]
 # As TorchServe 0.12 with metrics_mode=prometheus shows them.
@@ -50,39 +50,6 @@ def page() -> Iterator[str]:
     yield f"http://127.0.0.1:{server.server_port}/metrics"
     server.shutdown()
     server.server_close()
-
-
-def template() -> dict:
-    return yaml.load(stacks.TEMPLATE.read_text(encoding="utf-8"), stacks._Loader)
-
-
-def matches(pattern: str, line: str) -> bool:
-    """CloudWatch's JSON filter patterns, as far as ours go: `{ $.key = "text" && $.key >= number }`."""
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return False
-    terms = pattern.strip("{} ").split(" && ")
-    for term in terms:
-        key, comparison, value = re.fullmatch(r"\$\.(\w+) (=|>=) (\S+)", term).groups()
-        found, wanted = event.get(key), json.loads(value)
-        if comparison == "=" and found != wanted:
-            return False
-        if comparison == ">=" and not (isinstance(found, int | float) and found >= wanted):
-            return False
-    return True
-
-
-def filters() -> dict[str, tuple[str, str]]:
-    resources = template()["Resources"].values()
-    found = [item["Properties"] for item in resources if item["Type"] == "AWS::Logs::MetricFilter"]
-    return {
-        item["MetricTransformations"][0]["MetricName"]: (
-            item["FilterPattern"],
-            item["MetricTransformations"][0]["MetricValue"],
-        )
-        for item in found
-    }
 
 
 def test_the_filters_read_the_lines_that_the_container_prints(page: str) -> None:

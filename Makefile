@@ -35,7 +35,7 @@ endpoint: java env  ## a SageMaker endpoint on this machine (INSTANCES= ENDPOINT
 	@./build_mar.sh --model $(MODEL) $(if $(SESSIONS),--sessions $(SESSIONS)) $(if $(DTYPE),--dtype $(DTYPE)) >/dev/null
 	@exec $(PYTHON) -m deploy.local_endpoint --instances $(INSTANCES) --port $(ENDPOINT_PORT) $(ENDPOINT)
 
-lint: env  ## ruff, import-linter, hadolint, and shellcheck where it is installed
+lint: env  ## ruff, import-linter, hadolint, cfn-lint, and shellcheck where it is installed
 	@deploy/lint.sh
 
 model: env  ## train models/shapes again from nothing (an hour or more)

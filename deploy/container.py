@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import pwd
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploy import launch
+from deploy import figures, launch
 
 MODEL = Path("/opt/ml/model")  # SageMaker puts the model there; read-only
 MANIFEST = "MAR-INF/MANIFEST.json"
@@ -22,6 +23,7 @@ PORT = "8080"
 PORT_VARIABLE = "SAGEMAKER_BIND_TO_PORT"  # set where a container shares its host with others
 LOAD_TIMEOUT_S = 3600  # SageMaker's longest start-up limit; within it the platform decides
 EVERY_INTERFACE = "0.0.0.0"
+METRICS_BEHIND = 2  # the launcher puts the metrics page on this port behind the public one, on loopback
 
 USAGE = f"""usage: serve
 
@@ -105,6 +107,9 @@ def main(argv: Sequence[str] | None = None, root: Path = MODEL) -> int:
     except ContainerError as err:
         print(f"serve: error: {err}", file=sys.stderr)
         return 2
+    # CloudWatch reads what it prints; autoscaling and the alarms of deploy/endpoint.yaml follow that.
+    metrics = f"http://127.0.0.1:{port + METRICS_BEHIND}/metrics"
+    threading.Thread(target=figures.main, args=(["--url", metrics],), name="figures", daemon=True).start()
     words = ["--model-store", str(model.parent), "--name", model.name, "--host", EVERY_INTERFACE, "--port", str(port)]
     return launch.main([*words, "--timeout", str(LOAD_TIMEOUT_S)])
 

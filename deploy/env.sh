@@ -9,7 +9,7 @@ fi
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 stamp=.venv/.stamp
-wanted="$(cat requirements.txt requirements-cpu.txt requirements-dev.txt)"
+wanted="$(cat requirements.txt requirements-cpu.txt requirements-dev.txt pyproject.toml)"
 if [[ -x .venv/bin/python && -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
   exit 0
 fi
@@ -46,5 +46,6 @@ if [[ -t 1 ]]; then
   quiet=--progress-bar=on # someone is watching
 fi
 .venv/bin/python -m pip install "$quiet" --disable-pip-version-check -r requirements-dev.txt
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 printf '%s\n' "$wanted" >"$stamp"
 echo ".venv is ready"

@@ -3,7 +3,7 @@
 set -euo pipefail
 
 if [[ "${1:-}" == --help ]]; then
-  echo "usage: deploy/lint.sh   ruff check, ruff format --check, import-linter, hadolint, and shellcheck where installed"
+  echo "usage: deploy/lint.sh   ruff check, ruff format --check, import-linter, hadolint, cfn-lint, and shellcheck where installed"
   exit 0
 fi
 
@@ -14,6 +14,7 @@ bin=.venv/bin
 # handler/ is the top of what travels in the archive, so its modules are top-level ones.
 PYTHONPATH=.:handler "$bin/lint-imports" --no-cache | tail -n 3
 "$bin/hadolint" Dockerfile
+"$bin/cfn-lint" deploy/endpoint.yaml
 scripts=(build_mar.sh .ci/run deploy/*.sh)
 if command -v shellcheck >/dev/null; then
   shellcheck "${scripts[@]}"

@@ -20,7 +20,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import yaml
@@ -33,6 +33,10 @@ CONFIG_FILE = "model-config.yaml"
 CHECKPOINT_DIR = "checkpoint"
 
 SUFFIXES = {"no-archive": "", "default": ".mar", "tgz": ".tar.gz"}
+# SageMaker unpacks what it is given into /opt/ml/model, and that folder is then the archive: no folder around it. The
+# dot keeps the result apart from every --name.
+SAGEMAKER_SUFFIX = ".sagemaker"
+SAGEMAKER_TARBALL = "model.tar.gz"
 FAMILIES = {
     "llava": "LlavaForConditionalGeneration",
     "llava_next": "LlavaNextForConditionalGeneration",
@@ -317,10 +321,18 @@ class Job:
     config: Path = HANDLER_DIR / CONFIG_FILE
     output: Path = REPO / "model_store"
     version: str = "1.0"
+    sagemaker: bool = False
 
     @property
     def archive(self) -> Path:
-        return self.output / (self.name + SUFFIXES[self.format])
+        return self.output / (self.name + (SAGEMAKER_SUFFIX if self.sagemaker else SUFFIXES[self.format]))
+
+    @property
+    def rivals(self) -> list[Path]:
+        """Archives that would be taken for this one: of the same name, for the same server, in any format."""
+        if self.sagemaker:
+            return [self.archive]
+        return [self.output / (self.name + suffix) for suffix in SUFFIXES.values()]
 
 
 @dataclass(frozen=True)
@@ -338,6 +350,8 @@ def pack(job: Job) -> Packed:
     """Check, stage, archive, verify; then swap the new archive in, so that a failed run leaves the old one alone."""
     if not MODEL_NAME.fullmatch(job.name):
         raise PackError(f"--name {job.name!r}: letters, digits, - and _ only, a letter or digit first")
+    if job.sagemaker:
+        _check_sagemaker(job)
     _check_handler()
     folder = resolve_checkpoint(job.model, job.weights)
     inside = folder if job.weights == "inside" else None
@@ -350,8 +364,11 @@ def pack(job: Job) -> Packed:
     job.output.mkdir(parents=True, exist_ok=True)
     # Beside the result, not in /tmp: one file system, so links and the last rename work and no memory disk fills up.
     with tempfile.TemporaryDirectory(prefix=".packing-", dir=job.output) as scratch:
-        made, expected = _build(job, Path(scratch).resolve(), inside, config_text)
-        verify(made, job.format, job.name, expected)
+        plain = replace(job, format="no-archive") if job.sagemaker else job
+        made, expected = _build(plain, Path(scratch).resolve(), inside, config_text)
+        verify(made, plain.format, job.name, expected)
+        if job.sagemaker:
+            made = _for_sagemaker(made, job.format)
         removed = _swap_in(made, job)
     return Packed(job.archive, _size_bytes(job.archive), sessions, checkpoint, removed)
 
@@ -370,6 +387,14 @@ def resolve_checkpoint(model: str, weights: str) -> Path | None:
     if problems := checkpoint_problems(folder):
         raise PackError(f"{model} is not a checkpoint that can be served", problems)
     return folder
+
+
+def _check_sagemaker(job: Job) -> None:
+    """An endpoint has nothing but what it is given: no .mar is unpacked there, and no weights are fetched at start."""
+    if job.weights != "inside":
+        raise PackError("--sagemaker needs the weights inside: an endpoint sees no folder of this machine")
+    if job.format == "default":
+        raise PackError("--sagemaker takes --format no-archive (a folder for S3) or tgz (model.tar.gz), not default")
 
 
 def _check_handler() -> None:
@@ -485,14 +510,38 @@ def read_archive(archive: Path, kind: str) -> tuple[dict[str, int], dict]:
     return sizes, json.loads(raw)
 
 
+def _for_sagemaker(made: Path, kind: str) -> Path:
+    """The folder whose content goes to S3 as it is: the archive's own files, or model.tar.gz with them at its top.
+
+    Everyone may read them: on the endpoint they belong to another user, and nothing can be changed there.
+    """
+    for path in [made, *made.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    if kind == "no-archive":
+        return made
+    folder = made.parent / "sagemaker"
+    folder.mkdir()
+    say(f"{SAGEMAKER_TARBALL}: {_mib(_size_bytes(made))}, compressing takes a while ...")
+    with tarfile.open(folder / SAGEMAKER_TARBALL, "w:gz", compresslevel=1) as tarball:
+        for path in sorted(made.rglob("*")):
+            tarball.add(path, path.relative_to(made).as_posix(), recursive=False, filter=_owned_by_root)
+    return folder
+
+
+def _owned_by_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Nothing of who packed it travels, so that the same files make the same archive on every machine."""
+    member.uid = member.gid = 0
+    member.uname = member.gname = "root"
+    return member
+
+
 def _swap_in(made: Path, job: Job) -> tuple[Path, ...]:
     """Put the new archive in place. Those of the same name in another format go: TorchServe would serve either."""
     removed = []
-    for suffix in SUFFIXES.values():
-        old = job.output / (job.name + suffix)
+    for number, old in enumerate(job.rivals):
         if not old.exists():
             continue
-        aside = made.parent.parent / f"old{suffix}"
+        aside = made.parent.parent / f"old-{number}"
         old.rename(aside)  # out of the way first: a folder is removed slowly, a rename is at once
         if old != job.archive:
             removed.append(old)
@@ -532,6 +581,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Job:
     add("--config", type=Path, default=HANDLER_DIR / CONFIG_FILE, metavar="FILE", help=config)
     add("--output", type=Path, default=REPO / "model_store", metavar="DIR", help="model store (default: model_store)")
     add("--version", default="1.0", help="model version (default: %(default)s)")
+    sagemaker = "for a SageMaker endpoint, in DIR/NAME.sagemaker: what lies in it goes to S3 as it is. With --format "
+    sagemaker += "no-archive for S3DataType S3Prefix and CompressionType None; with tgz a model.tar.gz"
+    add("--sagemaker", action="store_true", help=sagemaker)
     return Job(**vars(parser.parse_args(argv)))
 
 
@@ -576,6 +628,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     weights = "inside" if packed.checkpoint == CHECKPOINT_DIR else packed.checkpoint
     print(f"{_short(packed.archive)}  {_mib(packed.size_bytes)}  up to {packed.sessions} sessions  weights: {weights}")
+    if job.sagemaker:
+        command = _short(Path(sys.executable).parent / "llava-deploy")
+        print(f"Send it to S3:\n  {command} upload {_short(packed.archive)}")
+        return 0
     print("Serve it, from the top of the checkout:")
     print(f"  {_short(Path(sys.executable))} -m deploy.launch --model-store {_short(job.output)} --name {job.name}")
     print("or by hand:")

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -199,6 +200,50 @@ def test_model_names_are_plain(job: Job, name: str) -> None:
         kit.pack(replace(job, name=name))
 
 
+# --- for SageMaker ----------------------------------------------------------------------------------------------------
+
+
+def test_for_sagemaker_the_folder_is_the_archive_itself(job: Job) -> None:
+    packed = kit.pack(replace(job, sagemaker=True))
+    assert packed.archive == job.output / "llava.sagemaker"
+    files = {path.relative_to(packed.archive).as_posix() for path in packed.archive.rglob("*") if path.is_file()}
+    assert files == TRAVELS | {"MAR-INF/MANIFEST.json"}
+    assert not [path for path in packed.archive.rglob("*") if path.is_symlink()]
+    modes = {path.stat().st_mode & 0o777 for path in packed.archive.rglob("*") if path.is_file()}
+    assert modes == {0o644}, "the container's user is not the one who packed"
+    config = yaml.safe_load((packed.archive / "model-config.yaml").read_text())
+    assert config["llava"]["checkpoint"] == "checkpoint"
+
+
+def test_the_tarball_for_sagemaker_unpacks_into_the_same_folder(job: Job, tmp_path: Path) -> None:
+    folder = kit.pack(replace(job, sagemaker=True)).archive
+    wanted = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    packed = kit.pack(replace(job, sagemaker=True, format="tgz"))
+    assert packed.archive == folder, "one takes the other's place: only one of them is uploaded"
+    assert [path.name for path in packed.archive.iterdir()] == ["model.tar.gz"]
+    with tarfile.open(packed.archive / "model.tar.gz") as tarball:
+        assert {member.uname for member in tarball} == {"root"}
+        tarball.extractall(tmp_path / "opt-ml-model", filter="data")
+    root = tmp_path / "opt-ml-model"
+    found = {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    assert {**found, "MAR-INF/MANIFEST.json": b""} == {**wanted, "MAR-INF/MANIFEST.json": b""}, "but for the time of it"
+
+
+def test_archives_for_here_and_for_sagemaker_lie_side_by_side(job: Job) -> None:
+    kit.pack(replace(job, format="default"))
+    kit.pack(replace(job, sagemaker=True))
+    kit.pack(replace(job, format="default"))
+    assert {path.name for path in job.output.iterdir()} == {"llava.mar", "llava.sagemaker"}
+
+
+@pytest.mark.parametrize(("change", "words"), [({"weights": "beside"}, "inside"), ({"format": "default"}, "tgz")])
+def test_what_an_endpoint_could_not_load_is_refused(job: Job, change: dict[str, str], words: str) -> None:
+    with pytest.raises(PackError, match=words):
+        kit.pack(replace(job, sagemaker=True, **change))
+    assert not job.output.exists()
+
+
 # --- the configuration ------------------------------------------------------------------------------------------------
 
 
@@ -345,7 +390,17 @@ def test_all_problems_come_at_once_with_exit_code_2(checkpoint: Path, tmp_path: 
 def test_help_names_every_option(tmp_path: Path) -> None:
     done = build_mar("--help", cwd=tmp_path)
     assert done.returncode == 0
-    for option in ("--model", "--name", "--format", "--dtype", "--device", "--weights", "--sessions", "--config"):
+    for option in (
+        "--sagemaker",
+        "--model",
+        "--name",
+        "--format",
+        "--dtype",
+        "--device",
+        "--weights",
+        "--sessions",
+        "--config",
+    ):
         assert option in done.stdout
 
 

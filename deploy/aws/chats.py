@@ -1,0 +1,105 @@
+"""One picture chat with the endpoint, as any client would hold it: open, ask, close. Knows the wire protocol and
+SageMaker's session ids; docs/sagemaker.md has the same as an example.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from botocore.exceptions import ClientError, EventStreamError
+
+from .account import SESSION_CALLS, Account
+from .problems import DeployError, code_of, message_of
+
+BODY_BYTES = 6 << 20  # the API reference's limit of a request
+
+
+@dataclass
+class Chat:
+    """An open session."""
+
+    session_id: str
+    expires: str
+    _runtime: Any
+    _endpoint: str
+
+    def ask(self, question: str) -> Iterator[str]:
+        """The answer's pieces as they come."""
+        body = _json({"type": "send_text_prompt", "prompt_text": question, "stream": True})
+        with _explained(self._endpoint):
+            reply = self._runtime.invoke_endpoint_with_response_stream(
+                EndpointName=self._endpoint, SessionId=self.session_id, ContentType="application/json", Body=body
+            )
+            for line in _lines(event.get("PayloadPart", {}).get("Bytes", b"") for event in reply["Body"]):
+                said = json.loads(line)
+                if "error" in said:
+                    raise DeployError(f"the answer broke off: {said['error']['code']}: {said['error']['message']}")
+                yield said.get("delta", "")
+
+    def close(self) -> None:
+        """Free what the session holds."""
+        with _explained(self._endpoint):
+            self._runtime.invoke_endpoint(
+                EndpointName=self._endpoint,
+                SessionId=self.session_id,
+                ContentType="application/json",
+                Body=_json({"type": "close_session"}),
+            )
+
+
+def open_chat(account: Account, picture: Path) -> Chat:
+    """Open a session on a picture. Never tried twice: the second try could open a second session."""
+    try:
+        image = base64.b64encode(picture.read_bytes()).decode()
+    except OSError as error:
+        raise DeployError(f"{picture} can't be read: {error.strerror}") from None
+    body = _json({"type": "start_session", "image": image})
+    if len(body) > BODY_BYTES:
+        raise DeployError(
+            f"{picture} is too large for a request of {BODY_BYTES >> 20} MiB; put it behind a URL (`path`)"
+        )
+    runtime = account.client("sagemaker-runtime", SESSION_CALLS)
+    with _explained(account.name):
+        reply = runtime.invoke_endpoint(
+            EndpointName=account.name, SessionId="NEW_SESSION", ContentType="application/json", Body=body
+        )
+    session_id, _, expires = reply.get("NewSessionId", "").partition("; Expires=")
+    if not session_id:
+        raise DeployError("the endpoint answered without a session id: is this image of LLaVA Sessions?")
+    return Chat(session_id, expires, runtime, account.name)
+
+
+def _lines(parts: Iterator[bytes]) -> Iterator[bytes]:
+    """Whole lines: SageMaker splits and joins the container's chunks as it likes."""
+    rest = b""
+    for part in parts:
+        *whole, rest = (rest + part).split(b"\n")
+        yield from (line for line in whole if line)
+    if rest:
+        yield rest
+
+
+@contextmanager
+def _explained(endpoint: str) -> Iterator[None]:
+    """SageMaker's errors in the words of the container, where they are its own."""
+    try:
+        yield
+    except EventStreamError as error:
+        raise DeployError(f"the answer broke off: {message_of(error)}") from None
+    except ClientError as error:
+        if code_of(error) == "ModelError":
+            said = error.response.get("OriginalMessage", "") or message_of(error)
+            raise DeployError(f"the container answered {error.response.get('OriginalStatusCode')}: {said}") from None
+        if code_of(error) == "ValidationError":
+            raise DeployError(f"{message_of(error)} (is {endpoint!r} up? `llava-deploy status`)") from None
+        raise
+
+
+def _json(body: dict[str, Any]) -> bytes:
+    return json.dumps(body).encode()

@@ -1,0 +1,121 @@
+"""AWS for these tests is moto's server on loopback, empty at the start of each; no request can leave the machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import boto3
+import botocore.loaders
+import pytest
+
+REGION = "eu-west-1"
+LOADER = botocore.loaders.create_loader()  # the services' descriptions, read once for all tests
+
+
+@pytest.fixture(scope="session")
+def moto_url() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    import tests.aws.cloud  # noqa: F401 - the resources that moto lacks
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@dataclass
+class Cloud:
+    """The account under test: clients to look at it, and hooks into the requests of the command."""
+
+    hooks: list[tuple[str, Callable[..., Any]]] = field(default_factory=list)
+
+    def client(self, service: str) -> Any:
+        session = boto3.session.Session()
+        session._session.register_component("data_loader", LOADER)
+        return session.client(service, region_name=REGION)
+
+    def on(self, event: str, handler: Callable[..., Any]) -> None:
+        """Have botocore call this in the command's own session, such as on `before-send.s3.UploadPart`."""
+        self.hooks.append((event, handler))
+
+    def count(self, event: str) -> list[Any]:
+        """A list that grows with each such request."""
+        seen: list[Any] = []
+        self.on(event, lambda request, **_: seen.append(request))
+        return seen
+
+
+@pytest.fixture
+def cloud(moto_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cloud:
+    from deploy import llava_deploy
+    from deploy.aws import stacks, watching
+
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    settings = {
+        "HOME": str(tmp_path / "home"),
+        "AWS_ENDPOINT_URL": moto_url,
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_REGION": REGION,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_MAX_ATTEMPTS": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(stacks, "POLL_S", 0.01)
+    monkeypatch.setattr(watching, "POLL_S", 0.01)
+
+    import urllib.request
+
+    urllib.request.urlopen(urllib.request.Request(f"{moto_url}/moto-api/reset", method="POST")).close()
+    made = Cloud()
+
+    class Session(boto3.session.Session):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._session.register_component("data_loader", LOADER)
+            for event, handler in made.hooks:
+                self.events.register(event, handler)
+
+    monkeypatch.setattr(llava_deploy.boto3, "Session", Session)
+    return made
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a run of the command left: its exit code, its result and its words on the way."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line that a failure is. There is never a second, nor a traceback."""
+        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, self.err
+        assert "Traceback" not in self.err
+        return lines[0]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    from deploy.llava_deploy import main
+
+    def run(*argv: object) -> Done:
+        capfd.readouterr()
+        code = main([str(arg) for arg in argv])
+        said = capfd.readouterr()
+        return Done(code, said.out, said.err)
+
+    return run

@@ -1,0 +1,115 @@
+"""The capacity formula against sums done by hand, models as transformers builds them, and the engine's own cache."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import moto.ec2
+import pytest
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    MistralConfig,
+)
+
+from deploy import capacity, llava_deploy
+from deploy.capacity import GIB, INSTANCES, KV_STEP_TOKENS, MIB, MODELS, Instance, LlavaShape
+from llava_sessions.engine.kv import GROWTH_TOKENS, KVShape, SessionKV
+
+LLAVA_7B = MODELS[0]
+
+
+def config_of(model: LlavaShape) -> LlavaConfig | LlavaNextConfig:
+    """The configuration that transformers would read from the checkpoint."""
+    sizes = {
+        "hidden_size": model.hidden,
+        "intermediate_size": model.intermediate,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "vocab_size": model.vocabulary,
+    }
+    text = MistralConfig(**sizes) if model.kv_heads < model.heads else LlamaConfig(**sizes)
+    tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    vision = CLIPVisionConfig(**tower, image_size=336, patch_size=14, projection_dim=768)
+    kind = LlavaNextConfig if model.newline else LlavaConfig
+    return kind(vision_config=vision, text_config=text, tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_weights_are_those_that_transformers_makes(model: LlavaShape) -> None:
+    with torch.device("meta"):  # no memory is taken
+        made = AutoModelForImageTextToText.from_config(config_of(model))
+    assert model.parameters == sum(parameter.numel() for parameter in made.parameters())
+
+
+def test_a_next_picture_is_at_most_as_long_as_assumed() -> None:
+    """576 tokens of the whole picture; of its tiles 24 x 24 each and an end of line to every row."""
+    tiles = [(height // 14) * (width // 14) + height // 14 for height, width in LlavaNextConfig().image_grid_pinpoints]
+    assert {model.picture_tokens for model in MODELS if model.newline} == {576 + max(tiles)} == {2928}
+
+
+@pytest.mark.parametrize("tokens", [1, 255, 256, 257, 1600, 3952])
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_kv_is_what_the_engine_allocates(model: LlavaShape, tokens: int) -> None:
+    device = torch.device("meta")
+    kv = SessionKV(KVShape(model.layers, model.kv_heads, model.head_dim, torch.bfloat16, device))
+    kv.reserve(tokens)
+    assert model.kv_bytes(tokens) == kv.device_bytes
+    assert KV_STEP_TOKENS == GROWTH_TOKENS
+
+
+def test_the_formula_by_hand() -> None:
+    # LLaVA-1.5-7B: 32 layers x keys and values x 32 heads x 128 numbers x 2 bytes = 512 KiB a token; a picture is
+    # 576 x 4096 x 2 bytes = 4.5 MiB; 576 + 1024 tokens fill 7 steps of 256, 1792 x 512 KiB = 896 MiB.
+    assert LLAVA_7B.kv_token_bytes == 512 * 1024
+    assert LLAVA_7B.features_bytes == 4.5 * MIB
+    assert LLAVA_7B.kv_bytes(1600) == 896 * MIB
+    # Weights of 7,063,427,072 numbers are 14,126,854,144 bytes. A GPU of 22,888 MiB less those and 2 GiB has
+    # 7,367.5 MiB: 8 sessions of 900.5 MiB. 20 % of 32 GiB hold 8 more, each 1600 x 512 KiB = 800 MiB; their 8 pictures
+    # take 36 MiB of the GPU, and 8 whole sessions still fit.
+    assert LLAVA_7B.parameters == 7_063_427_072
+    fits = capacity.fit(LLAVA_7B, Instance("ml.g5.2xlarge", "A10G", 22888, 32), 1024, 2 * GIB)
+    assert (fits.on_gpu, fits.in_ram, fits.open) == (8, 8, 16)
+
+
+def test_where_the_weights_leave_no_room_nothing_is_open() -> None:
+    fits = capacity.fit(MODELS[1], Instance("ml.g5.2xlarge", "A10G", 22888, 32), 1024, 2 * GIB)
+    assert (fits.on_gpu, fits.open) == (0, 0)
+
+
+@pytest.mark.parametrize("instance", INSTANCES, ids=lambda instance: instance.name)
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_what_is_open_really_fits(model: LlavaShape, instance: Instance) -> None:
+    fits = capacity.fit(model, instance, 1024, 2 * GIB)
+    tokens = model.picture_tokens + 1024
+    on_gpu = fits.open - min(fits.in_ram, fits.open)
+    used = fits.open * model.features_bytes + max(on_gpu, bool(fits.open)) * model.kv_bytes(tokens)
+    assert used + (model.weights_bytes + 2 * GIB if fits.open else 0) <= instance.gpu_mib * MIB
+
+
+def test_instances_are_as_ec2_describes_them() -> None:
+    """Against EC2's DescribeInstanceTypes, as moto ships it."""
+    path = Path(moto.ec2.__file__).parent / "resources/instance_types.json.gz"
+    described = json.loads(gzip.decompress(path.read_bytes()))
+    for instance in INSTANCES:
+        found = described[instance.name.removeprefix("ml.")]
+        (gpu,) = found["GpuInfo"]["Gpus"]
+        assert (gpu["Count"], gpu["Name"]) == (1, instance.gpu)
+        assert found["GpuInfo"]["TotalGpuMemoryInMiB"] == instance.gpu_mib
+        assert found["MemoryInfo"]["SizeInMiB"] == instance.ram_gib * 1024
+
+
+def test_the_guide_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert llava_deploy.main(["capacity"]) == 0
+    printed = capsys.readouterr().out
+    guide = (Path(__file__).resolve().parents[2] / "docs/sagemaker.md").read_text(encoding="utf-8")
+    table = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len(table) > len(INSTANCES)
+    assert [line for line in table if line not in guide] == []

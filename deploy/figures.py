@@ -1,8 +1,9 @@
 """Tells a container's figures where SageMaker collects them: one JSON line a minute on stdout, from TorchServe's page.
 
-The container runs it in a thread beside its launcher; `python -m deploy.figures` runs it by itself.
-deploy/endpoint.yaml makes CloudWatch metrics of the lines, which autoscaling follows. Each instance tells its figures once a minute whether
-they have changed or not, so that their average is one over the instances. Needs nothing but the standard library.
+The container runs it in a thread beside its launcher; `python -m deploy.figures` runs it by itself. CloudWatch makes
+metrics of the lines (deploy/endpoint.yaml), which autoscaling follows. Each instance tells its figures once a minute
+whether they have changed or not, so that their average is one over the instances. Needs nothing but the standard
+library.
 """
 
 from __future__ import annotations

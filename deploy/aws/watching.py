@@ -69,7 +69,7 @@ def open_sessions(account: Account) -> float | None:
         Namespace=account.metrics_namespace,
         MetricName="OpenSessions",
         StartTime=now - timedelta(minutes=5),
-        EndTime=now,
+        EndTime=now + timedelta(minutes=1),  # whole seconds on the wire: what was told in this one counts too
         Period=60,
         Statistics=["Average"],
     )["Datapoints"]

@@ -27,7 +27,7 @@ from .pipe import receive, send
 
 log = logging.getLogger(__name__)
 
-# Silence after which a ready engine is asked whether it still answers.
+# Silence after which a ready engine is asked whether it still answers; then it has `hang_s` for that.
 PING_S = 1.0
 # Longer than the largest weights take from a slow disk: as `startupTimeout` in model-config.yaml.
 START_LIMIT_S = 900.0
@@ -98,7 +98,7 @@ class EngineSupervisor:
         self._give_up = give_up
         self._process: subprocess.Popen | None = None
         self._door: EngineDoor | None = None
-        self._heard_at = 0.0
+        self._heard = False
         self._start_s = 0.0
         self._hung = False
         self._stopping = False
@@ -185,14 +185,14 @@ class EngineSupervisor:
 
     def _serve(self, pipe: Connection, door: EngineDoor) -> str:
         """Pass reports on until the engine is gone; why it is."""
-        self._heard_at, self._hung = time.monotonic(), False
+        self._heard, self._hung = True, False
         writer = threading.Thread(target=door.serve, name="engine-pipe", daemon=True)
         writer.start()
         self._door = door
         try:
             while True:
                 report = receive(pipe)
-                self._heard_at = time.monotonic()
+                self._heard = True
                 if report.events:
                     self._inbox.put(report)
         except (EOFError, OSError):
@@ -207,17 +207,23 @@ class EngineSupervisor:
         return f"no answer for {self._hang_s:g} s" if self._hung else self._exit()
 
     def _watch(self) -> None:
-        """Ping an engine that is silent; kill one that stays so. That ends its pipe, and with it `_serve`."""
+        """Ping an engine that is silent; kill one that stays so. That ends its pipe, and with it `_serve`.
+
+        Counted in rounds of this thread: where the whole machine was paused, nobody was asked in that time.
+        """
+        silent_rounds = 0
         while not self._stopping:
             time.sleep(PING_S)
-            door, silent_s = self._door, time.monotonic() - self._heard_at
-            if door is None:
+            door = self._door
+            if door is None or self._heard:
+                silent_rounds, self._heard = 0, False
                 continue
-            if silent_s > self._hang_s:
+            silent_rounds += 1
+            if silent_rounds == 1:
+                door.submit(Ping())
+            elif silent_rounds * PING_S > self._hang_s:
                 self._hung = True
                 self._kill()
-            elif silent_s > PING_S:
-                door.submit(Ping())
 
     def _await_end(self) -> None:
         """A process that closed its pipe is about to end; one that does not is killed."""

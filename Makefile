@@ -5,6 +5,7 @@ SESSIONS ?=
 DTYPE ?=
 SEED ?=
 BENCH ?=
+SOAK ?=
 TORCH ?=
 BASE ?=
 TAG ?=
@@ -16,7 +17,7 @@ PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # Java is looked for first, whatever -j says
-.PHONY: help demo test serve endpoint lint model bench bench-cuda image image-test env java haproxy clean
+.PHONY: help demo test serve endpoint lint model bench bench-cuda soak image image-test env java haproxy clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +47,9 @@ bench: env  ## measure the engine beside transformers (half an hour; BENCH="--ro
 
 bench-cuda: env  ## the same on a CUDA device (BENCH="--preset 7b")
 	@$(PYTHON) -m bench.cuda $(BENCH)
+
+soak: java haproxy env  ## long fault tests, half an hour (SOAK="engine-kills --times 5")
+	@$(PYTHON) -m tests.soak $(SOAK)
 
 image: env  ## the SageMaker container's image (TORCH=cuda|cpu BASE= TAG=)
 	@$(PYTHON) -m deploy.image $(if $(TORCH),--torch $(TORCH)) $(if $(BASE),--base $(BASE)) $(if $(TAG),--tag $(TAG))

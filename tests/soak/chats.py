@@ -262,7 +262,9 @@ class Crowd:
         self.turns = 0
         self.wrong: list[Wrong] = []
         self.failures: list[str] = []
-        self._threads = [threading.Thread(target=self._chat_on, args=(number,)) for number in range(sessions)]
+        self._threads = [
+            threading.Thread(target=self._chat_on, args=(number,), daemon=True) for number in range(sessions)
+        ]
 
     def start(self) -> Crowd:
         """Start them all."""

@@ -111,7 +111,7 @@ class Talk:
                 self._turns += 1
 
         ended = threading.Event()
-        killer = threading.Thread(target=self._kill, args=(harms, ended, record))
+        killer = threading.Thread(target=self._kill, args=(harms, ended, record), daemon=True)
         with ThreadPoolExecutor(self._at_once) as pool:
             self._each(pool, lambda index: self._chats[index].open(self._scripts[index].picture), range(len(locks)))
             killer.start()

@@ -60,14 +60,14 @@ def isolation(argv: list[str]) -> int:
         scripts = [Script(_name(s), png(s.draw()), qs) for s, qs in zip(scenes, asked, strict=True)]
         record.say(f"what an undisturbed server says about each of {len(scripts)} pictures, one session at a time")
         expected = undisturbed(http, scripts)
-        before = level(served)
+        before = level(served, http, scripts[0])
         record.say("all of them at once, in random order")
         talk = Talk(http, served, scripts, expected, chosen.at_once)
         talk.hold(rng, _moments(chosen, rng), record)
         record.figures["metrics"] = served.gauges(llava_open_sessions=0)
         talk.check(record)
         check_tally(record, talk.tally)
-        check_level(record, before, level(served), ("worker", "engine"))
+        check_level(record, before, level(served, http, scripts[0]), ("worker", "engine"))
     return record.finish()
 
 

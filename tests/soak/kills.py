@@ -94,7 +94,7 @@ def _soak(name: str, about: str | None, argv: list[str], harm: Callable, times: 
         time.sleep(5)
         calm.finish()
         record.check("undisturbed sessions say the same side by side", not calm.wrong and not calm.failures, calm.chats)
-        before = level(served)
+        before = level(served, http, scripts[0])
         chats = crowd(chosen.seed + 1)
         for number in range(chosen.times):
             harm(served, chats, record, rng)
@@ -104,7 +104,7 @@ def _soak(name: str, about: str | None, argv: list[str], harm: Callable, times: 
         chats.finish()
         record.figures["metrics"] = served.gauges(llava_open_sessions=0)
         check_crowd(record, chats)
-        check_level(record, before, level(served), ("java", "worker", "engine"))
+        check_level(record, before, level(served, http, scripts[0]), ("java", "worker", "engine"))
         left = sorted(path.name for path in (folder / "journal").iterdir())
         record.check("nothing is left in journal_dir", not left, f"{len(left)} entries")
     return record.finish()

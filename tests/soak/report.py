@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import torch
 
 from bench import machine
 from tests.serving import ROOT, Served
 
-from .chats import HANG_S, Crowd, Tally
+from .chats import HANG_S, Crowd, PatientChat, Script, Tally
 
 RESULTS = ROOT / "bench" / "results"
 # Memory that a process holds after a run beside what it held before: allocators and JIT compilers keep a little.
@@ -79,8 +80,13 @@ class Record:
         return 0 if all(check["holds"] for check in self.checks) else 1
 
 
-def level(served: Served) -> dict[str, Any]:
-    """What the idle server holds: device bytes of sessions, and each process' memory, threads and open files."""
+def level(served: Served, http: httpx.Client, script: Script) -> dict[str, Any]:
+    """What the server holds once it has answered one more chat: device bytes of sessions, and each process' memory,
+    threads and open files.
+    """
+    chat = PatientChat(http).open(script.picture)
+    chat.ask(script.questions[0])
+    chat.close()
     figures = served.gauges(timeout_s=30, llava_open_sessions=0, llava_running_turns=0, llava_device_bytes=0)
     names = ("llava_open_sessions", "llava_device_bytes", "llava_parked_bytes")
     found: dict[str, Any] = {name: int(figures.get(name, 0)) for name in names}

@@ -49,6 +49,7 @@ class Record:
     checks: list[dict[str, Any]] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
+    facts: dict[str, Any] = field(default_factory=lambda: machine.facts(torch.device("cpu")))  # what was packed
     load_average: float = field(default_factory=lambda: os.getloadavg()[0])
 
     def say(self, text: str) -> None:
@@ -61,7 +62,7 @@ class Record:
 
     def finish(self) -> int:
         """Print the checks and write the record; 1 where one does not hold."""
-        facts = machine.facts(torch.device("cpu")) | {"load_average": [self.load_average, os.getloadavg()[0]]}
+        facts = self.facts | {"load_average": [self.load_average, os.getloadavg()[0]]}
         chosen = {name: value for name, value in vars(self.chosen).items() if name != "out"}
         document = {
             "soak": self.name,

@@ -238,8 +238,8 @@ class Pump:
         """Take in what has happened; when no row can be answered by it, wait a little for more."""
         self._drain_inbox()
         began = time.monotonic()
-        while self._closing or not any(entry.lines or entry.final for entry in self._entries.values()):
-            left = began + (CLOSE_WAIT_S if self._closing else WAIT_S) - time.monotonic()
+        while (freeing := self._freeing) or not any(entry.lines or entry.final for entry in self._entries.values()):
+            left = began + (CLOSE_WAIT_S if freeing else WAIT_S) - time.monotonic()
             if left <= 0:
                 return
             try:
@@ -247,6 +247,11 @@ class Pump:
             except queue.Empty:
                 return
             self._drain_inbox()
+
+    @property
+    def _freeing(self) -> bool:
+        """Whether the engine has still to free a session that is being closed; a journal may take its time."""
+        return any(session_id in self._desk.table for session_id in self._closing)
 
     def _drain_inbox(self) -> None:
         while True:

@@ -2,11 +2,11 @@
 
 TorchServe keeps a place for each id that it ever saw; when all are taken nobody can open a session. It has a few more
 threads than places, and one of them waits for each sequence's next request: from the end of the first step that had a
-row of it, through all further ones. Its end header, in a response, frees the place at once, but not a thread that waits:
-that one is lost until `sequenceTimeoutMSec`, and when all are lost the server answers nothing (SequenceBatching.java,
-pollJobFromJobGroup). So the header may only go where no thread waits: out in the very step in which a row came, if the
-step before had none of its sequence. All other sequences are ended later, by a request of our own: it takes the thread
-that waits, and then the same holds for it.
+row of it, through all further ones. Its end header, in a response, frees the place at once, but not a thread that
+waits: that one is lost until `sequenceTimeoutMSec`, and when all are lost the server answers nothing
+(SequenceBatching.java, pollJobFromJobGroup). So the header may only go where no thread waits: out in the very step in
+which a row came, if the step before had none of its sequence. All other sequences are ended later, by a request of our
+own: it takes the thread that waits, and then the same holds for it.
 
 Must not know what rows ask for, nor how requests of our own are made. Not thread-safe; the pump holds a lock.
 """

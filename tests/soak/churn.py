@@ -5,8 +5,8 @@
 It fails when the memory of Java, the worker or the engine grows, when threads or files do, when a session stays open,
 when an answer is not what it is undisturbed, or when any reply is one that nobody should get.
 
-Growth is told by medians, since a garbage-collected heap breathes and connections come and go: of each figure, the median
-of the last fifth of the time after the warm-up against the median of the first fifth, 5 minutes each in the 30-minute
+Growth is told by medians, since a garbage-collected heap breathes and connections come and go: of each figure, the
+median of the last fifth of the time after the warm-up against that of the first fifth, 5 minutes each in the 30-minute
 run. Memory may grow by 3 %, threads and open files by 3 % or by two.
 """
 

@@ -122,7 +122,7 @@ class Pump:
             self._wait()
             replies = [self._safe_reply(self._entries[row.request_id]) for row in rows]
             self._last_exchange_s = time.monotonic()
-            self._sequences.end_step(entry.row.sequence_id for entry in self._entries.values())
+            self._sequences.end_step()
             return replies
 
     def sweep(self) -> None:

@@ -2,11 +2,11 @@
 
 TorchServe keeps a place for each id that it ever saw; when all are taken nobody can open a session. It has a few more
 threads than places, and one of them waits for each sequence's next request: from the end of the first step that had a
-row of it, through all further ones. Its end header, in a response, frees the place at once, but not a thread that
-waits: that one is lost until `sequenceTimeoutMSec`, and when all are lost the server answers nothing
+row of it, and anew after each further one. Its end header, in a response, frees the place at once, but not a thread
+that waits: that one is lost until `sequenceTimeoutMSec`, and when all are lost the server answers nothing
 (SequenceBatching.java, pollJobFromJobGroup). So the header may only go where no thread waits: out in the very step in
-which a row came, if the step before had none of its sequence. All other sequences are ended later, by a request of our
-own: it takes the thread that waits, and then the same holds for it.
+which a row came, where the steps just before had none of its sequence. All other sequences are ended a little later, by
+a request of our own: it takes the thread that waits, and then the same holds for it.
 
 Must not know what rows ask for, nor how requests of our own are made. Not thread-safe; the pump holds a lock.
 """
@@ -19,21 +19,20 @@ from collections.abc import Iterable
 from . import protocol
 from .rows import Entry, Reply, SequenceEnd
 
-# The frontend sends what has come during a step within milliseconds of its end; what comes later came after it.
-QUIET_S = 0.05
+# So long after a step the frontend has surely done with it, also on a busy machine; what comes later came after it.
+QUIET_S = 0.25
 # The same header to a client, and another one to the frontend, which tells cases apart.
 _TOLD_HEADER = protocol.CLOSED_SESSION_HEADER.lower()
 
 
 class Sequences:
-    """The sequences that shall end, and those of the latest steps."""
+    """The sequences that shall end, and when the latest steps had rows of which."""
 
     def __init__(self, ender: SequenceEnd) -> None:
         self._ender = ender
         self._ending: dict[str, None] = {}  # in the order in which they shall
         self._now: set[str] = set()
-        self._before: set[str] = set()
-        self._step_ended_s = time.monotonic()
+        self._used_s: dict[str, float] = {}  # when a step before this one last had a row of it; oldest first
 
     @property
     def mark(self) -> tuple[str, str]:
@@ -46,20 +45,24 @@ class Sequences:
 
     def begin_step(self, sequence_ids: Iterable[str]) -> None:
         """A step begins whose rows are of these sequences."""
-        quiet = time.monotonic() - self._step_ended_s > QUIET_S
-        self._before = set() if quiet else self._now
+        self._forget_quiet()
         self._now = set(sequence_ids)
 
-    def end_step(self, waiting: Iterable[str]) -> None:
-        """The step is over; rows of the sequences in `waiting` come again."""
-        self._now.update(waiting)
-        self._step_ended_s = time.monotonic()
-        self._ask_to_end(self._now)
+    def end_step(self) -> None:
+        """The step is over."""
+        for sequence in self._now:
+            self._used_s.pop(sequence, None)
+            self._used_s[sequence] = time.monotonic()
+        self._now = set()
+        self.sweep(())
 
     def sweep(self, waiting: Iterable[str]) -> None:
-        """End what could not be ended before nothing more was asked."""
-        if time.monotonic() - self._step_ended_s > QUIET_S:
-            self._ask_to_end(set(waiting))
+        """Have ended what is quiet; rows of the sequences in `waiting` come again."""
+        self._forget_quiet()
+        in_use = {*self._used_s, *waiting}
+        for sequence in [one for one in self._ending if one not in in_use]:
+            del self._ending[sequence]
+            self._ender.end(sequence)
 
     def release(self, entry: Entry, final: Reply, own: bool, alone: bool) -> None:
         """Have what the row's last reply, `final`, ends be ended: the session that it names as closed, if any, and with
@@ -68,7 +71,7 @@ class Sequences:
         closed = final.headers.pop(protocol.CLOSED_SESSION_HEADER, None)
         sequence = entry.row.sequence_id
         ends = {closed, sequence if own else None} - {None}
-        if ends == {sequence} and alone and entry.steps == 0 and sequence not in self._before:
+        if ends == {sequence} and alone and entry.steps == 0 and sequence not in self._used_s:
             final.headers[protocol.CLOSED_SESSION_HEADER] = sequence
             self._ending.pop(sequence, None)
             return
@@ -77,7 +80,7 @@ class Sequences:
         for ended in sorted(ends):
             self.end(ended)
 
-    def _ask_to_end(self, in_use: set[str]) -> None:
-        for sequence in [one for one in self._ending if one not in in_use]:
-            del self._ending[sequence]
-            self._ender.end(sequence)
+    def _forget_quiet(self) -> None:
+        quiet_since_s = time.monotonic() - QUIET_S
+        while self._used_s and (oldest := next(iter(self._used_s.items())))[1] <= quiet_since_s:
+            del self._used_s[oldest[0]]

@@ -51,10 +51,9 @@ class FullDisk:
         if not self._mounted:
             psutil.Process(self._worker).rlimit(resource.RLIMIT_FSIZE, (0, self._limit[1]))
             return
-        with self._filler.open("wb", buffering=0) as filler:
-            with contextlib.suppress(OSError):
-                while True:
-                    filler.write(bytes(4096))
+        with self._filler.open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while True:
+                filler.write(bytes(4096))
         assert os.statvfs(self._folder).f_bavail == 0
 
     def make_room(self) -> None:

@@ -41,7 +41,7 @@ class Listener:
         self._socket.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def listener() -> Iterator[Listener]:
     try:
         found = Listener()

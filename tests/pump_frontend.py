@@ -76,13 +76,19 @@ class Frontend:
         self._rows = first_row
         self.table = SessionTable(max_sessions, TTL, idle_s)
         limits = (context_tokens or model.context_tokens, Limits(), MediaLimits())
-        self.ended: list[str] = []
+        self._ended: list[str] = []
         self.mark = ("x-mark", "ours")
         doors = {"sequences": self, "journal": journal or Journal(), "clock": lambda: self.now_s}
         self.pump = Pump(self, self.inbox, tokens, self.table, *limits, **doors)
 
     def end(self, sequence_id: str) -> None:
-        self.ended.append(sequence_id)
+        self._ended.append(sequence_id)
+
+    @property
+    def ended(self) -> list[str]:
+        """What was ended once nothing more was asked."""
+        self.pump.sweep()
+        return self._ended
 
     def submit(self, command) -> None:
         self.commands.append(command)

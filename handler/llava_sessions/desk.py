@@ -16,7 +16,8 @@ from .engine.messages import CloseSession, Command
 from .errors import Refused
 from .journal import Journal
 from .preparing import Preparer
-from .rows import EngineDoor, Entry, SequenceEnd
+from .rows import EngineDoor, Entry
+from .sequences import Sequences
 from .sessions import Session, SessionTable
 
 
@@ -25,14 +26,14 @@ class Desk:
     """`engine` is None while there is none; then the next will probably be there in `retry_after_s`.
 
     `post` has something done between two rows, from any thread; `let_go` has the sequence of a row whose client left
-    ended, unless others use it. `draining`: the server is about to stop.
+    ended. `draining`: the server is about to stop.
     """
 
     engine: EngineDoor | None
     table: SessionTable[Conversation]
     preparer: Preparer
     journal: Journal
-    sequences: SequenceEnd
+    sequences: Sequences
     context_tokens: int
     clock: Callable[[], float]
     post: Callable[[Callable[[], None]], None]

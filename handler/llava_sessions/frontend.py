@@ -24,6 +24,10 @@ from .protocol import CLOSED_SESSION_HEADER, JSON_TYPE, SESSION_HEADER
 log = logging.getLogger(__name__)
 
 END_HEADER = "x-llava-end-sequence"
+# One request waits for a step of the handler; several share it.
+_THREADS = 4
+# A machine that is busy enough answers none in time, and what is not ended keeps its place.
+_TRIES = 3
 
 # property of the frontend, environment variable that overrides it, environment variable of the worker, what it must be
 _KEYS = (
@@ -78,7 +82,7 @@ def header_problems(properties: Mapping[str, str], environment: Mapping[str, str
 
 
 class SequenceEnder:
-    """Ends sequences of the frontend by requests to it, one after another, from a thread of its own.
+    """Ends sequences of the frontend by requests to it, from a few threads of its own.
 
     Without it the frontend forgets them too, but only after `sequenceTimeoutMSec`. `mark` is the header that tells the
     pump that such a request is ours.
@@ -93,22 +97,25 @@ class SequenceEnder:
         self._plain = address.scheme == "http"
         self._path = f"/predictions/{model}"
         self.mark = (END_HEADER, secrets.token_hex(16))
-        self._queue: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name="sequences", daemon=True).start()
+        self._queue: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
+        for _ in range(_THREADS):
+            threading.Thread(target=self._run, name="sequences", daemon=True).start()
 
     def end(self, sequence_id: str) -> None:
         """Have the sequence ended soon."""
-        self._queue.put(sequence_id)
+        self._queue.put((sequence_id, _TRIES))
 
     def _run(self) -> None:
         while True:
-            sequence_id = self._queue.get()
+            sequence_id, tries = self._queue.get()
             try:
                 status = self._post(sequence_id) if self._plain else 0
                 problem = None if status == http.client.OK else f"status {status}"
             except (OSError, http.client.HTTPException) as error:
                 problem = type(error).__name__
-            if problem:
+            if problem and tries > 1:
+                self._queue.put((sequence_id, tries - 1))
+            elif problem:
                 log.warning("sequence_not_ended reason=%s", problem)
 
     def _post(self, sequence_id: str) -> int:

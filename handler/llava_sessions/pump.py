@@ -43,6 +43,7 @@ from .opens import Opens, digest_of
 from .preparing import Preparer
 from .records import short_id
 from .rows import EngineDoor, Entry, Reply, Row, SequenceEnd
+from .sequences import Sequences
 from .sessions import SessionTable
 from .telemetry import Figures
 from .telling import as_refusal, refuse, tell_closed
@@ -83,7 +84,8 @@ class Pump:
         self._inbox = inbox
         self._limits = limits
         preparer = Preparer(tokens, media_limits, journal, clock)
-        places = (table, preparer, journal, sequences, context_tokens, clock)
+        self._sequences = Sequences(sequences)
+        places = (table, preparer, journal, self._sequences, context_tokens, clock)
         self._desk = Desk(engine, *places, post=inbox.put, let_go=self._end_sequence_of)
         self._opens = Opens(self._desk)
         self._turns = Turns(self._desk)
@@ -111,6 +113,7 @@ class Pump:
     def exchange(self, rows: list[Row]) -> list[Reply | None]:
         """One step: `rows` are all active requests. A reply for each, or None where the row is held."""
         with self._lock:
+            self._sequences.begin_step(row.sequence_id for row in rows)
             self._drain_inbox()  # a new row meets what is known by now, an engine's end or start among it
             for row in rows:
                 if row.request_id not in self._entries:
@@ -119,6 +122,7 @@ class Pump:
             self._wait()
             replies = [self._safe_reply(self._entries[row.request_id]) for row in rows]
             self._last_exchange_s = time.monotonic()
+            self._sequences.end_step()
             return replies
 
     def sweep(self) -> None:
@@ -132,7 +136,8 @@ class Pump:
             for session in desk.table.expired(desk.clock()):
                 log.info("session_expired session=%s", short_id(session.id))
                 desk.forget(session, "expired")
-                desk.sequences.end(session.id)
+                self._sequences.end(session.id)
+            self._sequences.sweep(entry.row.sequence_id for entry in self._entries.values())
             if now - self._journal_swept_s > JOURNAL_SWEEP_S:
                 self._journal_swept_s = now
                 desk.journal.sweep(desk.clock())
@@ -221,7 +226,7 @@ class Pump:
 
     def _is_ours(self, entry: Entry) -> bool:
         """Whether the request only ends its sequence; that of an open session goes the way of every close."""
-        name, value = self._desk.sequences.mark
+        name, value = self._sequences.mark
         return entry.row.headers.get(name) == value and entry.row.sequence_id not in self._desk.table
 
     def _drop_vanished(self, active: set[str]) -> None:
@@ -316,7 +321,7 @@ class Pump:
             return
         if not self._turns.not_rebuilt(session, error):
             self._desk.forget(session, "failed")
-            self._desk.sequences.end(session_id)
+            self._sequences.end(session_id)
 
     def _freed(self, session_id: str) -> None:
         """The engine holds nothing of a session any more, or never did; once its journal is gone too, it is closed."""
@@ -373,33 +378,24 @@ class Pump:
         final.body = text + final.body
         if final.more is False and not entry.head_sent:
             final.more = None  # a last chunk that is also the first sends no head at all: make it a whole answer
-        if self._is_foreign(entry):
-            self._release_sequence(entry, final)
+        own, alone = self._is_foreign(entry), not self._is_shared(entry)
+        self._sequences.release(entry, final, own, alone)
         return final
 
     def _is_foreign(self, entry: Entry) -> bool:
-        """Whether the row came on a sequence that is no open session's, and no other row is waiting on."""
+        """Whether the row came on a sequence that is no open session's, and can be ended."""
         sequence = entry.row.sequence_id
         # A ';' would name two sequences to the frontend, the second perhaps somebody else's.
-        if not sequence or sequence in self._desk.table or sequence == protocol.NEW_SESSION or ";" in sequence:
-            return False
-        return not any(other.row.sequence_id == sequence for other in self._entries.values() if other is not entry)
+        return bool(sequence) and not (
+            sequence in self._desk.table or sequence == protocol.NEW_SESSION or ";" in sequence
+        )
+
+    def _is_shared(self, entry: Entry) -> bool:
+        """Whether another row of the same sequence is waiting."""
+        others = (other.row.sequence_id for other in self._entries.values() if other is not entry)
+        return entry.row.sequence_id in others
 
     def _end_sequence_of(self, entry: Entry) -> None:
-        """Have the sequence of a row that will get no reply ended, unless others use it."""
+        """Have the sequence of a row that will get no reply ended."""
         if self._is_foreign(entry):
-            self._desk.sequences.end(entry.row.sequence_id)
-
-    def _release_sequence(self, entry: Entry, final: Reply) -> None:
-        """Have the frontend forget the row's sequence.
-
-        TorchServe keeps a place for each id that it ever saw, and when all are taken nobody can open a session. Its end
-        header frees the place, but only on the first response to a request: after that, one of its few threads already
-        waits for the sequence's next request, and would wait on until `sequenceTimeoutMSec` (SequenceBatching.java,
-        pollJobFromJobGroup). A request of our own frees that thread, and is answered with the header at once.
-        """
-        sequence, named = entry.row.sequence_id, None
-        if entry.steps == 0:
-            named = final.headers.setdefault(protocol.CLOSED_SESSION_HEADER, sequence)
-        if named != sequence:
-            self._desk.sequences.end(sequence)
+            self._sequences.end(entry.row.sequence_id)

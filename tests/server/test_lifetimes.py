@@ -98,3 +98,18 @@ def test_a_worker_without_the_session_headers_refuses_to_start(model_store: Path
     finally:
         subprocess.run([launcher, "--stop", "--foreground"], env=environment, check=False, capture_output=True)
         process.wait(30)
+
+
+def test_closing_while_an_answer_runs_takes_nothing_from_the_frontend(short_lived: TorchServe) -> None:
+    """Each of these would cost TorchServe a thread, if the sequence were ended at the wrong moment; it has 33."""
+    with httpx.Client(base_url=short_lived.url, timeout=20, trust_env=False) as http:
+        for _ in range(40):
+            chat = Chat.open(http, PICTURE)
+            lines = chat.stream("Say something long", max_new_tokens=200, temperature=9.0, seed=3)
+            next(lines)
+            assert chat.close().json()["success"] is True
+            list(lines)
+        chats = [Chat.open(http, PICTURE) for _ in range(SESSIONS)]
+        assert {chat.ask("How many shapes are there?")["finish_reason"] for chat in chats} == {"stop"}
+        for chat in chats:
+            chat.close()

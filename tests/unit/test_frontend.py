@@ -12,6 +12,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -240,13 +241,24 @@ def test_a_sequence_is_ended_by_a_close_on_its_own_header(inference, host):
     assert headers["Content-Type"] == "application/json"
 
 
-def test_sequences_are_ended_in_order_and_an_id_that_no_header_can_carry_stops_nothing(inference, caplog):
+def test_what_could_not_be_ended_is_tried_again_and_an_id_that_no_header_can_carry_stops_nothing(inference, caplog):
     ender = SequenceEnder(f"http://127.0.0.1:{inference.server_port}", "llava")
-    inference.statuses = [500]
-    for sequence in ("one", "two", "thr\u00e9\u00e9"):
-        ender.end(sequence)
-    asked = [inference.next()[2][SESSION] for _ in range(3)]
-    assert asked == ["one", "two", "thr\u00e9\u00e9".encode().decode("latin-1")]
+    inference.statuses = [500, 503]
     with caplog.at_level(logging.WARNING):
-        assert "sequence_not_ended reason=status 500" in caplog.text
-    assert "one" not in [word for record in caplog.records for word in record.getMessage().split()]
+        ender.end("one")
+        assert [inference.next()[2][SESSION] for _ in range(3)] == ["one"] * 3
+        ender.end("thr\u00e9\u00e9")
+        assert inference.next()[2][SESSION] == "thr\u00e9\u00e9".encode().decode("latin-1")
+    assert caplog.text == ""
+
+
+def test_a_sequence_that_can_not_be_ended_is_told_of_once_and_not_named(inference, caplog):
+    ender = SequenceEnder(f"http://127.0.0.1:{inference.server_port}", "llava")
+    inference.statuses = [500] * 3
+    with caplog.at_level(logging.WARNING):
+        ender.end("one")
+        until = time.monotonic() + PATIENCE_S
+        while not caplog.records and time.monotonic() < until:
+            time.sleep(0.01)
+    assert [record.getMessage() for record in caplog.records] == ["sequence_not_ended reason=status 500"]
+    assert inference.asked.qsize() == 3

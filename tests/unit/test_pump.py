@@ -361,7 +361,8 @@ def test_a_session_that_is_being_closed_takes_nothing_more(deaf):
     assert [type(command) for command in deaf.commands].count(CloseSession) == 1
     deaf.tell(Closed(session))
     (reply,) = deaf.exchange(closing)
-    assert (reply.status, reply.headers) == (200, {CLOSED_SESSION_HEADER: session})
+    assert (reply.status, reply.headers) == (200, {CLOSED_SESSION_HEADER.lower(): session})
+    assert deaf.ended == [session]
 
 
 def test_a_close_leaves_other_sessions_alone(front):
@@ -616,6 +617,7 @@ def test_a_vanished_row_of_an_open_session_does_not_end_it(front):
 def test_the_request_that_ends_a_sequence_is_answered_with_its_end(front):
     row = front.ask_row(None, session_id=front.open())
     front.answer(row)
+    assert front.ended == [row.sequence_id]
     ours = front.row({"type": "close_session"}, row.sequence_id, dict([front.mark]))
     reply = front.answer(ours)
     assert (reply.status, reply.headers) == (200, {CLOSED_SESSION_HEADER: row.sequence_id})

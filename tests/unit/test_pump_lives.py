@@ -228,9 +228,9 @@ def test_a_session_in_whose_turns_engines_die_again_and_again_is_ended(front):
         front.lose_engine()
         assert code(front.answer(row)) == "engine_restarting"
         front.bring_engine()
+    assert poison in front.ended
     reply = front.answer(front.ask_row(poison))
     assert (reply.status, code(reply)) == (500, "internal")
-    assert poison in front.ended
     assert front.ask(other, QUESTIONS[0])["response_text"] == expected[0]
 
 

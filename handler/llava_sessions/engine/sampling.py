@@ -11,6 +11,9 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogit
 
 from .messages import Sampling
 
+# Below it, the most likely token is taken anyway; far below it, logits divided by it are no numbers any more.
+_LEAST_TEMPERATURE = 1e-5
+
 
 class Sampler:
     """Chooses the tokens of one turn."""
@@ -18,7 +21,7 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self._warpers = LogitsProcessorList()
         self._generator: torch.Generator | None = None
-        if sampling.temperature > 0:
+        if sampling.temperature >= _LEAST_TEMPERATURE:
             self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
             if sampling.top_p < 1:
                 self._warpers.append(TopPLogitsWarper(sampling.top_p))
@@ -32,15 +35,22 @@ class Sampler:
         return self._generator is None
 
     def draw(self, logits: torch.Tensor) -> int:
-        """A token id from one row of logits, `[vocabulary]`."""
-        scores = self._warpers(None, logits.float().cpu()[None])
+        """A token id from one row of logits in float32 on the CPU, `[vocabulary]`."""
+        scores = self._warpers(None, logits[None])
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
 
 
-def next_tokens(logits: torch.Tensor, samplers: list[Sampler]) -> list[int]:
-    """One token id for each row of `logits`, `[rows, vocabulary]`; the greedy rows cost one transfer in all."""
-    tokens: list[int] = logits.argmax(-1).tolist()
+def next_tokens(logits: torch.Tensor, samplers: list[Sampler]) -> list[int | Exception]:
+    """One token id for each row of `logits`, `[rows, vocabulary]`; the greedy rows cost one transfer in all.
+
+    Where a row is such that nothing can be drawn from it: why. It is no other row's fault.
+    """
+    tokens: list[int | Exception] = logits.argmax(-1).tolist()
     for row, sampler in enumerate(samplers):
         if not sampler.greedy:
-            tokens[row] = sampler.draw(logits[row])
+            scores = logits[row].float().cpu()
+            try:
+                tokens[row] = sampler.draw(scores)
+            except Exception as error:
+                tokens[row] = error
     return tokens

@@ -495,6 +495,8 @@ class Engine:
             return
         for session, token in zip(sampled, tokens, strict=True):
             try:
+                if isinstance(token, Exception):
+                    raise token
                 self._advance(session, session.turn, token)
             except Exception as error:
                 log.exception("turn_failed session=%s", session.id[:12])

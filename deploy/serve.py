@@ -39,6 +39,8 @@ LOG_CONFIG = REPO / "deploy" / "log4j2.xml"
 METRICS_CONFIG = REPO / "deploy" / "metrics.yaml"
 
 MIN_JAVA = 17
+# What the frontend's heap needs is taken at start: its memory is level from then on, and a leak would be seen.
+HEAP = ("-Xms384m", "-XX:+AlwaysPreTouch")
 STARTUP_ERROR = "startup_error"  # begins the line in which the handler says why it does not start
 SOCKET_PATH_LIMIT = 103  # bytes that every system allows in the path of a unix socket
 NOISE = (  # what java prints at every start, whatever the log configuration says
@@ -286,7 +288,7 @@ class TorchServe:
         site = _torchserve_home()
         command = [java, f"-Dmodel_server_home={site}", f"-Dlog4j.configurationFile=file://{LOG_CONFIG}"]
         command += [f"-Djava.io.tmpdir={self.home / 'tmp'}", f"-Dllava.log.level={self._log_level}"]
-        command += [*self._java_options, "-cp", str(site / "ts" / "frontend" / "*"), "org.pytorch.serve.ModelServer"]
+        command += [*HEAP, *self._java_options, "-cp", str(site / "ts" / "frontend" / "*"), "org.pytorch.serve.ModelServer"]
         command += ["--python", sys.executable, "-f", str(config), "-s", str(self.model_store)]
         return [*command, "-ncs", "-m", models]
 

@@ -15,7 +15,6 @@ import threading
 import time
 from pathlib import Path
 
-import transformers
 from ts.metrics.metric_cache_errors import MetricsCacheKeyError
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
@@ -27,7 +26,6 @@ from llava_sessions.engine.messages import EngineSettings
 from llava_sessions.engine.supervisor import EngineSupervisor
 from llava_sessions.errors import reason_phrase
 from llava_sessions.journal import open_journal
-from llava_sessions.processors import load_processor
 from llava_sessions.pump import Pump
 from llava_sessions.rows import Reply, Row
 from llava_sessions.sessions import SessionTable
@@ -61,9 +59,7 @@ class LlavaHandler(BaseHandler):
         began = time.monotonic()
         config = read_config(context.model_yaml_config)
         properties = self._checked_properties()
-        transformers.logging.set_verbosity_error()
         checkpoint = _checkpoint(config, Path(context.system_properties["model_dir"]))
-        tokens = ChatTokens(load_processor(checkpoint), config.system_prompt)
         journal = open_journal(config.journal_dir, config.journal_s3_prefix)
         settings = EngineSettings(
             checkpoint=checkpoint,
@@ -77,7 +73,9 @@ class LlavaHandler(BaseHandler):
         inbox: queue.SimpleQueue = queue.SimpleQueue()
         # Without an engine the worker is of no use: its end is what has the server restarted.
         self._supervisor = EngineSupervisor(settings, inbox, config.engine_hang_s, give_up=lambda: os._exit(1))
-        up = self._supervisor.start()
+        self._supervisor.launch()
+        tokens = _tokens(checkpoint, config.system_prompt)
+        up = self._supervisor.wait()
         facts = up.facts
         table = SessionTable(config.max_sessions, config.session_ttl_s, config.session_idle_s)
         address = properties.get("inference_address", "http://127.0.0.1:8080")
@@ -166,6 +164,15 @@ def _checkpoint(config: HandlerConfig, model_dir: Path) -> str:
     """The checkpoint's folder in the archive, else the path or hub id as it stands."""
     packed = model_dir / config.checkpoint
     return str(packed) if packed.is_dir() else config.checkpoint
+
+
+def _tokens(checkpoint: str, system_prompt: str) -> ChatTokens:
+    import transformers  # here, because it takes seconds, in which the engine loads too
+
+    from llava_sessions.processors import load_processor
+
+    transformers.logging.set_verbosity_error()
+    return ChatTokens(load_processor(checkpoint), system_prompt)
 
 
 def _device(config: HandlerConfig, gpu_id: int | None) -> str:

@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 
-from demo.wire import Chat, WireError, gauges, settled_gauges
+from demo.wire import Chat, WireError, settled_gauges
 from deploy.serve import TorchServe
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.soak.stand import pack
@@ -121,7 +121,7 @@ def test_a_full_disk_costs_durability_and_nothing_else(store: Path, journal: Pat
         assert len(warnings(server)) == 1
         server.kill()  # the worst end: nobody is asked to write anything more
     with TorchServe(store) as server, httpx.Client(base_url=server.url, timeout=30, trust_env=False) as http:
-        assert gauges(server.metrics_url)["llava_open_sessions"] == 2
+        assert settled_gauges(server.metrics_url, llava_running_turns=0)["llava_open_sessions"] == 2
         again = Chat(http, kept.session_id, kept.expires)
         assert [again.ask(question)["response_text"] for question in QUESTIONS[1:]] == expected[1:]
         # The turns that were not durable came with the one that is.

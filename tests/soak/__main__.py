@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from . import isolation, kills
+from . import churn, fuzz, isolation, kills
 
 SOAKS = {
     "engine-kills": kills.engine_kills,
@@ -13,6 +13,8 @@ SOAKS = {
     "worker-kills": kills.worker_kills,
     "server-kills": kills.server_kills,
     "isolation": isolation.isolation,
+    "churn": churn.main,
+    "fuzz": fuzz.main,
 }
 
 

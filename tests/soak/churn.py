@@ -210,14 +210,14 @@ def run(minutes: float, warm_up_minutes: float, seed: int) -> tuple[dict, list[s
     return found, churn.wrong
 
 
-def main() -> int:
-    """Run it, print what counts, and write the results."""
+def main(argv: list[str] | None = None) -> int:
+    """Sessions that open, chat, vanish, expire and close for half an hour."""
     parser = argparse.ArgumentParser(prog="python -m tests.soak.churn", description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=30.0, help="how long sessions come and go")
     parser.add_argument("--warm-up-minutes", type=float, default=5.0, help="before growth counts")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "soak_churn.json")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     facts = machine.facts(torch.device("cpu"))
     found, wrong = run(options.minutes, options.warm_up_minutes, options.seed)
     write_results(options.out, facts, found)

@@ -510,13 +510,13 @@ def serving(folder: Path, sessions: int) -> Iterator[TorchServe]:
         server.stop()
 
 
-def main() -> int:
-    """Run it, print what counts, and write the results."""
+def main(argv: list[str] | None = None) -> int:
+    """Twenty thousand requests that nobody sane would send."""
     parser = argparse.ArgumentParser(prog="python -m tests.soak.fuzz", description=__doc__.split("\n")[0])
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "soak_fuzz.json")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     facts, neighbours, began = machine.facts(torch.device("cpu")), machine.Neighbours(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder, serving(Path(folder), SESSIONS) as server:
         run = fuzz(server, options.requests, options.seed)

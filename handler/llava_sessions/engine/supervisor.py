@@ -111,8 +111,16 @@ class EngineSupervisor:
 
     def start(self) -> EngineUp:
         """Start the first engine and wait until it answers. Raises `EngineStartError`."""
+        self.launch()
+        return self.wait()
+
+    def launch(self) -> None:
+        """Start the first engine; `wait` comes next."""
         # One thread for all engines: Linux ends a child that asked for it when the thread that started it ends.
         threading.Thread(target=self._run, name="engine-supervisor", daemon=True).start()
+
+    def wait(self) -> EngineUp:
+        """Wait until the first engine answers. Raises `EngineStartError`."""
         first = self._first.get()
         if isinstance(first, str):
             raise EngineStartError(first)

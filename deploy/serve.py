@@ -288,7 +288,13 @@ class TorchServe:
         site = _torchserve_home()
         command = [java, f"-Dmodel_server_home={site}", f"-Dlog4j.configurationFile=file://{LOG_CONFIG}"]
         command += [f"-Djava.io.tmpdir={self.home / 'tmp'}", f"-Dllava.log.level={self._log_level}"]
-        command += [*HEAP, *self._java_options, "-cp", str(site / "ts" / "frontend" / "*"), "org.pytorch.serve.ModelServer"]
+        command += [
+            *HEAP,
+            *self._java_options,
+            "-cp",
+            str(site / "ts" / "frontend" / "*"),
+            "org.pytorch.serve.ModelServer",
+        ]
         command += ["--python", sys.executable, "-f", str(config), "-s", str(self.model_store)]
         return [*command, "-ncs", "-m", models]
 

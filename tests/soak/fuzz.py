@@ -8,8 +8,8 @@ that it was, when a whole request gets no answer or one that is not documented, 
 than undisturbed, when anything of it is told to another, or when afterwards not all sessions can be opened.
 
 The same seed makes the same requests; which of them meet in time is the threads' affair. Each thread has session ids of
-its own: TorchServe leaves a request without an answer that is queued on a sequence while that ends. That can still meet one
-whose session has just fallen silent for too long, so a few may go unanswered; the record has their number.
+its own: TorchServe leaves a request without an answer that is queued on a sequence while that ends. That can still
+meet one whose session has just fallen silent for too long, so a few may go unanswered; the record has their number.
 """
 
 from __future__ import annotations
@@ -531,7 +531,8 @@ def main(argv: list[str] | None = None) -> int:
     sent = sum(count for what, count in counts.items() if not what.startswith(("control", "leave")))
     settings = {"requests": options.requests, "seed": options.seed, "threads": THREADS, "sessions": SESSIONS}
     found = {"settings": settings, "neighbours": neighbours.report(), "seconds": round(time.monotonic() - began)}
-    write_results(options.out, facts, {**found, "sent": sent, "counts": counts, "unanswered": len(run.unanswered), "wrong": run.wrong[:50]})
+    found |= {"sent": sent, "counts": counts, "unanswered": len(run.unanswered), "wrong": run.wrong[:50]}
+    write_results(options.out, facts, found)
     print(f"{sent} requests in {found['seconds']} s")
     print("\n".join(f"{count:7} {what}" for what, count in counts.items()))
     print("\n".join(["wrong:", *run.wrong[:20]]) if run.wrong else "nothing wrong")

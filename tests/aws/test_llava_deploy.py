@@ -229,15 +229,18 @@ def test_upload_sends_all_files_and_the_second_time_none(cloud: Cloud, run: Run,
 def test_an_interrupted_upload_goes_on_in_the_middle_of_a_file(cloud: Cloud, run: Run, packed: Path) -> None:
     one_at_a_time = threading.Lock()
     seen: list[str] = []
+    arrived = threading.Semaphore(0)
 
     def interrupt_the_third(request: Any, **_: Any) -> None:
         with one_at_a_time:
             seen.append(request.url)
             if len(seen) == 3:
+                assert all(arrived.acquire(timeout=60) for _ in range(2))
                 os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C
                 raise ConnectionResetError("the third part does not arrive")
 
     cloud.on("before-send.s3.UploadPart", interrupt_the_third)
+    cloud.on("response-received.s3.UploadPart", lambda **_: arrived.release())
     first = run("upload", packed)
     assert first.code == 130
     assert "goes on from here" in first.err

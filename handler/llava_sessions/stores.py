@@ -6,6 +6,7 @@ Must not know what is in a record, which session it is, or when to write it. Eac
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -128,6 +129,10 @@ class DirectoryStore:
                         path.unlink()
                 except FileNotFoundError:
                     continue  # another worker tidies too
+            for folder in self._root.glob("*"):
+                if folder.is_dir() and now_s - folder.stat().st_mtime > _BEING_WRITTEN_S:
+                    with contextlib.suppress(OSError):  # most hold records
+                        folder.rmdir()
 
     def _write_beside(self, data: bytes) -> Path:
         """The data in a new file under the root, synced."""

@@ -108,7 +108,8 @@ def _soak(name: str, about: str | None, argv: list[str], harm: Callable, times: 
         # What a killed writer had begun (.new-*) stays for ten minutes, in case another worker is writing it.
         left = sorted(path.name for path in (folder / "journal").iterdir())
         record.figures["left_in_journal_dir"] = left
-        sessions = [name for name in left if not name.startswith(".new-")]
+        # A folder without a record is an open that its client was never told of.
+        sessions = [name for name in left if any((folder / "journal" / name).glob("*.rec"))]
         record.check("no session is left in journal_dir", not sessions, f"{len(sessions)} of {len(left)} entries")
     return record.finish()
 

@@ -339,10 +339,13 @@ def test_what_a_killed_writer_left_is_tidied_once_no_living_one_can_own_it(journ
         path.write_bytes(b"half a rec")
     now = young.stat().st_mtime
     os.utime(old, (now - 601, now - 601))
+    empty = folder / ("0" * 40)
+    empty.mkdir()
+    os.utime(empty, (now - 601, now - 601))
     gone.mkdir()
     (gone / "000001.rec").write_bytes(b"of a closed session")
     journal.recover(now)
-    assert (young.exists(), old.exists(), gone.exists()) == (True, False, False)
+    assert (young.exists(), old.exists(), empty.exists(), gone.exists()) == (True, False, False, False)
     assert again(folder).read("chat-1", now) == story
 
 

@@ -51,7 +51,7 @@ def isolation(argv: list[str]) -> int:
     record, rng = Record("isolation", chosen), random.Random(chosen.seed)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llava-soak-")))
-        budget = {"device_bytes": chosen.resident * SESSION_BYTES, "host_bytes": chosen.resident * SESSION_BYTES}
+        budget = {"device_bytes": chosen.resident * SESSION_BYTES, "host_bytes": chosen.resident * SESSION_BYTES // 6}
         store = pack(folder, sessions=chosen.sessions, journal_dir=folder / "journal", session_ttl_s=1200, **budget)
         served = stack.enter_context(Served(store))
         http = stack.enter_context(client(served.url))

@@ -13,6 +13,7 @@ Must not know what rows ask for, nor how requests of our own are made. Not threa
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 
@@ -21,6 +22,9 @@ from .rows import Entry, Reply, SequenceEnd
 
 # So long after a step the frontend has surely done with it, also on a busy machine; what comes later came after it.
 QUIET_S = 0.25
+# A client that asks again on an id that is gone has that ended by the answer to its next request. Our own request waits
+# longer than most take for that: one of a client's that comes while ours is under way is dropped by the frontend.
+LINGER_S = 1.5
 # The same header to a client, and another one to the frontend, which tells cases apart.
 _TOLD_HEADER = protocol.CLOSED_SESSION_HEADER.lower()
 
@@ -45,7 +49,7 @@ class Sequences:
 
     def begin_step(self, sequence_ids: Iterable[str]) -> None:
         """A step begins whose rows are of these sequences."""
-        self._forget_quiet()
+        self._forget_old()
         self._now = set(sequence_ids)
 
     def end_step(self) -> None:
@@ -57,8 +61,8 @@ class Sequences:
         self.sweep(())
 
     def sweep(self, waiting: Iterable[str]) -> None:
-        """Have ended what is quiet; rows of the sequences in `waiting` come again."""
-        self._forget_quiet()
+        """Have ended what nobody has used for a while; rows of the sequences in `waiting` come again."""
+        self._forget_old()
         in_use = {*self._used_s, *waiting}
         for sequence in [one for one in self._ending if one not in in_use]:
             del self._ending[sequence]
@@ -71,7 +75,7 @@ class Sequences:
         closed = final.headers.pop(protocol.CLOSED_SESSION_HEADER, None)
         sequence = entry.row.sequence_id
         ends = {closed, sequence if own else None} - {None}
-        if ends == {sequence} and alone and entry.steps == 0 and sequence not in self._used_s:
+        if ends == {sequence} and alone and entry.steps == 0 and self._is_quiet(sequence):
             final.headers[protocol.CLOSED_SESSION_HEADER] = sequence
             self._ending.pop(sequence, None)
             return
@@ -80,7 +84,10 @@ class Sequences:
         for ended in sorted(ends):
             self.end(ended)
 
-    def _forget_quiet(self) -> None:
-        quiet_since_s = time.monotonic() - QUIET_S
-        while self._used_s and (oldest := next(iter(self._used_s.items())))[1] <= quiet_since_s:
+    def _is_quiet(self, sequence: str) -> bool:
+        return time.monotonic() - self._used_s.get(sequence, -math.inf) >= QUIET_S
+
+    def _forget_old(self) -> None:
+        old_since_s = time.monotonic() - LINGER_S
+        while self._used_s and (oldest := next(iter(self._used_s.items())))[1] <= old_since_s:
             del self._used_s[oldest[0]]

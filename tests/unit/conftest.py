@@ -18,3 +18,4 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a client sends comes after the step before it; test_sequences.py has those that come meanwhile."""
     monkeypatch.setattr(sequences, "QUIET_S", -1.0)
+    monkeypatch.setattr(sequences, "LINGER_S", -1.0)

@@ -41,6 +41,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
     monkeypatch.setattr(sequences, "time", found)
     monkeypatch.setattr(sequences, "QUIET_S", 0.25)
+    monkeypatch.setattr(sequences, "LINGER_S", 1.5)
     return found
 
 
@@ -88,7 +89,7 @@ def test_else_the_client_is_told_in_the_spelling_that_the_frontend_does_not_heed
     known.release(row_of("a", steps), final, own=True, alone=alone)
     known.end_step()
     assert final.headers == {CLOSED_SESSION_HEADER.lower(): "a"}
-    clock.now_s += 0.24
+    clock.now_s += 1.49
     step(known, "b")
     known.sweep([])
     assert ender.ended == []
@@ -111,7 +112,7 @@ def test_a_sequence_is_ended_once_no_row_uses_it(known: Sequences, ender: Ender,
     known.end("a")
     for _ in range(3):
         step(known, "a")
-        clock.now_s += 1
+        clock.now_s += 2
         known.sweep(["a"])
     assert ender.ended == []
     known.sweep([])
@@ -126,9 +127,26 @@ def test_a_session_that_is_closed_on_another_sequence_has_both_ended(
     known.release(row_of("made-for-it"), final, own=True, alone=True)
     known.end_step()
     assert final.headers == {CLOSED_SESSION_HEADER.lower(): "a"}
-    clock.now_s += 1
+    clock.now_s += 2
     known.sweep([])
     assert sorted(ender.ended) == ["a", "made-for-it"]
+
+
+def test_a_client_that_asks_again_on_a_dead_id_never_meets_a_request_of_ours(
+    known: Sequences, ender: Ender, clock: Clock
+) -> None:
+    for _ in range(20):
+        for pause_s in (0.1, 0.3):  # the first is too soon for the header, the second is not
+            clock.now_s += pause_s
+            known.begin_step(["a"])
+            final = Reply("{}", status=404)
+            known.release(row_of("a"), final, own=True, alone=True)
+            known.end_step()
+    assert ender.ended == []
+    assert final.headers == {CLOSED_SESSION_HEADER: "a"}
+    clock.now_s += 10
+    known.sweep([])
+    assert ender.ended == []  # its own last answer has ended it
 
 
 def test_a_refusal_of_an_open_sessions_row_ends_nothing(known: Sequences, ender: Ender, clock: Clock) -> None:

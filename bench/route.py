@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "shapes"
 SESSION_HEADER = "X-Amzn-SageMaker-Session-Id"
 QUESTION = {"type": "send_text_prompt", "prompt_text": "How many shapes are there?"}
-TURNS_PER_SESSION = 20  # the demo model's context holds no more of both sides' turns
+TURNS_PER_SESSION = 8  # the demo model's context holds no more of both sides' turns
 SIDES = ("direct", "through HAProxy")
 
 

@@ -8,6 +8,7 @@ what is left to do.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -367,7 +368,8 @@ def _duration(text: str) -> timedelta:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     if args.command == "capacity":
-        print(capacity.report(args.text_tokens, args.reserve_gib))
+        with contextlib.suppress(BrokenPipeError):  # whoever reads it has seen enough
+            print(capacity.report(args.text_tokens, args.reserve_gib), flush=True)
         return 0
     try:
         region = args.region or os.environ.get("AWS_REGION")  # the AWS CLI reads it, boto3 alone does not

@@ -14,6 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -27,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "models" / "shapes"
 # Seconds on a quiet machine; minutes where many others compute.
 START_S = 600
+ENGINE = "llava_sessions.engine.process"
 
 
 def pack(folder: Path, sessions: int = 64, **settings: object) -> Path:
@@ -41,6 +43,37 @@ def pack(folder: Path, sessions: int = 64, **settings: object) -> Path:
     options += ["--config", folder / "config.yaml", "--output", folder / "store"]
     subprocess.run([ROOT / "build_mar.sh", *map(str, options)], check=True, capture_output=True, text=True)
     return folder / "store"
+
+
+@dataclass(frozen=True)
+class Processes:
+    """A server's Java frontend, its one worker and that one's engine."""
+
+    java: psutil.Process
+    worker: psutil.Process
+    engine: psutil.Process
+
+    @classmethod
+    def of(cls, server: TorchServe) -> Processes:
+        """Those that run now. Raises ValueError where one of them is missing."""
+        (pid,) = server.worker_pids()
+        worker = psutil.Process(pid)
+        (engine,) = [child for child in worker.children() if ENGINE in child.cmdline()]
+        return cls(psutil.Process(server.pid), worker, engine)
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """By role."""
+        return {role: process.pid for role, process in vars(self).items()}
+
+    def sample(self) -> dict[str, dict[str, int]]:
+        """Memory, threads and open files of each at this moment."""
+        found = {}
+        for role, process in vars(self).items():
+            with process.oneshot():
+                rss, threads = process.memory_info().rss, process.num_threads()
+            found[role] = {"rss_bytes": rss, "threads": threads, "files": process.num_fds()}
+        return found
 
 
 class Served:
@@ -72,9 +105,7 @@ class Served:
     def engine_pid(self) -> int | None:
         """Of the engine process; None while there is none."""
         with contextlib.suppress(psutil.NoSuchProcess, ValueError):
-            for child in psutil.Process(self.worker_pid).children():
-                if "llava_sessions.engine.process" in child.cmdline():
-                    return child.pid
+            return Processes.of(self.server).engine.pid
         return None
 
     def gauges(self, timeout_s: float = 20, **wanted: float) -> dict[str, float]:

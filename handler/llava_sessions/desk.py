@@ -26,7 +26,7 @@ class Desk:
     """`engine` is None while there is none; then the next will probably be there in `retry_after_s`.
 
     `post` has something done between two rows, from any thread; `let_go` has the sequence of a row whose client left
-    ended. `draining`: the server is about to stop.
+    ended. `draining_since_s`: since when (`time.monotonic`) the server is about to stop.
     """
 
     engine: EngineDoor | None
@@ -39,11 +39,16 @@ class Desk:
     post: Callable[[Callable[[], None]], None]
     let_go: Callable[[Entry], None]
     retry_after_s: int = 1
-    draining: bool = False
+    draining_since_s: float | None = None
     turns_total: int = 0
     refusals_total: int = 0
     rebuilds_total: int = 0
     engine_restarts_total: int = 0
+
+    @property
+    def draining(self) -> bool:
+        """Whether nothing new is taken any more."""
+        return self.draining_since_s is not None
 
     def submit(self, command: Command) -> None:
         """Hand the engine a command. Raises `Refused` (engine_restarting) while there is none."""

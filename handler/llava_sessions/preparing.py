@@ -109,13 +109,13 @@ class Preparer:
         """A session's journal. Fails as a session that is not there does."""
         return self._fetching.submit(self._read, session_id)
 
-    def ask(self, ask: protocol.Ask, conversation: Conversation, story: Story | None) -> Future[Question]:
-        """A question, and with a `story` also the chat that it continues."""
+    def ask(self, ask: protocol.Ask, conversation: Conversation | None, story: Story | None = None) -> Future[Question]:
+        """A question. With a `story`, also the chat that it continues; with no `conversation` either, that is read from
+        the session's journal first.
+        """
+        if conversation is None:
+            return self._fetching.submit(self._ask, ask, None, None)
         return self._beside(ask.pictures, self._ask, ask, conversation, story)
-
-    def ask_recovered(self, ask: protocol.Ask) -> Future[Question]:
-        """A question to a session that only the journal knows."""
-        return self._fetching.submit(self._ask_recovered, ask)
 
     def prompt(self, conversation: Conversation, text: str) -> list[int]:
         """A question's tokens, at once."""
@@ -143,20 +143,13 @@ class Preparer:
             raise not_found()
         return self._rebuild(story)
 
-    def _ask(self, ask: protocol.Ask, conversation: Conversation, story: Story | None) -> Question:
-        chat = None if story is None else self._rebuild(story)
+    def _ask(self, ask: protocol.Ask, conversation: Conversation | None, story: Story | None) -> Question:
+        read = self._read(ask.session_id) if conversation is None else None
+        chat = self._rebuild(story or read) if story or read else None
         loaded = self._load(ask.pictures)
         prepared = self._tokens.prepare(loaded.keyed)
-        prompt_ids = self._tokens.prompt(conversation, ask.prompt_text, prepared)
-        return Question(prompt_ids, prepared.pictures, loaded.blobs, chat)
-
-    def _ask_recovered(self, ask: protocol.Ask) -> Question:
-        story = self._read(ask.session_id)
-        chat = self._rebuild(story)
-        loaded = self._load(ask.pictures)
-        prepared = self._tokens.prepare(loaded.keyed)
-        prompt_ids = self._tokens.prompt(chat.conversation(), ask.prompt_text, prepared)
-        return Question(prompt_ids, prepared.pictures, loaded.blobs, chat, story)
+        prompt_ids = self._tokens.prompt(conversation or chat.conversation(), ask.prompt_text, prepared)
+        return Question(prompt_ids, prepared.pictures, loaded.blobs, chat, read)
 
     def _read(self, session_id: str) -> Story:
         story = self._journal.read(session_id, self._clock())

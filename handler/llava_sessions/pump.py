@@ -95,7 +95,6 @@ class Pump:
         self._memory = Memory()
         self._last_exchange_s = time.monotonic()
         self._journal_swept_s = time.monotonic()
-        self._drain_since_s: float | None = None
 
     def recover(self) -> None:
         """Open again what the journal has stored. Call it once, before the first row."""
@@ -141,7 +140,7 @@ class Pump:
             if now - self._journal_swept_s > JOURNAL_SWEEP_S:
                 self._journal_swept_s = now
                 desk.journal.sweep(desk.clock())
-            if self._drain_since_s is not None and now - self._drain_since_s > DRAIN_S:
+            if desk.draining and now - desk.draining_since_s > DRAIN_S:
                 self._turns.cut_all("shutdown")
 
     def drain(self) -> None:
@@ -149,9 +148,8 @@ class Pump:
 
         Safe in a signal handler: it takes no lock.
         """
-        if self._drain_since_s is None:
-            self._drain_since_s = time.monotonic()
-            self._desk.draining = True
+        if not self._desk.draining:
+            self._desk.draining_since_s = time.monotonic()
 
     @property
     def drained(self) -> bool:

@@ -89,15 +89,6 @@ class Story:
     open: OpenRecord
     turns: list[TurnRecord] = field(default_factory=list)
 
-    @property
-    def token_ids(self) -> list[int]:
-        """The whole conversation."""
-        ids = list(self.open.token_ids)
-        for turn in self.turns:
-            ids += turn.prompt_ids
-            ids += turn.answer_ids
-        return ids
-
     def records(self) -> tuple[OpenRecord | TurnRecord, ...]:
         """The story as it is now, in the order of writing."""
         return (self.open, *self.turns)

@@ -47,14 +47,10 @@ class Turns:
         desk.table.begin_turn(session, turn_id)
         turn = self._turns[turn_id] = Turn(turn_id, session, ask, [entry])
         try:
-            if session.conversation is None:
-                question = desk.preparer.ask_recovered(ask)
-            elif ask.pictures or not session.in_engine:
-                story = None if session.in_engine else session.story
-                question = desk.preparer.ask(ask, session.conversation, story)
-            else:
+            if session.in_engine and not ask.pictures:
                 self._submit(turn, Question(desk.preparer.prompt(session.conversation, ask.prompt_text)))
                 return
+            question = desk.preparer.ask(ask, session.conversation, None if session.in_engine else session.story)
         except Exception:
             self._end(turn)
             raise

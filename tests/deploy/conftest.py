@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import functools
 import json
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from deploy.local_endpoint.pins import Instance
 from deploy.local_endpoint.service import Service
 from deploy.serve import TorchServe
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
+from tests.serving import pack
 
 ROOT = Path(__file__).parents[2]
 NAME = "llava"
@@ -74,10 +74,7 @@ STAND_IN_CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 1\nmaxBatchDelay: 1\
 @pytest.fixture(scope="session")
 def shapes_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model, packed by the build kit."""
-    store = tmp_path_factory.mktemp("store")
-    options = ["--model", ROOT / "models" / "shapes", "--dtype", "float32", "--device", "cpu", "--output", store]
-    subprocess.run([ROOT / "build_mar.sh", *map(str, options)], check=True, capture_output=True, text=True)
-    return store
+    return pack(tmp_path_factory.mktemp("packed"))
 
 
 @pytest.fixture(scope="session")

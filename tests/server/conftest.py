@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import httpx
 import pytest
 
 from deploy.serve import TorchServe
+from tests.serving import pack
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "models" / "shapes"
@@ -19,21 +19,7 @@ MAX_SESSIONS = 64
 @pytest.fixture(scope="session")
 def model_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model, packed by the build kit."""
-    store = tmp_path_factory.mktemp("store")
-    options = [
-        "--model",
-        SHAPES,
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-        "--sessions",
-        MAX_SESSIONS,
-        "--output",
-        store,
-    ]
-    subprocess.run([ROOT / "build_mar.sh", *map(str, options)], check=True, capture_output=True, text=True)
-    return store
+    return pack(tmp_path_factory.mktemp("packed"), MAX_SESSIONS)
 
 
 @pytest.fixture(scope="session")

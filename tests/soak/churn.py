@@ -32,14 +32,15 @@ from bench import machine
 from demo.wire import SESSION_HEADER, Chat, WireError, gauges, png, settled_gauges
 from deploy.serve import TorchServe
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
+from tests.serving import Processes, pack
 
-from .stand import RESULTS, Processes, pack, write_results
+from .report import RESULTS, write
 
 SESSIONS, TTL_S, IDLE_S = 64, 20, 5
 SCENES, SAMPLE_S = 200, 10.0
 QUESTIONS = ("Which shapes are there?", "How many shapes are there?", "What is in the middle?")
 LONG = {"max_new_tokens": 400, "temperature": 9.0, "seed": 3}
-FIGURES = {"rss_bytes": 0, "threads": 2, "fds": 2}  # and how many more may be there
+FIGURES = {"rss_bytes": 0, "threads": 2, "files": 2}  # and how many more may be there
 SHARE_ALLOWED = 1.03
 # What a client of this soak may be told: the table is full, its old turn still runs, its time was up.
 TOLERATED = {"capacity", "session_busy", "session_expired"}
@@ -220,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     facts = machine.facts(torch.device("cpu"))
     found, wrong = run(options.minutes, options.warm_up_minutes, options.seed)
-    write_results(options.out, facts, found)
+    write(options.out, {"facts": facts, **found})
     print(found["counts"])
     for role, by_figure in found["growth"].items():
         print(role, {figure: told["ratio"] for figure, told in by_figure.items()})

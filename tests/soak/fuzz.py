@@ -44,8 +44,9 @@ from demo.wire import SESSION_HEADER, Chat, WireError, png, settled_gauges
 from deploy.serve import TorchServe
 from llava_sessions.errors import STATUS_OF_CODE
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
+from tests.serving import Processes, pack
 
-from .stand import RESULTS, Processes, pack, write_results
+from .report import RESULTS, write
 
 SESSIONS, TTL_S, IDLE_S = 32, 60, 8
 THREADS, CONTROLS = 12, 3
@@ -532,7 +533,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = {"requests": options.requests, "seed": options.seed, "threads": THREADS, "sessions": SESSIONS}
     found = {"settings": settings, "neighbours": neighbours.report(), "seconds": round(time.monotonic() - began)}
     found |= {"sent": sent, "counts": counts, "unanswered": len(run.unanswered), "wrong": run.wrong[:50]}
-    write_results(options.out, facts, found)
+    write(options.out, {"facts": facts, **found})
     print(f"{sent} requests in {found['seconds']} s")
     print("\n".join(f"{count:7} {what}" for what, count in counts.items()))
     print("\n".join(["wrong:", *run.wrong[:20]]) if run.wrong else "nothing wrong")

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import torch
 
 from bench import machine
-from tests.serving import ROOT, Served
+from tests.serving import ROOT, Processes, Served
 
 from .chats import HANG_S, Crowd, PatientChat, Script, Tally
 
@@ -75,12 +74,18 @@ class Record:
             "figures": self.figures,
         }
         path = self.chosen.out / f"soak_{self.name.replace('-', '_')}.json"
-        path.write_text(json.dumps(document, indent=1) + "\n")
+        write(path, document)
         print()
         for check in self.checks:
             print(f"{'holds ' if check['holds'] else 'BROKEN'}  {check['check']}: {check['found']}")
         print(f"\nwritten: {path}")
         return 0 if all(check["holds"] for check in self.checks) else 1
+
+
+def write(path: Path, document: dict[str, Any]) -> None:
+    """Write what a soak found."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def level(served: Served, http: httpx.Client, script: Script) -> dict[str, Any]:
@@ -93,14 +98,7 @@ def level(served: Served, http: httpx.Client, script: Script) -> dict[str, Any]:
     figures = served.gauges(timeout_s=30, llava_open_sessions=0, llava_running_turns=0, llava_device_bytes=0)
     names = ("llava_open_sessions", "llava_device_bytes", "llava_parked_bytes")
     found: dict[str, Any] = {name: int(figures.get(name, 0)) for name in names}
-    for name, pid in (("java", served.server.pid), ("worker", served.worker_pid), ("engine", served.engine_pid)):
-        process = psutil.Process(pid)
-        found[name] = {
-            "rss_bytes": process.memory_info().rss,
-            "threads": process.num_threads(),
-            "files": process.num_fds(),
-        }
-    return found
+    return found | Processes.of(served.server).sample()
 
 
 def check_level(record: Record, before: dict[str, Any], after: dict[str, Any], processes: tuple[str, ...]) -> None:

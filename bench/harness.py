@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import transformers
 
+from llava_sessions.engine.model import native_dtype
+
 from . import machine
 from .make_checkpoint import PRESETS, ensure_checkpoint
 
@@ -49,7 +51,8 @@ def parse(name: str, about: str | None, argv: list[str] | None, rounds: int, mor
         prog=f"python -m bench.{name}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", choices=PRESETS, default="bench", help="the random-weight model (bench)")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    words = "of weights and KV (default: what the engine computes in on this device)"
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help=words)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, help="torch threads (torch's default: all cores)")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"how often everything is measured ({rounds})")
@@ -65,12 +68,14 @@ def parse(name: str, about: str | None, argv: list[str] | None, rounds: int, mor
     transformers.utils.logging.disable_progress_bar()
     preset = "tiny" if given.smoke else given.preset
     suffix = "-cuda" if given.device == "cuda" else ""
+    device = torch.device(given.device)
+    dtype = getattr(torch, given.dtype) if given.dtype else native_dtype(device)
     return Options(
         name=name + suffix,
         checkpoint=ensure_checkpoint(preset),
         preset=preset,
-        dtype=torch.float32 if given.smoke else getattr(torch, given.dtype),
-        device=torch.device(given.device),
+        dtype=torch.float32 if given.smoke else dtype,
+        device=device,
         rounds=1 if given.smoke else given.rounds,
         smoke=given.smoke,
         out=given.out,

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from llava_sessions.engine.kernels import PackedLinear, can_prepack, packable
+from llava_sessions.engine.kernels import PackedLinear, packable
 
 from .machine import synchronize
 from .reference import Reference
@@ -43,8 +43,7 @@ class Linears:
     def __init__(self, reference: Reference) -> None:
         found = _linears(reference.model.model.language_model, reference.model.lm_head)
         with torch.inference_mode():
-            pack = can_prepack()
-            self._layers = [PackedLinear(one) if pack and packable(one) else one for one in found]
+            self._layers = [PackedLinear(one) if packable(one) else one for one in found]
         self._weight_bytes = sum(one.weight.nbytes for one in found)
         self._weights = sum(one.weight.numel() for one in found)
         self._device, self._dtype = reference.device, reference.model.dtype

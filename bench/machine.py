@@ -93,12 +93,14 @@ class Bandwidth:
         self.read_bytes_s = 0.0
         self.copy_bytes_s = 0.0
 
-    def measure(self, repeats: int = 5) -> None:
-        """Look again; takes some tenths of a second."""
-        size = self._source.nbytes
+    def measure(self, repeats: int = 5) -> float:
+        """Look again; takes some tenths of a second. The best reading of these, in bytes a second."""
+        size, read = self._source.nbytes, 0.0
         for _ in range(repeats):
-            self.read_bytes_s = max(self.read_bytes_s, size / self._time(lambda: self._source.sum()))
+            read = max(read, size / self._time(lambda: self._source.sum()))
             self.copy_bytes_s = max(self.copy_bytes_s, 2 * size / self._time(lambda: self._target.copy_(self._source)))
+        self.read_bytes_s = max(self.read_bytes_s, read)
+        return read
 
     def facts(self) -> dict:
         """In GB/s, for the table."""

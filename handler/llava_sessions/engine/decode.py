@@ -34,14 +34,14 @@ _LOG2_E = np.float32(1.4426950408889634)
 
 
 class TokenAttention:
-    """Attention of single tokens for one shape of heads, in bfloat16 on the CPU."""
+    """Attention of single tokens for one shape of heads, in bfloat16 or float32 on the CPU."""
 
     # What a task begins with: tokens, the most that a session will hold, layer, and four addresses; the places follow.
     _HEAD = 7
 
-    def __init__(self, heads: int, kv_heads: int, head_dim: int) -> None:
+    def __init__(self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
         """Compiles; takes a second or two."""
-        self._loops = _compile(heads, kv_heads, head_dim, self._HEAD)
+        self._loops = _compile(heads, kv_heads, head_dim, dtype, self._HEAD)
 
     def task(self, places: list[tuple[int, int, int, int]]) -> ctypes.Array:
         """What the calls of one forward have in common: for each token its row of the batch, and of its session's KV
@@ -72,19 +72,22 @@ class TokenAttention:
 _I32 = ir.IntType(32)
 
 
-@intrinsic
-def _at(_, address):
-    """The bfloat16 numbers at an address; Numba knows them as uint16."""
+def _pointer(number: types.Type):
+    """What makes an address a pointer to numbers of a type."""
 
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+    @intrinsic
+    def at(_, address):
+        def generate(context, builder, signature, arguments):
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(types.uint16)(types.int64), generate
+        return types.CPointer(number)(types.int64), generate
+
+    return at
 
 
 @intrinsic
 def _wide(_, number):
-    """bfloat16 -> float32: the upper half of its bits."""
+    """bfloat16, which Numba knows as uint16, -> float32: the upper half of its bits."""
 
     def generate(context, builder, signature, arguments):
         return builder.bitcast(builder.shl(builder.zext(arguments[0], _I32), _I32(16)), ir.FloatType())
@@ -127,18 +130,27 @@ def _exp(x):
     return _two_to(whole) * (np.float32(1) + part * (np.float32(0.6931471806) + part * power))
 
 
+@numba.njit(inline="always")
+def _same(number):
+    return number
+
+
 @functools.cache
-def _compile(heads: int, kv_heads: int, head_dim: int, head: int):
+def _compile(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, head: int):
     """The loops, with sizes as constants: the compiler unrolls and vectorizes them."""
-    width = heads + 2 * kv_heads
+    if dtype == torch.bfloat16:
+        numbers_at, wide, narrow = _pointer(types.uint16), _wide, _narrow
+    else:
+        numbers_at, wide, narrow = _pointer(types.float32), _same, _same
+    item, width = dtype.itemsize, heads + 2 * kv_heads
     half, group, scale = head_dim // 2, heads // kv_heads, np.float32(head_dim**-0.5)
 
     @numba.njit(fastmath=True)
     def rotate(source, cos, sin, out):
         for d in range(half):
-            low, high = _wide(source[d]), _wide(source[half + d])
-            out[d] = low * _wide(cos[d]) - high * _wide(sin[d])
-            out[half + d] = high * _wide(cos[half + d]) + low * _wide(sin[half + d])
+            low, high = wide(source[d]), wide(source[half + d])
+            out[d] = low * wide(cos[d]) - high * wide(sin[d])
+            out[half + d] = high * wide(cos[half + d]) + low * wide(sin[half + d])
 
     @numba.njit(fastmath=True)
     def attend(query, keys, values, tokens, scores, out):
@@ -147,16 +159,16 @@ def _compile(heads: int, kv_heads: int, head_dim: int, head: int):
         for t in range(0, fours, 4):
             a, b, c, e = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
             for d in range(head_dim):
-                a += query[d] * _wide(keys[t, d])
-                b += query[d] * _wide(keys[t + 1, d])
-                c += query[d] * _wide(keys[t + 2, d])
-                e += query[d] * _wide(keys[t + 3, d])
+                a += query[d] * wide(keys[t, d])
+                b += query[d] * wide(keys[t + 1, d])
+                c += query[d] * wide(keys[t + 2, d])
+                e += query[d] * wide(keys[t + 3, d])
             scores[t], scores[t + 1], scores[t + 2], scores[t + 3] = a, b, c, e
             top = max(top, max(max(a, b), max(c, e)))
         for t in range(fours, tokens):
             a = np.float32(0)
             for d in range(head_dim):
-                a += query[d] * _wide(keys[t, d])
+                a += query[d] * wide(keys[t, d])
             scores[t] = a
             top = max(top, a)
         total = np.float32(0)
@@ -167,13 +179,13 @@ def _compile(heads: int, kv_heads: int, head_dim: int, head: int):
         for t in range(0, fours, 4):
             a, b, c, e = scores[t], scores[t + 1], scores[t + 2], scores[t + 3]
             for d in range(head_dim):
-                low = a * _wide(values[t, d]) + b * _wide(values[t + 1, d])
-                mixed[d] += low + c * _wide(values[t + 2, d]) + e * _wide(values[t + 3, d])
+                low = a * wide(values[t, d]) + b * wide(values[t + 1, d])
+                mixed[d] += low + c * wide(values[t + 2, d]) + e * wide(values[t + 3, d])
         for t in range(fours, tokens):
             for d in range(head_dim):
-                mixed[d] += scores[t] * _wide(values[t, d])
+                mixed[d] += scores[t] * wide(values[t, d])
         for d in range(head_dim):
-            out[d] = _narrow(mixed[d] / total)
+            out[d] = narrow(mixed[d] / total)
 
     @numba.cfunc(types.void(types.CPointer(types.int64)))
     def loops(pointer):
@@ -185,17 +197,17 @@ def _compile(heads: int, kv_heads: int, head_dim: int, head: int):
         for piece in range(_thread(), tokens * kv_heads, _threads()):
             row, address, capacity, stored = places[piece // kv_heads]
             kv_head = piece % kv_heads
-            numbers = numba.carray(_at(qkv_at + row * width * head_dim * 2), (width, head_dim))
-            cos = numba.carray(_at(cos_at + row * head_dim * 2), (head_dim,))
-            sin = numba.carray(_at(sin_at + row * head_dim * 2), (head_dim,))
-            out = numba.carray(_at(out_at + row * heads * head_dim * 2), (heads, head_dim))
-            size = capacity * head_dim * 2
+            numbers = numba.carray(numbers_at(qkv_at + row * width * head_dim * item), (width, head_dim))
+            cos = numba.carray(numbers_at(cos_at + row * head_dim * item), (head_dim,))
+            sin = numba.carray(numbers_at(sin_at + row * head_dim * item), (head_dim,))
+            out = numba.carray(numbers_at(out_at + row * heads * head_dim * item), (heads, head_dim))
+            size = capacity * head_dim * item
             keys_at = address + (layer * 2 * kv_heads + kv_head) * size
-            keys = numba.carray(_at(keys_at), (stored + 1, head_dim))
-            values = numba.carray(_at(keys_at + kv_heads * size), (stored + 1, head_dim))
+            keys = numba.carray(numbers_at(keys_at), (stored + 1, head_dim))
+            values = numba.carray(numbers_at(keys_at + kv_heads * size), (stored + 1, head_dim))
             rotate(numbers[heads + kv_head], cos, sin, key)
             for d in range(head_dim):
-                keys[stored, d] = _narrow(key[d])
+                keys[stored, d] = narrow(key[d])
                 values[stored, d] = numbers[heads + kv_heads + kv_head, d]
             for at in range(kv_head * group, (kv_head + 1) * group):
                 rotate(numbers[at], cos, sin, query)

@@ -1,4 +1,4 @@
-"""Owns the decoder layer as a CPU computes it fast in bfloat16: few large packed linears and few small operations.
+"""Owns the decoder layer as a CPU computes it fast: few large packed linears and few small operations.
 
 Must not know sessions or transformers' classes: it takes the place of any decoder layer that looks and computes like
 Llama's, and leaves the others. Queries, keys and values come of one linear, gate and up projection of another, and the
@@ -72,7 +72,7 @@ class FusedLayer(torch.nn.Module):
 @torch.inference_mode()
 def fuse_layers(layers: torch.nn.ModuleList) -> bool:
     """Replace decoder layers by fused ones, where every one of them can be; False and nothing changed else."""
-    if not (kernels.can_prepack() and all(map(_fits, layers))):
+    if not all(map(_fits, layers)):
         return False
     for index, layer in enumerate(layers):
         layers[index] = FusedLayer(layer)
@@ -80,13 +80,13 @@ def fuse_layers(layers: torch.nn.ModuleList) -> bool:
 
 
 @torch.inference_mode()
-def token_attention(heads: int, kv_heads: int, head_dim: int) -> TokenAttention | None:
+def token_attention(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> TokenAttention | None:
     """Attention of single tokens as machine code; None where that can't be made or computes something else."""
     try:
         from .decode import TokenAttention  # here, because Numba may be missing and takes a while to load
 
-        found = TokenAttention(heads, kv_heads, head_dim)
-        if _is_attention(found, heads, kv_heads, head_dim):
+        found = TokenAttention(heads, kv_heads, head_dim, dtype)
+        if _is_attention(found, heads, kv_heads, head_dim, dtype):
             return found
         log.warning("token_attention_wrong heads=%d kv_heads=%d head_dim=%d", heads, kv_heads, head_dim)
     except Exception:  # whatever is in the way, torch's own calls remain
@@ -94,24 +94,24 @@ def token_attention(heads: int, kv_heads: int, head_dim: int) -> TokenAttention 
     return None
 
 
-def _is_attention(found: TokenAttention, heads: int, kv_heads: int, head_dim: int) -> bool:
+def _is_attention(found: TokenAttention, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
     """Whether it gives torch's numbers on a small example."""
-    stored, width = 6, heads + 2 * kv_heads
-    numbers = torch.linspace(-9, 9, 2 * kv_heads * 8 * head_dim).sin().bfloat16()
+    stored, width, allowed = 6, heads + 2 * kv_heads, 0.03 if dtype == torch.bfloat16 else 1e-4
+    numbers = torch.linspace(-9, 9, 2 * kv_heads * 8 * head_dim).sin().to(dtype)
     kv = numbers.view(1, 2, kv_heads, 8, head_dim)
-    qkv = torch.linspace(-5, 5, 2 * width * head_dim).cos().bfloat16().view(2, -1)
+    qkv = torch.linspace(-5, 5, 2 * width * head_dim).cos().to(dtype).view(2, -1)
     angles = torch.linspace(0, 3, head_dim // 2).repeat(2, 2)
-    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
-    out = torch.empty(2, heads * head_dim, dtype=torch.bfloat16)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    out = torch.empty(2, heads * head_dim, dtype=dtype)
     found(found.task([(1, kv.data_ptr(), 8, stored)]), 0, qkv, cos, sin, out)
     numbers = qkv.view(2, width, head_dim)
     kernels.rotate(numbers[:, : heads + kv_heads], cos, sin)
     query, *new = numbers[1].split((heads, kv_heads, kv_heads))
-    if not all(torch.allclose(kv[0, at, :, stored], one, atol=0.02, rtol=0.02) for at, one in enumerate(new)):
+    if not all(torch.allclose(kv[0, at, :, stored], one, atol=allowed, rtol=allowed) for at, one in enumerate(new)):
         return False
     keys, values = kv[0, :, :, : stored + 1].float()
     wanted = scaled_dot_product_attention(query[None, :, None].float(), keys[None], values[None], enable_gqa=True)
-    return torch.allclose(out[1].float(), wanted.flatten(), atol=0.03, rtol=0.03)
+    return torch.allclose(out[1].float(), wanted.flatten(), atol=allowed, rtol=allowed)
 
 
 def side_by_side(*linears: torch.nn.Linear) -> torch.nn.Linear:
@@ -130,7 +130,7 @@ def _normed(norm: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
 
 
 def _fits(layer: torch.nn.Module) -> bool:
-    """Whether a layer is made of what `FusedLayer` knows and nothing else, in bfloat16 on the CPU."""
+    """Whether a layer is made of what `FusedLayer` knows and nothing else, in one precision that can be packed."""
     if _names(layer) != _LAYER or _names(layer.self_attn) != _ATTENTION or _names(layer.mlp) != _MLP:
         return False
     attention, mlp = layer.self_attn, layer.mlp
@@ -139,6 +139,7 @@ def _fits(layer: torch.nn.Module) -> bool:
     biases = {linear.bias is None for linear in linears[:3]}, {linear.bias is None for linear in linears[4:6]}
     return (
         all(map(kernels.packable, linears))
+        and len({parameter.dtype for parameter in layer.parameters()}) == 1
         and all(len(kinds) == 1 for kinds in biases)
         and all(_is_rms(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
         and torch.equal(mlp.act_fn(_SAMPLE), silu(_SAMPLE))
@@ -149,7 +150,8 @@ def _is_rms(norm: torch.nn.Module) -> bool:
     if {name for name, _ in norm.named_parameters()} != {"weight"} or not hasattr(norm, "variance_epsilon"):
         return False
     rows = torch.linspace(-1, 1, 2 * norm.weight.numel(), dtype=norm.weight.dtype).view(2, -1)
-    return torch.allclose(norm(rows), _normed(norm, rows), atol=0.02, rtol=0.02)
+    allowed = 0.02 if rows.dtype == torch.bfloat16 else 1e-5
+    return torch.allclose(norm(rows), _normed(norm, rows), atol=allowed, rtol=allowed)
 
 
 def _names(module: torch.nn.Module) -> set[str]:

@@ -22,6 +22,8 @@ SUPPORTED_MODEL_TYPES = ("llava", "llava_next", "llava_onevision")
 SUPPORTED_TEXT_TYPES = ("llama", "mistral", "qwen2")
 _ATTENTION = "session_sdpa"
 _VISION_ATTENTION = "picture_sdpa"
+# Of a token's KV: attention over less takes no time that would be worth a compiler's at each start of the engine.
+_COMPILE_FROM_BYTES = 16 * 2**10
 # Rotary embeddings that change with the longest position of a forward: sessions would disturb each other.
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
 
@@ -181,8 +183,8 @@ class Model:
         self.feature_bytes: int = text.hidden_size * self.dtype.itemsize
         self._heads: int = text.num_attention_heads
         self._tokens = None
-        if isinstance(self._text.layers[0], fused.FusedLayer):
-            self._tokens = fused.token_attention(self._heads, self.kv_shape.kv_heads, head_dim)
+        if isinstance(self._text.layers[0], fused.FusedLayer) and self.kv_shape.token_bytes >= _COMPILE_FROM_BYTES:
+            self._tokens = fused.token_attention(self._heads, self.kv_shape.kv_heads, head_dim, self.dtype)
 
     @classmethod
     def load(cls, checkpoint: str | Path, dtype: torch.dtype | str = "auto", device: str = "auto") -> Model:
@@ -198,7 +200,7 @@ class Model:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype == "auto":
-            dtype = _native_dtype(torch.device(device))
+            dtype = native_dtype(torch.device(device))
         elif isinstance(dtype, str):
             dtype = getattr(torch, dtype)
         _drop_unused_vision_layers(config)
@@ -206,7 +208,7 @@ class Model:
             checkpoint, config=config, dtype=dtype, device_map={"": device}
         )
         fused.fuse_layers(model.model.language_model.layers)
-        if kernels.prepack_linears(model.model):
+        if kernels.prepack_linears(model.model) and kernels.packable(model.lm_head):
             model.lm_head = kernels.PackedLinear(model.lm_head)
         return cls(model)
 
@@ -277,7 +279,7 @@ class Model:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
 
 
-def _native_dtype(device: torch.device) -> torch.dtype:
+def native_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the device has instructions for it, else what it computes fastest in."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

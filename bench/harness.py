@@ -23,6 +23,7 @@ from . import machine
 from .make_checkpoint import PRESETS, ensure_checkpoint
 
 RESULTS = Path(__file__).parent / "results"
+FLOAT32 = "-float32"  # behind the name of a record of a CPU without bfloat16
 
 
 @dataclass
@@ -67,9 +68,11 @@ def parse(name: str, about: str | None, argv: list[str] | None, rounds: int, mor
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     preset = "tiny" if given.smoke else given.preset
-    suffix = "-cuda" if given.device == "cuda" else ""
     device = torch.device(given.device)
     dtype = getattr(torch, given.dtype) if given.dtype else native_dtype(device)
+    # The tiny model is in float32 everywhere; figures of another one are another record than bfloat16's.
+    plain = "" if preset == "tiny" or dtype != torch.float32 else FLOAT32
+    suffix = "-cuda" if given.device == "cuda" else plain
     return Options(
         name=name + suffix,
         checkpoint=ensure_checkpoint(preset),

@@ -11,46 +11,51 @@ import json
 from pathlib import Path
 
 from .bar import BAR
-from .harness import RESULTS, number
+from .harness import FLOAT32, RESULTS, number
 
 README = Path(__file__).parent / "README.md"
 BENCHES = ("turns", "chats", "decode", "memory", "open", "stall", "pipe")
-SERVED = ("route",)  # on a whole server; not among those that `python -m bench` runs
+SERVED = ("route", "endpoint")  # on a whole server; not among those that `python -m bench` runs
 
 
 def read(folder: Path = RESULTS) -> dict[str, dict]:
-    """The documents that are there, by bench."""
-    paths = {name: folder / f"{name}.json" for name in (*BENCHES, *SERVED)}
+    """The documents that are there, by bench; those of a CPU without bfloat16 have `FLOAT32` behind their name."""
+    names = (*BENCHES, *SERVED, *(f"{name}{FLOAT32}" for name in BENCHES))
+    paths = {name: folder / f"{name}.json" for name in names}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
 def bar_table(documents: dict[str, dict]) -> str:
-    """The project's bar: floor, aim, reached."""
-    lines = ["| measure | floor | aim | reached | |", "|---|---|---|---|---|"]
+    """The project's bar: floor, aim, what was reached with bfloat16 and without."""
+    lines = ["| measure | floor | aim | bfloat16 | | float32 | |", "|---|---|---|---|---|---|---|"]
     for measure in BAR:
-        value = documents.get(measure.bench, {}).get("ratios", {}).get(measure.ratio)
-        reached, verdict = ("not run", "") if value is None else (measure.show(value), measure.verdict(value))
-        mark = f"**{verdict}**" if verdict == "missed" else verdict
-        lines.append(
-            f"| {measure.what} | {measure.show(measure.floor)} | {measure.show(measure.aim)} | {reached} | {mark} |"
-        )
-    lines.append(f"| {_many_row(documents.get('memory'))}")
+        cells = [measure.what, measure.show(measure.floor), measure.show(measure.aim)]
+        for kind in ("", FLOAT32):
+            value = documents.get(measure.bench + kind, {}).get("ratios", {}).get(measure.ratio)
+            cells += _cells(None if value is None else measure.show(value), value is None or measure.verdict(value))
+        lines.append(f"| {' | '.join(cells)} |")
+    many = [documents.get(f"memory{kind}") for kind in ("", FLOAT32)]
+    cells = [cell for memory in many for cell in (_cells(None, True) if memory is None else _cells(*_many(memory)))]
+    what = "500 open sessions under a KV budget that holds 20 (tiny model)"
+    lines.append(f"| {what} | all right, RSS flat | 1,000 | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _many_row(memory: dict | None) -> str:
+def _cells(reached: str | None, verdict: str | bool) -> tuple[str, str]:
+    """What was reached and what that means; a figure that is not there is said to be missing."""
+    if reached is None:
+        return "not run", ""
+    return reached, "**missed**" if verdict == "missed" else verdict
+
+
+def _many(memory: dict) -> tuple[str, str]:
     """The row that isn't a ratio: many sessions under a small budget."""
-    if memory is None:
-        return "500 sessions under a KV budget that holds 20 | right, RSS flat | 1,000 | not run | |"
     many = memory["samples"]["many"]
     growth = many["rss_growth_bytes"] / 2**20
     whole = many["kv_if_all_were_resident_bytes"] / 2**20
     right = "all right" if not many["wrong"] else f"{many['wrong']} wrong"
-    figures = f"{right}, RSS +{growth:.0f} MiB (all KV kept: {whole:,.0f} MiB)"
-    model = memory["settings"]["many_preset"]
-    what = f"{many['sessions']:,} open sessions under a KV budget that holds {many['room']} ({model} model)"
-    verdict = "missed" if many["wrong"] else "aim" if many["sessions"] >= 1000 else "floor"
-    return f"{what} | 500, all right, RSS flat | 1,000 | {figures} | {verdict} |"
+    figures = f"{many['sessions']:,}: {right}, RSS +{growth:.0f} MiB (all KV kept: {whole:,.0f} MiB)"
+    return figures, "missed" if many["wrong"] else "aim" if many["sessions"] >= 1000 else "floor"
 
 
 def section(document: dict) -> str:

@@ -65,7 +65,7 @@ def test_the_readme_takes_its_figures_from_the_files(results: Path, tmp_path: Pa
     assert text.endswith("<!-- /open -->\nafter\n")
     assert "first open" in text
     assert "old" not in text.splitlines()
-    assert "not run" not in text
+    assert text.count("not run") == len(BAR) + 1, "in float32 nothing but smoke runs"
 
 
 def test_a_verdict_knows_which_way_is_better() -> None:

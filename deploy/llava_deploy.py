@@ -139,7 +139,7 @@ def invoke(args: argparse.Namespace, account: Account) -> None:
             say(f"> {question}")
             for piece in chat.ask(question):
                 print(piece, end="", flush=True)
-            print()
+            print(flush=True)  # before the next question, which goes to stderr
     finally:
         chat.close()
     say("closed")
@@ -374,7 +374,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         region = args.region or os.environ.get("AWS_REGION")  # the AWS CLI reads it, boto3 alone does not
         account = Account(args.name, boto3.Session(profile_name=args.profile, region_name=region))
-        say(f"account {account.id}, region {account.region}")
+        if args.run is not invoke:  # a chat needs no account, and may be with a local endpoint
+            say(f"account {account.id}, region {account.region}")
         args.run(args, account)
     except DeployError as error:
         say(f"error: {error}")

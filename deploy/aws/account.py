@@ -34,7 +34,7 @@ class Account:
 
     @cached_property
     def id(self) -> str:
-        """The account's number. Every errand asks for it first, so that missing credentials show at once."""
+        """The account's number. Every errand but a chat asks for it first, so that missing credentials show at once."""
         return self.client("sts").get_caller_identity()["Account"]
 
     @property

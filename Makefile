@@ -17,7 +17,7 @@ PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # Java is looked for first, whatever -j says
-.PHONY: help demo test serve endpoint lint model bench bench-cuda soak image image-test env java haproxy clean
+.PHONY: help demo test serve endpoint notebook lint model bench bench-cuda soak image image-test env java haproxy clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ serve: java env  ## TorchServe behind HAProxy, in the foreground (PORT= MODEL= S
 endpoint: java env  ## a SageMaker endpoint on this machine (INSTANCES= ENDPOINT_PORT= MODEL= ENDPOINT="--help")
 	@./build_mar.sh --model $(MODEL) $(if $(SESSIONS),--sessions $(SESSIONS)) $(if $(DTYPE),--dtype $(DTYPE)) >/dev/null
 	@exec $(PYTHON) -m deploy.local_endpoint --instances $(INSTANCES) --port $(ENDPOINT_PORT) $(ENDPOINT)
+
+notebook: java env  ## run docs/notebook.ipynb against that endpoint, without an account, and keep its outputs
+	@$(PYTHON) -m tests.notebook
 
 lint: env  ## ruff, import-linter, hadolint, cfn-lint, and shellcheck where it is installed
 	@deploy/lint.sh

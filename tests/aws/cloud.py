@@ -6,10 +6,15 @@ what AWS takes. Nothing here knows what the template is for.
 
 from __future__ import annotations
 
+import json
+import logging
 import struct
+import urllib.request
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import boto3
@@ -19,7 +24,70 @@ from moto.cloudformation.exceptions import ValidationError
 from moto.cloudformation.responses import CloudFormationResponse
 from moto.core.common_models import CloudFormationModel
 from moto.sagemaker.models import FakeEndpoint
+from moto.server import ThreadedMotoServer
 from urllib3 import HTTPResponse
+
+ACCOUNT = "123456789012"  # moto's
+REGION = "eu-west-1"
+
+
+@contextmanager
+def serving() -> Iterator[str]:
+    """moto on a free port of loopback while this lasts; its URL."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+def settings(url: str, home: Path) -> dict[str, str]:
+    """Environment variables by which AWS's clients find moto and nothing else; moto's own calls need them as well."""
+    return {
+        "HOME": str(home),  # whose ~/.aws is empty
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_REGION": REGION,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_MAX_ATTEMPTS": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+
+
+def empty(url: str) -> None:
+    """Forget everything that is in any account. All servers of a process share what they know."""
+    urllib.request.urlopen(urllib.request.Request(f"{url}/moto-api/reset", method="POST")).close()
+
+
+def put_image(ecr: Any, repository: str) -> None:
+    """An image without layers, as a push leaves one."""
+    kind = "application/vnd.docker.distribution.manifest.v2+json"
+    config = {"mediaType": "application/vnd.docker.container.image.v1+json", "size": 2, "digest": "sha256:" + "a" * 64}
+    manifest = json.dumps({"schemaVersion": 2, "mediaType": kind, "config": config, "layers": []})
+    ecr.put_image(repositoryName=repository, imageManifest=manifest, imageTag="one")
+
+
+def contents(client: Callable[[str], Any]) -> dict[str, list[Any]]:
+    """What is in the account, by kind; kinds of which there is nothing are left out. `client` makes boto3's clients."""
+    sagemaker, scaling = client("sagemaker"), client("application-autoscaling")
+    found = {
+        "stacks": client("cloudformation").describe_stacks()["Stacks"],
+        "endpoints": sagemaker.list_endpoints()["Endpoints"],
+        "configs": sagemaker.list_endpoint_configs()["EndpointConfigs"],
+        "models": sagemaker.list_models()["Models"],
+        "roles": client("iam").list_roles()["Roles"],
+        "log groups": client("logs").describe_log_groups()["logGroups"],
+        "targets": scaling.describe_scalable_targets(ServiceNamespace="sagemaker")["ScalableTargets"],
+        "alarms": client("cloudwatch").describe_alarms()["MetricAlarms"],
+        "buckets": client("s3").list_buckets()["Buckets"],
+        "repositories": client("ecr").describe_repositories()["repositories"],
+    }
+    return {kind: things for kind, things in found.items() if things}
+
+
+# --- what moto's stacks leave out -------------------------------------------------------------------------------------
 
 
 def as_request(shape: Shape, value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,22 +12,15 @@ import boto3
 import botocore.loaders
 import pytest
 
-REGION = "eu-west-1"
+from .cloud import REGION, empty, serving, settings
+
 LOADER = botocore.loaders.create_loader()  # the services' descriptions, read once for all tests
 
 
 @pytest.fixture(scope="session")
 def moto_url() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    import tests.aws.cloud  # noqa: F401 - the resources that moto lacks
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with serving() as url:
+        yield url
 
 
 @dataclass
@@ -60,24 +52,12 @@ def cloud(moto_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Clo
 
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    settings = {
-        "HOME": str(tmp_path / "home"),
-        "AWS_ENDPOINT_URL": moto_url,
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_REGION": REGION,
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_MAX_ATTEMPTS": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
-    for name, value in settings.items():
+    for name, value in settings(moto_url, tmp_path / "home").items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(stacks, "POLL_S", 0.01)
     monkeypatch.setattr(watching, "POLL_S", 0.01)
 
-    import urllib.request
-
-    urllib.request.urlopen(urllib.request.Request(f"{moto_url}/moto-api/reset", method="POST")).close()
+    empty(moto_url)
     made = Cloud()
 
     class Session(boto3.session.Session):

@@ -24,10 +24,9 @@ from moto.cloudformation.models import Stack
 from deploy import llava_deploy
 from deploy.aws import images, models, stacks, watching
 
-from .cloud import answer, frame, part, refusal
-from .conftest import REGION, Cloud, Done
+from .cloud import ACCOUNT, REGION, answer, contents, frame, part, put_image, refusal
+from .conftest import Cloud, Done
 
-ACCOUNT = "123456789012"
 BUCKET = f"llava-sessions-{ACCOUNT}-{REGION}"
 TYPE = "ml.g4dn.2xlarge"  # moto knows no newer ones
 Run = Callable[..., Done]
@@ -51,10 +50,7 @@ def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def pushed(cloud: Cloud) -> str:
     """An image in ECR, as `push` leaves one."""
     images.ensure_repository(images.Account("llava", boto3.session.Session(region_name=REGION)), "llava-sessions")
-    kind = "application/vnd.docker.distribution.manifest.v2+json"
-    config = {"mediaType": "application/vnd.docker.container.image.v1+json", "size": 2, "digest": "sha256:" + "a" * 64}
-    manifest = json.dumps({"schemaVersion": 2, "mediaType": kind, "config": config, "layers": []})
-    cloud.client("ecr").put_image(repositoryName="llava-sessions", imageManifest=manifest, imageTag="one")
+    put_image(cloud.client("ecr"), "llava-sessions")
     return f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com/llava-sessions"
 
 
@@ -123,21 +119,7 @@ def test_up_and_down_leave_nothing_behind(cloud: Cloud, run: Run, uploaded: str)
     assert run("up", "--instance-type", TYPE, "--max-instances", 2).code == 0
     done = run("down", "--yes", "--objects", "--images")
     assert done.code == 0, done.err
-    left = {
-        "stacks": cloud.client("cloudformation").describe_stacks()["Stacks"],
-        "endpoints": cloud.client("sagemaker").list_endpoints()["Endpoints"],
-        "configs": cloud.client("sagemaker").list_endpoint_configs()["EndpointConfigs"],
-        "models": cloud.client("sagemaker").list_models()["Models"],
-        "roles": cloud.client("iam").list_roles()["Roles"],
-        "log groups": cloud.client("logs").describe_log_groups()["logGroups"],
-        "targets": cloud.client("application-autoscaling").describe_scalable_targets(ServiceNamespace="sagemaker")[
-            "ScalableTargets"
-        ],
-        "alarms": cloud.client("cloudwatch").describe_alarms()["MetricAlarms"],
-        "buckets": cloud.client("s3").list_buckets()["Buckets"],
-        "repositories": cloud.client("ecr").describe_repositories()["repositories"],
-    }
-    assert {what: found for what, found in left.items() if found} == {}
+    assert contents(cloud.client) == {}
     again = run("down", "--yes", "--objects", "--images")
     assert again.code == 0, "nothing is left to delete, and that is no failure"
 

@@ -16,7 +16,8 @@ from threading import Thread
 
 import pytest
 
-from .conftest import REGION, Cloud, Done
+from .cloud import REGION
+from .conftest import Cloud, Done
 
 ACCOUNT = "123456789012"
 HOST = f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com"

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ def shapes_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def instances(shapes_store: Path) -> Iterator[list[TorchServe]]:
     """Two instances of the demo model. Tests close what they open."""
-    yield from _served(TorchServe(shapes_store), TorchServe(shapes_store))
+    with served(TorchServe(shapes_store), TorchServe(shapes_store)) as servers:
+        yield servers
 
 
 @pytest.fixture(scope="session")
@@ -94,11 +96,13 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
     details = {"modelName": "stand-in", "handler": "stand_in.py", "modelVersion": "1.0"}
     manifest = {"model": {**details, "configFile": "model-config.yaml"}, "runtime": "python", "archiverVersion": "0"}
     (model / "MAR-INF" / "MANIFEST.json").write_text(json.dumps(manifest))
-    for servers in _served(TorchServe(store, "stand-in")):
-        yield servers[0]
+    with served(TorchServe(store, "stand-in")) as (server,):
+        yield server
 
 
-def _served(*servers: TorchServe) -> Iterator[list[TorchServe]]:
+@contextmanager
+def served(*servers: TorchServe) -> Iterator[list[TorchServe]]:
+    """Started, all at once, and ready; stopped in the end."""
     try:
         for server in servers:
             server.start()

@@ -1,0 +1,122 @@
+"""`make notebook`: executes docs/notebook.ipynb on this machine and writes what its cells print back into it.
+
+Owns: where it is executed (two TorchServes behind the local endpoint; moto, with an image in its ECR, for the rest of
+AWS), papermill, and which part of the outputs is kept. Must not know: what the cells do and what is right to print;
+tests/deploy/test_notebook.py, which executes it in the same way, does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import boto3
+import nbformat
+import papermill
+from nbformat import NotebookNode
+
+from deploy.aws import images
+from deploy.serve import TorchServe
+from tests.aws import cloud
+from tests.deploy.conftest import Endpoint, served
+from tests.serving import START_S, pack
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "docs" / "notebook.ipynb"
+REPOSITORY = "llava-sessions"
+# What is another at each execution and tells nothing, and what stands for it.
+PASSING = {
+    r"\b\d\d:\d\d:\d\d(?= [A-Z_]+ )": "HH:MM:SS",
+    r"(?<=open until )\S+": "YYYY-MM-DDTHH:MM:SSZ",
+    r"(?<=-)(?=\d*[A-Z])[A-Z0-9]{12}\b": "XXXXXXXXXXXX",  # CloudFormation's end of an alarm's name
+    r"(?<=/models/)[0-9a-f]{16}\b": "CHECKSUM",  # of the packed model, which holds the time when it was packed
+}
+
+
+@contextmanager
+def rehearsal(servers: list[TorchServe], home: Path) -> Iterator[dict[str, str]]:
+    """All that the notebook needs but an account, while this lasts; the addresses, as its parameters.
+
+    The environment of this process is the rehearsal's too: moto asks itself by it, and kernels inherit it.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    home.mkdir()
+    with Endpoint(servers) as endpoint, cloud.serving() as url:
+        cloud.empty(url)
+        with mock.patch.dict(os.environ, kept | cloud.settings(url, home), clear=True):
+            session = boto3.Session(region_name=cloud.REGION)
+            images.ensure_repository(images.Account("llava", session), REPOSITORY)
+            cloud.put_image(session.client("ecr"), REPOSITORY)
+            yield {"runtime_url": endpoint.url, "account_url": url}
+
+
+def execute(folder: Path, **parameters: str) -> NotebookNode:
+    """The notebook after papermill executed it; what it makes goes to `folder`. Raises PapermillExecutionError with
+    the first cell that fails."""
+    parameters["store"] = str(folder / "store")
+    done = papermill.execute_notebook(
+        NOTEBOOK,
+        folder / "executed.ipynb",
+        parameters,
+        cwd=ROOT,
+        progress_bar=False,
+        start_timeout=START_S,
+        execution_timeout=START_S,
+    )
+    return tidied(done, parameters["store"])
+
+
+def tidied(done: NotebookNode, store: str) -> NotebookNode:
+    """The notebook as it is kept, with the outputs of an executed one: nothing of papermill, machine or hour."""
+    outputs = {cell.id: cell.outputs for cell in done.cells if cell.cell_type == "code"}
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    for number, cell in enumerate((cell for cell in notebook.cells if cell.cell_type == "code"), 1):
+        cell.execution_count = number
+        cell.outputs = []
+        for output in copy.deepcopy(outputs[cell.id]):
+            if "execution_count" in output:
+                output.execution_count = number
+            before = cell.outputs[-1] if cell.outputs else {}
+            if output.output_type == "stream" and before.get("name") == output.name:
+                before.text += output.text  # into how many pieces it fell is a matter of the moment
+            else:
+                cell.outputs.append(output)
+        for output in cell.outputs:
+            if "text" in output:
+                output.text = _lasting(output.text, store)
+    return notebook
+
+
+def _lasting(text: str, store: str) -> str:
+    text = text.replace(store, "model_store").replace(f"{ROOT}/", "")
+    for pattern, words in PASSING.items():
+        text = re.sub(pattern, words, text)
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.notebook", description=__doc__.splitlines()[0])
+    parser.parse_args(argv)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # the instances share the cores: a waiting thread must not spin
+    with tempfile.TemporaryDirectory(prefix="llava-notebook-") as name:
+        folder = Path(name)
+        print("packing models/shapes and starting two TorchServes ...", flush=True)
+        store = pack(folder / "served")
+        with served(TorchServe(store), TorchServe(store)) as servers, rehearsal(servers, folder / "home") as where:
+            print("executing docs/notebook.ipynb ...", flush=True)
+            done = execute(folder, **where)
+    nbformat.write(done, NOTEBOOK)
+    print("its outputs are in docs/notebook.ipynb")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

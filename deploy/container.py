@@ -1,18 +1,21 @@
-"""The container's `serve`: finds the model that SageMaker mounted, gives up root, and becomes the launcher.
+"""The container's `serve`: finds the model that SageMaker mounted, gives up root, and has the launcher serve it.
 
 Owns: what SageMaker promises a container, and nothing of serving itself: where the model lies, which port to listen on,
-which user to be. It is process 1 of the container (the Dockerfile's exec-form entrypoint), so SIGTERM reaches it
-directly. Must not know: what the model is.
+which user to be; and the duties of process 1, which it is there (the Dockerfile's exec-form entrypoint): signals are
+passed on to the launcher, and whatever dies without a parent is reaped. Must not know: what the model is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
+import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 
 from deploy import figures, launch
 
@@ -23,6 +26,7 @@ PORT = "8080"
 PORT_VARIABLE = "SAGEMAKER_BIND_TO_PORT"  # set where a container shares its host with others
 LOAD_TIMEOUT_S = 3600  # SageMaker's longest start-up limit; within it the platform decides
 EVERY_INTERFACE = "0.0.0.0"
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 METRICS_BEHIND = 2  # the launcher puts the metrics page on this port behind the public one, on loopback
 
 USAGE = f"""usage: serve
@@ -96,6 +100,31 @@ def _unreadable(folder: Path) -> Path | None:
     return None
 
 
+def as_first(serve: Callable[[], int]) -> int:
+    """Have a child `serve`; its exit code. Meanwhile signals go to it, and every process that the kernel hands to
+    process 1 is reaped: a killed worker's engine, a killed java's worker. The launcher can't do that beside its own
+    waiting for java and HAProxy, nor tini before it: that would have to stay root.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # none is lost between the fork and the handlers
+    child = os.fork()
+    if child == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+        return serve()
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(child, number)
+
+    for number in PASSED_ON:
+        signal.signal(number, pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+    while True:
+        pid, status = os.wait()
+        if pid == child:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code  # by a signal, as shells tell it
+
+
 def main(argv: Sequence[str] | None = None, root: Path = MODEL) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     if arguments != ["serve"]:
@@ -107,6 +136,11 @@ def main(argv: Sequence[str] | None = None, root: Path = MODEL) -> int:
     except ContainerError as err:
         print(f"serve: error: {err}", file=sys.stderr)
         return 2
+    return as_first(lambda: launch_model(model, port))
+
+
+def launch_model(model: Path, port: int) -> int:
+    """Serve until a signal; the exit code."""
     # CloudWatch reads what it prints; autoscaling and the alarms of deploy/endpoint.yaml follow that.
     metrics = f"http://127.0.0.1:{port + METRICS_BEHIND}/metrics"
     threading.Thread(target=figures.main, args=(["--url", metrics],), name="figures", daemon=True).start()

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -219,11 +219,16 @@ def wait_ping(container: Container, http: httpx.Client) -> float:
     while time.monotonic() - container.started_at < 3 * READY_LIMIT_S:
         if not container.running():
             raise CheckError("the container ended while starting")
-        with contextlib.suppress(httpx.HTTPError):
-            if http.get("/ping", timeout=2).status_code == httpx.codes.OK:
-                return time.monotonic() - container.started_at
+        if _pings(http):
+            return time.monotonic() - container.started_at
         time.sleep(0.1)
     raise CheckError(f"/ping did not answer 200 within {3 * READY_LIMIT_S:.0f} s")
+
+
+def _pings(http: httpx.Client) -> bool:
+    with contextlib.suppress(httpx.HTTPError):
+        return http.get("/ping", timeout=2).status_code == httpx.codes.OK
+    return False
 
 
 def hold_chat(container: Container, http: httpx.Client, seed: int) -> dict:
@@ -264,6 +269,39 @@ def check_confinement(first: psutil.Process, port: int) -> dict:
     if shown != [port]:
         raise CheckError(f"ports open to the network: {shown}; wanted {port} alone")
     return {"uid": first.uids().real, "processes": len(everyone), "ports_shown": shown}
+
+
+def lose_worker(container: Container, http: httpx.Client, seed: int) -> float:
+    """Kill the Python worker, as the kernel does when memory is short; the seconds until a chat is possible again. What
+    lost its parent by that must not stay as a zombie.
+    """
+    began, first = time.monotonic(), container.first
+    everyone = first.children(recursive=True)
+    (worker,) = [process for process in everyone if any("model_service_worker" in word for word in process.cmdline())]
+    worker.kill()
+    _wait(lambda: not _pings(http), "/ping never told of a killed worker")
+    _wait(lambda: _pings(http), "no worker came after the killed one")
+    hold_chat(container, http, seed)
+    seconds = time.monotonic() - began
+    _wait(lambda: not _zombies(first), "the killed worker left a zombie")
+    return seconds
+
+
+def _wait(condition: Callable[[], bool], otherwise: str) -> None:
+    until = time.monotonic() + 3 * READY_LIMIT_S
+    while not condition():
+        if time.monotonic() > until:
+            raise CheckError(f"{otherwise} ({3 * READY_LIMIT_S:.0f} s)")
+        time.sleep(0.1)
+
+
+def _zombies(first: psutil.Process) -> list[int]:
+    found = []
+    for process in first.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
 
 
 def check_refusal(builder: Sequence[str], root: Path, output: Path) -> str:
@@ -355,18 +393,21 @@ def try_container(builder: Sequence[str], root: Path, work: Path, log: Log) -> d
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as http:
             ping_s = wait_ping(container, http)
             chat = hold_chat(container, http, HELD_OUT_SEEDS[0])
-        log.say(f"/ping 200 after {ping_s:.1f} s, first session open after {chat['ready_s']:.1f} s")
-        for turn in chat["turns"]:
-            log.say(f"  {turn['question']}  {turn['answer']}")
-        confined = check_confinement(container.first, port)
-        log.say(f"uid {confined['uid']} in all {confined['processes']} processes, port {port} alone is open")
+            log.say(f"/ping 200 after {ping_s:.1f} s, first session open after {chat['ready_s']:.1f} s")
+            for turn in chat["turns"]:
+                log.say(f"  {turn['question']}  {turn['answer']}")
+            confined = check_confinement(container.first, port)
+            log.say(f"uid {confined['uid']} in all {confined['processes']} processes, port {port} alone is open")
+            again_s = lose_worker(container, http, HELD_OUT_SEEDS[0])
+            log.say(f"its worker killed: a chat again after {again_s:.1f} s, and no zombie is left")
         stopped_s = stop(container)
         log.say(f"SIGTERM: exit code 0 after {stopped_s:.1f} s")
     except (CheckError, WireError, httpx.HTTPError) as err:
         raise CheckError(f"{err}\n--- the container said\n{container.tail()}") from err
     finally:
         container.kill()
-    return {"ping_s": round(ping_s, 2), **chat, **confined, "stopped_s": round(stopped_s, 2)}
+    seconds = {"ping_s": ping_s, "again_s": again_s, "stopped_s": stopped_s}
+    return {**chat, **confined, **{name: round(value, 2) for name, value in seconds.items()}}
 
 
 def missed(found: dict) -> list[str]:
@@ -380,6 +421,7 @@ NOTES = [
     "gzip_bytes: what a registry keeps and counts. Both sizes are those of the files that `buildah push` writes.",
     "The base is a stand-in for python:3.11-slim-bookworm, made with debootstrap.",
     "ready_s: from the container's start until its first session is open.",
+    "again_s: from the worker's death by SIGKILL to the end of the next chat.",
 ]
 
 

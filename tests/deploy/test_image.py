@@ -6,6 +6,7 @@ tries the rest. Knows the module's public face and the Dockerfile's text.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pwd
@@ -14,11 +15,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from deploy import container
@@ -26,6 +27,7 @@ from deploy.container import MANIFEST, ContainerError, find_model
 from deploy.image import ImageError, build_command, find_builder, pip_settings
 from deploy.pack import FAMILIES
 from deploy.serve import free_ports
+from tests.server.commands import eventually
 
 REPO = Path(__file__).resolve().parents[2]
 DOCKERFILE = (REPO / "Dockerfile").read_text()
@@ -41,10 +43,13 @@ class Handler:
         return [json.dumps({"model": ctx.model_name})] * len(rows)
 """
 # Runs the entrypoint on another folder than /opt/ml/model, which only root could make, and as the user that we are.
+# What loses its parent becomes its child, as with process 1.
 SERVE = """
-import os, pwd, sys
+import ctypes, os, pwd, sys
 from pathlib import Path
 from deploy import container
+PR_SET_CHILD_SUBREAPER = 36
+assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
 container.USER = pwd.getpwuid(os.getuid()).pw_name
 sys.exit(container.main(["serve"], Path(sys.argv[1])))
 """
@@ -184,6 +189,7 @@ print(os.getresuid(), os.getresgid(), os.getgroups(), os.environ["HOME"])
 
 
 def test_it_serves_what_lies_there_on_every_interface_until_sigterm(tmp_path: Path) -> None:
+    """And a killed java, whose worker is an orphan then, is replaced and leaves no zombie."""
     pack_stand_in(tmp_path / "model")
     [port] = free_ports(1)
     env = {**os.environ, "SAGEMAKER_BIND_TO_PORT": str(port), "PYTHONPATH": str(REPO)}
@@ -195,6 +201,12 @@ def test_it_serves_what_lies_there_on_every_interface_until_sigterm(tmp_path: Pa
         with httpx.Client(base_url=f"http://127.0.0.2:{port}", trust_env=False, timeout=150) as http:
             wait_ping(http)
             assert http.post("/invocations", json={}).json() == {"model": "model"}
+            (java,) = [process for process in below(server.pid) if process.name() == "java"]
+            java.kill()
+            assert eventually(lambda: java not in below(server.pid) and not zombies(server.pid))
+            wait_ping(http)
+            assert http.post("/invocations", json={}).json() == {"model": "model"}
+            assert not zombies(server.pid)
         server.send_signal(signal.SIGTERM)
         assert server.wait(150) == 0
     finally:
@@ -202,16 +214,35 @@ def test_it_serves_what_lies_there_on_every_interface_until_sigterm(tmp_path: Pa
         server.communicate()
 
 
-def wait_ping(http: httpx.Client, timeout_s: float = 150) -> None:
-    until = time.monotonic() + timeout_s
-    while True:
-        try:
-            if http.get("/ping").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        assert time.monotonic() < until, "/ping never answered 200"
-        time.sleep(0.1)
+@pytest.mark.parametrize(("ends", "code"), [("return 3", 3), ("os.kill(os.getpid(), 9)", 128 + 9)])
+def test_the_launchers_end_is_the_containers(ends: str, code: int) -> None:
+    serve = f"def serve():\n    {ends}\n"
+    script = f"import os\nfrom deploy import container\n{serve}raise SystemExit(container.as_first(serve))"
+    assert subprocess.run([sys.executable, "-c", script], cwd=REPO, check=False, timeout=60).returncode == code
+
+
+def below(pid: int) -> list[psutil.Process]:
+    """All descendants."""
+    return psutil.Process(pid).children(recursive=True)
+
+
+def zombies(pid: int) -> list[psutil.Process]:
+    """Descendants that have ended and that nobody has reaped."""
+    found = []
+    for process in below(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def wait_ping(http: httpx.Client) -> None:
+    def answers() -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return http.get("/ping").status_code == 200
+        return False
+
+    assert eventually(answers, 150), "/ping never answered 200"
 
 
 # --- how a build is told ----------------------------------------------------------------------------------------------

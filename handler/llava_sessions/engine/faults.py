@@ -9,13 +9,18 @@ import torch
 
 # How torch's CPU allocator, oneDNN and C++ say it; none of them has an exception of its own.
 _OUT_OF_MEMORY = ("can't allocate memory", "could not create a memory", "bad_alloc", "out of memory")
+# All that oneDNN says where there was none for the code that it generates, or for what that needs while it runs. (Where
+# an operation is not supported it says more: "... primitive descriptor for the matmul primitive".)
+_NO_MEMORY_FOR_CODE = ("could not create a primitive", "could not execute a primitive")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error says that memory ran out: the work may be tried again with more of it free."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+    said = str(error).lower().strip()
+    found = said in _NO_MEMORY_FOR_CODE or any(words in said for words in _OUT_OF_MEMORY)
+    return found and isinstance(error, RuntimeError)
 
 
 def is_usable(device: torch.device) -> bool:

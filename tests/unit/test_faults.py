@@ -1,0 +1,33 @@
+"""Shows which errors say that memory ran out, and that the rest is something else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llava_sessions.engine.faults import is_out_of_memory
+
+UNSUPPORTED = "could not create a primitive descriptor for the matmul primitive. Run workload with environment variable"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
+        RuntimeError("could not create a memory object"),
+        RuntimeError("could not create a primitive"),
+        RuntimeError("std::bad_alloc"),
+    ],
+    ids=str,
+)
+def test_memory_that_ran_out(error: Exception) -> None:
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError(UNSUPPORTED), RuntimeError("shape mismatch"), ValueError("out of memory")], ids=str
+)
+def test_something_else(error: Exception) -> None:
+    assert not is_out_of_memory(error)

@@ -32,19 +32,18 @@ def bar_table(documents: dict[str, dict]) -> str:
         cells = [measure.what, measure.show(measure.floor), measure.show(measure.aim)]
         for kind in ("", FLOAT32):
             value = documents.get(measure.bench + kind, {}).get("ratios", {}).get(measure.ratio)
-            cells += _cells(None if value is None else measure.show(value), value is None or measure.verdict(value))
+            cells += _cells(value is not None and (measure.show(value), measure.verdict(value)))
         lines.append(f"| {' | '.join(cells)} |")
     many = [documents.get(f"memory{kind}") for kind in ("", FLOAT32)]
-    cells = [cell for memory in many for cell in (_cells(None, True) if memory is None else _cells(*_many(memory)))]
+    cells = [cell for memory in many for cell in _cells(memory is not None and _many(memory))]
     what = "500 open sessions under a KV budget that holds 20 (tiny model)"
     lines.append(f"| {what} | all right, RSS flat | 1,000 | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cells(reached: str | None, verdict: str | bool) -> tuple[str, str]:
-    """What was reached and what that means; a figure that is not there is said to be missing."""
-    if reached is None:
-        return "not run", ""
+def _cells(found: tuple[str, str] | bool) -> tuple[str, str]:
+    """What was reached and what that means, as two cells; False: nobody has measured it."""
+    reached, verdict = found or ("not run", "")
     return reached, "**missed**" if verdict == "missed" else verdict
 
 

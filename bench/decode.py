@@ -1,8 +1,8 @@
 """Decode steps of 1, 4, 8 and 16 chats with 700 to 1,200 tokens behind them: the step's time, tokens a second, and what
 share that is of the memory-bandwidth bound.
 
-The bound: a step must read every weight of the language model and the KV of every chat once; bytes over the read
-bandwidth. A machine that others share reads at half the speed a minute later, so a block of steps is held against the
+The bound: a step must read the weight of every linear of the language model and of its head, as the engine holds it,
+and the KV of every chat once; bytes over the read bandwidth. A machine that others share reads at half the speed a minute later, so a block of steps is held against the
 better of the readings just before and just after it, and the share is the median of the blocks'; beside it stands the
 share by the best reading of the whole run. With it goes which share of the best the linears alone reach with one row,
 which no step can exceed by much. Beside the engine: separate forwards of `transformers`, one
@@ -103,7 +103,7 @@ def measure(options: Options, run: Run) -> tuple[dict[int, dict], int, int, floa
             separate = separate_steps(reference, [caches[name] for name in names], rounds_of_forwards)
             times["separate"] += separate[1:] or separate  # the first one grows the caches' memory
     token_bytes = chats.engine.model.kv_shape.token_bytes
-    return taken, reference.decode_weight_bytes, token_bytes, linears.row_bytes_s
+    return taken, linears.weight_bytes, token_bytes, linears.row_bytes_s
 
 
 def report(

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from llava_sessions.engine.kernels import PackedLinear, packable
+from llava_sessions.engine.linears import PackedLinear, pack, packable
 
 from .machine import synchronize
 from .reference import Reference
@@ -43,8 +43,11 @@ class Linears:
     def __init__(self, reference: Reference) -> None:
         found = _linears(reference.model.model.language_model, reference.model.lm_head)
         with torch.inference_mode():
-            self._layers = [PackedLinear(one) if packable(one) else one for one in found]
-        self._weight_bytes = sum(one.weight.nbytes for one in found)
+            self._layers = [pack(one) if packable(one) else one for one in found]
+        # What a decode step reads of them.
+        self.weight_bytes: int = sum(
+            one.weight_bytes if isinstance(one, PackedLinear) else one.weight.nbytes for one in self._layers
+        )
         self._weights = sum(one.weight.numel() for one in found)
         self._device, self._dtype = reference.device, reference.model.dtype
         self.row_bytes_s = 0.0
@@ -53,7 +56,7 @@ class Linears:
     def measure_row(self, repeats: int = 3) -> None:
         """Look again: bytes of weights a second with one row; the best seen stays."""
         for _ in range(repeats):
-            self.row_bytes_s = max(self.row_bytes_s, self._weight_bytes / self._time(1))
+            self.row_bytes_s = max(self.row_bytes_s, self.weight_bytes / self._time(1))
 
     def measure_rows(self, repeats: int = 2, rows: int = 256) -> None:
         """Look again: operations a second with many rows; the best seen stays."""

@@ -29,13 +29,6 @@ class Reference:
         self.model.eval()
         self.device = device
 
-    @property
-    def decode_weight_bytes(self) -> int:
-        """Bytes of weights that one decode step reads: the language model without its table of embeddings, the head."""
-        text = self.model.model.language_model
-        layers = sum(p.nbytes for name, p in text.named_parameters() if "embed_tokens" not in name)
-        return layers + self.model.lm_head.weight.nbytes
-
     def pixels(self, opening: Opening) -> torch.Tensor:
         """The prepared picture on the device."""
         return torch.from_numpy(opening.pictures[0].inputs["pixel_values"]).to(self.device, self.model.dtype)

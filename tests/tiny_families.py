@@ -141,7 +141,7 @@ def _save(model: PreTrainedModel, processor: object, folder: Path) -> Path:
     never = [*map(tokenizer.convert_tokens_to_ids, ("<image>", "<video>")), tokenizer.eos_token_id]
     never = [token for token in never if token is not None]
     model.lm_head.weight.data[never] = 0
-    model.save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)  # as families are published
     processor.save_pretrained(folder)
     return folder
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from llava_sessions.engine import fused, kernels
+from llava_sessions.engine import fused, kernels, linears
 from llava_sessions.engine.fused import FusedLayer, fuse_layers, token_attention
-from llava_sessions.engine.kernels import can_prepack
 from llava_sessions.engine.kv import SessionKV
+from llava_sessions.engine.linears import PackedLinear, can_pack
 from llava_sessions.engine.model import Model, Segment
 from tests.tiny_families import FAMILIES, make_next_mistral
 
-needs_packing = pytest.mark.skipif(not can_prepack(torch.float32), reason="this torch has no packed linears")
-needs_bfloat16 = pytest.mark.skipif(not can_prepack(torch.bfloat16), reason="this CPU has no packed bfloat16 linears")
+needs_packing = pytest.mark.skipif(not can_pack(torch.float32), reason="this torch has no packed linears")
+needs_bfloat16 = pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this CPU has no packed bfloat16 linears")
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def plain_model(folder: Path, dtype: str) -> Model:
     """The checkpoint with transformers' own layers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "fuse_layers", lambda layers: False)
-        patch.setattr(kernels, "prepack_linears", lambda module: 0)
+        patch.setattr(linears, "pack_all", lambda module: 0)
         return Model.load(folder, dtype, "cpu")
 
 
@@ -62,6 +62,8 @@ def test_a_fused_model_gives_the_plain_ones_logits(folder: Path, compiles: None)
     model = Model.load(folder, "float32", "cpu")
     assert all(isinstance(layer, FusedLayer) for layer in model._text.layers)
     assert model._tokens is not None
+    packed = [part for part in model._text.modules() if isinstance(part, PackedLinear)]
+    assert {part.weight_bytes // (part.in_features * part.out_features) for part in packed} == {2}
     for got, wanted in zip(logits(model), logits(plain_model(folder, "float32")), strict=True):
         torch.testing.assert_close(got, wanted, atol=2e-4, rtol=2e-4)
 

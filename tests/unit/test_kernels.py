@@ -7,44 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from llava_sessions.engine import kernels
-from llava_sessions.engine.kernels import PackedLinear, attention, can_prepack, full_attention, prepack_linears
-
-needs_packing = pytest.mark.skipif(not can_prepack(torch.float32), reason="this torch has no packed linears")
-
-
-def layers(dtype: torch.dtype) -> torch.nn.Module:
-    """Two linears, one of them inside another module."""
-    torch.manual_seed(0)
-    inner = torch.nn.Sequential(torch.nn.Linear(48, 80, bias=False), torch.nn.SiLU())
-    return torch.nn.Sequential(inner, torch.nn.Linear(80, 24)).to(dtype).eval()
-
-
-@needs_packing
-@pytest.mark.parametrize("rows", [1, 3, 70])
-@pytest.mark.parametrize(("dtype", "allowed"), [(torch.bfloat16, 0.01), (torch.float32, 1e-5)])
-def test_packed_linears_give_the_plain_ones_numbers(dtype: torch.dtype, allowed: float, rows: int) -> None:
-    if not can_prepack(dtype):
-        pytest.skip(f"this CPU has no packed linears in {dtype}")
-    model, inputs = layers(dtype), torch.randn(1, rows, 48).to(dtype)
-    with torch.inference_mode():
-        wanted = model(inputs)
-        assert prepack_linears(model) == 2
-        assert sum(isinstance(module, PackedLinear) for module in model.modules()) == 2
-        torch.testing.assert_close(model(inputs), wanted, atol=allowed, rtol=allowed)
-
-
-def test_other_precisions_are_left_alone() -> None:
-    model = layers(torch.float16)
-    assert prepack_linears(model) == 0
-    assert not any(isinstance(module, PackedLinear) for module in model.modules())
-
-
-def test_without_the_private_ops_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    monkeypatch.setattr(kernels, "can_prepack", can_prepack.__wrapped__)  # what it found before does not count
-    model = layers(torch.float32)
-    assert prepack_linears(model) == 0
-    assert type(model[1]) is torch.nn.Linear
+from llava_sessions.engine.kernels import attention, full_attention
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
-from . import kernels
-from .kernels import PackedLinear
+from . import kernels, linears
 
 if TYPE_CHECKING:
     from .decode import TokenAttention
@@ -50,10 +49,10 @@ class FusedLayer(torch.nn.Module):
         attention, mlp = plain.self_attn, plain.mlp
         self.layer = attention.layer_idx
         self.input_norm, self.mlp_norm = plain.input_layernorm, plain.post_attention_layernorm
-        self.qkv = PackedLinear(side_by_side(attention.q_proj, attention.k_proj, attention.v_proj))
-        self.output = PackedLinear(attention.o_proj)
-        self.gate_up = PackedLinear(side_by_side(mlp.gate_proj, mlp.up_proj))
-        self.down = PackedLinear(mlp.down_proj)
+        self.qkv = linears.pack(side_by_side(attention.q_proj, attention.k_proj, attention.v_proj))
+        self.output = linears.pack(attention.o_proj)
+        self.gate_up = linears.pack(side_by_side(mlp.gate_proj, mlp.up_proj))
+        self.down = linears.pack(mlp.down_proj)
 
     def forward(
         self,
@@ -116,13 +115,13 @@ def _is_attention(found: TokenAttention, heads: int, kv_heads: int, head_dim: in
     return torch.allclose(out[1].float(), wanted.flatten(), atol=allowed, rtol=allowed)
 
 
-def side_by_side(*linears: torch.nn.Linear) -> torch.nn.Linear:
+def side_by_side(*parts: torch.nn.Linear) -> torch.nn.Linear:
     """One linear that gives the outputs of several, one after the other."""
-    weight = torch.cat([linear.weight.detach() for linear in linears])
+    weight = torch.cat([linear.weight.detach() for linear in parts])
     joined = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     joined.weight = torch.nn.Parameter(weight, requires_grad=False)
-    if linears[0].bias is not None:
-        bias = torch.cat([linear.bias.detach() for linear in linears])
+    if parts[0].bias is not None:
+        bias = torch.cat([linear.bias.detach() for linear in parts])
         joined.bias = torch.nn.Parameter(bias, requires_grad=False)
     return joined
 
@@ -136,11 +135,11 @@ def _fits(layer: torch.nn.Module) -> bool:
     if _names(layer) != _LAYER or _names(layer.self_attn) != _ATTENTION or _names(layer.mlp) != _MLP:
         return False
     attention, mlp = layer.self_attn, layer.mlp
-    linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    biases = {linear.bias is None for linear in linears[:3]}, {linear.bias is None for linear in linears[4:6]}
+    found = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    found += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    biases = {linear.bias is None for linear in found[:3]}, {linear.bias is None for linear in found[4:6]}
     return (
-        all(map(kernels.packable, linears))
+        all(map(linears.packable, found))
         and len({parameter.dtype for parameter in layer.parameters()}) == 1
         and all(len(kinds) == 1 for kinds in biases)
         and all(_is_rms(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
-from . import fused, kernels
+from . import fused, kernels, linears
 from .kv import KVShape, SessionKV
 from .messages import Picture
 
@@ -208,8 +208,8 @@ class Model:
             checkpoint, config=config, dtype=dtype, device_map={"": device}
         )
         fused.fuse_layers(model.model.language_model.layers)
-        if kernels.prepack_linears(model.model) and kernels.packable(model.lm_head):
-            model.lm_head = kernels.PackedLinear(model.lm_head)
+        if linears.pack_all(model.model) and linears.packable(model.lm_head):
+            model.lm_head = linears.pack(model.lm_head)
         return cls(model)
 
     @torch.inference_mode()

@@ -132,6 +132,20 @@ def test_a_stopped_engine_is_taken_for_hung_and_replaced(kept: Kept) -> None:
     assert kept.answer("after") == before
 
 
+def test_an_engine_that_is_stopped_while_it_loads_is_replaced_too(kept: Kept, caplog) -> None:
+    before, first = kept.answer("before"), kept.supervisor.pid
+    os.kill(first, signal.SIGKILL)
+    kept.hear(EngineLost)
+    until = time.monotonic() + PATIENCE_S
+    while (loading := kept.supervisor.pid) == first and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(loading, signal.SIGSTOP)
+    kept.up = kept.hear(EngineUp)
+    assert kept.supervisor.pid not in (first, loading)
+    assert "reason=it stood still for 3 s while starting" in caplog.text
+    assert kept.answer("after") == before
+
+
 def test_an_idle_engine_is_not_taken_for_hung(kept: Kept) -> None:
     pid = kept.supervisor.pid
     with pytest.raises(queue.Empty):

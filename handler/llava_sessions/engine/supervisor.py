@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import psutil
+
 from .messages import Command, EngineFacts, EngineSettings, Ping, StartFailed
 from .pipe import receive, send
 
@@ -181,8 +183,15 @@ class EngineSupervisor:
 
     def _await_start(self, pipe: Connection) -> EngineFacts | str:
         """What the engine turned out to be, or why there is none."""
+        stopped_rounds = 0
         try:
-            if not pipe.poll(START_LIMIT_S):
+            for _ in range(int(START_LIMIT_S / PING_S)):
+                if pipe.poll(PING_S):
+                    break
+                stopped_rounds = stopped_rounds + 1 if self._is_stopped() else 0
+                if stopped_rounds * PING_S > self._hang_s:
+                    return f"it stood still for {self._hang_s:g} s while starting"
+            else:
                 return f"it was not ready after {START_LIMIT_S:.0f} s"
             answer = receive(pipe)
         except (EOFError, OSError):
@@ -232,6 +241,12 @@ class EngineSupervisor:
             elif silent_rounds * PING_S > self._hang_s:
                 self._hung = True
                 self._kill()
+
+    def _is_stopped(self) -> bool:
+        """Whether somebody stopped the process (SIGSTOP). While it loads it can't be asked."""
+        with contextlib.suppress(psutil.Error):
+            return psutil.Process(self._process.pid).status() == psutil.STATUS_STOPPED
+        return False
 
     def _await_end(self) -> None:
         """A process that closed its pipe is about to end; one that does not is killed."""

@@ -9,20 +9,50 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+
+
+class GoneError(Exception):
+    """The instance has stopped answering."""
 
 
 @dataclass(eq=False)
 class Instance:
-    """One container host. `gone` is set, for good, once it has stopped answering."""
+    """One container host. `gone` is true, for good, once it has stopped answering."""
 
     number: int
     url: str
     logs: str
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
+    gone: bool = False
     opening: int = 0
     last_used: int = 0
+    _waits: set[asyncio.Timeout] = field(default_factory=set)
+
+    def lose(self) -> None:
+        """It has stopped answering: whoever waits for it hears `GoneError`."""
+        self.gone = True
+        for wait in self._waits:
+            wait.reschedule(asyncio.get_running_loop().time())
+
+    @contextlib.asynccontextmanager
+    async def waiting(self) -> AsyncIterator[None]:
+        """Raises `GoneError` in the block as soon as the instance is lost, whatever is awaited there.
+
+        A time-out without an end, which its loss brings about: a task of its own for each wait takes a millisecond of
+        a turn.
+        """
+        wait = asyncio.timeout(None)
+        try:
+            async with wait:
+                self._waits.add(wait)
+                yield
+        except TimeoutError:
+            if wait.expired():
+                raise GoneError from None
+            raise
+        finally:
+            self._waits.discard(wait)
 
 
 @dataclass(frozen=True)
@@ -44,7 +74,7 @@ class Pins:
 
     def place(self) -> Instance | None:
         """The living instance with the fewest open sessions, of equal ones the least recently used; None: all gone."""
-        living = [instance for instance in self.instances if not instance.gone.is_set()]
+        living = [instance for instance in self.instances if not instance.gone]
         if not living:
             return None
         sessions = self.open_sessions()

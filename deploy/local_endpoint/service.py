@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 import uuid
@@ -20,13 +21,14 @@ import httpx
 from . import contract, faults
 from .contract import Corners, Limits
 from .faults import StreamFault
-from .pins import Instance, Pins
+from .pins import GoneError, Instance, Pins
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 PING_EVERY_S = 0.5
 PING_TIMEOUT_S = 2.0
+CONNECT_TIMEOUT_S = 5.0
 _TIMED_OUT = "Your invocation timed out while waiting for a response from container primary."
 
 
@@ -55,10 +57,6 @@ class StreamedAnswer:
     parts: AsyncIterator[bytes]
 
 
-class _GoneError(Exception):
-    """The instance has stopped answering."""
-
-
 class _BrokenError(Exception):
     """The instance is there, but this request's connection broke."""
 
@@ -80,8 +78,9 @@ class Service:
         self.limits = limits or Limits()
         self._corners = corners or Corners()
         pool = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-        self._http = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=5.0), limits=pool, trust_env=False)
-        self._http.headers.clear()  # a container sees the client's headers, not httpx's
+        # The transport without its client: a container sees nothing of a client's headers, cookies or redirects, and
+        # a turn takes half a millisecond less.
+        self._http = httpx.AsyncHTTPTransport(limits=pool, trust_env=False)
 
     async def close(self) -> None:
         """Let go of the connections."""
@@ -90,7 +89,7 @@ class Service:
     async def watch(self) -> None:
         """Look after the instances for ever, as the platform's health checks do: one that is gone gets no calls."""
         while True:
-            living = [instance for instance in self.pins.instances if not instance.gone.is_set()]
+            living = [instance for instance in self.pins.instances if not instance.gone]
             for instance, healthy in zip(living, await asyncio.gather(*map(self._ping, living)), strict=True):
                 if not healthy:
                     self._lose(instance)
@@ -126,7 +125,7 @@ class Service:
             instance = self._choose(session)
             try:
                 return await work(instance)
-            except _GoneError:
+            except GoneError:
                 self._lose(instance)  # and choose again: what the corner says, or another instance
             except _BrokenError as error:
                 said = f'Received server error (0) from primary with message "{error}".'
@@ -136,7 +135,7 @@ class Service:
         request = self._request(instance, call, session)
         creating = session == contract.NEW_SESSION
         with self.pins.opening(instance) if creating else contextlib.nullcontext():
-            reply = await self._unless_gone(instance, self._http.send(request))
+            reply = await self._unless_gone(instance, self._whole(request))
             self._check(reply, reply.content, instance)
             return Answer(self._heads(reply, instance, creating, "Content-Type"), reply.content)
 
@@ -144,7 +143,7 @@ class Service:
         self, instance: Instance, call: Call, session: str | None, deadline: float
     ) -> StreamedAnswer:
         request = self._request(instance, call, session)
-        reply = await self._unless_gone(instance, self._http.send(request, stream=True))
+        reply = await self._unless_gone(instance, self._http.handle_async_request(request))
         try:
             if not reply.is_success:
                 self._check(reply, await self._unless_gone(instance, reply.aread()), instance)
@@ -166,7 +165,7 @@ class Service:
         except TimeoutError:
             message = "The model did not finish sending the response within the time allowed."
             raise StreamFault("ModelInvocationTimeExceeded", message) from None
-        except (_GoneError, _BrokenError):
+        except (GoneError, _BrokenError):
             message = "The connection between the client and the model was reset or closed."
             raise StreamFault("StreamBroken", message) from None
         finally:
@@ -198,7 +197,7 @@ class Service:
         instance = self.pins.find(session)
         if instance is None:
             raise faults.unknown_session(session)
-        return self._after_loss(session) if instance.gone.is_set() else instance
+        return self._after_loss(session) if instance.gone else instance
 
     def _after_loss(self, session: str) -> Instance:
         """What becomes of a call for a session whose instance is gone."""
@@ -218,8 +217,8 @@ class Service:
         return instance
 
     def _lose(self, instance: Instance) -> None:
-        if not instance.gone.is_set():
-            instance.gone.set()
+        if not instance.gone:
+            instance.lose()
             sessions = self.pins.open_sessions()[instance.number]
             log.warning("instance_gone number=%d url=%s sessions=%d", instance.number, instance.url, sessions)
 
@@ -237,28 +236,30 @@ class Service:
             session = {"absent": None, "empty": "", "literal": session}[self._corners.new_session]
         if session is not None:
             headers[contract.SESSION_HEADER] = session
-        return self._http.build_request("POST", f"{instance.url}/invocations", headers=headers, content=call.body)
+        within = {"timeout": {"connect": CONNECT_TIMEOUT_S}}
+        return httpx.Request("POST", _invocations(instance.url), headers=headers, content=call.body, extensions=within)
+
+    async def _whole(self, request: httpx.Request) -> httpx.Response:
+        """The reply with all its body."""
+        async with contextlib.aclosing(await self._http.handle_async_request(request)) as reply:
+            await reply.aread()
+            return reply
 
     async def _unless_gone(self, instance: Instance, work: Awaitable[Result]) -> Result:
         """The result of `work`, or an exception as soon as the instance is known to be gone."""
-        working, gone = asyncio.ensure_future(work), asyncio.ensure_future(instance.gone.wait())
         try:
-            await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                raise _GoneError
-            return working.result()
+            async with instance.waiting():
+                return await work
         except httpx.TransportError as error:
             if await self._ping(instance):
                 raise _BrokenError(type(error).__name__) from error
-            raise _GoneError from error
-        finally:
-            working.cancel()
-            gone.cancel()
+            raise GoneError from error
 
     async def _ping(self, instance: Instance) -> bool:
         """Whether the instance is there. A slow one is: on a busy laptop nothing is dead for being late."""
         try:
-            reply = await self._http.get(f"{instance.url}/ping", timeout=PING_TIMEOUT_S)
+            within = {"timeout": httpx.Timeout(PING_TIMEOUT_S).as_dict()}
+            reply = await self._whole(httpx.Request("GET", f"{instance.url}/ping", extensions=within))
         except httpx.TimeoutException:
             return True
         except httpx.TransportError:
@@ -299,6 +300,11 @@ class Service:
     def _no_answer(self, message: str) -> faults.Fault:
         logs = ", ".join(instance.logs for instance in self.pins.instances)
         return faults.no_answer(self.name, logs, message)
+
+
+@functools.cache
+def _invocations(instance_url: str) -> httpx.URL:
+    return httpx.URL(f"{instance_url}/invocations")
 
 
 async def _next(chunks: AsyncIterator[bytes]) -> bytes | None:

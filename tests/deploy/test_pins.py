@@ -61,9 +61,9 @@ def test_a_pin_ends_at_its_expiry():
 def test_nothing_is_placed_on_an_instance_that_is_gone():
     pins, (first, second), _ = make_pins()
     pins.pin("a", second, 2000)
-    first.gone.set()
+    first.gone = True
     assert pins.place() is second
-    second.gone.set()
+    second.gone = True
     assert pins.place() is None
     assert pins.find("a") is second, "the pin stays: what its session is told is a corner of the contract"
 

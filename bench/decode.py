@@ -2,12 +2,12 @@
 share that is of the memory-bandwidth bound.
 
 The bound: a step must read the weight of every linear of the language model and of its head, as the engine holds it,
-and the KV of every chat once; bytes over the read bandwidth. A machine that others share reads at half the speed a minute later, so a block of steps is held against the
-better of the readings just before and just after it, and the share is the median of the blocks'; beside it stands the
-share by the best reading of the whole run. With it goes which share of the best the linears alone reach with one row,
-which no step can exceed by much. Beside the engine: separate forwards of `transformers`, one
-chat after the other, each on a `DynamicCache` of the same length (filled with noise, which costs the same). Blocks of
-steps of both sides alternate.
+and the KV of every chat once; bytes over the read bandwidth. A machine that others share reads at half the speed a
+minute later, so a block of steps is held against the better of the readings just before and just after it, and the
+share is the median of the blocks'; beside it stands the share by the best reading of the whole run. With it goes which
+share of the best the linears alone reach with one row, which no step can exceed by much. Beside the engine: separate
+forwards of `transformers`, one chat after the other, each on a `DynamicCache` of the same length (filled with noise,
+which costs the same). Blocks of steps of both sides alternate.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def test_in_float32_a_weight_that_half_the_bytes_hold_takes_half_and_gives_the_s
 
 def test_a_bfloat16_weight_is_held_to_the_last_bit_however_small_it_is() -> None:
     exponents = torch.arange(-31, 1).float()
-    weight = (1 + 127 / 128) * 2**exponents[:, None] * torch.ones(1, 8)
+    weight = (1 + 127 / 128) * 2 ** exponents[:, None] * torch.ones(1, 8)
     weight[:, 0] = 1.9921875
     with torch.inference_mode():
         packed = pack(plain(weight))

@@ -8,7 +8,8 @@ What it gains together with `decode.py` (bench model, 2 cores of an AMD EPYC wit
 of alternating steps; packed linears in plain layers, fused layers, compiled attention of single tokens too): decode of
 1 chat 70, 67, 55 ms; of 4 chats 218, 186, 88 ms; of 16 chats 339, 328, 111 ms; a follow-up of 45 tokens 221, 219, 192.
 In float32 (2 cores without AVX-512), tokens a second over those of separate forwards of `transformers`, each in one run
-(plain layers and linears, and all of this): 1 chat 1.0, 1.3; 4 chats 1.6, 3.5; 8 chats 2.6, 4.8; 16 chats 3.8, 6.8.
+(plain layers and linears, all of this with float32 weights, and with float16 ones): 1 chat 1.0, 1.3, 2.3; 4 chats 1.6,
+3.5, 6.7; 8 chats 2.6, 4.8, 6.5; 16 chats 3.8, 6.8, 8.5.
 """
 
 from __future__ import annotations

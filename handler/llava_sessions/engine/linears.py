@@ -1,20 +1,19 @@
-"""Owns linears as a CPU computes them fast: weights packed in the layout that the product reads, in as few bytes as hold
-them.
+"""Owns linears as a CPU computes them fast: packed as the product reads them, in as few bytes as hold the weights.
 
 Must not know sessions, layers or transformers' classes. There are two kinds, each tried on a small example before it is
 used; where neither works, a plain linear stays what it is.
 
 - oneDNN's, for bfloat16 and float32: what torch's inductor makes of frozen linears (in torch:
   `torch/_inductor/fx_passes/mkldnn_fusion.py`, `aten/src/ATen/native/mkldnn/Linear.cpp`).
-- FBGEMM's, for float32 (in torch: `aten/src/ATen/native/quantized/cpu/qlinear_dynamic.cpp`): inputs, products and sums are
-  float32, and the weight lies in memory as float16, widened in registers. Checkpoints of the LLaVA family are
-  published in float16 and bfloat16, so this gives up nothing: half the memory, and a decode step, which is the reading of
-  the weights, takes half as long. A weight that half its bytes can't hold is packed by oneDNN.
+- FBGEMM's, for float32 (in torch: `aten/src/ATen/native/quantized/cpu/qlinear_dynamic.cpp`): inputs, products and sums
+  are float32, and the weight lies in memory as float16, widened in registers. Checkpoints of the LLaVA family are
+  published in float16 and bfloat16, so nothing is given up for half the memory and, in a decode step, which is the
+  reading of the weights, half the time. A weight that half its bytes can't hold is packed by oneDNN.
 
-What it gains. In bfloat16 (bench model, 2 cores of an AMD EPYC with avx512_bf16, best of a run; plain, oneDNN's): decode of
-1 chat 47, 30 ms; of 16 chats 269, 247; a follow-up of 45 tokens 95, 70; vision tower and projector 731, 625. In float32
-(2 cores with AVX2, median of alternating runs over 6 layers; plain, oneDNN's, FBGEMM's): 1 row 22, 26, 11 ms; 4 rows 58,
-26, 11; 16 rows 65, 38, 23; 45 rows 105, 68, 52; 256 rows 382, 337, 289; 640 rows 870, 799, 689.
+What it gains. In bfloat16 (bench model, 2 cores of an AMD EPYC with avx512_bf16, best of a run; plain, oneDNN's):
+decode of 1 chat 47, 30 ms; of 16 chats 269, 247; a follow-up of 45 tokens 95, 70; vision tower and projector 731, 625.
+In float32 (2 cores with AVX2, median of alternating runs over 6 layers; plain, oneDNN's, FBGEMM's): 1 row 22, 26, 11
+ms; 4 rows 58, 26, 11; 16 rows 65, 38, 23; 45 rows 105, 68, 52; 256 rows 382, 337, 289; 640 rows 870, 799, 689.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llava_sessions.conversation import Conversation
-from llava_sessions.engine.kv import GROWTH_TOKENS, Budget
+from llava_sessions.engine.kv import GROWTH_TOKENS, Budget, SessionKV
 from llava_sessions.engine.messages import (
     Accepted,
     AskSession,
@@ -103,6 +103,62 @@ def test_a_running_answer_is_never_moved(tiny: Path) -> None:
     assert refused == [NoRoom("c", None, STEP_BYTES + FEATURES_BYTES, 7 * FEATURES_BYTES, 2)]
     assert chats.engine.memory() == before
     assert {event.turn_id for event in chats.run().values()} == {"turn-a", "turn-b"}
+
+
+def nearly_full(chats: Chats, name: str, room: int) -> SessionKV:
+    """Open a session whose first answer leaves room for so many tokens in its cache; the turn has yet to run."""
+    chats.open(name, ord(name))
+    chats.run()
+    stored = len(chats.conversations[name].opening.token_ids)
+    prompt = len(chats.tokens.prompt(chats.conversations[name], QUESTIONS[0]))
+    chats.ask(name, QUESTIONS[0], Sampling(GROWTH_TOKENS - stored - prompt - room))
+    return chats.engine._sessions[name].kv
+
+
+def test_a_cache_that_the_next_turn_would_outgrow_is_grown_while_nobody_waits(tiny: Path) -> None:
+    chats, free = Chats(tiny), Chats(tiny)
+    kv, _ = nearly_full(chats, "a", room=10), nearly_full(free, "a", room=10)
+    assert kv.capacity == GROWTH_TOKENS
+    assert chats.run()["a"].answer_ids == free.run()["a"].answer_ids
+    assert kv.length < GROWTH_TOKENS < kv.capacity == 2 * GROWTH_TOKENS
+    assert not chats.engine.has_work
+    address = kv.address
+    for either in (chats, free):
+        either.ask("a", QUESTIONS[1], Sampling(6))
+    assert chats.run()["a"].answer_ids == free.run()["a"].answer_ids
+    assert kv.length > GROWTH_TOKENS
+    assert kv.address == address, "no turn had to wait for it"
+
+
+def test_nothing_grows_ahead_while_another_session_works(tiny: Path) -> None:
+    chats = Chats(tiny)
+    kv = nearly_full(chats, "a", room=10)
+    chats.open("b", ord("b"))
+    chats.ask("b", QUESTIONS[0], Sampling(GROWTH_TOKENS))
+    while "a" not in chats.run(steps=1):
+        pass
+    chats.run(steps=2)
+    assert kv.capacity == GROWTH_TOKENS
+    chats.run()
+    assert kv.capacity == 2 * GROWTH_TOKENS
+
+
+@pytest.mark.parametrize("what", ["budget", "memory"])
+def test_without_room_nothing_grows_ahead_and_the_session_goes_on(
+    tiny: Path, what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    chats = Chats(tiny, budget=Budget(2**62 if what == "memory" else STEP_BYTES + FEATURES_BYTES, PLENTY))
+    kv = nearly_full(chats, "a", room=50)
+    with monkeypatch.context() as patch:
+        if what == "memory":
+            patch.setattr("llava_sessions.engine.kv.GROWTH_TOKENS", 2**48)  # more than any machine has
+        answer = chats.run()["a"].answer_ids
+    assert kv.capacity == GROWTH_TOKENS
+    assert not chats.engine.has_work
+    assert len(answer) > 1
+    assert ("growing_failed" in caplog.text) == (what == "memory")
+    chats.ask("a", "why?", Sampling(1))
+    assert len(chats.run()["a"].answer_ids) == 1
 
 
 def test_a_turn_that_can_not_be_held_is_refused_and_the_session_goes_on(tiny: Path) -> None:

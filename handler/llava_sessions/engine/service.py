@@ -48,6 +48,9 @@ from .scheduler import plan
 
 log = logging.getLogger(__name__)
 
+# A cache with less room than this will not hold its next turn: a question of some words, and an answer's beginning.
+_TURN_TOKENS = 64
+
 
 @dataclass
 class _Turn:
@@ -90,7 +93,7 @@ class _Session:
     """One open session: the ids of its conversation, its KV cache, its pictures.
 
     `ticket` is the arrival of what it works on, `last_used` that of its latest request. `short_of_memory`: whether that
-    work was tried again already because memory ran out.
+    work was tried again already because memory ran out, or there was none to grow its cache ahead.
     """
 
     id: str
@@ -202,7 +205,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step()` would do or tell anything."""
-        return bool(self._events) or any(s.active for s in self._sessions.values())
+        return bool(self._events) or any(s.active for s in self._sessions.values()) or self._cramped() is not None
 
     def memory(self) -> Memory:
         """What the open sessions hold now."""
@@ -281,6 +284,7 @@ class Engine:
         prompt_tokens = start + len(command.token_ids)
         max_new_tokens = min(sampling.max_new_tokens, self.model.context_tokens - prompt_tokens)
         reserved = self.model.kv_shape.device_bytes(prompt_tokens + max_new_tokens)
+        reserved = max(reserved, session.kv.device_bytes)  # a cache that was grown ahead is held whole
         if not self._admit(session, command.turn_id, reserved, command.token_ids, command.pictures):
             return
         self._restore(session)
@@ -392,6 +396,8 @@ class Engine:
         steps = plan(self._ready(), self._chunk_tokens)
         if steps:
             self._forward(steps)
+        elif not any(s.active for s in self._sessions.values()):
+            self._grow_next()
         events, self._events = self._events, []
         return events
 
@@ -473,6 +479,37 @@ class Engine:
                         raise
                     log.warning("fork_failed error=%s", _first_line(error))  # its own prefill comes instead
                 return
+
+    def _cramped(self) -> _Session | None:
+        """The session, of those whose next turn would outgrow their cache, that has waited longest to have it grown.
+
+        On a CPU only: there it takes as long as the first token, mostly for page faults, on a GPU next to nothing. None
+        has to leave the device for it.
+        """
+        if self.model.device.type != "cpu":
+            return None
+        waiting = (s for s in self._sessions.values() if not s.short_of_memory and self._is_cramped(s))
+        session = min(waiting, key=lambda s: s.ticket, default=None)
+        if session is None:
+            return None
+        held = self._features_bytes() + sum(s.kv.device_bytes for s in self._sessions.values())
+        return session if held + self.model.kv_shape.device_bytes(1) <= self.budget.device_bytes else None
+
+    def _is_cramped(self, session: _Session) -> bool:
+        kv = session.kv
+        return kv.tier == "resident" and kv.capacity < min(kv.length + _TURN_TOKENS, self.model.context_tokens)
+
+    def _grow_next(self) -> None:
+        """While nobody waits: give a cache the room that its next turn's first token would have to wait for."""
+        session = self._cramped()
+        if session is None:
+            return
+        try:
+            session.kv.reserve(session.kv.capacity + 1)
+        except Exception as error:
+            self._contain(error)
+            session.short_of_memory = True  # not again before its next turn, which tries by itself
+            log.warning("growing_failed error=%s", _first_line(error))
 
     def _forward(self, steps: list[tuple[_Session, int]]) -> None:
         now = time.perf_counter()

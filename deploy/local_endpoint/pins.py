@@ -37,12 +37,12 @@ class Instance:
 
     @contextlib.asynccontextmanager
     async def waiting(self) -> AsyncIterator[None]:
-        """Raises `GoneError` in the block as soon as the instance is lost, whatever is awaited there.
+        """Raises `GoneError` in the block once the instance is lost, whatever is awaited there.
 
         A time-out without an end, which its loss brings about: a task of its own for each wait takes a millisecond of
         a turn.
         """
-        wait = asyncio.timeout(None)
+        wait = asyncio.timeout(0 if self.gone else None)
         try:
             async with wait:
                 self._waits.add(wait)

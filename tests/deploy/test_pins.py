@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from deploy.local_endpoint.pins import Instance, Pins
+import asyncio
+
+import pytest
+
+from deploy.local_endpoint.pins import GoneError, Instance, Pins
 
 
 class Clock:
@@ -75,3 +79,25 @@ def test_a_moved_session_keeps_its_expiry():
     assert pins.find("a") is second
     clock.now = 1010
     assert pins.find("a") is None
+
+
+def test_whoever_waits_for_an_instance_hears_of_its_loss_at_once_and_so_does_who_comes_later():
+    async def wait(instance: Instance, seconds: float) -> None:
+        async with asyncio.timeout(seconds), instance.waiting():
+            await asyncio.Event().wait()
+
+    async def lose_one() -> None:
+        lost, other = make_pins()[1]
+        waiting = [asyncio.create_task(wait(lost, 60)) for _ in range(3)]
+        elsewhere = asyncio.create_task(wait(other, 0.2))
+        await asyncio.sleep(0)
+        lost.lose()
+        for ended in asyncio.as_completed(waiting, timeout=10):
+            with pytest.raises(GoneError):
+                await ended
+        with pytest.raises(GoneError):
+            await wait(lost, 60)
+        with pytest.raises(TimeoutError):
+            await elsewhere
+
+    asyncio.run(lose_one())

@@ -46,6 +46,11 @@ def talk(chats: Chats, sessions: int, seed: int = 0) -> dict[str, list[list[int]
     return answers
 
 
+def told(chats: Chats, kind: type) -> list[str]:
+    """Of which sessions the engine told that, in order."""
+    return [event.session_id for event in chats.events if isinstance(event, kind)]
+
+
 @pytest.mark.parametrize(
     ("host_bytes", "tiers"),
     [
@@ -179,12 +184,46 @@ def test_what_is_open_is_not_dropped_for_a_newcomer(tiny: Path) -> None:
     for name in "abcdef":
         chats.open(name, ord(name))
         chats.run()
-    accepted = [event.session_id for event in chats.events if isinstance(event, Accepted)]
-    refused = [event.session_id for event in chats.events if isinstance(event, NoRoom)]
-    assert (accepted, refused) == (["a", "b", "c"], ["d", "e", "f"])
+    assert (told(chats, Accepted), told(chats, NoRoom)) == ([*"abc"], [*"def"])
     for name in "abc":
         chats.ask(name, QUESTIONS[0], Sampling(4))
         assert chats.run()[name].reason == "length"
+
+
+def test_a_burst_of_openings_waits_for_room_and_is_refused_none(tiny: Path) -> None:
+    chats, free = Chats(tiny, budget=Budget(2 * STEP_BYTES + 6 * FEATURES_BYTES, PLENTY)), Chats(tiny)
+    for either in (chats, free):
+        for name in "abcdef":
+            either.open(name, ord(name))
+        either.run()
+    assert told(chats, Accepted) == told(chats, Opened) == [*"abcdef"]
+    assert not told(chats, NoRoom)
+    for name in "fabced":
+        for either in (chats, free):
+            either.ask(name, QUESTIONS[0], Sampling(6))
+        assert chats.run()[name].answer_ids == free.run()[name].answer_ids
+
+
+def test_an_opening_waits_for_the_turn_that_has_the_room_it_needs(tiny: Path) -> None:
+    chats = Chats(tiny, budget=Budget(2 * STEP_BYTES + 3 * FEATURES_BYTES, PLENTY))
+    chats.open("a", ord("a"))
+    chats.run()
+    for name in "bc":
+        chats.open(name, ord(name))
+    chats.ask("a", QUESTIONS[0], Sampling(GROWTH_TOKENS))  # two steps
+    while "a" not in chats.run(steps=1):
+        assert told(chats, Opened) == ["a"]
+    chats.run()
+    assert told(chats, Opened) == [*"abc"]
+    assert not told(chats, NoRoom)
+
+
+def test_features_leave_room_for_an_opening_that_waits(tiny: Path) -> None:
+    chats = Chats(tiny, budget=Budget(STEP_BYTES + 3 * FEATURES_BYTES, 0))
+    for name in "abcd":
+        chats.open(name, ord(name))
+    chats.run()
+    assert (told(chats, Opened), told(chats, NoRoom)) == ([*"abc"], ["d"])
 
 
 @pytest.mark.parametrize("chunk_tokens", [256, 5])

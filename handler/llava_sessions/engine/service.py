@@ -92,8 +92,9 @@ class _Shown:
 class _Session:
     """One open session: the ids of its conversation, its KV cache, its pictures.
 
-    `ticket` is the arrival of what it works on, `last_used` that of its latest request. `short_of_memory`: whether that
-    work was tried again already because memory ran out, or there was none to grow its cache ahead.
+    `ticket` is the arrival of what it works on, `last_used` that of its latest request. `reserved_bytes` is what its KV
+    may take meanwhile: nothing while its opening waits for a place on the device. `short_of_memory`: whether that work
+    was tried again already because memory ran out, or there was none to grow its cache ahead.
     """
 
     id: str
@@ -103,9 +104,10 @@ class _Session:
     shown: list[_Shown]
     ticket: int
     opened_at: float
-    reserved_bytes: int
     opening_tokens: int
+    opening_bytes: int
     prefix: Hashable
+    reserved_bytes: int = 0
     encode_ms: float = 0.0
     announced: bool = False
     short_of_memory: bool = False
@@ -118,6 +120,10 @@ class _Session:
     @property
     def active(self) -> bool:
         return self.turn is not None or not self.announced
+
+    @property
+    def waits_for_room(self) -> bool:
+        return self.active and not self.reserved_bytes
 
     @property
     def pending_tokens(self) -> int:
@@ -265,11 +271,11 @@ class Engine:
             shown=[_Shown(picture, picture.key) for picture in command.pictures],
             ticket=self._ticket(),
             opened_at=time.perf_counter(),
-            reserved_bytes=self.model.kv_shape.device_bytes(len(command.token_ids)),
             opening_tokens=len(command.token_ids),
+            opening_bytes=self.model.kv_shape.device_bytes(len(command.token_ids)),
             prefix=(tuple(command.token_ids), tuple(picture.key for picture in command.pictures)),
         )
-        if self._admit(session, None, session.reserved_bytes, command.token_ids, command.pictures):
+        if self._admit(session, None, session.opening_bytes, command.token_ids, command.pictures):
             self._sessions[session.id] = session
             self._events.append(Accepted(session.id))
 
@@ -339,11 +345,18 @@ class Engine:
         token_ids: list[int],
         pictures: tuple[Picture, ...],
     ) -> bool:
-        """Make room for what the session will hold at most, or tell that there is none, before any work."""
+        """Make room for what the session will hold at most, or tell that there is none, before any work.
+
+        Openings that wait for room hold none yet, so that many may wait beside each other; but what stays for good, the
+        features, leaves room for the largest of them.
+        """
         known = all(picture.key in self._features for picture in pictures)
         features = 0 if known else len(self._image_positions(token_ids)) * self.model.feature_bytes
         held = self._features_bytes() + self._coming_features_bytes()
+        waiting = max((s.opening_bytes for s in self._sessions.values() if s.waits_for_room), default=0)
         try:
+            if features and held + features + waiting > self.budget.device_bytes:
+                raise BudgetExceeded(features + waiting, max(self.budget.device_bytes - held, 0))
             make_room(self.budget, self._sessions.values(), held, kv_bytes + features, wanted=session)
         except BudgetExceeded as error:
             figures = (error.needed_bytes, error.free_bytes, len(self._sessions))
@@ -451,13 +464,18 @@ class Engine:
         """The sessions whose tokens can run, in order of arrival.
 
         A prompt that another session has prefilled already is copied from there; one that another is prefilling right
-        now is waited for.
+        now is waited for. An opening waits for room behind those that came before it.
         """
         ready: list[_Session] = []
         prefilling: set[Hashable] = set()
+        is_full = False
         for session in sorted((s for s in self._sessions.values() if s.active), key=lambda s: s.ticket):
             if not session.encoded:
                 continue
+            if session.waits_for_room:
+                is_full = is_full or not self._place(session)
+                if is_full:
+                    continue
             if session.kv.length == 0:
                 self._fork(session)
             if session.kv.length < session.opening_tokens:
@@ -467,6 +485,16 @@ class Engine:
             ready.append(session)
             self._announce(session)
         return ready
+
+    def _place(self, session: _Session) -> bool:
+        """Make room for the KV of an opening; False where running turns leave too little now."""
+        held = self._features_bytes() + self._coming_features_bytes()
+        try:
+            make_room(self.budget, self._sessions.values(), held, session.opening_bytes, wanted=session)
+        except BudgetExceeded:
+            return False
+        session.reserved_bytes = session.opening_bytes
+        return True
 
     def _fork(self, session: _Session) -> None:
         tokens = session.opening_tokens

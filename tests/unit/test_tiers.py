@@ -111,12 +111,13 @@ def test_a_running_answer_is_never_moved(tiny: Path) -> None:
 
 
 def nearly_full(chats: Chats, name: str, room: int) -> SessionKV:
-    """Open a session whose first answer leaves room for so many tokens in its cache; the turn has yet to run."""
+    """Open a session whose first turn leaves room for so many tokens in its cache; the turn has yet to run."""
     chats.open(name, ord(name))
     chats.run()
-    stored = len(chats.conversations[name].opening.token_ids)
-    prompt = len(chats.tokens.prompt(chats.conversations[name], QUESTIONS[0]))
-    chats.ask(name, QUESTIONS[0], Sampling(GROWTH_TOKENS - stored - prompt - room))
+    conversation, text = chats.conversations[name], "?"
+    while len(conversation.token_ids + chats.tokens.prompt(conversation, text)) < GROWTH_TOKENS - room - 3:
+        text += "?"
+    chats.ask(name, text, Sampling(3))
     return chats.engine._sessions[name].kv
 
 

@@ -168,6 +168,7 @@ def test_sigterm_lets_running_answers_finish_and_takes_no_new_ones(command: Call
         serving.process.send_signal(signal.SIGTERM)
         serving.read_until("SIGTERM: stopping")
         assert eventually(lambda: ping(serving.url) == 404), "a balancer sends no new sessions"
+        assert eventually(lambda: ask(serving.url).status_code != 200), "the worker hears of it after the balancer"
         refused = ask(serving.url)
         assert (refused.status_code, refused.json()["error"]["message"]) == (503, "I stop soon.")
         assert 1 + sum(line == "chunk" for line in lines) == 600

@@ -39,8 +39,7 @@ class Instance:
     async def waiting(self) -> AsyncIterator[None]:
         """Raises `GoneError` in the block once the instance is lost, whatever is awaited there.
 
-        A time-out without an end, which its loss brings about: a task of its own for each wait takes a millisecond of
-        a turn.
+        A time-out without an end, which its loss brings about: cheaper than a task of its own for each wait.
         """
         wait = asyncio.timeout(0 if self.gone else None)
         try:

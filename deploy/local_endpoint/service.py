@@ -78,8 +78,8 @@ class Service:
         self.limits = limits or Limits()
         self._corners = corners or Corners()
         pool = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-        # The transport without its client: a container sees nothing of a client's headers, cookies or redirects, and
-        # a turn takes half a millisecond less.
+        # The transport without its client: a container sees nothing of a client's headers, and nobody pays for its
+        # cookies and redirects.
         self._http = httpx.AsyncHTTPTransport(limits=pool, trust_env=False)
 
     async def close(self) -> None:

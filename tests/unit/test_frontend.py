@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from llava_sessions.frontend import SequenceEnder, frontend_properties, header_problems, read_properties
+from tests.product_log import told
 
 REPO = Path(__file__).resolve().parents[2]
 SESSION = "X-Amzn-SageMaker-Session-Id"
@@ -241,11 +242,6 @@ def test_a_sequence_is_ended_by_a_close_on_its_own_header(inference, host):
     assert headers["Content-Type"] == "application/json"
 
 
-def told(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What the product said: other threads of the test run log too."""
-    return [record.getMessage() for record in caplog.records if record.name.startswith("llava_sessions.")]
-
-
 def test_what_could_not_be_ended_is_tried_again_and_an_id_that_no_header_can_carry_stops_nothing(inference, caplog):
     ender = SequenceEnder(f"http://127.0.0.1:{inference.server_port}", "llava")
     inference.statuses = [500, 503]
@@ -265,5 +261,5 @@ def test_a_sequence_that_can_not_be_ended_is_told_of_once_and_not_named(inferenc
         until = time.monotonic() + PATIENCE_S
         while not told(caplog) and time.monotonic() < until:
             time.sleep(0.01)
-    assert told(caplog) == ["sequence_not_ended reason=status 500"]
+    assert [record.getMessage() for record in told(caplog)] == ["sequence_not_ended reason=status 500"]
     assert inference.asked.qsize() == 3

@@ -35,6 +35,7 @@ from llava_sessions.config import ConfigError
 from llava_sessions.journal import Head, Journal, open_journal
 from llava_sessions.records import Blob, Blobs, Damaged, OpenRecord, Story, TurnRecord, encode, key_of, read_story
 from llava_sessions.stores import DirectoryStore, S3Store, StoreError
+from tests.product_log import told
 from tests.unit import journal_child
 
 NOW = 1_500_000_000.0  # before any file of today
@@ -68,11 +69,6 @@ def saved(journal: Journal, session_id: str = "chat-1", turns: int = 3) -> Story
 
 def file_of(folder: Path, session_id: str, number: int) -> Path:
     return folder / key_of(session_id) / f"{number:06d}.rec"
-
-
-def told(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
-    """What the product said: other threads of the test run, which poll servers, log too."""
-    return [record for record in caplog.records if record.name.startswith("llava_sessions.")]
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:

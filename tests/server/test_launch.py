@@ -103,8 +103,10 @@ def test_whatever_dies_is_back_and_a_killed_launcher_takes_everything_along(comm
             assert eventually(lambda death=death: hanging_so_far(serving) == death)
             os.kill(serving.find(victim), signal.SIGKILL)
             assert eventually(lambda: ping(url) == 503)
-            refused, cut = ask(url), hanging.result(30)
-        for reply in (refused, cut):
+            # Megabytes that nobody wants: HAProxy answers all the same while they still come.
+            refused = [ask(url, {"image": "x" * size}) for size in (1, *[3_000_000] * 10)]
+            cut = hanging.result(30)
+        for reply in (*refused, cut):
             assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine_restarting")
             assert reply.headers["Retry-After"]
         serving.read_until("ready again")

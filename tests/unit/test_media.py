@@ -33,6 +33,7 @@ LIMITS = MediaLimits()
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 PUBLIC = "93.184.215.14"  # any public address: the test backend never dials it
 NAME = "pictures.example"
+PATIENCE_S = 20.0  # what is refused at once takes milliseconds; otherwise minutes, or it never ends
 
 
 def encode(image: Image.Image, picture_format: str, **options: object) -> bytes:
@@ -370,7 +371,7 @@ def test_bombs_are_refused_at_once_and_without_their_memory(name: str, good_file
     data = bomb(name)
     started = time.perf_counter()
     refused("too_large", "picture", lambda: media.load_bytes(data, LIMITS))
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < PATIENCE_S
     assert resident_peak_mib(REFUSE, data) < 48 + len(data) / 2**20
 
 
@@ -387,7 +388,7 @@ def test_more_scans_than_any_encoder_writes_are_refused_quickly() -> None:
     data = good[:-2] + last_scan * 50_000 + b"\xff\xd9"
     started = time.perf_counter()
     refused("too_large", "scans", lambda: media.load_bytes(data, LIMITS))
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < PATIENCE_S
 
 
 def test_scan_markers_that_are_none_are_not_counted() -> None:
@@ -1079,7 +1080,7 @@ def test_a_declared_length_is_believed_only_when_it_is_too_much(server: Server, 
     server.answers["/much"] = b"HTTP/1.1 200 OK\r\nContent-Length: 1001\r\n\r\n"  # and then nothing
     started = time.perf_counter()
     refused("too_large", "1000 bytes", lambda: fetcher(f"https://{NAME}/much", limits))
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < PATIENCE_S
     server.answers["/huge"] = b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 19 + b"\r\n\r\n"
     refused("too_large", "1000 bytes", lambda: fetcher(f"https://{NAME}/huge", limits))
     # Says less than it sends: what is beyond the length is not part of the answer.
@@ -1116,7 +1117,7 @@ def test_a_dripping_server_hits_the_deadline(head: bytes, piece: bytes, server: 
     limits = replace(LIMITS, fetch_timeout_s=0.6)
     started = time.perf_counter()
     refused("invalid_request", "within 0.6 s", lambda: fetcher(f"https://{NAME}/a.png", limits))
-    assert 0.5 < time.perf_counter() - started < 5
+    assert 0.5 < time.perf_counter() - started < PATIENCE_S
 
 
 def test_a_silent_server_and_redirects_share_one_deadline(server: Server, fetcher: Fetcher) -> None:
@@ -1128,7 +1129,7 @@ def test_a_silent_server_and_redirects_share_one_deadline(server: Server, fetche
     limits = replace(LIMITS, fetch_timeout_s=0.8)
     started = time.perf_counter()
     refused("invalid_request", "within 0.8 s", lambda: fetcher(f"https://{NAME}/a.png", limits))
-    assert 0.7 < time.perf_counter() - started < 5
+    assert 0.7 < time.perf_counter() - started < PATIENCE_S
     assert server.connections in (2, 3)  # so the redirects were followed, and did not start the clock anew
 
 
@@ -1138,20 +1139,20 @@ def test_a_handshake_that_never_comes(fetcher: Fetcher) -> None:
         limits = replace(LIMITS, fetch_timeout_s=0.5)
         started = time.perf_counter()
         refused("invalid_request", "within 0.5 s", lambda: silent(f"https://{NAME}/a.png", limits))
-        assert 0.4 < time.perf_counter() - started < 5
+        assert 0.4 < time.perf_counter() - started < PATIENCE_S
 
 
 def test_a_name_server_that_never_answers(fetcher: Fetcher) -> None:
     release = threading.Event()
 
     def stuck(_host: str, _port: int) -> list[str]:
-        release.wait(10)
+        release.wait(2 * PATIENCE_S)
         return [PUBLIC]
 
     limits = replace(LIMITS, fetch_timeout_s=0.4)
     started = time.perf_counter()
     refused("invalid_request", "within 0.4 s", lambda: replace(fetcher, resolve=stuck)(f"https://{NAME}/a", limits))
-    assert 0.3 < time.perf_counter() - started < 5
+    assert 0.3 < time.perf_counter() - started < PATIENCE_S
     release.set()
 
 
@@ -1230,11 +1231,11 @@ def test_s3_objects_too_large_by_their_word_or_in_fact(s3) -> None:
 
 def test_s3_is_held_to_the_deadline_and_may_be_missing() -> None:
     release = threading.Event()
-    stuck = Fetcher(s3_client=lambda: release.wait(10))
+    stuck = Fetcher(s3_client=lambda: release.wait(2 * PATIENCE_S))
     limits = replace(S3_LIMITS, fetch_timeout_s=0.3)
     started = time.perf_counter()
     refused("invalid_request", "within 0.3 s", lambda: stuck("s3://my-pictures/a", limits))
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < PATIENCE_S
     release.set()
 
     def no_boto3() -> object:

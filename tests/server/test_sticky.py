@@ -122,8 +122,8 @@ def test_a_host_that_stops_finishes_its_answers_and_then_its_sessions_wait_for_i
         fleet.hosts[0].process.send_signal(signal.SIGTERM)
         assert eventually(lambda: fleet.state(0).startswith("NOLB"))
         assert stopping not in {fleet.open()[1] for _ in range(4)}
-        # Its sessions still go to it: the word that lets the answer end is heard there. The worker learns of the end after
-        # the balancer.
+        # Its sessions still go to it: the word that lets the answer end is heard there. The worker learns of the end
+        # later than the balancer.
         assert eventually(lambda: fleet.ask(here).status_code != 200)
         refused = fleet.ask(here, {"release": True})
         assert (refused.status_code, refused.json()["error"]["message"]) == (503, "I stop soon.")

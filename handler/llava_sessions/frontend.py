@@ -85,7 +85,8 @@ class SequenceEnder:
     """Ends sequences of the frontend by requests to it, from a few threads of its own.
 
     Without it the frontend forgets them too, but only after `sequenceTimeoutMSec`. `mark` is the header that tells the
-    pump that such a request is ours.
+    pump that such a request is ours; `able`, whether such requests are answered, as far as is known: with TLS or token
+    authorisation they are not.
     """
 
     def __init__(self, inference_address: str, model: str) -> None:
@@ -94,7 +95,7 @@ class SequenceEnder:
         # The worker runs on the frontend's host; an address that means "all" is reached by loopback.
         self._host = "127.0.0.1" if address.hostname in (None, "0.0.0.0", "::") else address.hostname
         self._port = address.port or 80
-        self._plain = address.scheme == "http"
+        self._plain = self.able = address.scheme == "http"
         self._path = f"/predictions/{model}"
         self.mark = (END_HEADER, secrets.token_hex(16))
         self._queue: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
@@ -115,7 +116,9 @@ class SequenceEnder:
                 problem = type(error).__name__
             if problem and tries > 1:
                 self._queue.put((sequence_id, tries - 1))
-            elif problem:
+                continue
+            self.able = not problem
+            if problem:
                 log.warning("sequence_not_ended reason=%s", problem)
 
     def _post(self, sequence_id: str) -> int:

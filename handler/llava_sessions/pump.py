@@ -84,7 +84,8 @@ class Pump:
         self._inbox = inbox
         self._limits = limits
         preparer = Preparer(tokens, media_limits, journal, clock)
-        self._sequences = Sequences(sequences)
+        # The frontend has places for twice as many and some (model-config.yaml): half of what the open ones leave.
+        self._sequences = Sequences(sequences, linger=table.max_sessions // 2 + 8)
         places = (table, preparer, journal, self._sequences, context_tokens, clock)
         self._desk = Desk(engine, *places, post=inbox.put, let_go=self._end_sequence_of)
         self._opens = Opens(self._desk)
@@ -224,8 +225,7 @@ class Pump:
 
     def _is_ours(self, entry: Entry) -> bool:
         """Whether the request only ends its sequence; that of an open session goes the way of every close."""
-        name, value = self._sequences.mark
-        return entry.row.headers.get(name) == value and entry.row.sequence_id not in self._desk.table
+        return self._sequences.is_ours(entry.row) and entry.row.sequence_id not in self._desk.table
 
     def _drop_vanished(self, active: set[str]) -> None:
         """Forget rows whose clients left, and end what only they were waiting for."""

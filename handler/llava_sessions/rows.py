@@ -44,9 +44,13 @@ class Reply:
 
 
 class SequenceEnd(Protocol):
-    """Has the frontend end a sequence, by a request with the header `mark` (its name in lower case, and its value)."""
+    """Has the frontend end a sequence, by a request with the header `mark` (its name in lower case, and its value).
+
+    `able`: whether the frontend takes such requests.
+    """
 
     mark: tuple[str, str]
+    able: bool
 
     def end(self, sequence_id: str) -> None:
         """Have the sequence ended soon."""

@@ -5,8 +5,13 @@ threads than places, and one of them waits for each sequence's next request: fro
 row of it, and anew after each further one. Its end header, in a response, frees the place at once, but not a thread
 that waits: that one is lost until `sequenceTimeoutMSec`, and when all are lost the server answers nothing
 (SequenceBatching.java, pollJobFromJobGroup). So the header may only go where no thread waits: out in the very step in
-which a row came, where the steps just before had none of its sequence. All other sequences are ended a little later, by
-a request of our own: it takes the thread that waits, and then the same holds for it.
+which a row came, where the steps just before had none of its sequence.
+
+What it ends it ends with all that is queued there, which then is never answered; and it is heeded only when the answer
+is out already (SequenceContinuousBatching.java, sendResponse): a client that asks again at once loses that request, one
+time in some hundreds. So it goes into the answer to a request of our own, which is sent when the client has long been
+silent and takes the thread that waits. Only where very many shall end does it go into the client's own answer, to keep
+places for others.
 
 Must not know what rows ask for, nor how requests of our own are made. Not thread-safe; the pump holds a lock.
 """
@@ -18,12 +23,11 @@ import time
 from collections.abc import Iterable
 
 from . import protocol
-from .rows import Entry, Reply, SequenceEnd
+from .rows import Entry, Reply, Row, SequenceEnd
 
 # So long after a step the frontend has surely done with it, also on a busy machine; what comes later came after it.
 QUIET_S = 0.25
-# A client that asks again on an id that is gone has that ended by the answer to its next request. Our own request waits
-# longer than most take for that: one of a client's that comes while ours is under way is dropped by the frontend.
+# So long has nobody used what our own request ends. One of a client's that comes while it is under way is lost.
 LINGER_S = 1.5
 # The same header to a client, and another one to the frontend, which tells cases apart.
 _TOLD_HEADER = protocol.CLOSED_SESSION_HEADER.lower()
@@ -32,16 +36,18 @@ _TOLD_HEADER = protocol.CLOSED_SESSION_HEADER.lower()
 class Sequences:
     """The sequences that shall end, and when the latest steps had rows of which."""
 
-    def __init__(self, ender: SequenceEnd) -> None:
+    def __init__(self, ender: SequenceEnd, linger: int) -> None:
+        """`linger`: so many may wait for their end, each with a place of the frontend's."""
         self._ender = ender
+        self._linger = linger
         self._ending: dict[str, None] = {}  # in the order in which they shall
         self._now: set[str] = set()
         self._used_s: dict[str, float] = {}  # when a step before this one last had a row of it; oldest first
 
-    @property
-    def mark(self) -> tuple[str, str]:
-        """The header of a request that does nothing but end its sequence."""
-        return self._ender.mark
+    def is_ours(self, row: Row) -> bool:
+        """Whether the request does nothing but end its sequence."""
+        name, value = self._ender.mark
+        return row.headers.get(name) == value
 
     def end(self, sequence_id: str) -> None:
         """Have a sequence ended soon, once no row uses it."""
@@ -75,7 +81,8 @@ class Sequences:
         closed = final.headers.pop(protocol.CLOSED_SESSION_HEADER, None)
         sequence = entry.row.sequence_id
         ends = {closed, sequence if own else None} - {None}
-        if ends == {sequence} and alone and entry.steps == 0 and self._is_quiet(sequence):
+        at_once = self.is_ours(entry.row) or not self._ender.able or len(self._ending) >= self._linger
+        if at_once and ends == {sequence} and alone and entry.steps == 0 and self._is_quiet(sequence):
             final.headers[protocol.CLOSED_SESSION_HEADER] = sequence
             self._ending.pop(sequence, None)
             return

@@ -74,7 +74,7 @@ class SessionTable(Generic[Conversation]):
     """
 
     def __init__(self, max_sessions: int, ttl_s: float, idle_s: float | None = None) -> None:
-        self._max_sessions = max_sessions
+        self.max_sessions = max_sessions
         self._ttl_s = ttl_s
         self._idle_s = math.inf if idle_s is None else idle_s
         self._open: dict[str, Session[Conversation]] = {}
@@ -96,8 +96,8 @@ class SessionTable(Generic[Conversation]):
         """Keep a place for a session that is being prepared. Raises `Refused` (capacity, invalid_request)."""
         if session_id in self:
             raise Refused("invalid_request", "The session is open already; close it, or open without a session id.")
-        if len(self._open) + len(self._reserved) >= self._max_sessions:
-            full = f"All {self._max_sessions} sessions are taken; close one or try again later."
+        if len(self._open) + len(self._reserved) >= self.max_sessions:
+            full = f"All {self.max_sessions} sessions are taken; close one or try again later."
             raise Refused("capacity", full)
         self._reserved.add(session_id)
 

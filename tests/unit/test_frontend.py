@@ -248,6 +248,7 @@ def test_what_could_not_be_ended_is_tried_again_and_an_id_that_no_header_can_car
     with caplog.at_level(logging.WARNING):
         ender.end("one")
         assert [inference.next()[2][SESSION] for _ in range(3)] == ["one"] * 3
+        assert ender.able
         ender.end("thr\u00e9\u00e9")
         assert inference.next()[2][SESSION] == "thr\u00e9\u00e9".encode().decode("latin-1")
     assert told(caplog) == []
@@ -263,3 +264,13 @@ def test_a_sequence_that_can_not_be_ended_is_told_of_once_and_not_named(inferenc
             time.sleep(0.01)
     assert [record.getMessage() for record in told(caplog)] == ["sequence_not_ended reason=status 500"]
     assert inference.asked.qsize() == 3
+    assert not ender.able
+    ender.end("two")  # an expired session is tried all the same, and perhaps it was a bad moment
+    until = time.monotonic() + PATIENCE_S
+    while not ender.able and time.monotonic() < until:
+        time.sleep(0.01)
+    assert ender.able
+
+
+def test_a_frontend_with_tls_takes_no_requests_of_ours():
+    assert not SequenceEnder("https://127.0.0.1:8443", "llava").able

@@ -136,7 +136,7 @@ def test_a_full_table_refuses_before_any_work(model, tokens):
     with tokens._lock:
         (reply,) = front.exchange(row)  # at once, not after a look at the picture
     assert (reply.status, code(reply)) == (429, "capacity")
-    assert reply.headers == {CLOSED_SESSION_HEADER: row.sequence_id}
+    assert front.is_ended(row, reply)
     assert len(front.commands) == commands
     assert front.ask(session)["session_id"] == session
 
@@ -306,7 +306,8 @@ def test_a_close_frees_the_session_and_names_it(front):
     front.ask(session)
     assert front.engine.memory().kv_bytes > 0
     reply = front.answer(front.close_row(session))
-    assert (reply.status, reply.headers) == (200, {CLOSED_SESSION_HEADER: session})
+    assert (reply.status, reply.headers) == (200, {CLOSED_SESSION_HEADER.lower(): session})
+    assert front.ended == [session]
     assert json.loads(reply.body) == {"success": True, "session_id": session}
     assert front.engine.memory() == Memory()
     assert front.pump.figures().open_sessions == 0
@@ -316,11 +317,11 @@ def test_a_closed_session_is_not_found_but_closes_again(front):
     session = front.open()
     front.answer(front.close_row(session))
     reply = front.answer(front.ask_row(session))
-    assert (reply.status, reply.headers) == (404, {CLOSED_SESSION_HEADER: session})
+    assert (reply.status, reply.headers) == (404, {})
     assert front.answer(front.cancel_row(session)).status == 404
     for _ in range(2):
         again = front.answer(front.close_row(session))
-        assert (again.status, again.headers) == (200, {CLOSED_SESSION_HEADER: session})
+        assert (again.status, again.headers) == (200, {CLOSED_SESSION_HEADER.lower(): session})
 
 
 def test_a_close_of_an_id_that_never_was_is_not_found(front):
@@ -344,7 +345,7 @@ def test_a_close_ends_the_running_turn_first(front, stream):
     assert last["finish_reason"] == "cancelled"
     assert last["session_id"] == session
     assert turn_replies[-1].status == 200
-    assert (closed.status, closed.headers) == (200, {CLOSED_SESSION_HEADER: session})
+    assert (closed.status, closed.headers) == (200, {CLOSED_SESSION_HEADER.lower(): session})
     assert front.engine.memory() == Memory()
     assert front.pump.figures().running_turns == 0
 
@@ -493,7 +494,7 @@ def test_the_sweeper_frees_what_expired_and_the_id_stays_expired(front):
     assert front.pump.figures().open_sessions == 1
     assert front.ended == [session]
     reply = front.answer(front.ask_row(session))
-    assert (reply.status, reply.headers) == (410, {CLOSED_SESSION_HEADER: session})
+    assert (reply.status, reply.headers) == (410, {})
     assert front.ask(young)["session_id"] == young
     front.now_s = NOW + 5 + TTL + GRACE_S
     front.pump.sweep()
@@ -584,8 +585,8 @@ def test_a_sequence_that_is_not_one_clients_own_is_never_ended(front, sequence):
 def test_of_two_rows_on_an_unknown_id_only_the_last_one_ends_it(front):
     replies = front.settle(front.ask_row("nobody"), front.ask_row("nobody"))
     assert [reply.status for (reply,) in replies] == [404, 404]
-    assert [reply.headers for (reply,) in replies] == [{}, {CLOSED_SESSION_HEADER: "nobody"}]
-    assert front.ended == []
+    assert [reply.headers for (reply,) in replies] == [{}, {}]
+    assert front.ended == ["nobody"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -922,7 +923,7 @@ def test_a_session_whose_picture_failed_is_gone_with_a_reason(model, tokens):
     assert reply.status == 500
     later = front.answer(front.ask_row(session))
     assert (later.status, code(later)) == (500, "internal")
-    assert later.headers == {CLOSED_SESSION_HEADER: session}
+    assert set(front.ended) == {session}
     assert front.pump.figures().open_sessions == 0
     assert opened(front)  # its place is free
 

@@ -1,4 +1,5 @@
-"""sequences.py: the end header goes out only where no thread of the frontend waits; all else is ended by a request."""
+"""sequences.py: sequences are ended by requests of our own, once their clients are silent; where very many are, the end
+header goes out at once, and only where no thread of the frontend waits."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ class Ender:
     """Notes what would be ended by requests."""
 
     mark = ("x-mark", "ours")
+    able = True
 
     def __init__(self) -> None:
         self.ended: list[str] = []
@@ -47,11 +49,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def known(ender: Ender, clock: Clock) -> Sequences:
-    return Sequences(ender)
+    return Sequences(ender, linger=2)
 
 
-def row_of(sequence: str, steps: int = 0) -> Entry:
-    return Entry(Row("request", sequence, False, {}, {}), steps)
+@pytest.fixture
+def crowded(ender: Ender, clock: Clock) -> Sequences:
+    """One where as many wait for their end as may."""
+    return Sequences(ender, linger=0)
+
+
+def row_of(sequence: str, steps: int = 0, ours: bool = False) -> Entry:
+    return Entry(Row("request", sequence, False, dict([Ender.mark]) if ours else {}, {}), steps)
 
 
 def closes(session: str) -> Reply:
@@ -63,7 +71,22 @@ def step(known: Sequences, *rows: str) -> None:
     known.end_step()
 
 
-def test_a_row_that_is_answered_at_once_ends_its_sequence_itself(known: Sequences, ender: Ender, clock: Clock) -> None:
+def test_the_answer_to_a_request_of_ours_ends_its_sequence(known: Sequences, ender: Ender) -> None:
+    known.begin_step(["a"])
+    final = closes("a")
+    known.release(row_of("a", ours=True), final, own=True, alone=True)
+    known.end_step()
+    assert final.headers == {CLOSED_SESSION_HEADER: "a"}
+    assert ender.ended == []
+
+
+@pytest.mark.parametrize("why", ["too many wait", "the frontend takes no requests of ours"])
+def test_else_it_is_the_clients_own_answer_that_does_where_it_must(
+    why: str, known: Sequences, crowded: Sequences, ender: Ender, clock: Clock
+) -> None:
+    ender.able = why == "too many wait"
+    if ender.able:
+        known = crowded
     for final in (closes("a"), Reply("{}", status=404)):
         known.begin_step(["a"])
         known.release(row_of("a"), final, own=True, alone=True)
@@ -74,37 +97,58 @@ def test_a_row_that_is_answered_at_once_ends_its_sequence_itself(known: Sequence
     assert ender.ended == []
 
 
+def test_a_few_wait_for_their_end_and_then_there_is_room_for_others(
+    known: Sequences, ender: Ender, clock: Clock
+) -> None:
+    told = []
+    for session in ("a", "b", "c"):
+        known.begin_step([session])
+        told.append(closes(session))
+        known.release(row_of(session), told[-1], own=True, alone=True)
+        known.end_step()
+    assert [CLOSED_SESSION_HEADER in final.headers for final in told] == [False, False, True]
+    assert all({name.lower() for name in final.headers} == {CLOSED_SESSION_HEADER.lower()} for final in told)
+    clock.now_s += 1.51
+    known.sweep([])
+    assert ender.ended == ["a", "b"]
+    known.begin_step(["d"])
+    final = closes("d")
+    known.release(row_of("d"), final, own=True, alone=True)
+    assert CLOSED_SESSION_HEADER not in final.headers
+
+
+@pytest.mark.parametrize("ours", [False, True])
 @pytest.mark.parametrize(
     ("before", "steps", "alone"),
     [(["a"], 0, True), ([], 1, True), ([], 0, False)],
     ids=["just after another row", "after being held", "beside another row"],
 )
-def test_else_the_client_is_told_in_the_spelling_that_the_frontend_does_not_heed(
-    known: Sequences, ender: Ender, clock: Clock, before: list[str], steps: int, alone: bool
+def test_where_a_thread_may_wait_the_client_is_told_in_the_spelling_that_the_frontend_does_not_heed(
+    crowded: Sequences, ender: Ender, clock: Clock, before: list[str], steps: int, alone: bool, ours: bool
 ) -> None:
-    step(known, *before)
+    step(crowded, *before)
     clock.now_s += 0.24
-    known.begin_step(["a"])
+    crowded.begin_step(["a"])
     final = closes("a")
-    known.release(row_of("a", steps), final, own=True, alone=alone)
-    known.end_step()
+    crowded.release(row_of("a", steps, ours), final, own=True, alone=alone)
+    crowded.end_step()
     assert final.headers == {CLOSED_SESSION_HEADER.lower(): "a"}
     clock.now_s += 1.49
-    step(known, "b")
-    known.sweep([])
+    step(crowded, "b")
+    crowded.sweep([])
     assert ender.ended == []
     clock.now_s += 0.02
-    step(known, "b")
+    step(crowded, "b")
     assert ender.ended == ["a"]
 
 
-def test_what_comes_after_a_pause_ends_its_sequence_itself(known: Sequences, ender: Ender, clock: Clock) -> None:
-    step(known, "a")
+def test_what_comes_after_a_pause_ends_its_sequence_itself(crowded: Sequences, ender: Ender, clock: Clock) -> None:
+    step(crowded, "a")
     clock.now_s += 0.25
-    known.begin_step(["a"])
+    crowded.begin_step(["a"])
     final = closes("a")
-    known.release(row_of("a"), final, own=True, alone=True)
-    known.end_step()
+    crowded.release(row_of("a"), final, own=True, alone=True)
+    crowded.end_step()
     assert final.headers == {CLOSED_SESSION_HEADER: "a"}
 
 
@@ -136,17 +180,17 @@ def test_a_client_that_asks_again_on_a_dead_id_never_meets_a_request_of_ours(
     known: Sequences, ender: Ender, clock: Clock
 ) -> None:
     for _ in range(20):
-        for pause_s in (0.1, 0.3):  # the first is too soon for the header, the second is not
+        for pause_s in (0.1, 1.4):
             clock.now_s += pause_s
             known.begin_step(["a"])
             final = Reply("{}", status=404)
             known.release(row_of("a"), final, own=True, alone=True)
             known.end_step()
+            assert final.headers == {}
     assert ender.ended == []
-    assert final.headers == {CLOSED_SESSION_HEADER: "a"}
-    clock.now_s += 10
+    clock.now_s += 1.51
     known.sweep([])
-    assert ender.ended == []  # its own last answer has ended it
+    assert ender.ended == ["a"]
 
 
 def test_a_refusal_of_an_open_sessions_row_ends_nothing(known: Sequences, ender: Ender, clock: Clock) -> None:

@@ -78,7 +78,7 @@ class Frontend:
         limits = (context_tokens or model.context_tokens, Limits(), MediaLimits())
         self._ended: list[str] = []
         self.mark = ("x-mark", "ours")
-        self.able = True
+        self.able, self.pending = True, 0
         doors = {"sequences": self, "journal": journal or Journal(), "clock": lambda: self.now_s}
         self.pump = Pump(self, self.inbox, tokens, self.table, *limits, **doors)
 

@@ -86,7 +86,7 @@ class SequenceEnder:
 
     Without it the frontend forgets them too, but only after `sequenceTimeoutMSec`. `mark` is the header that tells the
     pump that such a request is ours; `able`, whether such requests are answered, as far as is known: with TLS or token
-    authorisation they are not.
+    authorisation they are not. `pending` are the sequences that have still to be ended.
     """
 
     def __init__(self, inference_address: str, model: str) -> None:
@@ -99,11 +99,15 @@ class SequenceEnder:
         self._path = f"/predictions/{model}"
         self.mark = (END_HEADER, secrets.token_hex(16))
         self._queue: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
+        self.pending = 0
+        self._lock = threading.Lock()
         for _ in range(_THREADS):
             threading.Thread(target=self._run, name="sequences", daemon=True).start()
 
     def end(self, sequence_id: str) -> None:
         """Have the sequence ended soon."""
+        with self._lock:
+            self.pending += 1
         self._queue.put((sequence_id, _TRIES))
 
     def _run(self) -> None:
@@ -117,6 +121,8 @@ class SequenceEnder:
             if problem and tries > 1:
                 self._queue.put((sequence_id, tries - 1))
                 continue
+            with self._lock:
+                self.pending -= 1
             self.able = not problem
             if problem:
                 log.warning("sequence_not_ended reason=%s", problem)

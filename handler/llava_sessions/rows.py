@@ -46,11 +46,12 @@ class Reply:
 class SequenceEnd(Protocol):
     """Has the frontend end a sequence, by a request with the header `mark` (its name in lower case, and its value).
 
-    `able`: whether the frontend takes such requests.
+    `able`: whether the frontend takes such requests; `pending`: sequences that it has still to end.
     """
 
     mark: tuple[str, str]
     able: bool
+    pending: int
 
     def end(self, sequence_id: str) -> None:
         """Have the sequence ended soon."""

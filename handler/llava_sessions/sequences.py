@@ -10,8 +10,8 @@ which a row came, where the steps just before had none of its sequence.
 What it ends it ends with all that is queued there, which then is never answered; and it is heeded only when the answer
 is out already (SequenceContinuousBatching.java, sendResponse): a client that asks again at once loses that request, one
 time in some hundreds. So it goes into the answer to a request of our own, which is sent when the client has long been
-silent and takes the thread that waits. Only where very many shall end does it go into the client's own answer, to keep
-places for others.
+silent and takes the thread that waits. It goes into the client's own answer where no client knows the id (the frontend
+made it for a request that is refused), and where very many shall end, to keep places for others.
 
 Must not know what rows ask for, nor how requests of our own are made. Not thread-safe; the pump holds a lock.
 """
@@ -81,7 +81,9 @@ class Sequences:
         closed = final.headers.pop(protocol.CLOSED_SESSION_HEADER, None)
         sequence = entry.row.sequence_id
         ends = {closed, sequence if own else None} - {None}
-        at_once = self.is_ours(entry.row) or not self._ender.able or len(self._ending) >= self._linger
+        nobody_asks_again = entry.row.fresh or self.is_ours(entry.row)
+        crowded = len(self._ending) + self._ender.pending >= self._linger
+        at_once = nobody_asks_again or crowded or not self._ender.able
         if at_once and ends == {sequence} and alone and entry.steps == 0 and self._is_quiet(sequence):
             final.headers[protocol.CLOSED_SESSION_HEADER] = sequence
             self._ending.pop(sequence, None)

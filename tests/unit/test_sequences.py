@@ -16,6 +16,7 @@ class Ender:
 
     mark = ("x-mark", "ours")
     able = True
+    pending = 0
 
     def __init__(self) -> None:
         self.ended: list[str] = []
@@ -58,8 +59,8 @@ def crowded(ender: Ender, clock: Clock) -> Sequences:
     return Sequences(ender, linger=0)
 
 
-def row_of(sequence: str, steps: int = 0, ours: bool = False) -> Entry:
-    return Entry(Row("request", sequence, False, dict([Ender.mark]) if ours else {}, {}), steps)
+def row_of(sequence: str, steps: int = 0, ours: bool = False, fresh: bool = False) -> Entry:
+    return Entry(Row("request", sequence, fresh, dict([Ender.mark]) if ours else {}, {}), steps)
 
 
 def closes(session: str) -> Reply:
@@ -71,22 +72,26 @@ def step(known: Sequences, *rows: str) -> None:
     known.end_step()
 
 
-def test_the_answer_to_a_request_of_ours_ends_its_sequence(known: Sequences, ender: Ender) -> None:
+@pytest.mark.parametrize("whose", ["ours", "fresh"])
+def test_the_answer_that_nobody_asks_again_after_ends_its_sequence(whose: str, known: Sequences, ender: Ender) -> None:
     known.begin_step(["a"])
     final = closes("a")
-    known.release(row_of("a", ours=True), final, own=True, alone=True)
+    known.release(row_of("a", **{whose: True}), final, own=True, alone=True)
     known.end_step()
     assert final.headers == {CLOSED_SESSION_HEADER: "a"}
     assert ender.ended == []
 
 
-@pytest.mark.parametrize("why", ["too many wait", "the frontend takes no requests of ours"])
+@pytest.mark.parametrize("why", ["too many wait", "too many are being ended", "the frontend takes no requests of ours"])
 def test_else_it_is_the_clients_own_answer_that_does_where_it_must(
     why: str, known: Sequences, crowded: Sequences, ender: Ender, clock: Clock
 ) -> None:
-    ender.able = why == "too many wait"
-    if ender.able:
+    if why == "too many wait":
         known = crowded
+    elif why == "too many are being ended":
+        ender.pending = 2
+    else:
+        ender.able = False
     for final in (closes("a"), Reply("{}", status=404)):
         known.begin_step(["a"])
         known.release(row_of("a"), final, own=True, alone=True)

@@ -49,8 +49,6 @@ class Command:
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, **(env or {})},
-            # Tests that run in the background of a script ignore Ctrl-C, and so would what they start.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.text = ""
 

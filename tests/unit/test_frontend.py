@@ -12,14 +12,14 @@ import queue
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from llava_sessions.frontend import SequenceEnder, frontend_properties, header_problems, read_properties
 from tests.product_log import told
+from tests.server.commands import eventually
 
 REPO = Path(__file__).resolve().parents[2]
 SESSION = "X-Amzn-SageMaker-Session-Id"
@@ -223,14 +223,6 @@ class Asked(http.server.BaseHTTPRequestHandler):
         """Keep the test's output clean."""
 
 
-def waited(condition: Callable[[], object]) -> bool:
-    """Whether it came about in time."""
-    until = time.monotonic() + PATIENCE_S
-    while not condition() and time.monotonic() < until:
-        time.sleep(0.01)
-    return bool(condition())
-
-
 @pytest.fixture
 def inference() -> Iterator[Inference]:
     with Inference() as server:
@@ -256,7 +248,7 @@ def test_what_could_not_be_ended_is_tried_again_and_an_id_that_no_header_can_car
     with caplog.at_level(logging.WARNING):
         ender.end("one")
         assert [inference.next()[2][SESSION] for _ in range(3)] == ["one"] * 3
-        assert waited(lambda: ender.pending == 0)
+        assert eventually(lambda: ender.pending == 0)
         assert ender.able
         ender.end("thr\u00e9\u00e9")
         assert inference.next()[2][SESSION] == "thr\u00e9\u00e9".encode().decode("latin-1")
@@ -268,12 +260,12 @@ def test_a_sequence_that_can_not_be_ended_is_told_of_once_and_not_named(inferenc
     inference.statuses = [500] * 3
     with caplog.at_level(logging.WARNING):
         ender.end("one")
-        assert waited(lambda: told(caplog))
+        assert eventually(lambda: told(caplog))
     assert [record.getMessage() for record in told(caplog)] == ["sequence_not_ended reason=status 500"]
     assert inference.asked.qsize() == 3
     assert not ender.able
     ender.end("two")  # an expired session is tried all the same, and perhaps it was a bad moment
-    assert waited(lambda: ender.able)
+    assert eventually(lambda: ender.able)
     assert ender.pending == 0
 
 

@@ -23,11 +23,10 @@ import torch
 import transformers
 from PIL import Image
 
-from deploy.processes import ServeError
-from deploy.serve import TorchServe
+from deploy.serve.processes import ServeError
+from deploy.serve.torchserve import TorchServe
+from llava_sessions_client import Answer, Chat, WireError, settled_gauges
 from models.shapes.scenes import HELD_OUT_SEEDS, Question, Scene, dialogue, make_scene
-
-from .wire import Answer, Chat, WireError, settled_gauges
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "shapes"

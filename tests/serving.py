@@ -19,10 +19,10 @@ from pathlib import Path
 
 import psutil
 
-from demo.wire import settled_gauges
-from deploy.front import find_haproxy
-from deploy.launch import Service
-from deploy.serve import TorchServe
+from deploy.serve.front import find_haproxy
+from deploy.serve.service import Service
+from deploy.serve.torchserve import TorchServe
+from llava_sessions_client import settled_gauges
 
 ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "models" / "shapes"

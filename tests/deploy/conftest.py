@@ -23,12 +23,12 @@ import uvicorn
 from botocore.client import BaseClient
 from botocore.config import Config
 
-from demo.wire import png
 from deploy.local_endpoint.app import listen, make_app
 from deploy.local_endpoint.contract import Corners, Limits
 from deploy.local_endpoint.pins import Instance
 from deploy.local_endpoint.service import Service
-from deploy.serve import TorchServe
+from deploy.serve.torchserve import TorchServe
+from llava_sessions_client import png
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.serving import pack
 

@@ -16,9 +16,9 @@ import pytest
 from botocore.client import BaseClient
 from botocore.exceptions import ClientError, EventStreamError
 
-from demo.wire import gauges, settled_gauges
 from deploy.local_endpoint.contract import Corners
-from deploy.serve import TorchServe
+from deploy.serve.torchserve import TorchServe
+from llava_sessions_client import gauges, settled_gauges
 from models.shapes.scenes import dialogue, make_scene
 
 from .conftest import NAME, Endpoint, ask, close_session, open_session, runtime, seed_of

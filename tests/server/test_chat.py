@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 import httpx
 import pytest
 
-from demo.wire import CLOSED_HEADER, SESSION_HEADER, Chat, WireError, png, settled_gauges
-from deploy.serve import TorchServe
+from deploy.serve.torchserve import TorchServe
+from llava_sessions_client import CLOSED_HEADER, SESSION_HEADER, Chat, WireError, png, settled_gauges
 from models.shapes.scenes import HELD_OUT_SEEDS, dialogue, make_scene
 
 from .conftest import MAX_SESSIONS

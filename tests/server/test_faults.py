@@ -21,8 +21,8 @@ import psutil
 import pytest
 from moto.server import ThreadedMotoServer
 
-from demo.wire import Chat, WireError, png
 from llava_sessions import records
+from llava_sessions_client import Chat, WireError, png
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.serving import Served, pack
 from tests.soak.chats import Crowd, PatientChat, Said, Tally, client, scene_scripts, undisturbed

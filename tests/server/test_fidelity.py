@@ -8,7 +8,7 @@ import httpx
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from demo.wire import Chat
+from llava_sessions_client import Chat
 from models.shapes.scenes import HELD_OUT_SEEDS, dialogue, make_scene
 
 from .conftest import SHAPES

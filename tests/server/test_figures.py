@@ -6,9 +6,9 @@ import json
 
 import httpx
 
-from demo.wire import Chat, settled_gauges
-from deploy import figures
-from deploy.serve import TorchServe
+from deploy.container import figures
+from deploy.serve.torchserve import TorchServe
+from llava_sessions_client import Chat, settled_gauges
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.aws.metric_filters import filters, matches
 

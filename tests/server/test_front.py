@@ -17,10 +17,10 @@ import httpx
 import pytest
 
 from bench import harness, route
-from demo.wire import CLOSED_HEADER, SESSION_HEADER, Chat, png, settled_gauges
-from deploy.front import Front, find_haproxy
-from deploy.processes import Guard, free_ports
-from deploy.serve import CONFIG, TorchServe, read_properties
+from deploy.serve.front import Front, find_haproxy
+from deploy.serve.processes import Guard, free_ports
+from deploy.serve.torchserve import CONFIG, TorchServe, read_properties
+from llava_sessions_client import CLOSED_HEADER, SESSION_HEADER, Chat, png, settled_gauges
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 
 from .commands import Command, eventually

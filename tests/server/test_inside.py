@@ -13,7 +13,7 @@ from contextlib import suppress
 import httpx
 import pytest
 
-from demo.wire import Chat
+from llava_sessions_client import Chat
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.private_hosts import PRIVATE_HOSTS
 

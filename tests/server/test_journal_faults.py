@@ -16,8 +16,8 @@ import httpx
 import psutil
 import pytest
 
-from demo.wire import Chat, WireError, settled_gauges
-from deploy.serve import TorchServe
+from deploy.serve.torchserve import TorchServe
+from llava_sessions_client import Chat, WireError, settled_gauges
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.serving import pack
 

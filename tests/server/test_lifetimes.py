@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from demo.wire import Chat, WireError, settled_gauges
-from deploy.serve import TorchServe
+from deploy.serve.torchserve import TorchServe
+from llava_sessions_client import Chat, WireError, settled_gauges
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 
 from .conftest import ROOT, SHAPES
@@ -60,7 +60,7 @@ def test_an_expired_session_is_gone_with_its_memory_and_its_place(short_lived: T
 
 
 def test_a_worker_without_the_session_headers_refuses_to_start(model_store: Path, tmp_path: Path) -> None:
-    """Started by hand with the stock launcher, and `. deploy/local.env` forgotten."""
+    """Started by hand with the stock launcher, and `. deploy/serve/local.env` forgotten."""
     with TorchServe(model_store, home=tmp_path / "ports") as other:
         rendered = (tmp_path / "ports" / "config.properties").read_text()
         other.stop()
@@ -79,7 +79,7 @@ def test_a_worker_without_the_session_headers_refuses_to_start(model_store: Path
         "--models",
         "llava",
     ]
-    options += ["--log-config", ROOT / "deploy" / "log4j2.xml"]
+    options += ["--log-config", ROOT / "deploy" / "serve" / "log4j2.xml"]
     log = tmp_path / "out.log"
     with log.open("w") as out:
         launcher = Path(sys.executable).with_name("torchserve")

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from demo.wire import CLOSED_HEADER, SESSION_HEADER, Chat, WireError, png
+from llava_sessions_client import CLOSED_HEADER, SESSION_HEADER, Chat, WireError, png
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 
 pytestmark = pytest.mark.usefixtures("same_worker")

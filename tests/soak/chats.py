@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from demo.wire import SESSION_HEADER, WireError, png
+from llava_sessions_client import SESSION_HEADER, WireError, png
 from models.shapes.scenes import HELD_OUT_SEEDS, dialogue, make_scene
 
 # No request may hang longer; a client waits for a reply's next bytes as long.

@@ -29,8 +29,8 @@ import httpx
 import torch
 
 from bench import machine
-from demo.wire import SESSION_HEADER, Chat, WireError, gauges, png, settled_gauges
-from deploy.serve import TorchServe
+from deploy.serve.torchserve import TorchServe
+from llava_sessions_client import SESSION_HEADER, Chat, WireError, gauges, png, settled_gauges
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.serving import Processes, pack
 

@@ -40,9 +40,9 @@ import torch
 from hypothesis import strategies as st
 
 from bench import machine
-from demo.wire import SESSION_HEADER, Chat, WireError, png, settled_gauges
-from deploy.serve import TorchServe
+from deploy.serve.torchserve import TorchServe
 from llava_sessions.errors import STATUS_OF_CODE
+from llava_sessions_client import SESSION_HEADER, Chat, WireError, png, settled_gauges
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.serving import Processes, pack
 

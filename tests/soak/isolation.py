@@ -17,7 +17,7 @@ from pathlib import Path
 
 import httpx
 
-from demo.wire import png
+from llava_sessions_client import png
 from models.shapes.drawing import Background
 from models.shapes.scenes import COLOURS, KINDS, PLACES, Scene, Shape
 from tests.serving import Served, pack

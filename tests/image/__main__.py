@@ -28,10 +28,9 @@ from pathlib import Path
 import httpx
 import psutil
 
-from demo.wire import Chat, WireError
+from deploy.container.image import REPO, ImageError, build
+from llava_sessions_client import Chat, WireError
 from models.shapes.scenes import HELD_OUT_SEEDS, dialogue, make_scene
-
-from .image import REPO, ImageError, build
 
 READY_LIMIT_S = 20.0
 STOP_LIMIT_S = 30.0
@@ -440,7 +439,7 @@ def facts() -> dict:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m deploy.image_test",
+        prog="python -m tests.image",
         description="Build the container's image with buildah, run it as SageMaker would, chat through it, measure it.",
     )
     add = parser.add_argument

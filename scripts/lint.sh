@@ -3,7 +3,7 @@
 set -euo pipefail
 
 if [[ "${1:-}" == --help ]]; then
-  echo "usage: deploy/lint.sh   ruff check, ruff format --check, import-linter, hadolint, cfn-lint, and shellcheck where installed"
+  echo "usage: scripts/lint.sh   ruff check, ruff format --check, import-linter, hadolint, cfn-lint, and shellcheck where installed"
   exit 0
 fi
 
@@ -12,10 +12,10 @@ bin=.venv/bin
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 # handler/ is the top of what travels in the archive, so its modules are top-level ones.
-PYTHONPATH=.:handler "$bin/lint-imports" --no-cache | tail -n 3
+PYTHONPATH=.:handler:client "$bin/lint-imports" --no-cache | tail -n 3
 "$bin/hadolint" Dockerfile
-"$bin/cfn-lint" deploy/endpoint.yaml
-scripts=(build_mar.sh .ci/run deploy/*.sh)
+"$bin/cfn-lint" deploy/sagemaker/endpoint.yaml
+scripts=(build_mar.sh .ci/run scripts/*.sh)
 if command -v shellcheck >/dev/null; then
   shellcheck "${scripts[@]}"
 else

@@ -3,7 +3,7 @@
 set -euo pipefail
 
 if [[ "${1:-}" == --help ]]; then
-  echo "usage: deploy/need_java.sh   exits 0 when Java 17 or later is there (JAVA_HOME, else java on PATH)"
+  echo "usage: scripts/need_java.sh   exits 0 when Java 17 or later is there (JAVA_HOME, else java on PATH)"
   exit 0
 fi
 

@@ -3,7 +3,7 @@
 set -euo pipefail
 
 if [[ "${1:-}" == --help ]]; then
-  echo "usage: deploy/need_haproxy.sh [--install]   exits 0 when HAProxy 2.6 or later is there"
+  echo "usage: scripts/need_haproxy.sh [--install]   exits 0 when HAProxy 2.6 or later is there"
   echo "  --install   take Debian's or Ubuntu's package when there is none, as root or by sudo without a password"
   exit 0
 fi

@@ -3,7 +3,7 @@
 set -euo pipefail
 
 if [[ "${1:-}" == --help ]]; then
-  echo "usage: deploy/env.sh   makes .venv in the checkout with what requirements-dev.txt pins; PYTHON= chooses the Python"
+  echo "usage: scripts/env.sh   makes .venv in the checkout with what requirements-dev.txt pins; PYTHON= chooses the Python"
   exit 0
 fi
 

@@ -20,7 +20,7 @@ from botocore.exceptions import ClientError
 from .account import MADE_BY, Account
 from .problems import DeployError, code_of, message_of
 
-TEMPLATE = Path(__file__).resolve().parents[1] / "endpoint.yaml"
+TEMPLATE = Path(__file__).resolve().parent / "endpoint.yaml"
 POLL_S = 5.0
 DEAD = {"ROLLBACK_COMPLETE", "ROLLBACK_FAILED", "CREATE_FAILED", "DELETE_FAILED"}  # can be deleted and nothing else
 FAILED = {*DEAD, "UPDATE_ROLLBACK_COMPLETE", "UPDATE_ROLLBACK_FAILED", "UPDATE_FAILED"}

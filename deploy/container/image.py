@@ -1,8 +1,8 @@
 """Building the container's image: with docker where a daemon answers, else with buildah.
 
 Owns: which builder is used, what it is told, and how pip's settings of this machine get into a build without staying in
-the image. Must not know: what is in the image (Dockerfile) and how it runs (deploy/container.py). deploy/image_test.py
-tries it for real.
+the image. Must not know: what is in the image (Dockerfile) and how it runs (deploy/container/entrypoint.py).
+tests/image tries it for real.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 TORCH = ("cuda", "cpu")
 PIP_SETTINGS = ("index-url", "extra-index-url", "find-links", "trusted-host", "proxy", "cert")
 SECRETS = Path("/run/secrets")  # where the Dockerfile's secrets are while it is built
@@ -129,7 +129,7 @@ def build(builder: Sequence[str], tag: str, arguments: dict[str, str], log=None)
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m deploy.image",
+        prog="python -m deploy.container.image",
         description="Build the SageMaker container's image. The model is not in it; build_mar.sh packs that.",
     )
     add = parser.add_argument

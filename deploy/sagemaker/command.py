@@ -1,8 +1,8 @@
 """`llava-deploy`: from a folder of weights to a SageMaker endpoint, and back to nothing.
 
 Owns the command line: what can be asked for, what is said, and the exit code. Results go to stdout and progress to
-stderr; a failure is one line. What each errand does on AWS is in deploy/aws/. Every command can be given again: it does
-what is left to do.
+stderr; a failure is one line. What each errand does on AWS is in the other modules. Every command can be given again:
+it does what is left to do.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ import boto3
 from botocore.exceptions import BotoCoreError, ClientError
 from botocore.parsers import ResponseParserError
 
-from deploy import capacity
-from deploy.aws import chats, images, models, roles, stacks, watching
-from deploy.aws.account import Account
-from deploy.aws.problems import DeployError, explain
+from deploy.sagemaker import capacity, chats, images, models, roles, stacks, watching
+from deploy.sagemaker.account import Account
+from deploy.sagemaker.problems import DeployError, explain
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 GPU_AMI = "al2023-ami-sagemaker-inference-gpu-4-1"  # NVIDIA driver 580: what the image's CUDA 13 needs
 NEEDS_AMI = re.compile(r"ml\.(g[456]|p[45])[a-z]*\.")  # newer ones have such a driver anyway
 TARGET_SHARE = 0.7  # of the sessions that an instance admits, where autoscaling adds one
@@ -210,7 +209,7 @@ def _parameters(args: argparse.Namespace, account: Account, before: stacks.State
     parameters |= _derived(parameters, before)
     for name, value in args.set:
         if name not in stacks.template_parameters():
-            raise DeployError(f"--set {name}: deploy/endpoint.yaml has no such parameter")
+            raise DeployError(f"--set {name}: deploy/sagemaker/endpoint.yaml has no such parameter")
         parameters[name] = value
     return parameters
 
@@ -308,7 +307,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     one.add_argument(
         "--ami", metavar="VERSION", help="InferenceAmiVersion (default: driver 580 where the type has an older one)"
     )
-    rest = "any other parameter of deploy/endpoint.yaml; again for more"
+    rest = "any other parameter of deploy/sagemaker/endpoint.yaml; again for more"
     one.add_argument("--set", type=_pair, action="append", default=[], metavar="NAME=VALUE", help=rest)
 
     command("status", status, [where])

@@ -1,9 +1,9 @@
 """Tells a container's figures where SageMaker collects them: one JSON line a minute on stdout, from TorchServe's page.
 
-The container runs it in a thread beside its launcher; `python -m deploy.figures` runs it by itself. CloudWatch makes
-metrics of the lines (deploy/endpoint.yaml), which autoscaling follows. Each instance tells its figures once a minute
-whether they have changed or not, so that their average is one over the instances. Needs nothing but the standard
-library.
+The container runs it in a thread beside its launcher; `python -m deploy.container.figures` runs it by itself.
+CloudWatch makes metrics of the lines (deploy/sagemaker/endpoint.yaml), which autoscaling follows. Each instance tells
+its figures once a minute whether they have changed or not, so that their average is one over the instances. Needs
+nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def line(figures: dict[str, float]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m deploy.figures", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m deploy.container.figures", description=__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8082/metrics", help="default: %(default)s")
     parser.add_argument("--every", type=float, default=60.0, metavar="S", help="default: %(default)s")
     args = parser.parse_args(argv)

@@ -49,5 +49,5 @@ class Account:
 
     @property
     def metrics_namespace(self) -> str:
-        """As in deploy/endpoint.yaml."""
+        """As in deploy/sagemaker/endpoint.yaml."""
         return f"LLaVASessions/{self.name}"

@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
-from deploy import figures, launch
+from deploy.container import figures
+from deploy.serve import service
 
 MODEL = Path("/opt/ml/model")  # SageMaker puts the model there; read-only
 MANIFEST = "MAR-INF/MANIFEST.json"
@@ -141,11 +142,11 @@ def main(argv: Sequence[str] | None = None, root: Path = MODEL) -> int:
 
 def launch_model(model: Path, port: int) -> int:
     """Serve until a signal; the exit code."""
-    # CloudWatch reads what it prints; autoscaling and the alarms of deploy/endpoint.yaml follow that.
+    # CloudWatch reads what it prints; autoscaling and the alarms of deploy/sagemaker/endpoint.yaml follow that.
     metrics = f"http://127.0.0.1:{port + METRICS_BEHIND}/metrics"
     threading.Thread(target=figures.main, args=(["--url", metrics],), name="figures", daemon=True).start()
     words = ["--model-store", str(model.parent), "--name", model.name, "--host", EVERY_INTERFACE, "--port", str(port)]
-    return launch.main([*words, "--timeout", str(LOAD_TIMEOUT_S)])
+    return service.main([*words, "--timeout", str(LOAD_TIMEOUT_S)])
 
 
 if __name__ == "__main__":

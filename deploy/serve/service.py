@@ -22,7 +22,7 @@ from types import FrameType
 
 from .front import Front, find_haproxy
 from .processes import LOOPBACK, Guard, ServeError
-from .serve import REPO, TorchServe, choose_ports, make_home
+from .torchserve import REPO, TorchServe, choose_ports, make_home
 
 POLL_S = 0.1
 # Seconds before each start that follows a death. Device memory of a killed process can take a while to come back.
@@ -56,7 +56,7 @@ class Service:
     ) -> None:
         """`server_options` are further ones of `TorchServe`."""
         if haproxy is None and host != LOOPBACK:
-            raise ServeError(f"serving on {host} needs HAProxy; deploy/need_haproxy.sh says how to get it")
+            raise ServeError(f"serving on {host} needs HAProxy; scripts/need_haproxy.sh says how to get it")
         self._store = model_store
         self._name = name
         self._haproxy = haproxy
@@ -276,7 +276,7 @@ Ctrl-C here stops the server."""
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m deploy.launch",
+        prog="python -m deploy.serve",
         description="Serve a packed model with TorchServe behind HAProxy, in the foreground, until Ctrl-C or SIGTERM. "
         "A server that dies is started again.",
     )
@@ -302,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     haproxy = find_haproxy()
     if haproxy is None:
-        print("HAProxy is missing (deploy/need_haproxy.sh): TorchServe is served bare, /ping says 200 while it loads")
+        print("HAProxy is missing (scripts/need_haproxy.sh): TorchServe is served bare, /ping says 200 while it loads")
     try:
         service = Service(
             args.model_store,

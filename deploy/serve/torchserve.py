@@ -32,11 +32,12 @@ import psutil
 
 from .processes import LOOPBACK, Guard, ServeError, file_size, free_ports, is_free, kill_group, tail
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
 CONFIG = REPO / "config.properties"
-WORKER_ENV = REPO / "deploy" / "local.env"
-LOG_CONFIG = REPO / "deploy" / "log4j2.xml"
-METRICS_CONFIG = REPO / "deploy" / "metrics.yaml"
+WORKER_ENV = HERE / "local.env"
+LOG_CONFIG = HERE / "log4j2.xml"
+METRICS_CONFIG = HERE / "metrics.yaml"
 
 MIN_JAVA = 17
 # What the frontend's heap needs is taken at start: its memory is level from then on, and a leak would be seen.
@@ -395,7 +396,7 @@ def find_java() -> str:
     """The Java that TorchServe will run on, 17 or later."""
     home = os.environ.get("JAVA_HOME")
     java = str(Path(home, "bin", "java")) if home else shutil.which("java")
-    help_line = f"TorchServe needs Java {MIN_JAVA} or later; {REPO / 'deploy' / 'need_java.sh'} says how to get it"
+    help_line = f"TorchServe needs Java {MIN_JAVA} or later; {REPO / 'scripts' / 'need_java.sh'} says how to get it"
     if not java:
         raise ServeError(f"no java found. {help_line}")
     try:

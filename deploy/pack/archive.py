@@ -2,7 +2,7 @@
 
 Owns: what a servable checkpoint looks like on disk, which of its files travel, and how the archive's configuration is
 rendered. Must not know: how the handler works inside (it packs the folder handler/ as it is) and how a server is run
-(deploy/launch.py). Imports neither torch nor transformers, so `--help` and a refusal come at once.
+(deploy/serve/service.py). Imports neither torch nor transformers, so `--help` and a refusal come at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 HANDLER_DIR = REPO / "handler"
 ENTRY_FILE = "llava_handler.py"
 PACKAGE_DIR = "llava_sessions"
@@ -600,9 +600,10 @@ def serve_lines(packed: Packed, job: Job) -> list[str]:
     torchserve = Path(sys.executable).parent / "torchserve"
     command = _short(torchserve) if torchserve.is_file() else "torchserve"
     return [
-        f". {_short(REPO / 'deploy/local.env')}",
+        f". {_short(REPO / 'deploy/serve/local.env')}",
         f"{command} --start --foreground --ncs --ts-config {_short(REPO / 'config.properties')} \\",
-        f"  --log-config {_short(REPO / 'deploy/log4j2.xml')} --model-store {_short(job.output)} --models {models}",
+        f"  --log-config {_short(REPO / 'deploy/serve/log4j2.xml')} \\",
+        f"  --model-store {_short(job.output)} --models {models}",
     ]
 
 
@@ -633,7 +634,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"Send it to S3:\n  {command} upload {_short(packed.archive)}")
         return 0
     print("Serve it, from the top of the checkout:")
-    print(f"  {_short(Path(sys.executable))} -m deploy.launch --model-store {_short(job.output)} --name {job.name}")
+    print(f"  {_short(Path(sys.executable))} -m deploy.serve --model-store {_short(job.output)} --name {job.name}")
     print("or by hand:")
     for line in serve_lines(packed, job):
         print("  " + line)

@@ -28,7 +28,7 @@ from deploy.local_endpoint.contract import Corners, Limits
 from deploy.local_endpoint.pins import Instance
 from deploy.local_endpoint.service import Service
 from deploy.serve.torchserve import TorchServe
-from llava_sessions_client import png
+from llava_sessions_client import to_png
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.serving import pack
 
@@ -175,7 +175,7 @@ def seed_of(index: int) -> int:
 
 def picture(index: int) -> str:
     """A picture as base64."""
-    return base64.b64encode(png(make_scene(seed_of(index)).draw())).decode()
+    return base64.b64encode(to_png(make_scene(seed_of(index)).draw())).decode()
 
 
 def invoke(client: BaseClient, body: dict, session: str | None = None, **members: Any) -> dict:

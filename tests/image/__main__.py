@@ -29,7 +29,7 @@ import httpx
 import psutil
 
 from deploy.container.image import REPO, ImageError, build
-from llava_sessions_client import Chat, WireError
+from llava_sessions_client import ApiError, ChatSession
 from models.shapes.scenes import HELD_OUT_SEEDS, dialogue, make_scene
 
 READY_LIMIT_S = 20.0
@@ -233,7 +233,7 @@ def _pings(http: httpx.Client) -> bool:
 def hold_chat(container: Container, http: httpx.Client, seed: int) -> dict:
     """Open with a picture, two questions, close. The answers must be right: this model knows such pictures."""
     scene = make_scene(seed)
-    chat = Chat.open(http, scene.draw())
+    chat = ChatSession.open(http, scene.draw())
     opened_s = time.monotonic() - container.started_at
     turns = []
     for question in dialogue(scene, seed, 2):
@@ -244,7 +244,7 @@ def hold_chat(container: Container, http: httpx.Client, seed: int) -> dict:
     if not turns[1]["usage"]["cached_tokens"]:
         raise CheckError("the second question found nothing in the KV cache")
     chat.close()
-    with contextlib.suppress(WireError):
+    with contextlib.suppress(ApiError):
         chat.ask("Are you there?")
         raise CheckError("the closed session still answers")
     return {"ready_s": round(opened_s, 2), "turns": turns}
@@ -401,7 +401,7 @@ def try_container(builder: Sequence[str], root: Path, work: Path, log: Log) -> d
             log.say(f"its worker killed: a chat again after {again_s:.1f} s, and no zombie is left")
         stopped_s = stop(container)
         log.say(f"SIGTERM: exit code 0 after {stopped_s:.1f} s")
-    except (CheckError, WireError, httpx.HTTPError) as err:
+    except (CheckError, ApiError, httpx.HTTPError) as err:
         raise CheckError(f"{err}\n--- the container said\n{container.tail()}") from err
     finally:
         container.kill()

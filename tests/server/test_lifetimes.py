@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from deploy.serve.torchserve import TorchServe
-from llava_sessions_client import Chat, WireError, settled_gauges
+from llava_sessions_client import ApiError, ChatSession, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 
 from .conftest import ROOT, SHAPES
@@ -49,13 +49,13 @@ def test_an_expired_session_is_gone_with_its_memory_and_its_place(short_lived: T
     places = 2 * SESSIONS + 16  # of TorchServe, which by itself would keep each for two minutes more
     with httpx.Client(base_url=short_lived.url, timeout=30, trust_env=False) as http:
         for _ in range(places // SESSIONS + 1):
-            chats = [Chat.open(http, PICTURE) for _ in range(SESSIONS)]
-            with pytest.raises(WireError, match="429 capacity"):
-                Chat.open(http, PICTURE)
-            gone = settled_gauges(short_lived.metrics_url, llava_open_sessions=0, llava_device_bytes=0)
+            chats = [ChatSession.open(http, PICTURE) for _ in range(SESSIONS)]
+            with pytest.raises(ApiError, match="429 capacity"):
+                ChatSession.open(http, PICTURE)
+            gone = wait_for_metrics(short_lived.metrics_url, llava_open_sessions=0, llava_device_bytes=0)
             assert (gone["llava_open_sessions"], gone["llava_device_bytes"]) == (0, 0)
         for request in (lambda: chats[0].ask("Still there?"), chats[0].close):
-            with pytest.raises(WireError, match="410 session_expired"):
+            with pytest.raises(ApiError, match="410 session_expired"):
                 request()
 
 
@@ -100,15 +100,15 @@ def test_a_worker_without_the_session_headers_refuses_to_start(model_store: Path
         process.wait(30)
 
 
-def open_when_there_is_room(http: httpx.Client) -> Chat:
+def open_when_there_is_room(http: httpx.Client) -> ChatSession:
     """A chat as soon as TorchServe has a place for one: a sequence that ended keeps its own for `sequences.LINGER_S`,
     and on a fast machine more of them end in that time than there are places.
     """
     until = time.monotonic() + 20
     while True:
         try:
-            return Chat.open(http, PICTURE)
-        except WireError as error:
+            return ChatSession.open(http, PICTURE)
+        except ApiError as error:
             if error.status != httpx.codes.SERVICE_UNAVAILABLE or time.monotonic() > until:
                 raise
             time.sleep(0.1)

@@ -2,7 +2,7 @@
 
 with httpx.Client(base_url="http://127.0.0.1:8080", timeout=60) as http:
     session = ChatSession.open(http, Path("picture.png").read_bytes())
-    print(session.ask("What is in the picture?")["response_text"])
+    print(session.ask("Which shapes are in the picture?")["response_text"])
     session.close()
 """
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from .archive import main
+from .command import main
 
 sys.exit(main())

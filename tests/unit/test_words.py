@@ -20,7 +20,9 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def test_docstrings_of_modules_classes_and_functions_are_read() -> None:
-    source = '"""One."""\nclass A:\n    """Two."""\n    async def f(self):\n        """Three."""\n        x = "four"  # five\n'
+    source = (
+        '"""One."""\nclass A:\n    """Two."""\n    async def f(self):\n        """Three."""\n        x = "4"  # five\n'
+    )
     assert sorted(words.docstrings(source)) == ["One.", "Three.", "Two."]
 
 

@@ -1,5 +1,5 @@
 # The SageMaker container: Java, HAProxy, Python packages and the launcher. The model and its handler are not in it; they
-# come at /opt/ml/model. Nothing is installed or fetched when it starts. `make image` builds it (deploy/image.py).
+# come at /opt/ml/model. Nothing is installed or fetched when it starts. `make image` builds it.
 
 # Anything with Python 3.11 or later, pip and apt. AWS's own image instead, which follows its patch releases but brings a
 # second torch of several GB that is not used here, is
@@ -13,8 +13,8 @@ LABEL com.amazonaws.sagemaker.capabilities.accept-bind-to-port=true
 ENV JAVA_HOME=/opt/java LANG=C.UTF-8 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 EXPOSE 8080
 WORKDIR /opt/llava
-# SageMaker runs its containers as root and with the argument `serve`, whatever CMD says; deploy/container.py gives up root
-# before anything listens.
+# SageMaker runs its containers as root and with the argument `serve`, whatever CMD says; the entrypoint
+# (deploy/container/entrypoint.py) gives up root before anything listens.
 ENTRYPOINT ["/opt/venv/bin/python", "-m", "deploy.container"]
 CMD ["serve"]
 

@@ -30,7 +30,7 @@ test: java haproxy env lint  ## lint, then every test
 
 serve: java env  ## TorchServe behind HAProxy, in the foreground (PORT= MODEL= SESSIONS= DTYPE=)
 	@./build_mar.sh --model $(MODEL) $(if $(SESSIONS),--sessions $(SESSIONS)) $(if $(DTYPE),--dtype $(DTYPE)) >/dev/null
-	@exec $(PYTHON) -m deploy.launch --port $(PORT)
+	@exec $(PYTHON) -m deploy.serve --port $(PORT)
 
 endpoint: java env  ## a SageMaker endpoint on this machine (INSTANCES= ENDPOINT_PORT= MODEL= ENDPOINT="--help")
 	@./build_mar.sh --model $(MODEL) $(if $(SESSIONS),--sessions $(SESSIONS)) $(if $(DTYPE),--dtype $(DTYPE)) >/dev/null
@@ -40,7 +40,7 @@ notebook: java env  ## run docs/notebook.ipynb against that endpoint, without an
 	@$(PYTHON) -m tests.notebook
 
 lint: env  ## ruff, import-linter, hadolint, cfn-lint, and shellcheck where it is installed
-	@deploy/lint.sh
+	@scripts/lint.sh
 
 model: env  ## train models/shapes again from nothing (an hour or more)
 	@$(PYTHON) models/shapes/train.py
@@ -55,19 +55,19 @@ soak: java haproxy env  ## long fault tests, half an hour (SOAK="engine-kills --
 	@$(PYTHON) -m tests.soak $(SOAK)
 
 image: env  ## the SageMaker container's image (TORCH=cuda|cpu BASE= TAG=)
-	@$(PYTHON) -m deploy.image $(if $(TORCH),--torch $(TORCH)) $(if $(BASE),--base $(BASE)) $(if $(TAG),--tag $(TAG))
+	@$(PYTHON) -m deploy.container.image $(if $(TORCH),--torch $(TORCH)) $(if $(BASE),--base $(BASE)) $(if $(TAG),--tag $(TAG))
 
 image-test: env  ## build that image with buildah, run it as SageMaker does, chat, measure (root; 12 GB of disk)
-	@$(PYTHON) -m deploy.image_test
+	@$(PYTHON) -m tests.image
 
 env:  ## .venv with what requirements-dev.txt pins
-	@deploy/env.sh
+	@scripts/env.sh
 
 java:  # before env, so that a machine without Java hears of it before a long install
-	@deploy/need_java.sh
+	@scripts/need_java.sh
 
 haproxy:  # the tests run it, so it is installed where that is possible; make serve can do without
-	@deploy/need_haproxy.sh --install
+	@scripts/need_haproxy.sh --install
 
 clean:  ## remove archives, caches and logs; .venv stays
 	@find model_store -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Packs a LLaVA checkpoint and the handler into model_store/. All of it is in deploy/pack.py; see --help.
+# Packs a LLaVA checkpoint and the handler into model_store/. All of it is in deploy/pack/; see --help.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 python="$here/.venv/bin/python"
@@ -10,4 +10,5 @@ if [[ -z "$python" ]] || ! "$python" -c 'import model_archiver, yaml' 2>/dev/nul
   echo "build_mar.sh: no Python with torch-model-archiver here. Run \`make env\` first." >&2
   exit 2
 fi
-exec "$python" "$here/deploy/pack.py" "$@"
+# -P: the folder in which the command is typed is not searched for modules.
+PYTHONPATH="$here" exec "$python" -P -m deploy.pack "$@"

@@ -23,11 +23,10 @@ import torch
 import transformers
 from PIL import Image
 
-from deploy.processes import ServeError
-from deploy.serve import TorchServe
+from deploy.serve.processes import ServeError
+from deploy.serve.torchserve import TorchServe
+from llava_sessions_client import Answer, ApiError, ChatSession, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, Question, Scene, dialogue, make_scene
-
-from .wire import Answer, Chat, WireError, settled_gauges
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "shapes"
@@ -98,7 +97,7 @@ def main() -> int:
     began = time.monotonic()
     try:
         run(options.seed)
-    except (DemoError, ServeError, WireError, httpx.HTTPError, subprocess.CalledProcessError) as error:
+    except (DemoError, ServeError, ApiError, httpx.HTTPError, subprocess.CalledProcessError) as error:
         print(f"\nthe demo failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -150,7 +149,7 @@ def show_chat(server: TorchServe, http: httpx.Client, seed: int) -> None:
     step(f"a new picture, SEED={seed}: {path.relative_to(ROOT)}")
     held_before = held(server, llava_open_sessions=0, llava_kv_bytes=0)
     began = time.perf_counter()
-    chat = Chat.open(http, picture)
+    chat = ChatSession.open(http, picture)
     print(f"  open   {(time.perf_counter() - began) * 1e3:6.1f} ms   session {chat.session_id}, until {chat.expires}")
     talk(chat, scene, picture, dialogue(scene, seed, TURNS))
     held_open = held(server, llava_open_sessions=1, llava_turns_total=TURNS)
@@ -162,7 +161,7 @@ def show_chat(server: TorchServe, http: httpx.Client, seed: int) -> None:
         raise DemoError("closing the session did not free what it held")
 
 
-def talk(chat: Chat, scene: Scene, picture: Image.Image, questions: list[Question]) -> None:
+def talk(chat: ChatSession, scene: Scene, picture: Image.Image, questions: list[Question]) -> None:
     """The turns of the chat, each beside the truth and beside a stateless turn. Raises `DemoError` if they differ."""
     stateless = Stateless()
     stateless.ask(picture, "warm up")  # first-call costs are nobody's turn
@@ -185,10 +184,10 @@ def talk(chat: Chat, scene: Scene, picture: Image.Image, questions: list[Questio
     print("  This model is so small that most of a turn is HTTP and Python, here; a real one spends it on the picture.")
 
 
-def stream(chat: Chat, text: str) -> Spent:
+def stream(chat: ChatSession, text: str) -> Spent:
     """Ask, and print the answer as it comes."""
     answer = Answer()
-    for delta, so_far in chat.listen(text, max_new_tokens=MAX_NEW_TOKENS):
+    for delta, so_far in chat.stream_answer(text, max_new_tokens=MAX_NEW_TOKENS):
         print(delta, end="", flush=True)
         answer = so_far
     if "finish_reason" not in answer.facts:
@@ -199,7 +198,7 @@ def stream(chat: Chat, text: str) -> Spent:
 
 def held(server: TorchServe, **settled: float) -> int:
     """Bytes that sessions hold on the device, once the metrics show these values."""
-    figures = settled_gauges(server.metrics_url, **settled)
+    figures = wait_for_metrics(server.metrics_url, **settled)
     return int(figures["llava_features_bytes"] + figures["llava_kv_bytes"])
 
 

@@ -156,7 +156,7 @@ class LlavaHandler(BaseHandler):
             self._told = figures
 
     def _metric(self, name: str, unit: str, kind: MetricTypes):
-        """The metric as deploy/metrics.yaml declares it, or a new one where the operator's own file does not."""
+        """The metric as deploy/serve/metrics.yaml declares it, or a new one where the operator's own file does not."""
         try:
             return self._cache.get_metric(name, kind)
         except MetricsCacheKeyError:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import uvicorn
 
-from deploy.serve import REPO, ServeError, TorchServe
+from deploy.serve.torchserve import REPO, ServeError, TorchServe
 
 from . import contract
 from .app import LOOPBACK, listen, make_app

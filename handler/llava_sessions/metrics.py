@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Gauges: name -> unit. Declared once more for TorchServe's frontend in deploy/metrics.yaml.
+# Gauges: name -> unit. Declared once more for TorchServe's frontend in deploy/serve/metrics.yaml.
 GAUGES = {
     "llava_open_sessions": "count",
     "llava_running_turns": "count",

@@ -18,8 +18,9 @@ from transformers import (
     MistralConfig,
 )
 
-from deploy import capacity, llava_deploy
-from deploy.capacity import GIB, INSTANCES, KV_STEP_TOKENS, MIB, MODELS, Instance, LlavaShape
+from deploy.sagemaker import capacity
+from deploy.sagemaker import command as llava_deploy
+from deploy.sagemaker.capacity import GIB, INSTANCES, KV_STEP_TOKENS, MIB, MODELS, Instance, LlavaShape
 from llava_sessions.engine.kv import GROWTH_TOKENS, KVShape, SessionKV
 
 LLAVA_7B = MODELS[0]

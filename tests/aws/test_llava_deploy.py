@@ -21,8 +21,8 @@ import pytest
 from botocore.exceptions import ConnectionClosedError
 from moto.cloudformation.models import Stack
 
-from deploy import llava_deploy
-from deploy.aws import images, models, stacks, watching
+from deploy.sagemaker import command as llava_deploy
+from deploy.sagemaker import images, models, stacks, watching
 
 from .cloud import ACCOUNT, REGION, answer, contents, frame, part, put_image, refusal
 from .conftest import Cloud, Done

@@ -179,7 +179,7 @@ def test_the_password_is_in_no_command_line(
         commands.append(list(command))
         return started(command, **kwargs)
 
-    monkeypatch.setattr("deploy.aws.images.subprocess.run", record)
+    monkeypatch.setattr("deploy.sagemaker.images.subprocess.run", record)
     assert run("push", "--image", image).code == 0
     token = cloud.client("ecr").get_authorization_token()["authorizationData"][0]["authorizationToken"]
     password = base64.b64decode(token).decode().partition(":")[2]

@@ -23,12 +23,12 @@ import uvicorn
 from botocore.client import BaseClient
 from botocore.config import Config
 
-from demo.wire import png
 from deploy.local_endpoint.app import listen, make_app
 from deploy.local_endpoint.contract import Corners, Limits
 from deploy.local_endpoint.pins import Instance
 from deploy.local_endpoint.service import Service
-from deploy.serve import TorchServe
+from deploy.serve.torchserve import TorchServe
+from llava_sessions_client import to_png
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.support.serving import pack
 
@@ -175,7 +175,7 @@ def seed_of(index: int) -> int:
 
 def picture(index: int) -> str:
     """A picture as base64."""
-    return base64.b64encode(png(make_scene(seed_of(index)).draw())).decode()
+    return base64.b64encode(to_png(make_scene(seed_of(index)).draw())).decode()
 
 
 def invoke(client: BaseClient, body: dict, session: str | None = None, **members: Any) -> dict:

@@ -9,7 +9,7 @@ import openai
 import pytest
 from botocore.client import BaseClient
 
-from deploy.serve import TorchServe
+from deploy.serve.torchserve import TorchServe
 
 from .conftest import Endpoint, ask, close_session, open_session, picture, runtime
 

@@ -15,7 +15,7 @@ from botocore.client import BaseClient
 from botocore.exceptions import ClientError, EventStreamError
 
 from deploy.local_endpoint.contract import Corners, Limits
-from deploy.serve import TorchServe, free_ports
+from deploy.serve.torchserve import TorchServe, free_ports
 
 from .conftest import ALL_CORNERS, NAME, Endpoint, invoke, runtime
 

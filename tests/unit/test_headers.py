@@ -66,14 +66,14 @@ def test_an_empty_file_has_no_properties():
 
 def test_the_committed_files_agree():
     properties = read_properties((REPO / "config.properties").read_text())
-    assert header_problems(properties, exported(REPO / "deploy" / "local.env")) == []
+    assert header_problems(properties, exported(REPO / "deploy" / "serve" / "local.env")) == []
 
 
 def test_the_committed_frontend_without_the_committed_environment_is_told():
     properties = read_properties((REPO / "config.properties").read_text())
     problems = header_problems(properties, {})
     assert len(problems) == 2
-    assert all("deploy/local.env" in problem for problem in problems)
+    assert all("deploy/serve/local.env" in problem for problem in problems)
 
 
 # --- the combinations that were measured (letters as in the table of facts) ---
@@ -122,7 +122,7 @@ def test_a_problem_names_key_value_and_what_it_must_be():
     )
     assert problems == [
         f"the frontend has ts_header_key_sequence_id=X-Id; it must be {SESSION} (config.properties)",
-        f"the worker has TS_REQUEST_SEQUENCE_END=(unset); it must be {CLOSED} (deploy/local.env)",
+        f"the worker has TS_REQUEST_SEQUENCE_END=(unset); it must be {CLOSED} (deploy/serve/local.env)",
     ]
 
 

@@ -65,6 +65,6 @@ def header_problems(properties: Mapping[str, str], environment: Mapping[str, str
         worker = environment.get(worker_variable)
         if worker != wanted:
             problems.append(
-                f"the worker has {worker_variable}={worker or '(unset)'}; it must be {wanted} (deploy/local.env)"
+                f"the worker has {worker_variable}={worker or '(unset)'}; it must be {wanted} (deploy/serve/local.env)"
             )
     return problems

@@ -20,7 +20,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deploy.serve.processes import ServeError, free_ports
+from deploy.serve.ports import free_ports
+from deploy.serve.processes import ServeError
 from deploy.serve.service import Service
 
 from .commands import REPO, Command, alive, eventually

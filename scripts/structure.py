@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chain = longest_chain(graph)
     print(f"longest chain of folder imports in {PACKAGE}: {len(chain)} (limit {CHAIN_LIMIT}): {' > '.join(chain)}")
     problems = (
-        [f"the chain of {len(chain)} folders must have at most {CHAIN_LIMIT}"] if len(chain) > CHAIN_LIMIT else []
+        [f"the chain must have at most {CHAIN_LIMIT} folders, got {len(chain)}"] if len(chain) > CHAIN_LIMIT else []
     )
     problems += [f"folders import each other: {', '.join(group)}" for group in cycles(graph)]
     paths = [path for folder in CODE_FOLDERS for path in sorted((root / folder).rglob("*.py"))]

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from deploy.container import figures
-from deploy.serve import service
+from deploy.serve import command
 
 MODEL = Path("/opt/ml/model")  # SageMaker puts the model there; read-only
 MANIFEST = "MAR-INF/MANIFEST.json"
@@ -146,7 +146,7 @@ def launch_model(model: Path, port: int) -> int:
     metrics = f"http://127.0.0.1:{port + METRICS_BEHIND}/metrics"
     threading.Thread(target=figures.main, args=(["--url", metrics],), name="figures", daemon=True).start()
     words = ["--model-store", str(model.parent), "--name", model.name, "--host", EVERY_INTERFACE, "--port", str(port)]
-    return service.main([*words, "--timeout", str(LOAD_TIMEOUT_S)])
+    return command.main([*words, "--timeout", str(LOAD_TIMEOUT_S)])
 
 
 if __name__ == "__main__":

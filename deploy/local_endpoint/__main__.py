@@ -17,7 +17,9 @@ from pathlib import Path
 
 import uvicorn
 
-from deploy.serve.torchserve import REPO, ServeError, TorchServe
+from deploy.serve.configuration import REPO
+from deploy.serve.processes import ServeError
+from deploy.serve.torchserve import TorchServe
 
 from . import contract
 from .app import LOOPBACK, listen, make_app

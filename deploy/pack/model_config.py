@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -13,7 +14,7 @@ from .errors import PackError
 CONFIG_FILE = "model-config.yaml"
 
 
-def render_config(template: str, llava: dict[str, object], sessions: int | None) -> tuple[str, int]:
+def render_config(template: str, llava: Mapping[str, object], sessions: int | None) -> tuple[str, int]:
     """Return the template with the values of `llava` set, and the number of sessions that it allows.
 
     TorchServe blocks one thread for each idle sequence and stalls when no thread is left. Therefore batchSize and

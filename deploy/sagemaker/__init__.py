@@ -1,3 +1,5 @@
-"""What `llava-deploy` does on AWS, one file an errand: images, models, stacks, chats, logs. Speaks boto3 and the wire
-protocol; knows nothing of the handler. Nothing here prints results or exits, save `command`.
+"""Deploy on Amazon SageMaker: push the image, upload the model, make and watch the endpoint (`llava-deploy`).
+
+Uses boto3 and the wire protocol. `command` is the command line; the other modules return results and raise
+`DeployError`, and neither print results nor exit.
 """

@@ -1,5 +1,7 @@
-"""Whose account it is, and what things are called in it. Credentials, profile and region come as for the AWS CLI: from
-the environment, ~/.aws, SSO or the instance; none is ever taken as an argument.
+"""An AWS account and region, and the names of the resources of one endpoint.
+
+Credentials, profile and region come from the same sources as for the AWS CLI: the environment, ~/.aws, SSO or the
+instance. Credentials are never arguments.
 """
 
 from __future__ import annotations
@@ -10,44 +12,44 @@ from typing import Any
 import boto3
 from botocore.config import Config
 
-MADE_BY = {"Key": "made-by", "Value": "llava-deploy"}  # what carries this tag may be deleted by `down`
-SESSION_CALLS = Config(
-    read_timeout=70, retries={"total_max_attempts": 1}
-)  # a repeated call would open a second session
+MADE_BY = {"Key": "made-by", "Value": "llava-deploy"}  # `down` deletes only resources with this tag
+# No retries: a repeated call could open a second session.
+SESSION_CALLS = Config(read_timeout=70, retries={"total_max_attempts": 1})
 
 
 class Account:
-    """An AWS account and region as seen with the caller's credentials, and the names that belong to one endpoint."""
+    """An AWS account and region with the caller's credentials, and the names of the resources of one endpoint."""
 
     def __init__(self, name: str, session: boto3.Session) -> None:
         self.name = name
         self.session = session
 
-    @cache  # noqa: B019 - an account lives as long as the command
+    @cache  # noqa: B019 - an account exists as long as the command runs
     def client(self, service: str, config: Config | None = None) -> Any:
-        """A boto3 client; making one takes a while, so each is made once."""
+        """Return a boto3 client. Each is made once, since making one is slow."""
         return self.session.client(service, config=config)
 
     @cached_property
     def region(self) -> str:
+        """The region of all calls."""
         return self.client("sts").meta.region_name
 
     @cached_property
     def id(self) -> str:
-        """The account's number. Every errand but a chat asks for it first, so that missing credentials show at once."""
+        """The account's number. Commands except `invoke` read it first, so that missing credentials fail at once."""
         return self.client("sts").get_caller_identity()["Account"]
 
     @property
     def bucket(self) -> str:
-        """Where models go when no other bucket is named."""
+        """The default bucket for models."""
         return f"llava-sessions-{self.id}-{self.region}"
 
     @property
     def log_group(self) -> str:
-        """Where SageMaker sends what the containers print."""
+        """The log group that receives the output of the containers."""
         return f"/aws/sagemaker/Endpoints/{self.name}"
 
     @property
     def metrics_namespace(self) -> str:
-        """As in deploy/sagemaker/endpoint.yaml."""
+        """The CloudWatch namespace in deploy/sagemaker/endpoint.yaml."""
         return f"LLaVASessions/{self.name}"

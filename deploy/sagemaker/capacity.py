@@ -1,7 +1,6 @@
-"""How many sessions fit on which instance: a formula, the published numbers that go into it, and the table.
+"""How many sessions fit on which instance: a formula, the published sizes of models and instances, and a table.
 
-Owns the sizes of models and instances. Knows nothing of AWS's API and imports no torch; that the formula agrees with
-what the engine really allocates is the tests' business.
+A test holds the formula equal to the engine's real allocations.
 """
 
 from __future__ import annotations
@@ -10,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MIB, GIB = 2**20, 2**30
-KV_STEP_TOKENS = 256  # the engine's caches grow in such steps
-HOST_SHARE = 0.2  # of the RAM, for idle caches: what `host_bytes: auto` takes
+KV_STEP_TOKENS = 256  # step in which the engine's KV caches grow
+HOST_SHARE = 0.2  # share of the RAM for offloaded KV caches, as with `host_bytes: auto`
 BYTES_PER_NUMBER = 2  # bfloat16, and float16 where the GPU has no other
+
+NOTE = "Computed from published sizes, not measured."
 
 FORMULA = f"""\
   free      = GPU memory - weights - reserve
@@ -20,17 +21,17 @@ FORMULA = f"""\
     features  = picture tokens x hidden size x {BYTES_PER_NUMBER} bytes
     KV        = (picture tokens + text tokens, rounded up to {KV_STEP_TOKENS}) x KV bytes per token
     KV bytes per token = layers x 2 x KV heads x head size x {BYTES_PER_NUMBER} bytes
-  on the GPU  = free / session: these answer at once
-  in RAM      = {HOST_SHARE:.0%} of the RAM / (tokens x KV bytes per token): idle ones, moved back when they speak
-  open        = on the GPU + in RAM, as far as the features of all of them leave room for one working session: what
-                `build_mar.sh --sessions` may be set to
-More than that may be open (features stay on the GPU, and a prefill makes the KV again), at a first token that is as
-late as a new conversation's."""
+  on the GPU  = free / session: sessions that answer at once
+  in RAM      = {HOST_SHARE:.0%} of the RAM / (tokens x KV bytes per token): idle sessions, restored for their next turn
+  open        = on the GPU + in RAM, if the features of all of them leave room for one running session: the most that
+                `build_mar.sh --sessions` may be
+More sessions may be open: their features stay on the GPU, and a prefill rebuilds their KV. Their time to first token
+is then that of a new conversation."""
 
 
 @dataclass(frozen=True)
 class LlavaShape:
-    """A LLaVA checkpoint's numbers, from the `config.json` that its authors publish.
+    """The sizes of a LLaVA checkpoint, from the `config.json` that its authors publish.
 
     The vision tower is CLIP ViT-L/14 at 336 pixels in all of them: 24 layers of 1024, 576 patches.
     """
@@ -47,21 +48,22 @@ class LlavaShape:
 
     @property
     def head_dim(self) -> int:
+        """The size of one attention head."""
         return self.hidden // self.heads
 
     @property
     def kv_token_bytes(self) -> int:
-        """Keys and values of one token in all layers."""
+        """The size of the keys and values of one token in all layers."""
         return self.layers * 2 * self.kv_heads * self.head_dim * BYTES_PER_NUMBER
 
     @property
     def features_bytes(self) -> int:
-        """One picture as the language model sees it."""
+        """The size of the features of one picture."""
         return self.picture_tokens * self.hidden * BYTES_PER_NUMBER
 
     @property
     def parameters(self) -> int:
-        """Of the language model (Llama's or Mistral's build), the vision tower and the projector between them."""
+        """The parameters of language model (as Llama or Mistral), vision tower and projector."""
         attention = 2 * self.hidden**2 + 2 * self.hidden * self.kv_heads * self.head_dim
         layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
         language = 2 * self.vocabulary * self.hidden + self.layers * layer + self.hidden
@@ -70,10 +72,11 @@ class LlavaShape:
 
     @property
     def weights_bytes(self) -> int:
+        """The size of all weights."""
         return self.parameters * BYTES_PER_NUMBER
 
     def kv_bytes(self, tokens: int) -> int:
-        """What a conversation of so many tokens takes on the GPU."""
+        """Return the size of the KV cache of a conversation with so many tokens."""
         return -(-tokens // KV_STEP_TOKENS) * KV_STEP_TOKENS * self.kv_token_bytes
 
 
@@ -89,7 +92,7 @@ def _clip_parameters(
 # Sources: config.json of llava-hf/llava-1.5-7b-hf and -13b-hf, llava-hf/llava-v1.6-vicuna-7b-hf, -mistral-7b-hf and
 # -vicuna-13b-hf. Language models: Vicuna 7B and 13B have Llama 2's shapes ("Llama 2", table of model sizes), Mistral 7B
 # has grouped-query attention with 8 KV heads and an inner size of 14336 ("Mistral 7B", table 1).
-# Tokens of a picture: 336/14 squared = 576 in LLaVA-1.5. LLaVA-NeXT sees a picture whole and in up to four tiles
+# Tokens of a picture: 336/14 squared = 576 in LLaVA-1.5. LLaVA-NeXT encodes a picture whole and in up to four tiles
 # (image_grid_pinpoints): 576 + 48 x 48 + 48 ends of line = 2928 at 672 x 672, its most.
 MODELS = (
     LlavaShape("LLaVA-1.5-7B", 4096, 32, 32, 32, 11008, 576),
@@ -101,8 +104,8 @@ MODELS = (
 
 
 @dataclass(frozen=True)
-class Instance:
-    """An instance type with one GPU; the engine uses one."""
+class InstanceType:
+    """An instance type with one GPU. The engine uses one."""
 
     name: str
     gpu: str
@@ -112,32 +115,32 @@ class Instance:
 
 # Source: EC2's DescribeInstanceTypes of the type without "ml.": GpuInfo.TotalGpuMemoryInMiB and MemoryInfo.SizeInMiB.
 INSTANCES = (
-    Instance("ml.g4dn.xlarge", "T4", 16384, 16),
-    Instance("ml.g4dn.2xlarge", "T4", 16384, 32),
-    Instance("ml.g5.xlarge", "A10G", 22888, 16),
-    Instance("ml.g5.2xlarge", "A10G", 22888, 32),
-    Instance("ml.g5.4xlarge", "A10G", 22888, 64),
-    Instance("ml.g5.8xlarge", "A10G", 22888, 128),
-    Instance("ml.g6.2xlarge", "L4", 22888, 32),
-    Instance("ml.g6.4xlarge", "L4", 22888, 64),
-    Instance("ml.g6e.xlarge", "L40S", 45776, 32),
-    Instance("ml.g6e.2xlarge", "L40S", 45776, 64),
-    Instance("ml.g6e.4xlarge", "L40S", 45776, 128),
-    Instance("ml.p5.4xlarge", "H100", 81920, 256),
+    InstanceType("ml.g4dn.xlarge", "T4", 16384, 16),
+    InstanceType("ml.g4dn.2xlarge", "T4", 16384, 32),
+    InstanceType("ml.g5.xlarge", "A10G", 22888, 16),
+    InstanceType("ml.g5.2xlarge", "A10G", 22888, 32),
+    InstanceType("ml.g5.4xlarge", "A10G", 22888, 64),
+    InstanceType("ml.g5.8xlarge", "A10G", 22888, 128),
+    InstanceType("ml.g6.2xlarge", "L4", 22888, 32),
+    InstanceType("ml.g6.4xlarge", "L4", 22888, 64),
+    InstanceType("ml.g6e.xlarge", "L40S", 45776, 32),
+    InstanceType("ml.g6e.2xlarge", "L40S", 45776, 64),
+    InstanceType("ml.g6e.4xlarge", "L40S", 45776, 128),
+    InstanceType("ml.p5.4xlarge", "H100", 81920, 256),
 )
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How many sessions of one kind fit on one instance; all zero where the weights leave no room for one."""
+    """The sessions of one kind that fit on one instance; all zero if the weights leave no room for one."""
 
     on_gpu: int
     in_ram: int
     open: int
 
 
-def fit(model: LlavaShape, instance: Instance, text_tokens: int, reserve_bytes: int) -> Fit:
-    """The formula. `text_tokens` is what a conversation grows to beside its picture."""
+def fit(model: LlavaShape, instance: InstanceType, text_tokens: int, reserve_bytes: int) -> Fit:
+    """Apply the formula. `text_tokens` is the length of a conversation without its picture."""
     tokens = model.picture_tokens + text_tokens
     free = instance.gpu_mib * MIB - model.weights_bytes - reserve_bytes
     session = model.features_bytes + model.kv_bytes(tokens)
@@ -150,13 +153,13 @@ def fit(model: LlavaShape, instance: Instance, text_tokens: int, reserve_bytes: 
 
 
 def _shared(free: int, model: LlavaShape, tokens: int, in_ram: int) -> int:
-    """Sessions on GPU and in RAM together: the features of those in RAM stay on the GPU, too."""
+    """Return the sessions on GPU and in RAM together. The features of sessions in RAM stay on the GPU."""
     left = free - in_ram * model.features_bytes
     return max(left, 0) // (model.features_bytes + model.kv_bytes(tokens)) + in_ram
 
 
 def table(text_tokens: int, reserve_bytes: int, models: Sequence[LlavaShape] = MODELS) -> str:
-    """The whole answer as Markdown: the sizes that go in, then a row for each instance type."""
+    """Return Markdown: the sizes of the models, then a row for each instance type."""
     lines = ["| model | weights | KV a token | features | one session |", "|---|---|---|---|---|"]
     for model in models:
         session = model.features_bytes + model.kv_bytes(model.picture_tokens + text_tokens)
@@ -172,11 +175,9 @@ def table(text_tokens: int, reserve_bytes: int, models: Sequence[LlavaShape] = M
 
 
 def report(text_tokens: int, reserve_gib: float) -> str:
-    """What `llava-deploy capacity` prints."""
-    head = (
-        f"A session: one picture, {text_tokens} tokens of text. Reserve: {reserve_gib:g} GiB. Computed, not measured."
-    )
-    cells = "Each cell: sessions open (of these with their KV on the GPU); - where the weights leave no room for one."
+    """Return the output of `llava-deploy capacity`."""
+    head = f"A session: one picture, {text_tokens} tokens of text. Reserve: {reserve_gib:g} GiB. {NOTE}"
+    cells = "Each cell: sessions open (of these with their KV on the GPU); - if the weights leave no room for one."
     return f"{head}\n{cells}\n\n{table(text_tokens, int(reserve_gib * GIB))}\n\n{FORMULA}"
 
 

@@ -1,7 +1,7 @@
-"""Images in ECR: the repository, and a local image's way there by Docker or buildah.
+"""Images in ECR: make the repository, push a local image with Docker or buildah, find images.
 
-An image goes up under its own id as its tag, so what is there already is not sent again. The registry's password never
-appears in a command line.
+The tag of a pushed image is its own ID, so that an image is pushed only once. The registry's password never appears in
+a command line.
 """
 
 from __future__ import annotations
@@ -30,31 +30,32 @@ URI = re.compile(
 
 
 @dataclass(frozen=True)
-class Image:
-    """An image in ECR. `base` is its URI less tag and digest."""
+class EcrImage:
+    """An image in ECR. `base` is its URI without tag and digest; `id` is its tag or digest as ECR's API takes it."""
 
     base: str
     account: str
     region: str
     repository: str
-    id: dict[str, str]  # imageTag or imageDigest, as ECR's API takes it
+    id: dict[str, str]
 
     @classmethod
-    def parse(cls, uri: str) -> Image:
-        """From `<account>.dkr.ecr.<region>.amazonaws.com/<repository>:<tag>` or `...@sha256:<digest>`."""
+    def parse(cls, uri: str) -> EcrImage:
+        """Parse `<account>.dkr.ecr.<region>.amazonaws.com/<repository>:<tag>` or `...@sha256:<digest>`."""
         match = URI.fullmatch(uri)
         if not match:
-            wanted = "<account>.dkr.ecr.<region>.amazonaws.com/<repository>:<tag>"
-            raise DeployError(f"{uri!r} is no image in ECR, and SageMaker pulls from nowhere else: wanted {wanted}")
-        chosen = {"imageDigest": match["digest"]} if match["digest"] else {"imageTag": match["tag"] or "latest"}
-        return cls(match["base"], match["account"], match["region"], match["repository"], chosen)
+            expected = "<account>.dkr.ecr.<region>.amazonaws.com/<repository>:<tag>"
+            raise DeployError(f"`--image` must be an image in ECR, {expected}, got {uri!r}")
+        image_id = {"imageDigest": match["digest"]} if match["digest"] else {"imageTag": match["tag"] or "latest"}
+        return cls(match["base"], match["account"], match["region"], match["repository"], image_id)
 
     def repository_arn(self, partition: str) -> str:
+        """Return the ARN of the image's repository."""
         return f"arn:{partition}:ecr:{self.region}:{self.account}:repository/{self.repository}"
 
 
 class Docker:
-    """Docker, where its daemon answers."""
+    """Docker; works if its daemon answers."""
 
     name = "docker"
 
@@ -77,7 +78,7 @@ class Docker:
 
 
 class Buildah:
-    """buildah, which needs no daemon. It reads the password from a file that is gone afterwards."""
+    """buildah, which needs no daemon. It reads the password from a temporary file."""
 
     name = "buildah"
 
@@ -93,28 +94,28 @@ class Buildah:
     def push(image: str, target: str, user: str, password: str) -> None:
         registry = target.partition("/")[0]
         auth = base64.b64encode(f"{user}:{password}".encode()).decode()
-        with tempfile.TemporaryDirectory() as folder:  # readable by its owner alone
+        with tempfile.TemporaryDirectory() as folder:  # readable only by its owner
             path = Path(folder, "auth.json")
             path.write_text(json.dumps({"auths": {registry: {"auth": auth}}}), encoding="utf-8")
-            # Docker's own format: SageMaker documents no other.
+            # Docker's own format: the only one that SageMaker documents.
             _run(["buildah", "push", "--authfile", str(path), "--format", "docker", image, f"docker://{target}"])
 
 
 def builder() -> type[Docker] | type[Buildah]:
-    """What can push from this machine."""
+    """Return a tool that can push from this machine. Raise `DeployError` if there is none."""
     for tool in (Docker, Buildah):
         if tool.works():
             return tool
-    raise DeployError("neither a Docker daemon nor buildah here; one of them is needed to push an image")
+    raise DeployError("a Docker daemon or buildah is needed to push an image, and neither was found")
 
 
 def build() -> None:
-    """`make image`, from the top of the checkout."""
+    """Build the image with `make image`."""
     _run(["make", "image"], cwd=REPO)
 
 
 def local_id(tool: type[Docker] | type[Buildah], image: str) -> str:
-    """The id of a local image, as a tag: 12 digits."""
+    """Return the ID of a local image as a tag of 12 digits. Raise `DeployError` if there is no such image."""
     found = tool.image_id(image)
     if not found:
         raise DeployError(f"{tool.name} has no image {image!r}: run `make image`, or give --build")
@@ -122,13 +123,13 @@ def local_id(tool: type[Docker] | type[Buildah], image: str) -> str:
 
 
 def repository_uri(account: Account, repository: str) -> str:
-    """Where the images of that repository belong."""
+    """Return the URI of a repository, without a tag."""
     domain = "amazonaws.com.cn" if account.region.startswith("cn-") else "amazonaws.com"
     return f"{account.id}.dkr.ecr.{account.region}.{domain}/{repository}"
 
 
 def ensure_repository(account: Account, repository: str) -> bool:
-    """The repository, made where it is missing; whether it was. Tags can't be moved, and pushes are scanned."""
+    """Make the repository if it is missing. Return whether it was. Tags are immutable, and pushes are scanned."""
     try:
         account.client("ecr").create_repository(
             repositoryName=repository,
@@ -144,14 +145,14 @@ def ensure_repository(account: Account, repository: str) -> bool:
 
 
 def push(account: Account, tool: type[Docker] | type[Buildah], image: str, target: str) -> None:
-    """Send a local image to its place in ECR."""
+    """Push a local image to ECR."""
     data = account.client("ecr").get_authorization_token()["authorizationData"][0]
     user, _, password = base64.b64decode(data["authorizationToken"]).decode().partition(":")
     tool.push(image, target, user, password)
 
 
-def by_digest(account: Account, image: Image) -> str | None:
-    """The URI of what the image is now, which no later push changes; None when ECR has no such image."""
+def by_digest(account: Account, image: EcrImage) -> str | None:
+    """Return the URI of the image by digest, which later pushes do not change; None if ECR has no such image."""
     try:
         details = _describe(account, image.repository, [image.id], image.account)
     except ClientError as error:
@@ -162,7 +163,7 @@ def by_digest(account: Account, image: Image) -> str | None:
 
 
 def newest(account: Account, repository: str) -> str:
-    """The URI of the image that was pushed last."""
+    """Return the URI of the newest image. Raise `DeployError` if there is none."""
     try:
         details = _describe(account, repository)
     except ClientError as error:
@@ -176,7 +177,10 @@ def newest(account: Account, repository: str) -> str:
 
 
 def delete_repository(account: Account, repository: str) -> bool:
-    """Delete the repository with all its images, if `push` made it; whether it did."""
+    """Delete the repository with all its images. Return whether it existed.
+
+    Raise `DeployError` if `push` did not make it.
+    """
     ecr = account.client("ecr")
     try:
         found = ecr.describe_repositories(repositoryNames=[repository])["repositories"][0]
@@ -194,19 +198,19 @@ def _describe(
     account: Account, repository: str, ids: Sequence[dict[str, str]] = (), owner: str = ""
 ) -> list[dict[str, Any]]:
     pages = account.client("ecr").get_paginator("describe_images")
-    wanted = {"imageIds": list(ids)} if ids else {}
-    wanted |= {"registryId": owner} if owner else {}
-    return [item for page in pages.paginate(repositoryName=repository, **wanted) for item in page["imageDetails"]]
+    options: dict[str, Any] = {"imageIds": list(ids)} if ids else {}
+    options |= {"registryId": owner} if owner else {}
+    return [item for page in pages.paginate(repositoryName=repository, **options) for item in page["imageDetails"]]
 
 
 def _quiet(*command: str) -> str | None:
-    """What a command says; None when it fails."""
+    """Return the output of a command, or None if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _run(command: list[str], password: str | None = None, cwd: Path | None = None) -> None:
-    """Run a command with its output on our stderr; stdout holds our result alone."""
+    """Run a command with its output on stderr, so that stdout holds only the result."""
     done = subprocess.run(command, input=password, text=True, stdout=2, check=False, cwd=cwd)
     if done.returncode:
-        raise DeployError(f"`{' '.join(command[:2])}` failed with exit code {done.returncode}; its own words are above")
+        raise DeployError(f"`{' '.join(command[:2])}` failed with exit code {done.returncode}; its output is above")

@@ -1,8 +1,8 @@
-"""Models in S3: what `build_mar.sh --sagemaker` made, sent in parallel parts, each with its checksum.
+"""Models in S3: upload the output of `build_mar.sh --sagemaker` in parallel parts, find and delete models.
 
-A model lies under its own content's checksum, so an upload never changes one that an endpoint reads, what is there
-already is not sent again, and the parts of an interrupted upload can only be parts of the same file: the next one goes
-on in its middle. S3 gets the SHA-256 of each part, and refuses one that arrived as anything else.
+The checksum of a model's content is part of its key. Therefore an upload never changes a model that an endpoint reads,
+and files that are already in S3 are not sent again. An interrupted upload resumes, since its parts can only belong to
+the same file. S3 verifies the SHA-256 of each part.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ CURRENT = "current.json"
 
 
 @dataclass(frozen=True)
-class File:
-    """One file on its way: the SHA-256 of each of its parts, and of the whole as S3 reckons it."""
+class ModelFile:
+    """One file of a model, with the SHA-256 of each of its parts."""
 
     path: Path
     name: str
@@ -48,68 +48,74 @@ class File:
 
     @property
     def checksum(self) -> str:
-        """S3's own: of the bytes, or of the parts' checksums (where S3 puts a hyphen and their number behind it)."""
+        """The checksum as S3 computes it: of the bytes, or of the checksums of several parts.
+
+        For several parts, S3 appends a hyphen and their number.
+        """
         return _base64(self.parts[0] if len(self.parts) == 1 else hashlib.sha256(b"".join(self.parts)).digest())
 
     def size_of(self, number: int) -> int:
-        """Bytes of a part, counted from 1."""
+        """Return the size of a part. Parts are counted from 1."""
         return min(self.part_bytes, self.size - (number - 1) * self.part_bytes)
 
     def read(self, number: int) -> bytes:
-        """The bytes of a part, counted from 1."""
+        """Return the bytes of a part. Parts are counted from 1."""
         with self.path.open("rb") as file:
             file.seek((number - 1) * self.part_bytes)
             return file.read(self.part_bytes)
 
 
 @dataclass(frozen=True)
-class Model:
-    """A packed model as it is to lie in S3."""
+class LocalModel:
+    """A packed model to upload."""
 
     folder: Path
-    files: tuple[File, ...]
+    files: tuple[ModelFile, ...]
 
     @property
     def size(self) -> int:
+        """The size of all files in bytes."""
         return sum(file.size for file in self.files)
 
     @property
     def digest(self) -> str:
+        """A checksum of all names and contents."""
         lines = "".join(f"{file.name} {file.checksum}\n" for file in self.files)
         return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
     @property
     def sessions(self) -> int | None:
-        """What it admits, by its model-config.yaml; None where that is packed away."""
+        """The maximum number of sessions in model-config.yaml; None if that file is in a tarball."""
         path = self.folder / CONFIG
         return yaml.safe_load(path.read_text(encoding="utf-8"))["llava"]["max_sessions"] if path.is_file() else None
 
     @property
     def tail(self) -> str:
-        """What its address ends with: the tarball's name, or nothing for a folder."""
+        """The end of its address: the name of the tarball, or nothing for a folder."""
         return TARBALL if [file.name for file in self.files] == [TARBALL] else ""
 
 
 @dataclass(frozen=True)
-class Address:
-    """Where a model lies: a folder, with a slash at its end, or a tarball."""
+class ModelAddress:
+    """The address of a model in S3: a folder, with a slash at its end, or a tarball."""
 
     bucket: str
     key: str
 
     @classmethod
-    def parse(cls, uri: str) -> Address:
-        """From `s3://bucket/key`."""
+    def parse(cls, uri: str) -> ModelAddress:
+        """Parse `s3://bucket/key`. Raise `DeployError`."""
         parts = urlsplit(uri)
         key = parts.path.removeprefix("/")
         if parts.scheme != "s3" or not parts.netloc or not key:
-            raise DeployError(f"{uri!r} is no address in S3: wanted s3://bucket/folder/ or s3://bucket/{TARBALL}")
+            raise DeployError(f"`--model` must be s3://bucket/folder/ or s3://bucket/{TARBALL}, got {uri!r}")
         if not key.endswith((".tar.gz", "/")):
             key += "/"
         return cls(parts.netloc, key)
 
     @property
     def is_tarball(self) -> bool:
+        """Whether the address is that of a tarball."""
         return self.key.endswith(".tar.gz")
 
     def __str__(self) -> str:
@@ -117,15 +123,15 @@ class Address:
 
 
 @dataclass(frozen=True)
-class Uploaded:
-    """A model in S3, and how many sessions it admits where that is known."""
+class UploadedModel:
+    """A model in S3, and its maximum number of sessions if that is known."""
 
-    address: Address
+    address: ModelAddress
     sessions: int | None
 
 
-def read_model(folder: Path) -> Model:
-    """The files of a packed model with their checksums. Reads every byte once."""
+def read_model(folder: Path) -> LocalModel:
+    """Return a packed model with the checksums of its files. Reads every byte once. Raise `DeployError`."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
     names = [path.relative_to(folder).as_posix() for path in paths]
     if MANIFEST not in names and names != [TARBALL]:
@@ -133,10 +139,10 @@ def read_model(folder: Path) -> Model:
     total = sum(path.stat().st_size for path in paths)
     with _bar("reading", total) as bar, ThreadPoolExecutor(THREADS) as pool:
         files = pool.map(lambda pair: _read_file(*pair, bar), zip(paths, names, strict=True))
-        return Model(folder, tuple(files))
+        return LocalModel(folder, tuple(files))
 
 
-def _read_file(path: Path, name: str, bar: tqdm) -> File:
+def _read_file(path: Path, name: str, bar: tqdm) -> ModelFile:
     size = path.stat().st_size
     part_bytes = max(PART_BYTES, -(-size // MAX_PARTS))
     parts = []
@@ -144,36 +150,42 @@ def _read_file(path: Path, name: str, bar: tqdm) -> File:
         while chunk := file.read(part_bytes):
             parts.append(hashlib.sha256(chunk).digest())
             bar.update(len(chunk))
-    return File(path, name, size, part_bytes, tuple(parts) or (hashlib.sha256(b"").digest(),))
+    return ModelFile(path, name, size, part_bytes, tuple(parts) or (hashlib.sha256(b"").digest(),))
 
 
-def address_of(account: Account, bucket: str | None, model: Model) -> Address:
-    """Where this model belongs."""
-    return Address(bucket or account.bucket, f"{account.name}/models/{model.digest}/{model.tail}")
+def address_of(account: Account, bucket: str | None, model: LocalModel) -> ModelAddress:
+    """Return the address of this model in S3."""
+    return ModelAddress(bucket or account.bucket, f"{account.name}/models/{model.digest}/{model.tail}")
 
 
-def upload(account: Account, model: Model, address: Address) -> int:
-    """Send what is not there yet; the number of bytes sent. The model is announced once all of it is there."""
+def upload(account: Account, model: LocalModel, address: ModelAddress) -> int:
+    """Upload the files that are missing in S3. Return the number of bytes sent.
+
+    The model becomes the current one after its last file.
+    """
     s3 = account.client("s3", Config(max_pool_connections=2 * THREADS))
     _ensure_bucket(account, s3, address.bucket)
     root = address.key.removesuffix(model.tail)
     uploads = _pending(s3, address.bucket, root)
     with _bar("sending", model.size) as bar, ThreadPoolExecutor(THREADS) as pool:
-        errands = [_Upload(s3, address.bucket, root, file, uploads.get(root + file.name), bar) for file in model.files]
-        there = list(pool.map(_Upload.is_there, errands))
-        wanted = [errand for errand, done in zip(errands, there, strict=True) if not done]
-        # The manifest goes last: where it is, all of the model is.
-        for errands in ([e for e in wanted if not e.is_manifest], [e for e in wanted if e.is_manifest]):
-            _run_all(pool, [part for errand in errands for part in errand.missing_parts()])
-            _run_all(pool, [errand.finish for errand in errands])
-        sent = sum(errand.sent for errand in wanted)
+        files = []
+        for file in model.files:
+            upload_id = uploads.get(root + file.name)
+            files.append(_FileUpload(s3, address.bucket, root, file, upload_id=upload_id, bar=bar))
+        done = list(pool.map(_FileUpload.is_complete, files))
+        missing = [file for file, is_done in zip(files, done, strict=True) if not is_done]
+        # The manifest is last: a model with a manifest is complete.
+        for batch in ([f for f in missing if not f.is_manifest], [f for f in missing if f.is_manifest]):
+            _run_all(pool, [part for file in batch for part in file.missing_parts()])
+            _run_all(pool, [file.finish for file in batch])
+        sent = sum(file.sent for file in missing)
     body = json.dumps({"model": str(address), "sessions": model.sessions, "bytes": model.size})
     s3.put_object(Bucket=address.bucket, Key=_current_key(account), Body=body, ContentType="application/json")
     return sent
 
 
-def current(account: Account, bucket: str | None) -> Uploaded:
-    """The model that was uploaded last."""
+def current(account: Account, bucket: str | None) -> UploadedModel:
+    """Return the model that was uploaded last. Raise `DeployError` if there is none."""
     bucket = bucket or account.bucket
     try:
         body = account.client("s3").get_object(Bucket=bucket, Key=_current_key(account))["Body"].read()
@@ -183,12 +195,12 @@ def current(account: Account, bucket: str | None) -> Uploaded:
                 f"no model of {account.name!r} in s3://{bucket}: run `llava-deploy upload` first"
             ) from None
         raise
-    told = json.loads(body)
-    return Uploaded(Address.parse(told["model"]), told["sessions"])
+    note = json.loads(body)
+    return UploadedModel(ModelAddress.parse(note["model"]), note["sessions"])
 
 
-def check_there(account: Account, address: Address) -> None:
-    """Raises `DeployError` where an endpoint would find no packed model."""
+def check_exists(account: Account, address: ModelAddress) -> None:
+    """Raise `DeployError` if there is no packed model at the address."""
     key = address.key if address.is_tarball else address.key + MANIFEST
     try:
         account.client("s3").head_object(Bucket=address.bucket, Key=key)
@@ -200,8 +212,12 @@ def check_there(account: Account, address: Address) -> None:
 
 
 def delete_all(account: Account, bucket: str | None) -> int:
-    """Delete everything of this endpoint's name; and the bucket, when it was made here and is empty then."""
-    bucket, s3 = bucket or account.bucket, account.client("s3")
+    """Delete all models and journals of this endpoint, and the bucket if `upload` made it and it is empty then.
+
+    Return the number of deleted objects.
+    """
+    bucket = bucket or account.bucket
+    s3 = account.client("s3")
     if not _exists(s3, bucket):
         return 0
     keys = [item["Key"] for item in _pages(s3, "list_objects_v2", "Contents", bucket, f"{account.name}/")]
@@ -217,19 +233,21 @@ def delete_all(account: Account, bucket: str | None) -> int:
     return len(keys)
 
 
-class _Upload:
-    """One file's way to S3: put at once when it is one part, else by parts, going on where an earlier try stopped."""
+class _FileUpload:
+    """The upload of one file, at once or in several parts. Resumes an earlier upload with `upload_id`."""
 
-    def __init__(self, s3: Any, bucket: str, root: str, file: File, upload_id: str | None, bar: tqdm) -> None:
+    def __init__(self, s3: Any, bucket: str, root: str, file: ModelFile, *, upload_id: str | None, bar: tqdm) -> None:
         self.sent = 0
         self.is_manifest = file.name == MANIFEST
-        self._s3, self._file, self._bar = s3, file, bar
+        self._s3 = s3
+        self._file = file
+        self._bar = bar
         self._target = {"Bucket": bucket, "Key": root + file.name}
         self._upload_id = upload_id
         self._done: dict[int, dict[str, Any]] = {}
 
-    def is_there(self) -> bool:
-        """Whether S3 has the file already, all of it and the same."""
+    def is_complete(self) -> bool:
+        """Return whether S3 has the same file already."""
         try:
             head = self._s3.head_object(**self._target, ChecksumMode="ENABLED")
         except ClientError as error:
@@ -237,13 +255,13 @@ class _Upload:
                 return False
             raise
         checksum = head.get("ChecksumSHA256", "").partition("-")[0]
-        there = head["ContentLength"] == self._file.size and checksum == self._file.checksum
-        if there:
+        is_same = head["ContentLength"] == self._file.size and checksum == self._file.checksum
+        if is_same:
             self._bar.update(self._file.size)
-        return there
+        return is_same
 
     def missing_parts(self) -> Iterator[Any]:
-        """What is left to send, as calls that can be made in any order, at the same time."""
+        """Yield calls that send the missing parts. They may run in any order and at the same time."""
         if len(self._file.parts) == 1:
             self.sent = self._file.size
             yield self._put
@@ -259,7 +277,7 @@ class _Upload:
                 yield lambda number=number: self._send(number)
 
     def finish(self) -> None:
-        """Make one object of the parts."""
+        """Complete an upload of several parts."""
         if len(self._file.parts) == 1:
             return
         parts = [self._done[number] for number in sorted(self._done)]
@@ -272,7 +290,7 @@ class _Upload:
             if number > len(self._file.parts) or part["Size"] != self._file.size_of(number):
                 continue
             checksum = _base64(self._file.parts[number - 1])
-            if part.get("ChecksumSHA256", checksum) == checksum:  # S3 compares them once more when the upload is ended
+            if part.get("ChecksumSHA256", checksum) == checksum:  # S3 verifies them again when the upload completes
                 self._done[number] = {"PartNumber": number, "ETag": part["ETag"], "ChecksumSHA256": checksum}
                 self._bar.update(part["Size"])
 
@@ -282,7 +300,8 @@ class _Upload:
         self._bar.update(len(body))
 
     def _send(self, number: int) -> None:
-        body, checksum = self._file.read(number), _base64(self._file.parts[number - 1])
+        body = self._file.read(number)
+        checksum = _base64(self._file.parts[number - 1])
         sums = {**SHA256, "ChecksumSHA256": checksum}
         reply = self._s3.upload_part(**self._target, UploadId=self._upload_id, PartNumber=number, Body=body, **sums)
         self._done[number] = {"PartNumber": number, "ETag": reply["ETag"], "ChecksumSHA256": checksum}
@@ -290,7 +309,7 @@ class _Upload:
 
 
 def _run_all(pool: ThreadPoolExecutor, tasks: Iterable[Any]) -> None:
-    """Run all; at the first that fails, or Ctrl-C, start no more of them."""
+    """Run all tasks. Start no more of them after the first error or Ctrl-C."""
     futures = [pool.submit(task) for task in tasks]
     try:
         for future in futures:
@@ -301,13 +320,13 @@ def _run_all(pool: ThreadPoolExecutor, tasks: Iterable[Any]) -> None:
 
 
 def _ensure_bucket(account: Account, s3: Any, bucket: str) -> None:
-    """The bucket, made private where it is missing. S3 encrypts by itself."""
+    """Make the bucket if it is missing, without public access. S3 encrypts by default."""
     if _exists(s3, bucket):
         return
     if bucket != account.bucket:
-        raise DeployError(f"there is no bucket {bucket!r}; make it, or leave --bucket out to have one made")
-    place = {} if account.region == "us-east-1" else {"LocationConstraint": account.region}
-    s3.create_bucket(Bucket=bucket, **({"CreateBucketConfiguration": place} if place else {}))
+        raise DeployError(f"there is no bucket {bucket!r}; make it, or omit --bucket to use the default bucket")
+    region = {} if account.region == "us-east-1" else {"LocationConstraint": account.region}
+    s3.create_bucket(Bucket=bucket, **({"CreateBucketConfiguration": region} if region else {}))
     closed = dict.fromkeys(("BlockPublicAcls", "IgnorePublicAcls", "BlockPublicPolicy", "RestrictPublicBuckets"), True)
     s3.put_public_access_block(Bucket=bucket, PublicAccessBlockConfiguration=closed)
     s3.put_bucket_tagging(Bucket=bucket, Tagging={"TagSet": [MADE_BY]})
@@ -321,7 +340,7 @@ def _exists(s3: Any, bucket: str) -> bool:
             return False
         if code_of(error) in ("403", "301"):
             raise DeployError(
-                f"the bucket {bucket!r} is another account's or in another region; choose one: --bucket"
+                f"the bucket {bucket!r} belongs to another account or region; choose another: --bucket"
             ) from None
         raise
     return True
@@ -337,7 +356,7 @@ def _is_ours(s3: Any, bucket: str) -> bool:
 
 
 def _pending(s3: Any, bucket: str, prefix: str) -> dict[str, str]:
-    """Multipart uploads that were begun and not ended: the latest of each key."""
+    """Return the latest incomplete multipart upload of each key."""
     items = _pages(s3, "list_multipart_uploads", "Uploads", bucket, prefix)
     return {item["Key"]: item["UploadId"] for item in sorted(items, key=lambda item: item["Initiated"])}
 
@@ -353,7 +372,7 @@ def _current_key(account: Account) -> str:
 
 @contextmanager
 def _bar(label: str, total: int) -> Iterator[tqdm]:
-    """Progress on a terminal, nothing elsewhere."""
+    """Show progress on a terminal, and nothing elsewhere."""
     with tqdm(total=total, desc=label, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
         yield bar
 

@@ -1,4 +1,4 @@
-"""What went wrong, in one line that says what to do. Owns the words; knows no errand."""
+"""Explain errors of AWS in one line that says what to do."""
 
 from __future__ import annotations
 
@@ -22,50 +22,46 @@ SIGN_IN = "run `aws configure` or `aws sso login`, or choose a profile: --profil
 
 
 class DeployError(Exception):
-    """The errand can't be done; the text is for the person who asked for it."""
+    """A command fails. The message is for the person at the terminal."""
 
 
 def code_of(error: aws.ClientError) -> str:
-    """AWS's name of the error."""
+    """Return AWS's code of the error."""
     return error.response.get("Error", {}).get("Code", "")
 
 
 def message_of(error: aws.ClientError) -> str:
-    """AWS's own words."""
+    """Return AWS's message."""
     return error.response.get("Error", {}).get("Message", "") or "no reason given"
 
 
 def explain(error: Exception) -> str:
-    """One line for an error of boto3."""
+    """Return one line for an error of boto3."""
     if isinstance(error, aws.ClientError):
         return _explain_refusal(error)
     if isinstance(error, aws.NoCredentialsError | aws.PartialCredentialsError):
         return f"no AWS credentials: {SIGN_IN}"
     if isinstance(error, aws.SSOError | aws.TokenRetrievalError | aws.CredentialRetrievalError):
-        return f"the AWS credentials can't be used ({_line(error)}): {SIGN_IN}"
+        return f"the AWS credentials cannot be used ({_line(error)}): {SIGN_IN}"
     if isinstance(error, aws.NoRegionError):
         return "no AWS region: give --region, set AWS_REGION, or run `aws configure`"
     if isinstance(error, aws.ProfileNotFound):
-        return f"{_line(error)}; `aws configure list-profiles` names those that there are"
+        return f"{_line(error)}; `aws configure list-profiles` lists the profiles"
     if isinstance(error, aws.HTTPClientError | aws.ConnectionError):
-        return f"AWS can't be reached: {_line(error)}. The same command again goes on where this one stopped"
+        return f"AWS cannot be reached: {_line(error)}. Run the same command again to resume"
     return _line(error)
 
 
 def _explain_refusal(error: aws.ClientError) -> str:
     code, operation = code_of(error), error.operation_name
     if code in THROTTLED:
-        return (
-            f"AWS throttles {operation} ({code}): wait a minute; the same command again goes on where this one stopped"
-        )
+        return f"AWS throttles {operation} ({code}): wait a minute, then run the same command again to resume"
     if code in EXPIRED:
         return f"the AWS credentials have expired: {SIGN_IN}"
     if code in UNKNOWN_KEY:
         return f"AWS does not know these credentials ({code}): {SIGN_IN}"
     if code in DENIED:
-        return (
-            f"not allowed to {operation}: {_line(message_of(error))} (docs/sagemaker.md has the policy that is needed)"
-        )
+        return f"not allowed to {operation}: {_line(message_of(error))} (docs/sagemaker.md has the required policy)"
     return f"{operation} failed: {code}: {_line(message_of(error))}"
 
 

@@ -1,4 +1,4 @@
-"""The role that a container runs as, when it is not the stack's own."""
+"""Check a role for the containers that the stack does not make."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from .problems import DeployError, code_of
 
 
 def check_role(account: Account, arn: str) -> None:
-    """Raises `DeployError` where the role is missing or SageMaker may not assume it. Who may not look is believed."""
+    """Raise `DeployError` if the role is missing or SageMaker may not assume it.
+
+    Without permission to read the role, it is not checked.
+    """
     name = arn.rpartition("/")[2]
     if not arn.startswith("arn:") or ":role/" not in arn:
-        raise DeployError(f"{arn!r} is no role's ARN: wanted arn:aws:iam::<account>:role/<name>")
+        raise DeployError(f"`--role` must be arn:aws:iam::<account>:role/<name>, got {arn!r}")
     try:
         role = account.client("iam").get_role(RoleName=name)["Role"]
     except ClientError as error:
         if code_of(error) == "NoSuchEntity":
             raise DeployError(
-                f"there is no role {name!r} in account {account.id}; leave --role out to have one made"
+                f"there is no role {name!r} in account {account.id}; omit --role to have one made"
             ) from None
         if code_of(error) == "AccessDenied":
             return

@@ -1,7 +1,7 @@
-"""The endpoint's CloudFormation stack: made, changed, watched and deleted.
+"""The endpoint's CloudFormation stack: make, change, follow and delete it.
 
-AWS does the work by itself; we ask for it and follow its events. So an interrupted run loses nothing: the next one
-finds the stack at work, follows it to its end, and goes on from there.
+AWS does the work, and we follow its events. An interrupted run therefore loses nothing: the next run follows the stack
+to its end and resumes from there.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ FAILED = {*DEAD, "UPDATE_ROLLBACK_COMPLETE", "UPDATE_ROLLBACK_FAILED", "UPDATE_F
 
 
 @dataclass(frozen=True)
-class Happening:
-    """One line of a stack's history."""
+class StackEvent:
+    """One event of a stack."""
 
     id: str
     at: datetime
@@ -39,8 +39,8 @@ class Happening:
 
 
 @dataclass(frozen=True)
-class State:
-    """A stack as it is."""
+class StackState:
+    """The state of a stack. `is_ours` is true if llava-deploy made it."""
 
     id: str
     status: str
@@ -50,21 +50,22 @@ class State:
 
     @property
     def is_busy(self) -> bool:
+        """Whether CloudFormation is changing the stack."""
         return self.status.endswith("_IN_PROGRESS") and self.status != "REVIEW_IN_PROGRESS"
 
 
-Tell = Callable[[Happening], None]
+OnEvent = Callable[[StackEvent], None]
 
 
-def state(account: Account, stack: str | None = None) -> State | None:
-    """The stack of the account's endpoint (or the one of that id); None where there is none."""
+def state(account: Account, stack: str | None = None) -> StackState | None:
+    """Return the state of the endpoint's stack, or of the stack with that ID; None if there is none."""
     try:
         found = account.client("cloudformation").describe_stacks(StackName=stack or account.name)["Stacks"][0]
     except ClientError as error:
         if code_of(error) == "ValidationError" and "does not exist" in message_of(error):
             return None
         raise
-    return State(
+    return StackState(
         found["StackId"],
         found["StackStatus"],
         {item["ParameterKey"]: item["ParameterValue"] for item in found.get("Parameters", [])},
@@ -75,17 +76,15 @@ def state(account: Account, stack: str | None = None) -> State | None:
 
 @cache
 def template_parameters() -> dict[str, dict[str, Any]]:
-    """The template's parameters by name, as it declares them."""
+    """Return the parameters that the template declares, by name."""
     return yaml.load(TEMPLATE.read_text(encoding="utf-8"), _Loader)["Parameters"]
 
 
-def check_free(account: Account, before: State | None) -> None:
-    """Raises `DeployError` where the name belongs to something that we did not make."""
+def check_free(account: Account, before: StackState | None) -> None:
+    """Raise `DeployError` if the name belongs to a stack or endpoint that llava-deploy did not make."""
     if before is not None:
         if not before.is_ours:
-            raise DeployError(
-                f"a stack named {account.name!r} is there that llava-deploy did not make; choose another --name"
-            )
+            raise DeployError(f"llava-deploy did not make the stack {account.name!r}; choose another --name")
         return
     try:
         account.client("sagemaker").describe_endpoint(EndpointName=account.name)
@@ -93,28 +92,28 @@ def check_free(account: Account, before: State | None) -> None:
         if code_of(error) in ("ValidationException", "ResourceNotFound"):
             return
         raise
-    raise DeployError(
-        f"an endpoint named {account.name!r} is there that belongs to no stack of its name; choose another --name"
-    )
+    raise DeployError(f"the endpoint {account.name!r} belongs to no stack of its name; choose another --name")
 
 
-def settle(account: Account, tell: Tell) -> State | None:
-    """The stack at rest: what goes on is followed to its end, and one that failed to be made is deleted."""
+def settle(account: Account, on_event: OnEvent) -> StackState | None:
+    """Wait until the stack is not busy. Delete a stack that could not be made. Return the state then."""
     found = state(account)
     if found is not None and found.is_busy:
-        follow(account, found, None, tell)
+        follow(account, found, None, on_event)
         found = state(account)
     if found is not None and found.is_ours and found.status in DEAD:
-        delete(account, found, tell)
+        delete(account, found, on_event)
         found = None
     return found
 
 
-def deploy(account: Account, before: State | None, parameters: Mapping[str, str], tell: Tell) -> State | None:
-    """Make the stack, or change it to these parameters, and see it through; None when nothing was to be changed.
+def deploy(
+    account: Account, before: StackState | None, parameters: Mapping[str, str], on_event: OnEvent
+) -> StackState | None:
+    """Make or change the stack and wait for the end. Return its state, or None if nothing changed.
 
-    Parameters that are not given keep the value they have, or the template's. Raises `DeployError` with
-    CloudFormation's reason when it was rolled back.
+    Other parameters keep their present value, or have the template's default. Raise `DeployError` with CloudFormation's
+    reason after a rollback.
     """
     client = account.client("cloudformation")
     request = {
@@ -136,28 +135,31 @@ def deploy(account: Account, before: State | None, parameters: Mapping[str, str]
             raise
     begun = state(account, stack)
     assert begun is not None
-    return follow(account, begun, seen, tell)
+    return follow(account, begun, seen, on_event)
 
 
-def delete(account: Account, found: State, tell: Tell) -> None:
-    """Delete the stack, and see it through."""
+def delete(account: Account, found: StackState, on_event: OnEvent) -> None:
+    """Delete the stack and wait for the end."""
     seen = _newest_event(account, found)
     account.client("cloudformation").delete_stack(StackName=found.id)
     begun = state(account, found.id)
     if begun is not None:
-        follow(account, begun, seen, tell)
+        follow(account, begun, seen, on_event)
 
 
-def follow(account: Account, begun: State, seen: str | None, tell: Tell) -> State | None:
-    """Tell the events of what goes on, as they come, until it has ended; the stack then. Raises `DeployError` when it
-    failed."""
-    reason, found = "", begun
+def follow(account: Account, begun: StackState, seen: str | None, on_event: OnEvent) -> StackState | None:
+    """Report events after `seen` until the stack is not busy. Return its state, or None if it was deleted.
+
+    Raise `DeployError` if the operation failed.
+    """
+    reason = ""
+    found = begun
     while True:
-        for happening in _events_since(account, begun.id, seen):
-            tell(happening)
-            seen = happening.id
-            if not reason and happening.status.endswith("_FAILED") and "cancelled" not in happening.reason:
-                reason = f"{happening.name}: {happening.reason or 'no reason given'}"
+        for event in _events_since(account, begun.id, seen):
+            on_event(event)
+            seen = event.id
+            if not reason and event.status.endswith("_FAILED") and "cancelled" not in event.reason:
+                reason = f"{event.name}: {event.reason or 'no reason given'}"
         if not found.is_busy:
             break
         time.sleep(POLL_S)
@@ -166,33 +168,33 @@ def follow(account: Account, begun: State, seen: str | None, tell: Tell) -> Stat
             return None
         found = latest
     if found.status in FAILED:
-        raise DeployError(f"the stack {account.name!r} ended as {found.status}: {reason or 'its events say no more'}")
+        raise DeployError(f"the stack {account.name!r} ended as {found.status}: {reason or 'no event has a reason'}")
     return found
 
 
-def _parameters(before: State | None, given: Mapping[str, str]) -> list[dict[str, str]]:
+def _parameters(before: StackState | None, given: Mapping[str, str]) -> list[dict[str, str]]:
     known = template_parameters()
     values = {name: str(known[name]["Default"]) for name in known if "Default" in known[name]}
     values |= {name: value for name, value in before.parameters.items() if name in known} if before else {}
     return [{"ParameterKey": name, "ParameterValue": value} for name, value in {**values, **given}.items()]
 
 
-def _newest_event(account: Account, found: State | None) -> str | None:
+def _newest_event(account: Account, found: StackState | None) -> str | None:
     if found is None:
         return None
     events = account.client("cloudformation").describe_stack_events(StackName=found.id)["StackEvents"]
     return events[0]["EventId"] if events else None
 
 
-def _events_since(account: Account, stack: str, seen: str | None) -> Iterator[Happening]:
-    """Events after `seen`, or all that there are, oldest first."""
+def _events_since(account: Account, stack: str, seen: str | None) -> Iterator[StackEvent]:
+    """Return the events after `seen`, or all events, oldest first."""
     fresh = []
     pages = account.client("cloudformation").get_paginator("describe_stack_events").paginate(StackName=stack)
     for event in (event for page in pages for event in page["StackEvents"]):
         if event["EventId"] == seen:
             break
         fresh.append(
-            Happening(
+            StackEvent(
                 event["EventId"],
                 event["Timestamp"],
                 event["ResourceStatus"],
@@ -205,7 +207,7 @@ def _events_since(account: Account, stack: str, seen: str | None) -> Iterator[Ha
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with CloudFormation's short functions (`!Ref`), whose meaning does not matter here."""
+    """YAML with CloudFormation's short functions (`!Ref`), which are read as None."""
 
 
 _Loader.add_multi_constructor("!", lambda loader, suffix, node: None)

@@ -1,4 +1,4 @@
-"""What a running endpoint tells: its state, its figures, its alarms and its log. Changes nothing."""
+"""Read the state, metrics, alarms and logs of an endpoint. Changes nothing."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ POLL_S = 3.0
 
 
 @dataclass(frozen=True)
-class Endpoint:
+class EndpointState:
     """The endpoint as SageMaker describes it."""
 
     status: str
     reason: str
     instance_type: str
     instances: int
-    wanted: int
+    desired: int
     image: str
     model: str
 
 
 @dataclass(frozen=True)
-class Line:
-    """One line of a container's log, and the stream (variant and instance) that it is from."""
+class LogLine:
+    """One line of a container's log; `stream` names variant and instance."""
 
     at: datetime
     stream: str
     text: str
 
 
-def endpoint(account: Account) -> Endpoint | None:
-    """What runs, as far as it is there."""
+def endpoint(account: Account) -> EndpointState | None:
+    """Return the state of the endpoint, or None if there is none."""
     sagemaker = account.client("sagemaker")
     try:
         found = sagemaker.describe_endpoint(EndpointName=account.name)
@@ -51,7 +51,7 @@ def endpoint(account: Account) -> Endpoint | None:
     planned = config["ProductionVariants"][0]
     container = sagemaker.describe_model(ModelName=planned["ModelName"])["PrimaryContainer"]
     running = (found.get("ProductionVariants") or [{}])[0]
-    return Endpoint(
+    return EndpointState(
         found["EndpointStatus"],
         found.get("FailureReason", ""),
         planned["InstanceType"],
@@ -63,13 +63,13 @@ def endpoint(account: Account) -> Endpoint | None:
 
 
 def open_sessions(account: Account) -> float | None:
-    """Open sessions per instance, averaged over the last minutes; None while no container has told."""
+    """Return the open sessions per instance in the latest minute; None without a metric in the last five minutes."""
     now = datetime.now(UTC)
     points = account.client("cloudwatch").get_metric_statistics(
         Namespace=account.metrics_namespace,
         MetricName="OpenSessions",
         StartTime=now - timedelta(minutes=5),
-        EndTime=now + timedelta(minutes=1),  # whole seconds on the wire: what was told in this one counts too
+        EndTime=now + timedelta(minutes=1),  # the API takes whole seconds, and this second counts too
         Period=60,
         Statistics=["Average"],
     )["Datapoints"]
@@ -77,18 +77,19 @@ def open_sessions(account: Account) -> float | None:
 
 
 def alarms(account: Account) -> list[str]:
-    """Names of the stack's alarms that ring."""
+    """Return the names of the stack's active alarms."""
     pages = account.client("cloudwatch").get_paginator("describe_alarms")
     found = pages.paginate(StateValue="ALARM", AlarmNamePrefix=f"{account.name}-")
     return [alarm["AlarmName"] for page in found for alarm in page["MetricAlarms"]]
 
 
-def log_lines(account: Account, since: timedelta, pattern: str, follow: bool) -> Iterator[Line]:
-    """The containers' log lines of the last while; with `follow` also those to come, until Ctrl-C.
+def log_lines(account: Account, since: timedelta, pattern: str, follow: bool) -> Iterator[LogLine]:
+    """Yield the log lines of the containers since that time ago; with `follow` also later ones, until Ctrl-C.
 
-    `pattern` is a CloudWatch filter pattern, such as `"startup_error"`; empty: every line.
+    `pattern` is a CloudWatch filter pattern, such as `"startup_error"`. An empty pattern matches every line.
     """
-    start, seen = _millis(datetime.now(UTC) - since), set()
+    start = _millis(datetime.now(UTC) - since)
+    seen: set[str] = set()
     while True:
         newest = start
         for event in _events(account, start, pattern):
@@ -96,18 +97,18 @@ def log_lines(account: Account, since: timedelta, pattern: str, follow: bool) ->
             if event["eventId"] not in seen:
                 seen.add(event["eventId"])
                 at = datetime.fromtimestamp(event["timestamp"] / 1000, UTC)
-                yield Line(at, event["logStreamName"], event["message"].rstrip("\n"))
+                yield LogLine(at, event["logStreamName"], event["message"].rstrip("\n"))
         if not follow:
             return
-        start = newest  # again from the latest on: others of the same millisecond may still come
+        start = newest  # again from the latest: more lines of the same millisecond may follow
         time.sleep(POLL_S)
 
 
 def _events(account: Account, start: int, pattern: str) -> Iterator[dict[str, Any]]:
-    wanted = {"logGroupName": account.log_group, "startTime": start}
-    wanted |= {"filterPattern": pattern} if pattern else {}
+    options: dict[str, Any] = {"logGroupName": account.log_group, "startTime": start}
+    options |= {"filterPattern": pattern} if pattern else {}
     try:
-        for page in account.client("logs").get_paginator("filter_log_events").paginate(**wanted):
+        for page in account.client("logs").get_paginator("filter_log_events").paginate(**options):
             yield from page["events"]
     except ClientError as error:
         if code_of(error) == "ResourceNotFoundException":

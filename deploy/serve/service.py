@@ -1,44 +1,41 @@
-"""The service as its users meet it: HAProxy on the public port, one TorchServe behind it, and both kept alive.
+"""HAProxy on the public port, one TorchServe behind it, and both restarted when they die.
 
-Behind `make serve` and the container. Owns what happens after a death (start again, later each time, and give up in
-the end) and how the service ends: on SIGTERM or SIGINT the worker takes no more work and finishes what runs, then
-TorchServe goes, and HAProxy last. Must not know: how TorchServe is started and watched (`serve.py`), or what HAProxy
-does to a request (`front.py`).
+`make serve` and the container run it. On SIGTERM or SIGINT the worker drains: it admits no more work and finishes the
+running turns. Then TorchServe is stopped, and HAProxy last.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
-import shlex
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
-from .front import Front, find_haproxy
+from .haproxy import HAProxy
+from .home import ServerHome
+from .ports import choose_ports
 from .processes import LOOPBACK, Guard, ServeError
-from .torchserve import REPO, TorchServe, choose_ports, make_home
+from .torchserve import TorchServe
 
 POLL_S = 0.1
-# Seconds before each start that follows a death. Device memory of a killed process can take a while to come back.
+# Seconds before each restart. Device memory of a killed process can take a while to be free again.
 DELAYS_S = (0.0, 1.0, 2.0, 5.0, 10.0)
-STEADY_S = 60.0  # a server that lived so long begins anew with the delays
-# SageMaker kills a container 30 s after SIGTERM. The worker cuts what still runs at 25 s.
+STEADY_S = 60.0  # after this time of service the delays start again from the first
+# SageMaker kills a container 30 s after SIGTERM. The worker stops running turns at 25 s.
 DRAIN_S = 26.0
 JAVA_STOP_S = 2.0
 ANSWERS_OUT_S = 1.0
 
 
 class Service:
-    """One TorchServe that is started again when it dies, behind a HAProxy that stays.
+    """One TorchServe that is restarted when it dies, behind a HAProxy that stays.
 
-    `run` serves until `stop` is called (by a signal handler) or until it gives up. Without HAProxy, TorchServe itself
-    listens on the public port.
+    `run` serves until `stop` is called (by a signal handler) or until a restart fails. Without HAProxy, TorchServe
+    itself listens on the public port. `ready`, `url`, `server` and `haproxy` may be read from another thread.
     """
 
     def __init__(
@@ -52,181 +49,187 @@ class Service:
         home: Path | None = None,
         ready_timeout_s: float = 600,
         delays_s: Sequence[float] = DELAYS_S,
-        **server_options,
+        **server_options: Any,
     ) -> None:
-        """`server_options` are further ones of `TorchServe`."""
+        """`haproxy` is its path, or None. `server_options` are further options of `TorchServe`."""
         if haproxy is None and host != LOOPBACK:
             raise ServeError(f"serving on {host} needs HAProxy; scripts/need_haproxy.sh says how to get it")
-        self._store = model_store
+        self._model_store = model_store
         self._name = name
-        self._haproxy = haproxy
+        self._haproxy_path = haproxy
         self._port = port
         self._host = host
-        self._asked_home = home
+        self._requested_home = home
         self._ready_timeout_s = ready_timeout_s
         self._delays_s = delays_s
         self._server_options = server_options
         self._stopped_by = ""
-        self._deaths = 0  # since it last lived for a while
+        self._deaths = 0  # since the server last ran for STEADY_S
         self._failed_starts = 0  # in a row
         self.ready = False
-        self.front: Front | None = None
+        self.haproxy: HAProxy | None = None
         self.server: TorchServe | None = None
         self.url = ""
 
     def stop(self, reason: str) -> None:
-        """Have `run` end; a second call has it end at once. Safe in a signal handler."""
+        """End `run` in order; a second call ends it at once. Safe in a signal handler."""
         if not self._stopped_by:
             self._stopped_by = reason
             return
-        for process in (self.server, self.front):
+        for process in (self.server, self.haproxy):
             if process is not None:
                 process.kill()
 
     def run(self) -> int:
-        """Serve; the exit code: 0 after `stop`, 1 when the model does not start, or not again."""
-        home = make_home(self._asked_home)
-        guard = Guard(home if self._asked_home is None else None)
+        """Serve. Return the exit code: 0 after `stop`, 1 if the model does not start, or not again."""
+        home = ServerHome.make(self._requested_home)
+        guard = Guard(home.folder if home.is_temporary else None)
         try:
-            print(f"starting TorchServe with {Path(self._store).resolve() / self._name} ...", flush=True)
-            self._start_front(home, guard)
+            print(f"starting TorchServe with {Path(self._model_store).resolve() / self._name} ...", flush=True)
+            self._start_haproxy(home, guard)
             while not self._stopped_by:
-                self._live_once()
+                self._run_server_once()
             began = time.monotonic()
             print(f"\n{self._stopped_by}: stopping ...", flush=True)
-            self._end(home)
+            self._shut_down(home)
             print(f"stopped in {time.monotonic() - began:.1f} s", flush=True)
             return 0
         except ServeError as err:
             print(f"error: {err}", file=sys.stderr, flush=True)
             return 1
         finally:
-            for server in filter(None, (self.server, self.front)):
-                server.kill()
-                server.stop()
+            for process in (self.server, self.haproxy):
+                if process is not None:
+                    process.kill()
+                    process.stop()
             guard.release()
-            if self._asked_home is None:
-                shutil.rmtree(home, ignore_errors=True)
+            home.remove()
 
-    def _start_front(self, home: Path, guard: Guard) -> None:
-        public = "front" if self._haproxy else "inference"
+    def _start_haproxy(self, home: ServerHome, guard: Guard) -> None:
+        public = "front" if self._haproxy_path else "inference"
         ports = choose_ports(self._port, public)
         self.url = f"http://{LOOPBACK}:{ports[public]}"
-        self._server_options |= {"ports": ports, "home": home, "guard": guard}
-        if self._haproxy:
-            self.front = Front(
-                self._haproxy, home, guard, port=ports["front"], target=ports["inference"], host=self._host
+        self._server_options |= {"ports": ports, "home": home.folder, "guard": guard}
+        if self._haproxy_path:
+            self.haproxy = HAProxy(
+                self._haproxy_path,
+                home.folder,
+                guard,
+                port=ports["front"],
+                target=ports["inference"],
+                host=self._host,
             )
-            self.front.start()
+            self.haproxy.start()
 
-    # --- lives and deaths ---------------------------------------------------------------------------------------------
+    # --- starts and deaths --------------------------------------------------------------------------------------------
 
-    def _live_once(self) -> None:
-        """One life of TorchServe, from its start to its death or to `stop`. Raises `ServeError` when there is no use in
-        another one."""
+    def _run_server_once(self) -> None:
+        """Run TorchServe from its start to its death or to `stop`. Raise `ServeError` if a restart is useless."""
         if self._deaths:
             self._pause(self._delays_s[min(self._deaths, len(self._delays_s)) - 1])
         if self._stopped_by:
             return
-        self.server = TorchServe(self._store, self._name, **self._server_options)
+        server = self.server = TorchServe(self._model_store, self._name, **self._server_options)
         try:
-            self.server.start()
-            seconds = self._wait_ready()
+            server.start()
+            seconds = self._wait_ready(server)
         except ServeError as err:
-            if self._stopped_by:  # it did not die of itself
+            if self._stopped_by:  # `stop` killed it
                 return
             self._failed_starts += 1
-            # What was never ready will not start the second time either, and somebody is waiting to hear why.
+            # A model that was never ready will not start on a second attempt, and the user is waiting for the reason.
             if not self._deaths or self._failed_starts == len(self._delays_s):
                 raise
-            self._bury(str(err))
+            self._clear_away(server, str(err))
             return
         if seconds is None:
             return
         ready_at = time.monotonic()
         self._failed_starts = 0
-        self._tell_ready(seconds)
-        reason = self._wait_death()
+        self._announce_ready(server, seconds)
+        reason = self._wait_death(server)
         if reason is not None:
             if time.monotonic() - ready_at > STEADY_S:
                 self._deaths = 0
-            self._bury(reason)
+            self._clear_away(server, reason)
 
-    def _wait_ready(self) -> float | None:
-        """Seconds that it took; None when `stop` came first. Raises `ServeError`."""
+    def _wait_ready(self, server: TorchServe) -> float | None:
+        """Return the seconds until the server was ready, or None if `stop` came first. Raise `ServeError`."""
         deadline = time.monotonic() + self._ready_timeout_s
         while not self._stopped_by:
-            if (seconds := self.server.poll_ready()) is not None:
+            if (seconds := server.poll_ready()) is not None:
                 self._set_ready(True)
                 return seconds
             if time.monotonic() > deadline:
-                raise self.server.too_slow(self._ready_timeout_s)
+                raise server.timeout_error(self._ready_timeout_s)
             self._pause(POLL_S)
         return None
 
-    def _wait_death(self) -> str | None:
-        """Why the server died; None when `stop` came first."""
+    def _wait_death(self, server: TorchServe) -> str | None:
+        """Return why the server died, or None if `stop` came first."""
         while not self._stopped_by:
-            if (reason := self.server.death()) is not None:
+            if (reason := server.death()) is not None:
                 return reason
             self._pause(POLL_S)
         return None
 
-    def _bury(self, reason: str) -> None:
-        """Clear away what is left of a dead server. Requests that hang on it end with java, and get a clear error."""
+    def _clear_away(self, server: TorchServe, reason: str) -> None:
+        """Kill the rest of a dead server. Requests that wait for it end with an error."""
         self._set_ready(False)
-        self.server.kill()
-        self.server.stop()
+        server.kill()
+        server.stop()
         self._deaths += 1
         print(f"error: {reason}\nrestarting TorchServe ...", file=sys.stderr, flush=True)
 
     def _set_ready(self, ready: bool) -> None:
         self.ready = ready
-        if self.front is not None:
-            with contextlib.suppress(OSError):  # it has died: `_keep_front` tells the next one
-                self.front.open() if ready else self.front.shut()
+        if self.haproxy is not None:
+            with contextlib.suppress(OSError):  # HAProxy has died: `_keep_haproxy` sets the state of the next one
+                self.haproxy.open() if ready else self.haproxy.shut()
 
     def _pause(self, seconds: float) -> None:
-        """Wait, with an eye on HAProxy and on `stop`."""
+        """Wait. Meanwhile restart HAProxy if it dies; return at once after `stop`."""
         until = time.monotonic() + seconds
         while not self._stopped_by:
-            self._keep_front()
+            self._keep_haproxy()
             left = until - time.monotonic()
             if left <= 0:
                 return
             time.sleep(min(left, POLL_S))
 
-    def _keep_front(self) -> None:
-        if self.front is not None and not self.front.alive:
+    def _keep_haproxy(self) -> None:
+        if self.haproxy is not None and not self.haproxy.alive:
             print("error: HAProxy died; restarting it ...", file=sys.stderr, flush=True)
-            self.front.start()
+            self.haproxy.start()
             self._set_ready(self.ready)
 
-    # --- the end ------------------------------------------------------------------------------------------------------
+    # --- shutting down ------------------------------------------------------------------------------------------------
 
-    def _end(self, home: Path) -> None:
-        """Let running answers finish; then TorchServe goes, and HAProxy last."""
-        if self.ready:
-            self._drain(home / "tmp")
+    def _shut_down(self, home: ServerHome) -> None:
+        """Let running turns finish, then stop TorchServe, and HAProxy last."""
         if self.server is not None:
+            if self.ready:
+                self._drain(self.server, home.temp)
             self.server.stop(JAVA_STOP_S)
-        if self.front is not None:
-            self.front.stop()
+        if self.haproxy is not None:
+            self.haproxy.stop()
 
-    def _drain(self, temp: Path) -> None:
-        """Tell the workers that the end is near (SIGUSR1). Wait until each has said in `temp` that it is through, or is
-        gone, and until the last answers are with their clients."""
-        if self.front is not None:
+    def _drain(self, server: TorchServe, temp: Path) -> None:
+        """Drain the workers (SIGUSR1). Wait until each has drained or ended, and until its answers have been sent.
+
+        A worker that has drained writes the file `drained-PID` into `temp`.
+        """
+        if self.haproxy is not None:
             with contextlib.suppress(OSError):
-                self.front.drain()
-        waiting = self.server.worker_pids()
+                self.haproxy.drain()
+        waiting = server.worker_pids()
         for pid in waiting:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGUSR1)
         deadline = time.monotonic() + DRAIN_S
         while waiting and time.monotonic() < deadline:
             time.sleep(0.05)
-            living = self.server.worker_pids()
+            living = server.worker_pids()
             waiting = [pid for pid in waiting if pid in living and not (temp / f"drained-{pid}").exists()]
         deadline = time.monotonic() + ANSWERS_OUT_S
         while self._in_flight() and time.monotonic() < deadline:
@@ -234,105 +237,35 @@ class Service:
 
     def _in_flight(self) -> int:
         try:
-            return self.front.in_flight() if self.front is not None else 0
+            return self.haproxy.in_flight() if self.haproxy is not None else 0
         except OSError:
             return 0
 
-    def _tell_ready(self, seconds: float) -> None:
+    def _announce_ready(self, server: TorchServe, seconds: float) -> None:
         if self._deaths:
             print(f"ready again in {seconds:.1f} s", flush=True)
             return
-        server = self.server
         print(f"ready in {seconds:.1f} s on {self.url}", flush=True)
-        if self.front is not None:
+        if self.haproxy is not None:
             print(f"  TorchServe {server.url}", flush=True)
         print(f"  management {server.management_url}\n  metrics    {server.metrics_url}")
         print(f"  logs       {server.log_path.parent}\n\n{usage(self.url)}", flush=True)
 
 
-# --- the command line -------------------------------------------------------------------------------------------------
-
-
 def usage(url: str) -> str:
-    """What to type next: open with a picture, ask, close."""
+    """Return commands to paste: open a session with a picture, ask, close."""
     curl = "curl -sN $URL -H 'Content-Type: application/json'"
     session = '-H "X-Amzn-SageMaker-Session-Id: $ID"'
     return f"""In another terminal, with any picture.png:
 
   URL={url}/invocations
-  # open a session with the picture; its id is in the answer and in a header
-  printf '{{"type":"start_session","image":"%s"}}' "$(base64 < picture.png | tr -d '\\n')" |
-    {curl} -D - -d @-
-  ID=the-session-id
-  # ask, as often as you like; the answer streams
+  # open a session with the picture, and keep its ID
+  ID=$(printf '{{"type":"start_session","image":"%s"}}' "$(base64 < picture.png | tr -d '\\n')" |
+    {curl} -d @- | sed -n 's/.*"session_id": *"\\([^"]*\\)".*/\\1/p')
+  # ask, as often as you like; the answer is streamed
   {curl} {session} \\
     -d '{{"type":"send_text_prompt","prompt_text":"What is in the picture?","stream":true}}'
-  # close it
+  # close the session
   {curl} {session} -d '{{"type":"close_session"}}'
 
 Ctrl-C here stops the server."""
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m deploy.serve",
-        description="Serve a packed model with TorchServe behind HAProxy, in the foreground, until Ctrl-C or SIGTERM. "
-        "A server that dies is started again.",
-    )
-    add = parser.add_argument
-    add("--model-store", type=Path, default=REPO / "model_store", metavar="DIR", help="default: model_store")
-    add("--name", default="llava", help="the packed model (default: %(default)s)")
-    add("--port", type=int, default=8080, help="inference; management and metrics take the next two (0: free ones)")
-    add("--host", default=LOOPBACK, help="where HAProxy listens; TorchServe is on loopback always (%(default)s)")
-    add(
-        "--home",
-        type=Path,
-        metavar="DIR",
-        help="temporary files and logs, kept (default: made, and removed at the end)",
-    )
-    add("--java-opts", type=shlex.split, default=[], metavar="OPTS", help="for the JVM, such as '-Xmx2g'")
-    add("--log-level", choices=["error", "warn", "info", "debug"], default="warn", help="of the frontend")
-    add("--timeout", type=float, default=600, metavar="S", help="how long the model may take to load")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point."""
-    args = parse_args(argv)
-    haproxy = find_haproxy()
-    if haproxy is None:
-        print("HAProxy is missing (scripts/need_haproxy.sh): TorchServe is served bare, /ping says 200 while it loads")
-    try:
-        service = Service(
-            args.model_store,
-            args.name,
-            haproxy=haproxy,
-            port=args.port,
-            host=args.host,
-            home=args.home,
-            ready_timeout_s=args.timeout,
-            quiet=False,
-            java_options=args.java_opts,
-            log_level=args.log_level,
-        )
-    except ServeError as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 1
-    return serve(service)
-
-
-def serve(service: Service) -> int:
-    """Run a service until a signal stops it; the exit code. For the main thread of a process that does nothing else."""
-
-    def on_signal(number: int, _frame: FrameType | None) -> None:
-        service.stop(signal.Signals(number).name)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup means it
-            signal.signal(number, on_signal)
-    return service.run()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

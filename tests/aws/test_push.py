@@ -165,7 +165,7 @@ def test_push_makes_the_repository_and_sends_the_image_once(
     sent = len(registry.manifests), len(registry.blobs)
     again = run("push", "--image", image)
     assert (again.code, again.out) == (0, done.out)
-    assert "is there already" in again.err
+    assert "is already in ECR" in again.err
     assert (len(registry.manifests), len(registry.blobs)) == sent
 
 

@@ -26,7 +26,7 @@ from deploy.container import entrypoint
 from deploy.container.entrypoint import MANIFEST, ContainerError, find_model
 from deploy.container.image import ImageError, build_command, find_builder, pip_settings
 from deploy.pack import FAMILIES
-from deploy.serve.torchserve import free_ports
+from deploy.serve.ports import free_ports
 from tests.support.commands import eventually
 
 REPO = Path(__file__).resolve().parents[2]

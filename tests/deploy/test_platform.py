@@ -15,7 +15,8 @@ from botocore.client import BaseClient
 from botocore.exceptions import ClientError, EventStreamError
 
 from deploy.local_endpoint.contract import Corners, Limits
-from deploy.serve.torchserve import TorchServe, free_ports
+from deploy.serve.ports import free_ports
+from deploy.serve.torchserve import TorchServe
 
 from .conftest import ALL_CORNERS, NAME, Endpoint, invoke, runtime
 

@@ -17,9 +17,11 @@ import httpx
 import pytest
 
 from bench import harness, route
-from deploy.serve.front import Front, find_haproxy
-from deploy.serve.processes import Guard, free_ports
-from deploy.serve.torchserve import CONFIG, TorchServe, read_properties
+from deploy.serve.configuration import CONFIG, read_properties
+from deploy.serve.haproxy import HAProxy, find_haproxy
+from deploy.serve.ports import free_ports
+from deploy.serve.processes import Guard
+from deploy.serve.torchserve import TorchServe
 from llava_sessions_client import CLOSED_HEADER, SESSION_HEADER, ChatSession, to_png, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.support.commands import Command, eventually
@@ -38,7 +40,7 @@ def url(server: TorchServe, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     (home / "logs").mkdir()
     guard = Guard()
     port = free_ports(1)[0]
-    front = Front(find_haproxy(), home, guard, port=port, target=int(server.url.rsplit(":", 1)[1]))
+    front = HAProxy(find_haproxy(), home, guard, port=port, target=int(server.url.rsplit(":", 1)[1]))
     front.start()
     front.open()
     yield f"http://127.0.0.1:{port}"

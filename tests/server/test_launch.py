@@ -20,7 +20,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deploy.serve.processes import ServeError, free_ports
+from deploy.serve.ports import free_ports
+from deploy.serve.processes import ServeError
 from deploy.serve.service import Service
 from tests.support.commands import REPO, Command, alive, eventually
 from tests.support.stand_in import NAME, make_store

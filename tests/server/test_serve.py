@@ -16,8 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from deploy.serve.processes import ServeError, free_ports
-from deploy.serve.torchserve import LOG_CONFIG, TorchServe, choose_ports, models_argument
+from deploy.serve.configuration import LOG_CONFIG, models_argument
+from deploy.serve.ports import choose_ports, free_ports
+from deploy.serve.processes import ServeError
+from deploy.serve.torchserve import TorchServe
 from tests.support.commands import alive
 from tests.support.stand_in import make_store
 

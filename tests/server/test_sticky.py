@@ -14,8 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deploy.serve.front import find_haproxy
-from deploy.serve.processes import free_ports
+from deploy.serve.haproxy import find_haproxy
+from deploy.serve.ports import free_ports
 from tests.support.commands import REPO, Command, eventually
 from tests.support.stand_in import NAME, make_store
 

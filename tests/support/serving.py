@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from deploy.serve.front import find_haproxy
+from deploy.serve.haproxy import find_haproxy
 from deploy.serve.service import Service
 from deploy.serve.torchserve import TorchServe
 from llava_sessions_client import wait_for_metrics

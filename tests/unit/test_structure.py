@@ -64,7 +64,7 @@ def test_a_clean_package_passes(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ("class A:\n" + "".join(f"    def f{n}(self): ...\n" for n in range(16)), "A has 16 methods (limit 15)"),
         ("x = 1  # type: ignore\n", "`type: ignore` needs"),
         ("x = 1  # type: ignore[misc]\n", "`type: ignore` needs"),
-        ("from .worker import pump\n", "folders import each other: ., worker"),
+        ("from .worker import pump\n", "folders import each other: ., ipc, journal, worker"),
     ],
 )
 def test_an_exceeded_limit_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, problem: str) -> None:

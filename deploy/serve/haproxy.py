@@ -1,7 +1,7 @@
-"""Owns the HAProxy in front of one TorchServe: its process, and what it is told about the server behind it.
+"""The HAProxy in front of one TorchServe: its process, and the state of the server behind it.
 
-What it does to requests is in `sessions.cfg` and `front.cfg`. It comes up with the server shut, so that /ping says 503
-from its first moment, and the launcher opens it when the model is ready. Must not know how that is found out.
+`sessions.cfg` and `front.cfg` are its rules. HAProxy starts with the server closed, so that /ping answers 503 from the
+first moment. `Service` opens the server when the model is ready.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ import subprocess
 import time
 from pathlib import Path
 
-from .processes import LOOPBACK, Guard, ServeError, kill_group, tail
+from .logs import tail
+from .processes import LOOPBACK, Guard, ServeError, kill_group
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = (HERE / "sessions.cfg", HERE / "front.cfg")
 MIN_HAPROXY = (2, 6)
-SERVER = "torchserve/local"  # as front.cfg names it
+SERVER = "torchserve/local"  # backend and server in front.cfg
+START_TIMEOUT_S = 10.0
 
 
-class Front:
+class HAProxy:
     """One HAProxy on `host`:`port`, which passes requests to TorchServe's inference port `target` on loopback."""
 
     def __init__(self, haproxy: str, home: Path, guard: Guard, *, port: int, target: int, host: str = LOOPBACK) -> None:
@@ -38,18 +40,18 @@ class Front:
 
     @property
     def pid(self) -> int:
-        """Of the HAProxy that runs now."""
+        """The process ID of the running HAProxy."""
         if self._process is None:
             raise ServeError("HAProxy is not started")
         return self._process.pid
 
     @property
     def alive(self) -> bool:
-        """Whether it runs."""
+        """Whether HAProxy runs."""
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Start it, or start it again; returns when it answers. Raises `ServeError`."""
+        """Start or restart HAProxy. Return when it answers. Raise `ServeError`."""
         self.stop(timeout_s=0)
         command = [self._haproxy, "-db", "-q"]
         for config in CONFIGS:
@@ -64,36 +66,36 @@ class Front:
                 start_new_session=True,
             )
         self._guard.watch(self._process.pid)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + START_TIMEOUT_S
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise ServeError("HAProxy does not start\n" + "\n".join(tail(self._log, 10)))
             time.sleep(0.02)
 
     def open(self) -> None:
-        """The model is ready: let requests pass."""
+        """Let requests pass to the server."""
         self._command(f"set server {SERVER} state ready")
 
     def shut(self) -> None:
-        """The server is gone: /ping says so, and requests are answered 503."""
+        """Answer /ping and all requests with 503."""
         self._command(f"set server {SERVER} state maint")
 
     def drain(self) -> None:
-        """The server stops soon: /ping asks for no new sessions (404), and requests still pass."""
+        """Answer /ping with 404, so that a balancer sends no new sessions. Requests still pass."""
         self._command("experimental-mode on; set var proc.draining bool(true)")
 
     def in_flight(self) -> int:
-        """Requests whose answer is not wholly with its client yet."""
+        """Return the number of requests whose answer the client has not yet received in full."""
         rows = csv.DictReader(self._command("show stat").removeprefix("# ").splitlines())
         return sum(int(row["scur"]) for row in rows if f"{row['pxname']}/{row['svname']}" == SERVER)
 
     def stop(self, timeout_s: float = 1) -> None:
-        """Answers on their way to a client have `timeout_s` to get there. May be called again."""
+        """Stop HAProxy; answers in flight have `timeout_s` to reach their clients. May be called again."""
         process = self._process
         if process is None:
             return
         if timeout_s and process.poll() is None:
-            process.send_signal(signal.SIGUSR1)  # its soft stop
+            process.send_signal(signal.SIGUSR1)  # HAProxy's soft stop
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout_s)
         self.kill()
@@ -102,7 +104,7 @@ class Front:
         self._process = None
 
     def kill(self) -> None:
-        """End it at once. Safe in a signal handler; `stop` cleans up."""
+        """Kill HAProxy. Safe in a signal handler; `stop` cleans up."""
         if self._process is not None:
             kill_group(self._process.pid)
 
@@ -113,7 +115,7 @@ class Front:
             return False
 
     def _command(self, line: str) -> str:
-        """HAProxy's answer to a line on its socket."""
+        """Send a line to HAProxy's socket. Return the answer."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(5)
             connection.connect(str(self._home / "admin.sock"))
@@ -122,7 +124,7 @@ class Front:
 
 
 def find_haproxy() -> str | None:
-    """The HAProxy of this machine, where there is one that is new enough."""
+    """Return the path of HAProxy, or None if it is missing or too old."""
     for haproxy in filter(None, [shutil.which("haproxy"), "/usr/sbin/haproxy"]):  # not on a plain user's PATH
         with contextlib.suppress(OSError):
             text = subprocess.run([haproxy, "-v"], capture_output=True, text=True, timeout=60, check=False).stdout

@@ -12,8 +12,6 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from deploy.local_endpoint.service import Service
 from deploy.serve.torchserve import TorchServe
 from llava_sessions_client import to_png
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
-from tests.support.serving import pack
+from tests.support.serving import pack, running
 
 ROOT = Path(__file__).parents[2]
 NAME = "llava"
@@ -78,14 +76,14 @@ def shapes_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack(tmp_path_factory.mktemp("packed"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def instances(shapes_store: Path) -> Iterator[list[TorchServe]]:
     """Two instances of the demo model. Tests close what they open."""
-    with served(TorchServe(shapes_store), TorchServe(shapes_store)) as servers:
+    with running(TorchServe(shapes_store), TorchServe(shapes_store)) as servers:
         yield servers
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
     """An instance of the stand-in."""
     store = tmp_path_factory.mktemp("stand-in")
@@ -96,22 +94,8 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
     details = {"modelName": "stand-in", "handler": "stand_in.py", "modelVersion": "1.0"}
     manifest = {"model": {**details, "configFile": "model-config.yaml"}, "runtime": "python", "archiverVersion": "0"}
     (model / "MAR-INF" / "MANIFEST.json").write_text(json.dumps(manifest))
-    with served(TorchServe(store, "stand-in")) as (server,):
+    with running(TorchServe(store, "stand-in")) as (server,):
         yield server
-
-
-@contextmanager
-def served(*servers: TorchServe) -> Iterator[list[TorchServe]]:
-    """Started, all at once, and ready; stopped in the end."""
-    try:
-        for server in servers:
-            server.start()
-        for server in servers:
-            server.wait_ready(300)
-        yield list(servers)
-    finally:
-        with ThreadPoolExecutor(len(servers)) as pool:
-            list(pool.map(TorchServe.stop, servers))
 
 
 class Endpoint:
@@ -144,7 +128,7 @@ class Endpoint:
         self._thread.join()
 
 
-@pytest.fixture(scope="session", params=ALL_CORNERS, ids=lambda corners: f"{corners.new_session}")
+@pytest.fixture(scope="package", params=ALL_CORNERS, ids=lambda corners: f"{corners.new_session}")
 def endpoint(request: pytest.FixtureRequest, instances: list[TorchServe]) -> Iterator[Endpoint]:
     """The endpoint over both instances, under each way in which the platform may behave."""
     with Endpoint(instances, request.param) as endpoint:
@@ -162,7 +146,7 @@ def runtime(endpoint: Endpoint, **config: Any) -> BaseClient:
     return _session().client("sagemaker-runtime", endpoint_url=endpoint.url, config=Config(**config))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def client(endpoint: Endpoint) -> BaseClient:
     """boto3 on the endpoint."""
     return runtime(endpoint)

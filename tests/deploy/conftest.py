@@ -30,7 +30,7 @@ from deploy.local_endpoint.service import EndpointService
 from deploy.serve.torchserve import TorchServe
 from llava_sessions_client import to_png
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
-from tests.serving import pack
+from tests.support.serving import pack
 
 ROOT = Path(__file__).parents[2]
 NAME = "llava"

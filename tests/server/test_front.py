@@ -24,8 +24,7 @@ from deploy.serve.processes import Guard
 from deploy.serve.torchserve import TorchServe
 from llava_sessions_client import CLOSED_HEADER, SESSION_HEADER, ChatSession, to_png, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
-
-from .commands import Command, eventually
+from tests.support.commands import Command, eventually
 
 NEW_HEADER = "X-Amzn-SageMaker-New-Session-Id"
 SCENE = make_scene(HELD_OUT_SEEDS[0])

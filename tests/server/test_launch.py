@@ -23,9 +23,8 @@ import pytest
 from deploy.serve.ports import free_ports
 from deploy.serve.processes import ServeError
 from deploy.serve.service import Service
-
-from .commands import REPO, Command, alive, eventually
-from .stand_in import NAME, make_store
+from tests.support.commands import REPO, Command, alive, eventually
+from tests.support.stand_in import NAME, make_store
 
 SESSION = "X-Amzn-SageMaker-Session-Id"
 

@@ -20,9 +20,8 @@ from deploy.serve.configuration import LOG_CONFIG, models_argument
 from deploy.serve.ports import choose_ports, free_ports
 from deploy.serve.processes import ServeError
 from deploy.serve.torchserve import TorchServe
-
-from .commands import alive
-from .stand_in import make_store
+from tests.support.commands import alive
+from tests.support.stand_in import make_store
 
 REPO = Path(__file__).resolve().parents[2]
 SESSION = "X-Amzn-SageMaker-Session-Id"

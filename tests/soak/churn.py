@@ -32,7 +32,7 @@ from bench import machine
 from deploy.serve.torchserve import TorchServe
 from llava_sessions_client import SESSION_HEADER, ApiError, ChatSession, read_metrics, to_png, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
-from tests.serving import Processes, pack
+from tests.support.serving import Processes, pack
 
 from .report import RESULTS, write
 

@@ -44,7 +44,7 @@ from deploy.serve.torchserve import TorchServe
 from llava_sessions.errors import STATUS_OF_CODE
 from llava_sessions_client import SESSION_HEADER, ApiError, ChatSession, to_png, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
-from tests.serving import Processes, pack
+from tests.support.serving import Processes, pack
 
 from .report import RESULTS, write
 

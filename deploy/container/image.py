@@ -1,8 +1,7 @@
-"""Building the container's image: with docker where a daemon answers, else with buildah.
+"""Build the container's image: with docker if its daemon answers, else with buildah.
 
-Owns: which builder is used, what it is told, and how pip's settings of this machine get into a build without staying in
-the image. Must not know: what is in the image (Dockerfile) and how it runs (deploy/container/entrypoint.py).
-tests/image tries it for real.
+This machine's pip settings are passed to the build as secrets, so that they are in no layer of the image. `make
+image-test` builds and runs the image.
 """
 
 from __future__ import annotations
@@ -18,29 +17,30 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 from urllib.parse import unquote, urlsplit
 
 REPO = Path(__file__).resolve().parents[2]
 TORCH = ("cuda", "cpu")
 PIP_SETTINGS = ("index-url", "extra-index-url", "find-links", "trusted-host", "proxy", "cert")
-SECRETS = Path("/run/secrets")  # where the Dockerfile's secrets are while it is built
-FOLDERS = Path("/run/pip")  # and where the folders are that pip's settings name
+SECRETS = Path("/run/secrets")  # folder of the secrets during the build
+FOLDERS = Path("/run/pip")  # folder, during the build, of the folders that pip's settings name
 
 
 class ImageError(RuntimeError):
-    """The image can't be built. The message is for the person at the terminal."""
+    """The image cannot be built. The message is for the person at the terminal."""
 
 
 @dataclass(frozen=True)
 class PipSettings:
-    """How pip finds packages here, for the pip in the build: a pip.conf, and what it names on this machine."""
+    """This machine's pip settings, for the build. `folders` are folders of this machine by their path in the build."""
 
     values: dict[str, str] = field(default_factory=dict)
     certificates: Path | None = None
-    folders: dict[str, Path] = field(default_factory=dict)  # by their path in the build
+    folders: dict[str, Path] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
-        """As a pip.conf; several values of a setting stand in lines of their own."""
+        """Write a pip.conf, with one line for each value of a setting."""
         parser = configparser.RawConfigParser()
         parser["global"] = {key: value.replace(" ", "\n") for key, value in self.values.items()}
         with path.open("w", encoding="utf-8") as file:
@@ -48,7 +48,7 @@ class PipSettings:
 
 
 def pip_settings(listing: str) -> PipSettings:
-    """From what `pip config list` prints: key='value' lines."""
+    """Parse the output of `pip config list`: key='value' lines."""
     found = {}
     for line in sorted(listing.splitlines(), key=lambda line: line.startswith(":env:")):  # the environment wins
         name, _, quoted = line.partition("=")
@@ -64,12 +64,12 @@ def pip_settings(listing: str) -> PipSettings:
 
 
 def _moved(value: str, folders: dict[str, Path]) -> str:
-    """A folder of this machine, or its file: URL, as it is called in the build; anything else as it is."""
+    """Return the path or file: URL that a folder of this machine has in the build. Return other values unchanged."""
     url = urlsplit(value)
     path = Path(unquote(url.path))
     if url.scheme not in ("", "file") or not path.is_dir():
         return value
-    # An index's pages link to a neighbour of the folder that is named, so the folder above it travels.
+    # The pages of an index link to files beside its folder, so the parent folder is passed.
     top = path.parent if url.scheme else path
     inside = next((name for name, known in folders.items() if known == top), str(FOLDERS / str(len(folders))))
     folders[inside] = top
@@ -78,18 +78,18 @@ def _moved(value: str, folders: dict[str, Path]) -> str:
 
 
 def find_builder() -> str:
-    """`docker` when its daemon answers, else `buildah`."""
+    """Return `docker` if its daemon answers, else `buildah`. Raise `ImageError` without both."""
     if shutil.which("docker") and subprocess.run(["docker", "info"], capture_output=True, check=False).returncode == 0:
         return "docker"
     if shutil.which("buildah"):
         return "buildah"
-    raise ImageError("no docker daemon answers and there is no buildah (Debian, Ubuntu: sudo apt-get install buildah)")
+    raise ImageError("no docker daemon answers and buildah is missing (Debian, Ubuntu: sudo apt-get install buildah)")
 
 
 def build_command(
     builder: Sequence[str], tag: str, arguments: dict[str, str], pip: PipSettings, pip_conf: Path
 ) -> list[str]:
-    """The whole command line. `builder` is docker or buildah with options of its own, such as where images go."""
+    """Return the command line of a build. `builder` is docker or buildah with global options, such as the storage."""
     command = [*builder, "build", "--file", str(REPO / "Dockerfile"), "--tag", tag]
     for name, value in arguments.items():
         command += ["--build-arg", f"{name}={value}"]
@@ -98,17 +98,22 @@ def build_command(
     if pip.certificates:
         command += ["--secret", f"id=pip_cert,src={pip.certificates}"]
     if builder[0] == "buildah":
-        command += ["--layers", "--format", "docker"]  # a layer for each instruction, as docker makes them
+        command += ["--layers", "--format", "docker"]  # one layer per instruction, as docker makes them
         for inside, outside in pip.folders.items():
             command += ["--volume", f"{outside}:{inside}:ro"]
     elif pip.folders:
         names = ", ".join(map(str, pip.folders.values()))
-        raise ImageError(f"pip's settings name folders that docker shows to no build ({names}); take --builder buildah")
+        raise ImageError(
+            f"pip's settings name folders that docker cannot mount into a build ({names}); use --builder buildah"
+        )
     return [*command, str(REPO)]
 
 
-def build(builder: Sequence[str], tag: str, arguments: dict[str, str], log=None) -> float:
-    """Build it, the builder's own progress going to the terminal or into the file `log`; the seconds it took."""
+def build(builder: Sequence[str], tag: str, arguments: dict[str, str], log: IO[bytes] | None = None) -> float:
+    """Build the image. Return the seconds that it took. Raise `ImageError`.
+
+    The builder prints its progress on the terminal or into the file `log`.
+    """
     listing = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
     ).stdout
@@ -120,7 +125,7 @@ def build(builder: Sequence[str], tag: str, arguments: dict[str, str], log=None)
         command = build_command(builder, tag, arguments, pip, pip_conf)
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT if log else None, check=False).returncode
     if code:
-        raise ImageError(f"{builder[0]} could not build the image (exit code {code}); its last lines say why")
+        raise ImageError(f"{builder[0]} could not build the image (exit code {code}); see its last lines")
     return time.monotonic() - began
 
 
@@ -128,6 +133,7 @@ def build(builder: Sequence[str], tag: str, arguments: dict[str, str], log=None)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m deploy.container.image",
         description="Build the SageMaker container's image. The model is not in it; build_mar.sh packs that.",
@@ -140,12 +146,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="cuda needs NVIDIA driver 580 (default: %(default)s)",
     )
     add("--tag", help="the image's name (default: llava-sessions:cuda or :cpu)")
-    add("--base", metavar="IMAGE", help="in place of the Dockerfile's BASE_IMAGE")
-    add("--builder", choices=["docker", "buildah"], help="default: docker when its daemon answers, else buildah")
+    add("--base", metavar="IMAGE", help="base image (default: BASE_IMAGE of the Dockerfile)")
+    add("--builder", choices=["docker", "buildah"], help="default: docker if its daemon answers, else buildah")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Build the image. Return the exit code."""
     args = parse_args(argv)
     tag = args.tag or f"llava-sessions:{args.torch}"
     try:

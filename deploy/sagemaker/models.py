@@ -138,7 +138,7 @@ def read_model(folder: Path) -> LocalModel:
         raise DeployError(f"{folder} holds no packed model; make one: ./build_mar.sh --sagemaker --model ...")
     total = sum(path.stat().st_size for path in paths)
     with _bar("reading", total) as bar, ThreadPoolExecutor(THREADS) as pool:
-        files = pool.map(lambda pair: _read_file(*pair, bar), zip(paths, names, strict=True))
+        files = pool.map(lambda path, name: _read_file(path, name, bar), paths, names)
         return LocalModel(folder, tuple(files))
 
 

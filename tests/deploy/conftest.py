@@ -22,9 +22,9 @@ from botocore.client import BaseClient
 from botocore.config import Config
 
 from deploy.local_endpoint.app import listen, make_app
-from deploy.local_endpoint.contract import Corners, Limits
+from deploy.local_endpoint.contract import Corners, PlatformLimits
 from deploy.local_endpoint.pins import Instance
-from deploy.local_endpoint.service import Service
+from deploy.local_endpoint.service import EndpointService
 from deploy.serve.torchserve import TorchServe
 from llava_sessions_client import to_png
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
@@ -105,12 +105,12 @@ class Endpoint:
         self,
         servers: list[TorchServe],
         corners: Corners | None = None,
-        limits: Limits | None = None,
+        limits: PlatformLimits | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.corners = corners or Corners()
         told = [Instance(number, server.url, str(server.log_path)) for number, server in enumerate(servers, 1)]
-        self.service = Service(NAME, told, corners, limits, clock)
+        self.service = EndpointService(NAME, told, corners, limits, clock)
         self._listener = listen(0)
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         app = make_app(self.service)

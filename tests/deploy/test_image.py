@@ -107,7 +107,7 @@ def test_the_model_is_found_at_the_top_and_one_folder_below(tmp_path: Path, wher
 def test_two_models_are_one_too_many(tmp_path: Path) -> None:
     pack_stand_in(tmp_path / "a")
     pack_stand_in(tmp_path / "b")
-    with pytest.raises(ContainerError, match=r"holds 2 models \(a, b\); wanted one"):
+    with pytest.raises(ContainerError, match=r"must hold one model, got 2 \(a, b\)"):
         find_model(tmp_path)
 
 
@@ -150,7 +150,7 @@ def test_a_bad_port_is_refused(tmp_path: Path, capsys, monkeypatch: pytest.Monke
     pack_stand_in(tmp_path / "llava")
     monkeypatch.setenv("SAGEMAKER_BIND_TO_PORT", port)
     assert entrypoint.main(["serve"], tmp_path) == 2
-    assert f"SAGEMAKER_BIND_TO_PORT={port!r}" in capsys.readouterr().err
+    assert f"`SAGEMAKER_BIND_TO_PORT` must be a port from 1 to 65533, got {port!r}" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ import os, sys
 from pathlib import Path
 from deploy.container import entrypoint
 entrypoint.USER = "nobody"
-entrypoint.give_up_root(Path(sys.argv[1]))
+entrypoint.drop_root(Path(sys.argv[1]))
 print(os.getresuid(), os.getresgid(), os.getgroups(), os.environ["HOME"])
 """
     done = subprocess.run(
@@ -180,7 +180,7 @@ print(os.getresuid(), os.getresgid(), os.getgroups(), os.environ["HOME"])
     )
     if secret:
         assert done.stdout.startswith("(0, 0, 0) (0, 0, 0) ")
-        assert done.stderr == f"serve: {open_folder / secret} can't be read by the user nobody: going on as root\n"
+        assert done.stderr == f"serve: the user nobody cannot read {open_folder / secret}: serving as root\n"
     else:
         nobody = pwd.getpwnam("nobody")
         wanted = (nobody.pw_uid,) * 3, (nobody.pw_gid,) * 3, [], nobody.pw_dir
@@ -217,7 +217,9 @@ def test_it_serves_what_lies_there_on_every_interface_until_sigterm(tmp_path: Pa
 @pytest.mark.parametrize(("ends", "code"), [("return 3", 3), ("os.kill(os.getpid(), 9)", 128 + 9)])
 def test_the_launchers_end_is_the_containers(ends: str, code: int) -> None:
     serve = f"def serve():\n    {ends}\n"
-    script = f"import os\nfrom deploy.container import entrypoint\n{serve}raise SystemExit(entrypoint.as_first(serve))"
+    script = (
+        f"import os\nfrom deploy.container import entrypoint\n{serve}raise SystemExit(entrypoint.run_as_init(serve))"
+    )
     assert subprocess.run([sys.executable, "-c", script], cwd=REPO, check=False, timeout=60).returncode == code
 
 

@@ -6,7 +6,7 @@ import json
 
 import httpx
 
-from deploy.container import figures
+from deploy.container import metric_lines
 from deploy.serve.torchserve import TorchServe
 from llava_sessions_client import ChatSession, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
@@ -17,7 +17,9 @@ def test_open_sessions_reach_the_metric_filters(server: TorchServe, http: httpx.
     chat = ChatSession.open(http, make_scene(HELD_OUT_SEEDS[0]).draw())
     try:
         wait_for_metrics(server.metrics_url, llava_open_sessions=1)
-        line = figures.line(figures.read_figures(f"{server.metrics_url.removesuffix('/metrics')}/metrics"))
+        line = metric_lines.metric_line(
+            metric_lines.read_metrics(f"{server.metrics_url.removesuffix('/metrics')}/metrics")
+        )
     finally:
         chat.close()
     pattern, value = filters()["OpenSessions"]

@@ -135,6 +135,12 @@ def endpoint(request: pytest.FixtureRequest, instances: list[TorchServe]) -> Ite
         yield endpoint
 
 
+# For tests that open no session in a way of their own: the switches matter at an open and where an instance is lost.
+under_one_corner = pytest.mark.parametrize(
+    "endpoint", ALL_CORNERS[:1], ids=lambda corners: corners.new_session, indirect=True
+)
+
+
 @functools.cache
 def _session() -> boto3.Session:
     return boto3.Session("any", "any", region_name="us-west-2")

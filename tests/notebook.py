@@ -25,8 +25,8 @@ from nbformat import NotebookNode
 
 from deploy.sagemaker import images
 from deploy.serve.torchserve import TorchServe
-from tests.aws import cloud
-from tests.deploy.conftest import Endpoint
+from tests.support import cloud
+from tests.support.local_endpoint import Endpoint
 from tests.support.serving import START_S, pack, running
 
 ROOT = Path(__file__).parents[1]

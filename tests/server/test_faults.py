@@ -25,7 +25,7 @@ from llava_sessions.chat.transcript import Blobs
 from llava_sessions.journal import encoding
 from llava_sessions_client import ApiError, ChatSession, to_png
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
-from tests.soak.chats import Crowd, PatientChat, Said, Tally, client, scene_scripts, undisturbed
+from tests.support.chats import Crowd, PatientChat, Said, Tally, client, scene_scripts, undisturbed
 from tests.support.serving import Served, pack
 
 FIRST, SECOND, THIRD = QUESTIONS = ("Which shapes are there?", "What is in the middle?", "How many shapes are there?")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.soak.fuzz import CONTROLS, fuzz, serving
+from tests.support.fuzz import CONTROLS, fuzz, serving
 
 THREADS = 4
 IDLE_S = 4

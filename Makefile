@@ -26,7 +26,7 @@ demo: java env  ## a five-turn picture chat through a real TorchServe (SEED= rep
 	@$(PYTHON) -m demo.chat $(if $(SEED),--seed $(SEED))
 
 test: java haproxy env lint  ## lint, then every test
-	@$(PYTHON) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	@$(PYTHON) -m pytest -n 2
 
 serve: java env  ## TorchServe behind HAProxy, in the foreground (PORT= MODEL= SESSIONS= DTYPE=)
 	@./build_mar.sh --model $(MODEL) $(if $(SESSIONS),--sessions $(SESSIONS)) $(if $(DTYPE),--dtype $(DTYPE)) >/dev/null

@@ -107,7 +107,8 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     """Return the options. The default seed is chosen by the clock."""
-    first, last = HELD_OUT_SEEDS[0], HELD_OUT_SEEDS[-1]
+    first = HELD_OUT_SEEDS[0]
+    last = HELD_OUT_SEEDS[-1]
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, help=f"seed of the picture ({first} to {last}; default: by the clock)")
     options = parser.parse_args()

@@ -1,30 +1,31 @@
 #!/usr/bin/env bash
-# Makes .venv, or brings it up to date when requirements*.txt have changed since.
+# Make .venv, or update it if requirements*.txt or pyproject.toml have changed since.
 set -euo pipefail
 
 if [[ "${1:-}" == --help ]]; then
-  echo "usage: scripts/env.sh   makes .venv in the checkout with what requirements-dev.txt pins; PYTHON= chooses the Python"
+  echo "usage: scripts/env.sh   make .venv in the checkout with the packages that requirements-dev.txt pins"
+  echo "  PYTHON=/path/to/python   use this Python (default: python3.11, python3 or python)"
   exit 0
 fi
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 stamp=.venv/.stamp
-wanted="$(cat requirements.txt requirements-cpu.txt requirements-dev.txt pyproject.toml)"
-if [[ -x .venv/bin/python && -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
+pins="$(cat requirements.txt requirements-cpu.txt requirements-dev.txt pyproject.toml)"
+if [[ -x .venv/bin/python && -f "$stamp" && "$(cat "$stamp")" == "$pins" ]]; then
   exit 0
 fi
 
-right_version='import sys; sys.exit(sys.version_info < (3, 11))'
+version_check='import sys; sys.exit(sys.version_info < (3, 11))'
 if [[ ! -x .venv/bin/python ]]; then
   python=""
   for candidate in ${PYTHON:-python3.11 python3 python}; do
-    if "$candidate" -c "$right_version" 2>/dev/null; then
+    if "$candidate" -c "$version_check" 2>/dev/null; then
       python="$candidate"
       break
     fi
   done
   if [[ -z "$python" ]]; then
-    echo "Python 3.11 or later is needed; looked for ${PYTHON:-python3.11, python3, python}. PYTHON=/path/to/it chooses one." >&2
+    echo "Python 3.11 or later is required; tried ${PYTHON:-python3.11, python3, python}. Set PYTHON=/path/to/python." >&2
     exit 1
   fi
   echo "making .venv with $("$python" --version) ..."
@@ -33,19 +34,20 @@ if [[ ! -x .venv/bin/python ]]; then
     echo "$python cannot make environments (Debian, Ubuntu: sudo apt-get install python3-venv)" >&2
     exit 1
   fi
-elif ! .venv/bin/python -c "$right_version"; then
-  echo ".venv holds $(.venv/bin/python --version), 3.11 or later is needed: remove .venv and run this again." >&2
+elif ! .venv/bin/python -c "$version_check"; then
+  echo ".venv must have Python 3.11 or later, got $(.venv/bin/python --version): remove .venv and run this again." >&2
   exit 1
 fi
 
-# The stamp goes first and comes back last: an install that fails or is interrupted is tried again next time.
+# The stamp is removed first and written last, so that a failed or interrupted install is repeated.
 rm -f "$stamp"
 echo "installing requirements-dev.txt into .venv (torch is large: some minutes on a new machine) ..."
 quiet=--quiet
 if [[ -t 1 ]]; then
-  quiet=--progress-bar=on # someone is watching
+  quiet=--progress-bar=on # show progress on a terminal
 fi
-.venv/bin/python -m pip install "$quiet" --disable-pip-version-check -r requirements-dev.txt
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-printf '%s\n' "$wanted" >"$stamp"
+pip=(.venv/bin/python -m pip install --disable-pip-version-check)
+"${pip[@]}" "$quiet" -r requirements-dev.txt
+"${pip[@]}" --quiet --no-deps --no-build-isolation --editable .
+printf '%s\n' "$pins" >"$stamp"
 echo ".venv is ready"

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Everything that reads the code without running it.
+# Check the code without running it.
 set -euo pipefail
 
 if [[ "${1:-}" == --help ]]; then
-  echo "usage: scripts/lint.sh   ruff check, ruff format --check, import-linter, hadolint, cfn-lint, and shellcheck where installed"
+  echo "usage: scripts/lint.sh   run ruff, import-linter, mypy, hadolint, cfn-lint, shellcheck and the two checks below"
+  echo "  scripts/structure.py   import chains, length of files and functions, methods of classes"
+  echo "  scripts/words.py       words that make a sentence hard to read"
   exit 0
 fi
 
@@ -11,14 +13,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bin=.venv/bin
 "$bin/ruff" check .
 "$bin/ruff" format --check .
-# handler/ is the top of what travels in the archive, so its modules are top-level ones.
+# The archive contains the content of handler/, so its packages are top-level ones; so is that of client/.
 PYTHONPATH=.:handler:client "$bin/lint-imports" --no-cache | tail -n 3
+"$bin/mypy" client/llava_sessions_client
+"$bin/python" scripts/structure.py
+"$bin/python" scripts/words.py
 "$bin/hadolint" Dockerfile
 "$bin/cfn-lint" deploy/sagemaker/endpoint.yaml
-scripts=(build_mar.sh .ci/run scripts/*.sh)
-if command -v shellcheck >/dev/null; then
-  shellcheck "${scripts[@]}"
-else
-  for script in "${scripts[@]}"; do bash -n "$script"; done
-  echo "shellcheck is not installed: shell scripts were only parsed"
-fi
+"$bin/shellcheck" build_mar.sh .ci/run scripts/*.sh

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Says at once when HAProxy 2.6 or later is missing, and how to get it. It stands in front of TorchServe; the tests run it.
+# Check that HAProxy 2.6 or later is installed. It runs in front of TorchServe, and the tests need it.
 set -euo pipefail
 
 if [[ "${1:-}" == --help ]]; then
-  echo "usage: scripts/need_haproxy.sh [--install]   exits 0 when HAProxy 2.6 or later is there"
-  echo "  --install   take Debian's or Ubuntu's package when there is none, as root or by sudo without a password"
+  echo "usage: scripts/need_haproxy.sh [--install]   exit with 0 if HAProxy 2.6 or later is installed"
+  echo "  --install   if it is missing, install Debian's or Ubuntu's package, as root or by sudo without a password"
   exit 0
 fi
 
@@ -41,9 +41,9 @@ fi
 version="$(found)"
 {
   if [[ -n "$version" ]]; then
-    echo "HAProxy 2.6 or later is needed; this one is version ${version/ /.}."
+    echo "HAProxy 2.6 or later is required; this one is version ${version/ /.}."
   else
-    echo "HAProxy 2.6 or later is needed; there is none."
+    echo "HAProxy 2.6 or later is required; it is not installed."
   fi
   echo "  Debian, Ubuntu:  sudo apt-get install haproxy"
   echo "  macOS:           brew install haproxy"

@@ -111,7 +111,7 @@ def logs(args: argparse.Namespace, account: Account) -> None:
 
 
 def down(args: argparse.Namespace, account: Account) -> None:
-    """Delete the endpoint, and on request models and images. Asks first."""
+    """Ask, then delete the endpoint, and on request models and images."""
     found = stacks.state(account)
     doomed = [f"the stack {account.name!r} with its endpoint, and every open session"] if found else []
     if found and not found.is_ours:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MIB, GIB = 2**20, 2**30
+MIB = 2**20
+GIB = 2**30
 KV_STEP_TOKENS = 256  # step in which the engine's KV caches grow
 HOST_SHARE = 0.2  # share of the RAM for offloaded KV caches, as with `host_bytes: auto`
 BYTES_PER_NUMBER = 2  # bfloat16, and float16 where the GPU has no other

@@ -53,7 +53,8 @@ def explain(error: Exception) -> str:
 
 
 def _explain_refusal(error: aws.ClientError) -> str:
-    code, operation = code_of(error), error.operation_name
+    code = code_of(error)
+    operation = error.operation_name
     if code in THROTTLED:
         return f"AWS throttles {operation} ({code}): wait a minute, then run the same command again to resume"
     if code in EXPIRED:

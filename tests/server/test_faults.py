@@ -22,7 +22,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from demo.wire import Chat, WireError, png
-from llava_sessions.chat.transcript import Blobs
+from llava_sessions.chat.transcript import BlobPool
 from llava_sessions.journal import encoding
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.soak.chats import Crowd, PatientChat, Said, Tally, client, scene_scripts, undisturbed
@@ -302,6 +302,6 @@ def expire(journal: Path, chat: PatientChat) -> None:
     """As if the session had been opened long ago."""
     key = encoding.key_of(chat.session_id)
     path = journal / key / "000000.rec"
-    story, _ = encoding.read_story(key, [path.read_bytes()], Blobs().of)
-    data, _ = encoding.encode(replace(story.open, expires_at_s=time.time() - 1), chat.session_id, 0, "")
+    story, _ = encoding.read_story(key, [path.read_bytes()], BlobPool().get)
+    data, _ = encoding.encode(replace(story.opening, expires_at_s=time.time() - 1), chat.session_id, 0, "")
     path.write_bytes(data)

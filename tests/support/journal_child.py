@@ -15,7 +15,7 @@ EXPIRES_S = 2_000_000_000.0
 
 
 def opening(journal: Journal, session_id: str, picture_bytes: int) -> Transcript:
-    picture = journal.blobs.of(session_id.encode() * (picture_bytes // len(session_id)))
+    picture = journal.blobs.get(session_id.encode() * (picture_bytes // len(session_id)))
     return Transcript(OpenRecord(session_id, EXPIRES_S - 60, EXPIRES_S, None, "image", (picture,), [1, 2, 3], 1))
 
 
@@ -33,9 +33,9 @@ def chat_until_killed(folder: str) -> None:
         saves = [(story, len(story.turns), journal.save(story)) for story in chats]
         for story, turns, save in saves:
             if save.result():
-                print(story.open.session_id, turns, flush=True)
+                print(story.opening.session_id, turns, flush=True)
         for story in chats:
-            story.turns.append(turn(story.open.session_id, len(story.turns)))
+            story.append(turn(story.opening.session_id, len(story.turns)))
 
 
 def die_at(folder: str, moment: str) -> None:
@@ -44,7 +44,7 @@ def die_at(folder: str, moment: str) -> None:
     story = opening(journal, "chat", 1000)
     for number in range(2):
         assert journal.save(story).result()
-        story.turns.append(turn("chat", number))
+        story.append(turn("chat", number))
     real = getattr(os, moment.removeprefix("after-"))
 
     def deadly(*arguments):
@@ -64,8 +64,8 @@ def meet_the_limit(folder: str) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     for number in range(3):
-        large = (journal.blobs.of(bytes([number]) * 10_000),)
-        story.turns.append(TurnRecord([number], [number], large, None, "", {}))
+        large = (journal.blobs.get(bytes([number]) * 10_000),)
+        story.append(TurnRecord([number], [number], large, None, "", {}))
         told.append(journal.save(story).result())
     in_the_way = sorted(name for name in os.listdir(folder) if not name.startswith(encoding.key_of("chat")))
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))

@@ -31,7 +31,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moto import mock_aws
 
-from llava_sessions.chat.transcript import Blob, Blobs, OpenRecord, Transcript, TurnRecord
+from llava_sessions.chat.transcript import Blob, BlobPool, OpenRecord, Transcript, TurnRecord
 from llava_sessions.config import ConfigError
 from llava_sessions.journal.encoding import Damaged, encode, key_of, read_story
 from llava_sessions.journal.journal import Journal, StoredSession, open_journal
@@ -46,16 +46,16 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def opening(journal: Journal, session_id: str = "chat-1", **changes: Any) -> Transcript:
-    pictures = tuple(journal.blobs.of(f"{session_id} picture {n}".encode()) for n in range(2))
+    pictures = tuple(journal.blobs.get(f"{session_id} picture {n}".encode()) for n in range(2))
     first = OpenRecord(session_id, NOW, EXPIRES, "ab" * 32, "image", pictures, [1, 32000, 32000], 2)
     return Transcript(replace(first, **changes))
 
 
-def add_turn(story: Transcript, blobs: Blobs) -> Transcript:
+def add_turn(story: Transcript, blobs: BlobPool) -> Transcript:
     number = len(story.turns)
-    words = f"{story.open.session_id} says {number} — ünï\ud800"
-    shown = (blobs.of(f"{story.open.session_id} shows {number}".encode()),) if number % 2 else ()
-    story.turns.append(TurnRecord([number, 5], [9] * number, shown, f"key {number}", words, {"usage": {"n": number}}))
+    words = f"{story.opening.session_id} says {number} — ünï\ud800"
+    shown = (blobs.get(f"{story.opening.session_id} shows {number}".encode()),) if number % 2 else ()
+    story.append(TurnRecord([number, 5], [9] * number, shown, f"key {number}", words, {"usage": {"n": number}}))
     return story
 
 
@@ -195,10 +195,10 @@ pictures = st.lists(st.binary(max_size=200), max_size=3)
     st.lists(st.tuples(ids, ids, pictures, st.none() | texts, texts, facts), max_size=4),
 )
 def test_any_story_survives_its_spelling(session_id, begin, turns):
-    blobs = Blobs()
+    blobs = BlobPool()
 
     def of(data: list[bytes]) -> tuple[Blob, ...]:
-        return tuple(blobs.of(one) for one in data)
+        return tuple(blobs.get(one) for one in data)
 
     story = Transcript(OpenRecord(session_id, NOW, EXPIRES, begin[0], "video", of(begin[1]), begin[2], 3))
     story.turns += [TurnRecord(prompt, answer, of(shown), *rest) for prompt, answer, shown, *rest in turns]
@@ -207,15 +207,15 @@ def test_any_story_survives_its_spelling(session_id, begin, turns):
         data, digest = encode(record, session_id, number, digest)
         spelled.append(data)
         digests.append(digest)
-    read = read_story(key_of(session_id), spelled, Blobs().of)
+    read = read_story(key_of(session_id), spelled, BlobPool().get)
     assert read == (story, digests)
     assert [picture.data for picture in read[0].open.pictures] == begin[1]
 
 
 def test_equal_pictures_are_one_object_while_any_story_holds_it(journal, folder):
-    first, second = journal.blobs.of(b"same" * 100), journal.blobs.of(bytes(b"same" * 100))
+    first, second = journal.blobs.get(b"same" * 100), journal.blobs.get(bytes(b"same" * 100))
     assert first is second
-    assert journal.blobs.of(b"other") is not first
+    assert journal.blobs.get(b"other") is not first
     assert first.sha256 == hashlib.sha256(b"same" * 100).hexdigest()
     assert "same" not in repr(first)
     story = opening(journal, pictures=(first,))
@@ -244,7 +244,7 @@ def test_many_sessions_at_once_are_each_written_in_order(journal, folder):
     assert journal.flush(60)
     assert all(save.result(0) for save in saves)
     reader = again(folder)
-    assert [reader.read(story.open.session_id, NOW) for story in stories] == stories
+    assert [reader.read(story.opening.session_id, NOW) for story in stories] == stories
 
 
 class HeldStore(DirectoryStore):
@@ -377,7 +377,9 @@ def test_a_flipped_bit_anywhere_is_noticed(journal, folder):
             bad = bytearray(good)
             bad[position] ^= 1 << (position % 8)
             with pytest.raises(Damaged):
-                read_story(key_of("chat-1"), [bytes(bad) if n == number else others[n] for n in range(3)], Blobs().of)
+                read_story(
+                    key_of("chat-1"), [bytes(bad) if n == number else others[n] for n in range(3)], BlobPool().get
+                )
 
 
 @pytest.mark.parametrize("position", [0, 40, 64, 65, 80, -1])
@@ -445,7 +447,7 @@ def test_a_record_of_another_course_of_the_same_session_is_noticed(journal, fold
     saved(journal, turns=1)
     elsewhere = Journal([DirectoryStore(str(tmp_path / "elsewhere"))])
     story = opening(elsewhere)
-    story.turns.append(TurnRecord([666], [], (), None, "", {}))
+    story.append(TurnRecord([666], [], (), None, "", {}))
     assert elsewhere.save(add_turn(story, elsewhere.blobs)).result(10)
     shutil.copy(file_of(tmp_path / "elsewhere", "chat-1", 2), file_of(folder, "chat-1", 2))
     assert_gone(folder, caplog, "record 2 does not follow the one before")
@@ -596,7 +598,7 @@ def test_a_full_disk_is_no_acknowledgement(tmp_path, caplog):
         journal = Journal([DirectoryStore(str(disk / "journal"))])
         story = saved(journal, turns=1)
         for _ in range(3):
-            large = (journal.blobs.of(os.urandom(60_000)),)
+            large = (journal.blobs.get(os.urandom(60_000)),)
             story.turns[1:] = [TurnRecord([1], [2], large, None, "", {})]
             assert journal.save(story).result(10) is False
         (warning,) = warnings(caplog)
@@ -642,7 +644,7 @@ def test_a_save_that_ends_half_way_is_caught_up_from_there(journal, folder):
     in_the_way.mkdir(parents=True)
     assert journal.save(story).result(10) is False
     in_the_way.rmdir()
-    assert again(folder).read("chat-1", NOW) == Transcript(story.open, story.turns[:1])
+    assert again(folder).read("chat-1", NOW) == Transcript(story.opening, story.turns[:1])
     assert journal.save(story).result(10)
     assert again(folder).read("chat-1", NOW) == story
 
@@ -854,7 +856,7 @@ def test_one_of_two_that_fails_is_no_acknowledgement_and_the_other_is_read(bucke
 
 def test_the_store_that_knows_more_is_read_and_the_other_catches_up(bucket, folder):
     story = saved(open_journal(None, PREFIX), turns=3)
-    behind = Transcript(story.open, story.turns[:1])
+    behind = Transcript(story.opening, story.turns[:1])
     assert again(folder).save(behind).result(10)
     journal = open_journal(str(folder), PREFIX)
     found = journal.read("chat-1", NOW)
@@ -883,7 +885,7 @@ def test_a_copy_that_took_another_course_does_not_mix_with_the_one_that_is_read(
     story = opening(elsewhere)
     story.turns += [TurnRecord([n], [n], (), None, "s3", {}) for n in range(4)]
     assert elsewhere.save(story).result(30)
-    other = Transcript(story.open, [TurnRecord([n], [n], (), None, "disk", {}) for n in range(3)])
+    other = Transcript(story.opening, [TurnRecord([n], [n], (), None, "disk", {}) for n in range(3)])
     assert again(folder).save(other).result(10)
     journal = open_journal(str(folder), PREFIX)
     found = journal.read("chat-1", NOW)

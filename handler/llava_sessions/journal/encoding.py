@@ -55,7 +55,7 @@ def read_story(key: str, records: Iterable[bytes], blob: Callable[[bytes], Blob]
         raise Damaged("there is no record") from None
     story, digests = Transcript(_open_record(session_id, fields, blob)), [digest]
     for _, fields, digest in verified:
-        story.turns.append(_turn_record(fields, blob))
+        story.append(_turn_record(fields, blob))
         digests.append(digest)
     return story, digests
 

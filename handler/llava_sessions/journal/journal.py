@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from ..chat.transcript import Blobs, OpenRecord, Transcript, TurnRecord, short_id
+from ..chat.transcript import BlobPool, OpenRecord, Transcript, TurnRecord, short_id
 from ..config import ConfigError
 from .encoding import Damaged, checksum_of, encode, key_of, read_story
 from .executor import KeyedExecutor
@@ -94,7 +94,7 @@ class Journal:
 
     def __init__(self, stores: Sequence[Store] = (), clock: Callable[[], float] = time.monotonic) -> None:
         """`clock`: seconds, for the pauses after a failure."""
-        self.blobs = Blobs()
+        self.blobs = BlobPool()
         self._keepers = [_StoreWriter(store, self.blobs, clock) for store in stores]
 
     @property
@@ -134,7 +134,7 @@ class Journal:
             loaded = keeper.load(session_id).result() if count else None
             if loaded is not None:
                 story, digests = loaded
-                if now_s >= story.open.expires_at_s:
+                if now_s >= story.opening.expires_at_s:
                     return None
                 for other in self._keepers:
                     other.adopt(session_id, digests).result()
@@ -178,7 +178,7 @@ class _StoreWriter:
     may lie there, which has to go first. `_unremoved`: sessions that were forgotten and are still there.
     """
 
-    def __init__(self, store: Store, blobs: Blobs, clock: Callable[[], float]) -> None:
+    def __init__(self, store: Store, blobs: BlobPool, clock: Callable[[], float]) -> None:
         self._store = store
         self._blobs = blobs
         self._lanes = KeyedExecutor(f"journal-{store.name}")
@@ -231,7 +231,7 @@ class _StoreWriter:
             self._tell_unreadable("all", error)
             return []
         loaded = (self._load(key, f"key:{key[:8]}") for key in keys)
-        opens = [story.open for story, _ in filter(None, loaded)]
+        opens = [story.opening for story, _ in filter(None, loaded)]
         return [StoredSession(one.session_id, one.expires_at_s, one.token_digest, one.retry_key) for one in opens]
 
     def pending(self) -> list[Future]:
@@ -282,7 +282,7 @@ class _StoreWriter:
             numbers = self._store.numbers(key)
             if numbers != list(range(len(numbers))):
                 raise Damaged("a record is missing")
-            return read_story(key, (self._store.get(key, number) for number in numbers), self._blobs.of)
+            return read_story(key, (self._store.get(key, number) for number in numbers), self._blobs.get)
         except Damaged as error:
             self._written[key] = _UNSURE
             log.warning("journal_damaged store=%s session=%s reason=%s", self._store.name, shown, error)
@@ -333,9 +333,9 @@ class _StoreWriter:
         if known is not None:
             return known
         try:
-            story, _ = read_story(key, [self._store.get(key, 0)], self._blobs.of)
-            self._expiries[key] = story.open.expires_at_s
-            return story.open.expires_at_s
+            story, _ = read_story(key, [self._store.get(key, 0)], self._blobs.get)
+            self._expiries[key] = story.opening.expires_at_s
+            return story.opening.expires_at_s
         except (Damaged, StoreError):
             pass
         try:

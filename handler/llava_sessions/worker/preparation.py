@@ -141,7 +141,7 @@ class Preparer:
 
     def _resume(self, session_id: str, token_digest: str | None, story: Transcript | None) -> Chat:
         story = story or self._read(session_id)
-        if story.open.token_digest != token_digest:
+        if story.opening.token_digest != token_digest:
             raise not_found()
         return self._rebuild(story)
 
@@ -161,17 +161,17 @@ class Preparer:
 
     def _rebuild(self, story: Transcript) -> Chat:
         """The chat of a journal. Raises `Refused` (session_not_found) where another model wrote it."""
-        opening = self._opening(story.open.kind, self._decode(story.open.pictures))
-        if opening.token_ids != story.open.token_ids:
+        opening = self._opening(story.opening.kind, self._decode(story.opening.pictures))
+        if opening.token_ids != story.opening.token_ids:
             log.error("journal_unfit reason=its prompt is not the one that this checkpoint makes of it")
             raise not_found()
         pictures = list(opening.pictures)
         for turn in story.turns:
             pictures += self._tokens.prepare(self._decode(turn.pictures).keyed).pictures
-        return Chat(opening, story.open.pictures, tuple(pictures), tuple(story.turns))
+        return Chat(opening, story.opening.pictures, tuple(pictures), tuple(story.turns))
 
     def _load(self, sources: Iterable[PictureSource]) -> _Loaded:
-        return self._decode(tuple(self._journal.blobs.of(self._bytes(source)) for source in sources))
+        return self._decode(tuple(self._journal.blobs.get(self._bytes(source)) for source in sources))
 
     def _bytes(self, source: PictureSource) -> bytes:
         if source.image is not None:

@@ -51,7 +51,7 @@ def tell_open(
     entry: PendingRequest, session: Session[Conversation], story: Transcript, durable: bool | None = None
 ) -> None:
     """Answer an open by its session's journal. `durable`: whether that is stored; None where it is not told."""
-    counts = (story.open.image_tokens, len(story.open.token_ids), len(story.turns))
+    counts = (story.opening.image_tokens, len(story.opening.token_ids), len(story.turns))
     body = replies.opened(session.id, session.expires, *counts, durable)
     entry.final = Reply(json.dumps(body), headers=replies.session_headers(session.id, session.expires))
 

@@ -125,7 +125,7 @@ class Turns:
         ids = event.answer_ids if turn.ask.return_token_ids else None
         facts = replies.answer_facts(session.id, event.reason, usage, timings, ids)
         record = TurnRecord(turn.prompt_ids, event.kept_ids, turn.blobs, turn.ask.retry_key, event.text, facts)
-        session.story.turns.append(record)
+        session.story.append(record)
         self._desk.when_done(self._desk.journal.save(session.story), partial(self._saved, turn, record))
 
     def cancelled(self, turn_id: str, reason: str) -> None:

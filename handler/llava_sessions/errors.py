@@ -18,6 +18,9 @@ STATUS_OF_CODE: dict[str, int] = {
     "capacity": 429,
     "internal": 500,
     "engine_restarting": 503,
+    "journal_unavailable": 503,
+    "request_dropped": 503,
+    "session_moved": 503,
     "shutting_down": 503,
 }
 

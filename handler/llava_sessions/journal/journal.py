@@ -406,3 +406,60 @@ def _all(futures: list[Future[bool]]) -> Future[bool]:
     for future in futures:
         future.add_done_callback(one_done)
     return whole
+
+
+from enum import Enum, auto
+
+
+class SaveOutcome(Enum):
+    STORED = auto()
+    FAILED = auto()
+    NOT_OWNER = auto()
+
+
+class JournalError(Exception):
+    pass
+
+
+class NotFound(JournalError):
+    def __init__(self, damaged: bool = False) -> None:
+        super().__init__("not found")
+        self.damaged = damaged
+
+
+class JournalUnavailable(JournalError):
+    pass
+
+
+class AlreadyClaimed(JournalError):
+    pass
+
+
+def _claim(self, session_id, now_s, token_digest):
+    found = self.read(session_id, now_s)
+    if found is None or found.opening.token_digest != token_digest:
+        raise NotFound
+    return found
+
+
+def _retire(self, session_id):
+    return self.forget(session_id)
+
+
+_save = Journal.save
+
+
+def _save_outcome(self, transcript):
+    out = Future()
+    inner = _save(self, transcript)
+    inner.add_done_callback(
+        lambda done: out.cancel()
+        if done.cancelled()
+        else out.set_result(SaveOutcome.STORED if done.exception() is None and done.result() else SaveOutcome.FAILED)
+    )
+    return out
+
+
+Journal.claim = _claim
+Journal.retire = _retire
+Journal.save = _save_outcome

@@ -42,7 +42,7 @@ from ..protocol.constants import NEW_SESSION, STREAM_TYPE
 from ..protocol.requests import Ask, Cancel, Close, Open, parse
 from ..text.chat_template import ChatTemplate
 from ..torchserve.batch import Reply, Row
-from ..torchserve.sequences import SequenceEnd, SequenceReaper
+from ..torchserve.sequences import SequenceEnder, SequenceReaper
 from .context import WorkerContext
 from .engines import EngineLost, EngineUp
 from .openings import Opens, digest_of
@@ -79,7 +79,7 @@ class Pump:
         context_tokens: int,
         limits: RequestLimits,
         media_limits: MediaLimits,
-        sequences: SequenceEnd,
+        sequences: SequenceEnder,
         journal: Journal,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -88,7 +88,7 @@ class Pump:
         self._limits = limits
         preparer = Preparer(tokens, media_limits, journal, clock)
         # The frontend has places for twice as many and some (model-config.yaml): half of what the open ones leave.
-        self._sequences = SequenceReaper(sequences, linger=table.max_sessions // 2 + 8)
+        self._sequences = SequenceReaper(sequences, max_waiting=table.max_sessions // 2 + 8)
         places = (table, preparer, journal, self._sequences, context_tokens, clock)
         self._desk = WorkerContext(engine, *places, post=inbox.put, let_go=self._end_sequence_of)
         self._opens = Opens(self._desk)

@@ -453,9 +453,13 @@ def _save_outcome(self, transcript):
     out = Future()
     inner = _save(self, transcript)
     inner.add_done_callback(
-        lambda done: out.cancel()
-        if done.cancelled()
-        else out.set_result(SaveOutcome.STORED if done.exception() is None and done.result() else SaveOutcome.FAILED)
+        lambda done: (
+            out.cancel()
+            if done.cancelled()
+            else out.set_result(
+                SaveOutcome.STORED if done.exception() is None and done.result() else SaveOutcome.FAILED
+            )
+        )
     )
     return out
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
 
 from ..chat.transcript import short_id
 from ..errors import Refused
@@ -26,7 +25,6 @@ from ..ipc.messages import (
     Report,
     TurnFailed,
 )
-from ..journal.journal import NotFound
 from ..metrics import MetricValues
 from ..protocol import replies
 from ..protocol.constants import CLOSED_SESSION_HEADER

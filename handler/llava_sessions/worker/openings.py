@@ -222,6 +222,7 @@ class Openings:
             return
         if opening.resumed is not None:
             # The new owner has the old session: it is not open here any more.
+            self._unload(opening.resumed)
             self._context.table.end(opening.resumed, "moved")
             opening.resumed = None
         self._reject(opening, AlreadyClaimed())
@@ -233,7 +234,8 @@ class Openings:
         if durable:
             session.stored_turns = len(transcript.turns)
         if opening.resumed is not None:
-            self._end(opening.resumed, "closed")
+            self._unload(opening.resumed)
+            self._context.table.end(opening.resumed, "closed")
         for pending in opening.waiting:
             _acknowledge(pending, session, durable if self._context.journal.durable else None)
         log.info(
@@ -250,17 +252,21 @@ class Openings:
         del self._openings[session.id]
         if session.is_in(SessionState.OPEN):
             self._context.journal.forget(session.id)
-        self._end(session, None)
+        self._unload(session)
+        first = opening.pending[0]
+        if first.disconnected and first.row.sequence_id == session.id:
+            self._context.table.end(session, None)  # no reply ends its sequence
+        else:
+            self._context.table.release(session)
         if opening.resumed is not None:
             opening.resumed.advance(SessionState.OPEN)
         for pending in opening.waiting:
             pending.refuse(error)
 
-    def _end(self, session: Session, reason: str | None) -> None:
+    def _unload(self, session: Session) -> None:
         if session.in_engine:
             self._context.gate.submit_if_connected(CloseSession(session.id))
             session.unload()
-        self._context.table.end(session, reason)
 
 
 def _session_id(pending: PendingRequest) -> str:

@@ -42,7 +42,7 @@ _DROPPED_KEPT = 10_000
 
 @dataclass(frozen=True)
 class _Dropped:
-    """The state of the reply to a request that was dropped as disconnected. Without the row, whose body may be large."""
+    """The reply's state of a request that was dropped as disconnected, without its row, whose body may be large."""
 
     steps: int
     streamed: bool
@@ -75,6 +75,10 @@ class Pump:
         self._dropped: OrderedDict[str, _Dropped] = OrderedDict()
         self._last_exchange_s = clock()
         self._silent_sweeps = 0
+
+    def recover(self) -> None:
+        """Add the sessions that the journal holds. Call it once, before the first row. Blocks."""
+        self._manager.recover()
 
     def exchange(self, rows: list[Row]) -> list[Reply | None]:
         """Run one step. `rows` are all active requests. Return a reply for each, or None for a held row.

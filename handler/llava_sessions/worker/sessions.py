@@ -244,7 +244,7 @@ class SessionTable:
         return self._reasons.get(session_id) == "closed"
 
     def end(self, session: Session, reason: str | None) -> None:
-        """Remove a session and its TorchServe sequence. `reason` as in `remember`; None for an open that was rejected."""
+        """Remove a session. `reason` as in `remember`; None for an open that was rejected."""
         del self._sessions[session.id]
         self._ended.append(session.id)
         if reason is not None:

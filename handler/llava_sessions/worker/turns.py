@@ -106,9 +106,10 @@ class Turns:
         """Fail the turns that the lost engine worked on."""
         for turn in list(self._turns.values()):
             if turn.in_engine:
-                turn.session.engine_losses += 1
-                if turn.session.engine_losses == MAX_ENGINE_LOSSES:
-                    log.error("session_rejected session=%s engines_lost=%d", short_id(turn.session.id), MAX_ENGINE_LOSSES)
+                session = turn.session
+                session.engine_losses += 1
+                if session.engine_losses == MAX_ENGINE_LOSSES:
+                    log.error("session_rejected session=%s engines_lost=%d", short_id(session.id), MAX_ENGINE_LOSSES)
                 self._fail(turn, self._context.gate.restarting())
 
     def take_retries(self) -> list[tuple[PendingRequest, Ask]]:

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llava_sessions.config import ConfigError, read_config
+from llava_sessions.config import ConfigError, RequestLimits, read_config
 from llava_sessions.errors import Refused
-from llava_sessions.protocol import Limits, parse
+from llava_sessions.protocol.requests import parse
 
 PAYLOADS = Path(__file__).with_name("payloads.json")
 CONFIGURATIONS = Path(__file__).with_name("configurations.json")
@@ -61,7 +61,7 @@ def parsed_body_of(row: dict[str, Any]) -> Any:
 def outcome_of_payload(body: Any, headers: dict[str, Any], limits: dict[str, int]) -> dict[str, Any]:
     """Return {"request", its fields} of an accepted body, or {"status", "code"} of a refused one."""
     try:
-        request = parse(body, headers, Limits(**limits))
+        request = parse(body, headers, RequestLimits(**limits))
     except Refused as refused:
         return {"status": refused.status, "code": refused.code}
     kind = type(request).__name__

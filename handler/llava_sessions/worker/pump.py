@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from functools import partial
 
 from ..chat.transcript import Conversation, short_id
-from ..config import MediaLimits, RequestLimits
+from ..config import MediaLimits, RequestLimits, max_body_bytes
 from ..errors import Refused
 from ..ipc.messages import (
     Admitted,
@@ -86,6 +86,7 @@ class Pump:
         """`inbox`: where the engine puts its reports; `clock`: seconds since the epoch."""
         self._inbox = inbox
         self._limits = limits
+        self._max_body_bytes = max_body_bytes(limits, media_limits)
         preparer = Preparer(tokens, media_limits, journal, clock)
         # The frontend has places for twice as many and some (model-config.yaml): half of what the open ones leave.
         self._sequences = SequenceReaper(sequences, linger=table.max_sessions // 2 + 8)
@@ -196,7 +197,7 @@ class Pump:
         """Take a new row: parse it, and start what it asks for or refuse it."""
         entry = self._entries[row.request_id] = PendingRequest(row)
         try:
-            request = parse(row.body, row.headers, self._limits)
+            request = parse(row.body, row.headers, self._limits, self._max_body_bytes)
             match request:
                 case Open():
                     self._opens.start(entry, request)

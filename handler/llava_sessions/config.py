@@ -53,7 +53,7 @@ def _check_default_tokens(count: int, info: ValidationInfo) -> int:
 
 
 _Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_tuple)]
-_Directory = Annotated[str | None, _none_if("")]
+_TextOrNone = Annotated[str | None, _none_if("")]
 _Bytes = Annotated[int | None, Field(ge=0, le=2**50), _none_if("auto")]
 
 
@@ -180,10 +180,10 @@ class HandlerConfig(_Section):
             "slowest picture."
         ),
     )
-    journal_dir: _Directory = Field(
+    journal_dir: _TextOrNone = Field(
         default=None, description="Absolute path of a directory for the sessions' journals. Empty: worker memory only."
     )
-    journal_s3_prefix: _Directory = Field(
+    journal_s3_prefix: _TextOrNone = Field(
         default=None, description="`s3://bucket/prefix` for the sessions' journals. Empty: worker memory only."
     )
     prefill_chunk_tokens: int = Field(
@@ -309,7 +309,7 @@ def _problem(path: str, key: object, model: type[_Section], values: Mapping[Any,
 
 
 def _frontend_problems(model_yaml: Mapping[str, Any], max_sessions: int, session_ttl_s: float) -> Iterator[str]:
-    """Yield what is wrong with TorchServe's own keys, as far as sessions depend on them."""
+    """Yield the problems of TorchServe's own keys on which sessions depend."""
     for key in ("sequenceBatching", "continuousBatching"):
         if model_yaml.get(key) is not True:
             yield f"`{key}` must be true, got {_shown(model_yaml.get(key))}"

@@ -37,7 +37,7 @@ _JSON_TYPES: dict[type, str] = {
 class Refused(Exception):
     """A request that is answered with an error and changes nothing.
 
-    `code` is a key of `STATUS_OF_CODE`. `message` is for the client: it states what was expected and what was received.
+    `code` is a key of `STATUS_OF_CODE`. `message` is for the client: it states the expected and the actual value.
     `retry_after_s`: seconds after which a retry may succeed; None if a retry can't help.
     """
 
@@ -73,11 +73,11 @@ def describe(value: object) -> str:
         case int() | float():
             return _describe_number(value)
         case str():
-            return f"a string of {len(value):,} characters" if value else "an empty string"
+            return f"a string of length {len(value):,}" if value else "an empty string"
         case list() | tuple():
             return _describe_array(value)
         case dict():
-            return f"an object of {len(value):,} fields" if value else "an empty object"
+            return f"an object of length {len(value):,}" if value else "an empty object"
     return f"a value of type {json_type(value)}"
 
 
@@ -106,4 +106,4 @@ def _describe_array(value: list[object] | tuple[object, ...]) -> str:
     if not value:
         return "an empty array"
     kinds = sorted({json_type(item) for item in value[:_ITEMS_DESCRIBED]})
-    return f"an array of {len(value):,} items ({', '.join(kinds)})"
+    return f"an array of length {len(value):,} ({', '.join(kinds)})"

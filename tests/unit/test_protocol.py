@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llava_sessions.config import RequestLimits
-from llava_sessions.errors import STATUS_OF_CODE, Refused, reason_phrase
+from llava_sessions.errors import STATUS_OF_CODE, Refused, describe, reason_phrase
 from llava_sessions.protocol import replies
 from llava_sessions.protocol.constants import SESSION_HEADER, SESSION_ID_MAX_CHARS
 from llava_sessions.protocol.requests import (
@@ -67,7 +67,10 @@ def test_the_container_standard_opens_and_closes():
         ({"requestType": 7}, "`requestType` must be 'NEW_SESSION' or 'CLOSE', got 7"),
         ({"requestType": "CLOSE", "type": "close_session"}, "either `type` or `requestType`, got both"),
         ({"requestType": "CLOSE", "session_id": "s1", "prompt_text": "no"}, "got unknown field 'prompt_text'"),
-        ({"requestType": "CLOSE"}, "the request must name a session"),
+        (
+            {"requestType": "CLOSE"},
+            "`session_id` (or the X-Amzn-SageMaker-Session-Id header) must be at most 226 letters",
+        ),
     ],
 )
 def test_the_container_standards_mistakes_are_named(body: dict, message: str):
@@ -106,13 +109,13 @@ def test_an_empty_body_is_refused_as_empty(body):
     [
         (None, "null"),
         ([], "an empty array"),
-        ([ask()], "an array of 1 items (object)"),
+        ([ask()], "an array of length 1 (object)"),
         (7, "7"),
         (0.5, "0.5"),
         (True, "true"),
-        ('"start_session"', "a string of 13 characters"),
+        ('"start_session"', "a string of length 13"),
         ("null", "null"),
-        ("[1]", "an array of 1 items (number)"),
+        ("[1]", "an array of length 1 (number)"),
         (b"false", "false"),
         ("NaN", "nan"),
         ("1e999", "inf"),
@@ -232,6 +235,17 @@ def test_one_refusal_names_every_problem_in_the_order_of_the_fields():
     assert refused.code == "invalid_request"
 
 
+def test_fields_that_exclude_each_other_hide_no_problem_of_their_own():
+    refused = refusal({"type": "start_session", "image": 5, "path": "p", "video": [], "session_token": "short"})
+    assert [problem.split(", got ")[1] for problem in refused.message.split("; ")] == [
+        "`image` and `path`",
+        "5",
+        "an empty array",
+        "both",
+        "a string of length 5",
+    ]
+
+
 def test_the_code_of_several_problems_is_that_of_the_first_field():
     assert refusal(ask(stop=["a"] * 9, images=[])).code == "too_large"
     assert refusal(ask(seed=-1, stop=["a"] * 9)).code == "invalid_request"
@@ -297,12 +311,12 @@ def test_pictures_come_in_one_field(showing, names):
 @pytest.mark.parametrize(
     ("images", "actual"),
     [
-        ("a", "a string of 1 characters"),
+        ("a", "a string of length 1"),
         ({}, "an empty object"),
         (False, "false"),
         ([], "an empty array"),
-        (["a", None], "an array of 2 items (null, string)"),
-        ([["a"]], "an array of 1 items (array)"),
+        (["a", None], "an array of length 2 (null, string)"),
+        ([["a"]], "an array of length 1 (array)"),
     ],
 )
 def test_a_malformed_array_of_pictures_is_refused(showing, images, actual):
@@ -316,7 +330,7 @@ def test_more_pictures_than_are_taken_are_refused_with_both_numbers(showing):
     assert len(parse({**showing, "images": ["a"] * 3}, {}, limits).pictures) == 3
     refused = refusal({**showing, "images": ["a"] * 4}, limits=limits)
     assert refused.code == "too_large"
-    assert refused.message == "`images` must be an array of 1 to 3 strings, got an array of 4 items (string)"
+    assert refused.message == "`images` must be an array of 1 to 3 strings, got an array of length 4 (string)"
 
 
 def test_null_beside_the_picture_counts_as_absent():
@@ -394,7 +408,7 @@ def test_a_clip_is_a_list_of_frames():
     for wrong in ("AAAA", [], [5]):
         with pytest.raises(Refused, match="video"):
             parse({"type": "start_session", "video": wrong}, {}, RequestLimits())
-    with pytest.raises(Refused, match="1 to 2 strings, got an array of 3 items"):
+    with pytest.raises(Refused, match="1 to 2 strings, got an array of length 3"):
         parse({"type": "start_session", "video": ["A"] * 3}, {}, RequestLimits(max_frames=2))
     with pytest.raises(Refused, match="both"):
         parse({"type": "start_session", "video": ["A"], "image": "A"}, {}, RequestLimits())
@@ -463,7 +477,7 @@ def test_a_prompt_may_be_as_long_as_the_limit_and_no_longer():
     assert parse(ask(prompt_text="猫" * 5), {}, limits).prompt_text == "猫" * 5
     refused = refusal(ask(prompt_text="猫" * 6), limits=limits)
     assert (refused.code, refused.status) == ("too_large", 413)
-    assert "Unicode text of 1 to 5 characters, not only white space, got a string of 6 characters" in refused.message
+    assert "Unicode text of 1 to 5 characters, not only white space, got a string of length 6" in refused.message
     assert "猫" not in refused.message
 
 
@@ -561,11 +575,11 @@ def test_nan_and_infinity_written_in_json_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("value", "wanted"),
+    ("value", "expected"),
     [(None, ()), ([], ()), ("a", ("a",)), (["a"], ("a",)), (["é", "\n\n"], ("é", "\n\n")), ("x" * 64, ("x" * 64,))],
 )
-def test_stop_strings_are_one_string_or_a_list(value, wanted):
-    assert parse(ask(stop=value), {}, LIMITS).stop == wanted
+def test_stop_strings_are_one_string_or_a_list(value, expected):
+    assert parse(ask(stop=value), {}, LIMITS).stop == expected
 
 
 @pytest.mark.parametrize("value", ["", [""], ["a", ""], [1], ["a", None], [["a"]], 1, True, {"a": 1}])
@@ -590,22 +604,22 @@ def test_as_many_stop_strings_as_the_limit_are_taken():
 
 
 @pytest.mark.parametrize(
-    ("kind", "wanted"), [("close_session", Close(session_id="s1")), ("cancel", Cancel(session_id="s1"))]
+    ("kind", "expected"), [("close_session", Close(session_id="s1")), ("cancel", Cancel(session_id="s1"))]
 )
-def test_close_and_cancel_name_their_session_in_the_header_or_in_the_body(kind, wanted):
-    assert parse({"type": kind, "session_id": "s1"}, {}, LIMITS) == wanted
-    assert parse({"type": kind}, {HEADER: "s1"}, LIMITS) == wanted
-    assert parse({"type": kind, "session_id": "s1"}, {HEADER: "s1"}, LIMITS) == wanted
+def test_close_and_cancel_name_their_session_in_the_header_or_in_the_body(kind, expected):
+    assert parse({"type": kind, "session_id": "s1"}, {}, LIMITS) == expected
+    assert parse({"type": kind}, {HEADER: "s1"}, LIMITS) == expected
+    assert parse({"type": kind, "session_id": "s1"}, {HEADER: "s1"}, LIMITS) == expected
 
 
 def test_header_and_body_that_name_two_sessions_are_refused():
     refused = refusal(ask(session_id="s1"), {HEADER: "s2"})
     assert refused.code == "invalid_request"
-    assert "must name one session, got two" in refused.message
+    assert "must be the same, got two session IDs" in refused.message
 
 
 def test_the_agreement_of_header_and_body_is_case_sensitive():
-    assert "must name one session, got two" in refusal(ask(session_id="Ab"), {HEADER: "aB"}).message
+    assert "must be the same, got two session IDs" in refusal(ask(session_id="Ab"), {HEADER: "aB"}).message
 
 
 @pytest.mark.parametrize("value", ["", "  ", "NEW_SESSION", " NEW_SESSION ", None, 5, b"s2", ["s2"]])
@@ -628,13 +642,16 @@ def test_only_the_exact_constant_means_a_new_session(value):
 def test_a_request_that_names_no_session_is_refused(kind, session_id):
     refused = refusal({"type": kind, "session_id": session_id})
     assert refused.code == "invalid_request"
-    assert "the request must name a session" in refused.message
+    assert "`session_id` (or the X-Amzn-SageMaker-Session-Id header) must be at most 226 letters" in refused.message
 
 
 @pytest.mark.parametrize("session_id", [1, True, [], {}, 0.5])
 def test_a_session_id_of_another_type_is_refused_even_beside_a_header(session_id):
     for headers in ({}, {HEADER: "s1"}):
-        assert "`session_id` must be at most 226 letters" in refusal(ask(session_id=session_id), headers).message
+        assert (
+            "`session_id` (or the X-Amzn-SageMaker-Session-Id header) must be"
+            in refusal(ask(session_id=session_id), headers).message
+        )
 
 
 @pytest.mark.parametrize(
@@ -667,8 +684,8 @@ def test_well_formed_ids_are_taken(session_id):
 def test_malformed_ids_are_refused_without_being_repeated(session_id):
     refused = refusal(ask(session_id=session_id))
     assert refused.code == "invalid_request"
-    actual = f"a string of {len(session_id):,} characters"
-    assert refused.message == f"`session_id` must be at most 226 letters, digits and inner hyphens, got {actual}"
+    actual = f"a string of length {len(session_id):,}"
+    assert refused.message.endswith(f" must be at most 226 letters, digits and inner hyphens, got {actual}")
 
 
 # --- replies ---
@@ -717,6 +734,28 @@ def test_every_error_code_has_its_status_and_an_ascii_phrase():
         assert refused.body() == {"error": {"code": code, "message": "why"}}
         assert reason_phrase(status).isascii()
         assert reason_phrase(status)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "null"),
+        (True, "true"),
+        (-1, "-1"),
+        (0.5, "0.5"),
+        (10**4_000, "an integer of 13,288 bits"),
+        (float("nan"), "nan"),
+        ("", "an empty string"),
+        ("secret", "a string of length 6"),
+        ([], "an empty array"),
+        (["secret", None, 1], "an array of length 3 (null, number, string)"),
+        ({}, "an empty object"),
+        ({"secret": 1}, "an object of length 1"),
+        (b"secret", "a value of type bytes"),
+    ],
+)
+def test_a_value_is_described_by_its_type_and_length(value, text):
+    assert describe(value) == text
 
 
 def test_an_unknown_error_code_is_a_mistake_of_the_caller():
@@ -776,8 +815,8 @@ def outcome(body: Any, headers: dict) -> Request | Refused:
 def is_proper(result: Any) -> bool:
     """Whether it is a request, or a refusal that is safe to send."""
     if isinstance(result, Refused):
-        told = json.dumps(result.body(), ensure_ascii=False)
-        return result.code in ("invalid_request", "too_large") and told.isascii() and len(told) < 3_000
+        text = json.dumps(result.body(), ensure_ascii=False)
+        return result.code in ("invalid_request", "too_large") and text.isascii() and len(text) < 3_000
     return isinstance(result, Open | Ask | Close | Cancel)
 
 

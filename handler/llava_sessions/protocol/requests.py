@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -43,7 +43,10 @@ class _Request(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, hide_input_in_errors=True)
 
     messages: ClassVar[Mapping[str, str]] = {
-        "session_id": "`session_id` must be at most 226 letters, digits and inner hyphens, got {actual}",
+        "session_id": (
+            f"`session_id` (or the {SESSION_HEADER} header) must be at most 226 letters, digits and inner hyphens, "
+            "got {actual}"
+        ),
         "session_token": "`session_token` must be 16 to 256 printable ASCII characters, got {actual}",
         "request_id": "`request_id` must be 16 to 64 printable ASCII characters, got {actual}",
         "image": "`image` must be a string (base64 or a data URL), got {actual}",
@@ -176,7 +179,7 @@ _REQUEST_TYPES: dict[str, type[Request]] = {"NEW_SESSION": Open, "CLOSE": Close}
 
 @dataclass(frozen=True)
 class _Problem:
-    """One reason to reject a payload, at the field to which it belongs."""
+    """One reason to reject a payload. `field` "" precedes all fields."""
 
     field: str
     code: str
@@ -237,7 +240,8 @@ def _payload(body: object, max_body_bytes: int | None) -> dict[str, Any]:
 
 def _model(payload: dict[str, Any]) -> type[Request]:
     """Return the model that the payload's `type` or `requestType` names."""
-    action, standard = payload.get("type"), payload.get("requestType")
+    action = payload.get("type")
+    standard = payload.get("requestType")
     if action is not None and standard is not None:
         raise Refused("invalid_request", "the request must have either `type` or `requestType`, got both")
     model: type[Request] | None
@@ -266,7 +270,7 @@ def _unknown_fields(payload: dict[str, Any], model: type[Request]) -> list[_Prob
 
 
 def _conflicts(model: type[Request], fields: dict[str, Any]) -> Iterator[_Problem]:
-    """Yield what is wrong with the combination of the fields."""
+    """Yield the problems of fields that exclude each other, and of an open without a picture."""
     pictures = [name for name in _PICTURE_FIELDS if name in fields]
     if len(pictures) > 1:
         got = " and ".join(f"`{name}`" for name in pictures)
@@ -287,18 +291,17 @@ def _conflicts(model: type[Request], fields: dict[str, Any]) -> Iterator[_Proble
 
 
 def _merge_session_id(fields: dict[str, Any], headers: Mapping[str, object]) -> list[_Problem]:
-    """Set the session ID of the header if the body has none. Return the problem of a missing or ambiguous ID."""
+    """Set the session ID of the header if the body has none. Return a problem if both have one and they differ."""
     in_header = session_in_header(headers)
-    in_body = fields.get("session_id", "")
-    if in_body == "":
-        fields["session_id"] = in_header
-        if in_header is not None:
-            return []
-        message = f"the request must name a session in the {SESSION_HEADER} header or in `session_id`, got neither"
-    elif in_header is None or not isinstance(in_body, str) or in_body == in_header:
+    in_body = fields.get("session_id")
+    if in_header is None:
         return []
-    else:
-        message = f"the {SESSION_HEADER} header and `session_id` must name one session, got two"
+    if in_body in (None, ""):
+        fields["session_id"] = in_header
+        return []
+    if not isinstance(in_body, str) or in_body == in_header:
+        return []
+    message = f"`session_id` and the {SESSION_HEADER} header must be the same, got two session IDs"
     return [_Problem("session_id", "invalid_request", message)]
 
 
@@ -314,26 +317,25 @@ def _add_defaults(fields: dict[str, Any], limits: RequestLimits) -> None:
 def _validated(
     model: type[Request], fields: dict[str, Any], limits: RequestLimits
 ) -> tuple[Request | None, list[_Problem]]:
+    """Return the request, or one problem for each malformed field."""
     try:
         return model.model_validate(fields, context=limits), []
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=False, include_input=False)
-    problems = []
+    problems: dict[str, _Problem] = {}
     for detail in details:
         field = str(detail["loc"][0])
+        code = TOO_LARGE if detail["type"] == TOO_LARGE else "invalid_request"
         actual = describe(fields[field]) if field in fields else "nothing"
         message = model.messages[field].format(limits=limits, actual=actual)
-        problems.append(_Problem(field, TOO_LARGE if detail["type"] == TOO_LARGE else "invalid_request", message))
-    return None, problems
+        problems.setdefault(field, _Problem(field, code, message))
+    return None, list(problems.values())
 
 
-def _refusal(problems: Iterable[_Problem], model: type[Request]) -> Refused:
-    """Return one refusal for all problems, in the order of the fields, at most one problem for each field."""
+def _refusal(problems: list[_Problem], model: type[Request]) -> Refused:
+    """Return one refusal for all problems, in the order of the fields."""
     order = ["", *model.model_fields]
-    first_of_field: dict[str, _Problem] = {}
-    for problem in problems:
-        first_of_field.setdefault(problem.field, problem)
-    ordered = sorted(first_of_field.values(), key=lambda problem: order.index(problem.field))
+    ordered = sorted(problems, key=lambda problem: order.index(problem.field))
     return Refused(ordered[0].code, "; ".join(problem.message for problem in ordered))
 
 

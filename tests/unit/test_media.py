@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpcore
 import pytest
@@ -35,6 +36,12 @@ from llava_sessions.media.sources import is_remote, load_base64, load_path, read
 from tests.support.private_hosts import PRIVATE_HOSTS
 
 LIMITS = MediaLimits()
+
+
+def limits_with(limits: MediaLimits, **changes: Any) -> MediaLimits:
+    return MediaLimits(**{**limits.model_dump(), **changes})
+
+
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 PUBLIC = "93.184.215.14"  # any public address: the test backend never dials it
 NAME = "pictures.example"
@@ -136,13 +143,13 @@ def test_every_mode_becomes_opaque_rgb(mode, colour, picture_format, options, wa
     assert near(picture.image.getpixel((4, 4)), want, tolerance=4)
 
 
-def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
+def test_16_bit_grey_is_scaled_and_not_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
     image = Image.new("I;16", (256, 1))
     for x in range(256):
         image.putpixel((x, 0), 257 * x)
-    limits = replace(LIMITS, max_aspect=256)
+    monkeypatch.setattr(MediaLimits, "max_aspect", 256.0)
     for picture_format in ("PNG", "TIFF"):
-        row = load_bytes(encode(image, picture_format), limits).image
+        row = load_bytes(encode(image, picture_format), LIMITS).image
         assert [row.getpixel((x, 0))[0] for x in range(256)] == list(range(256))
 
 
@@ -404,9 +411,9 @@ def test_scan_markers_that_are_none_are_not_counted() -> None:
 
 
 def test_max_pixels_and_max_bytes_are_exact() -> None:
-    assert load_bytes(PNG, replace(LIMITS, max_pixels=24 * 16, max_bytes=len(PNG))).width == 24
-    refused("too_large", "24 x 16", lambda: load_bytes(PNG, replace(LIMITS, max_pixels=24 * 16 - 1)))
-    refused("too_large", f"{len(PNG)} bytes", lambda: load_bytes(PNG, replace(LIMITS, max_bytes=len(PNG) - 1)))
+    assert load_bytes(PNG, limits_with(LIMITS, max_pixels=24 * 16, max_bytes=len(PNG))).width == 24
+    refused("too_large", "24 x 16", lambda: load_bytes(PNG, limits_with(LIMITS, max_pixels=24 * 16 - 1)))
+    refused("too_large", f"{len(PNG)} bytes", lambda: load_bytes(PNG, limits_with(LIMITS, max_bytes=len(PNG) - 1)))
 
 
 def test_a_shape_that_a_resize_would_blow_up_is_too_large() -> None:
@@ -478,7 +485,7 @@ def test_urlsafe_digits_are_told_from_noise() -> None:
 
 
 def test_base64_is_measured_before_it_is_decoded() -> None:
-    limits = replace(LIMITS, max_bytes=300)
+    limits = limits_with(LIMITS, max_bytes=300)
     assert len(read_base64(base64.b64encode(bytes(300)).decode(), limits)) == 300
     for size in (301, 3_000_000):
         text = base64.b64encode(bytes(size)).decode()
@@ -560,7 +567,7 @@ def shelf(tmp_path: Path) -> Path:
 
 
 def test_local_paths_below_a_root(shelf: Path) -> None:
-    limits = replace(LIMITS, local_roots=("/nowhere", str(shelf / "root")))
+    limits = limits_with(LIMITS, local_roots=("/nowhere", str(shelf / "root")))
     for source in (
         f"{shelf}/root/inner/a.png",
         f"{shelf}/root/fine.png",
@@ -574,12 +581,12 @@ def test_local_paths_below_a_root(shelf: Path) -> None:
 
 def test_a_root_may_itself_be_a_link(shelf: Path) -> None:
     (shelf / "alias").symlink_to(shelf / "root")
-    limits = replace(LIMITS, local_roots=(f"{shelf}/alias/",))
+    limits = limits_with(LIMITS, local_roots=(f"{shelf}/alias/",))
     assert load_path(f"{shelf}/alias/inner/a.png", limits).width == 24
 
 
 def test_local_paths_that_leave_the_roots(shelf: Path) -> None:
-    limits = replace(LIMITS, local_roots=(str(shelf / "root"),))
+    limits = limits_with(LIMITS, local_roots=(str(shelf / "root"),))
     for source in (
         f"{shelf}/outside/a.png",
         f"{shelf}/root/../outside/a.png",
@@ -606,7 +613,7 @@ def test_local_paths_are_refused_by_default(shelf: Path) -> None:
 
 
 def test_local_things_that_are_no_picture_file(shelf: Path) -> None:
-    limits = replace(LIMITS, local_roots=(str(shelf / "root"),))
+    limits = limits_with(LIMITS, local_roots=(str(shelf / "root"),))
     refused("invalid_request", "not a regular file", lambda: load_path(f"{shelf}/root/inner", limits))
     refused("invalid_request", "not a regular file", lambda: load_path(f"{shelf}/root/pipe", limits))
     refused("invalid_request", "does not exist", lambda: load_path(f"{shelf}/root/none.png", limits))
@@ -614,7 +621,7 @@ def test_local_things_that_are_no_picture_file(shelf: Path) -> None:
     refused("invalid_request", "cannot be read", lambda: load_path(f"{shelf}/root/{'n' * 300}", limits))
     for url in (f"file://elsewhere{shelf}/root/inner/a.png", "file://", "file:relative.png", "file:///a.png?x=1"):
         refused("invalid_request", "file URL", lambda url=url: load_path(url, limits))
-    small = replace(limits, max_bytes=len(PNG) - 1)
+    small = limits_with(limits, max_bytes=len(PNG) - 1)
     refused("too_large", "bytes", lambda: load_path(f"{shelf}/root/inner/a.png", small))
 
 
@@ -939,7 +946,7 @@ def test_a_refused_connection_and_no_tls(server: Server, fetcher: Fetcher) -> No
     ],
 )
 def test_allowed_hosts(host: str, allowed: bool, server: Server, fetcher: Fetcher) -> None:
-    limits = replace(LIMITS, allowed_hosts=("Pictures.example", "*.cdn.example"))
+    limits = limits_with(LIMITS, allowed_hosts=("Pictures.example", "*.cdn.example"))
     server.answers["/a.png"] = ok(PNG)
     if allowed:
         assert fetcher(f"https://{host}/a.png", limits) == PNG
@@ -950,7 +957,7 @@ def test_allowed_hosts(host: str, allowed: bool, server: Server, fetcher: Fetche
 
 def test_an_allowed_host_must_still_be_public(server: Server, fetcher: Fetcher) -> None:
     private = replace(fetcher, resolve=lambda _host, _port: ["10.1.2.3"])
-    limits = replace(LIMITS, allowed_hosts=(NAME, "127.0.0.1"))
+    limits = limits_with(LIMITS, allowed_hosts=(NAME, "127.0.0.1"))
     refused("invalid_request", "not a public address", lambda: private(f"https://{NAME}/a.png", limits))
     refused("invalid_request", "not a public address", lambda: private("https://127.0.0.1/a.png", limits))
     assert server.connections == 0
@@ -1015,7 +1022,7 @@ def test_a_refusal_says_what_is_wrong_with_the_url(server: Server, fetcher: Fetc
 def test_redirects_off_the_allowed_hosts(server: Server, fetcher: Fetcher) -> None:
     server.answers["/a.png"] = redirect("https://a.cdn.example/b.png")
     server.answers["/b.png"] = ok(PNG)
-    limits = replace(LIMITS, allowed_hosts=(NAME,))
+    limits = limits_with(LIMITS, allowed_hosts=(NAME,))
     refused("invalid_request", "a.cdn.example", lambda: fetcher(f"https://{NAME}/a.png", limits))
     assert server.connections == 1
 
@@ -1072,7 +1079,7 @@ def test_a_body_too_long_is_cut_while_it_streams(server: Server, fetcher: Fetche
     sent: list[int] = []
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     server.answers["/a.png"] = lambda connection: endless(connection, head, sent)
-    limits = replace(LIMITS, max_bytes=200_000)
+    limits = limits_with(LIMITS, max_bytes=200_000)
     refused("too_large", "200000 bytes", lambda: fetcher(f"https://{NAME}/a.png", limits))
     time.sleep(0.1)
     taken = sum(sent)
@@ -1081,7 +1088,7 @@ def test_a_body_too_long_is_cut_while_it_streams(server: Server, fetcher: Fetche
 
 
 def test_a_declared_length_is_believed_only_when_it_is_too_much(server: Server, fetcher: Fetcher) -> None:
-    limits = replace(LIMITS, max_bytes=1000)
+    limits = limits_with(LIMITS, max_bytes=1000)
     server.answers["/much"] = b"HTTP/1.1 200 OK\r\nContent-Length: 1001\r\n\r\n"  # and then nothing
     started = time.perf_counter()
     refused("too_large", "1000 bytes", lambda: fetcher(f"https://{NAME}/much", limits))
@@ -1119,7 +1126,7 @@ def drip(connection: ssl.SSLSocket, head: bytes, piece: bytes) -> None:
 )
 def test_a_dripping_server_hits_the_deadline(head: bytes, piece: bytes, server: Server, fetcher: Fetcher) -> None:
     server.answers["/a.png"] = lambda connection: drip(connection, head, piece)
-    limits = replace(LIMITS, fetch_timeout_s=0.6)
+    limits = limits_with(LIMITS, fetch_timeout_s=0.6)
     started = time.perf_counter()
     refused("invalid_request", "within 0.6 s", lambda: fetcher(f"https://{NAME}/a.png", limits))
     assert 0.5 < time.perf_counter() - started < PATIENCE_S
@@ -1131,7 +1138,7 @@ def test_a_silent_server_and_redirects_share_one_deadline(server: Server, fetche
         connection.sendall(redirect("/a.png"))
 
     server.answers["/a.png"] = slowly
-    limits = replace(LIMITS, fetch_timeout_s=0.8)
+    limits = limits_with(LIMITS, fetch_timeout_s=0.8)
     started = time.perf_counter()
     refused("invalid_request", "within 0.8 s", lambda: fetcher(f"https://{NAME}/a.png", limits))
     assert 0.7 < time.perf_counter() - started < PATIENCE_S
@@ -1141,7 +1148,7 @@ def test_a_silent_server_and_redirects_share_one_deadline(server: Server, fetche
 def test_a_handshake_that_never_comes(fetcher: Fetcher) -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         silent = replace(fetcher, backend=Rerouted(mute.getsockname()[1]))
-        limits = replace(LIMITS, fetch_timeout_s=0.5)
+        limits = limits_with(LIMITS, fetch_timeout_s=0.5)
         started = time.perf_counter()
         refused("invalid_request", "within 0.5 s", lambda: silent(f"https://{NAME}/a.png", limits))
         assert 0.4 < time.perf_counter() - started < PATIENCE_S
@@ -1154,7 +1161,7 @@ def test_a_name_server_that_never_answers(fetcher: Fetcher) -> None:
         release.wait(2 * PATIENCE_S)
         return [PUBLIC]
 
-    limits = replace(LIMITS, fetch_timeout_s=0.4)
+    limits = limits_with(LIMITS, fetch_timeout_s=0.4)
     started = time.perf_counter()
     refused("invalid_request", "within 0.4 s", lambda: replace(fetcher, resolve=stuck)(f"https://{NAME}/a", limits))
     assert 0.3 < time.perf_counter() - started < PATIENCE_S
@@ -1221,7 +1228,7 @@ def test_s3_errors_are_named(code: str, status: int, words: str, s3) -> None:
 
 def test_s3_objects_too_large_by_their_word_or_in_fact(s3) -> None:
     stub, fetcher = s3
-    limits = replace(S3_LIMITS, max_bytes=1000)
+    limits = limits_with(S3_LIMITS, max_bytes=1000)
     stub.add_response("get_object", s3_object(bytes(1001)))
     refused("too_large", "1001 bytes", lambda: fetcher("s3://my-pictures/a", limits))
     lying = s3_object(bytes(5000))
@@ -1237,7 +1244,7 @@ def test_s3_objects_too_large_by_their_word_or_in_fact(s3) -> None:
 def test_s3_is_held_to_the_deadline_and_may_be_missing() -> None:
     release = threading.Event()
     stuck = Fetcher(s3_client=lambda: release.wait(2 * PATIENCE_S))
-    limits = replace(S3_LIMITS, fetch_timeout_s=0.3)
+    limits = limits_with(S3_LIMITS, fetch_timeout_s=0.3)
     started = time.perf_counter()
     refused("invalid_request", "within 0.3 s", lambda: stuck("s3://my-pictures/a", limits))
     assert time.perf_counter() - started < PATIENCE_S

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from ..config import MediaLimits, RequestLimits, frontend_capacity
+from ..config import MediaLimits, RequestLimits, frontend_capacity, max_body_bytes
 from ..journal.journal import Journal
 from ..text.chat_template import ChatTemplate
 from ..torchserve.sequences import SequenceEnder, SequenceReaper
@@ -63,4 +63,13 @@ def make_pump(
     # The frontend has more places than sessions. At most half of the others may wait for the end of their sequence.
     places_left = frontend_capacity(table.max_sessions) - table.max_sessions
     reaper = SequenceReaper(ender, max_waiting=places_left // 2)
-    return Pump(manager, inbox, reaper, limits, timing.wait_s, timing.close_wait_s, timing.monotonic)
+    return Pump(
+        manager,
+        inbox,
+        reaper,
+        limits,
+        max_body_bytes(limits, media_limits),
+        wait_s=timing.wait_s,
+        close_wait_s=timing.close_wait_s,
+        clock=timing.monotonic,
+    )

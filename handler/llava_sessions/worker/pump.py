@@ -58,15 +58,17 @@ class Pump:
         inbox: Inbox,
         reaper: SequenceReaper,
         limits: RequestLimits,
+        max_body_bytes: int,
         wait_s: float = WAIT_S,
         close_wait_s: float = CLOSE_WAIT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`clock`: seconds, for the waits and for silence."""
+        """`max_body_bytes`: a longer body is rejected unread. `clock`: seconds, for the waits and for silence."""
         self._manager = manager
         self._inbox = inbox
         self._reaper = reaper
         self._limits = limits
+        self._max_body_bytes = max_body_bytes
         self._wait_s = wait_s
         self._close_wait_s = close_wait_s
         self._clock = clock
@@ -141,7 +143,7 @@ class Pump:
             if self._reaper.is_ours(row) and not self._manager.has_session(row.sequence_id):
                 close(pending, row.sequence_id)  # it only ends its sequence
                 return
-            self._manager.handle(pending, parse(row.body, row.headers, self._limits))
+            self._manager.handle(pending, parse(row.body, row.headers, self._limits, self._max_body_bytes))
         except Exception as error:
             pending.refuse(error)
 

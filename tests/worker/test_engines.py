@@ -143,7 +143,7 @@ def test_an_engine_that_is_stopped_while_it_loads_is_replaced_too(kept: Kept, ca
     os.kill(loading, signal.SIGSTOP)
     kept.up = kept.hear(EngineUp)
     assert kept.supervisor.pid not in (first, loading)
-    assert "reason=it stood still for 3 s while starting" in caplog.text
+    assert "reason=it was stopped for 3 s while starting" in caplog.text
     assert kept.answer("after") == before
 
 

@@ -15,23 +15,24 @@ import numpy as np
 from PIL import Image
 from transformers import AutoProcessor
 
-from llava_sessions.conversation import ChatTokens, Conversation, Opening
-from llava_sessions.engine.kv import Budget, choose_budget
-from llava_sessions.engine.messages import (
+from llava_sessions.chat.transcript import Conversation
+from llava_sessions.engine.engine import Engine
+from llava_sessions.engine.kv import DeviceBudget, choose_budget
+from llava_sessions.engine.model import Model
+from llava_sessions.ipc.messages import (
     AskSession,
     CloseSession,
     Delta,
     Event,
     Finished,
-    NoRoom,
-    Opened,
     OpenFailed,
     OpenSession,
+    OutOfCapacity,
+    Prefilled,
     Sampling,
     TurnFailed,
 )
-from llava_sessions.engine.model import Model
-from llava_sessions.engine.service import Engine
+from llava_sessions.text.chat_template import ChatTemplate, Opening
 
 from .harness import Options
 from .make_checkpoint import WORDS
@@ -93,15 +94,15 @@ class Prompts:
         return " ".join(self._random.choices(WORDS, k=count))
 
 
-def prepare(tokens: ChatTokens, jpeg: bytes) -> Opening:
+def prepare(tokens: ChatTemplate, jpeg: bytes) -> Opening:
     """What the handler does before the engine hears of a picture: decode it and make the model's input of it."""
     image = Image.open(io.BytesIO(jpeg)).convert("RGB")
     return tokens.opening([(hashlib.sha256(jpeg).hexdigest(), image)])
 
 
-def load_engine(options: Options, budget: Budget | None = None, chunk_tokens: int = 256) -> EngineChats:
+def load_engine(options: Options, budget: DeviceBudget | None = None, chunk_tokens: int = 256) -> EngineChats:
     """An engine on the run's checkpoint, warmed up. Without a budget: the default of the handler."""
-    tokens = ChatTokens(AutoProcessor.from_pretrained(options.checkpoint))
+    tokens = ChatTemplate(AutoProcessor.from_pretrained(options.checkpoint))
     dtype = str(options.dtype).removeprefix("torch.")
     model = Model.load(options.checkpoint, dtype, str(options.device))
     engine = Engine(model, tokens.answer_text, budget or choose_budget(model.device), chunk_tokens)
@@ -112,7 +113,7 @@ def load_engine(options: Options, budget: Budget | None = None, chunk_tokens: in
 class EngineChats:
     """The open chats of an engine: their words as the pump keeps them, and the times of what happens to them."""
 
-    def __init__(self, engine: Engine, tokens: ChatTokens) -> None:
+    def __init__(self, engine: Engine, tokens: ChatTemplate) -> None:
         self.engine = engine
         self.tokens = tokens
         self.conversations: dict[str, Conversation] = {}
@@ -131,7 +132,7 @@ class EngineChats:
     def ask(self, name: str, text: str, answer_tokens: int) -> None:
         """Tell the engine to start a turn; turning the question into tokens is part of the time."""
         self.turns[name].append(TurnTimes(time.perf_counter()))
-        self._prompts[name] = self.tokens.prompt(self.conversations[name], text)
+        self._prompts[name] = self.tokens.prompt(self.conversations[name].opened_on, text)
         turn_id = f"{name}/{len(self.turns[name])}"
         self.engine.apply(AskSession(name, turn_id, self._prompts[name], Sampling(answer_tokens)))
 
@@ -171,13 +172,13 @@ class EngineChats:
 
     def _note(self, event: Event, now: float) -> str | None:
         match event:
-            case Opened():
+            case Prefilled():
                 self.opened_ms[event.session_id] = (now - self._opening.pop(event.session_id, now)) * 1e3
             case Delta():
                 self.turns[event.turn_id.split("/")[0]][-1].token_times.append(now)
             case Finished():
                 return self._finish(event)
-            case OpenFailed() | TurnFailed() | NoRoom():
+            case OpenFailed() | TurnFailed() | OutOfCapacity():
                 raise RuntimeError(f"a bench must not fail: {event}")
         return None
 

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from llava_sessions.engine.linears import PackedLinear, pack, packable
+from llava_sessions.engine.cpu.linears import PackedLinear, pack, packable
 
 from .machine import synchronize
 from .reference import Reference

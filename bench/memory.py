@@ -14,7 +14,7 @@ import gc
 import random
 import time
 
-from llava_sessions.engine.kv import Budget
+from llava_sessions.engine.kv import DeviceBudget
 
 from . import harness
 from .driver import EngineChats, Pictures, Prompts, load_engine, prepare
@@ -26,7 +26,7 @@ TIERS = ("resident", "parked", "cold")
 ROOM_TOKENS = 64  # that a chat has behind its picture, in both parts
 
 
-def budget_for(chats: EngineChats, opening, resident: int, parked: int, pictures: int, spoken: int = 0) -> Budget:
+def budget_for(chats: EngineChats, opening, resident: int, parked: int, pictures: int, spoken: int = 0) -> DeviceBudget:
     """Room for so many sessions in either tier, and for the features of so many pictures.
 
     What is parked is as long as its opening and the `spoken` tokens behind that.
@@ -34,7 +34,7 @@ def budget_for(chats: EngineChats, opening, resident: int, parked: int, pictures
     model = chats.engine.model
     tokens = len(opening.token_ids)
     features = pictures * opening.image_tokens * model.feature_bytes
-    return Budget(
+    return DeviceBudget(
         device_bytes=resident * model.kv_shape.device_bytes(tokens + ROOM_TOKENS) + features,
         host_bytes=parked * (tokens + spoken) * model.kv_shape.token_bytes,
     )
@@ -158,7 +158,7 @@ def _growth(rss: list[int], room: int) -> int:
 
 def _wrong(chats: EngineChats, openings: list, questions: dict, answers: dict) -> int:
     """How many answers a fresh session, alone and with room for itself, would not have given."""
-    chats.engine.budget = Budget(2**40, 2**40)
+    chats.engine.budget = DeviceBudget(2**40, 2**40)
     wrong = 0
     for number, (name, asked) in enumerate(questions.items()):
         chats.open(name, openings[number % len(openings)])

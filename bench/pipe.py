@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import queue
 
-from llava_sessions.engine.messages import (
+from llava_sessions.ipc.messages import (
     AskSession,
     Command,
     EngineSettings,
     Event,
     Finished,
-    NoRoom,
-    Opened,
     OpenFailed,
     OpenSession,
+    OutOfCapacity,
+    Prefilled,
     TurnFailed,
 )
-from llava_sessions.engine.supervisor import EngineLost, EngineSupervisor
+from llava_sessions.worker.engines import EngineLost, EngineSupervisor
 
 from . import harness
 from .driver import EngineChats, Pictures, Prompts, load_engine, prepare
 from .harness import Options, Result, Run, median, spread
 
 # What ends the work that a command began.
-_ENDS = (Opened, OpenFailed, Finished, TurnFailed, NoRoom)
+_ENDS = (Prefilled, OpenFailed, Finished, TurnFailed, OutOfCapacity)
 
 
 class PipedEngine:

@@ -15,7 +15,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCach
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from llava_sessions.conversation import ChatTokens, Conversation, Opening
+from llava_sessions.chat.transcript import Conversation
+from llava_sessions.text.chat_template import ChatTemplate, Opening
 
 from .driver import TurnTimes, prepare
 
@@ -24,7 +25,7 @@ class Reference:
     """A checkpoint as `transformers` loads it."""
 
     def __init__(self, checkpoint: Path, dtype: torch.dtype, device: torch.device) -> None:
-        self.tokens = ChatTokens(AutoProcessor.from_pretrained(checkpoint))
+        self.tokens = ChatTemplate(AutoProcessor.from_pretrained(checkpoint))
         self.model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=dtype, device_map={"": device})
         self.model.eval()
         self.device = device
@@ -87,7 +88,7 @@ class Chat:
     def answer(self, text: str, answer_tokens: int, asked_at: float | None = None) -> TurnTimes:
         """One turn. `asked_at`: when the question came, if it had to wait."""
         turn = TurnTimes(asked_at or time.perf_counter())
-        prompt = self._reference.tokens.prompt(self.conversation, text)
+        prompt = self._reference.tokens.prompt(self.conversation.opened_on, text)
         clock = _Clock()
         ids = self.conversation.token_ids + prompt
         turn.answer_ids = self._reference.generate(ids, answer_tokens, clock, **self._inputs())

@@ -19,16 +19,19 @@ from ts.metrics.metric_cache_errors import MetricsCacheKeyError
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 
-from llava_sessions import frontend, protocol, telemetry
+from llava_sessions import metrics
 from llava_sessions.config import ConfigError, HandlerConfig, read_config
-from llava_sessions.conversation import ChatTokens
-from llava_sessions.engine.messages import EngineSettings
-from llava_sessions.engine.supervisor import EngineSupervisor
 from llava_sessions.errors import reason_phrase
-from llava_sessions.journal import open_journal
-from llava_sessions.pump import Pump
-from llava_sessions.rows import Reply, Row
-from llava_sessions.sessions import SessionTable
+from llava_sessions.ipc.messages import EngineSettings
+from llava_sessions.journal.journal import open_journal
+from llava_sessions.protocol.constants import SESSION_HEADER
+from llava_sessions.text.chat_template import ChatTemplate
+from llava_sessions.torchserve import headers
+from llava_sessions.torchserve.batch import Reply, Row
+from llava_sessions.torchserve.sequences import EndRequestSender
+from llava_sessions.worker.engines import EngineSupervisor
+from llava_sessions.worker.pump import Pump
+from llava_sessions.worker.sessions import SessionTable
 
 log = logging.getLogger("llava_sessions")
 
@@ -79,14 +82,14 @@ class LlavaHandler(BaseHandler):
         facts = up.facts
         table = SessionTable(config.max_sessions, config.session_ttl_s, config.session_idle_s)
         address = properties.get("inference_address", "http://127.0.0.1:8080")
-        ender = frontend.SequenceEnder(address, context.model_name)
+        ender = EndRequestSender(address, context.model_name)
         limits = (facts.context_tokens, config.limits, config.media)
         self._pump = Pump(up.door, inbox, tokens, table, *limits, ender, journal)
         self._pump.recover()
         self._cache = context.metrics
         self._dimensions = [context.model_name, "Model"]
         self._metrics_lock = threading.Lock()
-        self._told: telemetry.Figures | None = None
+        self._told: metrics.MetricValues | None = None
         self._drained_file = Path(os.environ.get("TEMP") or tempfile.gettempdir()) / f"drained-{os.getpid()}"
         signal.signal(signal.SIGUSR1, lambda *_: self._pump.drain())
         threading.Thread(target=self._sweep, name="sweeper", daemon=True).start()
@@ -97,11 +100,11 @@ class LlavaHandler(BaseHandler):
 
     def _checked_properties(self) -> dict[str, str]:
         """The frontend's properties, once they are known to name the session headers as this worker does."""
-        properties = frontend.frontend_properties()
+        properties = headers.frontend_properties()
         if properties is None:
             log.warning("headers_unchecked reason=the frontend's command line is not visible")
             return {}
-        problems = frontend.header_problems(properties, os.environ)
+        problems = headers.header_problems(properties, os.environ)
         if problems:
             raise ConfigError(problems)
         return properties
@@ -144,9 +147,9 @@ class LlavaHandler(BaseHandler):
             figures, told = self._pump.figures(), self._told
             if figures == told:
                 return
-            for name, unit in telemetry.GAUGES.items():
+            for name, unit in metrics.GAUGES.items():
                 self._metric(name, unit, MetricTypes.GAUGE).add_or_update(figures.value(name), self._dimensions)
-            for name, unit in telemetry.COUNTERS.items():
+            for name, unit in metrics.COUNTERS.items():
                 increase = figures.value(name) - (told.value(name) if told else 0)
                 if increase:
                     self._metric(name, unit, MetricTypes.COUNTER).add_or_update(increase, self._dimensions)
@@ -166,13 +169,13 @@ def _checkpoint(config: HandlerConfig, model_dir: Path) -> str:
     return str(packed) if packed.is_dir() else config.checkpoint
 
 
-def _tokens(checkpoint: str, system_prompt: str) -> ChatTokens:
+def _tokens(checkpoint: str, system_prompt: str) -> ChatTemplate:
     import transformers  # here, because it takes seconds, in which the engine loads too
 
-    from llava_sessions.processors import load_processor
+    from llava_sessions.text.processors import load_processor
 
     transformers.logging.set_verbosity_error()
-    return ChatTokens(load_processor(checkpoint), system_prompt)
+    return ChatTemplate(load_processor(checkpoint), system_prompt)
 
 
 def _device(config: HandlerConfig, gpu_id: int | None) -> str:
@@ -191,7 +194,7 @@ def _row(context, index: int, data: dict) -> Row:
     headers = {
         name.lower(): value
         for name, value in all_headers.items()
-        if isinstance(value, str) and not (fresh and name == protocol.SESSION_HEADER)
+        if isinstance(value, str) and not (fresh and name == SESSION_HEADER)
     }
     body = data.get("body", data.get("data")) if isinstance(data, dict) else data
     return Row(context.get_request_id(index), sequence_id, fresh, headers, b"" if body is None else body)

@@ -27,7 +27,7 @@ from deploy.aws import images
 from deploy.serve import TorchServe
 from tests.aws import cloud
 from tests.deploy.conftest import Endpoint, served
-from tests.serving import START_S, pack
+from tests.support.serving import START_S, pack
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "docs" / "notebook.ipynb"

@@ -9,12 +9,36 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .media import MediaLimits
-from .protocol import Limits
-
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # How long after a session's expiry TorchServe still keeps its sequence: longer than the longest turn.
 FRONTEND_MARGIN_S = 120
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """What one request may ask for; from `model-config.yaml`."""
+
+    max_prompt_chars: int = 32_768
+    default_new_tokens: int = 256
+    max_new_tokens: int = 1_024
+    max_stop_strings: int = 8
+    max_stop_chars: int = 64
+    max_pictures: int = 8
+    max_frames: int = 32
+    default_deadline_ms: int = 55_000
+
+
+@dataclass(frozen=True)
+class MediaLimits:
+    """What one picture may cost and where it may come from."""
+
+    max_bytes: int = 10 * 2**20  # of one encoded picture
+    max_pixels: int = 40_000_000  # of one decoded picture, by its header; above 178 million Pillow refuses by itself
+    fetch_timeout_s: float = 10.0  # the whole fetch: name look-up, redirects, headers, body
+    allowed_hosts: tuple[str, ...] = ()  # empty: any public https host; else exact names or "*.suffix"
+    s3_buckets: tuple[str, ...] = ()  # exact names; empty: s3:// is refused
+    local_roots: tuple[str, ...] = ()  # directories; empty: local paths are refused
+    max_aspect: float = 100.0  # longer side / shorter side: a model's resize by the shorter side multiplies it
 
 
 class ConfigError(Exception):
@@ -42,7 +66,7 @@ class HandlerConfig:
     device_bytes: int | None
     host_bytes: int | None
     system_prompt: str
-    limits: Limits
+    limits: RequestLimits
     media: MediaLimits
 
 
@@ -86,9 +110,9 @@ def read_config(model_yaml: Mapping[str, Any]) -> HandlerConfig:
     return config
 
 
-def _limits(reader: _Section) -> Limits:
-    default = Limits()
-    limits = Limits(
+def _limits(reader: _Section) -> RequestLimits:
+    default = RequestLimits()
+    limits = RequestLimits(
         max_prompt_chars=reader.integer("max_prompt_chars", default.max_prompt_chars, 1, 10_000_000),
         default_new_tokens=reader.integer("default_new_tokens", default.default_new_tokens, 1, 1_000_000),
         max_new_tokens=reader.integer("max_new_tokens", default.max_new_tokens, 1, 1_000_000),

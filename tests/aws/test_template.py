@@ -16,7 +16,7 @@ import pytest
 from deploy import figures
 from deploy.aws import stacks
 from deploy.aws.account import Account
-from llava_sessions import telemetry
+from llava_sessions import metrics
 
 from .metric_filters import filters, matches, template
 
@@ -79,7 +79,7 @@ def test_the_filters_leave_other_lines_alone(line: str) -> None:
 
 def test_the_filters_name_figures_that_the_handler_has() -> None:
     for _, value in filters().values():
-        assert f"llava_{value.removeprefix('$.')}" in telemetry.GAUGES
+        assert f"llava_{value.removeprefix('$.')}" in metrics.GAUGES
 
 
 def test_nothing_is_told_while_nobody_listens() -> None:

@@ -30,7 +30,7 @@ from deploy.local_endpoint.pins import Instance
 from deploy.local_endpoint.service import Service
 from deploy.serve import TorchServe
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
-from tests.serving import pack
+from tests.support.serving import pack
 
 ROOT = Path(__file__).parents[2]
 NAME = "llava"

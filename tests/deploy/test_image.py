@@ -27,7 +27,7 @@ from deploy.container import MANIFEST, ContainerError, find_model
 from deploy.image import ImageError, build_command, find_builder, pip_settings
 from deploy.pack import FAMILIES
 from deploy.serve import free_ports
-from tests.server.commands import eventually
+from tests.support.commands import eventually
 
 REPO = Path(__file__).resolve().parents[2]
 DOCKERFILE = (REPO / "Dockerfile").read_text()

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from deploy.serve import TorchServe
-from tests.serving import pack
+from tests.support.serving import pack
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "models" / "shapes"

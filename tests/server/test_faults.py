@@ -22,10 +22,11 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from demo.wire import Chat, WireError, png
-from llava_sessions import records
+from llava_sessions.chat.transcript import Blobs
+from llava_sessions.journal import encoding
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
-from tests.serving import Served, pack
 from tests.soak.chats import Crowd, PatientChat, Said, Tally, client, scene_scripts, undisturbed
+from tests.support.serving import Served, pack
 
 FIRST, SECOND, THIRD = QUESTIONS = ("Which shapes are there?", "What is in the middle?", "How many shapes are there?")
 PICTURES = [png(make_scene(seed).draw()) for seed in HELD_OUT_SEEDS[700:704]]
@@ -285,13 +286,13 @@ def test_another_instance_carries_on_and_ends_in_order(
 
 
 def files_of(journal: Path, chat: PatientChat) -> list[str]:
-    folder = journal / records.key_of(chat.session_id)
+    folder = journal / encoding.key_of(chat.session_id)
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
 def spoil(journal: Path, chat: PatientChat) -> None:
     """Flip one bit in the middle of the session's turn."""
-    path = journal / records.key_of(chat.session_id) / "000001.rec"
+    path = journal / encoding.key_of(chat.session_id) / "000001.rec"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -299,8 +300,8 @@ def spoil(journal: Path, chat: PatientChat) -> None:
 
 def expire(journal: Path, chat: PatientChat) -> None:
     """As if the session had been opened long ago."""
-    key = records.key_of(chat.session_id)
+    key = encoding.key_of(chat.session_id)
     path = journal / key / "000000.rec"
-    story, _ = records.read_story(key, [path.read_bytes()], records.Blobs().of)
-    data, _ = records.encode(replace(story.open, expires_at_s=time.time() - 1), chat.session_id, 0, "")
+    story, _ = encoding.read_story(key, [path.read_bytes()], Blobs().of)
+    data, _ = encoding.encode(replace(story.open, expires_at_s=time.time() - 1), chat.session_id, 0, "")
     path.write_bytes(data)

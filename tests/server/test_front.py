@@ -22,8 +22,7 @@ from deploy.front import Front, find_haproxy
 from deploy.processes import Guard, free_ports
 from deploy.serve import CONFIG, TorchServe, read_properties
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
-
-from .commands import Command, eventually
+from tests.support.commands import Command, eventually
 
 NEW_HEADER = "X-Amzn-SageMaker-New-Session-Id"
 SCENE = make_scene(HELD_OUT_SEEDS[0])

@@ -15,7 +15,7 @@ import pytest
 
 from demo.wire import Chat
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
-from tests.private_hosts import PRIVATE_HOSTS
+from tests.support.private_hosts import PRIVATE_HOSTS
 
 pytestmark = pytest.mark.usefixtures("same_worker")
 PORT = 443  # the only one that is served

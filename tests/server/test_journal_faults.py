@@ -19,7 +19,7 @@ import pytest
 from demo.wire import Chat, WireError, settled_gauges
 from deploy.serve import TorchServe
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
-from tests.serving import pack
+from tests.support.serving import pack
 
 PICTURE = make_scene(HELD_OUT_SEEDS[0]).draw(72)
 QUESTIONS = ["Which shapes are there?", "How many shapes are there?", "What is in the middle?"]

@@ -22,9 +22,8 @@ import pytest
 
 from deploy.launch import Service
 from deploy.processes import ServeError, free_ports
-
-from .commands import REPO, Command, alive, eventually
-from .stand_in import NAME, make_store
+from tests.support.commands import REPO, Command, alive, eventually
+from tests.support.stand_in import NAME, make_store
 
 SESSION = "X-Amzn-SageMaker-Session-Id"
 

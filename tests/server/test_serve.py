@@ -18,9 +18,8 @@ import pytest
 
 from deploy.processes import ServeError, free_ports
 from deploy.serve import LOG_CONFIG, TorchServe, choose_ports, models_argument
-
-from .commands import alive
-from .stand_in import make_store
+from tests.support.commands import alive
+from tests.support.stand_in import make_store
 
 REPO = Path(__file__).resolve().parents[2]
 SESSION = "X-Amzn-SageMaker-Session-Id"

@@ -16,9 +16,8 @@ import pytest
 
 from deploy.front import find_haproxy
 from deploy.processes import free_ports
-
-from .commands import REPO, Command, eventually
-from .stand_in import NAME, make_store
+from tests.support.commands import REPO, Command, eventually
+from tests.support.stand_in import NAME, make_store
 
 CONFIGS = [REPO / "deploy" / name for name in ("sessions.cfg", "haproxy.cfg")]
 

@@ -32,7 +32,7 @@ from bench import machine
 from demo.wire import SESSION_HEADER, Chat, WireError, gauges, png, settled_gauges
 from deploy.serve import TorchServe
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
-from tests.serving import Processes, pack
+from tests.support.serving import Processes, pack
 
 from .report import RESULTS, write
 

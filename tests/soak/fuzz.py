@@ -44,7 +44,7 @@ from demo.wire import SESSION_HEADER, Chat, WireError, png, settled_gauges
 from deploy.serve import TorchServe
 from llava_sessions.errors import STATUS_OF_CODE
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
-from tests.serving import Processes, pack
+from tests.support.serving import Processes, pack
 
 from .report import RESULTS, write
 

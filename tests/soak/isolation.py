@@ -20,7 +20,7 @@ import httpx
 from demo.wire import png
 from models.shapes.drawing import Background
 from models.shapes.scenes import COLOURS, KINDS, PLACES, Scene, Shape
-from tests.serving import Served, pack
+from tests.support.serving import Served, pack
 
 from .chats import PatientChat, Said, Script, Tally, client, undisturbed
 from .report import Record, check_level, check_tally, level, options

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.serving import Served, pack
+from tests.support.serving import Served, pack
 
 from .chats import HANG_S, Crowd, client, scene_scripts, undisturbed
 from .report import Record, check_crowd, check_level, level, options

@@ -17,7 +17,7 @@ import httpx
 import torch
 
 from bench import machine
-from tests.serving import ROOT, Processes, Served
+from tests.support.serving import ROOT, Processes, Served
 
 from .chats import HANG_S, Crowd, PatientChat, Script, Tally
 

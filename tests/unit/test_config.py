@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from llava_sessions.config import ConfigError, HandlerConfig, frontend_capacity, read_config
-from llava_sessions.media import MediaLimits
-from llava_sessions.protocol import Limits
+from llava_sessions.config import ConfigError, HandlerConfig, MediaLimits, RequestLimits, frontend_capacity, read_config
 
 COMMITTED = Path(__file__).resolve().parents[2] / "handler" / "model-config.yaml"
 
@@ -86,7 +84,7 @@ def test_a_minimal_file_takes_every_default():
         device_bytes=None,
         host_bytes=None,
         system_prompt="",
-        limits=Limits(),
+        limits=RequestLimits(),
         media=MediaLimits(),
     )
 
@@ -107,7 +105,7 @@ def test_given_values_are_taken():
     config = read_config(with_llava(max_sessions=1, session_ttl_s=1.5, dtype="float16", media=media, limits=limits))
     assert (config.max_sessions, config.session_ttl_s, config.dtype) == (1, 1.5, "float16")
     assert (config.media.allowed_hosts, config.media.local_roots) == (("a.example", "*.b.example"), ("/data",))
-    assert config.limits == Limits(max_prompt_chars=10, default_new_tokens=3, max_new_tokens=3, max_pictures=2)
+    assert config.limits == RequestLimits(max_prompt_chars=10, default_new_tokens=3, max_new_tokens=3, max_pictures=2)
 
 
 # --- the llava section ---

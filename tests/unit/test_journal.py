@@ -31,12 +31,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moto import mock_aws
 
+from llava_sessions.chat.transcript import Blob, Blobs, OpenRecord, Transcript, TurnRecord
 from llava_sessions.config import ConfigError
-from llava_sessions.journal import Head, Journal, open_journal
-from llava_sessions.records import Blob, Blobs, Damaged, OpenRecord, Story, TurnRecord, encode, key_of, read_story
-from llava_sessions.stores import DirectoryStore, S3Store, StoreError
-from tests.product_log import told
-from tests.unit import journal_child
+from llava_sessions.journal.encoding import Damaged, encode, key_of, read_story
+from llava_sessions.journal.journal import Journal, StoredSession, open_journal
+from llava_sessions.journal.stores import DirectoryStore, S3Store, StoreError
+from tests.support import journal_child
+from tests.support.product_log import told
 
 NOW = 1_500_000_000.0  # before any file of today
 EXPIRES = NOW + 600
@@ -44,13 +45,13 @@ LATER = EXPIRES + 121  # past what is kept past an expiry
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
-def opening(journal: Journal, session_id: str = "chat-1", **changes: Any) -> Story:
+def opening(journal: Journal, session_id: str = "chat-1", **changes: Any) -> Transcript:
     pictures = tuple(journal.blobs.of(f"{session_id} picture {n}".encode()) for n in range(2))
     first = OpenRecord(session_id, NOW, EXPIRES, "ab" * 32, "image", pictures, [1, 32000, 32000], 2)
-    return Story(replace(first, **changes))
+    return Transcript(replace(first, **changes))
 
 
-def add_turn(story: Story, blobs: Blobs) -> Story:
+def add_turn(story: Transcript, blobs: Blobs) -> Transcript:
     number = len(story.turns)
     words = f"{story.open.session_id} says {number} — ünï\ud800"
     shown = (blobs.of(f"{story.open.session_id} shows {number}".encode()),) if number % 2 else ()
@@ -58,7 +59,7 @@ def add_turn(story: Story, blobs: Blobs) -> Story:
     return story
 
 
-def saved(journal: Journal, session_id: str = "chat-1", turns: int = 3) -> Story:
+def saved(journal: Journal, session_id: str = "chat-1", turns: int = 3) -> Transcript:
     """A story that was saved turn by turn."""
     story = opening(journal, session_id)
     assert journal.save(story).result(30)
@@ -199,7 +200,7 @@ def test_any_story_survives_its_spelling(session_id, begin, turns):
     def of(data: list[bytes]) -> tuple[Blob, ...]:
         return tuple(blobs.of(one) for one in data)
 
-    story = Story(OpenRecord(session_id, NOW, EXPIRES, begin[0], "video", of(begin[1]), begin[2], 3))
+    story = Transcript(OpenRecord(session_id, NOW, EXPIRES, begin[0], "video", of(begin[1]), begin[2], 3))
     story.turns += [TurnRecord(prompt, answer, of(shown), *rest) for prompt, answer, shown, *rest in turns]
     spelled, digests, digest = [], [], ""
     for number, record in enumerate(story.records()):
@@ -232,7 +233,7 @@ def test_many_sessions_at_once_are_each_written_in_order(journal, folder):
     stories = [opening(journal, f"chat-{n}") for n in range(16)]
     saves = []
 
-    def chat(story: Story) -> None:
+    def chat(story: Transcript) -> None:
         saves.extend([journal.save(add_turn(story, journal.blobs)) for _ in range(12)])
 
     threads = [threading.Thread(target=chat, args=(story,)) for story in stories]
@@ -291,7 +292,7 @@ def test_closing_gives_up_what_has_not_begun_and_tells_so(folder):
 
 
 def child(*arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tests.unit.journal_child", *arguments]
+    command = [sys.executable, "-m", "tests.support.journal_child", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
 
 
@@ -323,7 +324,7 @@ def test_killed_in_the_middle_of_a_save_its_record_is_there_or_not(folder, caplo
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     journal = again(folder)
-    assert journal.recover(NOW).live == [Head("chat", journal_child.EXPIRES_S, None, None)]
+    assert journal.recover(NOW).live == [StoredSession("chat", journal_child.EXPIRES_S, None, None)]
     story = journal.read("chat", NOW)
     assert story.turns == [journal_child.turn("chat", number) for number in range(turns)]
     assert journal.save(add_turn(story, journal.blobs)).result(10)
@@ -512,8 +513,8 @@ def test_recovering_tells_the_living_from_the_expired(journal, folder):
     saved(journal, "chat-1")
     assert journal.save(opening(journal, "chat-2", expires_at_s=NOW - 1, token_digest=None)).result(10)
     recovered = again(folder).recover(NOW)
-    assert recovered.live == [Head("chat-1", EXPIRES, "ab" * 32, None)]
-    assert recovered.expired == [Head("chat-2", NOW - 1, None, None)]
+    assert recovered.live == [StoredSession("chat-1", EXPIRES, "ab" * 32, None)]
+    assert recovered.expired == [StoredSession("chat-2", NOW - 1, None, None)]
 
 
 def test_an_expired_session_is_not_read_and_its_records_go_soon_after(journal, folder):
@@ -641,7 +642,7 @@ def test_a_save_that_ends_half_way_is_caught_up_from_there(journal, folder):
     in_the_way.mkdir(parents=True)
     assert journal.save(story).result(10) is False
     in_the_way.rmdir()
-    assert again(folder).read("chat-1", NOW) == Story(story.open, story.turns[:1])
+    assert again(folder).read("chat-1", NOW) == Transcript(story.open, story.turns[:1])
     assert journal.save(story).result(10)
     assert again(folder).read("chat-1", NOW) == story
 
@@ -691,7 +692,7 @@ def test_another_instance_carries_on_from_s3(bucket):
     assert second.recover(NOW).live == [], "other instances' sessions are not this one's"
     found = second.read("chat-1", NOW)
     assert found == story
-    taken_over = Story(replace(found.open, session_id="chat-9"), found.turns)
+    taken_over = Transcript(replace(found.open, session_id="chat-9"), found.turns)
     assert second.save(taken_over).result(30)
     assert second.forget("chat-1").result(30)
     third = open_journal(None, PREFIX)
@@ -853,7 +854,7 @@ def test_one_of_two_that_fails_is_no_acknowledgement_and_the_other_is_read(bucke
 
 def test_the_store_that_knows_more_is_read_and_the_other_catches_up(bucket, folder):
     story = saved(open_journal(None, PREFIX), turns=3)
-    behind = Story(story.open, story.turns[:1])
+    behind = Transcript(story.open, story.turns[:1])
     assert again(folder).save(behind).result(10)
     journal = open_journal(str(folder), PREFIX)
     found = journal.read("chat-1", NOW)
@@ -882,7 +883,7 @@ def test_a_copy_that_took_another_course_does_not_mix_with_the_one_that_is_read(
     story = opening(elsewhere)
     story.turns += [TurnRecord([n], [n], (), None, "s3", {}) for n in range(4)]
     assert elsewhere.save(story).result(30)
-    other = Story(story.open, [TurnRecord([n], [n], (), None, "disk", {}) for n in range(3)])
+    other = Transcript(story.open, [TurnRecord([n], [n], (), None, "disk", {}) for n in range(3)])
     assert again(folder).save(other).result(10)
     journal = open_journal(str(folder), PREFIX)
     found = journal.read("chat-1", NOW)

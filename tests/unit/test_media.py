@@ -1,4 +1,4 @@
-"""media.py: every format, every limit, every way out of the house. Nothing but loopback is listened on or dialled."""
+"""py: every format, every limit, every way out of the house. Nothing but loopback is listened on or dialled."""
 
 from __future__ import annotations
 
@@ -25,9 +25,14 @@ import httpcore
 import pytest
 from PIL import Image, ImageDraw
 
-from llava_sessions import media
-from llava_sessions.media import Fetcher, MediaError, MediaLimits, Picture
-from tests.private_hosts import PRIVATE_HOSTS
+from llava_sessions.config import MediaLimits
+from llava_sessions.media import sources
+from llava_sessions.media.addresses import is_public_address
+from llava_sessions.media.decoder import DecodedPicture, load_bytes
+from llava_sessions.media.fetch import Fetcher, resolve_host
+from llava_sessions.media.limits import MediaError
+from llava_sessions.media.sources import is_remote, load_base64, load_path, read_base64
+from tests.support.private_hosts import PRIVATE_HOSTS
 
 LIMITS = MediaLimits()
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -89,8 +94,8 @@ def tiff_of(entries: list[tuple[int, int, int, int]], rest: bytes = b"") -> byte
 @pytest.mark.parametrize("picture_format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_every_format_is_decoded_and_named(picture_format: str) -> None:
     data = encode(two_colours(), picture_format, **({"quality": 95} if picture_format in ("JPEG", "WEBP") else {}))
-    picture = media.load_bytes(data, LIMITS)
-    assert isinstance(picture, Picture)
+    picture = load_bytes(data, LIMITS)
+    assert isinstance(picture, DecodedPicture)
     assert (picture.format, picture.width, picture.height) == (picture_format, 24, 16)
     assert picture.image.mode == "RGB"
     assert picture.image.size == (24, 16)
@@ -126,7 +131,7 @@ def test_every_format_is_decoded_and_named(picture_format: str) -> None:
     ],
 )
 def test_every_mode_becomes_opaque_rgb(mode, colour, picture_format, options, want) -> None:
-    picture = media.load_bytes(encode(Image.new(mode, (8, 8), colour), picture_format, **options), LIMITS)
+    picture = load_bytes(encode(Image.new(mode, (8, 8), colour), picture_format, **options), LIMITS)
     assert picture.image.mode == "RGB"
     assert near(picture.image.getpixel((4, 4)), want, tolerance=4)
 
@@ -137,16 +142,16 @@ def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
         image.putpixel((x, 0), 257 * x)
     limits = replace(LIMITS, max_aspect=256)
     for picture_format in ("PNG", "TIFF"):
-        row = media.load_bytes(encode(image, picture_format), limits).image
+        row = load_bytes(encode(image, picture_format), limits).image
         assert [row.getpixel((x, 0))[0] for x in range(256)] == list(range(256))
 
 
 def test_palette_with_and_without_transparency() -> None:
     palette = two_colours().quantize(4)
-    assert media.load_bytes(encode(palette, "PNG"), LIMITS).image.getpixel((3, 3)) == RED
+    assert load_bytes(encode(palette, "PNG"), LIMITS).image.getpixel((3, 3)) == RED
     clear = palette.getpixel((3, 3))
     for picture_format in ("PNG", "GIF"):
-        picture = media.load_bytes(encode(palette, picture_format, transparency=clear), LIMITS)
+        picture = load_bytes(encode(palette, picture_format, transparency=clear), LIMITS)
         assert picture.image.getpixel((3, 3)) == WHITE
         assert picture.image.getpixel((20, 3)) == BLUE
 
@@ -154,7 +159,7 @@ def test_palette_with_and_without_transparency() -> None:
 @pytest.mark.parametrize("mode", ["I", "F", "LAB"])
 def test_pixels_without_a_standard_range_are_unsupported(mode: str) -> None:
     data = encode(Image.new(mode, (8, 8)), "TIFF")
-    refused("unsupported_media", f"mode {mode}", lambda: media.load_bytes(data, LIMITS))
+    refused("unsupported_media", f"mode {mode}", lambda: load_bytes(data, LIMITS))
 
 
 @pytest.mark.parametrize("picture_format", ["GIF", "WEBP", "PNG", "TIFF"])
@@ -164,11 +169,11 @@ def test_the_first_frame_of_an_animation(picture_format: str) -> None:
     data = encode(frames[0], picture_format, save_all=True, append_images=frames[1:], **options)
     with Image.open(io.BytesIO(data)) as opened:
         assert opened.n_frames == 3
-    assert media.load_bytes(data, LIMITS).image.getpixel((8, 8)) == RED
+    assert load_bytes(data, LIMITS).image.getpixel((8, 8)) == RED
 
 
 def test_a_picture_outlives_its_file_and_can_be_written_to() -> None:
-    image = media.load_bytes(PNG, LIMITS).image
+    image = load_bytes(PNG, LIMITS).image
     image.putpixel((0, 0), WHITE)
     assert type(image) is Image.Image
     assert image.getpixel((0, 0)) == WHITE
@@ -198,7 +203,7 @@ def test_exif_orientation_is_applied_once(picture_format: str, orientation: int)
     options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(name, {})
     if deflate:
         options = {"compression": "tiff_adobe_deflate"}
-    picture = media.load_bytes(encode(image, name, exif=exif, **options), LIMITS)
+    picture = load_bytes(encode(image, name, exif=exif, **options), LIMITS)
     corner, swapped = CORNERS[orientation]
     assert (picture.width, picture.height) == picture.image.size == ((8, 12) if swapped else (12, 8))
     red = max(
@@ -212,7 +217,7 @@ def test_exif_orientation_is_applied_once(picture_format: str, orientation: int)
 @pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0nonsense" * 9])
 def test_broken_exif_does_not_spoil_a_good_picture(exif: bytes) -> None:
     for picture_format in ("JPEG", "PNG", "WEBP"):
-        assert media.load_bytes(encode(two_colours(), picture_format, exif=exif), LIMITS).width == 24
+        assert load_bytes(encode(two_colours(), picture_format, exif=exif), LIMITS).width == 24
 
 
 # ---- damage and strangers --------------------------------------------------------------------------------------------
@@ -222,7 +227,7 @@ def test_broken_exif_does_not_spoil_a_good_picture(exif: bytes) -> None:
 def test_a_picture_cut_anywhere_is_damaged_or_whole(picture_format: str) -> None:
     noise = Image.frombytes("RGB", (40, 40), bytes((i * 37 + i // 7) % 256 for i in range(4800)))
     data = encode(noise, picture_format)
-    half = refused("invalid_request", "damaged", lambda: media.load_bytes(data[: len(data) // 2], LIMITS))
+    half = refused("invalid_request", "damaged", lambda: load_bytes(data[: len(data) // 2], LIMITS))
     assert picture_format in half.message
     for end in range(1, len(data), max(1, len(data) // 60)):
         wanted = {"invalid_request", "whole"} if end >= 20 else {"invalid_request", "unsupported_media"}
@@ -232,13 +237,13 @@ def test_a_picture_cut_anywhere_is_damaged_or_whole(picture_format: str) -> None
 def outcome(data: bytes) -> str:
     """The error code, or "whole"."""
     try:
-        assert media.load_bytes(data, LIMITS).image.mode == "RGB"
+        assert load_bytes(data, LIMITS).image.mode == "RGB"
     except MediaError as error:
         return error.code
     return "whole"
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow warns of every oddity; pytest takes away the filter that media.py sets
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of every oddity; pytest takes away the filter that py sets
 def test_flipped_bytes_never_raise_anything_else() -> None:
     seed = 1
     for picture_format in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"):
@@ -254,7 +259,7 @@ def test_flipped_bytes_never_raise_anything_else() -> None:
 def test_a_wrong_png_checksum_is_damage() -> None:
     data = bytearray(PNG)
     data[29] ^= 0xFF  # in the checksum of IHDR
-    refused("invalid_request", "damaged", lambda: media.load_bytes(bytes(data), LIMITS))
+    refused("invalid_request", "damaged", lambda: load_bytes(bytes(data), LIMITS))
 
 
 @pytest.mark.parametrize(
@@ -277,7 +282,7 @@ def test_a_wrong_png_checksum_is_damage() -> None:
     ],
 )
 def test_what_is_no_picture_is_unsupported(data: bytes) -> None:
-    error = refused("unsupported_media", "PNG, JPEG, WEBP, GIF, BMP or TIFF", lambda: media.load_bytes(data, LIMITS))
+    error = refused("unsupported_media", "PNG, JPEG, WEBP, GIF, BMP or TIFF", lambda: load_bytes(data, LIMITS))
     assert "svg" not in error.message
     assert "BMW" not in error.message
 
@@ -289,7 +294,7 @@ def resident_peak_mib(code: str, data: bytes) -> float:
     """Peak memory of a fresh process that runs `code` with `data` at hand, above what it had before, in MiB."""
     script = (
         "import resource, sys\nfrom llava_sessions import media\nfrom PIL import Image\nImage.init()\n"
-        "data = sys.stdin.buffer.read()\nmedia.load_bytes(open(sys.argv[1], 'rb').read(), media.MediaLimits())\n"
+        "data = sys.stdin.buffer.read()\nmedia.load_bytes(open(sys.argv[1], 'rb').read(), MediaLimits())\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\nbefore = peak()\n"
         f"{code}\nprint(peak() - before)\n"
     )
@@ -301,8 +306,8 @@ def resident_peak_mib(code: str, data: bytes) -> float:
 
 
 REFUSE = (
-    "try: media.load_bytes(data, media.MediaLimits())\n"
-    "except media.MediaError as error: assert error.code == 'too_large', error\n"
+    "try: load_bytes(data, MediaLimits())\n"
+    "except MediaError as error: assert error.code == 'too_large', error\n"
     "else: raise SystemExit('was not refused')"
 )
 
@@ -312,7 +317,7 @@ def good_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "good.png"
     path.write_bytes(PNG)
     monkeypatch.setenv("PYTEST_MEDIA_GOOD", str(path))
-    monkeypatch.setenv("PYTHONPATH", str(Path(media.__file__).parents[2]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(sources.__file__).parents[2]))
     return path
 
 
@@ -370,7 +375,7 @@ BOMBS = ["PNG", "PNG below Pillow's own limit", "GIF", "BMP", "WEBP", "JPEG", "T
 def test_bombs_are_refused_at_once_and_without_their_memory(name: str, good_file: Path) -> None:
     data = bomb(name)
     started = time.perf_counter()
-    refused("too_large", "picture", lambda: media.load_bytes(data, LIMITS))
+    refused("too_large", "picture", lambda: load_bytes(data, LIMITS))
     assert time.perf_counter() - started < PATIENCE_S
     assert resident_peak_mib(REFUSE, data) < 48 + len(data) / 2**20
 
@@ -378,16 +383,16 @@ def test_bombs_are_refused_at_once_and_without_their_memory(name: str, good_file
 @pytest.mark.filterwarnings("error")
 def test_a_bomb_is_too_large_even_where_warnings_are_errors() -> None:
     for side in (12_000, 50_000):  # Pillow warns of the first and raises on the second
-        refused("too_large", "pixels", lambda side=side: media.load_bytes(png_of(side, side), LIMITS))
+        refused("too_large", "pixels", lambda side=side: load_bytes(png_of(side, side), LIMITS))
 
 
 def test_more_scans_than_any_encoder_writes_are_refused_quickly() -> None:
     good = encode(Image.new("L", (2000, 2000)), "JPEG", progressive=True)
     last_scan = good[good.rindex(b"\xff\xda") : -2]
-    assert media.load_bytes(good[:-2] + last_scan * 20 + b"\xff\xd9", LIMITS).width == 2000
+    assert load_bytes(good[:-2] + last_scan * 20 + b"\xff\xd9", LIMITS).width == 2000
     data = good[:-2] + last_scan * 50_000 + b"\xff\xd9"
     started = time.perf_counter()
-    refused("too_large", "scans", lambda: media.load_bytes(data, LIMITS))
+    refused("too_large", "scans", lambda: load_bytes(data, LIMITS))
     assert time.perf_counter() - started < PATIENCE_S
 
 
@@ -395,24 +400,24 @@ def test_scan_markers_that_are_none_are_not_counted() -> None:
     comment = b"\xff\xfe" + struct.pack(">H", 2 + 400) + b"\xff\xda" * 200
     good = encode(two_colours(), "JPEG")
     appended = b"\0\0" + b"\xff\xda\0\2" * 200  # what a phone appends to its pictures can hold anything
-    assert media.load_bytes(good[:2] + comment + good[2:] + appended, LIMITS).width == 24
+    assert load_bytes(good[:2] + comment + good[2:] + appended, LIMITS).width == 24
 
 
 def test_max_pixels_and_max_bytes_are_exact() -> None:
-    assert media.load_bytes(PNG, replace(LIMITS, max_pixels=24 * 16, max_bytes=len(PNG))).width == 24
-    refused("too_large", "24 x 16", lambda: media.load_bytes(PNG, replace(LIMITS, max_pixels=24 * 16 - 1)))
-    refused("too_large", f"{len(PNG)} bytes", lambda: media.load_bytes(PNG, replace(LIMITS, max_bytes=len(PNG) - 1)))
+    assert load_bytes(PNG, replace(LIMITS, max_pixels=24 * 16, max_bytes=len(PNG))).width == 24
+    refused("too_large", "24 x 16", lambda: load_bytes(PNG, replace(LIMITS, max_pixels=24 * 16 - 1)))
+    refused("too_large", f"{len(PNG)} bytes", lambda: load_bytes(PNG, replace(LIMITS, max_bytes=len(PNG) - 1)))
 
 
 def test_a_shape_that_a_resize_would_blow_up_is_too_large() -> None:
     strip = encode(Image.new("RGB", (1001, 10)), "PNG")
-    refused("too_large", "100:1", lambda: media.load_bytes(strip, LIMITS))
-    assert media.load_bytes(encode(Image.new("RGB", (10, 1000)), "PNG"), LIMITS).height == 1000
+    refused("too_large", "100:1", lambda: load_bytes(strip, LIMITS))
+    assert load_bytes(encode(Image.new("RGB", (10, 1000)), "PNG"), LIMITS).height == 1000
 
 
 def test_a_picture_without_pixels_or_bytes() -> None:
-    refused("invalid_request", "damaged", lambda: media.load_bytes(png_of(0, 5), LIMITS))
-    refused("invalid_request", "empty", lambda: media.load_bytes(b"", LIMITS))
+    refused("invalid_request", "damaged", lambda: load_bytes(png_of(0, 5), LIMITS))
+    refused("invalid_request", "empty", lambda: load_bytes(b"", LIMITS))
 
 
 # ---- base64 and data URLs --------------------------------------------------------------------------------------------
@@ -436,9 +441,9 @@ B64 = base64.b64encode(PNG).decode()
     ],
 )
 def test_base64_as_people_send_it(text: str) -> None:
-    assert media.load_base64(text, LIMITS).sha256 == hashlib.sha256(PNG).hexdigest()
+    assert load_base64(text, LIMITS).sha256 == hashlib.sha256(PNG).hexdigest()
     if text.lower().startswith("data:"):
-        assert media.load_path(text, LIMITS).sha256 == hashlib.sha256(PNG).hexdigest()
+        assert load_path(text, LIMITS).sha256 == hashlib.sha256(PNG).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -463,29 +468,29 @@ def test_base64_as_people_send_it(text: str) -> None:
     ],
 )
 def test_what_is_not_base64(text: object, words: str) -> None:
-    refused("invalid_request", words, lambda: media.load_base64(text, LIMITS))
+    refused("invalid_request", words, lambda: load_base64(text, LIMITS))
 
 
 def test_urlsafe_digits_are_told_from_noise() -> None:
     data = b"\xfb\xff\xbe" * 5
-    assert media.read_base64("-_--" + "+/++", LIMITS) == base64.b64decode("+/++" * 2)
-    assert media.read_base64(base64.urlsafe_b64encode(data).decode(), LIMITS) == data
+    assert read_base64("-_--" + "+/++", LIMITS) == base64.b64decode("+/++" * 2)
+    assert read_base64(base64.urlsafe_b64encode(data).decode(), LIMITS) == data
 
 
 def test_base64_is_measured_before_it_is_decoded() -> None:
     limits = replace(LIMITS, max_bytes=300)
-    assert len(media.read_base64(base64.b64encode(bytes(300)).decode(), limits)) == 300
+    assert len(read_base64(base64.b64encode(bytes(300)).decode(), limits)) == 300
     for size in (301, 3_000_000):
         text = base64.b64encode(bytes(size)).decode()
-        refused("too_large", f"{size} bytes", lambda text=text: media.read_base64(text, limits))
-        refused("too_large", f"{size} bytes", lambda text=text: media.load_path(f"data:;base64,{text}", limits))
+        refused("too_large", f"{size} bytes", lambda text=text: read_base64(text, limits))
+        refused("too_large", f"{size} bytes", lambda text=text: load_path(f"data:;base64,{text}", limits))
     # Not valid, yet too long: the length is looked at first.
-    refused("too_large", "bytes", lambda: media.read_base64("!" * 5000, limits))
+    refused("too_large", "bytes", lambda: read_base64("!" * 5000, limits))
 
 
 def test_text_as_a_picture() -> None:
     text = base64.b64encode(b"hello, I am a text").decode()
-    refused("unsupported_media", "PNG", lambda: media.load_base64(text, LIMITS))
+    refused("unsupported_media", "PNG", lambda: load_base64(text, LIMITS))
 
 
 # ---- kinds of sources ------------------------------------------------------------------------------------------------
@@ -506,19 +511,19 @@ def test_text_as_a_picture() -> None:
     ],
 )
 def test_is_remote(source: object, want: bool) -> None:
-    assert media.is_remote(source) is want
+    assert is_remote(source) is want
 
 
 @pytest.mark.parametrize(
     "source", ["http://x.example/a.png", "ftp://x/y", "gopher://x", "javascript:alert(1)", "blob:x"]
 )
 def test_other_schemes_are_refused(source: str) -> None:
-    refused("invalid_request", "scheme", lambda: media.load_path(source, LIMITS, fetch=None))
+    refused("invalid_request", "scheme", lambda: load_path(source, LIMITS, fetch=None))
 
 
 @pytest.mark.parametrize("source", ["", "  ", None, 7, {"url": "x"}, b"https://x.example"])
 def test_what_is_no_source(source: object) -> None:
-    refused("invalid_request", "wanted", lambda: media.load_path(source, LIMITS))
+    refused("invalid_request", "wanted", lambda: load_path(source, LIMITS))
 
 
 def test_fetch_is_given_the_remote_source_and_its_bytes_are_decoded() -> None:
@@ -528,12 +533,12 @@ def test_fetch_is_given_the_remote_source_and_its_bytes_are_decoded() -> None:
         seen.append((source, limits))
         return PNG
 
-    assert media.load_path(" https://x.example/a ", LIMITS, fetch).width == 24
+    assert load_path(" https://x.example/a ", LIMITS, fetch).width == 24
     assert seen == [("https://x.example/a", LIMITS)]
 
 
 def test_an_overlong_source() -> None:
-    refused("invalid_request", "characters", lambda: media.load_path("https://x.example/" + "a" * 9000, LIMITS))
+    refused("invalid_request", "characters", lambda: load_path("https://x.example/" + "a" * 9000, LIMITS))
 
 
 # ---- local paths -----------------------------------------------------------------------------------------------------
@@ -564,13 +569,13 @@ def test_local_paths_below_a_root(shelf: Path) -> None:
         f"file://localhost{shelf}/root/%C3%A4%20b.png",
         f"FILE:{shelf}/root/inner/a.png",
     ):
-        assert media.load_path(source, limits).width == 24, source
+        assert load_path(source, limits).width == 24, source
 
 
 def test_a_root_may_itself_be_a_link(shelf: Path) -> None:
     (shelf / "alias").symlink_to(shelf / "root")
     limits = replace(LIMITS, local_roots=(f"{shelf}/alias/",))
-    assert media.load_path(f"{shelf}/alias/inner/a.png", limits).width == 24
+    assert load_path(f"{shelf}/alias/inner/a.png", limits).width == 24
 
 
 def test_local_paths_that_leave_the_roots(shelf: Path) -> None:
@@ -591,26 +596,26 @@ def test_local_paths_that_leave_the_roots(shelf: Path) -> None:
         f"{shelf}/root/inner/a.png\0.txt",
         "\ud800",
     ):
-        error = refused("invalid_request", "outside", lambda source=source: media.load_path(source, limits))
+        error = refused("invalid_request", "outside", lambda source=source: load_path(source, limits))
         assert str(shelf) not in error.message
 
 
 def test_local_paths_are_refused_by_default(shelf: Path) -> None:
     for source in (f"{shelf}/root/inner/a.png", f"file://{shelf}/root/inner/a.png"):
-        refused("invalid_request", "not served", lambda source=source: media.load_path(source, LIMITS))
+        refused("invalid_request", "not served", lambda source=source: load_path(source, LIMITS))
 
 
 def test_local_things_that_are_no_picture_file(shelf: Path) -> None:
     limits = replace(LIMITS, local_roots=(str(shelf / "root"),))
-    refused("invalid_request", "not a regular file", lambda: media.load_path(f"{shelf}/root/inner", limits))
-    refused("invalid_request", "not a regular file", lambda: media.load_path(f"{shelf}/root/pipe", limits))
-    refused("invalid_request", "does not exist", lambda: media.load_path(f"{shelf}/root/none.png", limits))
-    refused("invalid_request", "cannot be read", lambda: media.load_path(f"{shelf}/root/loop", limits))
-    refused("invalid_request", "cannot be read", lambda: media.load_path(f"{shelf}/root/{'n' * 300}", limits))
+    refused("invalid_request", "not a regular file", lambda: load_path(f"{shelf}/root/inner", limits))
+    refused("invalid_request", "not a regular file", lambda: load_path(f"{shelf}/root/pipe", limits))
+    refused("invalid_request", "does not exist", lambda: load_path(f"{shelf}/root/none.png", limits))
+    refused("invalid_request", "cannot be read", lambda: load_path(f"{shelf}/root/loop", limits))
+    refused("invalid_request", "cannot be read", lambda: load_path(f"{shelf}/root/{'n' * 300}", limits))
     for url in (f"file://elsewhere{shelf}/root/inner/a.png", "file://", "file:relative.png", "file:///a.png?x=1"):
-        refused("invalid_request", "file URL", lambda url=url: media.load_path(url, limits))
+        refused("invalid_request", "file URL", lambda url=url: load_path(url, limits))
     small = replace(limits, max_bytes=len(PNG) - 1)
-    refused("too_large", "bytes", lambda: media.load_path(f"{shelf}/root/inner/a.png", small))
+    refused("too_large", "bytes", lambda: load_path(f"{shelf}/root/inner/a.png", small))
 
 
 # ---- https: a loopback server with a certificate of its own ----------------------------------------------------------
@@ -729,7 +734,7 @@ def redirect(location: str, status: int = 302) -> bytes:
 
 def test_an_https_picture(server: Server, route: Rerouted, fetcher: Fetcher) -> None:
     server.answers["/a%20b.png?size=%C3%A4"] = ok(PNG)
-    picture = media.load_path("https://Pictures.Example./a b.png?size=ä#part", LIMITS, fetcher)
+    picture = load_path("https://Pictures.Example./a b.png?size=ä#part", LIMITS, fetcher)
     assert picture.sha256 == hashlib.sha256(PNG).hexdigest()
     assert route.dialled == [(PUBLIC, 443)]
     assert server.names == [NAME]
@@ -744,7 +749,7 @@ def test_an_https_picture(server: Server, route: Rerouted, fetcher: Fetcher) -> 
 @pytest.mark.parametrize("host", [PUBLIC, "[2606:2800:21f:cb07:6820:80da:af6b:8b2c]"])
 def test_a_public_address_in_the_url(host: str, server: Server, route: Rerouted, fetcher: Fetcher) -> None:
     server.answers["/a.png"] = ok(PNG)
-    assert media.load_path(f"https://{host}:443/a.png", LIMITS, fetcher).width == 24
+    assert load_path(f"https://{host}:443/a.png", LIMITS, fetcher).width == 24
     assert route.dialled == [(host.strip("[]"), 443)]
     assert f"Host: {host}\r\n" in server.requests[0]
 
@@ -770,7 +775,7 @@ def test_many_threads_fetch_and_decode_at_once(server: Server, fetcher: Fetcher)
     bodies = {f"/{i}": encode(Image.new("RGB", (10 + i, 10)), "PNG") for i in range(24)}
     server.answers.update({path: ok(body) for path, body in bodies.items()})
     with ThreadPoolExecutor(8) as pool:
-        pictures = list(pool.map(lambda path: media.load_path(f"https://{NAME}{path}", LIMITS, fetcher), bodies))
+        pictures = list(pool.map(lambda path: load_path(f"https://{NAME}{path}", LIMITS, fetcher), bodies))
     assert [picture.width for picture in pictures] == [10 + i for i in range(24)]
 
 
@@ -779,9 +784,9 @@ def test_many_threads_fetch_and_decode_at_once(server: Server, fetcher: Fetcher)
 
 @pytest.mark.parametrize("host", PRIVATE_HOSTS)
 def test_private_addresses_in_any_spelling(host: str, server: Server, route: Rerouted, fetcher: Fetcher) -> None:
-    real = replace(fetcher, resolve=media.resolve_host)  # numbers and localhost need no name server
+    real = replace(fetcher, resolve=resolve_host)  # numbers and localhost need no name server
     server.answers["/latest/meta-data"] = ok(PNG)
-    refused("invalid_request", "", lambda: media.load_path(f"https://{host}/latest/meta-data", LIMITS, real))
+    refused("invalid_request", "", lambda: load_path(f"https://{host}/latest/meta-data", LIMITS, real))
     assert route.dialled == []
     assert server.connections == 0
 
@@ -821,7 +826,7 @@ def test_private_addresses_in_any_spelling(host: str, server: Server, route: Rer
     ],
 )
 def test_bad_urls(url: str, server: Server, route: Rerouted, fetcher: Fetcher) -> None:
-    error = refused("invalid_request", "", lambda: media.load_path(url, LIMITS, fetcher))
+    error = refused("invalid_request", "", lambda: load_path(url, LIMITS, fetcher))
     assert route.dialled == []
     assert server.connections == 0
     assert "secret" not in error.message
@@ -833,11 +838,11 @@ def test_bad_urls(url: str, server: Server, route: Rerouted, fetcher: Fetcher) -
     ["1.1.1.1", PUBLIC, "172.32.0.1", "100.128.0.1", "2606:4700::1111", "64:ff9b::101:101", "::ffff:1.1.1.1"],
 )
 def test_public_addresses(address: str) -> None:
-    assert media.is_public_address(address)
+    assert is_public_address(address)
 
 
 def test_an_address_of_one_interface_is_not_public() -> None:
-    assert not media.is_public_address("2606:4700::1111%eth0")
+    assert not is_public_address("2606:4700::1111%eth0")
 
 
 def test_one_private_answer_among_public_ones(server: Server, route: Rerouted, fetcher: Fetcher) -> None:
@@ -1040,12 +1045,12 @@ def test_redirects_off_the_allowed_hosts(server: Server, fetcher: Fetcher) -> No
 def test_answers_that_are_no_picture(answer: bytes, words: str, server: Server, fetcher: Fetcher) -> None:
     server.answers["/a.png?token=secret"] = answer
     url = f"https://{NAME}/a.png?token=secret"
-    assert "secret" not in refused("invalid_request", words, lambda: media.load_path(url, LIMITS, fetcher)).message
+    assert "secret" not in refused("invalid_request", words, lambda: load_path(url, LIMITS, fetcher)).message
 
 
 def test_an_html_page_is_no_picture(server: Server, fetcher: Fetcher) -> None:
     server.answers["/a.png"] = ok(b"<!doctype html><title>Log in</title>")
-    refused("unsupported_media", "PNG", lambda: media.load_path(f"https://{NAME}/a.png", LIMITS, fetcher))
+    refused("unsupported_media", "PNG", lambda: load_path(f"https://{NAME}/a.png", LIMITS, fetcher))
 
 
 def test_a_body_without_a_length(server: Server, fetcher: Fetcher) -> None:
@@ -1086,7 +1091,7 @@ def test_a_declared_length_is_believed_only_when_it_is_too_much(server: Server, 
     # Says less than it sends: what is beyond the length is not part of the answer.
     server.answers["/less"] = b"HTTP/1.1 200 OK\r\nContent-Length: 40\r\n\r\n" + PNG
     assert fetcher(f"https://{NAME}/less", limits) == PNG[:40]
-    refused("invalid_request", "damaged", lambda: media.load_path(f"https://{NAME}/less", limits, fetcher))
+    refused("invalid_request", "damaged", lambda: load_path(f"https://{NAME}/less", limits, fetcher))
     server.answers["/exact"] = ok(bytes(1000))
     assert len(fetcher(f"https://{NAME}/exact", limits)) == 1000
 
@@ -1185,16 +1190,16 @@ def s3_object(data: bytes, declared: int | None = None) -> dict:
 def test_an_s3_picture(key: str, s3) -> None:
     stub, fetcher = s3
     stub.add_response("get_object", s3_object(PNG), {"Bucket": "my-pictures", "Key": key})
-    assert media.load_path(f"s3://my-pictures/{key}", S3_LIMITS, fetcher).width == 24
+    assert load_path(f"s3://my-pictures/{key}", S3_LIMITS, fetcher).width == 24
 
 
 def test_s3_is_refused_unless_the_bucket_is_named(s3) -> None:
     _, fetcher = s3
-    refused("invalid_request", "not served", lambda: media.load_path("s3://my-pictures/a.png", LIMITS, fetcher))
+    refused("invalid_request", "not served", lambda: load_path("s3://my-pictures/a.png", LIMITS, fetcher))
     for url in ("s3://other/a.png", "s3://my-pictures.evil/a.png", "s3://my-picture/a.png"):
-        refused("invalid_request", "not served", lambda url=url: media.load_path(url, S3_LIMITS, fetcher))
+        refused("invalid_request", "not served", lambda url=url: load_path(url, S3_LIMITS, fetcher))
     for url in ("s3://my-pictures", "s3://my-pictures/", "s3://", "s3:my-pictures/a", "s3:///a", "s3://MY/a"):
-        refused("invalid_request", "s3 URI", lambda url=url: media.load_path(url, S3_LIMITS, fetcher))
+        refused("invalid_request", "s3 URI", lambda url=url: load_path(url, S3_LIMITS, fetcher))
 
 
 @pytest.mark.parametrize(
@@ -1209,7 +1214,7 @@ def test_s3_is_refused_unless_the_bucket_is_named(s3) -> None:
 def test_s3_errors_are_named(code: str, status: int, words: str, s3) -> None:
     stub, fetcher = s3
     stub.add_client_error("get_object", code, "secret detail", http_status_code=status)
-    error = refused("invalid_request", words, lambda: media.load_path("s3://my-pictures/key-x", S3_LIMITS, fetcher))
+    error = refused("invalid_request", words, lambda: load_path("s3://my-pictures/key-x", S3_LIMITS, fetcher))
     assert "secret" not in error.message
     assert "key-x" not in error.message
 
@@ -1255,9 +1260,9 @@ def test_the_default_s3_client_is_made_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_it_knows_nothing_of_torch_nor_of_the_rest_of_the_package() -> None:
-    folder = str(Path(media.__file__).parents[2])
+    folder = str(Path(sources.__file__).parents[2])
     code = (
-        f"import sys; sys.path.insert(0, {folder!r})\nimport llava_sessions.media\n"
+        f"import sys; sys.path.insert(0, {folder!r})\nimport llava_sessions.media.sources\n"
         "ours = {name for name in sys.modules if name.startswith('llava_sessions.')}\n"
         "unwanted = {name for name in ours if not name.startswith('llava_sessions.media')}\n"
         "unwanted |= {'torch', 'transformers', 'ts', 'boto3'} & set(sys.modules)\n"

@@ -11,12 +11,25 @@ from typing import Any
 
 import pytest
 
-from llava_sessions import protocol
+from llava_sessions.config import RequestLimits
 from llava_sessions.errors import STATUS_OF_CODE, Refused, reason_phrase
-from llava_sessions.protocol import Ask, Cancel, Close, Limits, Open, PictureSource, parse
+from llava_sessions.protocol import replies
+from llava_sessions.protocol.constants import SESSION_HEADER, SESSION_ID_MAX_CHARS
+from llava_sessions.protocol.requests import (
+    _ASK_FIELDS,
+    _OPEN_FIELDS,
+    Ask,
+    Cancel,
+    Close,
+    Open,
+    PictureSource,
+    Request,
+    parse,
+    session_in_header,
+)
 
-LIMITS = Limits()
-HEADER = protocol.SESSION_HEADER.lower()
+LIMITS = RequestLimits()
+HEADER = SESSION_HEADER.lower()
 # botocore, sagemaker-runtime 2017-05-13: NewSessionResponseHeader
 EXPIRES_PATTERN = re.compile(
     r"^[a-zA-Z0-9](-*[a-zA-Z0-9])*;\sExpires=[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$"
@@ -27,7 +40,7 @@ def ask(**fields: Any) -> dict:
     return {"type": "send_text_prompt", "session_id": "s1", "prompt_text": "What is it?", **fields}
 
 
-def refusal(body: Any, headers: Any = None, limits: Limits = LIMITS) -> Refused:
+def refusal(body: Any, headers: Any = None, limits: RequestLimits = LIMITS) -> Refused:
     with pytest.raises(Refused) as caught:
         parse(body, headers or {}, limits)
     return caught.value
@@ -256,7 +269,7 @@ def test_a_malformed_list_of_pictures_is_refused(showing, images, message):
 
 
 def test_more_pictures_than_are_taken_are_refused_with_both_numbers(showing):
-    limits = Limits(max_pictures=3)
+    limits = RequestLimits(max_pictures=3)
     assert len(parse({**showing, "images": ["a"] * 3}, {}, limits).pictures) == 3
     with pytest.raises(Refused, match="'images' has 4 pictures; at most 3 are taken") as refused:
         parse({**showing, "images": ["a"] * 4}, {}, limits)
@@ -287,18 +300,18 @@ REQUEST_ID = "3f0c6a52-7f0e-4a55-9d39-2b1f0f6f1c11"
 
 def test_a_request_id_is_the_bodys_or_sagemakers():
     header = {"x-amzn-sagemaker-inference-id": REQUEST_ID}
-    by_header = parse(ask(), header, Limits()).retry_key
-    assert by_header == parse(ask(), header, Limits()).retry_key is not None
+    by_header = parse(ask(), header, RequestLimits()).retry_key
+    assert by_header == parse(ask(), header, RequestLimits()).retry_key is not None
     other = {"x-amzn-sagemaker-inference-id": "f" * 36}
-    assert parse(ask(), other, Limits()).retry_key != by_header
-    in_body = [parse(ask(request_id=REQUEST_ID), headers, Limits()).retry_key for headers in (header, other, {})]
+    assert parse(ask(), other, RequestLimits()).retry_key != by_header
+    in_body = [parse(ask(request_id=REQUEST_ID), headers, RequestLimits()).retry_key for headers in (header, other, {})]
     assert len(set(in_body)) == 1
-    assert parse(ask(), {"x-amzn-sagemaker-inference-id": "short"}, Limits()).retry_key is None
+    assert parse(ask(), {"x-amzn-sagemaker-inference-id": "short"}, RequestLimits()).retry_key is None
 
 
 def test_the_same_id_with_another_question_is_another_request():
     def key(**fields):
-        return parse(ask(request_id=REQUEST_ID, **fields), {}, Limits()).retry_key
+        return parse(ask(request_id=REQUEST_ID, **fields), {}, RequestLimits()).retry_key
 
     assert key() == key(stream=True) == key(stream=False)
     assert len({key(), key(prompt_text="Something else?"), key(seed=1)}) == 3
@@ -307,43 +320,43 @@ def test_the_same_id_with_another_question_is_another_request():
 @pytest.mark.parametrize("request_id", [5, "", "short", "x" * 65, "with a space in the id", "ümlaut-ümlaut-ümlaut"])
 def test_a_request_id_that_could_be_anybodys_is_refused(request_id):
     with pytest.raises(Refused, match="request_id"):
-        parse(ask(request_id=request_id), {}, Limits())
+        parse(ask(request_id=request_id), {}, RequestLimits())
 
 
 def test_a_repeated_open_is_known_by_its_id_and_its_body():
     def key(image="AAAA", request_id=REQUEST_ID):
         body = {"type": "start_session", "image": image, "request_id": request_id}
-        return parse(body, {}, Limits()).retry_key
+        return parse(body, {}, RequestLimits()).retry_key
 
     assert key() == key() is not None
     assert len({key(), key(image="AAAB"), key(request_id="another-id-of-sixteen")}) == 3
-    assert parse({"type": "start_session", "image": "AAAA"}, {}, Limits()).retry_key is None
+    assert parse({"type": "start_session", "image": "AAAA"}, {}, RequestLimits()).retry_key is None
 
 
 def test_a_deadline_holds_for_whole_answers_unless_it_is_given():
-    assert parse(ask(), {}, Limits(default_deadline_ms=9)).deadline_ms == 9
-    assert parse(ask(stream=True), {}, Limits()).deadline_ms is None
-    assert parse(ask(stream=True, deadline_ms=70), {}, Limits()).deadline_ms == 70
+    assert parse(ask(), {}, RequestLimits(default_deadline_ms=9)).deadline_ms == 9
+    assert parse(ask(stream=True), {}, RequestLimits()).deadline_ms is None
+    assert parse(ask(stream=True, deadline_ms=70), {}, RequestLimits()).deadline_ms == 70
     for wrong in (0, -1, 1.5, "soon", 10**9):
         with pytest.raises(Refused, match="deadline_ms"):
-            parse(ask(deadline_ms=wrong), {}, Limits())
+            parse(ask(deadline_ms=wrong), {}, RequestLimits())
 
 
 def test_a_clip_is_a_list_of_frames():
-    opened = parse({"type": "start_session", "video": ["AAAA", "BBBB"]}, {}, Limits())
+    opened = parse({"type": "start_session", "video": ["AAAA", "BBBB"]}, {}, RequestLimits())
     assert [frame.image for frame in opened.frames] == ["AAAA", "BBBB"]
     assert opened.pictures == ()
     for wrong in ("AAAA", [], [5]):
         with pytest.raises(Refused, match="video"):
-            parse({"type": "start_session", "video": wrong}, {}, Limits())
+            parse({"type": "start_session", "video": wrong}, {}, RequestLimits())
     with pytest.raises(Refused, match="at most 2"):
-        parse({"type": "start_session", "video": ["A"] * 3}, {}, Limits(max_frames=2))
+        parse({"type": "start_session", "video": ["A"] * 3}, {}, RequestLimits(max_frames=2))
     with pytest.raises(Refused, match="both"):
-        parse({"type": "start_session", "video": ["A"], "image": "A"}, {}, Limits())
+        parse({"type": "start_session", "video": ["A"], "image": "A"}, {}, RequestLimits())
 
 
 def test_an_ask_without_options_takes_the_defaults():
-    assert parse(ask(), {}, Limits(default_new_tokens=77)) == Ask(
+    assert parse(ask(), {}, RequestLimits(default_new_tokens=77)) == Ask(
         session_id="s1",
         prompt_text="What is it?",
         stream=False,
@@ -399,7 +412,7 @@ def test_the_prompt_arrives_unchanged():
 
 
 def test_a_prompt_may_be_as_long_as_the_limit_and_no_longer():
-    limits = Limits(max_prompt_chars=5)
+    limits = RequestLimits(max_prompt_chars=5)
     assert parse(ask(prompt_text="猫" * 5), {}, limits).prompt_text == "猫" * 5
     refused = refusal(ask(prompt_text="猫" * 6), limits=limits)
     assert (refused.code, refused.status) == ("too_large", 413)
@@ -549,7 +562,7 @@ def test_the_agreement_of_header_and_body_is_case_sensitive():
 
 @pytest.mark.parametrize("value", ["", "  ", "NEW_SESSION", " NEW_SESSION ", None, 5, b"s2", ["s2"]])
 def test_a_header_that_names_no_session_leaves_the_body_to_do_it(value):
-    assert protocol.session_in_header({HEADER: value}) is None
+    assert session_in_header({HEADER: value}) is None
     assert parse(ask(), {HEADER: value}, LIMITS).session_id == "s1"
 
 
@@ -559,7 +572,7 @@ def test_white_space_around_the_header_is_dropped():
 
 @pytest.mark.parametrize("value", ["new_session", "New_Session", "NEW_SESSION1"])
 def test_only_the_exact_constant_means_a_new_session(value):
-    assert protocol.session_in_header({HEADER: value}) == value
+    assert session_in_header({HEADER: value}) == value
 
 
 @pytest.mark.parametrize("kind", ["send_text_prompt", "close_session", "cancel"])
@@ -613,9 +626,9 @@ def test_malformed_ids_are_refused_without_being_repeated(session_id):
 # --- replies ---
 
 
-@pytest.mark.parametrize("session_id", ["a", "ts-seq-1b4e28ba-2fa1-11d2", "A" * protocol.SESSION_ID_MAX_CHARS])
+@pytest.mark.parametrize("session_id", ["a", "ts-seq-1b4e28ba-2fa1-11d2", "A" * SESSION_ID_MAX_CHARS])
 def test_the_headers_of_an_open_fit_sagemakers_pattern_and_length(session_id):
-    headers = protocol.session_headers(session_id, "2026-11-22T10:20:30Z")
+    headers = replies.session_headers(session_id, "2026-11-22T10:20:30Z")
     assert set(headers) == {"X-Amzn-SageMaker-Session-Id", "X-Amzn-SageMaker-New-Session-Id"}
     for value in headers.values():
         assert EXPIRES_PATTERN.match(value)
@@ -624,25 +637,25 @@ def test_the_headers_of_an_open_fit_sagemakers_pattern_and_length(session_id):
 
 
 def test_bodies_of_the_replies_say_what_the_protocol_says():
-    assert protocol.opened("s", "E", 16, 20) == {
+    assert replies.opened("s", "E", 16, 20) == {
         "session_id": "s",
         "expires": "E",
         "usage": {"image_tokens": 16, "prompt_tokens": 20},
     }
-    assert protocol.closed("s") == {"success": True, "session_id": "s"}
-    assert protocol.cancelled("s", had_turn=True) == {"success": True, "session_id": "s"}
-    assert protocol.cancelled("s", had_turn=False) == {"success": False, "session_id": "s"}
+    assert replies.closed("s") == {"success": True, "session_id": "s"}
+    assert replies.cancelled("s", had_turn=True) == {"success": True, "session_id": "s"}
+    assert replies.cancelled("s", had_turn=False) == {"success": False, "session_id": "s"}
 
 
 def test_token_ids_are_told_only_when_asked_for():
-    facts = protocol.answer_facts("s", "stop", {}, {}, None)
+    facts = replies.answer_facts("s", "stop", {}, {}, None)
     assert facts == {"session_id": "s", "finish_reason": "stop", "usage": {}, "timings": {}}
-    assert protocol.answer_facts("s", "stop", {}, {}, [])["token_ids"] == []
+    assert replies.answer_facts("s", "stop", {}, {}, [])["token_ids"] == []
 
 
 def test_a_streamed_line_is_one_line_of_json_whatever_the_text_holds():
     text = 'a\nb\r\u2028"\\ 猫'
-    written = protocol.line({"delta": text})
+    written = replies.line({"delta": text})
     assert written.endswith("\n")
     assert "\n" not in written[:-1]
     assert "\r" not in written
@@ -666,7 +679,7 @@ def test_an_unknown_error_code_is_a_mistake_of_the_caller():
 # --- any value at all ---
 
 _KINDS = ["start_session", "send_text_prompt", "close_session", "cancel", "other", None]
-_FIELDS = sorted(protocol._ASK_FIELDS | protocol._OPEN_FIELDS | {"unknown"})
+_FIELDS = sorted(_ASK_FIELDS | _OPEN_FIELDS | {"unknown"})
 _SCALARS = [
     None,
     True,
@@ -705,7 +718,7 @@ def any_request(rng: random.Random) -> dict:
     return {"session_id": "a-b", "prompt_text": "q", **fields, "type": rng.choice(_KINDS)}
 
 
-def outcome(body: Any, headers: dict) -> protocol.Request | Refused:
+def outcome(body: Any, headers: dict) -> Request | Refused:
     try:
         return parse(body, headers, LIMITS)
     except Refused as refused:

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import pytest
 
-from llava_sessions import sessions
 from llava_sessions.errors import Refused
-from llava_sessions.sessions import GRACE_S, SessionTable
+from llava_sessions.worker import sessions
+from llava_sessions.worker.sessions import GRACE_S, SessionTable
 
 NOW = 1_800_000_000.0
 TTL = 60.0

@@ -138,7 +138,7 @@ class SessionKV:
 
 
 @dataclass(frozen=True)
-class Budget:
+class DeviceBudget:
     """Bytes that sessions may hold: features and KV on the device, parked KV on the host."""
 
     device_bytes: int
@@ -147,7 +147,7 @@ class Budget:
 
 def choose_budget(
     device: torch.device, device_bytes: int | None = None, host_bytes: int | None = None, working_bytes: int = 0
-) -> Budget:
+) -> DeviceBudget:
     """A budget of the given sizes, or where one is None of what the machine has.
 
     On CUDA: what is free after the weights, less a reserve for the work itself: twice what was measured, at least
@@ -157,7 +157,7 @@ def choose_budget(
     if device_bytes is None and device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         device_bytes = max(free - max(2 * working_bytes, 512 * 2**20), 0)
-    return Budget(
+    return DeviceBudget(
         device_bytes=int(0.3 * ram) if device_bytes is None else device_bytes,
         host_bytes=int(0.2 * ram) if host_bytes is None else host_bytes,
     )
@@ -185,7 +185,11 @@ class Holder(Protocol):
 
 
 def make_room(
-    budget: Budget, sessions: Iterable[Holder], features_bytes: int, needed_bytes: int, wanted: Holder | None = None
+    budget: DeviceBudget,
+    sessions: Iterable[Holder],
+    features_bytes: int,
+    needed_bytes: int,
+    wanted: Holder | None = None,
 ) -> None:
     """Move idle caches away, least recently used first, until `needed_bytes` fit on the device.
 
@@ -206,7 +210,7 @@ def make_room(
         _leave_device(budget, others, session)
 
 
-def clear_device(budget: Budget, sessions: Iterable[Holder]) -> None:
+def clear_device(budget: DeviceBudget, sessions: Iterable[Holder]) -> None:
     """Move all idle caches away, to the host where it has memory for them."""
     others = list(sessions)
     for session in sorted((s for s in others if not s.active and s.kv.device_bytes), key=lambda s: s.last_used):
@@ -216,7 +220,7 @@ def clear_device(budget: Budget, sessions: Iterable[Holder]) -> None:
             session.kv.drop()
 
 
-def _leave_device(budget: Budget, sessions: list[Holder], session: Holder) -> None:
+def _leave_device(budget: DeviceBudget, sessions: list[Holder], session: Holder) -> None:
     """Park a cache, and let the least recently used parked ones go cold where the host is full."""
     bytes_there = session.kv.length * session.kv.shape.token_bytes
     parked = sorted((s for s in sessions if s.kv.host_bytes), key=lambda s: s.last_used)

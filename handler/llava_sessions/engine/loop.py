@@ -8,8 +8,8 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable
 
-from .messages import Command, Ping, Report
-from .service import Engine
+from ..ipc.messages import Command, Ping, Report
+from .engine import Engine
 
 
 class EngineLoop:

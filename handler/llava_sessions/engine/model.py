@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
-from . import fused, kernels, linears
+from ..ipc.messages import PreparedPicture
+from . import attention
+from .cpu import layers, linears
 from .kv import KVShape, SessionKV
-from .messages import Picture
 
 SUPPORTED_MODEL_TYPES = ("llava", "llava_next", "llava_onevision")
 # Their attention is causal over everything before, and hands its keyword arguments through to ours.
@@ -72,7 +73,7 @@ class _PackedKV:
 
     is_compileable = False
 
-    def __init__(self, segments: list[Segment], heads: int, tokens: fused.TokenAttention | None) -> None:
+    def __init__(self, segments: list[Segment], heads: int, tokens: layers.TokenAttention | None) -> None:
         self._heads, self._tokens = heads, tokens
         self.spans: list[_Span] = []
         self.ends: list[int] = []
@@ -97,7 +98,7 @@ class _PackedKV:
         return keys, values
 
     def attend(self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """What a fused layer asks for, see `fused.Batch`."""
+        """What a fused layer asks for, see `layers.Batch`."""
         out = qkv.new_empty((len(qkv), self._heads * cos.shape[-1]))
         if self._task is not None:
             self._tokens(self._task, layer, qkv, cos, sin, out)
@@ -105,13 +106,13 @@ class _PackedKV:
             place = slice(span.start, span.end)
             numbers = qkv[place].unflatten(-1, (-1, cos.shape[-1]))
             turned = numbers[:, : self._heads + span.kv.shape.kv_heads]
-            kernels.rotate(turned, cos[place], sin[place])
+            attention.rotate(turned, cos[place], sin[place])
             queries, keys, values = numbers.transpose(0, 1).split(
                 (self._heads, span.kv.shape.kv_heads, span.kv.shape.kv_heads)
             )
             span.kv.write(layer, span.stored, keys, values)
             stored = span.kv.read(layer, span.stored + len(numbers))
-            attended = kernels.attention(queries[None], *stored, cos.shape[-1] ** -0.5, span.mask, span.is_causal)
+            attended = attention.attention(queries[None], *stored, cos.shape[-1] ** -0.5, span.mask, span.is_causal)
             out[place] = attended[0].transpose(0, 1).flatten(1)
         return out
 
@@ -138,7 +139,7 @@ def _attend(
     for span in packed.spans:
         keys, values = span.kv.read(module.layer_idx, span.stored + span.end - span.start)
         rows = query[:, :, span.start : span.end]
-        attended = kernels.attention(rows, keys, values, scaling, span.mask, span.is_causal)
+        attended = attention.attention(rows, keys, values, scaling, span.mask, span.is_causal)
         out[:, span.start : span.end] = attended.transpose(1, 2)
     return out, None
 
@@ -153,7 +154,7 @@ def _look(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of a vision tower: each patch sees all. `[pictures, heads, patches, head_dim]` each."""
-    return kernels.full_attention(query, key, value, scaling).transpose(1, 2).contiguous(), None
+    return attention.full_attention(query, key, value, scaling).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(_ATTENTION, _attend)
@@ -183,8 +184,8 @@ class Model:
         self.feature_bytes: int = text.hidden_size * self.dtype.itemsize
         self._heads: int = text.num_attention_heads
         self._tokens = None
-        if isinstance(self._text.layers[0], fused.FusedLayer) and self.kv_shape.token_bytes >= _COMPILE_FROM_BYTES:
-            self._tokens = fused.token_attention(self._heads, self.kv_shape.kv_heads, head_dim, self.dtype)
+        if isinstance(self._text.layers[0], layers.FusedLayer) and self.kv_shape.token_bytes >= _COMPILE_FROM_BYTES:
+            self._tokens = layers.token_attention(self._heads, self.kv_shape.kv_heads, head_dim, self.dtype)
 
     @classmethod
     def load(cls, checkpoint: str | Path, dtype: torch.dtype | str = "auto", device: str = "auto") -> Model:
@@ -207,13 +208,13 @@ class Model:
         model = AutoModelForImageTextToText.from_pretrained(
             checkpoint, config=config, dtype=dtype, device_map={"": device}
         )
-        fused.fuse_layers(model.model.language_model.layers)
+        layers.fuse_layers(model.model.language_model.layers)
         if linears.pack_all(model.model) and linears.packable(model.lm_head):
             model.lm_head = linears.pack(model.lm_head)
         return cls(model)
 
     @torch.inference_mode()
-    def encode(self, picture: Picture) -> torch.Tensor:
+    def encode(self, picture: PreparedPicture) -> torch.Tensor:
         """Vision tower and projector: one picture or clip -> its features `[image tokens, hidden]` on the device."""
         inputs = {name: torch.from_numpy(array).to(self.device) for name, array in picture.inputs.items()}
         for name in ("pixel_values", "pixel_values_videos"):

@@ -17,14 +17,14 @@ from multiprocessing.connection import Connection
 
 import transformers
 
-from ..conversation import ChatTokens
-from ..processors import load_processor
+from ..ipc.messages import EngineFacts, EngineSettings, StartFailed
+from ..ipc.pipe import receive, send
+from ..text.chat_template import ChatTemplate
+from ..text.processors import load_processor
+from .engine import Engine
 from .kv import choose_budget
 from .loop import EngineLoop
-from .messages import EngineFacts, EngineSettings, StartFailed
 from .model import Model
-from .pipe import receive, send
-from .service import Engine
 
 log = logging.getLogger("llava_sessions")
 
@@ -68,7 +68,7 @@ def load(settings: EngineSettings) -> Engine:
     """An engine that has answered a first question. Raises what keeps the checkpoint from that."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    tokens = ChatTokens(load_processor(settings.checkpoint), settings.system_prompt)
+    tokens = ChatTemplate(load_processor(settings.checkpoint), settings.system_prompt)
     model = Model.load(settings.checkpoint, settings.dtype, settings.device)
     engine = Engine(model, tokens.answer_text, choose_budget(model.device), settings.prefill_chunk_tokens)
     sizes = (settings.device_bytes, settings.host_bytes)

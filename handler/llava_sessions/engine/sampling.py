@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from .messages import Sampling
+from ..ipc.messages import Sampling
 
 # Below it, the most likely token is taken anyway; far below it, logits divided by it are no numbers any more.
 _LEAST_TEMPERATURE = 1e-5

@@ -21,8 +21,9 @@ from urllib.parse import quote, urljoin, urlsplit
 
 import httpcore
 
+from ..config import MediaLimits
 from .addresses import is_public_address
-from .limits import INVALID_REQUEST, MAX_URL_CHARS, TOO_LARGE, MediaError, MediaLimits, check_size, scheme_of
+from .limits import INVALID_REQUEST, MAX_URL_CHARS, TOO_LARGE, MediaError, check_size, scheme_of
 
 _MAX_REDIRECTS = 3
 _MAX_CONNECT_ATTEMPTS = 4  # of the addresses one name resolves to

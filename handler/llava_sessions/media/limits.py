@@ -6,26 +6,14 @@ Must not know where bytes come from, nor how they are decoded.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+
+from ..config import MediaLimits
 
 INVALID_REQUEST = "invalid_request"
 TOO_LARGE = "too_large"
 UNSUPPORTED_MEDIA = "unsupported_media"
 
 MAX_URL_CHARS = 8192
-
-
-@dataclass(frozen=True)
-class MediaLimits:
-    """What one picture may cost and where it may come from."""
-
-    max_bytes: int = 10 * 2**20  # of one encoded picture
-    max_pixels: int = 40_000_000  # of one decoded picture, by its header; above 178 million Pillow refuses by itself
-    fetch_timeout_s: float = 10.0  # the whole fetch: name look-up, redirects, headers, body
-    allowed_hosts: tuple[str, ...] = ()  # empty: any public https host; else exact names or "*.suffix"
-    s3_buckets: tuple[str, ...] = ()  # exact names; empty: s3:// is refused
-    local_roots: tuple[str, ...] = ()  # directories; empty: local paths are refused
-    max_aspect: float = 100.0  # longer side / shorter side: a model's resize by the shorter side multiplies it
 
 
 class MediaError(Exception):

@@ -1,0 +1,16 @@
+"""Header names, content types and the session ID's form."""
+
+from __future__ import annotations
+
+import re
+
+# SageMaker's contract (botocore sagemaker-runtime 2017-05-13, SessionIdHeader, NewSessionResponseHeader).
+SESSION_HEADER = "X-Amzn-SageMaker-Session-Id"
+NEW_SESSION_HEADER = "X-Amzn-SageMaker-New-Session-Id"
+CLOSED_SESSION_HEADER = "X-Amzn-SageMaker-Closed-Session-Id"
+INFERENCE_HEADER = "X-Amzn-SageMaker-Inference-Id"
+NEW_SESSION = "NEW_SESSION"
+SESSION_ID_PATTERN = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9])*")
+SESSION_ID_MAX_CHARS = 226
+JSON_TYPE = "application/json"
+STREAM_TYPE = "application/x-ndjson"

@@ -1,0 +1,5 @@
+"""Fixtures of the engine's tests."""
+
+from tests.support.checkpoints import tiny
+
+__all__ = ["tiny"]

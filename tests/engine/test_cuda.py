@@ -1,0 +1,122 @@
+"""Shows on a CUDA device what test_engine.py shows on the CPU: answers equal `generate`'s, in every tier.
+
+Run by a person with a GPU: `pytest -m cuda`. Skipped without one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from llava_sessions.chat.transcript import Conversation
+from llava_sessions.engine.engine import Engine
+from llava_sessions.engine.kv import DeviceBudget, choose_budget
+from llava_sessions.engine.model import Model
+from llava_sessions.ipc.messages import AskSession, CloseSession, Finished, OpenSession, Sampling
+from llava_sessions.text.chat_template import ChatTemplate
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+QUESTIONS = ["what is the red circle doing?", "and the blue square near it?", "two green stars?"]
+
+
+class Chats:
+    """An engine on the device, the conversations that it holds, and what `generate` on the device would answer."""
+
+    def __init__(self, checkpoint: Path, budget: DeviceBudget | None = None) -> None:
+        self.tokens = ChatTemplate(AutoProcessor.from_pretrained(checkpoint))
+        model = Model.load(checkpoint, "float32", "cuda")
+        self.engine = Engine(model, self.tokens.answer_text, budget or choose_budget(model.device), 16)
+        self.reference = AutoModelForImageTextToText.from_pretrained(
+            checkpoint, dtype=torch.float32, device_map={"": "cuda"}
+        )
+        self.conversations: dict[str, Conversation] = {}
+        self.prompts: dict[str, list[int]] = {}
+
+    def open(self, name: str, seed: int) -> None:
+        noise = np.random.default_rng(seed).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+        opening = self.tokens.opening([(f"noise {seed}", Image.fromarray(noise))])
+        self.conversations[name] = Conversation(opening)
+        self.engine.apply(OpenSession(name, opening.token_ids, opening.pictures))
+
+    def ask(self, name: str, text: str, answer_tokens: int) -> list[int]:
+        """Start a turn; returns what `generate` answers to the whole conversation."""
+        conversation = self.conversations[name]
+        self.prompts[name] = self.tokens.prompt(conversation.opened_on, text)
+        self.engine.apply(AskSession(name, name, self.prompts[name], Sampling(answer_tokens)))
+        ids = torch.tensor([conversation.token_ids + self.prompts[name]], device="cuda")
+        out = self.reference.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=torch.from_numpy(conversation.opening.pictures[0].inputs["pixel_values"]).cuda(),
+            do_sample=False,
+            max_new_tokens=answer_tokens,
+        )
+        return out[0, ids.shape[1] :].tolist()
+
+    def run(self) -> dict[str, list[int]]:
+        """Step until nothing is left to do; commits and returns the answers."""
+        answers = {}
+        while self.engine.has_work:
+            for event in self.engine.step():
+                if isinstance(event, Finished):
+                    answers[event.turn_id] = event.answer_ids
+                    self.conversations[event.turn_id].commit(self.prompts[event.turn_id], event.kept_ids)
+        return answers
+
+
+def test_answers_equal_generate_over_turns_in_company(tiny: Path) -> None:
+    chats = Chats(tiny)
+    names = [f"s{index}" for index in range(5)]
+    for index, name in enumerate(names):
+        chats.open(name, index)
+    for question in QUESTIONS:
+        wanted = {name: chats.ask(name, f"{question} {name}", 8 + index) for index, name in enumerate(names)}
+        assert chats.run() == wanted
+
+
+def test_answers_stay_right_after_parking_and_rebuilding(tiny: Path) -> None:
+    chats = Chats(tiny)
+    shape = chats.engine.model.kv_shape
+    features = 6 * 16 * chats.engine.model.feature_bytes
+    chats.engine.budget = DeviceBudget(2 * shape.device_bytes(100) + features, 60 * shape.token_bytes)
+    names = [f"s{index}" for index in range(6)]
+    for index, name in enumerate(names):
+        chats.open(name, index)
+        chats.run()
+    held = chats.engine.memory()
+    assert all((held.resident, held.parked, held.cold))
+    for question in QUESTIONS:
+        for name in names:
+            wanted = chats.ask(name, question, 8)
+            assert chats.run() == {name: wanted}
+
+
+def test_parked_kv_lies_in_pinned_memory(tiny: Path) -> None:
+    chats = Chats(tiny)
+    chats.open("a", 1)
+    chats.run()
+    kv = chats.engine._sessions["a"].kv
+    kv.park()
+    assert kv.tier == "parked"
+    assert kv._host.is_pinned()
+
+
+def test_closing_gives_the_device_its_memory_back(tiny: Path) -> None:
+    chats = Chats(tiny)
+    before = torch.cuda.memory_allocated()
+    for index in range(4):
+        chats.open(f"s{index}", index)
+    chats.run()
+    assert torch.cuda.memory_allocated() > before
+    for index in range(4):
+        chats.engine.apply(CloseSession(f"s{index}"))
+    chats.run()
+    assert torch.cuda.memory_allocated() == before

@@ -1,0 +1,451 @@
+"""Shows that every family says what its own `generate` says on the whole conversation with all its pictures.
+
+Random weights, float32: an answer means nothing, but any slip in tokens, tiles, positions or the cache changes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from deploy import pack
+from llava_sessions.chat.transcript import Conversation
+from llava_sessions.engine.engine import Engine
+from llava_sessions.engine.kv import DeviceBudget
+from llava_sessions.engine.model import SUPPORTED_MODEL_TYPES, Model, UnsupportedCheckpoint
+from llava_sessions.errors import Refused
+from llava_sessions.ipc.messages import (
+    AskSession,
+    Cancelled,
+    Event,
+    Finished,
+    OpenFailed,
+    OpenSession,
+    Prefilled,
+    PreparedPicture,
+    Sampling,
+    StopTurn,
+    TurnFailed,
+)
+from llava_sessions.text.chat_template import NOTHING, ChatTemplate, Prepared
+from llava_sessions.text.processors import load_processor
+from tests.support.tiny_families import FAMILIES, MISTRAL, VICUNA, make_llava, make_next_mistral, make_onevision
+
+QUESTIONS = ["what is the red circle?", "and the <image> </s> blue square?", "two green stars ☃?"]
+SIZES = [(60, 80), (90, 40), (30, 30), (40, 120)]  # height and width: each one fits another grid of tiles
+AMPLE = DeviceBudget(2**30, 2**30)
+
+
+def noise(seed: int) -> tuple[str, Image.Image]:
+    """A picture unlike any other seed's, and its key."""
+    size = SIZES[seed % len(SIZES)]
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    return f"noise {seed}", Image.fromarray(pixels)
+
+
+@dataclass
+class Family:
+    """One tiny checkpoint: as the engine has it, and as transformers has it."""
+
+    name: str
+    folder: Path
+    tokens: ChatTemplate
+    model: Model
+    reference: torch.nn.Module
+
+    @property
+    def takes_clips(self) -> bool:
+        return "onevision" in self.name
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    folder = FAMILIES[request.param](tmp_path_factory.mktemp(request.param))
+    reference = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    model = Model.load(folder, "float32", "cpu")
+    return Family(request.param, folder, ChatTemplate(load_processor(folder)), model, reference)
+
+
+@dataclass
+class Chat:
+    """A conversation and what was shown in each of its requests."""
+
+    conversation: Conversation
+    shown: list[tuple[PreparedPicture, ...]]
+    prompt: list[int] = field(default_factory=list)
+    asked: tuple[PreparedPicture, ...] = ()
+
+
+class Chats:
+    """An engine and the chats that it holds, driven as the pump does it."""
+
+    def __init__(self, family: Family, budget: DeviceBudget = AMPLE, chunk_tokens: int = 48) -> None:
+        self.family, self.tokens = family, family.tokens
+        self.engine = Engine(family.model, family.tokens.answer_text, budget, chunk_tokens)
+        self.chats: dict[str, Chat] = {}
+        self.events: list[Event] = []
+
+    def open(self, name: str, *seeds: int, frames: int = 0) -> None:
+        pictures = [noise(seed) for seed in seeds]
+        if frames:
+            opening = self.tokens.clip_opening(f"clip {seeds}", [noise(4 * n)[1] for n in range(frames)])
+        else:
+            opening = self.tokens.opening(pictures)
+        self.chats[name] = Chat(Conversation(opening), [opening.pictures])
+        self.engine.apply(OpenSession(name, opening.token_ids, opening.pictures))
+
+    def ask(self, name: str, text: str, *seeds: int, tokens: int = 7) -> list[int]:
+        """Start a turn; returns what `generate` answers to the whole conversation."""
+        chat = self.chats[name]
+        prepared = self.tokens.prepare([noise(seed) for seed in seeds])
+        chat.prompt = self.tokens.prompt(chat.conversation.opened_on, text, prepared)
+        chat.asked = prepared.pictures
+        self.engine.apply(AskSession(name, name, chat.prompt, Sampling(tokens), prepared.pictures))
+        ids = torch.tensor([chat.conversation.token_ids + chat.prompt])
+        inputs = {name: torch.from_numpy(array) for name, array in joined([*chat.shown, chat.asked]).items()}
+        out = self.family.reference.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, **inputs
+        )
+        return out[0, ids.shape[1] :].tolist()
+
+    def run(self, steps: int | None = None) -> dict[str, list[int]]:
+        """Step until nothing is left to do (or so often); commits finished turns and returns their ids by session."""
+        answers = {}
+        while self.engine.has_work and steps != 0:
+            steps = None if steps is None else steps - 1
+            for event in self.engine.step():
+                self.events.append(event)
+                if isinstance(event, Finished):
+                    chat = self.chats[event.turn_id]
+                    chat.conversation.commit(chat.prompt, event.kept_ids)
+                    chat.shown.append(chat.asked)
+                    answers[event.turn_id] = event.answer_ids
+        return answers
+
+
+def joined(requests: list[tuple[PreparedPicture, ...]]) -> dict[str, np.ndarray]:
+    """All pictures of a conversation as the processor's arrays for one call: tiles padded to the most of any."""
+    pictures = [picture.inputs for request in requests for picture in request]
+    arrays = {}
+    for name in {name for inputs in pictures for name in inputs} - {"batch_num_images"}:
+        rows = [inputs[name] for inputs in pictures if name in inputs]
+        most = max(row.shape[1] for row in rows)
+        if name == "pixel_values" and rows[0].ndim == 5:
+            rows = [np.pad(row, [(0, 0), (0, most - row.shape[1]), *[(0, 0)] * 3]) for row in rows]
+        arrays[name] = np.concatenate(rows)
+    if any("batch_num_images" in inputs for inputs in pictures):
+        groups = [request for request in requests if request and "batch_num_images" in request[0].inputs]
+        arrays["batch_num_images"] = np.array([len(request) for request in groups])
+    return arrays
+
+
+# --- answers ---
+
+
+def test_answers_equal_generate_over_turns_in_company_with_several_and_with_further_pictures(family: Family) -> None:
+    chats = Chats(family)
+    chats.open("one", 1)
+    chats.open("pair", 2, 3)
+    chats.open("twin", 1)
+    if family.takes_clips:
+        chats.open("clip", 0, frames=3)
+    wanted: dict[str, list[int]] = {}
+    for turn, question in enumerate(QUESTIONS):
+        got = {}
+        for count, name in enumerate(chats.chats):
+            # A further picture in the second turn, in the first one, in both; a known one; two at once.
+            more = {("one", 1): [2], ("pair", 1): [1], ("pair", 0): [5], ("clip", 1): [6, 7]}.get((name, turn), [])
+            wanted[name] = chats.ask(name, f"{question} {name}", *more, tokens=6 + count)
+            got |= chats.run(steps=2)  # the others are in the middle of their answers when the next one joins
+        got |= chats.run()
+        assert got == wanted
+    assert len({tuple(ids) for ids in wanted.values()}) > 2, "the answers are all the same: the test shows nothing"
+    encode_ms = {event.session_id: event.encode_ms for event in chats.events if isinstance(event, Prefilled)}
+    assert (encode_ms["one"] > 0) != (encode_ms["twin"] > 0), "one picture is encoded once"
+
+
+@pytest.mark.parametrize("host_bytes", [2**30, 0], ids=["parked", "cold"])
+def test_answers_equal_generate_after_their_cache_was_moved_away(family: Family, host_bytes: int) -> None:
+    features = 320 * family.model.feature_bytes
+    chats = Chats(family, DeviceBudget(family.model.kv_shape.device_bytes(512) + features, host_bytes))
+    moved = 0
+    for name, seeds in {"a": [1], "b": [2, 3], "c": [1]}.items():
+        chats.open(name, *seeds)
+        chats.run()
+    for turn, question in enumerate(QUESTIONS[:2]):
+        for name in "abc":
+            wanted = chats.ask(name, question, *([4] if turn and name == "a" else []))
+            assert chats.run() == {name: wanted}
+            memory = chats.engine.memory()
+            moved += memory.parked if host_bytes else memory.cold
+    assert moved >= 3
+
+
+def test_a_cancelled_turn_takes_its_picture_with_it(family: Family) -> None:
+    chats = Chats(family)
+    chats.open("a", 1)
+    wanted = chats.ask("a", QUESTIONS[0])
+    assert chats.run() == {"a": wanted}
+    held = chats.engine.memory().features_bytes
+    for steps in (0, 1, 2, 9):
+        chats.ask("a", "something that never counts", 2, tokens=50)
+        chats.run(steps=steps)
+        chats.engine.apply(StopTurn("a", "cancelled", keep_answer=False))
+        chats.run()
+    assert chats.events.count(Cancelled("a")) == 4
+    assert chats.engine.memory().features_bytes == held
+    for more in ([], [3]):
+        wanted = chats.ask("a", QUESTIONS[1], *more)
+        assert chats.run() == {"a": wanted}
+
+
+def test_a_bad_further_picture_fails_its_turn_only(family: Family) -> None:
+    chats = Chats(family)
+    chats.open("a", 1)
+    prepared = family.tokens.prepare([noise(2)])
+    blind = PreparedPicture(
+        "bad", {**prepared.pictures[0].inputs, "pixel_values": np.zeros((1, 1, 3, 5, 5), np.float32)}
+    )
+    prompt = family.tokens.prompt(chats.chats["a"].conversation.opened_on, "what?", prepared)
+    chats.engine.apply(AskSession("a", "bad", prompt, Sampling(4), (blind,)))  # before the session is ready
+    chats.run()
+    assert [event.turn_id for event in chats.events if isinstance(event, TurnFailed)] == ["bad"]
+    assert not any(isinstance(event, OpenFailed) for event in chats.events)
+    wanted = chats.ask("a", QUESTIONS[0])
+    assert chats.run() == {"a": wanted}
+
+
+# --- tokens ---
+
+
+def whole_text(family: Family, messages: list[dict]) -> str:
+    """The conversation rendered at once."""
+    rendered = family.tokens._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    # The family's template writes "assistant \n" before an earlier answer, but lets the next one begin behind
+    # "assistant\n". A session keeps what the model has read.
+    return rendered.replace("assistant \n", "assistant\n")
+
+
+@pytest.mark.parametrize("opened", [1, 2])
+def test_ids_and_arrays_are_the_processors_own_on_the_whole_conversation(family: Family, opened: int) -> None:
+    tokens, processor = family.tokens, family.tokens._processor
+    requests = [[noise(seed) for seed in range(opened)], [noise(3)], [], [noise(4), noise(5)]]
+    prepared = [tokens.prepare(pictures) for pictures in requests]
+    opening = tokens.opening(requests[0])
+    conversation = Conversation(opening)
+    messages: list[dict] = []
+    for turn, (further, text) in enumerate(zip(prepared[1:], ["one?", "two\n", "three"], strict=True)):
+        count = len(further.pictures) + (opened if turn == 0 else 0)
+        messages.append({"role": "user", "content": [{"type": "image"}] * count + [{"type": "text", "text": text}]})
+        prompt = tokens.prompt(conversation.opened_on, text, further)
+        shown = [pictures for pictures in requests[: turn + 2] if pictures]
+        images = [[image for _, image in pictures] for pictures in shown]
+        text_of_all = whole_text(family, messages)
+        if "onevision" in family.name:
+            whole, arrays = onevision_whole(processor, text_of_all, images)
+        else:
+            flat = [image for group in images for image in group]
+            arrays = processor(images=flat, text=text_of_all, return_tensors="np")
+            whole = arrays["input_ids"][0].tolist()
+        assert conversation.token_ids + prompt == whole
+        own = joined([item.pictures for item in prepared[: turn + 2]])
+        assert set(own) == set(arrays) - {"input_ids", "attention_mask"}
+        for name, array in own.items():
+            np.testing.assert_array_equal(array, arrays[name])
+        lead = " " if "<s>" in tokens._processor.tokenizer.all_special_tokens else ""
+        answer = processor.tokenizer(f"{lead}yes", add_special_tokens=False)["input_ids"]
+        conversation.commit(prompt, answer)
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": "yes"}]})
+
+
+def _older(tokenizer: Tokenizer) -> None:
+    """Llama's and Mistral's first form: a space is put before every stretch of text between special tokens."""
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = None
+
+
+def _legacy(tokenizer: Tokenizer) -> None:
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+
+
+def _newer(tokenizer: Tokenizer) -> None:
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+
+
+@pytest.mark.parametrize("form", [_older, _legacy, _newer])
+@pytest.mark.parametrize("template", ["vicuna", "mistral"])
+def test_ids_are_those_of_the_whole_conversation_in_every_form_of_sentence_pieces(
+    tmp_path: Path, template: str, form: Callable[[Tokenizer], None]
+) -> None:
+    processor = load_processor(make_next_mistral(tmp_path))
+    processor.chat_template = VICUNA if template == "vicuna" else MISTRAL
+    form(processor.tokenizer.backend_tokenizer)
+    tokens = ChatTemplate(processor)
+    messages: list[dict] = []
+    conversation = Conversation(tokens.opening([noise(1)]))
+    for turn, text in enumerate(["what is it?", "and now,\nthere?", "x"]):
+        content = [{"type": "image"}] * (turn == 0) + [{"type": "text", "text": text}]
+        messages.append({"role": "user", "content": content})
+        rendered = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        whole = processor(images=[noise(1)[1]], text=rendered)["input_ids"][0]
+        assert conversation.token_ids + tokens.prompt(conversation.opened_on, text) == whole
+        # What the model said: the ids that the whole conversation has for it.
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": "a star"}]})
+        answered = processor.apply_chat_template(messages, tokenize=False).removesuffix("</s> ").rstrip(" ")
+        ids = processor(images=[noise(1)[1]], text=answered)["input_ids"][0]
+        conversation.commit(tokens.prompt(conversation.opened_on, text), ids[len(whole) :])
+
+
+@pytest.mark.parametrize("form", [_older, _legacy, _newer])
+def test_special_tokens_in_a_question_are_read_as_text_in_every_form_of_sentence_pieces(
+    tmp_path: Path, form: Callable[[Tokenizer], None]
+) -> None:
+    processor = load_processor(make_next_mistral(tmp_path))
+    form(processor.tokenizer.backend_tokenizer)
+    tokens = ChatTemplate(processor)
+    conversation = Conversation(tokens.opening([noise(1)]))
+    for _ in range(2):
+        for text in ("is </s> it?", "<image>", "what<image>is </s>?", "</s></s> a"):
+            prompt = tokens.prompt(conversation.opened_on, text)
+            assert tokens.image_token_id not in prompt
+            # As if they were other words: not a space more or less around them.
+            plain = tokens.prompt(conversation.opened_on, text.replace("<image>", "<1mage>").replace("</s>", "</z>"))
+            told, wanted = map(processor.tokenizer.decode, (prompt, plain))
+            assert told == wanted.replace("<1mage>", "<image>").replace("</z>", "</s>")
+            assert text in told
+            assert prompt[0] == plain[0]  # where decoding would hide a space
+        conversation.commit(tokens.prompt(conversation.opened_on, "a"), [300])
+
+
+def onevision_whole(processor, text: str, images: list[list[Image.Image]]) -> tuple[list[int], dict]:
+    """The processor's ids and arrays for pictures grouped by request, of which it counts one group a prompt."""
+    arrays = processor.image_processor(images, return_tensors="np")
+    places = [processor.replace_image_token(arrays, index) for index in range(sum(map(len, images)))]
+    (expanded,), _ = processor.get_text_with_replacements([text], places)
+    return processor.tokenizer(expanded)["input_ids"], arrays
+
+
+def test_one_picture_at_open_and_one_later_are_what_the_processor_makes_of_a_flat_list(family: Family) -> None:
+    first, second = family.tokens.prepare([noise(1)]), family.tokens.prepare([noise(2)])
+    processor = family.tokens._processor
+    together = processor(images=[noise(1)[1], noise(2)[1]], text="<image><image>", return_tensors="np")
+    assert together["input_ids"][0].tolist().count(family.tokens.image_token_id) == sum(
+        len(tokens) // len("<image>") for tokens in first.tokens + second.tokens
+    )
+    for name, array in joined([first.pictures, second.pictures]).items():
+        np.testing.assert_array_equal(array, together[name])
+
+
+def test_onevision_knows_a_picture_in_company_from_the_same_one_alone(family: Family) -> None:
+    alone = family.tokens.prepare([noise(1)])
+    pair = family.tokens.prepare([noise(1), noise(2)])
+    same = alone.pictures[0].key == pair.pictures[0].key
+    assert same == (alone.tokens[0] == pair.tokens[0]) == ("onevision" not in family.name)
+
+
+def test_a_clip_is_taken_by_onevision_only(family: Family) -> None:
+    frames = [noise(4 * n)[1] for n in range(3)]
+    if not family.takes_clips:
+        with pytest.raises(Refused, match="pictures, no video") as refused:
+            family.tokens.clip_opening("clip", frames)
+        assert refused.value.code == "unsupported_media"
+        return
+    opening = family.tokens.clip_opening("clip", frames)
+    (clip,) = opening.pictures
+    assert clip.inputs["pixel_values_videos"].shape == (1, 3, 3, 28, 28)
+    assert opening.image_tokens == 3 * 4 + 1
+    whole = whole_text(family, [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "what?"}]}])
+    inputs = family.tokens._processor(videos=[frames], text=whole, return_tensors="np")
+    prompt = family.tokens.prompt(Conversation(opening).opened_on, "what?")
+    assert opening.token_ids + prompt == inputs["input_ids"][0].tolist()
+    with pytest.raises(Refused, match="can't show"):  # the template writes pictures before clips
+        family.tokens.prompt(Conversation(opening).opened_on, "what?", family.tokens.prepare([noise(1)]))
+
+
+def test_pictures_are_prepared_in_several_threads_at_once(family: Family) -> None:
+    requests = [[noise(seed)] if seed % 3 else [noise(seed), noise(seed + 1)] for seed in range(16)]
+    alone = [family.tokens.prepare(pictures) for pictures in requests]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(family.tokens.prepare, requests))
+    for one, other in zip(alone, together, strict=True):
+        assert one.tokens == other.tokens
+        for left, right in zip(one.pictures, other.pictures, strict=True):
+            assert left.key == right.key
+            for name, array in left.inputs.items():
+                np.testing.assert_array_equal(array, right.inputs[name])
+
+
+def test_a_prompt_without_pictures_needs_nothing_prepared(family: Family) -> None:
+    conversation = Conversation(family.tokens.opening([noise(1)]))
+    assert family.tokens.prepare([]) == NOTHING == Prepared()
+    assert family.tokens.image_token_id not in family.tokens.prompt(conversation.opened_on, "an <image>?")
+
+
+# --- refusals ---
+
+
+def change(folder: Path, **values: object) -> Path:
+    config = AutoConfig.from_pretrained(folder)
+    for name, value in values.items():
+        setattr(config.text_config, name, value)
+    config.save_pretrained(folder)
+    return folder
+
+
+def test_a_text_model_that_does_not_attend_to_everything_is_refused(tmp_path: Path) -> None:
+    hybrid = change(make_onevision(tmp_path / "hybrid"), layer_types=["full_attention", "chunked_attention"])
+    with pytest.raises(UnsupportedCheckpoint, match=r"chunked_attention.*full causal attention"):
+        Model.load(hybrid)
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "context_tokens"),
+    [
+        (make_next_mistral, {"sliding_window": 512}, 512),
+        (make_next_mistral, {"sliding_window": 4096}, 2048),
+        (make_onevision, {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1}, 128),
+        (make_onevision, {"use_sliding_window": False, "sliding_window": 128}, 2048),
+    ],
+)
+def test_a_sliding_window_bounds_the_context(tmp_path: Path, make, changes: dict, context_tokens: int) -> None:
+    """Up to its width, attention to the window is attention to everything, which is what the engine does."""
+    assert Model.load(make(tmp_path, **changes), device="cpu").context_tokens == context_tokens
+
+
+def test_another_text_model_is_refused_with_what_was_found(tmp_path: Path) -> None:
+    folder = make_llava(tmp_path)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"model_type": "llama"', '"model_type": "gemma2"'))
+    with pytest.raises(UnsupportedCheckpoint, match=r"llava around .*'gemma2'; supported: llama, mistral, qwen2"):
+        Model.load(folder)
+
+
+def test_what_is_served_is_what_the_build_kit_packs(family: Family) -> None:
+    assert set(pack.FAMILIES) == set(SUPPORTED_MODEL_TYPES)
+    assert pack.checkpoint_problems(family.folder) == []
+
+
+def test_the_largest_picture_has_the_most_tiles(family: Family) -> None:
+    largest = family.tokens.prepare([("key", Image.new("RGB", family.model.largest_picture))])
+    others = [family.tokens.prepare([noise(seed)]) for seed in range(4)]
+    assert len(largest.tokens[0]) >= max(len(other.tokens[0]) for other in others)
+    if family.name != "llava":
+        assert largest.pictures[0].inputs["pixel_values"].shape[1] == 1 + 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_family_answers_in_every_precision(family: Family, dtype: str) -> None:
+    model = Model.load(family.folder, dtype, "cpu")
+    Engine(model, family.tokens.answer_text, AMPLE).warm_up(family.tokens)
+    if family.takes_clips:
+        (clip,) = family.tokens.clip_opening("clip", [noise(1)[1]]).pictures
+        assert model.encode(clip).dtype == model.dtype

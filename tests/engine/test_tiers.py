@@ -1,0 +1,301 @@
+"""Shows that a session's cache may be parked, dropped, rebuilt or forked and its answers stay the same, and that what
+can not be held is refused before any work.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from llava_sessions.chat.transcript import Conversation
+from llava_sessions.engine.kv import GROWTH_TOKENS, DeviceBudget, SessionKV
+from llava_sessions.ipc.messages import (
+    Admitted,
+    AskSession,
+    CloseSession,
+    Finished,
+    Memory,
+    OpenSession,
+    OutOfCapacity,
+    Prefilled,
+    Sampling,
+)
+from tests.support.engine_chats import QUESTIONS, Chats, noise
+
+TOKEN_BYTES = 4 * 2 * 2 * 16 * 4  # layers, keys and values, kv heads, head dim, float32
+STEP_BYTES = GROWTH_TOKENS * TOKEN_BYTES  # one session's cache while it is short
+FEATURES_BYTES = 16 * 64 * 4  # image tokens, hidden, float32
+PLENTY = 2**40
+
+
+def talk(chats: Chats, sessions: int, seed: int = 0) -> dict[str, list[list[int]]]:
+    """Three turns with each of several sessions, in an order by seed; the answers by session."""
+    names = [f"s{index}" for index in range(sessions)]
+    for index, name in enumerate(names):
+        chats.open(name, picture_seed=index)
+        chats.run()
+    answers: dict[str, list[list[int]]] = {name: [] for name in names}
+    order = random.Random(seed)
+    for question in QUESTIONS:
+        order.shuffle(names)
+        for name in names:
+            chats.ask(name, question, Sampling(6))
+            answers[name].append(chats.run()[name].answer_ids)
+    return answers
+
+
+def told(chats: Chats, kind: type) -> list[str]:
+    """Of which sessions the engine told that, in order."""
+    return [event.session_id for event in chats.events if isinstance(event, kind)]
+
+
+@pytest.mark.parametrize(
+    ("host_bytes", "tiers"),
+    [
+        pytest.param(PLENTY, (3, 5, 0), id="parked"),
+        pytest.param(0, (3, 0, 5), id="cold"),
+        pytest.param(130 * TOKEN_BYTES, (3, 1, 4), id="some of each"),
+    ],
+)
+def test_answers_are_the_same_when_caches_must_leave_the_device(
+    tiny: Path, host_bytes: int, tiers: tuple[int, int, int]
+) -> None:
+    device_bytes = 3 * STEP_BYTES + 8 * FEATURES_BYTES
+    tight = Chats(tiny, budget=DeviceBudget(device_bytes, host_bytes))
+    assert talk(tight, 8) == talk(Chats(tiny), 8)
+    memory = tight.engine.memory()
+    assert (memory.resident, memory.parked, memory.cold) == tiers
+    assert memory.features_bytes + memory.kv_bytes <= device_bytes
+    assert memory.parked_bytes <= host_bytes
+
+
+def test_the_least_recently_used_leaves_first(tiny: Path) -> None:
+    chats = Chats(tiny, budget=DeviceBudget(2 * STEP_BYTES + 9 * FEATURES_BYTES, PLENTY))
+    for name in "ab":
+        chats.open(name, ord(name))
+        chats.run()
+    chats.ask("a", QUESTIONS[0], Sampling(2))
+    chats.run()
+    chats.open("c", ord("c"))
+    chats.run()
+    tiers = {name: chats.engine._sessions[name].kv.tier for name in "abc"}
+    assert tiers == {"a": "resident", "b": "parked", "c": "resident"}
+
+
+def test_parking_copies_only_what_is_used(tiny: Path) -> None:
+    chats = Chats(tiny, budget=DeviceBudget(STEP_BYTES + 9 * FEATURES_BYTES, PLENTY))
+    for name in "ab":
+        chats.open(name, ord(name))
+        chats.run()
+    tokens = len(chats.conversations["a"].opening.token_ids)
+    assert chats.engine.memory().parked_bytes == tokens * TOKEN_BYTES
+
+
+def test_a_running_answer_is_never_moved(tiny: Path) -> None:
+    chats = Chats(tiny, budget=DeviceBudget(2 * STEP_BYTES + 9 * FEATURES_BYTES, PLENTY))
+    for name in "ab":
+        chats.open(name, ord(name))
+    chats.run()
+    for name in "ab":
+        chats.ask(name, QUESTIONS[0], Sampling(50))
+    chats.run(steps=2)
+    before = chats.engine.memory()
+    chats.open("c", ord("c"))
+    chats.run(steps=1)
+    refused = [event for event in chats.events if isinstance(event, OutOfCapacity)]
+    assert refused == [OutOfCapacity("c", None, STEP_BYTES + FEATURES_BYTES, 7 * FEATURES_BYTES, 2)]
+    assert chats.engine.memory() == before
+    assert {event.turn_id for event in chats.run().values()} == {"turn-a", "turn-b"}
+
+
+def nearly_full(chats: Chats, name: str, room: int) -> SessionKV:
+    """Open a session whose first turn leaves room for so many tokens in its cache; the turn has yet to run."""
+    chats.open(name, ord(name))
+    chats.run()
+    conversation, text = chats.conversations[name], "?"
+    while len(conversation.token_ids + chats.tokens.prompt(conversation.opened_on, text)) < GROWTH_TOKENS - room - 3:
+        text += "?"
+    chats.ask(name, text, Sampling(3))
+    return chats.engine._sessions[name].kv
+
+
+def test_a_cache_that_the_next_turn_would_outgrow_is_grown_while_nobody_waits(tiny: Path) -> None:
+    chats, free = Chats(tiny), Chats(tiny)
+    kv, _ = nearly_full(chats, "a", room=10), nearly_full(free, "a", room=10)
+    assert kv.capacity == GROWTH_TOKENS
+    assert chats.run()["a"].answer_ids == free.run()["a"].answer_ids
+    assert kv.length < GROWTH_TOKENS < kv.capacity == 2 * GROWTH_TOKENS
+    assert not chats.engine.has_work
+    address = kv.address
+    for either in (chats, free):
+        either.ask("a", QUESTIONS[1], Sampling(6))
+    assert chats.run()["a"].answer_ids == free.run()["a"].answer_ids
+    assert kv.length > GROWTH_TOKENS
+    assert kv.address == address, "no turn had to wait for it"
+
+
+def test_nothing_grows_ahead_while_another_session_works(tiny: Path) -> None:
+    chats = Chats(tiny)
+    kv = nearly_full(chats, "a", room=10)
+    chats.open("b", ord("b"))
+    chats.ask("b", QUESTIONS[0], Sampling(GROWTH_TOKENS))
+    while "a" not in chats.run(steps=1):
+        pass
+    chats.run(steps=2)
+    assert kv.capacity == GROWTH_TOKENS
+    chats.run()
+    assert kv.capacity == 2 * GROWTH_TOKENS
+
+
+@pytest.mark.parametrize("what", ["budget", "memory"])
+def test_without_room_nothing_grows_ahead_and_the_session_goes_on(
+    tiny: Path, what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    chats = Chats(tiny, budget=DeviceBudget(2**62 if what == "memory" else STEP_BYTES + FEATURES_BYTES, PLENTY))
+    kv = nearly_full(chats, "a", room=50)
+    with monkeypatch.context() as patch:
+        if what == "memory":
+            patch.setattr("llava_sessions.engine.kv.GROWTH_TOKENS", 2**48)  # more than any machine has
+        answer = chats.run()["a"].answer_ids
+    assert kv.capacity == GROWTH_TOKENS
+    assert not chats.engine.has_work
+    assert len(answer) > 1
+    assert ("growing_failed" in caplog.text) == (what == "memory")
+    chats.ask("a", "why?", Sampling(1))
+    assert len(chats.run()["a"].answer_ids) == 1
+
+
+def test_a_turn_that_can_not_be_held_is_refused_and_the_session_goes_on(tiny: Path) -> None:
+    chats = Chats(tiny, budget=DeviceBudget(STEP_BYTES + FEATURES_BYTES, PLENTY))
+    chats.open("a", 1)
+    chats.run()
+    chats.ask("a", QUESTIONS[0], Sampling(GROWTH_TOKENS))
+    assert chats.engine.step() == [OutOfCapacity("a", "turn-a", 2 * STEP_BYTES, STEP_BYTES, 1)]
+    free = Chats(tiny)
+    free.open("a", 1)
+    for either in (chats, free):
+        either.ask("a", QUESTIONS[0], Sampling(6))
+    assert chats.run()["a"].answer_ids == free.run()["a"].answer_ids
+
+
+def test_what_is_open_is_not_dropped_for_a_newcomer(tiny: Path) -> None:
+    chats = Chats(tiny, budget=DeviceBudget(STEP_BYTES + 3 * FEATURES_BYTES, 0))
+    for name in "abcdef":
+        chats.open(name, ord(name))
+        chats.run()
+    assert (told(chats, Admitted), told(chats, OutOfCapacity)) == ([*"abc"], [*"def"])
+    for name in "abc":
+        chats.ask(name, QUESTIONS[0], Sampling(4))
+        assert chats.run()[name].reason == "length"
+
+
+def test_a_burst_of_openings_waits_for_room_and_is_refused_none(tiny: Path) -> None:
+    chats, free = Chats(tiny, budget=DeviceBudget(2 * STEP_BYTES + 6 * FEATURES_BYTES, PLENTY)), Chats(tiny)
+    for either in (chats, free):
+        for name in "abcdef":
+            either.open(name, ord(name))
+        either.run()
+    assert told(chats, Admitted) == told(chats, Prefilled) == [*"abcdef"]
+    assert not told(chats, OutOfCapacity)
+    for name in "fabced":
+        for either in (chats, free):
+            either.ask(name, QUESTIONS[0], Sampling(6))
+        assert chats.run()[name].answer_ids == free.run()[name].answer_ids
+
+
+def test_an_opening_waits_for_the_turn_that_has_the_room_it_needs(tiny: Path) -> None:
+    chats = Chats(tiny, budget=DeviceBudget(2 * STEP_BYTES + 3 * FEATURES_BYTES, PLENTY))
+    chats.open("a", ord("a"))
+    chats.run()
+    for name in "bc":
+        chats.open(name, ord(name))
+    chats.ask("a", QUESTIONS[0], Sampling(GROWTH_TOKENS))  # two steps
+    while "a" not in chats.run(steps=1):
+        assert told(chats, Prefilled) == ["a"]
+    chats.run()
+    assert told(chats, Prefilled) == [*"abc"]
+    assert not told(chats, OutOfCapacity)
+
+
+def test_features_leave_room_for_an_opening_that_waits(tiny: Path) -> None:
+    chats = Chats(tiny, budget=DeviceBudget(STEP_BYTES + 3 * FEATURES_BYTES, 0))
+    for name in "abcd":
+        chats.open(name, ord(name))
+    chats.run()
+    assert (told(chats, Prefilled), told(chats, OutOfCapacity)) == ([*"abc"], ["d"])
+
+
+@pytest.mark.parametrize("chunk_tokens", [256, 5])
+def test_the_same_picture_is_encoded_and_prefilled_once(tiny: Path, chunk_tokens: int) -> None:
+    chats, alone = Chats(tiny, chunk_tokens), Chats(tiny, chunk_tokens)
+    for name in "abc":
+        chats.open(name, 1)
+    chats.run()
+    opened = [event for event in chats.events if isinstance(event, Prefilled)]
+    assert [event.encode_ms > 0 for event in opened] == [True, False, False]
+    memory = chats.engine.memory()
+    assert (memory.sessions, memory.features_bytes) == (3, FEATURES_BYTES)
+    alone.open("a", 1)
+    for question in QUESTIONS:
+        alone.ask("a", question, Sampling(6))
+        expected = alone.run()["a"].answer_ids
+        for name in "abc":
+            chats.ask(name, question, Sampling(6))
+        assert {name: event.answer_ids for name, event in chats.run().items()} == dict.fromkeys("abc", expected)
+
+
+def test_the_last_session_that_shows_a_picture_frees_it(tiny: Path) -> None:
+    chats = Chats(tiny)
+    for name in "abc":
+        chats.open(name, 1)
+        chats.run()
+    for left, name in ((2, "a"), (1, "c")):
+        chats.engine.apply(CloseSession(name))
+        memory = chats.engine.memory()
+        assert (memory.features_bytes, memory.kv_bytes) == (FEATURES_BYTES, left * STEP_BYTES)
+    chats.ask("b", QUESTIONS[0], Sampling(4))
+    assert chats.run()["b"].reason == "length"
+    chats.engine.apply(CloseSession("b"))
+    assert chats.engine.memory() == Memory()
+
+
+def test_a_fork_comes_from_a_parked_session_too(tiny: Path) -> None:
+    chats = Chats(tiny, budget=DeviceBudget(STEP_BYTES + 9 * FEATURES_BYTES, PLENTY))
+    chats.open("a", 1)
+    chats.run()
+    chats.open("other", 2)
+    chats.run()
+    assert chats.engine._sessions["a"].kv.tier == "parked"
+    chats.open("b", 1)
+    chats.run()
+    assert [event.encode_ms > 0 for event in chats.events if isinstance(event, Prefilled)] == [True, True, False]
+    free = Chats(tiny)
+    free.open("b", 1)
+    for either in (chats, free):
+        either.ask("b", QUESTIONS[0], Sampling(6))
+    assert chats.run()["b"].answer_ids == free.run()["b"].answer_ids
+
+
+def test_two_pictures_and_one_more_later_are_laid_behind_their_own_tokens(tiny: Path) -> None:
+    """The engine's side of it: ids with image tokens, pictures in the same order; undone with a cancelled turn."""
+    chats = Chats(tiny)
+    first, second = (chats.tokens.opening([(f"k{seed}", noise(seed))]) for seed in (1, 2))
+    both = [*first.token_ids, *second.token_ids[1:]]
+    engine = chats.engine
+    engine.apply(OpenSession("one", first.token_ids, first.pictures))
+    engine.apply(OpenSession("two", both, first.pictures + second.pictures))
+    tail = chats.tokens.prompt(Conversation(first).opened_on, QUESTIONS[0])
+    engine.apply(AskSession("two", "t-two", tail, Sampling(8)))
+    late = [*second.token_ids[1:], *tail]
+    engine.apply(AskSession("one", "t-cancelled", [7, *late], Sampling(8), second.pictures))
+    engine.step()
+    engine.cancel("t-cancelled")
+    engine.apply(AskSession("one", "t-one", late, Sampling(8), second.pictures))
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    answers = {event.turn_id: event.answer_ids for event in events if isinstance(event, Finished)}
+    assert answers["t-one"] == answers["t-two"]
+    assert engine.memory().features_bytes == 2 * FEATURES_BYTES

@@ -1,0 +1,80 @@
+"""A process that keeps a journal until it is killed or runs out of room; what it acknowledged is on its output."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+
+from llava_sessions.chat.transcript import OpenRecord, Transcript, TurnRecord
+from llava_sessions.journal import encoding, stores
+from llava_sessions.journal.journal import Journal
+
+EXPIRES_S = 2_000_000_000.0
+
+
+def opening(journal: Journal, session_id: str, picture_bytes: int) -> Transcript:
+    picture = journal.blobs.of(session_id.encode() * (picture_bytes // len(session_id)))
+    return Transcript(OpenRecord(session_id, EXPIRES_S - 60, EXPIRES_S, None, "image", (picture,), [1, 2, 3], 1))
+
+
+def turn(session_id: str, number: int) -> TurnRecord:
+    """What the turn of that number says; the parent knows it too."""
+    words = f"{session_id} {number}"
+    return TurnRecord([number, 7], list(range(number)), (), words, words * 200, {"usage": {"turn": number}})
+
+
+def chat_until_killed(folder: str) -> None:
+    """Several sessions side by side, each of turns without an end; a line for each acknowledged save."""
+    journal = Journal([stores.DirectoryStore(folder)])
+    chats = [opening(journal, f"{os.getpid()}-{n}", 100_000) for n in range(4)]
+    while True:
+        saves = [(story, len(story.turns), journal.save(story)) for story in chats]
+        for story, turns, save in saves:
+            if save.result():
+                print(story.open.session_id, turns, flush=True)
+        for story in chats:
+            story.turns.append(turn(story.open.session_id, len(story.turns)))
+
+
+def die_at(folder: str, moment: str) -> None:
+    """Two saves that are acknowledged, and one that is cut short at the moment that is named."""
+    journal = Journal([stores.DirectoryStore(folder)])
+    story = opening(journal, "chat", 1000)
+    for number in range(2):
+        assert journal.save(story).result()
+        story.turns.append(turn("chat", number))
+    real = getattr(os, moment.removeprefix("after-"))
+
+    def deadly(*arguments):
+        if moment.startswith("after-"):
+            real(*arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(os, moment.removeprefix("after-"), deadly)
+    journal.save(story).result()
+
+
+def meet_the_limit(folder: str) -> None:
+    """The kernel lets a file grow to 4 KiB only, so that turns with large pictures don't fit; then it lets them."""
+    journal = Journal([stores.DirectoryStore(folder)])
+    story = opening(journal, "chat", 1000)
+    told = [journal.save(story).result()]
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    for number in range(3):
+        large = (journal.blobs.of(bytes([number]) * 10_000),)
+        story.turns.append(TurnRecord([number], [number], large, None, "", {}))
+        told.append(journal.save(story).result())
+    in_the_way = sorted(name for name in os.listdir(folder) if not name.startswith(encoding.key_of("chat")))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    told.append(journal.save(story).result())
+    print(told, journal.failures_total, in_the_way, flush=True)
+
+
+if __name__ == "__main__":
+    import logging
+
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    {"chat": chat_until_killed, "die": die_at, "limit": meet_the_limit}[sys.argv[1]](*sys.argv[2:])

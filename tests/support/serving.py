@@ -1,0 +1,164 @@
+"""A real server for tests of faults: the demo model packed with settings of the test's own, behind the launcher that
+starts it again when it dies.
+
+Owns: the settings, and which process is which. Must not know what is asked or answered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from demo.wire import settled_gauges
+from deploy.front import find_haproxy
+from deploy.launch import Service
+from deploy.serve import TorchServe
+
+ROOT = Path(__file__).parents[2]
+SHAPES = ROOT / "models" / "shapes"
+# Seconds on a quiet machine; minutes where many others compute.
+START_S = 600
+ENGINE = "llava_sessions.engine.process"
+
+
+def pack(folder: Path, sessions: int = 64, **settings: object) -> Path:
+    """The demo model in float32 in a model store under `folder`; `settings` are keys of the `llava:` section."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = (ROOT / "handler" / "model-config.yaml").read_text()
+    for key, value in settings.items():
+        config, found = re.subn(rf"^  {key}:.*$", f"  {key}: {value}", config, flags=re.MULTILINE)
+        assert found == 1, key
+    (folder / "config.yaml").write_text(config)
+    options = ["--model", SHAPES, "--dtype", "float32", "--device", "cpu", "--sessions", sessions]
+    options += ["--config", folder / "config.yaml", "--output", folder / "store"]
+    subprocess.run([ROOT / "build_mar.sh", *map(str, options)], check=True, capture_output=True, text=True)
+    return folder / "store"
+
+
+@dataclass(frozen=True)
+class Processes:
+    """A server's Java frontend, its one worker and that one's engine."""
+
+    java: psutil.Process
+    worker: psutil.Process
+    engine: psutil.Process
+
+    @classmethod
+    def of(cls, server: TorchServe) -> Processes:
+        """Those that run now. Raises ValueError where one of them is missing."""
+        (pid,) = server.worker_pids()
+        worker = psutil.Process(pid)
+        (engine,) = [child for child in worker.children() if ENGINE in child.cmdline()]
+        return cls(psutil.Process(server.pid), worker, engine)
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """By role."""
+        return {role: process.pid for role, process in vars(self).items()}
+
+    def sample(self) -> dict[str, dict[str, int]]:
+        """Memory, threads and open files of each at this moment."""
+        found = {}
+        for role, process in vars(self).items():
+            with process.oneshot():
+                rss, threads = process.memory_info().rss, process.num_threads()
+            found[role] = {"rss_bytes": rss, "threads": threads, "files": process.num_fds()}
+        return found
+
+
+class Served:
+    """The launcher of `make serve` and the container, with one server after another behind its HAProxy."""
+
+    def __init__(self, store: Path, env: dict[str, str] | None = None) -> None:
+        # The handler's log lines are wanted in a failed test's message.
+        options = {"env": env, "log_level": "info", "ready_timeout_s": START_S}
+        self._service = Service(store, haproxy=find_haproxy(), **options)
+        self._launcher = threading.Thread(target=self._service.run, name="launcher", daemon=True)
+
+    @property
+    def url(self) -> str:
+        """Where clients go, whichever server lives."""
+        return self._service.url
+
+    @property
+    def server(self) -> TorchServe:
+        """The one that lives, or is starting."""
+        return self._service.server
+
+    @property
+    def worker_pid(self) -> int:
+        """Of the one Python worker."""
+        (pid,) = self.server.worker_pids()
+        return pid
+
+    @property
+    def engine_pid(self) -> int | None:
+        """Of the engine process; None while there is none."""
+        with contextlib.suppress(psutil.NoSuchProcess, ValueError):
+            return Processes.of(self.server).engine.pid
+        return None
+
+    def gauges(self, timeout_s: float = 20, **wanted: float) -> dict[str, float]:
+        """The server's metrics, once those in `wanted` have these values or at the timeout."""
+        return settled_gauges(self.server.metrics_url, timeout_s, **wanted)
+
+    def log(self) -> str:
+        """What workers and engines have said so far."""
+        return self.server.log_path.read_text()
+
+    def signal_engine(self, number: signal.Signals) -> int:
+        """Send the engine a signal, as soon as there is one to send it to; its pid."""
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            pid = self.engine_pid
+            if pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+                    return pid
+            time.sleep(0.02)
+        raise AssertionError("there is no engine process")
+
+    def lose_server(self, kill: Callable[[], None]) -> float:
+        """Kill something that the server can't live without; the seconds until the launcher has the next one ready."""
+        began, dead = time.monotonic(), self.server
+        kill()
+        self._wait(lambda: self.server is not dead and self._service.ready)
+        return time.monotonic() - began
+
+    def start(self) -> None:
+        """Start the launcher; returns when its server is ready."""
+        self._launcher.start()
+        self._wait(lambda: self._service.ready)
+
+    def stop(self) -> None:
+        """End it in order."""
+        self._service.stop("the test is over")
+        self._launcher.join()
+
+    def _wait(self, done: Callable[[], bool]) -> None:
+        until = time.monotonic() + START_S
+        while not done():
+            assert self._launcher.is_alive(), "the launcher has ended"
+            assert time.monotonic() < until, "no server became ready"
+            time.sleep(0.05)
+
+    def __enter__(self) -> Served:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()

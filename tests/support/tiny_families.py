@@ -1,0 +1,250 @@
+"""Makes very small random checkpoints of every family that is served, as tests/support/tiny_llava.py makes LLaVA-1.5.
+
+The real config, model, tokenizer and processor classes of transformers; each with the chat template of its family's
+published checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaProcessor,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2Tokenizer,
+    SiglipVisionConfig,
+)
+
+from llava_sessions.text.processors import PillowOnevisionProcessor
+
+IMAGES = "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+TEXTS = "{% for part in message['content'] if part['type'] == 'text' %}"
+# As llava-v1.6-vicuna: a system message without a role, nothing behind an answer.
+VICUNA = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'][0]['text'] }}"
+    "{% else %}{{ message['role'].upper() + ': ' }}{% endif %}"
+    + IMAGES
+    + TEXTS
+    + "{{ part['text'] + ' ' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+# As llava-v1.6-mistral: no generation prompt, an end-of-sequence token behind an answer.
+MISTRAL = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ '<<SYS>>\n' + message['content'][0]['text'] + '\n<</SYS>>\n\n' }}"
+    "{% elif message['role'] == 'user' %}{{ '[INST] ' }}"
+    + IMAGES
+    + TEXTS
+    + "{{ part['text'] }}{% endfor %}{{ ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'][0]['text'] + '</s> ' }}"
+    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+# As llava-onevision-qwen2: an earlier answer stands behind "assistant \n", the next one behind "assistant\n".
+QWEN = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'video' %}{{ '<video>' }}{% endfor %}"
+    + TEXTS
+    + "{{ '\n' + part['text'] }}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_WORDS = ["USER: ASSISTANT: [INST] [/INST] user assistant what is the red circle doing near a blue square and stars? "]
+_TILE = 28
+_GRID = [[28, 56], [56, 28], [56, 56], [28, 84], [84, 28]]
+
+
+def _llama_tokenizer() -> LlamaTokenizer:
+    """Sentence pieces with byte fallback, a space before the first word; it writes the start of every text by itself.
+
+    Mistral's is of the same class.
+    """
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary, merges = _train(pre_tokenizers.Metaspace(), pieces)
+    extra = {"image_token": "<image>"}
+    tokenizer = LlamaTokenizer(vocabulary, merges, pad_token="</s>", extra_special_tokens=extra)
+    start = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = start
+    return tokenizer
+
+
+def _qwen_tokenizer() -> Qwen2Tokenizer:
+    """Byte-level pieces; no start of text."""
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    vocabulary, merges = _train(level, ["<|endoftext|>"], alphabet=pre_tokenizers.ByteLevel.alphabet())
+    extra = {"image_token": "<image>", "video_token": "<video>", "start_token": "<|im_start|>"}
+    return Qwen2Tokenizer(vocabulary, merges, eos_token="<|im_end|>", extra_special_tokens=extra)
+
+
+def _train(split: pre_tokenizers.PreTokenizer, first: list[str], alphabet: list[str] | None = None) -> tuple:
+    """A vocabulary that begins with `first`, and its merges."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = split
+    trainer = trainers.BpeTrainer(
+        vocab_size=380, special_tokens=first, initial_alphabet=alphabet or [], show_progress=False
+    )
+    backend.train_from_iterator(_WORDS * 4, trainer)
+    model = json.loads(backend.to_str())["model"]
+    return model["vocab"], [tuple(merge) for merge in model["merges"]]
+
+
+def _text(kind: type[PreTrainedConfig], tokenizer: PreTrainedTokenizerBase, kv_heads: int, tied: bool, **more: object):
+    return kind(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=2048,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=tied,
+        **more,
+    )
+
+
+def _clip() -> CLIPVisionConfig:
+    return CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=_TILE, patch_size=7
+    )
+
+
+def _save(model: PreTrainedModel, processor: object, folder: Path) -> Path:
+    # At the usual scale of random weights attention is uniform, a picture is a whisper and the head emits one token for
+    # ever: every comparison of answers would be empty.
+    for part in (model.model.multi_modal_projector, model.model.language_model, model.lm_head):
+        for weight in (weight for weight in part.parameters() if weight.ndim == 2):
+            torch.nn.init.normal_(weight, std=0.3)
+    # No answer holds an image token (transformers would want a picture for it when it is read again), few end early.
+    tokenizer = processor.tokenizer
+    never = [*map(tokenizer.convert_tokens_to_ids, ("<image>", "<video>")), tokenizer.eos_token_id]
+    never = [token for token in never if token is not None]
+    model.lm_head.weight.data[never] = 0
+    model.bfloat16().save_pretrained(folder)  # as families are published
+    processor.save_pretrained(folder)
+    return folder
+
+
+def make_llava(folder: Path) -> Path:
+    """LLaVA-1.5: Llama text, multi-head attention, tied heads; 16 tokens a picture."""
+    torch.manual_seed(1)
+    tokenizer = _llama_tokenizer()
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    text = _text(LlamaConfig, tokenizer, kv_heads=4, tied=True)
+    config = LlavaConfig(
+        vision_config=_clip(), text_config=text, image_token_id=image, image_seq_length=16, tie_word_embeddings=True
+    )
+    images = CLIPImageProcessor(size={"shortest_edge": _TILE}, crop_size={"height": _TILE, "width": _TILE})
+    processor = LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=7,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=VICUNA,
+    )
+    return _save(LlavaForConditionalGeneration(config), processor, folder)
+
+
+def _make_next(folder: Path, kind: type[PreTrainedConfig], template: str, kv_heads: int, **more: object) -> Path:
+    torch.manual_seed(2)
+    tokenizer = _llama_tokenizer()
+    config = LlavaNextConfig(
+        vision_config=_clip(),
+        text_config=_text(kind, tokenizer, kv_heads, tied=False, **more),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=_GRID,
+        image_seq_length=16,
+    )
+    images = LlavaNextImageProcessor(
+        size={"shortest_edge": _TILE}, crop_size={"height": _TILE, "width": _TILE}, image_grid_pinpoints=_GRID
+    )
+    processor = LlavaNextProcessor(
+        images,
+        tokenizer,
+        patch_size=7,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    )
+    return _save(LlavaNextForConditionalGeneration(config), processor, folder)
+
+
+def make_next_mistral(folder: Path, sliding_window: int | None = None) -> Path:
+    """LLaVA-NeXT 1.6: Mistral text, grouped-query attention, untied heads."""
+    return _make_next(folder, MistralConfig, MISTRAL, kv_heads=2, sliding_window=sliding_window)
+
+
+def make_next_llama(folder: Path) -> Path:
+    """LLaVA-NeXT 1.6: Vicuna (Llama) text, multi-head attention, untied heads."""
+    return _make_next(folder, LlamaConfig, VICUNA, kv_heads=4)
+
+
+def make_onevision(folder: Path, tied: bool = True, **more: object) -> Path:
+    """LLaVA-OneVision: Qwen2 text, grouped-query attention, SigLIP vision; pictures, several of them, and clips."""
+    torch.manual_seed(3)
+    tokenizer = _qwen_tokenizer()
+    vision = SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=_TILE,
+        patch_size=7,
+        vision_use_head=False,
+    )
+    config = LlavaOnevisionConfig(
+        vision_config=vision,
+        text_config=_text(Qwen2Config, tokenizer, kv_heads=2, tied=tied, **more),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=_GRID,
+        tie_word_embeddings=tied,
+    )
+    images = LlavaOnevisionImageProcessor(size={"height": _TILE, "width": _TILE}, image_grid_pinpoints=_GRID)
+    processor = PillowOnevisionProcessor(
+        images, tokenizer, num_image_tokens=16, vision_feature_select_strategy="full", chat_template=QWEN
+    )
+    _save(LlavaOnevisionForConditionalGeneration(config), processor, folder)
+    # As published: with the class that needs torchvision, and a video processor beside the picture's.
+    path = folder / "processor_config.json"
+    saved = json.loads(path.read_text())
+    saved["processor_class"] = "LlavaOnevisionProcessor"
+    saved["video_processor"] = {"size": {"height": _TILE, "width": _TILE}}
+    path.write_text(json.dumps(saved))
+    return folder
+
+
+def make_onevision_untied(folder: Path) -> Path:
+    """As `make_onevision`, with a head of its own."""
+    return make_onevision(folder, tied=False)
+
+
+FAMILIES: dict[str, Callable[[Path], Path]] = {
+    "llava": make_llava,
+    "next-mistral": make_next_mistral,
+    "next-llama": make_next_llama,
+    "onevision": make_onevision,
+    "onevision-untied": make_onevision_untied,
+}

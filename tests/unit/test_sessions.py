@@ -186,16 +186,6 @@ def test_a_closing_session_is_not_told_as_expired(table):
 # --- turns ---
 
 
-def test_running_turns_are_counted_over_sessions(table):
-    first, second = open_session(table, "a"), open_session(table, "b")
-    assert table.running_turns == 0
-    begin_turn(first, "1")
-    begin_turn(second, "2")
-    assert table.running_turns == 2
-    second.turn = None
-    assert table.running_turns == 1
-
-
 def test_a_busy_session_is_still_found_and_does_not_expire(table):
     session = open_session(table, "a")
     begin_turn(session, "turn")

@@ -40,9 +40,10 @@ from ..ipc.messages import (
 )
 from ..text.answer_text import AnswerText
 from ..text.chat_template import ChatTemplate
+from .attention import Segment
 from .faults import is_out_of_memory, is_usable, release_unused
 from .kv import BudgetExceeded, DeviceBudget, SessionKV, clear_device, make_room
-from .model import Model, Segment
+from .model import Model
 from .sampling import Sampler, next_tokens
 from .scheduler import plan
 

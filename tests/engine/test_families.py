@@ -20,8 +20,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from deploy import pack
 from llava_sessions.chat.transcript import Conversation
 from llava_sessions.engine.engine import Engine
-from llava_sessions.engine.kv import DeviceBudget
+from llava_sessions.engine.memory import DeviceBudget
 from llava_sessions.engine.model import SUPPORTED_MODEL_TYPES, Model, UnsupportedCheckpoint
+from llava_sessions.engine.process import warm_up
 from llava_sessions.errors import Refused
 from llava_sessions.ipc.messages import (
     AskSession,
@@ -173,7 +174,7 @@ def test_answers_equal_generate_over_turns_in_company_with_several_and_with_furt
     assert (encode_ms["one"] > 0) != (encode_ms["twin"] > 0), "one picture is encoded once"
 
 
-@pytest.mark.parametrize("host_bytes", [2**30, 0], ids=["parked", "cold"])
+@pytest.mark.parametrize("host_bytes", [2**30, 0], ids=["offloaded", "cold"])
 def test_answers_equal_generate_after_their_cache_was_moved_away(family: Family, host_bytes: int) -> None:
     features = 320 * family.model.feature_bytes
     chats = Chats(family, DeviceBudget(family.model.kv_shape.device_bytes(512) + features, host_bytes))
@@ -186,7 +187,7 @@ def test_answers_equal_generate_after_their_cache_was_moved_away(family: Family,
             wanted = chats.ask(name, question, *([4] if turn and name == "a" else []))
             assert chats.run() == {name: wanted}
             memory = chats.engine.memory()
-            moved += memory.parked if host_bytes else memory.cold
+            moved += memory.offloaded if host_bytes else memory.cold
     assert moved >= 3
 
 
@@ -445,7 +446,7 @@ def test_the_largest_picture_has_the_most_tiles(family: Family) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_family_answers_in_every_precision(family: Family, dtype: str) -> None:
     model = Model.load(family.folder, dtype, "cpu")
-    Engine(model, family.tokens.answer_text, AMPLE).warm_up(family.tokens)
+    warm_up(Engine(model, family.tokens.answer_text, AMPLE), family.tokens)
     if family.takes_clips:
         (clip,) = family.tokens.clip_opening("clip", [noise(1)[1]]).pictures
         assert model.encode(clip).dtype == model.dtype

@@ -949,9 +949,9 @@ def test_a_session_whose_picture_failed_is_gone_with_a_reason(model, tokens):
 def test_a_picture_that_the_engine_fails_at_ends_its_session_alone(front):
     good = front.open()
     row, until = front.row({"type": "start_session", "image": png("blue")}), time.monotonic() + PATIENCE_S
-    while row.sequence_id not in front.engine._sessions and time.monotonic() < until:
+    while row.sequence_id not in front.engine.sessions and time.monotonic() < until:
         front.exchange(row)
-    front.engine._sessions[row.sequence_id].shown[0].picture = None  # nothing that can be encoded
+    front.engine.sessions[row.sequence_id].pictures[0].prepared = None  # nothing that can be encoded
     front.step()
     assert front.exchange(row)[0].status == 200  # there was room for it
     reply = front.answer(front.ask_row(row.sequence_id))
@@ -963,7 +963,7 @@ def test_a_picture_that_the_engine_fails_at_ends_its_session_alone(front):
 
 def test_an_open_that_the_engine_can_not_take_is_refused_and_its_place_is_free(front):
     row, until = front.row({"type": "start_session", "image": png()}), time.monotonic() + PATIENCE_S
-    front.engine.budget = None  # makes every open raise
+    front.engine.device_memory.budget = None  # makes every open raise
     replies = [None]
     while replies == [None] and time.monotonic() < until:
         replies = front.exchange(row)

@@ -87,6 +87,10 @@ class Model:
             model.lm_head = linears.pack(model.lm_head)
         return cls(model)
 
+    def media_positions(self, token_ids: list[int], start: int = 0) -> list[int]:
+        """Return the positions of image and video tokens, if `token_ids` begin at position `start`."""
+        return [start + at for at, token in enumerate(token_ids) if token in self.media_token_ids]
+
     @torch.inference_mode()
     def encode(self, picture: PreparedPicture) -> torch.Tensor:
         """Run vision tower and projector on one picture or clip; return features `[image tokens, hidden]`."""

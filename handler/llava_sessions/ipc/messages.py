@@ -201,21 +201,21 @@ Event = Admitted | Prefilled | OpenFailed | Delta | Finished | TurnFailed | OutO
 class Memory:
     """What the open sessions hold; `allocated_bytes` is torch's own count on the device (0 on CPU).
 
-    A session is resident (KV on the device), parked (KV on the host) or cold (features only).
+    A session is resident (KV on the device), offloaded (KV on the host) or cold (features only).
     """
 
     resident: int = 0
-    parked: int = 0
+    offloaded: int = 0
     cold: int = 0
     features_bytes: int = 0
     kv_bytes: int = 0
-    parked_bytes: int = 0
+    offloaded_bytes: int = 0
     allocated_bytes: int = 0
 
     @property
     def sessions(self) -> int:
         """Open sessions in any tier."""
-        return self.resident + self.parked + self.cold
+        return self.resident + self.offloaded + self.cold
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ def test_an_answer_is_told_whole_with_its_facts(front):
 def test_token_ids_come_when_asked_for(front, tokens):
     body = front.ask(front.open(), return_token_ids=True)
     assert len(body["token_ids"]) == body["usage"]["completion_tokens"]
-    text = tokens._tokenizer.decode(body["token_ids"], skip_special_tokens=True).lstrip()
+    text = tokens.tokenizer.decode(body["token_ids"], skip_special_tokens=True).lstrip()
     assert text == body["response_text"]
 
 

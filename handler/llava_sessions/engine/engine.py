@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterator
 from ..ipc.messages import (
     Admitted,
     AskSession,
+    Cancelled,
     Closed,
     CloseSession,
     Command,
@@ -173,13 +174,10 @@ class Engine:
 
     def _close(self, session_id: str) -> None:
         """Free a session in any state. `Closed` follows in any case, also for an unknown session."""
-        session = self.sessions.get(session_id)
-        try:
-            if session is not None and session.turn is not None:
-                self._stop(session.turn.id, "cancelled", keep_answer=False)
-        finally:
-            self.sessions.pop(session_id, None)
-            self._events.append(Closed(session_id))
+        session = self.sessions.pop(session_id, None)
+        if session is not None and session.turn is not None:
+            self._events.append(Cancelled(session.turn.id))
+        self._events.append(Closed(session_id))
 
     def step(self) -> list[Event]:
         """Encode one picture, run one packed forward and sample; return all events since the last step.

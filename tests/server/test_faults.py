@@ -106,7 +106,7 @@ def test_memory_that_runs_out_refuses_one_turn_and_harms_none(
     finally:
         engine.rlimit(psutil.RLIMIT_DATA, unlimited)
     assert (error.status, error.code) == (429, "capacity")
-    assert "out_of_memory parking=all_idle" in served.log()
+    assert "out_of_memory offloading=all_idle" in served.log()
     assert [[chat.ask(SECOND), chat.ask(THIRD)] for chat in chats] == [calm[0][1:], calm[1][1:]]
     assert served.engine_pid == engine.pid
     for chat in chats:

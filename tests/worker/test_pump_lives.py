@@ -185,11 +185,11 @@ def test_a_session_that_the_engine_has_no_room_for_is_refused_that_turn_and_stay
     front.ask(session, QUESTIONS[0])
     front.lose_engine()
     front.bring_engine()
-    full = front.engine.budget
-    front.engine.budget = type(full)(device_bytes=1, host_bytes=0)
+    full = front.engine.device_memory.budget
+    front.engine.device_memory.budget = type(full)(device_bytes=1, host_bytes=0)
     reply = front.answer(front.ask_row(session, QUESTIONS[1]))
     assert (reply.status, code(reply)) == (429, "capacity")
-    front.engine.budget = full
+    front.engine.device_memory.budget = full
     assert front.ask(session, QUESTIONS[1])["response_text"] == expected[1]
 
 
@@ -214,7 +214,7 @@ def test_a_session_that_ran_out_of_memory_behind_its_open_is_rebuilt(model, toke
     expected = undisturbed(Frontend(model, tokens))
     front = Frontend(model, tokens)
     session = front.open()
-    front.engine.close(session)
+    front.engine.apply(CloseSession(session))
     front.engine.step()
     front.tell(OutOfCapacity(session, None, 10, 0, 0))
     assert front.ask(session, QUESTIONS[0])["response_text"] == expected[0]
@@ -422,10 +422,10 @@ def test_what_nobody_knows_is_not_carried_on(front):
 def test_a_resume_that_is_refused_leaves_the_old_session_as_it_was(model, tokens):
     front = Frontend(model, tokens)
     session = front.open()
-    full = front.engine.budget
-    front.engine.budget = type(full)(device_bytes=1, host_bytes=0)
+    full = front.engine.device_memory.budget
+    front.engine.device_memory.budget = type(full)(device_bytes=1, host_bytes=0)
     assert code(front.answer(front.row({"type": "start_session", "resume": session}))) == "capacity"
-    front.engine.budget = full
+    front.engine.device_memory.budget = full
     assert front.ask(session)["finish_reason"] in ("stop", "length")
 
 

@@ -139,7 +139,7 @@ class Pump:
         """Stop the work of the requests that TorchServe does not list any more."""
         for pending in self._pending.drop_missing(active):
             self._manager.disconnected(pending)
-            if self._may_end(pending):
+            if _may_end(pending.row, self._manager):
                 self._reaper.end(pending.row.sequence_id)
 
     def _end_sequences(self) -> None:
@@ -199,13 +199,14 @@ class Pump:
         if final.more is False and not pending.head_sent:
             final.more = None  # a last chunk that is also the first one sends no head: make it a whole reply
         alone = pending.row.sequence_id not in self._pending.sequence_ids
-        self._reaper.release(pending.row, pending.steps, final, self._may_end(pending), alone)
+        self._reaper.release(pending.row, pending.steps, final, _may_end(pending.row, self._manager), alone)
         return final
 
-    def _may_end(self, pending: PendingRequest) -> bool:
-        """Return whether the row's sequence belongs to no session, so that it can be ended."""
-        sequence = pending.row.sequence_id
-        # The frontend reads an ID with a ';' as two sequences, of which the second may belong to another session.
-        if not sequence or sequence == NEW_SESSION or ";" in sequence:
-            return False
-        return not self._manager.has_session(sequence)
+
+def _may_end(row: Row, manager: SessionManager) -> bool:
+    """Return whether the row's sequence belongs to no session, so that it can be ended."""
+    sequence = row.sequence_id
+    # The frontend reads an ID with a ';' as two sequences, of which the second may belong to another session.
+    if not sequence or sequence == NEW_SESSION or ";" in sequence:
+        return False
+    return not manager.has_session(sequence)

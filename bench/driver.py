@@ -17,8 +17,9 @@ from transformers import AutoProcessor
 
 from llava_sessions.chat.transcript import Conversation
 from llava_sessions.engine.engine import Engine
-from llava_sessions.engine.kv import DeviceBudget, choose_budget
+from llava_sessions.engine.memory import DeviceBudget, choose_budget
 from llava_sessions.engine.model import Model
+from llava_sessions.engine.process import warm_up
 from llava_sessions.ipc.messages import (
     AskSession,
     CloseSession,
@@ -106,7 +107,7 @@ def load_engine(options: Options, budget: DeviceBudget | None = None, chunk_toke
     dtype = str(options.dtype).removeprefix("torch.")
     model = Model.load(options.checkpoint, dtype, str(options.device))
     engine = Engine(model, tokens.answer_text, budget or choose_budget(model.device), chunk_tokens)
-    engine.warm_up(tokens)
+    warm_up(engine, tokens)
     return EngineChats(engine, tokens)
 
 

@@ -14,7 +14,7 @@ import gc
 import random
 import time
 
-from llava_sessions.engine.kv import DeviceBudget
+from llava_sessions.engine.memory import DeviceBudget
 
 from . import harness
 from .driver import EngineChats, Pictures, Prompts, load_engine, prepare
@@ -22,11 +22,13 @@ from .harness import Options, Result, Run, median, spread
 from .machine import resident_set_bytes
 from .make_checkpoint import PRESETS
 
-TIERS = ("resident", "parked", "cold")
+TIERS = ("resident", "offloaded", "cold")
 ROOM_TOKENS = 64  # that a chat has behind its picture, in both parts
 
 
-def budget_for(chats: EngineChats, opening, resident: int, parked: int, pictures: int, spoken: int = 0) -> DeviceBudget:
+def budget_for(
+    chats: EngineChats, opening, resident: int, offloaded: int, pictures: int, spoken: int = 0
+) -> DeviceBudget:
     """Room for so many sessions in either tier, and for the features of so many pictures.
 
     What is parked is as long as its opening and the `spoken` tokens behind that.
@@ -36,7 +38,7 @@ def budget_for(chats: EngineChats, opening, resident: int, parked: int, pictures
     features = pictures * opening.image_tokens * model.feature_bytes
     return DeviceBudget(
         device_bytes=resident * model.kv_shape.device_bytes(tokens + ROOM_TOKENS) + features,
-        host_bytes=parked * (tokens + spoken) * model.kv_shape.token_bytes,
+        host_bytes=offloaded * (tokens + spoken) * model.kv_shape.token_bytes,
     )
 
 
@@ -54,17 +56,18 @@ class Ledger:
     def least_recent(self, tier: str) -> str:
         """The session of a tier that was used longest ago."""
         held = self._chats.engine.memory()
-        first = {"cold": 0, "parked": held.cold, "resident": held.cold + held.parked}[tier]
+        first = {"cold": 0, "offloaded": held.cold, "resident": held.cold + held.offloaded}[tier]
         return self._order[first]
 
 
 def tiers(options: Options, run: Run) -> tuple[list[dict], dict[str, list[float]], dict[str, float]]:
     """Counts after every open; times to open and, by tier, to a first token; bytes a session by tier."""
     chats = load_engine(options)
-    resident, parked, cold = (getattr(options.extra, tier) for tier in TIERS)
-    total = resident + parked + cold
+    resident, offloaded, cold = (getattr(options.extra, tier) for tier in TIERS)
+    total = resident + offloaded + cold
     pictures, prompts = Pictures(options.seed), Prompts(options.seed)
-    chats.engine.budget = budget_for(chats, prepare(chats.tokens, pictures.jpeg()), resident, parked, total)
+    opening = prepare(chats.tokens, pictures.jpeg())
+    chats.engine.device_memory.budget = budget_for(chats, opening, resident, offloaded, total)
     ledger, counts = Ledger(chats), []
     times: dict[str, list[float]] = {"open": []} | {tier: [] for tier in TIERS}
     run.say(f"opening {total} sessions")
@@ -79,7 +82,7 @@ def tiers(options: Options, run: Run) -> tuple[list[dict], dict[str, list[float]
     sizes = {
         "features": held.features_bytes / total,
         "resident": held.kv_bytes / max(held.resident, 1),
-        "parked": held.parked_bytes / max(held.parked, 1),
+        "offloaded": held.offloaded_bytes / max(held.offloaded, 1),
         "cold": 0.0,
     }
     run.say("asking resident, parked and cold ones")
@@ -97,7 +100,8 @@ def tiers(options: Options, run: Run) -> tuple[list[dict], dict[str, list[float]
 def _holding(chats: EngineChats) -> dict:
     held = chats.engine.memory()
     counts = {tier: getattr(held, tier) for tier in TIERS}
-    return counts | {"kv_bytes": held.kv_bytes, "parked_bytes": held.parked_bytes, "rss_bytes": resident_set_bytes()}
+    sizes = {"kv_bytes": held.kv_bytes, "offloaded_bytes": held.offloaded_bytes, "rss_bytes": resident_set_bytes()}
+    return counts | sizes
 
 
 def many(options: Options, run: Run) -> dict:
@@ -109,7 +113,7 @@ def many(options: Options, run: Run) -> dict:
     openings = [prepare(chats.tokens, pictures.jpeg()) for _ in range(min(total, options.extra.many_pictures))]
     names = [f"chat{number}" for number in range(total)]
     questions = {name: [prompts.words(5), prompts.words(5)] for name in names}
-    chats.engine.budget = budget_for(chats, openings[0], room, room, len(openings), ROOM_TOKENS)
+    chats.engine.device_memory.budget = budget_for(chats, openings[0], room, room, len(openings), ROOM_TOKENS)
     run.say(f"{total} sessions, {len(openings)} pictures, room for {room}")
     rss, most_resident = [], 0
     began = time.perf_counter()
@@ -158,7 +162,7 @@ def _growth(rss: list[int], room: int) -> int:
 
 def _wrong(chats: EngineChats, openings: list, questions: dict, answers: dict) -> int:
     """How many answers a fresh session, alone and with room for itself, would not have given."""
-    chats.engine.budget = DeviceBudget(2**40, 2**40)
+    chats.engine.device_memory.budget = DeviceBudget(2**40, 2**40)
     wrong = 0
     for number, (name, asked) in enumerate(questions.items()):
         chats.open(name, openings[number % len(openings)])
@@ -185,7 +189,7 @@ def report(options: Options, counts: list[dict], times: dict, sizes: dict, crowd
             }
         )
     result.rows.append({"session": "(first open)", "first token ms": None, "to come back ms": spread(times["open"])})
-    restore, rebuild = median(times["parked"]) - alive, median(times["cold"]) - alive
+    restore, rebuild = median(times["offloaded"]) - alive, median(times["cold"]) - alive
     result.ratios = {
         "restore / rebuild": restore / rebuild,
         "restore / first open": restore / median(times["open"]),
@@ -227,7 +231,7 @@ def main(argv: list[str] | None = None) -> Result:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resident", type=int, default=6, help="sessions that the device's budget holds")
-    parser.add_argument("--parked", type=int, default=6, help="sessions that the host's budget holds")
+    parser.add_argument("--offloaded", type=int, default=6, help="sessions that the host's budget holds")
     parser.add_argument("--cold", type=int, default=6, help="sessions beyond that")
     parser.add_argument("--many", type=int, default=500, help="sessions of the second part")
     parser.add_argument("--many-room", type=int, default=20, help="how many of them the device holds, and the host")

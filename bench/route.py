@@ -1,6 +1,6 @@
 """What HAProxy in front of TorchServe adds to a request: the same requests to the same server, through it and past it.
 
-Starts the whole service (`python -m deploy.launch`) with the demo model, whose own share of a request is small, and
+Starts the whole service (`python -m deploy.serve`) with the demo model, whose own share of a request is small, and
 sends each request twice, over one kept connection each, in changing order: a streamed ask (until its first line), an
 ask that is answered whole, and one that is refused because its session is unknown, in which next to nothing but the way
 is left.
@@ -95,7 +95,7 @@ def service() -> Iterator[tuple[str, str]]:
     with tempfile.TemporaryDirectory() as store:
         pack = [ROOT / "build_mar.sh", "--model", MODEL, "--dtype", "float32", "--device", "cpu", "--output", store]
         subprocess.run(pack, check=True, capture_output=True)
-        command = [sys.executable, "-m", "deploy.launch", "--model-store", store, "--port", "0"]
+        command = [sys.executable, "-m", "deploy.serve", "--model-store", store, "--port", "0"]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
             text = ""

@@ -23,8 +23,8 @@ import nbformat
 import papermill
 from nbformat import NotebookNode
 
-from deploy.aws import images
-from deploy.serve import TorchServe
+from deploy.sagemaker import images
+from deploy.serve.torchserve import TorchServe
 from tests.aws import cloud
 from tests.deploy.conftest import Endpoint, served
 from tests.support.serving import START_S, pack

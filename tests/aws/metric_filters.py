@@ -7,7 +7,7 @@ import re
 
 import yaml
 
-from deploy.aws import stacks
+from deploy.sagemaker import stacks
 
 
 def template() -> dict:

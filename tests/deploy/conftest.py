@@ -23,12 +23,12 @@ import uvicorn
 from botocore.client import BaseClient
 from botocore.config import Config
 
-from demo.wire import png
 from deploy.local_endpoint.app import listen, make_app
-from deploy.local_endpoint.contract import Corners, Limits
+from deploy.local_endpoint.contract import Corners, PlatformLimits
 from deploy.local_endpoint.pins import Instance
-from deploy.local_endpoint.service import Service
-from deploy.serve import TorchServe
+from deploy.local_endpoint.service import EndpointService
+from deploy.serve.torchserve import TorchServe
+from llava_sessions_client import to_png
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.support.serving import pack
 
@@ -121,12 +121,12 @@ class Endpoint:
         self,
         servers: list[TorchServe],
         corners: Corners | None = None,
-        limits: Limits | None = None,
+        limits: PlatformLimits | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.corners = corners or Corners()
         told = [Instance(number, server.url, str(server.log_path)) for number, server in enumerate(servers, 1)]
-        self.service = Service(NAME, told, corners, limits, clock)
+        self.service = EndpointService(NAME, told, corners, limits, clock)
         self._listener = listen(0)
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         app = make_app(self.service)
@@ -175,7 +175,7 @@ def seed_of(index: int) -> int:
 
 def picture(index: int) -> str:
     """A picture as base64."""
-    return base64.b64encode(png(make_scene(seed_of(index)).draw())).decode()
+    return base64.b64encode(to_png(make_scene(seed_of(index)).draw())).decode()
 
 
 def invoke(client: BaseClient, body: dict, session: str | None = None, **members: Any) -> dict:

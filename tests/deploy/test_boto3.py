@@ -11,7 +11,7 @@ import pytest
 from botocore.client import BaseClient
 from botocore.exceptions import ClientError
 
-from deploy.serve import TorchServe
+from deploy.serve.torchserve import TorchServe
 
 from .conftest import NAME, Endpoint, ask, close_session, invoke, open_session, picture, runtime
 

@@ -9,7 +9,7 @@ import openai
 import pytest
 from botocore.client import BaseClient
 
-from deploy.serve import TorchServe
+from deploy.serve.torchserve import TorchServe
 
 from .conftest import Endpoint, ask, close_session, open_session, picture, runtime
 
@@ -125,10 +125,10 @@ def test_options_reach_the_model(gpt: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("messages", "options", "words"),
     [
-        ([user("What is there?")], {}, "no picture"),
-        ([], {}, "in turn"),
-        ([{"role": "system", "content": "Be brief."}, user("What?")], {}, "operator's"),
-        ([user("a"), user("b")], {}, "in turn"),
+        ([user("What is there?")], {}, "must have a picture"),
+        ([], {}, "alternate"),
+        ([{"role": "system", "content": "Be brief."}, user("What?")], {}, "operator sets"),
+        ([user("a"), user("b")], {}, "alternate"),
         ([{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}], {}, "'image_url' parts"),
         ([user("a")], {"n": 2}, "'n' must be 1"),
         ([user("a")], {"logprobs": True}, "logprobs"),

@@ -53,7 +53,7 @@ def test_sessions_beyond_the_budget_answer_right(results: Path) -> None:
     many = document["samples"]["many"]
     assert many["wrong"] == 0
     assert many["most_resident"] <= many["room"]
-    assert all(document["samples"]["counts"][-1][tier] for tier in ("resident", "parked", "cold"))
+    assert all(document["samples"]["counts"][-1][tier] for tier in ("resident", "offloaded", "cold"))
 
 
 def test_the_readme_takes_its_figures_from_the_files(results: Path, tmp_path: Path) -> None:

@@ -16,8 +16,10 @@ import torch
 from transformers import AutoProcessor
 
 from llava_sessions.engine.engine import Engine
-from llava_sessions.engine.kv import GROWTH_TOKENS, KVShape, SessionKV, choose_budget
+from llava_sessions.engine.kv import GROWTH_TOKENS, KVShape, SessionKV
+from llava_sessions.engine.memory import choose_budget
 from llava_sessions.engine.model import Model, UnsupportedCheckpoint
+from llava_sessions.engine.process import warm_up
 from llava_sessions.engine.scheduler import plan
 from llava_sessions.ipc.messages import (
     Admitted,
@@ -159,8 +161,8 @@ def test_closing_frees_every_tensor_of_the_session(tiny: Path) -> None:
         chats.open(name, ord(name))
         chats.ask(name, QUESTIONS[0], Sampling(4))
     chats.run()
-    session = chats.engine._sessions["a"]
-    tensors = [weakref.ref(session.shown[0].features), weakref.ref(session.kv._device)]
+    session = chats.engine.sessions["a"]
+    tensors = [weakref.ref(session.pictures[0].features), weakref.ref(session.kv.on_device)]
     held = chats.engine.memory()
     assert held.features_bytes == 3 * 16 * 64 * 4
     assert held.kv_bytes == 3 * 4 * 2 * 2 * GROWTH_TOKENS * 16 * 4
@@ -233,7 +235,7 @@ def test_a_deadline_ends_an_answer_with_what_it_has(tiny: Path) -> None:
     expected = whole.run()["a"].answer_ids
     cut.ask("a", QUESTIONS[0], Sampling(12, deadline_ms=600_000))
     cut.run(steps=5)
-    cut.engine._sessions["a"].turn.ends_at = 0.0  # time passes
+    cut.engine.sessions["a"].turn.deadline_at = 0.0  # time passes
     event = cut.run()["a"]
     assert (event.reason, event.answer_ids) == ("deadline", expected[:5])
     cut.ask("a", QUESTIONS[1], Sampling(4))
@@ -247,7 +249,7 @@ def test_a_deadline_before_the_first_token_leaves_the_session_as_it_was(tiny: Pa
         chats.run()
     late.ask("a", "what is in this picture of a circle?", Sampling(12, deadline_ms=600_000))
     late.run(steps=2)
-    late.engine._sessions["a"].turn.ends_at = 0.0
+    late.engine.sessions["a"].turn.deadline_at = 0.0
     late.run()
     assert late.events[-1] == Cancelled("turn-a", "deadline")
     for chats in (late, calm):
@@ -282,7 +284,7 @@ def test_lower_precisions_answer(tiny: Path) -> None:
     tokens = ChatTemplate(AutoProcessor.from_pretrained(tiny))
     for dtype in ("bfloat16", "float16"):
         engine = Engine(Model.load(tiny, dtype, "cpu"), tokens.answer_text, choose_budget(torch.device("cpu")))
-        engine.warm_up(tokens)
+        warm_up(engine, tokens)
         assert engine.model.dtype == getattr(torch, dtype)
         assert engine.memory() == Memory()
 

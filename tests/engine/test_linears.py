@@ -4,6 +4,8 @@ can't.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -102,19 +104,21 @@ def test_other_precisions_are_left_alone() -> None:
 
 
 @pytest.fixture
-def looks_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was found to work before does not count."""
-    monkeypatch.setattr(linears, "_works", linears._works.__wrapped__)
+def forgets_trials() -> Iterator[None]:
+    """Kinds of linears are tried again in this test, and again after it."""
+    linears.works.cache_clear()
+    yield
+    linears.works.cache_clear()
 
 
-def test_without_the_private_ops_nothing_is_packed(monkeypatch: pytest.MonkeyPatch, looks_again: None) -> None:
+def test_without_the_private_ops_nothing_is_packed(monkeypatch: pytest.MonkeyPatch, forgets_trials: None) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     model = layers(torch.float32)
     assert pack_all(model) == 0
     assert type(model[1]) is torch.nn.Linear
 
 
-def test_where_torch_has_no_fbgemm_the_weight_stays_whole(monkeypatch: pytest.MonkeyPatch, looks_again: None) -> None:
+def test_where_torch_has_no_fbgemm_the_weight_stays_whole(forgets_trials: None) -> None:
     engine = torch.backends.quantized.engine
     torch.backends.quantized.engine = "qnnpack"  # as on Arm
     try:

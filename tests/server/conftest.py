@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deploy.serve import TorchServe
+from deploy.serve.torchserve import TorchServe
 from tests.support.serving import pack
 
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from demo.wire import Chat, WireError, settled_gauges
-from deploy.serve import TorchServe
+from deploy.serve.torchserve import TorchServe
+from llava_sessions_client import ApiError, ChatSession, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 
 from .conftest import ROOT, SHAPES
@@ -49,18 +49,18 @@ def test_an_expired_session_is_gone_with_its_memory_and_its_place(short_lived: T
     places = 2 * SESSIONS + 16  # of TorchServe, which by itself would keep each for two minutes more
     with httpx.Client(base_url=short_lived.url, timeout=30, trust_env=False) as http:
         for _ in range(places // SESSIONS + 1):
-            chats = [Chat.open(http, PICTURE) for _ in range(SESSIONS)]
-            with pytest.raises(WireError, match="429 capacity"):
-                Chat.open(http, PICTURE)
-            gone = settled_gauges(short_lived.metrics_url, llava_open_sessions=0, llava_device_bytes=0)
+            chats = [ChatSession.open(http, PICTURE) for _ in range(SESSIONS)]
+            with pytest.raises(ApiError, match="429 capacity"):
+                ChatSession.open(http, PICTURE)
+            gone = wait_for_metrics(short_lived.metrics_url, llava_open_sessions=0, llava_device_bytes=0)
             assert (gone["llava_open_sessions"], gone["llava_device_bytes"]) == (0, 0)
         for request in (lambda: chats[0].ask("Still there?"), chats[0].close):
-            with pytest.raises(WireError, match="410 session_expired"):
+            with pytest.raises(ApiError, match="410 session_expired"):
                 request()
 
 
 def test_a_worker_without_the_session_headers_refuses_to_start(model_store: Path, tmp_path: Path) -> None:
-    """Started by hand with the stock launcher, and `. deploy/local.env` forgotten."""
+    """Started by hand with the stock launcher, and `. deploy/serve/local.env` forgotten."""
     with TorchServe(model_store, home=tmp_path / "ports") as other:
         rendered = (tmp_path / "ports" / "config.properties").read_text()
         other.stop()
@@ -79,7 +79,7 @@ def test_a_worker_without_the_session_headers_refuses_to_start(model_store: Path
         "--models",
         "llava",
     ]
-    options += ["--log-config", ROOT / "deploy" / "log4j2.xml"]
+    options += ["--log-config", ROOT / "deploy" / "serve" / "log4j2.xml"]
     log = tmp_path / "out.log"
     with log.open("w") as out:
         launcher = Path(sys.executable).with_name("torchserve")
@@ -98,15 +98,15 @@ def test_a_worker_without_the_session_headers_refuses_to_start(model_store: Path
         process.wait(30)
 
 
-def open_when_there_is_room(http: httpx.Client) -> Chat:
+def open_when_there_is_room(http: httpx.Client) -> ChatSession:
     """A chat as soon as TorchServe has a place for one: a sequence that ended keeps its own for `sequences.LINGER_S`,
     and on a fast machine more of them end in that time than there are places.
     """
     until = time.monotonic() + 20
     while True:
         try:
-            return Chat.open(http, PICTURE)
-        except WireError as error:
+            return ChatSession.open(http, PICTURE)
+        except ApiError as error:
             if error.status != httpx.codes.SERVICE_UNAVAILABLE or time.monotonic() > until:
                 raise
             time.sleep(0.1)

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from deploy.processes import ServeError, free_ports
-from deploy.serve import LOG_CONFIG, TorchServe, choose_ports, models_argument
+from deploy.serve.configuration import LOG_CONFIG, models_argument
+from deploy.serve.ports import choose_ports, free_ports
+from deploy.serve.processes import ServeError
+from deploy.serve.torchserve import TorchServe
 from tests.support.commands import alive
 from tests.support.stand_in import make_store
 
@@ -79,7 +81,7 @@ def test_two_servers_side_by_side_serve_log_little_and_leave_nothing(
 
         metrics = get_metrics(first)
         assert 'ts_inference_requests_total{model_name="stand-in"' in metrics
-        assert "# TYPE llava_open_sessions gauge" in metrics, "deploy/metrics.yaml is the one in use"
+        assert "# TYPE llava_open_sessions gauge" in metrics, "deploy/serve/metrics.yaml is the one in use"
         assert "job_queue_size=7" in (home / "config.properties").read_text()
         pids = [pid for server in (first, second) for pid in (server.pid, *server.worker_pids())]
         assert len(set(pids)) == 4
@@ -147,7 +149,7 @@ def test_java_too_old_or_absent_is_said(store: Path, tmp_path: Path, monkeypatch
     monkeypatch.setenv("JAVA_HOME", str(tmp_path))
     with pytest.raises(ServeError, match=r"is Java 11\. TorchServe needs Java 17"):
         TorchServe(store, "stand-in").start()
-    said = subprocess.run([REPO / "deploy" / "need_java.sh"], capture_output=True, text=True, check=False)
+    said = subprocess.run([REPO / "scripts" / "need_java.sh"], capture_output=True, text=True, check=False)
     assert said.returncode == 1
     assert "is version 11" in said.stderr
     assert "apt-get install openjdk-17-jre-headless" in said.stderr

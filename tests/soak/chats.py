@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from demo.wire import SESSION_HEADER, WireError, png
+from llava_sessions_client import SESSION_HEADER, ApiError, to_png
 from models.shapes.scenes import HELD_OUT_SEEDS, dialogue, make_scene
 
 # No request may hang longer; a client waits for a reply's next bytes as long.
@@ -122,7 +122,7 @@ class PatientChat:
             number = next(tries)
             try:
                 self._post({"type": "close_session"})
-            except WireError as error:
+            except ApiError as error:
                 if error.code != "session_not_found" or number == 0:
                     raise
 
@@ -171,7 +171,7 @@ def _said(body: dict) -> Said:
 
 
 def _checked(reply: httpx.Response) -> httpx.Response:
-    """The reply. Raises `Again` or `WireError`."""
+    """The reply. Raises `Again` or `ApiError`."""
     if reply.is_success:
         return reply
     try:
@@ -179,14 +179,14 @@ def _checked(reply: httpx.Response) -> httpx.Response:
     except (ValueError, KeyError, TypeError):
         if reply.status_code in _NOT_OURS:
             raise Again(f"status {reply.status_code}", 0.5) from None
-        raise WireError(reply.status_code, "not_ours", reply.text[:200]) from None
+        raise ApiError(reply.status_code, "not_ours", reply.text[:200]) from None
     raise _problem(reply.status_code, error, float(reply.headers.get("Retry-After", 1)))
 
 
 def _problem(status: int, error: dict, after_s: float) -> Exception:
     if error["code"] in _OURS:
         return Again(error["code"], after_s)
-    return WireError(status, error["code"], error["message"])
+    return ApiError(status, error["code"], error["message"])
 
 
 def client(url: str) -> httpx.Client:
@@ -211,7 +211,9 @@ def scene_scripts(count: int, turns: int, first: int = 0) -> list[Script]:
     """Conversations about held-out scenes."""
     seeds = HELD_OUT_SEEDS[first : first + count]
     return [
-        Script(str(seed), png(make_scene(seed).draw()), tuple(q.text for q in dialogue(make_scene(seed), seed, turns)))
+        Script(
+            str(seed), to_png(make_scene(seed).draw()), tuple(q.text for q in dialogue(make_scene(seed), seed, turns))
+        )
         for seed in seeds
     ]
 

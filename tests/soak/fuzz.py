@@ -40,9 +40,9 @@ import torch
 from hypothesis import strategies as st
 
 from bench import machine
-from demo.wire import SESSION_HEADER, Chat, WireError, png, settled_gauges
-from deploy.serve import TorchServe
+from deploy.serve.torchserve import TorchServe
 from llava_sessions.errors import STATUS_OF_CODE
+from llava_sessions_client import SESSION_HEADER, ApiError, ChatSession, to_png, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.support.serving import Processes, pack
 
@@ -221,7 +221,7 @@ class Fuzz:
     def control(self, number: int) -> int:
         """Chat again and again, with a token and a word that nobody else may see. How many answers were compared."""
         compared = 0
-        picture = png(make_scene(HELD_OUT_SEEDS[300 + number]).draw())
+        picture = to_png(make_scene(HELD_OUT_SEEDS[300 + number]).draw())
         word = f"canary{secrets.token_hex(6)}"
         questions = [f"{question} {word}" for question in QUESTIONS]
         with httpx.Client(base_url=self.url, timeout=ANSWER_S, trust_env=False) as own:
@@ -229,7 +229,7 @@ class Fuzz:
             while not self.over.is_set():
                 try:
                     said = self._chat(own, picture, questions, word)
-                except WireError as error:
+                except ApiError as error:
                     # The table, or the frontend, is full of fuzz: that is what they say then, and what passes.
                     if error.status not in (429, 503) or error.code in UNWANTED:
                         self.blame(f"control: {error}")
@@ -249,10 +249,10 @@ class Fuzz:
         body = {"type": "start_session", "image": image, "session_token": token}
         reply = own.post("/invocations", json=body)
         if reply.status_code != httpx.codes.OK:
-            raise WireError(
+            raise ApiError(
                 reply.status_code, reply.json().get("error", {}).get("code", "not_ours"), "no control session"
             )
-        chat = Chat(own, reply.json()["session_id"], "")
+        chat = ChatSession(own, reply.json()["session_id"], "")
         self.secrets |= {word, chat.session_id}
         self.theirs.append(chat.session_id)
         try:
@@ -485,7 +485,7 @@ def fuzz(server: TorchServe, requests: int, seed: int, threads: int = THREADS) -
         run.blame(f"{len(run.unanswered)} requests got no answer: {run.unanswered[:5]}")
     if Processes.of(server).pids != processes.pids:
         run.blame("a process is not the one that it was")
-    left = settled_gauges(server.metrics_url, timeout_s=2 * IDLE_S + 10, llava_open_sessions=0, llava_running_turns=0)
+    left = wait_for_metrics(server.metrics_url, timeout_s=2 * IDLE_S + 10, llava_open_sessions=0, llava_running_turns=0)
     if left["llava_open_sessions"] or left["llava_running_turns"]:
         run.blame(f"sessions stay open: {left}")
     _open_all(run, sessions)
@@ -494,15 +494,15 @@ def fuzz(server: TorchServe, requests: int, seed: int, threads: int = THREADS) -
 
 def _open_all(run: Fuzz, sessions: int) -> None:
     """No place is left taken: as many sessions as there may be open, and answer."""
-    picture = png(make_scene(HELD_OUT_SEEDS[0]).draw(72))
+    picture = to_png(make_scene(HELD_OUT_SEEDS[0]).draw(72))
     with httpx.Client(base_url=run.url, timeout=ANSWER_S, trust_env=False) as own:
         try:
-            chats = [Chat.open(own, picture) for _ in range(sessions)]
+            chats = [ChatSession.open(own, picture) for _ in range(sessions)]
             if len({chat.ask(QUESTIONS[0])["response_text"] for chat in chats}) != 1:
                 run.blame("one picture, one question, and different answers")
             for chat in chats:
                 chat.close()
-        except (WireError, httpx.HTTPError) as error:
+        except (ApiError, httpx.HTTPError) as error:
             run.blame(f"not all {sessions} sessions can be opened afterwards: {type(error).__name__}: {error}")
 
 

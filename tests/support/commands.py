@@ -38,12 +38,12 @@ def eventually(condition: Callable[[], bool], timeout_s: float = 60) -> bool:
 
 
 class Command:
-    """`python -m deploy.launch` with its output, and the processes that it started."""
+    """`python -m deploy.serve` with its output, and the processes that it started."""
 
     def __init__(self, store: Path, name: str, port: int = 0, env: dict[str, str] | None = None) -> None:
         arguments = ["--model-store", str(store), "--name", name, "--port", str(port)]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "deploy.launch", *arguments],
+            [sys.executable, "-m", "deploy.serve", *arguments],
             cwd=REPO,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import psutil
 
-from demo.wire import settled_gauges
-from deploy.front import find_haproxy
-from deploy.launch import Service
-from deploy.serve import TorchServe
+from deploy.serve.haproxy import find_haproxy
+from deploy.serve.service import Service
+from deploy.serve.torchserve import TorchServe
+from llava_sessions_client import wait_for_metrics
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "models" / "shapes"
@@ -110,7 +110,7 @@ class Served:
 
     def gauges(self, timeout_s: float = 20, **wanted: float) -> dict[str, float]:
         """The server's metrics, once those in `wanted` have these values or at the timeout."""
-        return settled_gauges(self.server.metrics_url, timeout_s, **wanted)
+        return wait_for_metrics(self.server.metrics_url, timeout_s, **wanted)
 
     def log(self) -> str:
         """What workers and engines have said so far."""

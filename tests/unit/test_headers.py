@@ -66,7 +66,7 @@ def test_an_empty_file_has_no_properties():
 
 def test_the_committed_files_agree():
     properties = read_properties((REPO / "config.properties").read_text())
-    assert header_problems(properties, exported(REPO / "deploy" / "local.env")) == []
+    assert header_problems(properties, exported(REPO / "deploy" / "serve" / "local.env")) == []
 
 
 def test_the_committed_frontend_without_the_committed_environment_is_a_problem():

@@ -194,7 +194,7 @@ def test_an_answer_is_told_whole_with_its_facts(front):
 def test_token_ids_come_when_asked_for(front, tokens):
     body = front.ask(front.open(), return_token_ids=True)
     assert len(body["token_ids"]) == body["usage"]["completion_tokens"]
-    text = tokens._tokenizer.decode(body["token_ids"], skip_special_tokens=True).lstrip()
+    text = tokens.tokenizer.decode(body["token_ids"], skip_special_tokens=True).lstrip()
     assert text == body["response_text"]
 
 
@@ -947,9 +947,9 @@ def test_an_acknowledged_session_whose_picture_failed_is_rebuilt_by_its_next_tur
 def test_a_picture_that_the_engine_fails_at_once_costs_no_session(front):
     good = front.open()
     row, until = front.row({"type": "start_session", "image": png("blue")}), time.monotonic() + PATIENCE_S
-    while row.sequence_id not in front.engine._sessions and time.monotonic() < until:
+    while row.sequence_id not in front.engine.sessions and time.monotonic() < until:
         front.exchange(row)
-    front.engine._sessions[row.sequence_id].shown[0].picture = None  # nothing that can be encoded
+    front.engine.sessions[row.sequence_id].pictures[0].prepared = None  # nothing that can be encoded
     front.step()
     assert front.exchange(row)[0].status == 200  # there was room for it
     front.step()
@@ -960,7 +960,7 @@ def test_a_picture_that_the_engine_fails_at_once_costs_no_session(front):
 
 def test_an_open_that_the_engine_can_not_take_is_refused_and_its_place_is_free(front):
     row, until = front.row({"type": "start_session", "image": png()}), time.monotonic() + PATIENCE_S
-    front.engine.budget = None  # makes every open raise
+    front.engine.device_memory.budget = None  # makes every open raise
     replies = [None]
     while replies == [None] and time.monotonic() < until:
         replies = front.exchange(row)

@@ -94,18 +94,15 @@ def _decode(data: bytes, picture_format: str, limits: MediaLimits) -> Image.Imag
     return upright if method is None else upright.transpose(method)
 
 
-# Longer side / shorter side. A model's resize to a fixed shorter side multiplies the longer side by it.
-_MAX_ASPECT = 100
-
-
 def _check_dimensions(width: int, height: int, limits: MediaLimits) -> None:
     if width < 1 or height < 1:
         raise MediaError(INVALID_REQUEST, "the picture is damaged: its header declares no pixels")
     if width * height > limits.max_pixels:
         raise MediaError(TOO_LARGE, f"the picture must have at most {limits.max_pixels} pixels, got {width} x {height}")
-    if max(width, height) > _MAX_ASPECT * min(width, height):
+    if max(width, height) > limits.max_aspect * min(width, height):
         raise MediaError(
-            TOO_LARGE, f"the picture must have an aspect ratio of at most {_MAX_ASPECT}:1, got {width} x {height}"
+            TOO_LARGE,
+            f"the picture must have an aspect ratio of at most {limits.max_aspect:g}:1, got {width} x {height}",
         )
 
 

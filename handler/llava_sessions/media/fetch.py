@@ -22,6 +22,7 @@ from urllib.parse import quote, urljoin, urlsplit
 import httpcore
 
 from ..config import MediaLimits
+from ..errors import describe
 from .addresses import is_public_address
 from .limits import INVALID_REQUEST, MAX_URL_CHARS, TOO_LARGE, MediaError, check_size, scheme_of
 
@@ -165,9 +166,7 @@ class Fetcher:
     def _read_s3(self, uri: str, limits: MediaLimits, deadline: _Deadline) -> bytes:
         match = re.fullmatch(r"(?i:s3)://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(.+)", uri, re.DOTALL)
         if not match:
-            raise MediaError(
-                INVALID_REQUEST, f"the s3 URI must be s3://<bucket>/<key>, got a string of {len(uri)} characters"
-            )
+            raise MediaError(INVALID_REQUEST, f"the s3 URI must be s3://<bucket>/<key>, got {describe(uri)}")
         bucket, key = match.groups()
         if bucket not in limits.s3_buckets:
             raise MediaError(INVALID_REQUEST, f"the s3 bucket must be one that this server allows, got {bucket}")
@@ -255,9 +254,7 @@ def _parse_https(url: str, limits: MediaLimits) -> _Target:
     try:
         parts = urlsplit(url)
     except ValueError:
-        raise MediaError(
-            INVALID_REQUEST, f"the URL must be a valid https URL, got a string of {len(url)} characters"
-        ) from None
+        raise MediaError(INVALID_REQUEST, f"the URL must be a valid https URL, got {describe(url)}") from None
     if parts.scheme != "https":
         raise MediaError(INVALID_REQUEST, "the URL must have the scheme https, got another scheme")
     if "@" in parts.netloc:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from urllib.parse import unquote, unquote_to_bytes
 
 from ..config import MediaLimits
+from ..errors import describe
 from .fetch import Fetcher
 from .limits import INVALID_REQUEST, MAX_URL_CHARS, MediaError, check_size, scheme_of
 
@@ -27,7 +28,7 @@ def read_base64(text: str, limits: MediaLimits) -> bytes:
     Standard and URL-safe digits, white space and missing padding are accepted.
     """
     if not isinstance(text, str):
-        raise MediaError(INVALID_REQUEST, f"the picture must be base64 or a data URL, got type {type(text).__name__}")
+        raise MediaError(INVALID_REQUEST, f"the picture must be base64 or a data URL, got {describe(text)}")
     payload = text.lstrip()
     if payload[:5].lower() == "data:":
         payload = _data_url_payload(payload)
@@ -41,18 +42,16 @@ def read_path(source: str, limits: MediaLimits, fetch: Fetch | None = None) -> b
     Block for at most `limits.fetch_timeout_s` seconds.
     """
     if not isinstance(source, str):
-        raise MediaError(
-            INVALID_REQUEST, f"the path must be an https, s3 or data URL, got type {type(source).__name__}"
-        )
+        raise MediaError(INVALID_REQUEST, f"the path must be an https, s3 or data URL, got {describe(source)}")
     source = source.strip()
     if not source:
-        raise MediaError(INVALID_REQUEST, "the path must not be empty, got 0 characters")
+        raise MediaError(INVALID_REQUEST, "the path must be an https, s3 or data URL, got an empty string")
     scheme = scheme_of(source)
     if scheme == "data":
         return read_base64(source, limits)
     if len(source) > MAX_URL_CHARS:
         raise MediaError(
-            INVALID_REQUEST, f"the path must be at most {MAX_URL_CHARS} characters, got {len(source)} characters"
+            INVALID_REQUEST, f"the path must be at most {MAX_URL_CHARS} characters, got {describe(source)}"
         )
     if is_remote(source):
         return (fetch or Fetcher())(source, limits)
@@ -84,9 +83,7 @@ def _decode_base64(text: str, limits: MediaLimits) -> bytes:
         standard = digits.encode("ascii").translate(bytes.maketrans(b"-_", b"+/"))
         return base64.b64decode(standard + b"=" * (-len(standard) % 4), validate=True)
     except (UnicodeEncodeError, binascii.Error):
-        raise MediaError(
-            INVALID_REQUEST, f"the picture must be valid base64, got a string of {len(text)} characters"
-        ) from None
+        raise MediaError(INVALID_REQUEST, f"the picture must be valid base64, got {describe(text)}") from None
 
 
 def _read_local(source: str, limits: MediaLimits) -> bytes:
@@ -121,9 +118,7 @@ def _local_path(source: str) -> str:
         return source
     match = re.fullmatch(r"(?i:file):(?://(?i:localhost)?(?=/)|(?!//))(/[^?#]*)", source)
     if not match:
-        raise MediaError(
-            INVALID_REQUEST, f"the file URL must be file:///<absolute path>, got a string of {len(source)} characters"
-        )
+        raise MediaError(INVALID_REQUEST, f"the file URL must be file:///<absolute path>, got {describe(source)}")
     return unquote(match[1])
 
 

@@ -45,7 +45,7 @@ HANDLER = Path(supervisor_module.__file__).parents[2]
 PARENT = """
 import queue, sys, time
 from llava_sessions.ipc.messages import EngineSettings
-from llava_sessions.engine.supervisor import EngineSupervisor
+from llava_sessions.worker.engines import EngineSupervisor
 settings = EngineSettings(sys.argv[1], "", "float32", "cpu", 256)
 supervisor = EngineSupervisor(settings, queue.SimpleQueue(), 60, give_up=lambda: None)
 supervisor.start()

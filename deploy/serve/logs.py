@@ -27,12 +27,20 @@ class ServerLogs:
         """Return at most `count` last lines of a log, without lines of earlier starts."""
         return tail(path, count, self._old_bytes[path])
 
-    def wait_until_quiet(self, quiet_s: float = 0.3, timeout_s: float = 3.0) -> None:
-        """Wait until the worker's log has not grown for `quiet_s`: the last lines of a dead worker arrive late."""
-        deadline = time.monotonic() + timeout_s
-        size = -1
-        while size != (size := _file_size(self.model)) and time.monotonic() < deadline:
-            time.sleep(quiet_s)
+    def wait_for_last_lines(self, quiet_s: float = 1.0, timeout_s: float = 10.0) -> None:
+        """Wait for the last lines of a dead worker, which java logs with a delay.
+
+        Return when the handler has explained the failure, or when the log has not grown for `quiet_s`.
+        """
+        now = time.monotonic()
+        deadline = now + timeout_s
+        quiet_since = now
+        size = _file_size(self.model)
+        while now < deadline and now - quiet_since < quiet_s and not self.startup_errors():
+            time.sleep(0.1)
+            now = time.monotonic()
+            if size != (size := _file_size(self.model)):
+                quiet_since = now
 
     def startup_errors(self) -> list[str]:
         """Return the lines with which the handler explains a failed start."""

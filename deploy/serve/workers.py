@@ -43,7 +43,7 @@ class Workers:
             self._ready = self._processes()
             return True
         if statuses is not None and self._load_failed(statuses):
-            self._logs.wait_until_quiet()
+            self._logs.wait_for_last_lines()
             raise ServeError(f"the model {self._model!r} failed to load\n{self._logs.reason()}")
         return False
 

@@ -104,7 +104,8 @@ def whole_ids(processor, messages: list[dict], pictures: list[Image.Image]) -> l
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_turn_by_turn_ids_are_those_of_the_whole_conversation(make_chat, tiny, name, system_prompt, pictures):
     chat = make_chat(TEMPLATES[name], system_prompt)
-    processor, images = chat.processor, [picture()] * pictures
+    processor = chat.processor
+    images = [picture()] * pictures
     messages = [{"role": "system", "content": [{"type": "text", "text": system_prompt}]}] if system_prompt else []
     conversation = Conversation(prepare(chat, images))
     for number, (question, answer) in enumerate(TURNS):
@@ -131,7 +132,8 @@ def test_a_prompt_leaves_the_conversation_as_it_was(make_chat, name):
 
 def test_conversations_of_one_opening_grow_apart(chat):
     opening = prepare(chat, [picture()])
-    first, second = Conversation(opening), Conversation(opening)
+    first = Conversation(opening)
+    second = Conversation(opening)
     first.commit([1, 2], [3])
     assert second.token_ids == opening.token_ids
     assert first.token_ids == [*opening.token_ids, 1, 2, 3]
@@ -172,7 +174,8 @@ def test_special_tokens_in_a_question_stay_text(make_chat, name, text):
     conversation = Conversation(prepare(chat, [picture()]))
     tokenizer = chat.tokenizer
     for _ in range(2):
-        plain, odd = chat.prompt(conversation.opened_on, "question"), chat.prompt(conversation.opened_on, text)
+        plain = chat.prompt(conversation.opened_on, "question")
+        odd = chat.prompt(conversation.opened_on, text)
         for special in SPECIALS:
             token = tokenizer.convert_tokens_to_ids(special)
             assert odd.count(token) == plain.count(token)
@@ -223,7 +226,8 @@ def test_an_opening_holds_the_tokens_of_every_picture_and_ends_behind_the_last(m
 
 
 def test_the_pixels_follow_the_order_of_the_pictures(chat):
-    red, blue = picture("red"), picture("blue")
+    red = picture("red")
+    blue = picture("blue")
     both = pixels(prepare(chat, [red, blue]))
     assert np.array_equal(both[0], pixels(prepare(chat, [red]))[0])
     assert np.array_equal(both[1], pixels(prepare(chat, [blue]))[0])
@@ -447,7 +451,8 @@ def test_any_stop_strings_cut_where_the_first_of_them_is_complete(tokenizer, see
 
 
 def test_readers_of_one_chat_share_nothing(chat):
-    first, second = chat.answer_text(), chat.answer_text(("b",))
+    first = chat.answer_text()
+    second = chat.answer_text(("b",))
     tokens = ids_of(chat.tokenizer, "ab")
     for token in tokens:
         second.push(token)

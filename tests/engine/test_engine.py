@@ -72,7 +72,8 @@ def test_answers_equal_generate_over_turns_while_others_share_the_batch(
 
 def test_multi_head_attention_equals_generate(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path, kv_heads=4, seed=3)
-    chats, reference = Chats(checkpoint), Reference(checkpoint)
+    chats = Chats(checkpoint)
+    reference = Reference(checkpoint)
     chats.open("a", 1)
     for question in QUESTIONS:
         full = chats.ask("a", question, Sampling(12))
@@ -227,7 +228,8 @@ def test_a_picture_that_can_not_be_encoded_fails_only_its_own_session(tiny: Path
 
 
 def test_a_deadline_ends_an_answer_with_what_it_has(tiny: Path) -> None:
-    cut, whole = Chats(tiny), Chats(tiny)
+    cut = Chats(tiny)
+    whole = Chats(tiny)
     for chats in (cut, whole):
         chats.open("a", 1)
         chats.run()
@@ -243,7 +245,8 @@ def test_a_deadline_ends_an_answer_with_what_it_has(tiny: Path) -> None:
 
 
 def test_a_deadline_before_the_first_token_leaves_the_session_as_it_was(tiny: Path) -> None:
-    late, calm = Chats(tiny, chunk_tokens=1), Chats(tiny)
+    late = Chats(tiny, chunk_tokens=1)
+    calm = Chats(tiny)
     for chats in (late, calm):
         chats.open("a", 1)
         chats.run()
@@ -317,9 +320,13 @@ def test_kv_grows_in_steps_and_keeps_what_it_holds() -> None:
 def test_decodes_always_run_and_prefills_share_the_chunk_in_order() -> None:
     class Waiting:
         def __init__(self, ticket: int, pending_tokens: int) -> None:
-            self.ticket, self.pending_tokens = ticket, pending_tokens
+            self.ticket = ticket
+            self.pending_tokens = pending_tokens
 
-    late, early, decode, idle = Waiting(3, 10), Waiting(2, 6), Waiting(9, 1), Waiting(0, 0)
+    late = Waiting(3, 10)
+    early = Waiting(2, 6)
+    decode = Waiting(9, 1)
+    idle = Waiting(0, 0)
     sessions = [late, decode, idle, early]
     assert plan(sessions, 8) == [(decode, 1), (early, 6), (late, 2)]
     assert plan(sessions, 6) == [(decode, 1), (early, 6)]

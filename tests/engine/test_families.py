@@ -90,7 +90,8 @@ class Chats:
     """An engine and the chats that it holds, driven as the pump does it."""
 
     def __init__(self, family: Family, budget: DeviceBudget = AMPLE, chunk_tokens: int = 48) -> None:
-        self.family, self.tokens = family, family.tokens
+        self.family = family
+        self.tokens = family.tokens
         self.engine = Engine(family.model, family.tokens.answer_text, budget, chunk_tokens)
         self.chats: dict[str, Chat] = {}
         self.events: list[Event] = []
@@ -238,7 +239,8 @@ def whole_text(family: Family, messages: list[dict]) -> str:
 
 @pytest.mark.parametrize("opened", [1, 2])
 def test_ids_and_arrays_are_the_processors_own_on_the_whole_conversation(family: Family, opened: int) -> None:
-    tokens, processor = family.tokens, family.tokens.processor
+    tokens = family.tokens
+    processor = family.tokens.processor
     requests = [[noise(seed) for seed in range(opened)], [noise(3)], [], [noise(4), noise(5)]]
     prepared = [tokens.prepare(pictures) for pictures in requests]
     opening = tokens.opening(requests[0])
@@ -336,7 +338,8 @@ def onevision_whole(processor, text: str, images: list[list[Image.Image]]) -> tu
 
 
 def test_one_picture_at_open_and_one_later_are_what_the_processor_makes_of_a_flat_list(family: Family) -> None:
-    first, second = family.tokens.prepare([noise(1)]), family.tokens.prepare([noise(2)])
+    first = family.tokens.prepare([noise(1)])
+    second = family.tokens.prepare([noise(2)])
     processor = family.tokens.processor
     together = processor(images=[noise(1)[1], noise(2)[1]], text="<image><image>", return_tensors="np")
     assert together["input_ids"][0].tolist().count(family.tokens.image_token_id) == sum(

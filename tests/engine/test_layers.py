@@ -126,7 +126,8 @@ def test_compiled_attention_is_attention(
     before = [cache.clone() for cache in caches]
     qkv = 2 * torch.randn(6, width * head_dim).to(dtype)
     angles = torch.rand(6, head_dim // 2).repeat(1, 2) * 6
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    cos = angles.cos().to(dtype)
+    sin = angles.sin().to(dtype)
     out = torch.full((6, heads * head_dim), 7.0).to(dtype)
     places = [
         (row, cache.data_ptr(), cache.shape[3], length) for row, cache, length in zip(rows, caches, stored, strict=True)

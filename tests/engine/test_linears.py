@@ -37,7 +37,8 @@ def plain(weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.nn.Li
 def test_packed_linears_give_the_plain_ones_numbers(dtype: torch.dtype, allowed: float, rows: int) -> None:
     if not can_pack(dtype):
         pytest.skip(f"this CPU has no packed linears in {dtype}")
-    model, inputs = layers(dtype), torch.randn(1, rows, 48).to(dtype)
+    model = layers(dtype)
+    inputs = torch.randn(1, rows, 48).to(dtype)
     with torch.inference_mode():
         wanted = model(inputs)
         assert pack_all(model) == 2
@@ -55,7 +56,8 @@ def test_in_float32_a_weight_that_half_the_bytes_hold_takes_half_and_gives_the_s
     # As wide a range as trained weights have, with some that float16 would have as zero.
     weight = torch.randn(130, 70) * torch.tensor([1e-9, 1e-6, 0.02, 0.02, 3.0]).repeat(14)
     one = plain(weight.to(checkpoint).float(), torch.randn(130))
-    inputs, added = 40 * torch.randn(2, rows, 70), torch.randn(2, rows, 130)
+    inputs = 40 * torch.randn(2, rows, 70)
+    added = torch.randn(2, rows, 130)
     with torch.inference_mode():
         packed = pack(one)
         assert packed.weight_bytes == weight.numel() * (4 if checkpoint == torch.float32 else 2)

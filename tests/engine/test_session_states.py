@@ -19,6 +19,7 @@ from llava_sessions.engine.session import (
     Stateful,
 )
 from llava_sessions.ipc.messages import (
+    Admitted,
     AskSession,
     Cancelled,
     Closed,
@@ -27,6 +28,7 @@ from llava_sessions.ipc.messages import (
     OpenFailed,
     OpenSession,
     OutOfCapacity,
+    Prefilled,
     PreparedPicture,
     Sampling,
     TurnFailed,
@@ -166,3 +168,17 @@ def test_a_close_is_answered_even_if_the_turn_can_not_be_rolled_back(
     chats.engine.apply(CloseSession("a"))
     assert chats.engine.step() == [Cancelled("turn-a"), Closed("a")]
     assert not chats.engine.has_work
+
+
+def test_a_sampling_error_in_the_step_that_completes_the_opening_fails_the_turn_only(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chats = Chats(tiny)
+    chats.open("a", 1)
+    chats.ask("a", QUESTIONS[0], Sampling(4))
+    with monkeypatch.context() as patch:
+        patch.setattr("llava_sessions.engine.engine.next_tokens", lambda *_: [RuntimeError("not a number")])
+        chats.run(steps=1)
+    assert [type(event) for event in chats.events] == [Admitted, Prefilled, TurnFailed]
+    chats.ask("a", QUESTIONS[0], Sampling(4))
+    assert chats.run()["a"].reason == "length"

@@ -116,7 +116,8 @@ def nearly_full(chats: Chats, name: str, room: int) -> SessionKV:
     """Open a session whose first turn leaves room for so many tokens in its cache; the turn has yet to run."""
     chats.open(name, ord(name))
     chats.run()
-    conversation, text = chats.conversations[name], "?"
+    conversation = chats.conversations[name]
+    text = "?"
     while len(conversation.token_ids + chats.tokens.prompt(conversation.opened_on, text)) < GROWTH_TOKENS - room - 3:
         text += "?"
     chats.ask(name, text, Sampling(3))
@@ -124,8 +125,10 @@ def nearly_full(chats: Chats, name: str, room: int) -> SessionKV:
 
 
 def test_a_cache_that_the_next_turn_would_outgrow_is_grown_while_nobody_waits(tiny: Path) -> None:
-    chats, free = Chats(tiny), Chats(tiny)
-    kv, _ = nearly_full(chats, "a", room=10), nearly_full(free, "a", room=10)
+    chats = Chats(tiny)
+    free = Chats(tiny)
+    kv = nearly_full(chats, "a", room=10)
+    _ = nearly_full(free, "a", room=10)
     assert kv.capacity == GROWTH_TOKENS
     assert chats.run()["a"].answer_ids == free.run()["a"].answer_ids
     assert kv.length < GROWTH_TOKENS < kv.capacity == 2 * GROWTH_TOKENS
@@ -194,7 +197,8 @@ def test_what_is_open_is_not_dropped_for_a_newcomer(tiny: Path) -> None:
 
 
 def test_a_burst_of_openings_waits_for_room_and_is_refused_none(tiny: Path) -> None:
-    chats, free = Chats(tiny, budget=DeviceBudget(2 * STEP_BYTES + 6 * FEATURES_BYTES, PLENTY)), Chats(tiny)
+    chats = Chats(tiny, budget=DeviceBudget(2 * STEP_BYTES + 6 * FEATURES_BYTES, PLENTY))
+    free = Chats(tiny)
     for either in (chats, free):
         for name in "abcdef":
             either.open(name, ord(name))
@@ -231,7 +235,8 @@ def test_features_leave_room_for_an_opening_that_waits(tiny: Path) -> None:
 
 @pytest.mark.parametrize("chunk_tokens", [256, 5])
 def test_the_same_picture_is_encoded_and_prefilled_once(tiny: Path, chunk_tokens: int) -> None:
-    chats, alone = Chats(tiny, chunk_tokens), Chats(tiny, chunk_tokens)
+    chats = Chats(tiny, chunk_tokens)
+    alone = Chats(tiny, chunk_tokens)
     for name in "abc":
         chats.open(name, 1)
     chats.run()

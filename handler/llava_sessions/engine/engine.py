@@ -140,9 +140,12 @@ class Engine:
     def _ask(self, command: AskSession) -> None:
         """Start a turn, or reject it if memory is insufficient. Any failure leaves the session unchanged."""
         session = self.sessions.get(command.session_id)
+        if session is None:
+            self._events.append(TurnFailed(command.turn_id, "the session is not open in the engine"))
+            return
         problem = _ask_problem(session, command, self.model)
-        if session is None or problem:
-            self._events.append(TurnFailed(command.turn_id, problem or "the session is not open in the engine"))
+        if problem is not None:
+            self._events.append(TurnFailed(command.turn_id, problem))
             return
         start = len(session.token_ids)
         prompt_tokens = start + len(command.token_ids)
@@ -276,6 +279,9 @@ class Engine:
             for session, _ in steps:
                 self._fail(session, error)
             return
+        for session, _ in steps:
+            with self._isolated(session):
+                self._events += session.mark_prefilled()
         for (session, _), token in zip(sampled, tokens, strict=True):
             try:
                 if isinstance(token, Exception):
@@ -284,9 +290,6 @@ class Engine:
             except Exception as error:
                 log.exception("turn_failed session=%s", session.id[:12])
                 self._fail(session, error)
-        for session, _ in steps:
-            with self._isolated(session):
-                self._events += session.mark_prefilled()
 
     def _retry_or_reject(self, session: EngineSession, error: Exception) -> None:
         """Handle an out-of-memory error that changed no session.
@@ -306,8 +309,9 @@ class Engine:
                 del self.sessions[session.id]
             else:
                 session.roll_back_turn()
-            exceeded = MemoryExceeded(session.reserved_bytes, 0)
-            self._events.append(_rejection(session.id, turn_id, exceeded, len(self.sessions)))
+            self._events.append(
+                OutOfCapacity(session.id, turn_id, session.reserved_bytes, 0, open_sessions=len(self.sessions))
+            )
 
     def _fail(self, session: EngineSession, error: Exception, ends_opening: bool = True) -> None:
         """End the session's turn, and its opening if that is unfinished and `ends_opening` is True.
@@ -338,10 +342,8 @@ class Engine:
             self._fail(session, error)
 
 
-def _ask_problem(session: EngineSession | None, command: AskSession, model: Model) -> str | None:
+def _ask_problem(session: EngineSession, command: AskSession, model: Model) -> str | None:
     """Return why a turn can't start, or None if it can."""
-    if session is None:
-        return "the session is not open in the engine"
     if session.turn is not None:
         return "the session is still answering"
     if model.media_positions(command.token_ids) and not command.pictures:

@@ -144,10 +144,10 @@ def _compile(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> An
 
     Returns a Numba C function that takes the address of a task.
     """
-    if dtype == torch.bfloat16:
-        numbers_at, wide, narrow = _pointer(types.uint16), _wide, _narrow
-    else:
-        numbers_at, wide, narrow = _pointer(types.float32), _same, _same
+    is_bfloat16 = dtype == torch.bfloat16
+    numbers_at = _pointer(types.uint16 if is_bfloat16 else types.float32)
+    wide = _wide if is_bfloat16 else _same
+    narrow = _narrow if is_bfloat16 else _same
     rotate = _make_rotate(head_dim, wide)
     attend = _make_attend(head_dim, wide, narrow)
     run_piece = _make_run_piece(heads, kv_heads, head_dim, dtype.itemsize, numbers_at, narrow, rotate, attend)

@@ -30,7 +30,7 @@ demo: java env  ## run a five-turn picture chat through a real TorchServe (SEED=
 check: env lint unit  ## lint, types and unit tests: for every save
 
 test: java haproxy env lint  ## lint, then all tests (TESTS="tests/server -k chat" for some)
-	@$(PYTHON) -m pytest $(TESTS)
+	@$(PYTHON) -m pytest -n 2 $(TESTS)
 
 unit: env
 	@$(PYTHON) -m pytest -q -n 2 tests/unit

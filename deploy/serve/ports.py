@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 
 from .processes import LOOPBACK, ServeError
+
+# Below the range that the kernel gives to outgoing connections, so that no connection takes a chosen port during the
+# seconds until java binds it. The variable gives another range as FIRST-LAST: programs that start servers at the same
+# time choose from different ranges.
+PORTS_VARIABLE = "LLAVA_FREE_PORTS"
+DEFAULT_PORTS = "20000-31999"
 
 
 def choose_ports(port: int = 0, public: str = "inference") -> dict[str, int]:
@@ -26,13 +33,11 @@ def choose_ports(port: int = 0, public: str = "inference") -> dict[str, int]:
 
 
 def free_ports(count: int, taken: set[int] | None = None) -> list[int]:
-    """Return ports without a listener, none of them in `taken`.
-
-    They are below the range that the kernel gives to outgoing connections, so that no connection takes one of them
-    during the seconds until java binds it.
-    """
+    """Return ports of the range without a listener, none of them in `taken`. Raise `ServeError` if it has too few."""
+    first, _, last = os.environ.get(PORTS_VARIABLE, DEFAULT_PORTS).partition("-")
+    numbers = range(int(first), int(last) + 1)
     ports: list[int] = []
-    for number in random.SystemRandom().sample(range(20000, 32000), 1000):
+    for number in random.SystemRandom().sample(numbers, min(len(numbers), 1000)):
         if number not in (taken or set()) and is_free(number):
             ports.append(number)
         if len(ports) == count:

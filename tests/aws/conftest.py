@@ -12,7 +12,7 @@ import boto3
 import botocore.loaders
 import pytest
 
-from .cloud import REGION, empty, serving, settings
+from tests.support.cloud import REGION, empty, serving, settings
 
 LOADER = botocore.loaders.create_loader()  # the services' descriptions, read once for all tests
 

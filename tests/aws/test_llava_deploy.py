@@ -23,8 +23,8 @@ from moto.cloudformation.models import Stack
 
 from deploy.sagemaker import command as llava_deploy
 from deploy.sagemaker import images, models, stacks, watching
+from tests.support.cloud import ACCOUNT, REGION, answer, contents, frame, part, put_image, refusal
 
-from .cloud import ACCOUNT, REGION, answer, contents, frame, part, put_image, refusal
 from .conftest import Cloud, Done
 
 BUCKET = f"llava-sessions-{ACCOUNT}-{REGION}"

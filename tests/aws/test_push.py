@@ -16,7 +16,8 @@ from threading import Thread
 
 import pytest
 
-from .cloud import REGION
+from tests.support.cloud import REGION
+
 from .conftest import Cloud, Done
 
 ACCOUNT = "123456789012"

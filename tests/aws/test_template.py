@@ -17,8 +17,7 @@ from deploy.container import metric_lines
 from deploy.sagemaker import stacks
 from deploy.sagemaker.account import Account
 from llava_sessions import metrics
-
-from .metric_filters import filters, matches, template
+from tests.support.metric_filters import filters, matches, template
 
 REPO = Path(__file__).resolve().parents[2]
 # As TorchServe 0.12 with metrics_mode=prometheus shows them.

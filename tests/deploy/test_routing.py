@@ -20,6 +20,7 @@ from deploy.local_endpoint.contract import Corners
 from deploy.serve.torchserve import TorchServe
 from llava_sessions_client import read_metrics, wait_for_metrics
 from models.shapes.scenes import dialogue, make_scene
+from tests.support.serving import running
 
 from .conftest import NAME, Endpoint, ask, close_session, open_session, runtime, seed_of
 
@@ -84,7 +85,7 @@ def test_four_hundred_turns_reach_their_instances_and_none_is_answered_wrong(ins
 @pytest.fixture
 def doomed(shapes_store: Path) -> Iterator[TorchServe]:
     """An instance that the test may kill."""
-    with TorchServe(shapes_store) as server:
+    with running(TorchServe(shapes_store)) as (server,):
         yield server
 
 

@@ -25,7 +25,7 @@ from llava_sessions.chat.transcript import BlobPool
 from llava_sessions.journal import encoding
 from llava_sessions_client import ApiError, ChatSession, to_png
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
-from tests.soak.chats import Crowd, PatientChat, Said, Tally, client, scene_scripts, undisturbed
+from tests.support.chats import Crowd, PatientChat, Said, Tally, client, scene_scripts, undisturbed
 from tests.support.serving import Served, pack
 
 FIRST, SECOND, THIRD = QUESTIONS = ("Which shapes are there?", "What is in the middle?", "How many shapes are there?")
@@ -181,9 +181,9 @@ def test_an_engine_that_hangs_is_replaced(served: Served, http: httpx.Client, ca
 def test_many_sessions_when_their_engine_is_killed(served: Served, http: httpx.Client) -> None:
     scripts = scene_scripts(12, turns=4, first=710)
     crowd = Crowd(http, scripts, undisturbed(http, scripts), sessions=8, seed=1, pause_s=0.1).start()
-    time.sleep(1)
+    crowd.wait_turns(8)
     served.signal_engine(signal.SIGKILL)
-    time.sleep(1)
+    crowd.wait_turns(8)
     crowd.finish()
     assert not crowd.failures
     assert not crowd.wrong
@@ -279,7 +279,7 @@ def test_another_instance_carries_on_and_ends_in_order(
         until = time.monotonic() + 20
         while not told.exists():
             assert time.monotonic() < until, second.log()
-            time.sleep(0.1)
+            time.sleep(0.03)
 
 
 # --- journals on disk -------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from deploy.container import metric_lines
 from deploy.serve.torchserve import TorchServe
 from llava_sessions_client import ChatSession, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
-from tests.aws.metric_filters import filters, matches
+from tests.support.metric_filters import filters, matches
 
 
 def test_open_sessions_reach_the_metric_filters(server: TorchServe, http: httpx.Client) -> None:

@@ -9,7 +9,6 @@ import base64
 import contextlib
 import json
 import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from deploy.serve.processes import Guard
 from deploy.serve.torchserve import TorchServe
 from llava_sessions_client import CLOSED_HEADER, SESSION_HEADER, ChatSession, to_png, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
-from tests.support.commands import Command, eventually
 
 NEW_HEADER = "X-Amzn-SageMaker-New-Session-Id"
 SCENE = make_scene(HELD_OUT_SEEDS[0])
@@ -70,12 +68,6 @@ def raw(url: str, request: bytes) -> tuple[int, list[str], bytes]:
     head, _, body = answer.partition(b"\r\n\r\n")
     status, *lines = head.decode().split("\r\n")
     return int(status.split()[1]), lines, body
-
-
-def listens(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
-        return True
-    return False
 
 
 def post(url: str, body: dict, *headers: str) -> tuple[int, list[str], dict]:
@@ -206,49 +198,3 @@ def test_the_bench_of_the_way_runs(url: str, server: TorchServe, tmp_path: Path)
     assert len(document["rows"]) == 6
     assert all(row["requests"] == 2 for row in document["rows"])
     assert (tmp_path / "route.png").is_file()
-
-
-def opening(http: httpx.Client) -> int | None:
-    """The status that an opening is refused with; None where nobody answers."""
-    try:
-        return http.post("/invocations", json={"type": "start_session", "image": "x"}).status_code
-    except httpx.TransportError:
-        return None
-
-
-def test_the_service_is_ready_when_its_model_is_and_ends_when_its_answers_have(model_store: Path) -> None:
-    """The whole of `make serve` with the real handler: its first and its last moments."""
-    port = free_ports(1)[0]
-    url = f"http://127.0.0.1:{port}"
-    command = Command(model_store, "llava", port)
-    try:
-        assert eventually(lambda: listens(port))
-        while (status := httpx.get(f"{url}/ping", trust_env=False).status_code) == 503:
-            refused = httpx.post(f"{url}/invocations", json={}, trust_env=False)
-            assert refused.status_code != 200
-            if refused.status_code == 503:
-                assert refused.json()["error"]["code"] == "engine_restarting"
-        assert status == 200
-        command.wait_ready()
-        with httpx.Client(base_url=url, timeout=60, trust_env=False) as http:
-            chat = ChatSession.open(http, SCENE.draw())  # the first request after the first 200
-            assert chat.ask(QUESTION)["finish_reason"] == "stop"
-            lines: list[dict] = []
-            begun = threading.Event()
-
-            def listen() -> None:
-                for line in chat.stream("Say something long", **LONG):
-                    lines.append(line)
-                    begun.set()
-
-            listening = threading.Thread(target=listen)
-            listening.start()
-            assert begun.wait(30)
-            command.process.terminate()
-            command.read_until("SIGTERM: stopping")
-            assert eventually(lambda: opening(http) in (503, None)), "the worker has heard of it, or gone by now"
-            listening.join(40)
-        assert lines[-1]["finish_reason"] in ("length", "stop"), "a running answer is not cut"
-        assert command.finish()[0] == 0
-    finally:
-        command.end()

@@ -19,7 +19,7 @@ import pytest
 from deploy.serve.torchserve import TorchServe
 from llava_sessions_client import ApiError, ChatSession, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
-from tests.support.serving import pack
+from tests.support.serving import pack, running
 
 PICTURE = make_scene(HELD_OUT_SEEDS[0]).draw(72)
 QUESTIONS = ["Which shapes are there?", "How many shapes are there?", "What is in the middle?"]
@@ -84,6 +84,11 @@ def undisturbed(http: httpx.Client) -> list[str]:
     return [answer["response_text"] for answer in answers]
 
 
+def client(server: TorchServe) -> httpx.Client:
+    """Make a client of the server itself, without HAProxy."""
+    return httpx.Client(base_url=server.url, timeout=30, trust_env=False)
+
+
 def warnings(server: TorchServe) -> list[str]:
     return [line for line in server.log_path.read_text().splitlines() if " journal_failing " in line]
 
@@ -98,7 +103,10 @@ def await_warning(server: TorchServe, timeout_s: float = 20) -> list[str]:
 
 @pytest.mark.usefixtures("small_disk")
 def test_a_full_disk_costs_durability_and_nothing_else(store: Path, journal: Path) -> None:
-    with TorchServe(store) as server, httpx.Client(base_url=server.url, timeout=30, trust_env=False) as http:
+    with (
+        running(TorchServe(store)) as (server,),
+        httpx.Client(base_url=server.url, timeout=30, trust_env=False) as http,
+    ):
         expected = undisturbed(http)
         disk = FullDisk(server, journal)
         kept, late = ChatSession.open(http, PICTURE), ChatSession.open(http, PICTURE)
@@ -120,7 +128,10 @@ def test_a_full_disk_costs_durability_and_nothing_else(store: Path, journal: Pat
         assert lost_said["response_text"] == expected[0]
         assert len(warnings(server)) == 1
         server.kill()  # the worst end: nobody is asked to write anything more
-    with TorchServe(store) as server, httpx.Client(base_url=server.url, timeout=30, trust_env=False) as http:
+    with (
+        running(TorchServe(store)) as (server,),
+        httpx.Client(base_url=server.url, timeout=30, trust_env=False) as http,
+    ):
         assert wait_for_metrics(server.metrics_url, llava_running_turns=0)["llava_open_sessions"] == 2
         again = ChatSession(http, kept.session_id, kept.expires)
         assert [again.ask(question)["response_text"] for question in QUESTIONS[1:]] == expected[1:]
@@ -137,7 +148,10 @@ def test_a_directory_that_can_not_be_made_costs_durability_and_nothing_else(tmp_
     parent = tmp_path / "a-file"
     parent.write_text("where a directory should be")
     store = pack(tmp_path / "packed", 4, journal_dir=str(parent / "sessions"))
-    with TorchServe(store) as server, httpx.Client(base_url=server.url, timeout=30, trust_env=False) as http:
+    with (
+        running(TorchServe(store)) as (server,),
+        httpx.Client(base_url=server.url, timeout=30, trust_env=False) as http,
+    ):
         (warning,) = await_warning(server)  # at start already
         assert "store=directory work=write" in warning
         chat = ChatSession.open(http, PICTURE)

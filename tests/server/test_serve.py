@@ -12,6 +12,7 @@ import json
 import re
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,12 @@ def get_metrics(server: TorchServe) -> str:
     return text
 
 
+def stop(*servers: TorchServe) -> None:
+    """Stop servers in order, side by side."""
+    with ThreadPoolExecutor(len(servers)) as pool:
+        list(pool.map(TorchServe.stop, servers))
+
+
 def log_bytes(server: TorchServe) -> int:
     return sum(path.stat().st_size for path in server.log_path.parent.iterdir())
 
@@ -86,8 +93,7 @@ def test_two_servers_side_by_side_serve_log_little_and_leave_nothing(
         pids = [pid for server in (first, second) for pid in (server.pid, *server.worker_pids())]
         assert len(set(pids)) == 4
     finally:
-        first.stop()
-        second.stop()
+        stop(first, second)
     assert alive(pids) == []
     assert not first.home.exists()
     assert second.log_path.is_file(), "a home that was given is kept"
@@ -106,8 +112,7 @@ def test_failed_start_shows_the_handlers_reason_fast(store: Path) -> None:
         with pytest.raises(ServeError, match="ZeroDivisionError: a bug at start"):
             crashing.wait_ready(120)
     finally:
-        refusing.stop()
-        crashing.stop()
+        stop(refusing, crashing)
     assert time.monotonic() - began < 100, "nobody waited for the time to be up"
     assert not refusing.home.exists()
 

@@ -20,9 +20,9 @@ import httpx
 from llava_sessions_client import to_png
 from models.shapes.drawing import Background
 from models.shapes.scenes import COLOURS, KINDS, PLACES, Scene, Shape
+from tests.support.chats import PatientChat, Said, Script, Tally, client, undisturbed
 from tests.support.serving import Served, pack
 
-from .chats import PatientChat, Said, Script, Tally, client, undisturbed
 from .report import Record, check_level, check_tally, level, options
 
 # The answers of each name its picture's colour, kind and place.

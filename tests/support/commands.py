@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -33,8 +33,20 @@ def eventually(condition: Callable[[], bool], timeout_s: float = 60) -> bool:
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.1)
+        time.sleep(0.03)
     return True
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """Kill a process and its descendants, except for shells."""
+    if process.poll() is not None:
+        return
+    descendants = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for child in descendants:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.name() != "sh":
+                child.kill()
 
 
 class Command:
@@ -88,9 +100,7 @@ class Command:
         return self.process.returncode, text
 
     def end(self) -> None:
-        """As little as a test that failed has to do."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            self.process.send_signal(signal.SIGTERM)
+        """Kill the launcher and its processes. Its guard, a shell, lives on and removes the launcher's folder."""
+        kill_tree(self.process)
         if self.process.stdout and not self.process.stdout.closed:
             self.process.communicate(timeout=120)

@@ -1,9 +1,8 @@
 """Latency that HAProxy adds to a request: the same requests to the same server, with and without HAProxy.
 
-Starts the whole service (`python -m deploy.serve`) with the demo model, whose own share of a request is small, and
-sends each request twice, over one kept connection each, in changing order: a streamed ask (until its first line), an
-ask that is answered whole, and one that is refused because its session is unknown, in which next to nothing but the way
-is left.
+Starts the whole service (`python -m deploy.serve`) with the demo model, which takes little of a request's time. Each
+request is sent on both routes, over one persistent connection each, in alternating order: a streamed ask (until its
+first line), an ask with a whole answer, and an ask of an unknown session, whose rejection runs no model.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ bin=.venv/bin
 "$bin/ruff" format --check .
 # The archive contains the content of handler/, so its packages are top-level ones; so is that of client/.
 PYTHONPATH=.:handler:client "$bin/lint-imports" --no-cache | tail -n 3
-"$bin/mypy" client/llava_sessions_client
+"$bin/mypy"
 "$bin/python" scripts/structure.py
 "$bin/python" scripts/words.py
 "$bin/hadolint" Dockerfile

@@ -21,7 +21,7 @@ import psutil
 import pytest
 from moto.server import ThreadedMotoServer
 
-from llava_sessions.chat.transcript import Blobs
+from llava_sessions.chat.transcript import BlobPool
 from llava_sessions.journal import encoding
 from llava_sessions_client import ApiError, ChatSession, to_png
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
@@ -106,7 +106,7 @@ def test_memory_that_runs_out_refuses_one_turn_and_harms_none(
     finally:
         engine.rlimit(psutil.RLIMIT_DATA, unlimited)
     assert (error.status, error.code) == (429, "capacity")
-    assert "out_of_memory parking=all_idle" in served.log()
+    assert "out_of_memory offloading=all_idle" in served.log()
     assert [[chat.ask(SECOND), chat.ask(THIRD)] for chat in chats] == [calm[0][1:], calm[1][1:]]
     assert served.engine_pid == engine.pid
     for chat in chats:
@@ -302,6 +302,6 @@ def expire(journal: Path, chat: PatientChat) -> None:
     """As if the session had been opened long ago."""
     key = encoding.key_of(chat.session_id)
     path = journal / key / "000000.rec"
-    story, _ = encoding.read_story(key, [path.read_bytes()], Blobs().of)
-    data, _ = encoding.encode(replace(story.open, expires_at_s=time.time() - 1), chat.session_id, 0, "")
+    story, _ = encoding.read_story(key, [path.read_bytes()], BlobPool().get)
+    data, _ = encoding.encode(replace(story.opening, expires_at_s=time.time() - 1), chat.session_id, 0, "")
     path.write_bytes(data)

@@ -46,7 +46,9 @@ def listener() -> Iterator[Listener]:
     try:
         found = Listener()
     except OSError as error:
-        pytest.skip(f"port {PORT} can't be listened on here: {error.strerror}; unit/test_media.py has a way around it")
+        pytest.skip(
+            f"port {PORT} can't be listened on here: {error.strerror}; unit/test_media_fetch.py covers the same hosts"
+        )
     yield found
     found.close()
 

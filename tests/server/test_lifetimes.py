@@ -63,9 +63,7 @@ def test_a_worker_without_the_session_headers_refuses_to_start(model_store: Path
             [launcher, *map(str, options)], env=environment, stdout=out, stderr=out, cwd=tmp_path
         )
     try:
-        wanted = (
-            r"startup_error the worker has TS_REQUEST_SEQUENCE_ID=\(unset\); it must be X-Amzn-SageMaker-Session-Id"
-        )
+        wanted = r"startup_error the worker's TS_REQUEST_SEQUENCE_ID must be X-Amzn-SageMaker-Session-Id, got \(unset\)"
         until = time.monotonic() + 60
         while not re.search(wanted, log.read_text()):
             assert time.monotonic() < until, log.read_text()

@@ -6,7 +6,6 @@ Headers that only a handler sees are looked at in test_launch.py.
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import socket
 from collections.abc import Iterator
@@ -155,15 +154,16 @@ def test_a_body_over_the_limit_is_refused_in_words(url: str, http: httpx.Client)
 
 
 def test_a_body_of_no_known_length_is_refused_in_words(url: str) -> None:
+    """The body ends with the first byte over the limit: HAProxy 2.6 may drop a reply while more of it arrives."""
     head = (
         "POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
     )
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=60) as connection:
         connection.sendall(head.encode())
-        with contextlib.suppress(OSError):  # the answer may come before the end
-            for _ in range(34):
-                connection.sendall(b"100000\r\n" + b" " * (1 << 20) + b"\r\n")
+        for _ in range(LIMIT >> 20):
+            connection.sendall(b"100000\r\n" + b" " * (1 << 20) + b"\r\n")
+        connection.sendall(b"1\r\n \r\n0\r\n\r\n")
         answer = connection.recv(65536)
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "too_large"

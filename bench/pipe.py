@@ -39,7 +39,7 @@ class PipedEngine:
         settings = EngineSettings(str(options.checkpoint), "", dtype, str(options.device), prefill_chunk_tokens=256)
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         self._supervisor = EngineSupervisor(settings, self._inbox, hang_s=600, give_up=lambda: None)
-        self._door = self._supervisor.start().door
+        self._door = self._supervisor.start().client
         self._running = 0
 
     @property

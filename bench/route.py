@@ -1,6 +1,6 @@
 """Latency that HAProxy adds to a request: the same requests to the same server, with and without HAProxy.
 
-Starts the whole service (`python -m deploy.launch`) with the demo model, which takes little of a request's time. Each
+Starts the whole service (`python -m deploy.serve`) with the demo model, which takes little of a request's time. Each
 request is sent on both routes, over one persistent connection each, in alternating order: a streamed ask (until its
 first line), an ask with a whole answer, and an ask of an unknown session, whose rejection runs no model.
 """
@@ -97,7 +97,7 @@ def service() -> Iterator[tuple[str, str]]:
     with tempfile.TemporaryDirectory() as store:
         pack = [ROOT / "build_mar.sh", "--model", MODEL, "--dtype", "float32", "--device", "cpu", "--output", store]
         subprocess.run(pack, check=True, capture_output=True)
-        command = [sys.executable, "-m", "deploy.launch", "--model-store", store, "--port", "0"]
+        command = [sys.executable, "-m", "deploy.serve", "--model-store", store, "--port", "0"]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
             text = ""

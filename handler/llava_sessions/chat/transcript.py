@@ -1,45 +1,56 @@
-"""The record of a session."""
+"""The record of a session: the pictures that it was opened on, and each finished turn.
+
+A transcript holds everything that is needed to rebuild the session's KV cache, and everything that a retried request
+is answered from. Records are only ever appended. Lengths, positions and counts are derived from them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
 from ..text.chat_template import OpenedOn, Opening
 
+_SHORT_ID_CHARS = 8
+
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class Blob:
-    """The encoded bytes of a picture as they came; `sha256` (hex) names them."""
+    """The encoded bytes of a picture as the client sent them; `sha256` (hex) identifies them."""
 
     sha256: str
     data: bytes = field(repr=False, compare=False)
 
 
-class Blobs:
-    """Equal pictures are one object for as long as anybody holds it. Thread-safe."""
+class BlobPool:
+    """Keeps one object for equal pictures, as long as any session holds it. Thread-safe."""
 
     def __init__(self) -> None:
-        self._held: WeakValueDictionary[str, Blob] = WeakValueDictionary()
+        self._blobs: WeakValueDictionary[str, Blob] = WeakValueDictionary()
         self._lock = threading.Lock()
 
-    def of(self, data: bytes) -> Blob:
-        """The blob of these bytes."""
+    def __len__(self) -> int:
+        """Return the number of pictures in memory."""
+        return len(self._blobs)
+
+    def get(self, data: bytes) -> Blob:
+        """Return the blob of these bytes."""
         made = Blob(hashlib.sha256(data).hexdigest(), data)
         with self._lock:
-            return self._held.setdefault(made.sha256, made)
+            return self._blobs.setdefault(made.sha256, made)
 
 
 @dataclass(frozen=True)
 class OpenRecord:
     """How a session began. `opened_at_s` and `expires_at_s` are seconds since the epoch.
 
-    `token_digest` is the sha256 (hex) of the caller's session token, where one was given, `retry_key` what a repetition
-    of the open is known by; `kind` is "image" or "video", `pictures` are in the order in which they were shown, and
-    `token_ids` is the prompt up to the last image token.
+    `token_digest` is the sha256 (hex) of the caller's session token, if one was given. `retry_key` identifies a retry
+    of the open. `kind` is "image" or "video". `pictures` are in the order of the prompt, and `token_ids` is the prompt
+    up to and including the last image token.
     """
 
     session_id: str
@@ -55,7 +66,10 @@ class OpenRecord:
 
 @dataclass(frozen=True)
 class TurnRecord:
-    """One finished turn: what it added to the conversation, and what a retry of it is told (`text`, `facts`)."""
+    """One finished turn: the tokens that it added, and the reply that a retry receives (`text`, `facts`).
+
+    `answer_ids` are without the end-of-sequence token.
+    """
 
     prompt_ids: list[int]
     answer_ids: list[int]
@@ -65,21 +79,63 @@ class TurnRecord:
     facts: dict[str, Any]
 
 
-@dataclass
 class Transcript:
-    """All that rebuilds a session. Turns are only ever added."""
+    """All records of one session. Not thread-safe; `records()` returns a snapshot that may cross threads."""
 
-    open: OpenRecord
-    turns: list[TurnRecord] = field(default_factory=list)
+    def __init__(self, opening: OpenRecord, turns: Iterable[TurnRecord] = ()) -> None:
+        self.opening = opening
+        self._turns = list(turns)
+
+    @property
+    def turns(self) -> tuple[TurnRecord, ...]:
+        """The finished turns, oldest first."""
+        return tuple(self._turns)
+
+    def append(self, turn: TurnRecord) -> None:
+        """Add a finished turn."""
+        self._turns.append(turn)
 
     def records(self) -> tuple[OpenRecord | TurnRecord, ...]:
-        """The story as it is now, in the order of writing."""
-        return (self.open, *self.turns)
+        """Return all records, in the order of writing."""
+        return (self.opening, *self._turns)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Token IDs of the whole conversation, `[tokens]`."""
+        turns = (token for turn in self._turns for token in (*turn.prompt_ids, *turn.answer_ids))
+        return [*self.opening.token_ids, *turns]
+
+    @property
+    def token_count(self) -> int:
+        """Length of `token_ids`."""
+        turns = sum(len(turn.prompt_ids) + len(turn.answer_ids) for turn in self._turns)
+        return len(self.opening.token_ids) + turns
+
+    @property
+    def answer_spans(self) -> tuple[tuple[int, int], ...]:
+        """(start, end) of each answer in `token_ids`. An image token inside an answer is ordinary text."""
+        spans = []
+        end = len(self.opening.token_ids)
+        for turn in self._turns:
+            start = end + len(turn.prompt_ids)
+            end = start + len(turn.answer_ids)
+            spans.append((start, end))
+        return tuple(spans)
+
+    @property
+    def opened_on(self) -> OpenedOn | None:
+        """The pictures that the next prompt follows directly; None after the first turn."""
+        return None if self._turns else OpenedOn(self.opening.kind, len(self.opening.pictures))
+
+    def find_answer(self, retry_key: str) -> int | None:
+        """Return the index of the latest turn with this retry key, or None."""
+        indices = range(len(self._turns) - 1, -1, -1)
+        return next((index for index in indices if self._turns[index].retry_key == retry_key), None)
 
 
 def short_id(identity: str) -> str:
-    """Ids are secrets: a log shows enough to tell two apart."""
-    return identity.removeprefix("ts-seq-")[:8]
+    """Return the beginning of a session or request ID for logs. A whole session ID is a secret."""
+    return identity.removeprefix("ts-seq-")[:_SHORT_ID_CHARS]
 
 
 @dataclass

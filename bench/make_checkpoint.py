@@ -53,7 +53,7 @@ wood yard yellow young
 """
 WORDS = _WORDS.split()
 
-# LLaVA-1.5's: it writes no end-of-sequence token behind an answer.
+# LLaVA-1.5's: it writes no end-of-sequence token after an answer.
 TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"

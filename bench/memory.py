@@ -164,8 +164,8 @@ def _settled_rss(number: int) -> int:
 
 def _growth(rss: list[int], room: int) -> int:
     """Return the growth of memory from when both tiers were full to the later maximum."""
-    behind = [value for value in rss[2 * room :] if value]
-    return max(behind) - behind[0] if behind else 0
+    later = [value for value in rss[2 * room :] if value]
+    return max(later) - later[0] if later else 0
 
 
 def _wrong(chats: EngineChats, openings: list, questions: dict, answers: dict) -> int:

@@ -68,6 +68,11 @@ class SessionPins:
         self._pins: dict[str, Pin] = {}
         self._uses = itertools.count(1)
 
+    @property
+    def session_ids(self) -> list[str]:
+        """The IDs of all pinned sessions."""
+        return list(self._pins)
+
     def place(self) -> Instance | None:
         """Return the instance with the fewest open sessions, of equal ones the least recently used.
 

@@ -96,7 +96,7 @@ def test_a_conversation_whose_session_is_lost_goes_on(
     first = complete(gpt, messages).choices[0].message.content
     calm = complete(gpt, [*messages, {"role": "assistant", "content": first}, user(QUESTIONS[1])])
     assert complete(gpt, messages).choices[0].message.content == first
-    for session in list(endpoint.service.pins._pins):
+    for session in endpoint.service.pins.session_ids:
         close_session(client, session)
     again = complete(gpt, [*messages, {"role": "assistant", "content": first}, user(QUESTIONS[1])])
     assert again.choices[0].message.content == calm.choices[0].message.content

@@ -1,4 +1,4 @@
-"""Shows on a CUDA device what test_engine.py shows on the CPU: answers equal `generate`'s, in every tier.
+"""Answers on a CUDA device equal `generate`'s in every tier, as test_engine.py checks on the CPU.
 
 Run by a person with a GPU: `pytest -m cuda`. Skipped without one.
 """
@@ -28,7 +28,7 @@ QUESTIONS = ["what is the red circle doing?", "and the blue square near it?", "t
 
 
 class Chats:
-    """An engine on the device, the conversations that it holds, and what `generate` on the device would answer."""
+    """An engine on the device, its conversations, and the answers of `generate` on the device."""
 
     def __init__(self, checkpoint: Path, budget: DeviceBudget | None = None) -> None:
         self.tokens = ChatTemplate(AutoProcessor.from_pretrained(checkpoint))
@@ -47,7 +47,7 @@ class Chats:
         self.engine.apply(OpenSession(name, opening.token_ids, opening.pictures))
 
     def ask(self, name: str, text: str, answer_tokens: int) -> list[int]:
-        """Start a turn; returns what `generate` answers to the whole conversation."""
+        """Start a turn; return the answer of `generate` to the whole conversation."""
         conversation = self.conversations[name]
         self.prompts[name] = self.tokens.prompt(conversation.opened_on, text)
         self.engine.apply(AskSession(name, name, self.prompts[name], Sampling(answer_tokens)))
@@ -62,7 +62,7 @@ class Chats:
         return out[0, ids.shape[1] :].tolist()
 
     def run(self) -> dict[str, list[int]]:
-        """Step until nothing is left to do; commits and returns the answers."""
+        """Step until the engine has no work; commit and return the answers."""
         answers = {}
         while self.engine.has_work:
             for event in self.engine.step():
@@ -72,17 +72,17 @@ class Chats:
         return answers
 
 
-def test_answers_equal_generate_over_turns_in_company(tiny: Path) -> None:
+def test_answers_equal_generate_over_turns_in_a_shared_batch(tiny: Path) -> None:
     chats = Chats(tiny)
     names = [f"s{index}" for index in range(5)]
     for index, name in enumerate(names):
         chats.open(name, index)
     for question in QUESTIONS:
-        wanted = {name: chats.ask(name, f"{question} {name}", 8 + index) for index, name in enumerate(names)}
-        assert chats.run() == wanted
+        expected = {name: chats.ask(name, f"{question} {name}", 8 + index) for index, name in enumerate(names)}
+        assert chats.run() == expected
 
 
-def test_answers_stay_right_after_parking_and_rebuilding(tiny: Path) -> None:
+def test_answers_equal_generate_after_offloading_and_rebuilding(tiny: Path) -> None:
     chats = Chats(tiny)
     shape = chats.engine.model.kv_shape
     features = 6 * 16 * chats.engine.model.feature_bytes
@@ -95,11 +95,11 @@ def test_answers_stay_right_after_parking_and_rebuilding(tiny: Path) -> None:
     assert all((held.resident, held.offloaded, held.cold))
     for question in QUESTIONS:
         for name in names:
-            wanted = chats.ask(name, question, 8)
-            assert chats.run() == {name: wanted}
+            expected = chats.ask(name, question, 8)
+            assert chats.run() == {name: expected}
 
 
-def test_parked_kv_lies_in_pinned_memory(tiny: Path) -> None:
+def test_offloaded_kv_is_in_pinned_memory(tiny: Path) -> None:
     chats = Chats(tiny)
     chats.open("a", 1)
     chats.run()
@@ -110,7 +110,7 @@ def test_parked_kv_lies_in_pinned_memory(tiny: Path) -> None:
     assert kv.on_host.is_pinned()
 
 
-def test_closing_gives_the_device_its_memory_back(tiny: Path) -> None:
+def test_closing_frees_the_device_memory(tiny: Path) -> None:
     chats = Chats(tiny)
     before = torch.cuda.memory_allocated()
     for index in range(4):

@@ -23,6 +23,7 @@ from llava_sessions.worker.sessions import (
     Session,
     SessionState,
     SessionTable,
+    State,
     Turn,
     TurnState,
 )
@@ -196,22 +197,42 @@ def test_a_busy_session_is_still_found_and_does_not_expire(table):
 # --- states ---
 
 
-def test_advance_takes_every_transition_of_the_table_and_no_other(table):
-    def item(state):
-        turn = begin_turn(session := open_session(SessionTable(1, TTL), "s"), "t")
-        chosen = turn if isinstance(state, TurnState) else session
-        chosen._states[type(state)] = state
-        return chosen
+# The states before each state, from the first one on.
+PATHS: dict[State, list[State]] = {
+    SessionState.OPENING: [],
+    SessionState.OPEN: [SessionState.OPEN],
+    SessionState.CLOSING: [SessionState.OPEN, SessionState.CLOSING],
+    Residency.COLD: [],
+    Residency.LOADING: [Residency.LOADING],
+    Residency.LOADED: [Residency.LOADING, Residency.LOADED],
+    TurnState.PREPARING: [],
+    TurnState.RUNNING: [TurnState.RUNNING],
+    TurnState.STOPPING: [TurnState.RUNNING, TurnState.STOPPING],
+    TurnState.STORING: [TurnState.RUNNING, TurnState.STORING],
+    TurnState.DONE: [TurnState.DONE],
+}
 
-    for old, allowed in TRANSITIONS.items():
-        for new in type(old):
-            if new in allowed:
-                subject = item(old)
-                subject.advance(new)
-                assert subject.is_in(new)
-            else:
-                with pytest.raises(IllegalTransition):
-                    item(old).advance(new)
+
+def item_in(state: State) -> Session | Turn:
+    """A new session or turn that was advanced to the state."""
+    session = SessionTable(1, TTL).reserve("s")
+    item = begin_turn(session, "t") if isinstance(state, TurnState) else session
+    for step in PATHS[state]:
+        item.advance(step)
+    return item
+
+
+@pytest.mark.parametrize("old", PATHS, ids=str)
+def test_advance_takes_every_transition_of_the_table_and_no_other(old):
+    for new in type(old):
+        item = item_in(old)
+        if new in TRANSITIONS[old]:
+            item.advance(new)
+            assert item.is_in(new)
+        else:
+            with pytest.raises(IllegalTransition):
+                item.advance(new)
+            assert item.is_in(old)
 
 
 def test_the_table_lists_every_state():

@@ -168,7 +168,7 @@ def test_a_cancel_of_a_turn_that_is_lost_is_answered(front):
 def test_a_question_whose_picture_was_loaded_while_the_engine_was_lost_runs_on_the_next_engine(front, tokens):
     session = front.open()
     row = front.ask_row(session, image=png("blue"))
-    with tokens._lock:  # nothing is prepared meanwhile
+    with tokens.lock:  # nothing is prepared meanwhile
         assert front.exchange(row) == [None]
         front.lose_engine()
         front.bring_engine()

@@ -96,7 +96,7 @@ class ChatTemplate:
         if hasattr(processor, "video_processor"):
             self._media_tokens["video"] = processor.video_token
         self._encoder = PromptTokenizer(self.tokenizer, self._image_token)
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()  # held while text is tokenized
         self._check()
 
     def _check(self) -> None:
@@ -127,7 +127,7 @@ class ChatTemplate:
 
     def _opening(self, prepared: Prepared, kind: str) -> Opening:
         media_token = self._media_tokens[kind]
-        with self._lock:
+        with self.lock:
             before, _ = self._render_first_turn("question", kind, len(prepared.pictures))
             ids = self._encoder.encode_start(_expand(before, prepared, media_token))
             media_id = self._encoder.token_id(media_token)
@@ -159,7 +159,7 @@ class ChatTemplate:
         the token IDs include their image tokens. A special token in `text`, such as `<image>`, is encoded as text.
         Raises `Refused` (invalid_request) if the template has no place for the pictures.
         """
-        with self._lock:
+        with self.lock:
             hidden_text, literals = self._encoder.hide_specials(text)
             pictures = len(prepared.pictures)
             if opened_on is not None:

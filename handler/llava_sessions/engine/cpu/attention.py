@@ -3,7 +3,7 @@
 The products are used for bfloat16 on CPUs with AVX-512 bfloat16 instructions and without AMX. On other devices and in
 other precisions the functions call torch's own. The scores are computed as `K @ q`, because oneDNN's bfloat16 product
 reads K in its stored layout, whereas flash attention copies K into another layout in each call. Measurements:
-bench/README.md, "What each CPU path gains".
+bench/README.md, "The CPU's fast paths one by one".
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `FusedLayer` replaces any decoder layer that has the structure and the numbers of Llama's; other layers stay unchanged.
 Queries, keys and values are one linear, gate and up projection another, and each residual addition is part of the
-linear in front of it. Measurements: bench/README.md, "What each CPU path gains".
+linear in front of it. Measurements: bench/README.md, "The CPU's fast paths one by one".
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ There are two kinds. Each is tried on a small example before it is used; if neit
   published in float16 and bfloat16, so half the memory loses no precision, and a decode step, which mostly reads
   weights, takes half the time. A weight that float16 can't represent is packed by oneDNN.
 
-Measurements: bench/README.md, "What each CPU path gains".
+Measurements: bench/README.md, "The CPU's fast paths one by one".
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ LIMIT = int(read_properties(CONFIG)["max_request_size"])  # HAProxy and TorchSer
 
 @pytest.fixture(scope="module")
 def url(server: TorchServe, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """HAProxy before the server that all tests share."""
+    """Run HAProxy in front of the shared server."""
     home = tmp_path_factory.mktemp("f")
     (home / "logs").mkdir()
     guard = Guard()

@@ -302,6 +302,6 @@ def expire(journal: Path, chat: PatientChat) -> None:
     """As if the session had been opened long ago."""
     key = encoding.key_of(chat.session_id)
     path = journal / key / "000000.rec"
-    story, _ = encoding.read_story(key, [path.read_bytes()], BlobPool().get)
+    story, _ = encoding.read_transcript(key, [path.read_bytes()], BlobPool().get)
     data, _ = encoding.encode(replace(story.opening, expires_at_s=time.time() - 1), chat.session_id, 0, "")
     path.write_bytes(data)

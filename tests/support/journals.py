@@ -17,6 +17,7 @@ from moto import mock_aws
 from llava_sessions.chat.transcript import BlobPool, OpenRecord, Transcript, TurnRecord
 from llava_sessions.journal.encoding import key_of, read_transcript
 from llava_sessions.journal.journal import Journal, NotFound, SaveOutcome
+from llava_sessions.journal.owners import read_owner
 from llava_sessions.journal.stores import DirectoryStore, Store, record_name
 from tests.support.product_log import told
 
@@ -70,8 +71,11 @@ def read(
 def peek(store: Store, session_id: str) -> Transcript | None:
     """Read a session without a claim. None: it has no record."""
     key = key_of(session_id)
+    owned = read_owner(store, key)
     records = [store.read(key, record_name(number)) for number in store.numbers(key)]
-    return read_transcript(key, [data for data, _ in records], BlobPool().get)[0] if records else None
+    if not records:
+        return None
+    return read_transcript(key, [data for data, _ in records], BlobPool().get, owned.since, owned.start)[0]
 
 
 def again(folder: Path) -> Journal:

@@ -17,6 +17,7 @@ from llava_sessions.chat.transcript import BlobPool, OpenRecord, Transcript, Tur
 from llava_sessions.journal.encoding import (
     Damaged,
     Owner,
+    OwnerRecord,
     decode_owner,
     encode,
     encode_owner,
@@ -162,15 +163,19 @@ def test_a_hostile_record_is_read_or_damaged_and_nothing_else(record, envelope, 
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.dictionaries(st.sampled_from(["schema", "key", "epoch", "instance", "retired"]), values, max_size=2))
+@given(
+    st.dictionaries(
+        st.sampled_from(["schema", "key", "epoch", "instance", "since", "start", "retired"]), values, max_size=2
+    )
+)
 def test_a_hostile_owner_record_is_read_or_damaged_and_nothing_else(fields):
     key = key_of("chat")
-    whole = json.loads(encode_owner(Owner(3, "instance"), key)[65:])
+    whole = json.loads(encode_owner(OwnerRecord(Owner(3, "instance")), key)[65:])
     try:
         owner = decode_owner(sealed(whole | fields), key)
     except Damaged:
         return
-    assert owner.epoch >= 0
+    assert min(owner.owner.epoch, owner.since, owner.start) >= 0
 
 
 @pytest.mark.parametrize("name", ["prompt_ids", "answer_ids", "pictures", "retry_key", "text", "facts"])

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hmac
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, wait
-from dataclasses import dataclass
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
 from ..chat.transcript import OpenRecord, Transcript, short_id
-from .encoding import Damaged, Owner, key_of
+from . import owners
+from .encoding import Damaged, Owner, OwnerRecord, key_of
 from .owners import NotOwner
 from .reader import Found, Loaded
 from .stores import StoreError
@@ -68,12 +69,21 @@ def claim(
     writers: Sequence[StoreWriter], session_id: str, now_s: float, token_digest: str | None, instance: str
 ) -> Claimed:
     """Claim a session for `instance`, behind this process's pending work on it. Blocks. Raise `JournalError`."""
+    try:
+        return _claim(writers, session_id, now_s, token_digest, instance)
+    except NotOwner as lost:
+        raise (NotFound() if lost.retired else AlreadyClaimed()) from None
+
+
+def _claim(
+    writers: Sequence[StoreWriter], session_id: str, now_s: float, token_digest: str | None, instance: str
+) -> Claimed:
     claiming = _Claim(session_id)
     found = claiming.find(writers)
     opening = claiming.read_opening([writer for writer, _ in found])
     if not hmac.compare_digest(opening.token_digest or "", token_digest or "") or now_s >= opening.expires_at_s:
         raise NotFound
-    owner = Owner(max(one.owner.epoch for _, one in found) + 1, instance)
+    owner = Owner(max(one.owned.owner.epoch for _, one in found) + 1, instance)
     taken = claiming.take(found, owner)
     transcript = claiming.load(taken, owner)
     return Claimed(transcript, owner)
@@ -93,7 +103,7 @@ class _Claim:
         known = [writer for writer in writers if not writer.is_forgotten(self._key)]
         replies = self._ask(known, lambda writer: writer.reader.find(self._key))
         found = [(writer, one) for writer, one in replies if one is not None]
-        if any(one.owner.retired for _, one in found):
+        if any(one.owned.retired for _, one in found):
             raise NotFound
         if not found:
             raise self._missing()
@@ -109,35 +119,38 @@ class _Claim:
     def take(self, found: Sequence[tuple[StoreWriter, Found]], owner: Owner) -> list[tuple[StoreWriter, Found]]:
         """Become the owner, store by store in the order of the configuration. Return the stores that could be reached.
 
-        Two claims that meet therefore meet in the first store that both reach.
+        Two claims that meet therefore meet in the first store that both reach. Raise `NotOwner`.
         """
         taken = []
         for writer, one in found:
-            try:
-                if self._ask([writer], lambda store: store.take(self._key, owner)):
-                    taken.append((writer, one))
-            except NotOwner as lost:
-                raise (NotFound() if lost.retired else AlreadyClaimed()) from None
+            for _, owned in self._ask([writer], lambda store: owners.take(store.store, self._key, owner)):
+                taken.append((writer, replace(one, owned=owned)))
         if not taken:
             raise self._missing()
         return taken
 
     def load(self, taken: Sequence[tuple[StoreWriter, Found]], owner: Owner) -> Transcript:
-        """Return the longest verified transcript, and note in each store how much of it is there."""
+        """Return the longest verified transcript, and adopt in each store what is there of it. Raise `NotOwner`."""
         loaded: list[tuple[StoreWriter, Loaded]] = []
         for writer, one in sorted(taken, key=lambda pair: -pair[1].records):
             if writer in self._damaged or any(len(known.checksums) >= one.records for _, known in loaded):
                 continue
-            loaded += self._ask([writer], lambda store: store.reader.load(self._key))
+            loaded += self._ask([writer], partial(self._load, owned=one.owned))
         if not loaded:
             raise self._missing()
         source, longest = max(loaded, key=lambda pair: len(pair[1].checksums))
-        expires_at_s = longest.transcript.opening.expires_at_s
-        for writer, _ in taken:
+
+        def adopt(writer: StoreWriter) -> None:
             checksums = [] if writer in self._damaged else longest.checksums
-            adopt = partial(writer.adopt, self._key, owner, expires_at_s, checksums, loaded=writer is source)
-            wait([writer.executor.run(self._key, adopt)])
+            expires_at_s = longest.transcript.opening.expires_at_s
+            writer.adopt(self._key, owner, expires_at_s, checksums, loaded=writer is source)
+
+        if not [result for writer, _ in taken for result in self._ask([writer], adopt)]:
+            raise self._missing()
         return longest.transcript
+
+    def _load(self, writer: StoreWriter, owned: OwnerRecord) -> Loaded:
+        return writer.reader.load(self._key, owned)
 
     def _missing(self) -> JournalError:
         """Return the error to raise if no store has given what was asked for."""

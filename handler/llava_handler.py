@@ -8,49 +8,48 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import signal
 import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from ts.metrics.metric_cache_errors import MetricsCacheKeyError
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 
-from llava_sessions import metrics
 from llava_sessions.config import ConfigError, HandlerConfig, read_config
 from llava_sessions.errors import reason_phrase
 from llava_sessions.ipc.messages import EngineSettings
 from llava_sessions.journal.journal import open_journal
+from llava_sessions.metrics import COUNTERS, GAUGES, MetricValues
 from llava_sessions.protocol.constants import SESSION_HEADER
 from llava_sessions.text.chat_template import ChatTemplate
 from llava_sessions.torchserve import headers
 from llava_sessions.torchserve.batch import Reply, Row
 from llava_sessions.torchserve.sequences import EndRequestSender
+from llava_sessions.worker.assembly import make_pump
 from llava_sessions.worker.engines import EngineSupervisor
-from llava_sessions.worker.pump import Pump
+from llava_sessions.worker.inbox import Inbox
 from llava_sessions.worker.sessions import SessionTable
 
 log = logging.getLogger("llava_sessions")
 
 SWEEP_S = 1.0
+DEFAULT_ADDRESS = "http://127.0.0.1:8080"
 
 
 class LlavaHandler(BaseHandler):
-    """Picture chats over TorchServe's stateful sequence batching with continuous batching (docs: "Stateful Inference").
+    """Picture chats over TorchServe's stateful sequence batching with continuous batching.
 
-    On SIGUSR1 it takes nothing new, ends what runs, and then makes the file `drained-<pid>` in $TEMP.
-
-    One open session is one TorchServe sequence. `handle()` is a pump: it is called again and again while any request is
-    active, with all of them, and answers each with a chunk, a whole answer, or nothing yet.
+    One session is one TorchServe sequence. TorchServe calls `handle` again and again while any request is active, with
+    all active requests. After SIGUSR1 the worker takes no new work, finishes what runs, and creates the file
+    `drained-<pid>` in $TEMP.
     """
 
-    def initialize(self, context) -> None:
-        """Load the checkpoint and start the engine. Raises RuntimeError, with every problem named, when that can't be
-        done.
-        """
+    def initialize(self, context: Any) -> None:
+        """Load the checkpoint and start the engine. Raise RuntimeError, with every problem named, if that fails."""
         try:
             self._start(context)
         except Exception as error:
@@ -58,59 +57,50 @@ class LlavaHandler(BaseHandler):
                 log.error("startup_error %s", line)
             raise RuntimeError(f"the model does not start: {error}") from error
 
-    def _start(self, context) -> None:
-        began = time.monotonic()
+    def _start(self, context: Any) -> None:
+        began_s = time.monotonic()
         config = read_config(context.model_yaml_config)
-        properties = self._checked_properties()
+        properties = _checked_properties()
         checkpoint = _checkpoint(config, Path(context.system_properties["model_dir"]))
         journal = open_journal(config.journal_dir, config.journal_s3_prefix)
-        settings = EngineSettings(
-            checkpoint=checkpoint,
-            system_prompt=config.system_prompt,
-            dtype=config.dtype,
-            device=_device(config, context.system_properties.get("gpu_id")),
-            prefill_chunk_tokens=config.prefill_chunk_tokens,
-            device_bytes=config.device_bytes,
-            host_bytes=config.host_bytes,
-        )
-        inbox: queue.SimpleQueue = queue.SimpleQueue()
-        # Without an engine the worker is of no use: its end is what has the server restarted.
+        inbox = Inbox()
+        settings = _engine_settings(config, checkpoint, context.system_properties.get("gpu_id"))
+        # Without an engine the worker cannot serve. TorchServe restarts a worker that ends.
         self._supervisor = EngineSupervisor(settings, inbox, config.engine_hang_s, give_up=lambda: os._exit(1))
         self._supervisor.launch()
-        tokens = _tokens(checkpoint, config.system_prompt)
-        up = self._supervisor.wait()
-        facts = up.facts
-        table = SessionTable(config.max_sessions, config.session_ttl_s, config.session_idle_s)
-        address = properties.get("inference_address", "http://127.0.0.1:8080")
-        ender = EndRequestSender(address, context.model_name)
-        limits = (facts.context_tokens, config.limits, config.media)
-        self._pump = Pump(up.door, inbox, tokens, table, *limits, ender, journal)
+        template = _load_template(checkpoint, config.system_prompt)  # while the engine loads
+        engine = self._supervisor.wait()
+        facts = engine.facts
+        self._pump = make_pump(
+            client=engine.client,
+            inbox=inbox,
+            template=template,
+            table=SessionTable(config.max_sessions, config.session_ttl_s, config.session_idle_s),
+            context_tokens=facts.context_tokens,
+            limits=config.limits,
+            media_limits=config.media,
+            ender=EndRequestSender(properties.get("inference_address", DEFAULT_ADDRESS), context.model_name),
+            journal=journal,
+        )
         self._pump.recover()
-        self._cache = context.metrics
-        self._dimensions = [context.model_name, "Model"]
-        self._metrics_lock = threading.Lock()
-        self._told: metrics.MetricValues | None = None
+        self._metrics = _MetricsEmitter(context)
         self._drained_file = Path(os.environ.get("TEMP") or tempfile.gettempdir()) / f"drained-{os.getpid()}"
         signal.signal(signal.SIGUSR1, lambda *_: self._pump.drain())
         threading.Thread(target=self._sweep, name="sweeper", daemon=True).start()
         self.initialized = True
-        where = f"device={facts.device} dtype={facts.dtype} context={facts.context_tokens}"
-        budget = f"device_bytes={facts.device_bytes} host_bytes={facts.host_bytes}"
-        log.info("ready %s sessions=%d %s seconds=%.1f", where, config.max_sessions, budget, time.monotonic() - began)
+        log.info(
+            "ready device=%s dtype=%s context=%d sessions=%d device_bytes=%d host_bytes=%d seconds=%.1f",
+            facts.device,
+            facts.dtype,
+            facts.context_tokens,
+            config.max_sessions,
+            facts.device_bytes,
+            facts.host_bytes,
+            time.monotonic() - began_s,
+        )
 
-    def _checked_properties(self) -> dict[str, str]:
-        """The frontend's properties, once they are known to name the session headers as this worker does."""
-        properties = headers.frontend_properties()
-        if properties is None:
-            log.warning("headers_unchecked reason=the frontend's command line is not visible")
-            return {}
-        problems = headers.header_problems(properties, os.environ)
-        if problems:
-            raise ConfigError(problems)
-        return properties
-
-    def handle(self, data: list[dict], context) -> list[str]:
-        """One step of the pump over all active requests. Never raises: an exception would fail every one of them."""
+    def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
+        """Run one step over all active requests. Never raises: an exception would fail every one of them."""
         rows = [_row(context, index, data[index]) for index in range(len(data))]
         replies = self._pump.exchange(rows)
         context.stopping_criteria = [_stopping(reply) for reply in replies]
@@ -118,68 +108,99 @@ class LlavaHandler(BaseHandler):
         for index, reply in enumerate(replies):
             bodies.append("" if reply is None else reply.body)
             if reply is None:
-                # `create_predict_response` answers the requests in this map; one left out stays open, and comes again.
+                # `create_predict_response` replies to the requests in this map; the others are sent again.
                 del context.request_ids[index]
             else:
                 _set_head(context, index, reply)
         if not self._pump.busy:
-            self._tell_figures()
+            self._metrics.emit(self._pump.metric_values())
         return bodies
 
     def _sweep(self) -> None:
-        drained = False
+        was_drained = False
         while True:
             time.sleep(SWEEP_S)
             try:
                 self._pump.sweep()
-                self._tell_figures()
-                if drained and self._pump.drained and not self._drained_file.exists():
-                    # A round later, so that the last replies are on their way. The launcher waits for this file.
+                self._metrics.emit(self._pump.metric_values())
+                # One round later, so that the last replies have left. The launcher waits for this file.
+                if was_drained and self._pump.drained and not self._drained_file.exists():
                     log.info("drained")
                     self._drained_file.touch()
-                drained = self._pump.drained
+                was_drained = self._pump.drained
             except Exception:
                 log.exception("sweep_failed")
 
-    def _tell_figures(self) -> None:
-        """Emit the metrics when a figure changed; each travels to the frontend as a line of this process's output."""
-        with self._metrics_lock:
-            figures, told = self._pump.figures(), self._told
-            if figures == told:
+
+class _MetricsEmitter:
+    """Emits metrics that have changed. Each one travels to the frontend as a line of this process's output."""
+
+    def __init__(self, context: Any) -> None:
+        self._cache = context.metrics
+        self._dimensions = [context.model_name, "Model"]
+        self._lock = threading.Lock()
+        self._emitted: MetricValues | None = None
+
+    def emit(self, values: MetricValues) -> None:
+        """Emit all gauges, and the increase of each counter, if any value has changed. Thread-safe."""
+        with self._lock:
+            before = self._emitted
+            if values == before:
                 return
-            for name, unit in metrics.GAUGES.items():
-                self._metric(name, unit, MetricTypes.GAUGE).add_or_update(figures.value(name), self._dimensions)
-            for name, unit in metrics.COUNTERS.items():
-                increase = figures.value(name) - (told.value(name) if told else 0)
+            for name, unit in GAUGES.items():
+                self._metric(name, unit, MetricTypes.GAUGE).add_or_update(values.value(name), self._dimensions)
+            for name, unit in COUNTERS.items():
+                increase = values.value(name) - (before.value(name) if before else 0)
                 if increase:
                     self._metric(name, unit, MetricTypes.COUNTER).add_or_update(increase, self._dimensions)
-            self._told = figures
+            self._emitted = values
 
-    def _metric(self, name: str, unit: str, kind: MetricTypes):
-        """The metric as deploy/metrics.yaml declares it, or a new one where the operator's own file does not."""
+    def _metric(self, name: str, unit: str, kind: MetricTypes) -> Any:
+        """Return the metric of metrics.yaml, or a new one if the operator's own file does not declare it."""
         try:
             return self._cache.get_metric(name, kind)
         except MetricsCacheKeyError:
             return self._cache.add_metric_to_cache(name, unit, ["ModelName", "Level"], kind)
 
 
+def _checked_properties() -> dict[str, str]:
+    """Return the frontend's properties. Raise `ConfigError` if it uses other session headers than this worker."""
+    properties = headers.frontend_properties()
+    if properties is None:
+        log.warning("headers_unchecked reason=the frontend's command line is not visible")
+        return {}
+    problems = headers.header_problems(properties, os.environ)
+    if problems:
+        raise ConfigError(problems)
+    return properties
+
+
+def _engine_settings(config: HandlerConfig, checkpoint: str, gpu_id: int | None) -> EngineSettings:
+    device = f"cuda:{gpu_id}" if config.device == "auto" and gpu_id is not None else config.device
+    return EngineSettings(
+        checkpoint=checkpoint,
+        system_prompt=config.system_prompt,
+        dtype=config.dtype,
+        device=device,
+        prefill_chunk_tokens=config.prefill_chunk_tokens,
+        device_bytes=config.device_bytes,
+        host_bytes=config.host_bytes,
+    )
+
+
 def _checkpoint(config: HandlerConfig, model_dir: Path) -> str:
-    """The checkpoint's folder in the archive, else the path or hub id as it stands."""
+    """Return the checkpoint's folder in the archive, or else the configured path or hub ID."""
     packed = model_dir / config.checkpoint
     return str(packed) if packed.is_dir() else config.checkpoint
 
 
-def _tokens(checkpoint: str, system_prompt: str) -> ChatTemplate:
-    import transformers  # here, because it takes seconds, in which the engine loads too
+def _load_template(checkpoint: str, system_prompt: str) -> ChatTemplate:
+    import transformers  # here, because the import takes seconds, during which the engine loads
 
     from llava_sessions.text.processors import load_processor
 
     transformers.logging.set_verbosity_error()
     return ChatTemplate(load_processor(checkpoint), system_prompt)
-
-
-def _device(config: HandlerConfig, gpu_id: int | None) -> str:
-    return f"cuda:{gpu_id}" if config.device == "auto" and gpu_id is not None else config.device
 
 
 def _row(context, index: int, data: dict) -> Row:

@@ -1,7 +1,4 @@
-"""Owns the refusals a caller can see: their stable codes, HTTP statuses and the reason phrases on the wire.
-
-Must not know how a refusal came about, nor how a reply is sent. Pure.
-"""
+"""Error codes, their HTTP statuses, and the words for a rejected value. Pure."""
 
 from __future__ import annotations
 
@@ -18,18 +15,37 @@ STATUS_OF_CODE: dict[str, int] = {
     "capacity": 429,
     "internal": 500,
     "engine_restarting": 503,
+    "journal_unavailable": 503,
+    "request_dropped": 503,
+    "session_moved": 503,
     "shutting_down": 503,
+}
+
+# Items of an array whose types `describe` lists.
+_ITEMS_DESCRIBED = 100
+# Of a number in JSON; a longer one is described by its size.
+_NUMBER_MAX_CHARS = 24
+_JSON_TYPES: dict[type, str] = {
+    str: "string",
+    bool: "boolean",
+    int: "number",
+    float: "number",
+    list: "array",
+    tuple: "array",
+    dict: "object",
+    type(None): "null",
 }
 
 
 class Refused(Exception):
     """A request that is answered with an error and changes nothing.
 
-    `code` is one of `STATUS_OF_CODE`; `message` is one sentence for the caller: what was got and what was wanted.
-    `retry_after_s`: when the same request may do better.
+    `code` is a key of `STATUS_OF_CODE`. `message` is for the client: it states the expected and the actual value.
+    `retry_after_s`: seconds after which a retry may succeed; None if a retry can't help.
     """
 
     def __init__(self, code: str, message: str, retry_after_s: int | None = None) -> None:
+        """Raise `ValueError` if the code is unknown."""
         if code not in STATUS_OF_CODE:
             raise ValueError(f"unknown error code {code!r}")
         super().__init__(message)
@@ -39,16 +55,58 @@ class Refused(Exception):
 
     @property
     def status(self) -> int:
-        """The HTTP status that goes with the code."""
+        """Return the HTTP status of the code."""
         return STATUS_OF_CODE[self.code]
 
-    def body(self) -> dict:
-        """The reply's JSON: `{"error": {"code", "message"}}`."""
+    def body(self) -> dict[str, dict[str, str]]:
+        """Return the reply's JSON: `{"error": {"code", "message"}}`."""
         return {"error": {"code": self.code, "message": self.message}}
 
 
+def describe(value: object) -> str:
+    """Return a short ASCII description of a JSON value, safe to show and to log.
+
+    Numbers, booleans and null are shown. Strings, arrays and objects are described by their type and length.
+    """
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true" if value else "false"
+        case int() | float():
+            return _describe_number(value)
+        case str():
+            return f"a string of length {len(value):,}" if value else "an empty string"
+        case list() | tuple():
+            return _describe_array(value)
+        case dict():
+            return f"an object of length {len(value):,}" if value else "an empty object"
+    return f"a value of type {json_type(value)}"
+
+
+def json_type(value: object) -> str:
+    """Return the JSON name of a value's type."""
+    return _JSON_TYPES.get(type(value), type(value).__name__)
+
+
 def reason_phrase(status: int) -> str:
-    """ASCII reason phrase of an HTTP status (TorchServe counts a phrase in characters, so a non-ASCII one kills the
-    worker).
+    """Return the ASCII reason phrase of an HTTP status.
+
+    TorchServe counts a phrase in characters, so a phrase that is not ASCII ends the worker.
     """
     return HTTPStatus(status).phrase
+
+
+def _describe_number(value: float) -> str:
+    # Python doesn't write an integer of more than 4,300 digits.
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length():,} bits"
+    text = str(value)
+    return text if len(text) <= _NUMBER_MAX_CHARS else "a number"
+
+
+def _describe_array(value: list[object] | tuple[object, ...]) -> str:
+    if not value:
+        return "an empty array"
+    kinds = sorted({json_type(item) for item in value[:_ITEMS_DESCRIBED]})
+    return f"an array of length {len(value):,} ({', '.join(kinds)})"

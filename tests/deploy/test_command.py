@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.local_endpoint.__main__ import main
 from deploy.local_endpoint.app import listen
+from deploy.local_endpoint.command import main
 
 from .conftest import ROOT, picture
 
@@ -47,7 +47,7 @@ def command(shapes_store: Path) -> Iterator[subprocess.Popen]:
 
 
 def test_the_readmes_examples_work_on_what_the_command_starts(command: subprocess.Popen, tmp_path: Path) -> None:
-    assert "loopback only; signatures are accepted unchecked" in command.said
+    assert "loopback only; signatures are not checked" in command.said
     started = psutil.Process(command.pid).children(recursive=True)
     assert len(started) >= 3, "java, its worker and the guard"
     exports = dict(re.findall(r"(AWS_\w+)=(\S+)", command.said))

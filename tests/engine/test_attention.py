@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from llava_sessions.engine import attention as attention_module
-from llava_sessions.engine.attention import attention, full_attention
+from llava_sessions.engine.cpu import attention as attention_module
+from llava_sessions.engine.cpu.attention import attention, full_attention
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
@@ -15,7 +15,7 @@ from llava_sessions.engine.attention import attention, full_attention
 def test_attention_by_products_is_attention(
     monkeypatch: pytest.MonkeyPatch, kv_heads: int, stored: int, new: int
 ) -> None:
-    monkeypatch.setattr(attention_module, "_PRODUCTS_WIN", True)
+    monkeypatch.setattr(attention_module, "USE_PRODUCTS", True)
     torch.manual_seed(0)
     query = torch.randn(1, new, 4, 16).bfloat16().transpose(1, 2)  # rows first, as in a packed forward
     keys, values = torch.randn(2, 1, kv_heads, 512, 16).bfloat16()[..., : stored + new, :]
@@ -37,7 +37,7 @@ def test_attention_in_float32_is_torchs_own() -> None:
 
 @pytest.mark.parametrize("pictures", [1, 3])
 def test_attention_of_a_picture_by_products_is_attention(monkeypatch: pytest.MonkeyPatch, pictures: int) -> None:
-    monkeypatch.setattr(attention_module, "_PRODUCTS_WIN", True)
+    monkeypatch.setattr(attention_module, "USE_PRODUCTS", True)
     torch.manual_seed(0)
     query, keys, values = torch.randn(3, pictures, 250, 4, 16).bfloat16().transpose(2, 3)
     exact = scaled_dot_product_attention(query.float(), keys.float(), values.float(), scale=0.3)

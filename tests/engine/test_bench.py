@@ -53,7 +53,7 @@ def test_sessions_beyond_the_budget_answer_right(results: Path) -> None:
     many = document["samples"]["many"]
     assert many["wrong"] == 0
     assert many["most_resident"] <= many["room"]
-    assert all(document["samples"]["counts"][-1][tier] for tier in ("resident", "parked", "cold"))
+    assert all(document["samples"]["counts"][-1][tier] for tier in ("resident", "offloaded", "cold"))
 
 
 def test_the_readme_takes_its_figures_from_the_files(results: Path, tmp_path: Path) -> None:
@@ -69,7 +69,8 @@ def test_the_readme_takes_its_figures_from_the_files(results: Path, tmp_path: Pa
 
 
 def test_a_verdict_knows_which_way_is_better() -> None:
-    more, less = Measure("", "", "", 10, 14), Measure("", "", "", 0.77, 0.55, less_is_better=True)
+    more = Measure("", "", "", 10, 14)
+    less = Measure("", "", "", 0.77, 0.55, less_is_better=True)
     assert [more.verdict(value) for value in (9, 10, 14)] == ["missed", "floor", "aim"]
     assert [less.verdict(value) for value in (0.8, 0.77, 0.5)] == ["missed", "floor", "aim"]
 

@@ -86,7 +86,7 @@ def asked(chat: ChatTemplate, text: str) -> str:
     """The second turn's prompt for `text`, as text again."""
     conversation = Conversation(prepare(chat, [picture()]))
     conversation.commit(chat.prompt(conversation.opened_on, "first"), [])
-    return chat._tokenizer.decode(chat.prompt(conversation.opened_on, text))
+    return chat.tokenizer.decode(chat.prompt(conversation.opened_on, text))
 
 
 # --- prompts ---
@@ -104,7 +104,8 @@ def whole_ids(processor, messages: list[dict], pictures: list[Image.Image]) -> l
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_turn_by_turn_ids_are_those_of_the_whole_conversation(make_chat, tiny, name, system_prompt, pictures):
     chat = make_chat(TEMPLATES[name], system_prompt)
-    processor, images = chat._processor, [picture()] * pictures
+    processor = chat.processor
+    images = [picture()] * pictures
     messages = [{"role": "system", "content": [{"type": "text", "text": system_prompt}]}] if system_prompt else []
     conversation = Conversation(prepare(chat, images))
     for number, (question, answer) in enumerate(TURNS):
@@ -131,7 +132,8 @@ def test_a_prompt_leaves_the_conversation_as_it_was(make_chat, name):
 
 def test_conversations_of_one_opening_grow_apart(chat):
     opening = prepare(chat, [picture()])
-    first, second = Conversation(opening), Conversation(opening)
+    first = Conversation(opening)
+    second = Conversation(opening)
     first.commit([1, 2], [3])
     assert second.token_ids == opening.token_ids
     assert first.token_ids == [*opening.token_ids, 1, 2, 3]
@@ -143,7 +145,7 @@ def test_a_template_that_closes_answers_writes_one_eos_before_the_next_question(
     conversation = Conversation(prepare(chat, [picture()]))
     first = chat.prompt(conversation.opened_on, "one")
     conversation.commit(first, [5, 6])
-    eos = chat._tokenizer.eos_token_id
+    eos = chat.tokenizer.eos_token_id
     later = chat.prompt(conversation.opened_on, "two")
     assert later[0] == eos
     assert later.count(eos) - 1 == first.count(eos)
@@ -170,9 +172,10 @@ ODD_TEXTS = [
 def test_special_tokens_in_a_question_stay_text(make_chat, name, text):
     chat = make_chat(TEMPLATES[name])
     conversation = Conversation(prepare(chat, [picture()]))
-    tokenizer = chat._tokenizer
+    tokenizer = chat.tokenizer
     for _ in range(2):
-        plain, odd = chat.prompt(conversation.opened_on, "question"), chat.prompt(conversation.opened_on, text)
+        plain = chat.prompt(conversation.opened_on, "question")
+        odd = chat.prompt(conversation.opened_on, text)
         for special in SPECIALS:
             token = tokenizer.convert_tokens_to_ids(special)
             assert odd.count(token) == plain.count(token)
@@ -223,7 +226,8 @@ def test_an_opening_holds_the_tokens_of_every_picture_and_ends_behind_the_last(m
 
 
 def test_the_pixels_follow_the_order_of_the_pictures(chat):
-    red, blue = picture("red"), picture("blue")
+    red = picture("red")
+    blue = picture("blue")
     both = pixels(prepare(chat, [red, blue]))
     assert np.array_equal(both[0], pixels(prepare(chat, [red]))[0])
     assert np.array_equal(both[1], pixels(prepare(chat, [blue]))[0])
@@ -248,7 +252,7 @@ def test_the_start_token_is_written_once_by_the_template_or_the_tokenizer(tiny, 
 
 def test_the_system_prompt_stands_before_the_picture(make_chat):
     chat = make_chat(CLOSING, "Be brief.")
-    text = chat._tokenizer.decode(prepare(chat, [picture()]).token_ids)
+    text = chat.tokenizer.decode(prepare(chat, [picture()]).token_ids)
     assert text.index("Be brief.") < text.index("<image>")
 
 
@@ -447,8 +451,9 @@ def test_any_stop_strings_cut_where_the_first_of_them_is_complete(tokenizer, see
 
 
 def test_readers_of_one_chat_share_nothing(chat):
-    first, second = chat.answer_text(), chat.answer_text(("b",))
-    tokens = ids_of(chat._tokenizer, "ab")
+    first = chat.answer_text()
+    second = chat.answer_text(("b",))
+    tokens = ids_of(chat.tokenizer, "ab")
     for token in tokens:
         second.push(token)
     assert second.stopped

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava_sessions.chat.transcript import Conversation
 from llava_sessions.engine.engine import Engine
-from llava_sessions.engine.kv import DeviceBudget, choose_budget
+from llava_sessions.engine.memory import DeviceBudget, choose_budget
 from llava_sessions.engine.model import Model
 from llava_sessions.ipc.messages import AskSession, CloseSession, Finished, OpenSession, Sampling
 from llava_sessions.text.chat_template import ChatTemplate
@@ -86,13 +86,13 @@ def test_answers_stay_right_after_parking_and_rebuilding(tiny: Path) -> None:
     chats = Chats(tiny)
     shape = chats.engine.model.kv_shape
     features = 6 * 16 * chats.engine.model.feature_bytes
-    chats.engine.budget = DeviceBudget(2 * shape.device_bytes(100) + features, 60 * shape.token_bytes)
+    chats.engine.device_memory.budget = DeviceBudget(2 * shape.device_bytes(100) + features, 60 * shape.token_bytes)
     names = [f"s{index}" for index in range(6)]
     for index, name in enumerate(names):
         chats.open(name, index)
         chats.run()
     held = chats.engine.memory()
-    assert all((held.resident, held.parked, held.cold))
+    assert all((held.resident, held.offloaded, held.cold))
     for question in QUESTIONS:
         for name in names:
             wanted = chats.ask(name, question, 8)
@@ -103,10 +103,11 @@ def test_parked_kv_lies_in_pinned_memory(tiny: Path) -> None:
     chats = Chats(tiny)
     chats.open("a", 1)
     chats.run()
-    kv = chats.engine._sessions["a"].kv
-    kv.park()
-    assert kv.tier == "parked"
-    assert kv._host.is_pinned()
+    kv = chats.engine.sessions["a"].kv
+    kv.offload()
+    assert kv.tier == "offloaded"
+    assert kv.on_host is not None
+    assert kv.on_host.is_pinned()
 
 
 def test_closing_gives_the_device_its_memory_back(tiny: Path) -> None:

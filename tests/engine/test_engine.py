@@ -16,8 +16,10 @@ import torch
 from transformers import AutoProcessor
 
 from llava_sessions.engine.engine import Engine
-from llava_sessions.engine.kv import GROWTH_TOKENS, KVShape, SessionKV, choose_budget
+from llava_sessions.engine.kv import GROWTH_TOKENS, KVShape, SessionKV
+from llava_sessions.engine.memory import choose_budget
 from llava_sessions.engine.model import Model, UnsupportedCheckpoint
+from llava_sessions.engine.process import warm_up
 from llava_sessions.engine.scheduler import plan
 from llava_sessions.ipc.messages import (
     Admitted,
@@ -70,7 +72,8 @@ def test_answers_equal_generate_over_turns_while_others_share_the_batch(
 
 def test_multi_head_attention_equals_generate(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path, kv_heads=4, seed=3)
-    chats, reference = Chats(checkpoint), Reference(checkpoint)
+    chats = Chats(checkpoint)
+    reference = Reference(checkpoint)
     chats.open("a", 1)
     for question in QUESTIONS:
         full = chats.ask("a", question, Sampling(12))
@@ -159,8 +162,8 @@ def test_closing_frees_every_tensor_of_the_session(tiny: Path) -> None:
         chats.open(name, ord(name))
         chats.ask(name, QUESTIONS[0], Sampling(4))
     chats.run()
-    session = chats.engine._sessions["a"]
-    tensors = [weakref.ref(session.shown[0].features), weakref.ref(session.kv._device)]
+    session = chats.engine.sessions["a"]
+    tensors = [weakref.ref(session.pictures[0].features), weakref.ref(session.kv.on_device)]
     held = chats.engine.memory()
     assert held.features_bytes == 3 * 16 * 64 * 4
     assert held.kv_bytes == 3 * 4 * 2 * 2 * GROWTH_TOKENS * 16 * 4
@@ -225,7 +228,8 @@ def test_a_picture_that_can_not_be_encoded_fails_only_its_own_session(tiny: Path
 
 
 def test_a_deadline_ends_an_answer_with_what_it_has(tiny: Path) -> None:
-    cut, whole = Chats(tiny), Chats(tiny)
+    cut = Chats(tiny)
+    whole = Chats(tiny)
     for chats in (cut, whole):
         chats.open("a", 1)
         chats.run()
@@ -233,7 +237,7 @@ def test_a_deadline_ends_an_answer_with_what_it_has(tiny: Path) -> None:
     expected = whole.run()["a"].answer_ids
     cut.ask("a", QUESTIONS[0], Sampling(12, deadline_ms=600_000))
     cut.run(steps=5)
-    cut.engine._sessions["a"].turn.ends_at = 0.0  # time passes
+    cut.engine.sessions["a"].turn.deadline_at = 0.0  # time passes
     event = cut.run()["a"]
     assert (event.reason, event.answer_ids) == ("deadline", expected[:5])
     cut.ask("a", QUESTIONS[1], Sampling(4))
@@ -241,13 +245,14 @@ def test_a_deadline_ends_an_answer_with_what_it_has(tiny: Path) -> None:
 
 
 def test_a_deadline_before_the_first_token_leaves_the_session_as_it_was(tiny: Path) -> None:
-    late, calm = Chats(tiny, chunk_tokens=1), Chats(tiny)
+    late = Chats(tiny, chunk_tokens=1)
+    calm = Chats(tiny)
     for chats in (late, calm):
         chats.open("a", 1)
         chats.run()
     late.ask("a", "what is in this picture of a circle?", Sampling(12, deadline_ms=600_000))
     late.run(steps=2)
-    late.engine._sessions["a"].turn.ends_at = 0.0
+    late.engine.sessions["a"].turn.deadline_at = 0.0
     late.run()
     assert late.events[-1] == Cancelled("turn-a", "deadline")
     for chats in (late, calm):
@@ -282,7 +287,7 @@ def test_lower_precisions_answer(tiny: Path) -> None:
     tokens = ChatTemplate(AutoProcessor.from_pretrained(tiny))
     for dtype in ("bfloat16", "float16"):
         engine = Engine(Model.load(tiny, dtype, "cpu"), tokens.answer_text, choose_budget(torch.device("cpu")))
-        engine.warm_up(tokens)
+        warm_up(engine, tokens)
         assert engine.model.dtype == getattr(torch, dtype)
         assert engine.memory() == Memory()
 
@@ -315,9 +320,13 @@ def test_kv_grows_in_steps_and_keeps_what_it_holds() -> None:
 def test_decodes_always_run_and_prefills_share_the_chunk_in_order() -> None:
     class Waiting:
         def __init__(self, ticket: int, pending_tokens: int) -> None:
-            self.ticket, self.pending_tokens = ticket, pending_tokens
+            self.ticket = ticket
+            self.pending_tokens = pending_tokens
 
-    late, early, decode, idle = Waiting(3, 10), Waiting(2, 6), Waiting(9, 1), Waiting(0, 0)
+    late = Waiting(3, 10)
+    early = Waiting(2, 6)
+    decode = Waiting(9, 1)
+    idle = Waiting(0, 0)
     sessions = [late, decode, idle, early]
     assert plan(sessions, 8) == [(decode, 1), (early, 6), (late, 2)]
     assert plan(sessions, 6) == [(decode, 1), (early, 6)]

@@ -20,8 +20,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from deploy import pack
 from llava_sessions.chat.transcript import Conversation
 from llava_sessions.engine.engine import Engine
-from llava_sessions.engine.kv import DeviceBudget
+from llava_sessions.engine.memory import DeviceBudget
 from llava_sessions.engine.model import SUPPORTED_MODEL_TYPES, Model, UnsupportedCheckpoint
+from llava_sessions.engine.process import warm_up
 from llava_sessions.errors import Refused
 from llava_sessions.ipc.messages import (
     AskSession,
@@ -89,7 +90,8 @@ class Chats:
     """An engine and the chats that it holds, driven as the pump does it."""
 
     def __init__(self, family: Family, budget: DeviceBudget = AMPLE, chunk_tokens: int = 48) -> None:
-        self.family, self.tokens = family, family.tokens
+        self.family = family
+        self.tokens = family.tokens
         self.engine = Engine(family.model, family.tokens.answer_text, budget, chunk_tokens)
         self.chats: dict[str, Chat] = {}
         self.events: list[Event] = []
@@ -173,7 +175,7 @@ def test_answers_equal_generate_over_turns_in_company_with_several_and_with_furt
     assert (encode_ms["one"] > 0) != (encode_ms["twin"] > 0), "one picture is encoded once"
 
 
-@pytest.mark.parametrize("host_bytes", [2**30, 0], ids=["parked", "cold"])
+@pytest.mark.parametrize("host_bytes", [2**30, 0], ids=["offloaded", "cold"])
 def test_answers_equal_generate_after_their_cache_was_moved_away(family: Family, host_bytes: int) -> None:
     features = 320 * family.model.feature_bytes
     chats = Chats(family, DeviceBudget(family.model.kv_shape.device_bytes(512) + features, host_bytes))
@@ -186,7 +188,7 @@ def test_answers_equal_generate_after_their_cache_was_moved_away(family: Family,
             wanted = chats.ask(name, question, *([4] if turn and name == "a" else []))
             assert chats.run() == {name: wanted}
             memory = chats.engine.memory()
-            moved += memory.parked if host_bytes else memory.cold
+            moved += memory.offloaded if host_bytes else memory.cold
     assert moved >= 3
 
 
@@ -229,7 +231,7 @@ def test_a_bad_further_picture_fails_its_turn_only(family: Family) -> None:
 
 def whole_text(family: Family, messages: list[dict]) -> str:
     """The conversation rendered at once."""
-    rendered = family.tokens._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    rendered = family.tokens.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     # The family's template writes "assistant \n" before an earlier answer, but lets the next one begin behind
     # "assistant\n". A session keeps what the model has read.
     return rendered.replace("assistant \n", "assistant\n")
@@ -237,7 +239,8 @@ def whole_text(family: Family, messages: list[dict]) -> str:
 
 @pytest.mark.parametrize("opened", [1, 2])
 def test_ids_and_arrays_are_the_processors_own_on_the_whole_conversation(family: Family, opened: int) -> None:
-    tokens, processor = family.tokens, family.tokens._processor
+    tokens = family.tokens
+    processor = family.tokens.processor
     requests = [[noise(seed) for seed in range(opened)], [noise(3)], [], [noise(4), noise(5)]]
     prepared = [tokens.prepare(pictures) for pictures in requests]
     opening = tokens.opening(requests[0])
@@ -261,7 +264,7 @@ def test_ids_and_arrays_are_the_processors_own_on_the_whole_conversation(family:
         assert set(own) == set(arrays) - {"input_ids", "attention_mask"}
         for name, array in own.items():
             np.testing.assert_array_equal(array, arrays[name])
-        lead = " " if "<s>" in tokens._processor.tokenizer.all_special_tokens else ""
+        lead = " " if "<s>" in tokens.processor.tokenizer.all_special_tokens else ""
         answer = processor.tokenizer(f"{lead}yes", add_special_tokens=False)["input_ids"]
         conversation.commit(prompt, answer)
         messages.append({"role": "assistant", "content": [{"type": "text", "text": "yes"}]})
@@ -335,8 +338,9 @@ def onevision_whole(processor, text: str, images: list[list[Image.Image]]) -> tu
 
 
 def test_one_picture_at_open_and_one_later_are_what_the_processor_makes_of_a_flat_list(family: Family) -> None:
-    first, second = family.tokens.prepare([noise(1)]), family.tokens.prepare([noise(2)])
-    processor = family.tokens._processor
+    first = family.tokens.prepare([noise(1)])
+    second = family.tokens.prepare([noise(2)])
+    processor = family.tokens.processor
     together = processor(images=[noise(1)[1], noise(2)[1]], text="<image><image>", return_tensors="np")
     assert together["input_ids"][0].tolist().count(family.tokens.image_token_id) == sum(
         len(tokens) // len("<image>") for tokens in first.tokens + second.tokens
@@ -355,7 +359,7 @@ def test_onevision_knows_a_picture_in_company_from_the_same_one_alone(family: Fa
 def test_a_clip_is_taken_by_onevision_only(family: Family) -> None:
     frames = [noise(4 * n)[1] for n in range(3)]
     if not family.takes_clips:
-        with pytest.raises(Refused, match="pictures, no video") as refused:
+        with pytest.raises(Refused, match="must be pictures") as refused:
             family.tokens.clip_opening("clip", frames)
         assert refused.value.code == "unsupported_media"
         return
@@ -364,10 +368,10 @@ def test_a_clip_is_taken_by_onevision_only(family: Family) -> None:
     assert clip.inputs["pixel_values_videos"].shape == (1, 3, 3, 28, 28)
     assert opening.image_tokens == 3 * 4 + 1
     whole = whole_text(family, [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "what?"}]}])
-    inputs = family.tokens._processor(videos=[frames], text=whole, return_tensors="np")
+    inputs = family.tokens.processor(videos=[frames], text=whole, return_tensors="np")
     prompt = family.tokens.prompt(Conversation(opening).opened_on, "what?")
     assert opening.token_ids + prompt == inputs["input_ids"][0].tolist()
-    with pytest.raises(Refused, match="can't show"):  # the template writes pictures before clips
+    with pytest.raises(Refused, match="must fit"):  # the template writes pictures before clips
         family.tokens.prompt(Conversation(opening).opened_on, "what?", family.tokens.prepare([noise(1)]))
 
 
@@ -445,7 +449,7 @@ def test_the_largest_picture_has_the_most_tiles(family: Family) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_family_answers_in_every_precision(family: Family, dtype: str) -> None:
     model = Model.load(family.folder, dtype, "cpu")
-    Engine(model, family.tokens.answer_text, AMPLE).warm_up(family.tokens)
+    warm_up(Engine(model, family.tokens.answer_text, AMPLE), family.tokens)
     if family.takes_clips:
         (clip,) = family.tokens.clip_opening("clip", [noise(1)[1]]).pictures
         assert model.encode(clip).dtype == model.dtype

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from llava_sessions.engine import attention
+from llava_sessions.engine.attention import Segment
+from llava_sessions.engine.cpu import attention, linears
 from llava_sessions.engine.cpu import layers as cpu_layers
-from llava_sessions.engine.cpu import linears
-from llava_sessions.engine.cpu.layers import FusedLayer, fuse_layers, token_attention
+from llava_sessions.engine.cpu.layers import FusedLayer, compile_token_attention, fuse_layers
 from llava_sessions.engine.cpu.linears import PackedLinear, can_pack
 from llava_sessions.engine.kv import SessionKV
-from llava_sessions.engine.model import Model, Segment
+from llava_sessions.engine.model import Model
 from tests.support.tiny_families import FAMILIES, make_next_mistral
 
 needs_packing = pytest.mark.skipif(not can_pack(torch.float32), reason="this torch has no packed linears")
@@ -27,7 +27,7 @@ needs_bfloat16 = pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this C
 @pytest.fixture
 def compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention of single tokens is compiled for small models too."""
-    monkeypatch.setattr("llava_sessions.engine.model._COMPILE_FROM_BYTES", 0)
+    monkeypatch.setattr("llava_sessions.engine.model.COMPILE_FROM_BYTES", 0)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -62,9 +62,9 @@ def logits(model: Model) -> list[torch.Tensor]:
 @needs_packing
 def test_a_fused_model_gives_the_plain_ones_logits(folder: Path, compiles: None) -> None:
     model = Model.load(folder, "float32", "cpu")
-    assert all(isinstance(layer, FusedLayer) for layer in model._text.layers)
-    assert model._tokens is not None
-    packed = [part for part in model._text.modules() if isinstance(part, PackedLinear)]
+    assert all(isinstance(layer, FusedLayer) for layer in model.text.layers)
+    assert model.token_attention is not None
+    packed = [part for part in model.text.modules() if isinstance(part, PackedLinear)]
     assert {part.weight_bytes // (part.in_features * part.out_features) for part in packed} == {2}
     for got, wanted in zip(logits(model), logits(plain_model(folder, "float32")), strict=True):
         torch.testing.assert_close(got, wanted, atol=2e-4, rtol=2e-4)
@@ -73,7 +73,7 @@ def test_a_fused_model_gives_the_plain_ones_logits(folder: Path, compiles: None)
 @needs_bfloat16
 def test_in_bfloat16_too_as_far_as_that_goes(folder: Path, compiles: None) -> None:
     model = Model.load(folder, "bfloat16", "cpu")
-    assert model._tokens is not None
+    assert model.token_attention is not None
     got, plain, exact = (
         torch.cat(logits(one)) for one in (model, plain_model(folder, "bfloat16"), plain_model(folder, "float32"))
     )
@@ -85,8 +85,8 @@ def test_in_bfloat16_too_as_far_as_that_goes(folder: Path, compiles: None) -> No
 @needs_packing
 def test_without_compiled_attention_the_logits_stay(folder: Path) -> None:
     model = Model.load(folder, "float32", "cpu")
-    assert isinstance(model._text.layers[0], FusedLayer)
-    assert model._tokens is None, "so small a model starts sooner without"
+    assert isinstance(model.text.layers[0], FusedLayer)
+    assert model.token_attention is None, "so small a model starts sooner without"
     for got, wanted in zip(logits(model), logits(plain_model(folder, "float32")), strict=True):
         torch.testing.assert_close(got, wanted, atol=2e-4, rtol=2e-4)
 
@@ -104,7 +104,7 @@ def test_without_compiled_attention_the_logits_stay(folder: Path) -> None:
     ids=["another part", "another activation", "a bias of one", "another norm", "another precision"],
 )
 def test_layers_of_another_kind_are_left_alone(change, tmp_path: Path) -> None:
-    layers = plain_model(make_next_mistral(tmp_path), "float32")._text.layers
+    layers = plain_model(make_next_mistral(tmp_path), "float32").text.layers
     change(layers[1])
     before = list(layers)
     assert not fuse_layers(layers)
@@ -116,7 +116,7 @@ def test_layers_of_another_kind_are_left_alone(change, tmp_path: Path) -> None:
 def test_compiled_attention_is_attention(
     heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, allowed: float
 ) -> None:
-    attend = token_attention(heads, kv_heads, head_dim, dtype)
+    attend = compile_token_attention(heads, kv_heads, head_dim, dtype)
     assert attend is not None
     torch.manual_seed(0)
     stored = (0, 1, 250, 255, 1001)
@@ -126,7 +126,8 @@ def test_compiled_attention_is_attention(
     before = [cache.clone() for cache in caches]
     qkv = 2 * torch.randn(6, width * head_dim).to(dtype)
     angles = torch.rand(6, head_dim // 2).repeat(1, 2) * 6
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    cos = angles.cos().to(dtype)
+    sin = angles.sin().to(dtype)
     out = torch.full((6, heads * head_dim), 7.0).to(dtype)
     places = [
         (row, cache.data_ptr(), cache.shape[3], length) for row, cache, length in zip(rows, caches, stored, strict=True)
@@ -149,4 +150,4 @@ def test_compiled_attention_is_attention(
 def test_without_numba_there_is_no_compiled_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "llava_sessions.engine.cpu.token_attention", raising=False)
     monkeypatch.setitem(sys.modules, "numba", None)
-    assert token_attention(4, 2, 8, torch.float32) is None
+    assert compile_token_attention(4, 2, 8, torch.float32) is None

@@ -4,6 +4,8 @@ can't.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -35,7 +37,8 @@ def plain(weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.nn.Li
 def test_packed_linears_give_the_plain_ones_numbers(dtype: torch.dtype, allowed: float, rows: int) -> None:
     if not can_pack(dtype):
         pytest.skip(f"this CPU has no packed linears in {dtype}")
-    model, inputs = layers(dtype), torch.randn(1, rows, 48).to(dtype)
+    model = layers(dtype)
+    inputs = torch.randn(1, rows, 48).to(dtype)
     with torch.inference_mode():
         wanted = model(inputs)
         assert pack_all(model) == 2
@@ -53,7 +56,8 @@ def test_in_float32_a_weight_that_half_the_bytes_hold_takes_half_and_gives_the_s
     # As wide a range as trained weights have, with some that float16 would have as zero.
     weight = torch.randn(130, 70) * torch.tensor([1e-9, 1e-6, 0.02, 0.02, 3.0]).repeat(14)
     one = plain(weight.to(checkpoint).float(), torch.randn(130))
-    inputs, added = 40 * torch.randn(2, rows, 70), torch.randn(2, rows, 130)
+    inputs = 40 * torch.randn(2, rows, 70)
+    added = torch.randn(2, rows, 130)
     with torch.inference_mode():
         packed = pack(one)
         assert packed.weight_bytes == weight.numel() * (4 if checkpoint == torch.float32 else 2)
@@ -102,19 +106,21 @@ def test_other_precisions_are_left_alone() -> None:
 
 
 @pytest.fixture
-def looks_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was found to work before does not count."""
-    monkeypatch.setattr(linears, "_works", linears._works.__wrapped__)
+def forgets_trials() -> Iterator[None]:
+    """Kinds of linears are tried again in this test, and again after it."""
+    linears.works.cache_clear()
+    yield
+    linears.works.cache_clear()
 
 
-def test_without_the_private_ops_nothing_is_packed(monkeypatch: pytest.MonkeyPatch, looks_again: None) -> None:
+def test_without_the_private_ops_nothing_is_packed(monkeypatch: pytest.MonkeyPatch, forgets_trials: None) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     model = layers(torch.float32)
     assert pack_all(model) == 0
     assert type(model[1]) is torch.nn.Linear
 
 
-def test_where_torch_has_no_fbgemm_the_weight_stays_whole(monkeypatch: pytest.MonkeyPatch, looks_again: None) -> None:
+def test_where_torch_has_no_fbgemm_the_weight_stays_whole(forgets_trials: None) -> None:
     engine = torch.backends.quantized.engine
     torch.backends.quantized.engine = "qnnpack"  # as on Arm
     try:

@@ -21,7 +21,8 @@ def test_a_temperature_next_to_nothing_takes_the_most_likely_token(temperature: 
 def test_a_row_of_no_numbers_leaves_the_others_alone() -> None:
     logits = LOGITS.clone()
     logits[1] = float("nan")
-    hot, greedy = Sampler(Sampling(8, temperature=0.01, seed=1)), Sampler(Sampling(8))
+    hot = Sampler(Sampling(8, temperature=0.01, seed=1))
+    greedy = Sampler(Sampling(8))
     first, broken, last = next_tokens(logits, [hot, hot, greedy])
     assert (first, last) == (1, 0)
     assert isinstance(broken, RuntimeError)

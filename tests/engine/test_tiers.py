@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from llava_sessions.chat.transcript import Conversation
-from llava_sessions.engine.kv import GROWTH_TOKENS, DeviceBudget, SessionKV
+from llava_sessions.engine.kv import GROWTH_TOKENS, SessionKV
+from llava_sessions.engine.memory import DeviceBudget
 from llava_sessions.ipc.messages import (
     Admitted,
     AskSession,
@@ -21,6 +22,7 @@ from llava_sessions.ipc.messages import (
     OutOfCapacity,
     Prefilled,
     Sampling,
+    StopTurn,
 )
 from tests.support.engine_chats import QUESTIONS, Chats, noise
 
@@ -54,7 +56,7 @@ def told(chats: Chats, kind: type) -> list[str]:
 @pytest.mark.parametrize(
     ("host_bytes", "tiers"),
     [
-        pytest.param(PLENTY, (3, 5, 0), id="parked"),
+        pytest.param(PLENTY, (3, 5, 0), id="offloaded"),
         pytest.param(0, (3, 0, 5), id="cold"),
         pytest.param(130 * TOKEN_BYTES, (3, 1, 4), id="some of each"),
     ],
@@ -66,9 +68,9 @@ def test_answers_are_the_same_when_caches_must_leave_the_device(
     tight = Chats(tiny, budget=DeviceBudget(device_bytes, host_bytes))
     assert talk(tight, 8) == talk(Chats(tiny), 8)
     memory = tight.engine.memory()
-    assert (memory.resident, memory.parked, memory.cold) == tiers
+    assert (memory.resident, memory.offloaded, memory.cold) == tiers
     assert memory.features_bytes + memory.kv_bytes <= device_bytes
-    assert memory.parked_bytes <= host_bytes
+    assert memory.offloaded_bytes <= host_bytes
 
 
 def test_the_least_recently_used_leaves_first(tiny: Path) -> None:
@@ -80,8 +82,8 @@ def test_the_least_recently_used_leaves_first(tiny: Path) -> None:
     chats.run()
     chats.open("c", ord("c"))
     chats.run()
-    tiers = {name: chats.engine._sessions[name].kv.tier for name in "abc"}
-    assert tiers == {"a": "resident", "b": "parked", "c": "resident"}
+    tiers = {name: chats.engine.sessions[name].kv.tier for name in "abc"}
+    assert tiers == {"a": "resident", "b": "offloaded", "c": "resident"}
 
 
 def test_parking_copies_only_what_is_used(tiny: Path) -> None:
@@ -90,7 +92,7 @@ def test_parking_copies_only_what_is_used(tiny: Path) -> None:
         chats.open(name, ord(name))
         chats.run()
     tokens = len(chats.conversations["a"].opening.token_ids)
-    assert chats.engine.memory().parked_bytes == tokens * TOKEN_BYTES
+    assert chats.engine.memory().offloaded_bytes == tokens * TOKEN_BYTES
 
 
 def test_a_running_answer_is_never_moved(tiny: Path) -> None:
@@ -114,16 +116,19 @@ def nearly_full(chats: Chats, name: str, room: int) -> SessionKV:
     """Open a session whose first turn leaves room for so many tokens in its cache; the turn has yet to run."""
     chats.open(name, ord(name))
     chats.run()
-    conversation, text = chats.conversations[name], "?"
+    conversation = chats.conversations[name]
+    text = "?"
     while len(conversation.token_ids + chats.tokens.prompt(conversation.opened_on, text)) < GROWTH_TOKENS - room - 3:
         text += "?"
     chats.ask(name, text, Sampling(3))
-    return chats.engine._sessions[name].kv
+    return chats.engine.sessions[name].kv
 
 
 def test_a_cache_that_the_next_turn_would_outgrow_is_grown_while_nobody_waits(tiny: Path) -> None:
-    chats, free = Chats(tiny), Chats(tiny)
-    kv, _ = nearly_full(chats, "a", room=10), nearly_full(free, "a", room=10)
+    chats = Chats(tiny)
+    free = Chats(tiny)
+    kv = nearly_full(chats, "a", room=10)
+    _ = nearly_full(free, "a", room=10)
     assert kv.capacity == GROWTH_TOKENS
     assert chats.run()["a"].answer_ids == free.run()["a"].answer_ids
     assert kv.length < GROWTH_TOKENS < kv.capacity == 2 * GROWTH_TOKENS
@@ -192,7 +197,8 @@ def test_what_is_open_is_not_dropped_for_a_newcomer(tiny: Path) -> None:
 
 
 def test_a_burst_of_openings_waits_for_room_and_is_refused_none(tiny: Path) -> None:
-    chats, free = Chats(tiny, budget=DeviceBudget(2 * STEP_BYTES + 6 * FEATURES_BYTES, PLENTY)), Chats(tiny)
+    chats = Chats(tiny, budget=DeviceBudget(2 * STEP_BYTES + 6 * FEATURES_BYTES, PLENTY))
+    free = Chats(tiny)
     for either in (chats, free):
         for name in "abcdef":
             either.open(name, ord(name))
@@ -229,7 +235,8 @@ def test_features_leave_room_for_an_opening_that_waits(tiny: Path) -> None:
 
 @pytest.mark.parametrize("chunk_tokens", [256, 5])
 def test_the_same_picture_is_encoded_and_prefilled_once(tiny: Path, chunk_tokens: int) -> None:
-    chats, alone = Chats(tiny, chunk_tokens), Chats(tiny, chunk_tokens)
+    chats = Chats(tiny, chunk_tokens)
+    alone = Chats(tiny, chunk_tokens)
     for name in "abc":
         chats.open(name, 1)
     chats.run()
@@ -267,7 +274,7 @@ def test_a_fork_comes_from_a_parked_session_too(tiny: Path) -> None:
     chats.run()
     chats.open("other", 2)
     chats.run()
-    assert chats.engine._sessions["a"].kv.tier == "parked"
+    assert chats.engine.sessions["a"].kv.tier == "offloaded"
     chats.open("b", 1)
     chats.run()
     assert [event.encode_ms > 0 for event in chats.events if isinstance(event, Prefilled)] == [True, True, False]
@@ -291,7 +298,7 @@ def test_two_pictures_and_one_more_later_are_laid_behind_their_own_tokens(tiny: 
     late = [*second.token_ids[1:], *tail]
     engine.apply(AskSession("one", "t-cancelled", [7, *late], Sampling(8), second.pictures))
     engine.step()
-    engine.cancel("t-cancelled")
+    engine.apply(StopTurn("t-cancelled", "cancelled", keep_answer=False))
     engine.apply(AskSession("one", "t-one", late, Sampling(8), second.pictures))
     events = []
     while engine.has_work:

@@ -1,4 +1,4 @@
-"""Owns telling what the product logged from what the test run did: threads that poll servers log beside it."""
+"""The product's log records, without those of the test run's own threads, such as clients that poll a server."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ import logging
 import pytest
 
 
-def told(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
-    """The product's own records, in order."""
+def product_records(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """Return the records of the product's loggers, in order."""
     return [record for record in caplog.records if record.name.startswith("llava_sessions.")]

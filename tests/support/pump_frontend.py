@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import queue
 import time
 import uuid
 from collections.abc import Iterator
@@ -22,21 +21,23 @@ from PIL import Image
 
 from llava_sessions.config import MediaLimits, RequestLimits
 from llava_sessions.engine.engine import Engine
-from llava_sessions.engine.kv import choose_budget
+from llava_sessions.engine.memory import choose_budget
 from llava_sessions.engine.model import Model
 from llava_sessions.ipc.messages import Admitted, AskSession, CloseSession, OpenSession, Report
 from llava_sessions.journal.journal import Journal
 from llava_sessions.protocol.constants import CLOSED_SESSION_HEADER, SESSION_HEADER
 from llava_sessions.text.chat_template import ChatTemplate
 from llava_sessions.torchserve.batch import Reply, Row
-from llava_sessions.worker import pump as pump_module
+from llava_sessions.worker.assembly import Timing, make_pump
 from llava_sessions.worker.engines import EngineLost, EngineUp
-from llava_sessions.worker.pump import Pump
+from llava_sessions.worker.inbox import Inbox
 from llava_sessions.worker.sessions import SessionTable
 
 NOW = 1_800_000_000.0
 TTL = 60.0
 PATIENCE_S = 20.0
+# The engine steps between exchanges only, so an exchange never waits for it with success.
+WAIT_S = 0.002
 QUESTIONS = ["What is the red circle doing?", "Where is the blue square near two green stars?", "And now?"]
 
 
@@ -63,24 +64,41 @@ class Frontend:
         journal: Journal | None = None,
         idle_s: float | None = None,
         first_row: int = 0,
+        close_wait_s: float = WAIT_S,
     ) -> None:
         """`deaf`: commands are only recorded, and a test tells by itself what came of them. `first_row` sets the ids
         of two servers apart.
         """
         self.now_s = NOW
+        self.skipped_s = 0.0
         self.commands: list = []
-        self.inbox: queue.SimpleQueue = queue.SimpleQueue()
+        self.inbox = Inbox()
         self._new_engine = lambda: Engine(model, tokens.answer_text, choose_budget(model.device))
         self.engine = self._new_engine()
         self._deaf = deaf
         self._rows = first_row
         self.table = SessionTable(max_sessions, TTL, idle_s)
-        limits = (context_tokens or model.context_tokens, RequestLimits(), MediaLimits())
         self._ended: list[str] = []
         self.mark = ("x-mark", "ours")
-        self.able, self.pending = True, 0
-        doors = {"sequences": self, "journal": journal or Journal(), "clock": lambda: self.now_s}
-        self.pump = Pump(self, self.inbox, tokens, self.table, *limits, **doors)
+        self.able = True
+        self.pending = 0
+        self.pump = make_pump(
+            client=self,
+            inbox=self.inbox,
+            template=tokens,
+            table=self.table,
+            context_tokens=context_tokens or model.context_tokens,
+            limits=RequestLimits(),
+            media_limits=MediaLimits(),
+            ender=self,
+            journal=journal or Journal(),
+            timing=Timing(
+                clock=lambda: self.now_s,
+                monotonic=lambda: time.monotonic() + self.skipped_s,
+                wait_s=WAIT_S,
+                close_wait_s=close_wait_s,
+            ),
+        )
 
     def end(self, sequence_id: str) -> None:
         self._ended.append(sequence_id)
@@ -200,13 +218,6 @@ def model(tiny: Path) -> Iterator[Model]:
 @pytest.fixture(scope="module")
 def tokens(tiny: Path) -> ChatTemplate:
     return ChatTemplate(transformers.AutoProcessor.from_pretrained(tiny))
-
-
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch) -> None:
-    """The engine steps between exchanges only, so an exchange that waits for it waits in vain."""
-    monkeypatch.setattr(pump_module, "WAIT_S", 0.002)
-    monkeypatch.setattr(pump_module, "CLOSE_WAIT_S", 0.002)
 
 
 def code(reply: Reply) -> str:

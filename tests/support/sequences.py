@@ -1,4 +1,4 @@
-"""Makes the sequence reaper's waits end at once."""
+"""A sequence reaper that never waits."""
 
 import pytest
 
@@ -7,6 +7,9 @@ from llava_sessions.torchserve import sequences
 
 @pytest.fixture(autouse=True)
 def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each request arrives after the previous step has ended (test_sequences.py covers the others)."""
+    """Make each reaper treat a request as if it arrived long after the previous step.
+
+    tests/unit/test_sequences.py covers the waits.
+    """
     monkeypatch.setattr(sequences, "QUIET_S", -1.0)
     monkeypatch.setattr(sequences, "LINGER_S", -1.0)

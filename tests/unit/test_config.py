@@ -1,15 +1,29 @@
-"""model-config.yaml is read whole: the committed file fits, and every problem of a wrong one is named at once."""
+"""The committed model-config.yaml has no problem; of another file every problem is named at once."""
 
 from __future__ import annotations
 
+import base64
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from llava_sessions.config import ConfigError, HandlerConfig, MediaLimits, RequestLimits, frontend_capacity, read_config
+from llava_sessions.config import (
+    SECTIONS,
+    ConfigError,
+    HandlerConfig,
+    MediaLimits,
+    RequestLimits,
+    expected,
+    frontend_capacity,
+    max_body_bytes,
+    read_config,
+)
+from llava_sessions.errors import describe
+from scripts import configuration_page
 
 COMMITTED = Path(__file__).resolve().parents[2] / "handler" / "model-config.yaml"
 
@@ -42,7 +56,16 @@ def only_problem_of(model_yaml: dict) -> str:
     return problems[0]
 
 
-# --- what fits ---
+def shown(value: Any) -> str:
+    """Return a value of TorchServe's part as a message shows it."""
+    return repr(value) if isinstance(value, str) else describe(value)
+
+
+def key_of(problem: str) -> str:
+    return problem.split("`")[1]
+
+
+# --- accepted files ---
 
 
 def test_the_committed_file_reads_without_problems(committed):
@@ -112,13 +135,15 @@ def test_given_values_are_taken():
 
 
 @pytest.mark.parametrize("model_yaml", [{}, {"llava": None}, {"llava": []}, {"llava": "x"}, {"Llava": {}}])
-def test_a_file_without_the_section_is_told_so(model_yaml):
-    assert only_problem_of(model_yaml) == "model-config.yaml has no 'llava:' section"
+def test_a_file_without_the_section_has_one_problem(model_yaml):
+    assert only_problem_of(model_yaml).startswith("`llava` must be a mapping, got ")
 
 
 @pytest.mark.parametrize("value", [None, "", 5, ["checkpoint"]])
-def test_a_checkpoint_is_wanted(value):
-    assert only_problem_of(with_llava(checkpoint=value)).startswith("llava.checkpoint is ")
+def test_a_checkpoint_is_required(value):
+    assert only_problem_of(with_llava(checkpoint=value)).startswith(
+        "`llava.checkpoint` must be a non-empty string, got "
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,10 +159,9 @@ def test_a_checkpoint_is_wanted(value):
         *[("media", value) for value in ([], "none", 5, False)],
     ],
 )
-def test_a_wrong_value_is_named_with_its_key_and_what_was_got(key, value):
+def test_a_wrong_value_is_named_by_its_key_with_the_expected_and_the_actual_value(key, value):
     problem = only_problem_of(with_llava(**{key: value}))
-    assert problem.startswith(f"llava.{key} is {value!r}; ")
-    assert problem.endswith(" is wanted")
+    assert problem == f"`llava.{key}` must be {expected(HandlerConfig.model_fields[key])}, got {shown(value)}"
 
 
 @pytest.mark.parametrize(
@@ -157,7 +181,10 @@ def test_a_wrong_value_is_named_with_its_key_and_what_was_got(key, value):
 )
 def test_a_wrong_value_in_an_inner_section_is_named_by_its_path(section, key, value):
     problem = only_problem_of(with_llava(**{section: {key: value}}))
-    assert problem.startswith(f"llava.{section}.{key} is {value!r}; ")
+    assert (
+        problem
+        == f"`llava.{section}.{key}` must be {expected(SECTIONS[section].model_fields[key])}, got {shown(value)}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,7 +197,7 @@ def test_both_ends_of_a_range_are_taken(key, low, high):
 
 def test_a_default_answer_longer_than_the_longest_is_refused():
     problem = only_problem_of(with_llava(limits={"default_new_tokens": 11, "max_new_tokens": 10}))
-    assert problem == "llava.limits.default_new_tokens is above max_new_tokens (10)"
+    assert problem == "`llava.limits.default_new_tokens` must be at most `max_new_tokens` (10), got 11"
 
 
 @pytest.mark.parametrize(
@@ -183,12 +210,12 @@ def test_a_default_answer_longer_than_the_longest_is_refused():
         ({"media": {"allowed_host": []}}, "llava.media.allowed_host"),
     ],
 )
-def test_a_misspelt_key_is_named_beside_the_known_ones(fields, path):
+def test_a_misspelt_key_is_named_with_the_known_keys(fields, path):
     model_yaml = with_llava()
     model_yaml["llava"].update(fields)
     problem = only_problem_of(model_yaml)
-    assert problem.startswith(f"{path} is unknown; known are ")
-    known = problem.partition("known are ")[2].split(", ")
+    assert problem.startswith(f"`{path}` must be one of the keys ")
+    known = problem.partition("of the keys ")[2].removesuffix(", got an unknown key").split(", ")
     assert known == sorted(known)
     assert {"llava": "max_sessions", "limits": "max_new_tokens", "media": "allowed_hosts"}[path.split(".")[-2]] in known
 
@@ -196,7 +223,7 @@ def test_a_misspelt_key_is_named_beside_the_known_ones(fields, path):
 # --- TorchServe's part ---
 
 
-def test_room_in_the_frontend_is_twice_the_sessions_and_some():
+def test_the_frontend_has_capacity_for_twice_the_sessions_and_16_more():
     assert frontend_capacity(64) == 144
     assert frontend_capacity(1) == 18
 
@@ -204,43 +231,59 @@ def test_room_in_the_frontend_is_twice_the_sessions_and_some():
 @pytest.mark.parametrize("key", ["sequenceBatching", "continuousBatching"])
 @pytest.mark.parametrize("value", [False, None, "true", 1])
 def test_both_batching_switches_must_be_on(key, value):
-    assert only_problem_of({**with_llava(), key: value}) == f"{key} is {value!r}; it must be true"
+    assert only_problem_of({**with_llava(), key: value}) == f"`{key}` must be true, got {shown(value)}"
 
 
 @pytest.mark.parametrize("value", [143, None, "144", 144.0, True])
 def test_too_few_sequences_for_the_sessions_are_refused(value):
     problem = only_problem_of({**with_llava(), "maxNumSequence": value})
-    assert problem == f"maxNumSequence is {value!r}; it must be at least 144 for max_sessions 64"
+    least = "144 for 64 `llava.max_sessions`"
+    assert problem == f"`maxNumSequence` must be an integer of at least {least}, got {shown(value)}"
 
 
 @pytest.mark.parametrize("value", [143, None, "144", True])
 def test_too_small_a_batch_for_the_sessions_is_refused(value):
     problems = problems_of({**with_llava(), "batchSize": value})
-    assert f"batchSize is {value!r}; it must be at least 144 for max_sessions 64" in problems
+    least = "144 for 64 `llava.max_sessions`"
+    assert f"`batchSize` must be an integer of at least {least}, got {shown(value)}" in problems
 
 
 def test_more_sessions_need_more_room():
     problems = problems_of(with_llava(max_sessions=65))
-    assert [problem.split(" ")[0] for problem in problems] == ["batchSize", "maxNumSequence"]
+    assert [key_of(problem) for problem in problems] == ["batchSize", "maxNumSequence"]
     assert read_config({**with_llava(max_sessions=65), "batchSize": 146, "maxNumSequence": 146}).max_sessions == 65
 
 
 @pytest.mark.parametrize("key", ["sequenceTimeoutMSec", "sequenceMaxIdleMSec"])
 @pytest.mark.parametrize("value", [1_319_999, 0, None, "1320000", 1_320_000.0])
-def test_a_frontend_that_forgets_before_the_handler_does_is_refused(key, value):
+def test_a_frontend_that_expires_sequences_before_the_handler_is_rejected(key, value):
     problem = only_problem_of({**with_llava(), key: value})
-    assert problem.startswith(f"{key} is {value!r}; it must be at least 1320000")
+    least = "1320000 (`llava.session_ttl_s` and 120 s)"
+    assert problem == f"`{key}` must be an integer of at least {least}, got {shown(value)}"
 
 
-def test_a_longer_session_needs_a_more_patient_frontend():
+def test_a_longer_session_needs_longer_time_outs_of_the_frontend():
     model_yaml = {**with_llava(session_ttl_s=3600), "sequenceMaxIdleMSec": 3_720_000}
-    assert only_problem_of(model_yaml).startswith("sequenceTimeoutMSec is 1320000; it must be at least 3720000")
+    assert only_problem_of(model_yaml).startswith("`sequenceTimeoutMSec` must be an integer of at least 3720000 ")
 
 
 def test_more_sequences_than_the_workers_can_hold_are_refused():
     problem = only_problem_of({**with_llava(), "maxNumSequence": 145})
-    assert problem == "maxNumSequence is 145; above maxWorkers * batchSize (144) requests stall"
+    assert problem == "`maxNumSequence` must be at most maxWorkers * batchSize (144), got 145"
     assert read_config({**with_llava(), "maxNumSequence": 288, "maxWorkers": 2})
+
+
+# --- the body's limit ---
+
+
+def test_the_longest_body_has_room_for_every_picture_and_for_a_prompt_of_escapes():
+    limits = RequestLimits(max_prompt_chars=100, max_pictures=2, max_frames=3)
+    media = MediaLimits(max_bytes=1_000)
+    most = max_body_bytes(limits, media)
+    frames = [base64.b64encode(bytes(1_000)).decode()] * 3
+    body = {"type": "start_session", "video": frames, "prompt_text": "\U0001f600" * 100}
+    assert len(json.dumps(body)) < most
+    assert max_body_bytes(limits, MediaLimits(max_bytes=2_000)) > most
 
 
 # --- all at once ---
@@ -253,7 +296,7 @@ def test_every_problem_is_named_at_once(committed):
     wrong["llava"]["limits"].update(max_prompt_chars=None, max_new_tokens="all", tokens=1)
     wrong["llava"]["media"].update(max_bytes=0, allowed_hosts="any")
     wrong.update(sequenceBatching=False, batchSize=1, sequenceTimeoutMSec=None)
-    assert {problem.split(" ")[0] for problem in problems_of(wrong)} == {
+    assert {key_of(problem) for problem in problems_of(wrong)} == {
         *(
             "llava.checkpoint",
             "llava.dtype",
@@ -272,3 +315,17 @@ def test_reading_changes_nothing_in_what_was_read(committed):
     before = copy.deepcopy(committed)
     read_config(committed)
     assert committed == before
+
+
+# --- documentation ---
+
+
+def test_the_configuration_page_is_up_to_date():
+    page = COMMITTED.parents[1] / "docs" / "configuration.md"
+    assert page.read_text(encoding="utf-8") == configuration_page.page()
+
+
+def test_every_key_has_a_description():
+    assert all(
+        field.description for section in (HandlerConfig, *SECTIONS.values()) for field in section.model_fields.values()
+    )

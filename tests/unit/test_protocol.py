@@ -1,6 +1,4 @@
-"""Requests off the wire become Open, Ask, Close or Cancel, or are refused with a code and a sentence; never anything
-else.
-"""
+"""Every payload is parsed into Open, Ask, Close or Cancel, or rejected with a code and a message."""
 
 from __future__ import annotations
 
@@ -12,12 +10,10 @@ from typing import Any
 import pytest
 
 from llava_sessions.config import RequestLimits
-from llava_sessions.errors import STATUS_OF_CODE, Refused, reason_phrase
+from llava_sessions.errors import STATUS_OF_CODE, Refused, describe, reason_phrase
 from llava_sessions.protocol import replies
 from llava_sessions.protocol.constants import SESSION_HEADER, SESSION_ID_MAX_CHARS
 from llava_sessions.protocol.requests import (
-    _ASK_FIELDS,
-    _OPEN_FIELDS,
     Ask,
     Cancel,
     Close,
@@ -30,6 +26,7 @@ from llava_sessions.protocol.requests import (
 
 LIMITS = RequestLimits()
 HEADER = SESSION_HEADER.lower()
+LONG = "x" * 40_000
 # botocore, sagemaker-runtime 2017-05-13: NewSessionResponseHeader
 EXPIRES_PATTERN = re.compile(
     r"^[a-zA-Z0-9](-*[a-zA-Z0-9])*;\sExpires=[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$"
@@ -59,24 +56,27 @@ def nested(depth: int) -> list:
 def test_the_container_standard_opens_and_closes():
     opened = parse({"requestType": "NEW_SESSION", "image": "AAAA"}, {HEADER: "NEW_SESSION"}, LIMITS)
     assert opened == parse({"type": "start_session", "image": "AAAA"}, {}, LIMITS)
-    assert parse({"requestType": "CLOSE"}, {HEADER: "s1"}, LIMITS) == Close("s1")
+    assert parse({"requestType": "CLOSE"}, {HEADER: "s1"}, LIMITS) == Close(session_id="s1")
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "message"),
     [
-        ({"requestType": "NEW_SESSION"}, "No picture was given"),
-        ({"requestType": "SESSION"}, "'requestType': 'SESSION'"),
-        ({"requestType": 7}, "'requestType': 7"),
-        ({"requestType": "CLOSE", "type": "close_session"}, "both"),
-        ({"requestType": "CLOSE", "session_id": "s1", "prompt_text": "no"}, "Unknown field 'prompt_text'"),
-        ({"requestType": "CLOSE"}, "names no session"),
+        ({"requestType": "NEW_SESSION"}, "got no picture"),
+        ({"requestType": "SESSION"}, "`requestType` must be 'NEW_SESSION' or 'CLOSE', got 'SESSION'"),
+        ({"requestType": 7}, "`requestType` must be 'NEW_SESSION' or 'CLOSE', got 7"),
+        ({"requestType": "CLOSE", "type": "close_session"}, "either `type` or `requestType`, got both"),
+        ({"requestType": "CLOSE", "session_id": "s1", "prompt_text": "no"}, "got unknown field 'prompt_text'"),
+        (
+            {"requestType": "CLOSE"},
+            "`session_id` (or the X-Amzn-SageMaker-Session-Id header) must be at most 226 letters",
+        ),
     ],
 )
-def test_the_container_standards_mistakes_are_told(body: dict, told: str):
+def test_the_container_standards_mistakes_are_named(body: dict, message: str):
     refused = refusal(body)
     assert refused.code == "invalid_request"
-    assert told in refused.message
+    assert message in refused.message
 
 
 # --- the body as a whole ---
@@ -101,30 +101,30 @@ def test_utf8_bytes_and_surrounding_white_space_are_read():
 def test_an_empty_body_is_refused_as_empty(body):
     refused = refusal(body)
     assert (refused.code, refused.status) == ("invalid_request", 400)
-    assert "empty" in refused.message
+    assert refused.message == "the body must be a JSON object, got an empty body"
 
 
 @pytest.mark.parametrize(
-    ("body", "kind"),
+    ("body", "actual"),
     [
         (None, "null"),
-        ([], "array"),
-        ([ask()], "array"),
-        (7, "number"),
-        (0.5, "number"),
-        (True, "boolean"),
-        ('"start_session"', "string"),
+        ([], "an empty array"),
+        ([ask()], "an array of length 1 (object)"),
+        (7, "7"),
+        (0.5, "0.5"),
+        (True, "true"),
+        ('"start_session"', "a string of length 13"),
         ("null", "null"),
-        ("[1]", "array"),
-        (b"false", "boolean"),
-        ("NaN", "number"),
-        ("1e999", "number"),
+        ("[1]", "an array of length 1 (number)"),
+        (b"false", "false"),
+        ("NaN", "nan"),
+        ("1e999", "inf"),
     ],
 )
-def test_a_body_that_is_no_object_is_named_by_its_json_type(body, kind):
+def test_a_body_that_is_no_object_is_described(body, actual):
     refused = refusal(body)
     assert refused.code == "invalid_request"
-    assert f"a JSON {kind};" in refused.message
+    assert refused.message == f"the body must be a JSON object, got {actual}"
 
 
 @pytest.mark.parametrize(
@@ -149,10 +149,10 @@ def test_malformed_json_is_refused_with_the_place(body, position):
 @pytest.mark.parametrize(
     "body", [b'{"type": "\xff"}', b"\x89PNG\r\n\x1a\n\x00", b"\xff\xfe", b"\x00", "[" * 200_000, '{"a":' * 200_000]
 )
-def test_undecodable_or_bottomless_bodies_are_refused_as_not_json(body):
+def test_undecodable_and_very_deep_bodies_are_refused(body):
     refused = refusal(body)
     assert refused.code == "invalid_request"
-    assert "not JSON" in refused.message
+    assert re.search("got (malformed JSON|undecodable text)", refused.message)
 
 
 def test_an_integer_with_too_many_digits_to_convert_is_refused():
@@ -188,7 +188,7 @@ def test_an_unknown_type_is_refused_naming_the_four_known_ones(kind):
 
 
 def test_a_missing_type_is_named_as_missing():
-    assert "no 'type'" in refusal({}).message
+    assert refusal({}).message.endswith("or 'cancel', got nothing")
 
 
 @pytest.mark.parametrize("kind", ["start_session", "send_text_prompt", "close_session", "cancel"])
@@ -196,21 +196,76 @@ def test_a_missing_type_is_named_as_missing():
 def test_an_unknown_field_is_refused_by_name_on_every_type(kind, field):
     refused = refusal({"type": kind, "session_id": "s1", field: 1})
     assert refused.code == "invalid_request"
-    assert "Unknown field" in refused.message
-    assert ascii(field)[:30] in refused.message
+    assert f"got unknown field {ascii(field)[:30]}" in refused.message
     assert refused.message.isascii()
-    assert len(refused.message) < 500
+    assert len(refused.message) < 700
 
 
 def test_of_very_many_unknown_fields_only_some_are_listed():
     refused = refusal(ask(**{f"field{n:05}": 1 for n in range(5_000)}))
-    assert "field00000" in refused.message
+    assert "'field00000', 'field00001', 'field00002', 'field00003', 'field00004' and 4,995 more" in refused.message
     assert len(refused.message) < 1_000
 
 
 @pytest.mark.parametrize("kind", ["close_session", "cancel"])
 def test_fields_of_an_ask_are_unknown_to_close_and_cancel(kind):
-    assert "'prompt_text'" in refusal({"type": kind, "session_id": "s1", "prompt_text": "x"}).message
+    assert "got unknown field 'prompt_text'" in refusal({"type": kind, "session_id": "s1", "prompt_text": "x"}).message
+
+
+def test_a_body_above_its_limit_is_refused_before_it_is_parsed():
+    body = json.dumps(ask())
+    assert parse(body, {}, LIMITS, max_body_bytes=len(body)) == parse(body, {}, LIMITS)
+    with pytest.raises(Refused) as refused:
+        parse("[" * 200, {}, LIMITS, max_body_bytes=199)
+    assert (refused.value.code, refused.value.status) == ("too_large", 413)
+    assert refused.value.message == "the body must be at most 199 bytes, got 200"
+
+
+def test_one_refusal_names_every_problem_in_the_order_of_the_fields():
+    refused = refusal(ask(colour="red", stop=["a"] * 9, seed=-1, prompt_text="", images=[], session_id="-"))
+    problems = refused.message.split("; ")
+    assert [problem.split("`")[1] for problem in problems[1:]] == [
+        "session_id",
+        "prompt_text",
+        "seed",
+        "stop",
+        "images",
+    ]
+    assert "got unknown field 'colour'" in problems[0]
+    assert refused.code == "invalid_request"
+
+
+def test_fields_that_exclude_each_other_hide_no_problem_of_their_own():
+    refused = refusal({"type": "start_session", "image": 5, "path": "p", "video": [], "session_token": "short"})
+    assert [problem.split(", got ")[1] for problem in refused.message.split("; ")] == [
+        "`image` and `path`",
+        "5",
+        "an empty array",
+        "both",
+        "a string of length 5",
+    ]
+
+
+def test_the_code_of_several_problems_is_that_of_the_first_field():
+    assert refusal(ask(stop=["a"] * 9, images=[])).code == "too_large"
+    assert refusal(ask(seed=-1, stop=["a"] * 9)).code == "invalid_request"
+
+
+@pytest.mark.parametrize("field", ["retry_key", "pictures", "frames", "_retry_key", "messages"])
+def test_what_a_request_derives_is_no_field_of_a_payload(field):
+    assert f"got unknown field '{field}'" in refusal(ask(**{field: "x"})).message
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["prompt_text", "image", "path", "request_id", "session_token", "session_id", "resume", "video", "stop", "seed"],
+)
+@pytest.mark.parametrize("kind", ["start_session", "send_text_prompt"])
+def test_a_message_never_repeats_what_a_client_wrote(kind, field):
+    for value in (f"do-not-repeat-me ü\ud800 {LONG}", ["do-not-repeat-me", 1], {"do-not-repeat-me": 1}):
+        payload = {"type": kind, field: value, "top_p": "do-not-repeat-me", "resume": 1}
+        refused = refusal(payload, {HEADER: "-do-not-repeat-me"})
+        assert "do-not-repeat-me" not in refused.message
 
 
 # --- start_session ---
@@ -239,7 +294,9 @@ def test_an_open_without_a_picture_is_refused_and_an_ask_needs_none():
     for fields in ({}, {"image": None, "images": None, "path": None}):
         refused = refusal({"type": "start_session", **fields})
         assert refused.code == "invalid_request"
-        assert "No picture was given" in refused.message
+        assert refused.message == (
+            "a request that opens a session must have `image`, `images`, `path`, `video` or `resume`, got no picture"
+        )
         assert parse(ask(**fields), {}, LIMITS).pictures == ()
 
 
@@ -248,48 +305,50 @@ def test_pictures_come_in_one_field(showing, names):
     given = {"image": "a", "images": ["b"], "path": "c"}
     refused = refusal({**showing, **{name: given[name] for name in names}})
     assert refused.code == "invalid_request"
-    assert f"'{names[0]}' and '{names[1]}' were given" in refused.message
+    assert f"at most one of `image`, `images` and `path`, got `{names[0]}` and `{names[1]}`" in refused.message
 
 
 @pytest.mark.parametrize(
-    ("images", "message"),
+    ("images", "actual"),
     [
-        ("a", "'images' is a JSON string; an array of strings is wanted"),
-        ({}, "'images' is a JSON object"),
-        (False, "'images' is a JSON boolean"),
-        ([], "'images' is empty"),
-        (["a", None], "'images' holds a JSON null"),
-        ([["a"]], "'images' holds a JSON array"),
+        ("a", "a string of length 1"),
+        ({}, "an empty object"),
+        (False, "false"),
+        ([], "an empty array"),
+        (["a", None], "an array of length 2 (null, string)"),
+        ([["a"]], "an array of length 1 (array)"),
     ],
 )
-def test_a_malformed_list_of_pictures_is_refused(showing, images, message):
+def test_a_malformed_array_of_pictures_is_refused(showing, images, actual):
     refused = refusal({**showing, "images": images})
     assert refused.code == "invalid_request"
-    assert message in refused.message
+    assert refused.message == f"`images` must be an array of 1 to 8 strings, got {actual}"
 
 
 def test_more_pictures_than_are_taken_are_refused_with_both_numbers(showing):
     limits = RequestLimits(max_pictures=3)
     assert len(parse({**showing, "images": ["a"] * 3}, {}, limits).pictures) == 3
-    with pytest.raises(Refused, match="'images' has 4 pictures; at most 3 are taken") as refused:
-        parse({**showing, "images": ["a"] * 4}, {}, limits)
-    assert refused.value.code == "too_large"
+    refused = refusal({**showing, "images": ["a"] * 4}, limits=limits)
+    assert refused.code == "too_large"
+    assert refused.message == "`images` must be an array of 1 to 3 strings, got an array of length 4 (string)"
 
 
 def test_null_beside_the_picture_counts_as_absent():
     request = parse({"type": "start_session", "image": None, "images": None, "path": "p"}, {}, LIMITS)
-    assert request == Open((PictureSource(path="p"),))
+    assert request == Open(path="p")
+    assert request.pictures == (PictureSource(path="p"),)
 
 
 @pytest.mark.parametrize("field", ["image", "path"])
 @pytest.mark.parametrize(
-    ("value", "kind"),
-    [(1, "number"), (True, "boolean"), (False, "boolean"), ([], "array"), ({}, "object"), (0.0, "number")],
+    ("value", "actual"),
+    [(1, "1"), (True, "true"), (False, "false"), ([], "an empty array"), ({}, "an empty object"), (0.0, "0.0")],
 )
-def test_a_picture_of_another_type_is_refused_by_its_type(field, value, kind):
+def test_a_picture_of_another_type_is_refused(field, value, actual):
     refused = refusal({"type": "start_session", field: value})
     assert refused.code == "invalid_request"
-    assert f"'{field}' is a JSON {kind}" in refused.message
+    assert refused.message.startswith(f"`{field}` must be a string (")
+    assert refused.message.endswith(f", got {actual}")
 
 
 # --- send_text_prompt ---
@@ -349,14 +408,15 @@ def test_a_clip_is_a_list_of_frames():
     for wrong in ("AAAA", [], [5]):
         with pytest.raises(Refused, match="video"):
             parse({"type": "start_session", "video": wrong}, {}, RequestLimits())
-    with pytest.raises(Refused, match="at most 2"):
+    with pytest.raises(Refused, match="1 to 2 strings, got an array of length 3"):
         parse({"type": "start_session", "video": ["A"] * 3}, {}, RequestLimits(max_frames=2))
     with pytest.raises(Refused, match="both"):
         parse({"type": "start_session", "video": ["A"], "image": "A"}, {}, RequestLimits())
 
 
 def test_an_ask_without_options_takes_the_defaults():
-    assert parse(ask(), {}, RequestLimits(default_new_tokens=77)) == Ask(
+    request = parse(ask(), {}, RequestLimits(default_new_tokens=77))
+    assert request == Ask(
         session_id="s1",
         prompt_text="What is it?",
         stream=False,
@@ -366,9 +426,10 @@ def test_an_ask_without_options_takes_the_defaults():
         seed=None,
         stop=(),
         return_token_ids=False,
-        retry_key=None,
         deadline_ms=55_000,
     )
+    assert request.retry_key is None
+    assert request.pictures == ()
 
 
 def test_options_given_as_null_are_the_defaults():
@@ -394,16 +455,16 @@ def test_an_ask_keeps_every_option_that_is_given():
 def test_an_ask_without_words_is_refused(prompt):
     refused = refusal(ask(prompt_text=prompt))
     assert refused.code == "invalid_request"
-    assert "'prompt_text' is missing or empty" in refused.message
+    assert "`prompt_text` must be Unicode text of 1 to 32768 characters, not only white space, got" in refused.message
 
 
 def test_an_ask_without_the_field_is_refused():
-    assert "'prompt_text'" in refusal({"type": "send_text_prompt", "session_id": "s1"}).message
+    assert refusal({"type": "send_text_prompt", "session_id": "s1"}).message.endswith("white space, got nothing")
 
 
 @pytest.mark.parametrize("prompt", [1, True, ["a"], {"text": "a"}])
 def test_a_prompt_of_another_type_is_refused(prompt):
-    assert "'prompt_text' is a JSON" in refusal(ask(prompt_text=prompt)).message
+    assert "`prompt_text` must be Unicode text" in refusal(ask(prompt_text=prompt)).message
 
 
 def test_the_prompt_arrives_unchanged():
@@ -416,14 +477,15 @@ def test_a_prompt_may_be_as_long_as_the_limit_and_no_longer():
     assert parse(ask(prompt_text="猫" * 5), {}, limits).prompt_text == "猫" * 5
     refused = refusal(ask(prompt_text="猫" * 6), limits=limits)
     assert (refused.code, refused.status) == ("too_large", 413)
-    assert "6 characters; at most 5" in refused.message
+    assert "Unicode text of 1 to 5 characters, not only white space, got a string of length 6" in refused.message
+    assert "猫" not in refused.message
 
 
 @pytest.mark.parametrize("body", [ask(prompt_text="a\ud800b"), json.dumps(ask(prompt_text="\udfff"))])
 def test_a_lone_surrogate_in_the_prompt_is_refused(body):
     refused = refusal(body)
     assert refused.code == "invalid_request"
-    assert "lone surrogate" in refused.message
+    assert "`prompt_text` must be Unicode text" in refused.message
 
 
 def test_a_surrogate_pair_in_json_is_one_character():
@@ -436,8 +498,7 @@ def test_a_surrogate_pair_in_json_is_one_character():
 def test_a_flag_must_be_a_boolean(field, value):
     refused = refusal(ask(**{field: value}))
     assert refused.code == "invalid_request"
-    assert f"'{field}'" in refused.message
-    assert "true or false" in refused.message
+    assert f"`{field}` must be true or false, got " in refused.message
 
 
 @pytest.mark.parametrize("field", ["stream", "return_token_ids"])
@@ -455,8 +516,7 @@ def test_max_new_tokens_from_one_up_to_the_limit_is_taken(value):
 def test_any_other_max_new_tokens_is_refused_with_the_range(value):
     refused = refusal(ask(max_new_tokens=value))
     assert refused.code == "invalid_request"
-    assert "'max_new_tokens' is" in refused.message
-    assert "from 1 to 1024" in refused.message
+    assert "`max_new_tokens` must be an integer from 1 to 1024, got " in refused.message
 
 
 @pytest.mark.parametrize("value", [0, 1, 2**63 - 1])
@@ -468,7 +528,7 @@ def test_a_seed_of_63_bits_is_taken(value):
 def test_any_other_seed_is_refused(value):
     refused = refusal(ask(seed=value))
     assert refused.code == "invalid_request"
-    assert "'seed' is" in refused.message
+    assert "`seed` must be an integer from 0 to 9223372036854775807, got " in refused.message
     assert len(refused.message) < 200
 
 
@@ -505,35 +565,35 @@ def test_numbers_inside_their_range_become_floats(field, value):
 def test_numbers_outside_their_range_or_of_another_type_are_refused(field, value):
     refused = refusal(ask(**{field: value}))
     assert refused.code == "invalid_request"
-    assert f"'{field}' is" in refused.message
+    assert f"`{field}` must be a number " in refused.message
 
 
 def test_nan_and_infinity_written_in_json_are_refused():
     for literal in ("NaN", "Infinity", "-Infinity", "1e999"):
         body = json.dumps(ask())[:-1] + f', "temperature": {literal}}}'
-        assert "'temperature' is" in refusal(body).message
+        assert "`temperature` must be a number from 0 to 10, got " in refusal(body).message
 
 
 @pytest.mark.parametrize(
-    ("value", "wanted"),
+    ("value", "expected"),
     [(None, ()), ([], ()), ("a", ("a",)), (["a"], ("a",)), (["é", "\n\n"], ("é", "\n\n")), ("x" * 64, ("x" * 64,))],
 )
-def test_stop_strings_are_one_string_or_a_list(value, wanted):
-    assert parse(ask(stop=value), {}, LIMITS).stop == wanted
+def test_stop_strings_are_one_string_or_a_list(value, expected):
+    assert parse(ask(stop=value), {}, LIMITS).stop == expected
 
 
 @pytest.mark.parametrize("value", ["", [""], ["a", ""], [1], ["a", None], [["a"]], 1, True, {"a": 1}])
 def test_stop_of_another_shape_is_refused(value):
     refused = refusal(ask(stop=value))
     assert refused.code == "invalid_request"
-    assert "'stop'" in refused.message
+    assert "`stop` must be a string of 1 to 64 characters or an array of at most 8 such strings" in refused.message
 
 
 @pytest.mark.parametrize("value", ["x" * 65, ["a"] * 9, ["a", "x" * 65]])
 def test_too_many_or_too_long_stop_strings_are_too_large(value):
     refused = refusal(ask(stop=value))
     assert refused.code == "too_large"
-    assert "8 strings of 64 characters" in refused.message
+    assert "`stop` must be a string of 1 to 64 characters or an array of at most 8 such strings" in refused.message
 
 
 def test_as_many_stop_strings_as_the_limit_are_taken():
@@ -543,21 +603,23 @@ def test_as_many_stop_strings_as_the_limit_are_taken():
 # --- which session ---
 
 
-@pytest.mark.parametrize(("kind", "wanted"), [("close_session", Close("s1")), ("cancel", Cancel("s1"))])
-def test_close_and_cancel_name_their_session_in_the_header_or_in_the_body(kind, wanted):
-    assert parse({"type": kind, "session_id": "s1"}, {}, LIMITS) == wanted
-    assert parse({"type": kind}, {HEADER: "s1"}, LIMITS) == wanted
-    assert parse({"type": kind, "session_id": "s1"}, {HEADER: "s1"}, LIMITS) == wanted
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("close_session", Close(session_id="s1")), ("cancel", Cancel(session_id="s1"))]
+)
+def test_close_and_cancel_name_their_session_in_the_header_or_in_the_body(kind, expected):
+    assert parse({"type": kind, "session_id": "s1"}, {}, LIMITS) == expected
+    assert parse({"type": kind}, {HEADER: "s1"}, LIMITS) == expected
+    assert parse({"type": kind, "session_id": "s1"}, {HEADER: "s1"}, LIMITS) == expected
 
 
 def test_header_and_body_that_name_two_sessions_are_refused():
     refused = refusal(ask(session_id="s1"), {HEADER: "s2"})
     assert refused.code == "invalid_request"
-    assert "two sessions" in refused.message
+    assert "must be the same, got two session IDs" in refused.message
 
 
 def test_the_agreement_of_header_and_body_is_case_sensitive():
-    assert "two sessions" in refusal(ask(session_id="Ab"), {HEADER: "aB"}).message
+    assert "must be the same, got two session IDs" in refusal(ask(session_id="Ab"), {HEADER: "aB"}).message
 
 
 @pytest.mark.parametrize("value", ["", "  ", "NEW_SESSION", " NEW_SESSION ", None, 5, b"s2", ["s2"]])
@@ -580,13 +642,16 @@ def test_only_the_exact_constant_means_a_new_session(value):
 def test_a_request_that_names_no_session_is_refused(kind, session_id):
     refused = refusal({"type": kind, "session_id": session_id})
     assert refused.code == "invalid_request"
-    assert "names no session" in refused.message
+    assert "`session_id` (or the X-Amzn-SageMaker-Session-Id header) must be at most 226 letters" in refused.message
 
 
 @pytest.mark.parametrize("session_id", [1, True, [], {}, 0.5])
 def test_a_session_id_of_another_type_is_refused_even_beside_a_header(session_id):
     for headers in ({}, {HEADER: "s1"}):
-        assert "'session_id' is a JSON" in refusal(ask(session_id=session_id), headers).message
+        assert (
+            "`session_id` (or the X-Amzn-SageMaker-Session-Id header) must be"
+            in refusal(ask(session_id=session_id), headers).message
+        )
 
 
 @pytest.mark.parametrize(
@@ -619,8 +684,8 @@ def test_well_formed_ids_are_taken(session_id):
 def test_malformed_ids_are_refused_without_being_repeated(session_id):
     refused = refusal(ask(session_id=session_id))
     assert refused.code == "invalid_request"
-    assert "malformed" in refused.message
-    assert len(refused.message) < 200
+    actual = f"a string of length {len(session_id):,}"
+    assert refused.message.endswith(f" must be at most 226 letters, digits and inner hyphens, got {actual}")
 
 
 # --- replies ---
@@ -671,6 +736,28 @@ def test_every_error_code_has_its_status_and_an_ascii_phrase():
         assert reason_phrase(status)
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "null"),
+        (True, "true"),
+        (-1, "-1"),
+        (0.5, "0.5"),
+        (10**4_000, "an integer of 13,288 bits"),
+        (float("nan"), "nan"),
+        ("", "an empty string"),
+        ("secret", "a string of length 6"),
+        ([], "an empty array"),
+        (["secret", None, 1], "an array of length 3 (null, number, string)"),
+        ({}, "an empty object"),
+        ({"secret": 1}, "an object of length 1"),
+        (b"secret", "a value of type bytes"),
+    ],
+)
+def test_a_value_is_described_by_its_type_and_length(value, text):
+    assert describe(value) == text
+
+
 def test_an_unknown_error_code_is_a_mistake_of_the_caller():
     with pytest.raises(ValueError, match="teapot"):
         Refused("teapot", "no")
@@ -679,7 +766,7 @@ def test_an_unknown_error_code_is_a_mistake_of_the_caller():
 # --- any value at all ---
 
 _KINDS = ["start_session", "send_text_prompt", "close_session", "cancel", "other", None]
-_FIELDS = sorted(_ASK_FIELDS | _OPEN_FIELDS | {"unknown"})
+_FIELDS = sorted({"type", "requestType", "unknown", *Ask.model_fields, *Open.model_fields})
 _SCALARS = [
     None,
     True,
@@ -728,8 +815,8 @@ def outcome(body: Any, headers: dict) -> Request | Refused:
 def is_proper(result: Any) -> bool:
     """Whether it is a request, or a refusal that is safe to send."""
     if isinstance(result, Refused):
-        told = json.dumps(result.body(), ensure_ascii=False)
-        return result.code in ("invalid_request", "too_large") and told.isascii() and len(told) < 1_000
+        text = json.dumps(result.body(), ensure_ascii=False)
+        return result.code in ("invalid_request", "too_large") and text.isascii() and len(text) < 3_000
     return isinstance(result, Open | Ask | Close | Cancel)
 
 

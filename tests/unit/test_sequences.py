@@ -1,5 +1,7 @@
-"""sequences.py: sequences are ended by requests of our own, once their clients are silent; where very many are, the end
-header goes out at once, and only where no thread of the frontend waits."""
+"""SequenceReaper: sequences are ended by end requests once their clients are silent.
+
+If too many wait, the end header is in the client's reply, and only if no thread of the frontend waits.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,12 @@ from llava_sessions.torchserve import sequences
 from llava_sessions.torchserve.batch import Reply, Row
 from llava_sessions.torchserve.sequences import SequenceReaper
 
+QUIET_S = 0.25
+LINGER_S = 1.5
 
-class Ender:
-    """Notes what would be ended by requests."""
+
+class FakeEnder:
+    """Records the sequences that end requests would end."""
 
     mark = ("x-mark", "ours")
     able = True
@@ -25,102 +30,117 @@ class Ender:
         self.ended.append(sequence_id)
 
 
-@pytest.fixture
-def ender() -> Ender:
-    return Ender()
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
+class FakeClock:
+    """A clock that a test moves."""
 
     now_s = 1000.0
 
-    def monotonic(self) -> float:
+    def __call__(self) -> float:
         return self.now_s
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    found = Clock()
-    monkeypatch.setattr(sequences, "time", found)
-    monkeypatch.setattr(sequences, "QUIET_S", 0.25)
-    monkeypatch.setattr(sequences, "LINGER_S", 1.5)
-    return found
+def ender() -> FakeEnder:
+    return FakeEnder()
 
 
 @pytest.fixture
-def known(ender: Ender, clock: Clock) -> SequenceReaper:
-    return SequenceReaper(ender, linger=2)
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+def make_reaper(ender: FakeEnder, clock: FakeClock, max_waiting: int) -> SequenceReaper:
+    return SequenceReaper(ender, max_waiting, quiet_s=QUIET_S, linger_s=LINGER_S, clock=clock)
 
 
 @pytest.fixture
-def crowded(ender: Ender, clock: Clock) -> SequenceReaper:
-    """One where as many wait for their end as may."""
-    return SequenceReaper(ender, linger=0)
+def reaper(ender: FakeEnder, clock: FakeClock) -> SequenceReaper:
+    return make_reaper(ender, clock, max_waiting=2)
+
+
+@pytest.fixture
+def crowded(ender: FakeEnder, clock: FakeClock) -> SequenceReaper:
+    """A reaper that may let no sequence wait."""
+    return make_reaper(ender, clock, max_waiting=0)
 
 
 def row_of(sequence: str, steps: int = 0, ours: bool = False, fresh: bool = False) -> tuple[Row, int]:
-    return Row("request", sequence, fresh, dict([Ender.mark]) if ours else {}, {}), steps
+    return Row("request", sequence, fresh, dict([FakeEnder.mark]) if ours else {}, {}), steps
 
 
 def closes(session: str) -> Reply:
     return Reply("{}", None, 200, JSON_TYPE, {CLOSED_SESSION_HEADER: session})
 
 
-def step(known: SequenceReaper, *rows: str) -> None:
-    known.begin_step(rows)
-    known.end_step()
+def step(reaper: SequenceReaper, *rows: str) -> None:
+    reaper.begin_step(rows)
+    reaper.end_step()
+
+
+def test_the_waits_default_to_the_constants_of_the_module(
+    ender: FakeEnder, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sequences, "LINGER_S", 7.0)
+    reaper = SequenceReaper(ender, 2, clock=clock)
+    step(reaper, "a")
+    reaper.end("a")
+    clock.now_s += 6.9
+    reaper.sweep([])
+    assert ender.ended == []
+    clock.now_s += 0.2
+    reaper.sweep([])
+    assert ender.ended == ["a"]
 
 
 @pytest.mark.parametrize("whose", ["ours", "fresh"])
-def test_the_answer_that_nobody_asks_again_after_ends_its_sequence(
-    whose: str, known: SequenceReaper, ender: Ender
+def test_a_reply_after_which_no_client_reuses_the_id_ends_its_sequence(
+    whose: str, reaper: SequenceReaper, ender: FakeEnder
 ) -> None:
-    known.begin_step(["a"])
+    reaper.begin_step(["a"])
     final = closes("a")
-    known.release(*row_of("a", **{whose: True}), final, own=True, alone=True)
-    known.end_step()
+    reaper.release(*row_of("a", **{whose: True}), final, own=True, alone=True)
+    reaper.end_step()
     assert final.headers == {CLOSED_SESSION_HEADER: "a"}
     assert ender.ended == []
 
 
-@pytest.mark.parametrize("why", ["too many wait", "too many are being ended", "the frontend takes no requests of ours"])
-def test_else_it_is_the_clients_own_answer_that_does_where_it_must(
-    why: str, known: SequenceReaper, crowded: SequenceReaper, ender: Ender, clock: Clock
+@pytest.mark.parametrize("why", ["too many wait", "too many are being ended", "the frontend accepts no end requests"])
+def test_the_clients_own_reply_ends_the_sequence_if_an_end_request_can_not(
+    why: str, reaper: SequenceReaper, crowded: SequenceReaper, ender: FakeEnder, clock: FakeClock
 ) -> None:
     if why == "too many wait":
-        known = crowded
+        reaper = crowded
     elif why == "too many are being ended":
         ender.pending = 2
     else:
         ender.able = False
     for final in (closes("a"), Reply("{}", status=404)):
-        known.begin_step(["a"])
-        known.release(*row_of("a"), final, own=True, alone=True)
-        known.end_step()
+        reaper.begin_step(["a"])
+        reaper.release(*row_of("a"), final, own=True, alone=True)
+        reaper.end_step()
         assert final.headers == {CLOSED_SESSION_HEADER: "a"}
         clock.now_s += 1
-        step(known)
+        step(reaper)
     assert ender.ended == []
 
 
-def test_a_few_wait_for_their_end_and_then_there_is_room_for_others(
-    known: SequenceReaper, ender: Ender, clock: Clock
+def test_two_sequences_wait_for_their_end_and_a_third_is_ended_at_once(
+    reaper: SequenceReaper, ender: FakeEnder, clock: FakeClock
 ) -> None:
-    told = []
+    replies = []
     for session in ("a", "b", "c"):
-        known.begin_step([session])
-        told.append(closes(session))
-        known.release(*row_of(session), told[-1], own=True, alone=True)
-        known.end_step()
-    assert [CLOSED_SESSION_HEADER in final.headers for final in told] == [False, False, True]
-    assert all({name.lower() for name in final.headers} == {CLOSED_SESSION_HEADER.lower()} for final in told)
+        reaper.begin_step([session])
+        replies.append(closes(session))
+        reaper.release(*row_of(session), replies[-1], own=True, alone=True)
+        reaper.end_step()
+    assert [CLOSED_SESSION_HEADER in final.headers for final in replies] == [False, False, True]
+    assert all({name.lower() for name in final.headers} == {CLOSED_SESSION_HEADER.lower()} for final in replies)
     clock.now_s += 1.51
-    known.sweep([])
+    reaper.sweep([])
     assert ender.ended == ["a", "b"]
-    known.begin_step(["d"])
+    reaper.begin_step(["d"])
     final = closes("d")
-    known.release(*row_of("d"), final, own=True, alone=True)
+    reaper.release(*row_of("d"), final, own=True, alone=True)
     assert CLOSED_SESSION_HEADER not in final.headers
 
 
@@ -128,10 +148,10 @@ def test_a_few_wait_for_their_end_and_then_there_is_room_for_others(
 @pytest.mark.parametrize(
     ("before", "steps", "alone"),
     [(["a"], 0, True), ([], 1, True), ([], 0, False)],
-    ids=["just after another row", "after being held", "beside another row"],
+    ids=["shortly after another row", "after earlier steps", "while another row is pending"],
 )
-def test_where_a_thread_may_wait_the_client_is_told_in_the_spelling_that_the_frontend_does_not_heed(
-    crowded: SequenceReaper, ender: Ender, clock: Clock, before: list[str], steps: int, alone: bool, ours: bool
+def test_if_a_thread_may_wait_the_client_gets_the_header_in_a_spelling_that_the_frontend_ignores(
+    crowded: SequenceReaper, ender: FakeEnder, clock: FakeClock, before: list[str], steps: int, alone: bool, ours: bool
 ) -> None:
     step(crowded, *before)
     clock.now_s += 0.24
@@ -149,7 +169,9 @@ def test_where_a_thread_may_wait_the_client_is_told_in_the_spelling_that_the_fro
     assert ender.ended == ["a"]
 
 
-def test_what_comes_after_a_pause_ends_its_sequence_itself(crowded: SequenceReaper, ender: Ender, clock: Clock) -> None:
+def test_a_row_after_a_quiet_time_ends_its_sequence_itself(
+    crowded: SequenceReaper, ender: FakeEnder, clock: FakeClock
+) -> None:
     step(crowded, "a")
     clock.now_s += 0.25
     crowded.begin_step(["a"])
@@ -159,53 +181,55 @@ def test_what_comes_after_a_pause_ends_its_sequence_itself(crowded: SequenceReap
     assert final.headers == {CLOSED_SESSION_HEADER: "a"}
 
 
-def test_a_sequence_is_ended_once_no_row_uses_it(known: SequenceReaper, ender: Ender, clock: Clock) -> None:
-    known.end("a")
+def test_a_sequence_is_ended_once_no_row_uses_it(reaper: SequenceReaper, ender: FakeEnder, clock: FakeClock) -> None:
+    reaper.end("a")
     for _ in range(3):
-        step(known, "a")
+        step(reaper, "a")
         clock.now_s += 2
-        known.sweep(["a"])
+        reaper.sweep(["a"])
     assert ender.ended == []
-    known.sweep([])
+    reaper.sweep([])
     assert ender.ended == ["a"]
 
 
-def test_a_session_that_is_closed_on_another_sequence_has_both_ended(
-    known: SequenceReaper, ender: Ender, clock: Clock
+def test_closing_a_session_on_another_sequence_ends_both(
+    reaper: SequenceReaper, ender: FakeEnder, clock: FakeClock
 ) -> None:
-    known.begin_step(["made-for-it"])
+    reaper.begin_step(["made-for-it"])
     final = closes("a")
-    known.release(*row_of("made-for-it"), final, own=True, alone=True)
-    known.end_step()
+    reaper.release(*row_of("made-for-it"), final, own=True, alone=True)
+    reaper.end_step()
     assert final.headers == {CLOSED_SESSION_HEADER.lower(): "a"}
     clock.now_s += 2
-    known.sweep([])
+    reaper.sweep([])
     assert sorted(ender.ended) == ["a", "made-for-it"]
 
 
-def test_a_client_that_asks_again_on_a_dead_id_never_meets_a_request_of_ours(
-    known: SequenceReaper, ender: Ender, clock: Clock
+def test_a_client_that_keeps_asking_on_a_closed_session_never_meets_an_end_request(
+    reaper: SequenceReaper, ender: FakeEnder, clock: FakeClock
 ) -> None:
     for _ in range(20):
         for pause_s in (0.1, 1.4):
             clock.now_s += pause_s
-            known.begin_step(["a"])
+            reaper.begin_step(["a"])
             final = Reply("{}", status=404)
-            known.release(*row_of("a"), final, own=True, alone=True)
-            known.end_step()
+            reaper.release(*row_of("a"), final, own=True, alone=True)
+            reaper.end_step()
             assert final.headers == {}
     assert ender.ended == []
     clock.now_s += 1.51
-    known.sweep([])
+    reaper.sweep([])
     assert ender.ended == ["a"]
 
 
-def test_a_refusal_of_an_open_sessions_row_ends_nothing(known: SequenceReaper, ender: Ender, clock: Clock) -> None:
-    known.begin_step(["a"])
+def test_a_rejected_row_of_an_open_session_ends_no_sequence(
+    reaper: SequenceReaper, ender: FakeEnder, clock: FakeClock
+) -> None:
+    reaper.begin_step(["a"])
     final = Reply("{}", status=400)
-    known.release(*row_of("a"), final, own=False, alone=True)
-    known.end_step()
+    reaper.release(*row_of("a"), final, own=False, alone=True)
+    reaper.end_step()
     clock.now_s += 1
-    known.sweep([])
+    reaper.sweep([])
     assert final.headers == {}
     assert ender.ended == []

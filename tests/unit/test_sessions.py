@@ -9,22 +9,48 @@ from collections.abc import Callable
 
 import pytest
 
+from llava_sessions.config import RequestLimits
 from llava_sessions.errors import Refused
+from llava_sessions.protocol.requests import parse
+from llava_sessions.torchserve.batch import Row
 from llava_sessions.worker import sessions
-from llava_sessions.worker.sessions import GRACE_S, SessionTable
+from llava_sessions.worker.pending import PendingRequest
+from llava_sessions.worker.sessions import (
+    GRACE_S,
+    TRANSITIONS,
+    IllegalTransition,
+    Residency,
+    Session,
+    SessionState,
+    SessionTable,
+    State,
+    Turn,
+    TurnState,
+)
 
 NOW = 1_800_000_000.0
 TTL = 60.0
 
 
 @pytest.fixture
-def table() -> SessionTable[str]:
+def table() -> SessionTable:
     return SessionTable(max_sessions=2, ttl_s=TTL)
 
 
-def open_session(table: SessionTable[str], session_id: str, now_s: float = NOW):
-    table.reserve(session_id)
-    return table.open(session_id, f"conversation of {session_id}", now_s)
+def open_session(table: SessionTable, session_id: str, now_s: float = NOW) -> Session:
+    session = table.reserve(session_id)
+    session.expires_at_s = table.expiry_of_open(now_s)
+    session.used_at_s = now_s
+    session.advance(SessionState.OPEN)
+    return session
+
+
+def begin_turn(session: Session, turn_id: str) -> Turn:
+    body = {"type": "send_text_prompt", "session_id": session.id, "prompt_text": "What?"}
+    session.turn = Turn(
+        session, parse(body, {}, RequestLimits()), PendingRequest(Row(turn_id, session.id, False, {}, body))
+    )
+    return session.turn
 
 
 def refusal(action: Callable[[], object]) -> Refused:
@@ -37,10 +63,9 @@ def code_of(action: Callable[[], object]) -> str:
     return refusal(action).code
 
 
-def test_an_open_session_is_found_with_its_conversation(table):
+def test_an_open_session_is_found(table):
     session = open_session(table, "a")
     assert table.get("a", NOW) is session
-    assert session.conversation == "conversation of a"
     assert "a" in table
     assert len(table) == 1
 
@@ -81,34 +106,29 @@ def test_a_reservation_that_became_a_session_holds_one_place(table):
 
 
 def test_a_released_place_can_be_taken_and_its_id_is_unknown(table):
-    table.reserve("a")
+    reserved = table.reserve("a")
     table.reserve("b")
-    table.release("a")
+    table.release(reserved)
     assert "a" not in table
     table.reserve("c")
     assert "c" in table
 
 
-def test_releasing_what_was_never_reserved_frees_nothing(table):
+def test_a_place_is_released_once(table):
     open_session(table, "a")
-    table.release("a")
-    table.release("nobody")
+    reserved = table.reserve("b")
+    table.release(reserved)
+    table.release(reserved)
     assert table.get("a", NOW).id == "a"
     assert len(table) == 1
 
 
 def test_a_removed_session_gives_its_place_back(table):
-    open_session(table, "a")
+    session = open_session(table, "a")
     open_session(table, "b")
-    table.remove("a", "closed")
+    table.end(session, "closed")
     assert open_session(table, "c").id == "c"
     assert len(table) == 2
-
-
-def test_a_session_cannot_open_without_a_reservation(table):
-    with pytest.raises(KeyError):
-        table.open("a", "words", NOW)
-    assert "a" not in table
 
 
 # --- time ---
@@ -138,8 +158,8 @@ def test_the_expiry_is_spelled_as_sagemaker_wants_it(table):
 
 def test_use_does_not_prolong_a_session(table):
     session = open_session(table, "a")
-    table.begin_turn(table.get("a", NOW + 30), "turn")
-    session.turn_id = None
+    begin_turn(table.get("a", NOW + 30), "turn")
+    session.turn = None
     assert code_of(lambda: table.get("a", NOW + TTL)) == "session_expired"
 
 
@@ -148,7 +168,7 @@ def test_an_expired_session_holds_its_place_until_it_is_removed(table):
     open_session(table, "b")
     assert code_of(lambda: table.reserve("c")) == "capacity"
     for session in table.expired(NOW + TTL + GRACE_S):
-        table.remove(session.id, "expired")
+        table.end(session, "expired")
     table.reserve("c")
     assert len(table) == 0
 
@@ -160,38 +180,73 @@ def test_only_sessions_whose_time_is_up_are_told_as_expired(table):
 
 
 def test_a_closing_session_is_not_told_as_expired(table):
-    open_session(table, "a").closing = True
+    open_session(table, "a").advance(SessionState.CLOSING)
     assert table.expired(NOW + 10 * TTL) == []
 
 
 # --- turns ---
 
 
-def test_a_session_takes_one_turn_at_a_time(table):
+def test_a_busy_session_is_still_found_and_does_not_expire(table):
     session = open_session(table, "a")
-    table.begin_turn(session, "first")
-    refused = refusal(lambda: table.begin_turn(session, "second"))
-    assert (refused.code, refused.status) == ("session_busy", 409)
-    assert session.turn_id == "first"
-    session.turn_id = None
-    table.begin_turn(session, "second")
-    assert session.turn_id == "second"
-
-
-def test_running_turns_are_counted_over_sessions(table):
-    first, second = open_session(table, "a"), open_session(table, "b")
-    assert table.running_turns == 0
-    table.begin_turn(first, "1")
-    table.begin_turn(second, "2")
-    assert table.running_turns == 2
-    second.turn_id = None
-    assert table.running_turns == 1
-
-
-def test_a_busy_session_is_still_found(table):
-    session = open_session(table, "a")
-    table.begin_turn(session, "turn")
+    begin_turn(session, "turn")
     assert table.get("a", NOW) is session
+    assert table.expired(NOW + 10 * TTL) == []
+
+
+# --- states ---
+
+
+# The states before each state, from the first one on.
+PATHS: dict[State, list[State]] = {
+    SessionState.OPENING: [],
+    SessionState.OPEN: [SessionState.OPEN],
+    SessionState.CLOSING: [SessionState.OPEN, SessionState.CLOSING],
+    Residency.COLD: [],
+    Residency.LOADING: [Residency.LOADING],
+    Residency.LOADED: [Residency.LOADING, Residency.LOADED],
+    TurnState.PREPARING: [],
+    TurnState.RUNNING: [TurnState.RUNNING],
+    TurnState.STOPPING: [TurnState.RUNNING, TurnState.STOPPING],
+    TurnState.STORING: [TurnState.RUNNING, TurnState.STORING],
+    TurnState.DONE: [TurnState.DONE],
+}
+
+
+def item_in(state: State) -> Session | Turn:
+    """A new session or turn that was advanced to the state."""
+    session = SessionTable(1, TTL).reserve("s")
+    item = begin_turn(session, "t") if isinstance(state, TurnState) else session
+    for step in PATHS[state]:
+        item.advance(step)
+    return item
+
+
+@pytest.mark.parametrize("old", PATHS, ids=str)
+def test_advance_takes_every_transition_of_the_table_and_no_other(old):
+    for new in type(old):
+        item = item_in(old)
+        if new in TRANSITIONS[old]:
+            item.advance(new)
+            assert item.is_in(new)
+        else:
+            with pytest.raises(IllegalTransition):
+                item.advance(new)
+            assert item.is_in(old)
+
+
+def test_the_table_lists_every_state():
+    assert set(TRANSITIONS) == {*SessionState, *Residency, *TurnState}
+
+
+def test_a_session_is_unloaded_from_any_residency(table):
+    session = open_session(table, "a")
+    session.unload()
+    for states in ([Residency.LOADING], [Residency.LOADING, Residency.LOADED]):
+        for state in states:
+            session.advance(state)
+        session.unload()
+        assert session.is_in(Residency.COLD)
 
 
 # --- gone ---
@@ -199,14 +254,13 @@ def test_a_busy_session_is_still_found(table):
 
 @pytest.mark.parametrize(
     ("reason", "code", "status"),
-    [("closed", "session_not_found", 404), ("expired", "session_expired", 410), ("failed", "internal", 500)],
+    [("closed", "session_not_found", 404), ("expired", "session_expired", 410), ("moved", "session_not_found", 404)],
 )
 def test_a_gone_session_is_refused_by_how_it_went(table, reason, code, status):
-    open_session(table, "a")
-    table.remove("a", reason)
+    table.end(open_session(table, "a"), reason)
     refused = refusal(lambda: table.get("a", NOW))
     assert (refused.code, refused.status) == (code, status)
-    assert table.was_closed("a") is (reason != "expired")
+    assert table.was_closed("a") is (reason == "closed")
 
 
 def test_an_id_that_never_was_is_not_found_and_was_not_closed(table):
@@ -216,38 +270,35 @@ def test_an_id_that_never_was_is_not_found_and_was_not_closed(table):
 
 
 def test_a_closing_session_is_not_found_any_more(table):
-    open_session(table, "a").closing = True
+    open_session(table, "a").advance(SessionState.CLOSING)
     assert code_of(lambda: table.get("a", NOW)) == "session_not_found"
     assert "a" in table
 
 
 def test_an_id_that_opens_again_is_no_longer_gone(table):
-    open_session(table, "a")
-    table.remove("a", "closed")
+    table.end(open_session(table, "a"), "closed")
     session = open_session(table, "a")
     assert table.get("a", NOW) is session
-    assert not table.was_closed("a")
 
 
 def test_reserving_a_gone_id_alone_does_not_forget_how_it_went(table):
-    open_session(table, "a")
-    table.remove("a", "closed")
-    table.reserve("a")
-    table.release("a")
+    table.end(open_session(table, "a"), "closed")
+    table.release(table.reserve("a"))
     assert table.was_closed("a")
 
 
-def test_removing_an_unknown_session_is_a_mistake_and_leaves_no_trace(table):
-    with pytest.raises(KeyError):
-        table.remove("nobody", "closed")
-    assert not table.was_closed("nobody")
+def test_sessions_that_end_are_listed_once_for_their_sequences(table):
+    session = open_session(table, "a")
+    table.release(table.reserve("b"))
+    assert table.take_ended() == []
+    table.end(session, "expired")
+    assert table.take_ended() == ["a"]
+    assert table.take_ended() == []
 
 
 def test_the_memory_of_gone_ids_is_bounded_and_drops_the_oldest(table):
     for number in range(sessions._REMEMBERED + 5):
-        open_session(table, f"s{number}")
-        table.remove(f"s{number}", "closed")
-    assert len(table._gone) == sessions._REMEMBERED
+        table.end(open_session(table, f"s{number}"), "closed")
     assert not table.was_closed("s4")
     assert table.was_closed("s5")
     assert table.was_closed(f"s{sessions._REMEMBERED + 4}")

@@ -44,8 +44,8 @@ HANDLER = Path(supervisor_module.__file__).parents[2]
 # Starts an engine, tells its pid and waits to be killed.
 PARENT = """
 import queue, sys, time
-from llava_sessions.engine.messages import EngineSettings
-from llava_sessions.engine.supervisor import EngineSupervisor
+from llava_sessions.ipc.messages import EngineSettings
+from llava_sessions.worker.engines import EngineSupervisor
 settings = EngineSettings(sys.argv[1], "", "float32", "cpu", 256)
 supervisor = EngineSupervisor(settings, queue.SimpleQueue(), 60, give_up=lambda: None)
 supervisor.start()
@@ -78,8 +78,8 @@ class Kept:
         """A greedy answer about a picture, from the engine that is up."""
         opening = self.tokens.opening([("grey", Image.new("RGB", (56, 56), "grey"))])
         prompt_ids = self.tokens.prompt(Conversation(opening).opened_on, "What is this?")
-        self.up.door.submit(OpenSession(name, opening.token_ids, opening.pictures))
-        self.up.door.submit(AskSession(name, name, prompt_ids, Sampling(max_new_tokens=12)))
+        self.up.client.submit(OpenSession(name, opening.token_ids, opening.pictures))
+        self.up.client.submit(AskSession(name, name, prompt_ids, Sampling(max_new_tokens=12)))
         told: list = []
         while not any(isinstance(event, Finished) for event in told):
             told += self.hear(Report).events
@@ -143,7 +143,7 @@ def test_an_engine_that_is_stopped_while_it_loads_is_replaced_too(kept: Kept, ca
     os.kill(loading, signal.SIGSTOP)
     kept.up = kept.hear(EngineUp)
     assert kept.supervisor.pid not in (first, loading)
-    assert "reason=it stood still for 3 s while starting" in caplog.text
+    assert "reason=it was stopped for 3 s while starting" in caplog.text
     assert kept.answer("after") == before
 
 
@@ -155,7 +155,7 @@ def test_an_idle_engine_is_not_taken_for_hung(kept: Kept) -> None:
 
 
 def test_what_a_dead_engines_door_is_given_is_lost_and_holds_nobody_up(kept: Kept) -> None:
-    door, large = kept.up.door, AskSession("none", "none", list(range(1_000_000)), Sampling(1))
+    door, large = kept.up.client, AskSession("none", "none", list(range(1_000_000)), Sampling(1))
 
     def harm(pid: int) -> None:
         # Stopped, it does not empty its pipe: a writer in this thread would be here until the watchdog comes.

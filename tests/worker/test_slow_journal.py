@@ -8,10 +8,9 @@ from pathlib import Path
 
 from llava_sessions.journal.journal import Journal
 from llava_sessions.journal.stores import DirectoryStore
-from llava_sessions.worker import pump as pump_module
-from tests.support.pump_frontend import Frontend, model, short_waits, tokens
+from tests.support.pump_frontend import Frontend, model, tokens
 
-__all__ = ["model", "short_waits", "tokens"]  # fixtures
+__all__ = ["model", "tokens"]  # fixtures
 
 
 class HangingStore(DirectoryStore):
@@ -26,10 +25,9 @@ class HangingStore(DirectoryStore):
         super().remove(key)
 
 
-def test_a_journal_that_hangs_at_a_close_holds_up_no_stream(model, tokens, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(pump_module, "CLOSE_WAIT_S", 30.0)  # as the engine may take
+def test_a_journal_that_hangs_at_a_close_holds_up_no_stream(model, tokens, tmp_path) -> None:
     store = HangingStore(tmp_path)
-    front = Frontend(model, tokens, journal=Journal([store]))
+    front = Frontend(model, tokens, journal=Journal([store]), close_wait_s=30.0)  # as the engine may take
     closed, other = front.open(), front.open("blue")
     stream = front.start(other, stream=True)
     close = front.close_row(closed)

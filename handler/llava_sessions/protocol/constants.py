@@ -1,4 +1,4 @@
-"""Header names, content types and the session ID's form."""
+"""Header names, content types, and the forms of IDs and tokens."""
 
 from __future__ import annotations
 
@@ -12,5 +12,11 @@ INFERENCE_HEADER = "X-Amzn-SageMaker-Inference-Id"
 NEW_SESSION = "NEW_SESSION"
 SESSION_ID_PATTERN = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9])*")
 SESSION_ID_MAX_CHARS = 226
+
+# At least 16 characters, so that a token can't be guessed.
+SESSION_TOKEN_PATTERN = re.compile(r"[!-~]{16,256}")
+# At least 16 characters, so that two clients don't choose the same ID.
+REQUEST_ID_PATTERN = re.compile(r"[!-~]{16,64}")
+
 JSON_TYPE = "application/json"
 STREAM_TYPE = "application/x-ndjson"

@@ -13,8 +13,9 @@ from ..protocol.constants import JSON_TYPE
 class Row:
     """One entry of a TorchServe batch.
 
-    `sequence_id` is TorchServe's name for the session; `fresh` tells that the frontend made it for this very request.
-    `headers` are the client's own, names in lower case.
+    `sequence_id` is TorchServe's ID of the session. `fresh` is true if the frontend made that ID for this request.
+    `headers` are the client's headers, with names in lower case. `body` is as TorchServe delivers it: bytes, text, or
+    decoded JSON; from a request's second batch on it is empty.
     """
 
     request_id: str
@@ -26,7 +27,10 @@ class Row:
 
 @dataclass
 class Reply:
-    """What a row is answered in this step. `more`: None for a whole answer, True for a chunk, False for the last."""
+    """The reply to a row in one step: a whole answer (`more` is None), a chunk (True) or the last chunk (False).
+
+    TorchServe sends status, content type and headers of the first chunk only.
+    """
 
     body: str
     more: bool | None = None

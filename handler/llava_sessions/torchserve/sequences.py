@@ -1,19 +1,26 @@
-"""Owns when TorchServe's sequences are ended, so that none of its places and threads stays taken.
+"""End TorchServe's sequences, so that none of its places and threads stays occupied.
 
-TorchServe keeps a place for each id that it ever saw; when all are taken nobody can open a session. It has a few more
-threads than places, and one of them waits for each sequence's next request: from the end of the first step that had a
-row of it, and anew after each further one. Its end header, in a response, frees the place at once, but not a thread
-that waits: that one is lost until `sequenceTimeoutMSec`, and when all are lost the server answers nothing
-(SequenceBatching.java, pollJobFromJobGroup). So the header may only go where no thread waits: out in the very step in
-which a row came, where the steps just before had none of its sequence.
+Facts of TorchServe 0.12:
 
-What it ends it ends with all that is queued there, which then is never answered; and it is heeded only when the answer
-is out already (SequenceContinuousBatching.java, sendResponse): a client that asks again at once loses that request, one
-time in some hundreds. So it goes into the answer to a request of our own, which is sent when the client has long been
-silent and takes the thread that waits. It goes into the client's own answer where no client knows the id (the frontend
-made it for a request that is refused), and where very many shall end, to keep places for others.
+- The frontend keeps a place for each sequence ID that it has ever received. If all places are occupied, no session can
+  be opened.
+- The frontend has a few more threads than places. One thread waits for the next request of each sequence: from the end
+  of the first step that had a row of the sequence, and again after each further step with one.
+- The end header in a response frees the place at once, but not a thread that waits. That thread is lost until
+  `sequenceTimeoutMSec`. If all threads are lost, the server answers no request (SequenceBatching.java,
+  pollJobFromJobGroup).
+- The end header drops every request that is queued in the sequence; such a request is never answered.
+- The frontend acts on the end header only after it has sent the response (SequenceContinuousBatching.java,
+  sendResponse). A client that immediately reuses the sequence loses that request, about once in some hundred times.
 
-Must not know what rows ask for, nor how requests of our own are made. Not thread-safe; the pump holds a lock.
+Rules that follow from them:
+
+- The end header is sent only when no thread waits: in the very step in which a row arrived, if the steps shortly before
+  had no row of its sequence.
+- By default the end header is in the reply to an end request. The worker sends that request to the frontend once the
+  client has been silent for a while; the request also takes the waiting thread.
+- The end header is in the client's own reply if no client knows the ID (the frontend made it for a request that is
+  rejected), or if so many sequences wait for their end that places for others would be short.
 """
 
 from __future__ import annotations
@@ -26,7 +33,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -35,87 +42,24 @@ from .batch import Reply, Row
 
 log = logging.getLogger(__name__)
 
-# So long after a step the frontend has surely done with it, also on a busy machine; what comes later came after it.
+# The frontend has finished with a step after this time, also on a busy machine. A later row arrived after the step.
 QUIET_S = 0.25
-# So long has nobody used what our own request ends. One of a client's that comes while it is under way is lost.
+# An end request is sent after the sequence has been idle for this time. A client's request that meets it is lost.
 LINGER_S = 1.5
-# The same header to a client, and another one to the frontend, which tells cases apart.
-_TOLD_HEADER = CLOSED_SESSION_HEADER.lower()
+# The frontend compares header names with case, clients do not. Only the exact spelling ends a sequence.
+_CLOSED_HEADER_FOR_CLIENTS = CLOSED_SESSION_HEADER.lower()
+_END_REQUEST_HEADER = "x-llava-end-sequence"
+# One end request waits for a step of the handler, and several share a step.
+_SENDER_THREADS = 4
+# Attempts for each sequence: a busy machine misses a timeout, and a sequence that is not ended keeps its place.
+_SENDER_ATTEMPTS = 3
+_SENDER_TIMEOUT_S = 10.0
 
 
-class SequenceReaper:
-    """The sequences that shall end, and when the latest steps had rows of which."""
+class SequenceEnder(Protocol):
+    """Ends a sequence by a request to the frontend that has the header `mark` (lower-case name, value).
 
-    def __init__(self, ender: SequenceEnd, linger: int) -> None:
-        """`linger`: so many may wait for their end, each with a place of the frontend's."""
-        self._ender = ender
-        self._linger = linger
-        self._ending: dict[str, None] = {}  # in the order in which they shall
-        self._now: set[str] = set()
-        self._used_s: dict[str, float] = {}  # when a step before this one last had a row of it; oldest first
-
-    def is_ours(self, row: Row) -> bool:
-        """Whether the request does nothing but end its sequence."""
-        name, value = self._ender.mark
-        return row.headers.get(name) == value
-
-    def end(self, sequence_id: str) -> None:
-        """Have a sequence ended soon, once no row uses it."""
-        self._ending[sequence_id] = None
-
-    def begin_step(self, sequence_ids: Iterable[str]) -> None:
-        """A step begins whose rows are of these sequences."""
-        self._forget_old()
-        self._now = set(sequence_ids)
-
-    def end_step(self) -> None:
-        """The step is over."""
-        for sequence in self._now:
-            self._used_s.pop(sequence, None)
-            self._used_s[sequence] = time.monotonic()
-        self._now = set()
-        self.sweep(())
-
-    def sweep(self, waiting: Iterable[str]) -> None:
-        """Have ended what nobody has used for a while; rows of the sequences in `waiting` come again."""
-        self._forget_old()
-        in_use = {*self._used_s, *waiting}
-        for sequence in [one for one in self._ending if one not in in_use]:
-            del self._ending[sequence]
-            self._ender.end(sequence)
-
-    def release(self, row: Row, steps: int, final: Reply, own: bool, alone: bool) -> None:
-        """Have what the row's last reply, `final`, ends be ended: the session that it names as closed, if any, and with
-        `own` the row's own sequence. `alone`: no other row of that is waiting.
-        """
-        closed = final.headers.pop(CLOSED_SESSION_HEADER, None)
-        sequence = row.sequence_id
-        ends = {closed, sequence if own else None} - {None}
-        nobody_asks_again = row.fresh or self.is_ours(row)
-        crowded = len(self._ending) + self._ender.pending >= self._linger
-        at_once = nobody_asks_again or crowded or not self._ender.able
-        if at_once and ends == {sequence} and alone and steps == 0 and self._is_quiet(sequence):
-            final.headers[CLOSED_SESSION_HEADER] = sequence
-            self._ending.pop(sequence, None)
-            return
-        if closed is not None:
-            final.headers[_TOLD_HEADER] = closed
-        for ended in sorted(ends):
-            self.end(ended)
-
-    def _is_quiet(self, sequence: str) -> bool:
-        return time.monotonic() - self._used_s.get(sequence, -math.inf) >= QUIET_S
-
-    def _forget_old(self) -> None:
-        old_since_s = time.monotonic() - LINGER_S
-        while self._used_s and (oldest := next(iter(self._used_s.items())))[1] <= old_since_s:
-            del self._used_s[oldest[0]]
-
-
-class SequenceEnd(Protocol):
-    """Has the frontend end a sequence, by a request with the header `mark` (its name in lower case, and its value).
-
-    `able`: whether the frontend takes such requests; `pending`: sequences that it has still to end.
+    `able`: whether the frontend accepts such requests. `pending`: number of sequences that are still to be ended.
     """
 
     mark: tuple[str, str]
@@ -123,67 +67,168 @@ class SequenceEnd(Protocol):
     pending: int
 
     def end(self, sequence_id: str) -> None:
-        """Have the sequence ended soon."""
+        """Queue the sequence for its end request. Return at once."""
 
 
-END_HEADER = "x-llava-end-sequence"
+class SequenceReaper:
+    """Decides when a sequence is ended, and in which reply. Not thread-safe: the pump holds a lock."""
 
-# One request waits for a step of the handler; several share it.
-_THREADS = 4
+    def __init__(
+        self,
+        ender: SequenceEnder,
+        max_waiting: int,
+        *,
+        quiet_s: float | None = None,
+        linger_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Create a reaper that lets at most `max_waiting` sequences wait for their end; each occupies a place.
 
-# A machine that is busy enough answers none in time, and what is not ended keeps its place.
-_TRIES = 3
+        `quiet_s` and `linger_s` default to `QUIET_S` and `LINGER_S`, `clock` returns seconds.
+        """
+        self._ender = ender
+        self._max_waiting = max_waiting
+        self._quiet_s = QUIET_S if quiet_s is None else quiet_s
+        self._linger_s = LINGER_S if linger_s is None else linger_s
+        self._clock = clock
+        self._waiting: dict[str, None] = {}  # sequences to end, in this order
+        self._in_step: set[str] = set()  # sequences with a row in the current step
+        self._last_used_s: dict[str, float] = {}  # end of the latest earlier step with a row of it; oldest first
+
+    def is_ours(self, row: Row) -> bool:
+        """Return whether the row is an end request of this worker."""
+        name, value = self._ender.mark
+        return row.headers.get(name) == value
+
+    def end(self, sequence_id: str) -> None:
+        """End the sequence once no row uses it."""
+        self._waiting[sequence_id] = None
+
+    def begin_step(self, sequence_ids: Iterable[str]) -> None:
+        """Begin a step whose rows belong to these sequences."""
+        self._forget_idle()
+        self._in_step = set(sequence_ids)
+
+    def end_step(self) -> None:
+        """End the step, and send end requests for sequences that have become idle."""
+        for sequence in self._in_step:
+            self._last_used_s.pop(sequence, None)  # the new entry is the last one again
+            self._last_used_s[sequence] = self._clock()
+        self._in_step = set()
+        self.sweep(())
+
+    def sweep(self, pending: Iterable[str]) -> None:
+        """Send end requests for sequences that have been idle for `linger_s`.
+
+        `pending` are the sequences of rows that have no final reply yet: they take part in further steps.
+        """
+        self._forget_idle()
+        in_use = {*self._last_used_s, *pending}
+        for sequence in [waiting for waiting in self._waiting if waiting not in in_use]:
+            del self._waiting[sequence]
+            self._ender.end(sequence)
+
+    def release(self, row: Row, steps: int, final: Reply, own: bool, alone: bool) -> None:
+        """End the sequences that the row's last reply closes: now by the header in `final`, or later.
+
+        The reply closes the session in its end header, if any, and with `own` the row's own sequence. `steps` is the
+        number of earlier steps that had the row. `alone`: no other row of the sequence is pending. If the sequence is
+        ended later, the client receives the end header in lower case, which the frontend ignores.
+        """
+        sequence = row.sequence_id
+        closed = final.headers.pop(CLOSED_SESSION_HEADER, None)
+        ended = {sequence} if own else set()
+        if closed is not None:
+            ended.add(closed)
+        may_end_now = ended == {sequence} and alone and steps == 0 and self._is_quiet(sequence)
+        if may_end_now and self._prefers_now(row):
+            final.headers[CLOSED_SESSION_HEADER] = sequence
+            self._waiting.pop(sequence, None)
+            return
+        if closed is not None:
+            final.headers[_CLOSED_HEADER_FOR_CLIENTS] = closed
+        for sequence_id in sorted(ended):
+            self.end(sequence_id)
+
+    def _prefers_now(self, row: Row) -> bool:
+        never_reused = row.fresh or self.is_ours(row)
+        crowded = len(self._waiting) + self._ender.pending >= self._max_waiting
+        return never_reused or crowded or not self._ender.able
+
+    def _is_quiet(self, sequence_id: str) -> bool:
+        return self._clock() - self._last_used_s.get(sequence_id, -math.inf) >= self._quiet_s
+
+    def _forget_idle(self) -> None:
+        idle_since_s = self._clock() - self._linger_s
+        while self._last_used_s:
+            sequence_id, used_s = next(iter(self._last_used_s.items()))
+            if used_s > idle_since_s:
+                return
+            del self._last_used_s[sequence_id]
 
 
 class EndRequestSender:
-    """Ends sequences of the frontend by requests to it, from a few threads of its own.
+    """A `SequenceEnder` that sends end requests to the frontend from a few threads of its own. Thread-safe.
 
-    Without it the frontend forgets them too, but only after `sequenceTimeoutMSec`. `mark` is the header that tells the
-    pump that such a request is ours; `able`, whether such requests are answered, as far as is known: with TLS or token
-    authorisation they are not. `pending` are the sequences that have still to be ended.
+    A sequence that is not ended is forgotten by the frontend only after `sequenceTimeoutMSec`. `able` is false if the
+    frontend has TLS. It is also false after an end request failed, until the next one succeeds. With token
+    authorisation every end request fails.
     """
 
     def __init__(self, inference_address: str, model: str) -> None:
-        """`inference_address` as in the frontend's properties, such as `http://0.0.0.0:8080`."""
+        """Start the threads. `inference_address` is as in the frontend's properties, such as `http://0.0.0.0:8080`."""
         address = urlsplit(inference_address)
-        # The worker runs on the frontend's host; an address that means "all" is reached by loopback.
-        self._host = "127.0.0.1" if address.hostname in (None, "0.0.0.0", "::") else address.hostname
+        # The worker runs on the frontend's host. A wildcard address is reached by loopback.
+        wildcard = address.hostname in (None, "0.0.0.0", "::")
+        self._host = "127.0.0.1" if wildcard else str(address.hostname)
         self._port = address.port or 80
-        self._plain = self.able = address.scheme == "http"
         self._path = f"/predictions/{model}"
-        self.mark = (END_HEADER, secrets.token_hex(16))
-        self._queue: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
+        self._is_plain_http = address.scheme == "http"
+        self.able = self._is_plain_http
+        self.mark = (_END_REQUEST_HEADER, secrets.token_hex(16))
         self.pending = 0
         self._lock = threading.Lock()
-        for _ in range(_THREADS):
+        self._queue: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()  # sequence ID, attempts left
+        for _ in range(_SENDER_THREADS):
             threading.Thread(target=self._run, name="sequences", daemon=True).start()
 
     def end(self, sequence_id: str) -> None:
-        """Have the sequence ended soon."""
+        """Queue the sequence for its end request. Return at once."""
         with self._lock:
             self.pending += 1
-        self._queue.put((sequence_id, _TRIES))
+        self._queue.put((sequence_id, _SENDER_ATTEMPTS))
 
     def _run(self) -> None:
         while True:
-            sequence_id, tries = self._queue.get()
-            try:
-                status = self._post(sequence_id) if self._plain else 0
-                problem = None if status == http.client.OK else f"status {status}"
-            except (OSError, http.client.HTTPException) as error:
-                problem = type(error).__name__
-            if problem and tries > 1:
-                self._queue.put((sequence_id, tries - 1))
+            sequence_id, attempts = self._queue.get()
+            problem = self._send(sequence_id)
+            if problem and attempts > 1:
+                self._queue.put((sequence_id, attempts - 1))
                 continue
             with self._lock:
                 self.pending -= 1
-            self.able = not problem
+            self.able = problem is None
             if problem:
                 log.warning("sequence_not_ended reason=%s", problem)
 
+    def _send(self, sequence_id: str) -> str | None:
+        """Send one end request. Return None, or the reason why it failed."""
+        if not self._is_plain_http:
+            return "tls"
+        try:
+            status = self._post(sequence_id)
+        except (OSError, http.client.HTTPException) as error:
+            return type(error).__name__
+        return None if status == http.client.OK else f"status {status}"
+
     def _post(self, sequence_id: str) -> int:
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=10)
-        headers = {SESSION_HEADER: sequence_id.encode(), "Content-Type": JSON_TYPE, **dict([self.mark])}
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=_SENDER_TIMEOUT_S)
+        name, value = self.mark
+        headers: dict[str, str | bytes] = {
+            SESSION_HEADER: sequence_id.encode(),  # http.client encodes a string in Latin-1
+            "Content-Type": JSON_TYPE,
+            name: value,
+        }
         try:
             connection.request("POST", self._path, json.dumps({"type": "close_session"}), headers)
             return connection.getresponse().status

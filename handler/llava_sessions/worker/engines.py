@@ -1,7 +1,6 @@
-"""Owns the engine process from the outside: starts it, talks to it, notices that it died or hangs, and replaces it.
+"""The engine process as the worker process sees it: start, commands, reports, death and replacement.
 
-Runs in the worker process. Must not know torch, sessions, payloads or TorchServe. What the engine held is lost with it;
-whoever used it hears `EngineLost`, and `EngineUp` with a new door once another one answers.
+A dead engine loses its memory. The inbox then receives `EngineLost`, and `EngineUp` when the next engine is ready.
 """
 
 from __future__ import annotations
@@ -21,32 +20,35 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
-from ..ipc.messages import Command, EngineFacts, EngineSettings, Ping, StartFailed
+from ..errors import Refused
+from ..ipc.messages import Command, EngineFacts, EngineSettings, Ping, Report, StartFailed
 from ..ipc.pipe import receive, send
 
 log = logging.getLogger(__name__)
 
-# Silence after which a ready engine is asked whether it still answers; then it has `hang_s` for that.
+# A ready engine that is silent for this long is pinged. It must answer within `hang_s`.
 PING_S = 1.0
-# Longer than the largest weights take from a slow disk: as `startupTimeout` in model-config.yaml.
+# As `startupTimeout` in model-config.yaml: longer than the largest checkpoint takes to load from a slow disk.
 START_LIMIT_S = 900.0
-# What a process may take from the end of its pipe to its own.
+# Time from the end of a process's pipe to the end of the process.
 EXIT_S = 5.0
-# Engines in a row that never got ready, after which the worker ends too: something is wrong that a restart won't mend.
+# Consecutive starts that may fail before the worker process ends too.
 MAX_FAILED_STARTS = 5
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
+_FIRST_PAUSE_S = 0.2
+_LONGEST_PAUSE_S = 10.0
 
 
 class EngineStartError(Exception):
-    """The engine could not be started; the message says why."""
+    """The first engine could not be started; the message names the reason."""
 
 
 @dataclass(frozen=True)
 class EngineLost:
-    """The engine is gone with all that it held. `retry_after_s`: how long the next one will probably take."""
+    """The engine process has ended. `retry_after_s`: the expected start-up time of the next one."""
 
     reason: str
     retry_after_s: int
@@ -54,75 +56,195 @@ class EngineLost:
 
 @dataclass(frozen=True)
 class EngineUp:
-    """An engine that holds nothing yet is ready behind `door`."""
+    """A new engine, which holds no session yet, takes commands from `client`."""
 
-    door: EngineClient
-    facts: EngineFacts
+    client: CommandSink
+    facts: EngineFacts | None
+
+
+class CommandSink(Protocol):
+    """Takes commands for an engine."""
+
+    def submit(self, command: Command) -> None:
+        """Take a command. Its events arrive as a `Report` in the inbox."""
+
+
+class EventSink(Protocol):
+    """Takes reports of the engine and news of its process."""
+
+    def put(self, item: Report | EngineLost | EngineUp) -> None:
+        """Take an item. Thread-safe."""
 
 
 class EngineClient:
-    """The way to one engine process. Once that is gone, what is submitted here is lost, as `EngineLost` tells."""
+    """Sends commands to one engine process. Commands to an engine that has died are lost."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
 
     def submit(self, command: Command) -> None:
-        """Hand a command over. Never waits, even where the engine is stopped and the pipe is full."""
+        """Queue a command. Never blocks, even if the pipe is full."""
         self._commands.put(command)
 
     def close(self) -> None:
-        """Have `serve` return."""
+        """Make `serve` return."""
         self._commands.put(None)
 
     def serve(self) -> None:
-        """Write commands until `close`, or until nobody reads."""
+        """Write commands to the pipe until `close`, or until the engine has died."""
         while (command := self._commands.get()) is not None:
             try:
                 send(self._pipe, command)
             except OSError:
-                return  # the reader of the pipe notices too, and tells
+                return  # the reader of the pipe reports it
+
+
+class EngineGate:
+    """The way to the engine that runs now, and whether new work is taken. Used on the pump's thread only."""
+
+    def __init__(self, client: CommandSink | None) -> None:
+        self._client = client
+        self._retry_after_s = 1
+        self.draining_since_s: float | None = None
+
+    @property
+    def draining(self) -> bool:
+        """Whether the server is about to stop."""
+        return self.draining_since_s is not None
+
+    def connect(self, client: CommandSink) -> None:
+        """Send commands to a new engine from now on."""
+        self._client = client
+
+    def disconnect(self, retry_after_s: int) -> None:
+        """Reject work until `connect`, which is expected in `retry_after_s` seconds."""
+        self._client = None
+        self._retry_after_s = retry_after_s
+
+    def check(self) -> None:
+        """Raise `Refused` (shutting_down, engine_restarting) if new work would not be done."""
+        if self.draining:
+            raise Refused("shutting_down", "The server is about to stop and takes no new work.", retry_after_s=5)
+        if self._client is None:
+            raise self.restarting()
+
+    def submit(self, command: Command) -> None:
+        """Send a command. Raise `Refused` (engine_restarting) while there is no engine."""
+        if self._client is None:
+            raise self.restarting()
+        self._client.submit(command)
+
+    def submit_if_connected(self, command: Command) -> None:
+        """Send a command that is pointless after the engine's death."""
+        if self._client is not None:
+            self._client.submit(command)
+
+    def restarting(self) -> Refused:
+        """Return the error for work that a lost engine held."""
+        message = f"The engine is being restarted. No finished turn is lost; try again in {self._retry_after_s} s."
+        return Refused("engine_restarting", message, retry_after_s=self._retry_after_s)
+
+
+class EngineProcess:
+    """One child process that runs `llava_sessions.engine.process`, and the pipe to it."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        """Start the process; the settings are its first message. Raise OSError if the system has no room for it."""
+        ours, theirs = socket.socketpair()
+        # The folder of the package comes first, wherever the archive was unpacked.
+        folder = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(ours.close)
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "llava_sessions.engine.process", str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    env={**os.environ, "PYTHONPATH": path},
+                )
+            on_error.pop_all()
+        self.pipe = Connection(ours.detach())
+        self.pid = self._process.pid
+        with contextlib.suppress(OSError):  # if the process died at once, the next read finds out
+            send(self.pipe, settings)
+
+    def is_stopped(self) -> bool:
+        """Return whether the process was stopped by a signal (SIGSTOP)."""
+        with contextlib.suppress(psutil.Error):
+            return bool(psutil.Process(self.pid).status() == psutil.STATUS_STOPPED)
+        return False
+
+    def await_end(self) -> None:
+        """Wait for a process that has closed its pipe; kill it after `EXIT_S`."""
+        try:
+            self._process.wait(EXIT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        """Kill the process if it runs."""
+        if self._process.poll() is None:
+            self._process.kill()
+
+    def end(self) -> None:
+        """Kill the process, close the pipe and wait for the end."""
+        self.kill()
+        self.pipe.close()
+        self._process.wait()
+
+    def exit_reason(self) -> str:
+        """Wait for the end and describe it."""
+        code = self._process.wait()
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 class EngineSupervisor:
-    """Keeps one engine process running, and tells `inbox` of reports, losses and new engines, in order."""
+    """Keeps one engine process running. Puts reports, losses and new engines into the inbox, in order."""
 
     def __init__(
-        self, settings: EngineSettings, inbox: queue.SimpleQueue, hang_s: float, give_up: Callable[[], None]
+        self,
+        settings: EngineSettings,
+        inbox: EventSink,
+        hang_s: float,
+        give_up: Callable[[], None],
+        spawn: Callable[[EngineSettings], EngineProcess] = EngineProcess,
     ) -> None:
-        """`hang_s`: silence after which an engine is taken for hung and killed: longer than its longest step.
+        """`hang_s`: silence after which an engine is killed; it must be longer than the longest step.
 
-        `give_up` is called when no engine gets ready any more.
+        `give_up` is called when no engine can be started any more. `spawn` starts a process, for tests.
         """
         self._settings = settings
         self._inbox = inbox
         self._hang_s = hang_s
         self._give_up = give_up
-        self._process: subprocess.Popen | None = None
-        self._door: EngineClient | None = None
-        self._heard = False
+        self._spawn = spawn
+        self._process: EngineProcess | None = None
+        self._client: EngineClient | None = None
+        self._has_reported = False
         self._start_s = 0.0
-        self._hung = False
-        self._stopping = False
+        self._is_hung = False
+        self._is_stopping = False
         self._first: queue.SimpleQueue[EngineUp | str] = queue.SimpleQueue()
 
     @property
     def pid(self) -> int | None:
-        """Of the process that runs now."""
+        """Process ID of the current engine."""
         return None if self._process is None else self._process.pid
 
     def start(self) -> EngineUp:
-        """Start the first engine and wait until it answers. Raises `EngineStartError`."""
+        """Start the first engine and wait until it is ready. Raise `EngineStartError`."""
         self.launch()
         return self.wait()
 
     def launch(self) -> None:
-        """Start the first engine; `wait` comes next."""
-        # One thread for all engines: Linux ends a child that asked for it when the thread that started it ends.
+        """Start the first engine without waiting; call `wait` next."""
+        # One thread starts all engines: Linux kills a child with PR_SET_PDEATHSIG when its starting thread ends.
         threading.Thread(target=self._run, name="engine-supervisor", daemon=True).start()
 
     def wait(self) -> EngineUp:
-        """Wait until the first engine answers. Raises `EngineStartError`."""
+        """Wait until the first engine is ready. Raise `EngineStartError`."""
         first = self._first.get()
         if isinstance(first, str):
             raise EngineStartError(first)
@@ -130,141 +252,127 @@ class EngineSupervisor:
         return first
 
     def stop(self) -> None:
-        """End the engine for good."""
-        self._stopping = True
-        self._kill()
+        """Kill the engine and start no other."""
+        self._is_stopping = True
+        if self._process is not None:
+            self._process.kill()
 
     def _run(self) -> None:
-        failed, pause_s, first = 0, _FIRST_PAUSE_S, True
-        while not self._stopping:
-            pipe = self._spawn()
-            answer = self._await_start(pipe)
-            if isinstance(answer, EngineFacts):
-                failed, pause_s = 0, _FIRST_PAUSE_S
-                up = EngineUp(EngineClient(pipe), answer)
-                (self._first if first else self._inbox).put(up)
+        """Run engines until `stop`. No error may end this thread silently: without it the worker is useless."""
+        try:
+            self._run_engines()
+        except Exception as error:
+            log.exception("engine_supervisor_failed")
+            self._first.put(f"{type(error).__name__}: {error}")
+            self._give_up()
+
+    def _run_engines(self) -> None:
+        first = True
+        failed = 0
+        pause_s = _FIRST_PAUSE_S
+        while not self._is_stopping:
+            started = self._start_engine()
+            if isinstance(started, EngineUp):
+                (self._first if first else self._inbox).put(started)
                 first = False
-                reason = self._serve(pipe, up.door)
-                if self._stopping:
-                    return
-                log.error("engine_lost reason=%s", reason)
-                self._inbox.put(EngineLost(reason, math.ceil(self._start_s) + 1))
+                failed = 0
+                pause_s = _FIRST_PAUSE_S
+                self._serve_until_lost()
                 continue
-            self._end(pipe)
             if first:
-                self._first.put(answer)
+                self._first.put(started)
                 return
             failed += 1
-            log.error("engine_start_failed attempt=%d of=%d reason=%s", failed, MAX_FAILED_STARTS, answer)
+            log.error("engine_start_failed attempt=%d of=%d reason=%s", failed, MAX_FAILED_STARTS, started)
             if failed == MAX_FAILED_STARTS:
                 self._give_up()
                 return
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
-    def _spawn(self) -> Connection:
-        """Start a process with one end of a new pipe; settings are its first message."""
-        ours, theirs = socket.socketpair()
-        # The package's own folder first, wherever the archive was unpacked.
-        folder = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "llava_sessions.engine.process", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": path},
-            )
-        pipe = Connection(ours.detach())
-        self._started_at = time.monotonic()
-        with contextlib.suppress(OSError):  # where it died at once, the next read tells
-            send(pipe, self._settings)
-        return pipe
+    def _start_engine(self) -> EngineUp | str:
+        """Start a process and wait until it is ready. Return the reason if it is not."""
+        began_s = time.monotonic()
+        try:
+            process = self._process = self._spawn(self._settings)
+        except OSError as error:
+            return f"the process could not be started: {error}"
+        answer = self._await_ready(process)
+        if isinstance(answer, str):
+            process.end()
+            return answer
+        self._start_s = time.monotonic() - began_s
+        self._client = EngineClient(process.pipe)
+        return EngineUp(self._client, answer)
 
-    def _await_start(self, pipe: Connection) -> EngineFacts | str:
-        """What the engine turned out to be, or why there is none."""
+    def _await_ready(self, process: EngineProcess) -> EngineFacts | str:
         stopped_rounds = 0
         try:
             for _ in range(int(START_LIMIT_S / PING_S)):
-                if pipe.poll(PING_S):
+                if process.pipe.poll(PING_S):
                     break
-                stopped_rounds = stopped_rounds + 1 if self._is_stopped() else 0
+                stopped_rounds = stopped_rounds + 1 if process.is_stopped() else 0
                 if stopped_rounds * PING_S > self._hang_s:
-                    return f"it stood still for {self._hang_s:g} s while starting"
+                    return f"it was stopped for {self._hang_s:g} s while starting"
             else:
                 return f"it was not ready after {START_LIMIT_S:.0f} s"
-            answer = receive(pipe)
+            answer = receive(process.pipe)
         except (EOFError, OSError):
-            self._await_end()
-            return f"it ended while starting ({self._exit()})"
-        self._start_s = time.monotonic() - self._started_at
-        return answer.problem if isinstance(answer, StartFailed) else answer
+            process.await_end()
+            return f"it ended while starting ({process.exit_reason()})"
+        if isinstance(answer, EngineFacts):
+            return answer
+        return answer.problem if isinstance(answer, StartFailed) else f"unexpected message {type(answer).__name__}"
 
-    def _serve(self, pipe: Connection, door: EngineClient) -> str:
-        """Pass reports on until the engine is gone; why it is."""
-        self._heard, self._hung = True, False
-        writer = threading.Thread(target=door.serve, name="engine-pipe", daemon=True)
+    def _serve_until_lost(self) -> None:
+        """Forward reports until the engine has ended, and announce its end."""
+        process = self._process
+        client = self._client
+        assert process is not None
+        assert client is not None
+        self._has_reported = True
+        self._is_hung = False
+        writer = threading.Thread(target=client.serve, name="engine-pipe", daemon=True)
         writer.start()
-        self._door = door
+        self._forward_reports(process)
+        self._client = None
+        process.await_end()
+        client.close()
+        writer.join()  # before the pipe is closed: its file descriptor may be reused at once
+        process.end()
+        if not self._is_stopping:
+            reason = f"no answer for {self._hang_s:g} s" if self._is_hung else process.exit_reason()
+            log.error("engine_lost reason=%s", reason)
+            self._inbox.put(EngineLost(reason, math.ceil(self._start_s) + 1))
+
+    def _forward_reports(self, process: EngineProcess) -> None:
         try:
             while True:
-                report = receive(pipe)
-                self._heard = True
+                report = receive(process.pipe)
+                self._has_reported = True
                 if report.events:
                     self._inbox.put(report)
         except (EOFError, OSError):
             pass
         except Exception:
-            log.exception("engine_pipe_broken")  # not a message of ours: nothing behind it can be trusted
-        self._door = None
-        self._await_end()
-        door.close()
-        writer.join()  # before its pipe is closed: the number of a closed one may soon name something else
-        self._end(pipe)
-        return f"no answer for {self._hang_s:g} s" if self._hung else self._exit()
+            log.exception("engine_pipe_broken")  # an unknown message: the rest of the stream cannot be trusted
 
     def _watch(self) -> None:
-        """Ping an engine that is silent; kill one that stays so. That ends its pipe, and with it `_serve`.
+        """Ping a silent engine, and kill it if it stays silent. That ends its pipe, and with it the forwarding.
 
-        Counted in rounds of this thread: where the whole machine was paused, nobody was asked in that time.
+        Silence is counted in rounds of this thread, so a pause of the whole machine does not count.
         """
         silent_rounds = 0
-        while not self._stopping:
+        while not self._is_stopping:
             time.sleep(PING_S)
-            door = self._door
-            if door is None or self._heard:
-                silent_rounds, self._heard = 0, False
+            client = self._client
+            if client is None or self._has_reported:
+                silent_rounds = 0
+                self._has_reported = False
                 continue
             silent_rounds += 1
             if silent_rounds == 1:
-                door.submit(Ping())
-            elif silent_rounds * PING_S > self._hang_s:
-                self._hung = True
-                self._kill()
-
-    def _is_stopped(self) -> bool:
-        """Whether somebody stopped the process (SIGSTOP). While it loads it can't be asked."""
-        with contextlib.suppress(psutil.Error):
-            return psutil.Process(self._process.pid).status() == psutil.STATUS_STOPPED
-        return False
-
-    def _await_end(self) -> None:
-        """A process that closed its pipe is about to end; one that does not is killed."""
-        try:
-            self._process.wait(EXIT_S)
-        except subprocess.TimeoutExpired:
-            self._kill()
-
-    def _end(self, pipe: Connection) -> None:
-        self._kill()
-        pipe.close()
-        self._process.wait()
-
-    def _kill(self) -> None:
-        if self._process is not None and self._process.poll() is None:
-            self._process.kill()
-
-    def _exit(self) -> str:
-        """How the process ended, in words."""
-        code = self._process.wait()
-        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+                client.submit(Ping())
+            elif silent_rounds * PING_S > self._hang_s and self._process is not None:
+                self._is_hung = True
+                self._process.kill()

@@ -1,6 +1,6 @@
-"""Owns the life of an open: from the request, by way of its pictures and the engine, to the session and its reply.
+"""The life of an open: pictures prepared, admitted by the engine, stored, acknowledged.
 
-Must not know how rows are exchanged, nor turns; no torch, no TorchServe.
+All methods run on the pump's thread, under its lock.
 """
 
 from __future__ import annotations
@@ -8,215 +8,310 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import uuid
 from collections import OrderedDict
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
-from ..chat.transcript import Conversation, OpenRecord, Transcript, short_id
+from ..chat.transcript import OpenRecord, Transcript, short_id
 from ..errors import Refused
+from ..ipc.messages import CloseSession
+from ..journal.journal import AlreadyClaimed, SaveOutcome
+from ..protocol import replies
 from ..protocol.constants import NEW_SESSION, SESSION_HEADER
 from ..protocol.requests import Open, session_in_header
-from .context import WorkerContext, new_session_id
+from ..text.chat_template import Opening
+from .context import WorkerContext
 from .pending import PendingRequest
-from .preparation import Chat
-from .sessions import Session
-from .telling import refuse, tell_open
+from .preparation import PreparedOpen, Rebuild
+from .sessions import Residency, Session, SessionState
 
 log = logging.getLogger(__name__)
 
-_OPENS_KEPT = 10_000
-# How the frontend names a sequence that came without an id (InferenceRequestHandler.java).
+_RETRY_KEYS_KEPT = 10_000
+# The ID that the frontend gives a sequence that came without one (InferenceRequestHandler.java).
 _FRONTEND_ID = re.compile(r"ts-seq-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(eq=False)
 class _Opening:
-    """A session that is not open yet. `entries` wait for it: more than one where a request was repeated.
+    """An open that is not acknowledged yet. `pending`: its requests, several after a retry.
 
-    `old` is the session that it carries on, where that is open here.
+    `resumed`: the session that it continues, if that is open in this worker.
     """
 
-    session_id: str
+    session: Session
     request: Open
-    entries: list[PendingRequest] = field(default_factory=list)
-    old: Session[Conversation] | None = None
-    chat: Chat | None = None
+    pending: list[PendingRequest] = field(default_factory=list)
+    resumed: Session | None = None
 
     @property
     def waiting(self) -> list[PendingRequest]:
-        """The rows whose clients are still there."""
-        return [entry for entry in self.entries if not entry.gone]
+        """The requests whose clients are still connected."""
+        return [pending for pending in self.pending if not pending.disconnected]
 
 
-class Opens:
-    """All opens that are under way, and which request opened which session."""
+class Openings:
+    """All opens that are not acknowledged, and the sessions that retried opens are answered with."""
 
-    def __init__(self, desk: WorkerContext) -> None:
-        self._desk = desk
+    def __init__(self, context: WorkerContext) -> None:
+        self._context = context
         self._openings: dict[str, _Opening] = {}
-        self._known: OrderedDict[str, str] = OrderedDict()  # sessions by what a repeated open is known by
+        self._by_retry_key: OrderedDict[str, str] = OrderedDict()
 
-    def start(self, entry: PendingRequest, request: Open) -> None:
-        """Take an open. Raises `Refused`."""
-        row = entry.row
-        if session_in_header(row.headers):
-            wanted = f"open without the {SESSION_HEADER} header, or with {NEW_SESSION} in it"
-            raise Refused("invalid_request", f"A new session gets its id from the server; {wanted}.")
-        if request.retry_key is not None and self._opened_before(entry, request.retry_key):
+    def start(self, pending: PendingRequest, request: Open) -> None:
+        """Start an open. Raise `Refused`."""
+        if session_in_header(pending.row.headers):
+            message = f"A new session gets its ID from the server; `{SESSION_HEADER}` must be absent or {NEW_SESSION}."
+            raise Refused("invalid_request", message)
+        if request.retry_key is not None and self._attach(pending, request.retry_key):
             return
-        self._desk.check_taking_work()
-        # The frontend routes by the id that it made; behind a literal NEW_SESSION it made none.
-        made = row.fresh and _FRONTEND_ID.fullmatch(row.sequence_id)
-        opening = _Opening(row.sequence_id if made else new_session_id(), request, [entry])
-        self._desk.table.reserve(opening.session_id)
+        self._context.gate.check()
+        session = self._context.table.reserve(_session_id(pending))
+        opening = _Opening(session, request, [pending])
         try:
-            chat = self._prepare(opening)
+            prepared = self._prepare(opening)
         except Exception:
-            self._desk.table.release(opening.session_id)
+            self._context.table.release(session)
             raise
-        self._openings[opening.session_id] = opening
+        self._openings[session.id] = opening
         if request.retry_key is not None:
-            self.remember(request.retry_key, opening.session_id)
-        chat.add_done_callback(lambda done: self._desk.post(partial(self._prepared, opening, done)))
+            self.remember(request.retry_key, session.id)
+        self._context.inbox.when_done(prepared, partial(self._prepared, opening))
 
     def remember(self, retry_key: str, session_id: str) -> None:
-        """Know a repetition of the request that opened the session."""
-        self._known[retry_key] = session_id
-        while len(self._known) > _OPENS_KEPT:
-            self._known.popitem(last=False)
+        """Answer a retry of an open with this session."""
+        self._by_retry_key[retry_key] = session_id
+        while len(self._by_retry_key) > _RETRY_KEYS_KEPT:
+            self._by_retry_key.popitem(last=False)
 
-    def accepted(self, session_id: str) -> bool:
-        """The engine has room for the session. False where it is no opening."""
-        opening = self._openings.get(session_id)
+    def admitted(self, session: Session) -> None:
+        """Store a session that the engine has admitted. A session that is rebuilt needs nothing."""
+        opening = self._openings.get(session.id)
+        if opening is None or not session.is_in(SessionState.OPENING):
+            return
+        session.advance(SessionState.OPEN)
+        saved = self._context.journal.save(session.known_transcript)
+        self._context.inbox.when_done(saved, partial(self._saved, opening))
+
+    def failed(self, session: Session, error: Exception) -> bool:
+        """Reject an open that is not acknowledged. Return False if there is none."""
+        opening = self._openings.get(session.id)
         if opening is None:
             return False
-        desk, chat, request = self._desk, opening.chat, opening.request
-        now_s = desk.clock()
-        session = desk.table.open(session_id, chat.conversation(), now_s, digest_of(request.session_token))
-        session.in_engine = True
-        record = OpenRecord(
-            session_id=session_id,
-            opened_at_s=now_s,
-            expires_at_s=session.expires_at_s,
-            token_digest=session.token_digest,
-            kind=chat.opening.kind,
-            pictures=chat.blobs,
-            token_ids=chat.opening.token_ids,
-            image_tokens=chat.opening.image_tokens,
-            retry_key=request.retry_key,
-        )
-        session.story = chat.story(record)
-        opening.chat = None
-        desk.when_done(desk.journal.save(session.story), partial(self._saved, opening, session))
-        return True
-
-    def failed(self, session_id: str, error: Exception) -> bool:
-        """Something keeps the session from being opened. False where it is no opening."""
-        opening = self._openings.get(session_id)
-        if opening is None or self._desk.table.find(session_id) is not None:
-            return False
-        self._refuse(opening, error)
+        self._reject(opening, error)
         return True
 
     def engine_lost(self) -> None:
-        """Refuse what the engine had been given."""
+        """Reject the opens that only the lost engine held. One that is being stored becomes a cold session."""
         for opening in list(self._openings.values()):
-            # One that is being stored is open already, and is rebuilt when it speaks.
-            if opening.chat is not None and self._desk.table.find(opening.session_id) is None:
-                self._refuse(opening, self._desk.restarting())
+            if opening.session.is_in(SessionState.OPENING) and opening.session.transcript is not None:
+                self._reject(opening, self._context.gate.restarting())
 
-    def _opened_before(self, entry: PendingRequest, retry_key: str) -> bool:
-        """Answer a repeated open with the session of the first: at once, or when that one is."""
-        session_id = self._known.get(retry_key)
-        if session_id in self._openings:
-            self._openings[session_id].entries.append(entry)
-            return True
-        session = None if session_id is None else self._desk.table.find(session_id)
-        if session is None or session.closing or session.is_over(self._desk.clock()):
+    def _attach(self, pending: PendingRequest, retry_key: str) -> bool:
+        """Answer a retried open with the session of the first one. Return False if that session has ended."""
+        session_id = self._by_retry_key.get(retry_key)
+        if session_id is None:
             return False
-        if session.story is None:
-            story = self._desk.preparer.read(session_id)
-            story.add_done_callback(lambda done: self._desk.post(partial(self._read, entry, session, done)))
+        if session_id in self._openings:
+            self._openings[session_id].pending.append(pending)
+            return True
+        session = self._context.table.find(session_id)
+        now_s = self._context.clock()
+        if session is None or not session.is_in(SessionState.OPEN) or session.has_expired(now_s):
+            return False
+        if session.transcript is not None:
+            _acknowledge(pending, session)
         else:
-            tell_open(entry, session, session.story)
+            read = self._context.preparer.claim(session_id, session.token_digest)
+            self._context.inbox.when_done(read, partial(self._read, pending, session))
         return True
 
-    def _read(self, entry: PendingRequest, session: Session[Conversation], story: Future[Transcript]) -> None:
-        """The journal of a session that a repeated open asks for is read, or is damaged."""
+    def _read(self, pending: PendingRequest, session: Session, read: Future[Transcript]) -> None:
+        """Answer a retried open whose session only the journal held."""
         try:
-            tell_open(entry, session, story.result())
+            transcript = read.result()
         except Exception as error:
-            refuse(self._desk, entry, error)
+            pending.refuse(error)
+            return
+        if session.transcript is None:
+            session.transcript = transcript
+            session.stored_turns = len(transcript.turns)
+        _acknowledge(pending, session)
 
-    def _prepare(self, opening: _Opening) -> Future[Chat]:
-        request, desk = opening.request, self._desk
+    def _prepare(self, opening: _Opening) -> Future[Any]:
+        """Start the preparation. Its future returns a `PreparedOpen` or, for a resume, a `Rebuild`."""
+        request = opening.request
+        context = self._context
         if request.resume is None:
-            return desk.preparer.open(request)
-        digest, story = digest_of(request.session_token), None
-        if desk.table.find(request.resume) is not None:
-            old = desk.table.get(request.resume, desk.clock(), digest)
-            if old.turn_id is not None:
-                raise Refused("session_busy", "The session to carry on is still answering; cancel that or wait.")
-            # Nobody may ask, close or carry it on until this open is answered.
-            old.closing, opening.old, story = True, old, old.story
-        elif desk.table.was_closed(request.resume):
-            desk.table.get(request.resume, desk.clock(), digest)
-        return desk.preparer.resume(request.resume, digest, story)
+            return context.preparer.open(request)
+        token_digest = digest_of(request.session_token)
+        transcript = None
+        if context.table.find(request.resume) is not None:
+            resumed = context.table.get(request.resume, context.clock(), token_digest)
+            if resumed.turn is not None:
+                raise Refused("session_busy", "The session to resume is still answering; cancel that turn or wait.")
+            # No ask, close or other resume may use the session until this open is answered.
+            resumed.advance(SessionState.CLOSING)
+            opening.resumed = resumed
+            transcript = resumed.transcript
+        elif context.table.was_closed(request.resume):
+            context.table.get(request.resume, context.clock(), token_digest)
+        return context.preparer.resume(request.resume, token_digest, transcript)
 
-    def _prepared(self, opening: _Opening, chat: Future[Chat]) -> None:
-        """The pictures are there, or one is refused."""
+    def _prepared(self, opening: _Opening, prepared: Future[PreparedOpen | Rebuild]) -> None:
+        """Submit an open whose pictures are prepared, or reject it."""
+        session = opening.session
         try:
-            opening.chat = chat.result()
-            self._desk.check_fits(len(opening.chat.token_ids) + 1)
+            rebuild = self._new_transcript(opening, prepared.result())
+            check_context(rebuild.transcript.token_count + 1, self._context.context_tokens)
             if not opening.waiting:
-                raise Refused("invalid_request", "All who asked for it have left.")  # told to nobody
-            self._desk.submit(opening.chat.command(opening.session_id))
+                raise Refused("invalid_request", "The client has left.")  # nobody receives it
+            self._context.gate.submit(rebuild.command(session.id))
+            session.transcript = rebuild.transcript
+            session.advance(Residency.LOADING)
         except Exception as error:
-            self._refuse(opening, error)
+            self._reject(opening, error)
 
-    def _saved(self, opening: _Opening, session: Session[Conversation], saved: Future[bool]) -> None:
-        """The session is open, and its journal is stored, or is not."""
-        desk, durable = self._desk, succeeded(saved)
+    def _new_transcript(self, opening: _Opening, prepared: PreparedOpen | Rebuild) -> Rebuild:
+        """Begin the session's transcript; a resumed one continues with the old session's turns."""
+        now_s = self._context.clock()
+        session = opening.session
+        session.used_at_s = now_s
+        session.expires_at_s = self._context.table.expiry_of_open(now_s)
+        session.token_digest = digest_of(opening.request.session_token)
+        if isinstance(prepared, Rebuild):
+            source: OpenRecord | Opening = prepared.transcript.opening
+            blobs = prepared.transcript.opening.pictures
+            turns = prepared.transcript.turns
+            pictures = prepared.pictures
+        else:
+            source = prepared.opening
+            blobs = prepared.blobs
+            turns = ()
+            pictures = prepared.opening.pictures
+        record = OpenRecord(
+            session_id=session.id,
+            opened_at_s=now_s,
+            expires_at_s=session.expires_at_s,
+            token_digest=session.token_digest,
+            kind=source.kind,
+            pictures=blobs,
+            token_ids=source.token_ids,
+            image_tokens=source.image_tokens,
+            retry_key=opening.request.retry_key,
+        )
+        return Rebuild(Transcript(record, turns), pictures)
+
+    def _saved(self, opening: _Opening, saved: Future[SaveOutcome]) -> None:
+        """Acknowledge an open whose record is stored, or could not be stored."""
+        if opening.session.id not in self._openings:
+            return  # the engine has failed it meanwhile
+        if not opening.waiting:
+            self._reject(opening, Refused("invalid_request", "The client has left."))
+            return
+        durable = outcome_of(saved) is SaveOutcome.STORED
+        if opening.request.resume is None or not durable:
+            self._acknowledge(opening, durable)
+            return
+        retired = self._context.journal.retire(opening.request.resume)
+        self._context.inbox.when_done(retired, partial(self._retired, opening))
+
+    def _retired(self, opening: _Opening, retired: Future[bool]) -> None:
+        """Acknowledge a resumed session if this instance still owned the old one."""
+        if opening.session.id not in self._openings:
+            return
+        if not retired.cancelled() and retired.exception() is None and retired.result():
+            self._acknowledge(opening, durable=True)
+            return
+        if opening.resumed is not None:
+            # The new owner has the old session: it is not open here any more.
+            unload(self._context, opening.resumed)
+            self._context.table.end(opening.resumed, "moved")
+            opening.resumed = None
+        self._reject(opening, AlreadyClaimed())
+
+    def _acknowledge(self, opening: _Opening, durable: bool) -> None:
+        del self._openings[opening.session.id]
+        session = opening.session
+        transcript = session.known_transcript
+        if durable:
+            session.stored_turns = len(transcript.turns)
+        if opening.resumed is not None:
+            unload(self._context, opening.resumed)
+            self._context.table.end(opening.resumed, "closed")
+        for pending in opening.waiting:
+            _acknowledge(pending, session, durable if self._context.journal.durable else None)
+        log.info(
+            "session_open session=%s tokens=%d turns=%d open=%d",
+            short_id(session.id),
+            transcript.token_count,
+            len(transcript.turns),
+            len(self._context.table),
+        )
+
+    def _reject(self, opening: _Opening, error: Exception) -> None:
+        """Free the session's place, open a resumed session again, and answer the clients."""
+        session = opening.session
         del self._openings[session.id]
-        waiting = opening.waiting
-        if not waiting:  # nobody knows the id
-            if session.id in desk.table:
-                desk.forget(session, "closed")
-            desk.let_go(opening.entries[0])
-        for entry in waiting:
-            tell_open(entry, session, session.story, durable if desk.journal.durable else None)
-        if opening.request.resume is not None:
-            self._retire(opening, stored=durable)
-        conversation = session.conversation
-        counts = f"tokens={len(conversation.token_ids)} turns={conversation.turns} open={len(desk.table)}"
-        log.info("session_open session=%s %s", short_id(session.id), counts)
+        if session.is_in(SessionState.OPEN):
+            self._context.journal.forget(session.id)
+        unload(self._context, session)
+        first = opening.pending[0]
+        if first.disconnected and first.row.sequence_id == session.id:
+            self._context.table.end(session, None)  # no reply ends its sequence
+        else:
+            self._context.table.release(session)
+        if opening.resumed is not None:
+            opening.resumed.advance(SessionState.OPEN)
+        for pending in opening.waiting:
+            pending.refuse(error)
 
-    def _retire(self, opening: _Opening, stored: bool) -> None:
-        """Close the session that the new one carries on; its journal stays where there is no other."""
-        if opening.old is not None and opening.old.id in self._desk.table:
-            self._desk.forget(opening.old, "closed", stored)
-            self._desk.sequences.end(opening.old.id)
-        elif stored:
-            self._desk.journal.forget(opening.request.resume)
 
-    def _refuse(self, opening: _Opening, error: Exception) -> None:
-        """Give the place back, and tell whoever is still there."""
-        del self._openings[opening.session_id]
-        self._desk.table.release(opening.session_id)
-        if opening.old is not None:
-            opening.old.closing = False
-        for entry in opening.waiting:
-            refuse(self._desk, entry, error)
-        if opening.entries[0].gone:
-            self._desk.let_go(opening.entries[0])
+def _session_id(pending: PendingRequest) -> str:
+    """Return the ID by which the frontend routes, else (behind a literal NEW_SESSION) a new one."""
+    row = pending.row
+    if row.fresh and _FRONTEND_ID.fullmatch(row.sequence_id):
+        return row.sequence_id
+    return f"ls-{uuid.uuid4()}"
+
+
+def _acknowledge(pending: PendingRequest, session: Session, durable: bool | None = None) -> None:
+    transcript = session.known_transcript
+    body = replies.opened(
+        session.id,
+        session.expires,
+        transcript.opening.image_tokens,
+        len(transcript.opening.token_ids),
+        len(transcript.turns),
+        durable,
+    )
+    pending.reply(body, replies.session_headers(session.id, session.expires))
+
+
+def unload(context: WorkerContext, session: Session) -> None:
+    """Make the engine free a session that it holds."""
+    if session.in_engine:
+        context.gate.submit_if_connected(CloseSession(session.id))
+        session.unload()
+
+
+def check_context(tokens: int, context_tokens: int) -> None:
+    """Raise `Refused` (context_length_exceeded) if a conversation of `tokens` does not fit into the context."""
+    if tokens > context_tokens:
+        message = f"The conversation must be at most {context_tokens} tokens, got {tokens}."
+        raise Refused("context_length_exceeded", message)
 
 
 def digest_of(session_token: str | None) -> str | None:
-    """What is kept of a caller's token."""
+    """Return the sha256 (hex) of a caller's token: the form in which it is kept."""
     return None if session_token is None else hashlib.sha256(session_token.encode()).hexdigest()
 
 
-def succeeded(saved: Future[bool]) -> bool:
-    """Whether a journal is stored; one that broke is not."""
-    return not saved.cancelled() and saved.exception() is None and saved.result()
+def outcome_of(saved: Future[SaveOutcome]) -> SaveOutcome:
+    """Return the outcome of a save; a save that was cancelled or broke has failed."""
+    if saved.cancelled() or saved.exception() is not None:
+        return SaveOutcome.FAILED
+    return saved.result()

@@ -2,56 +2,169 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import uuid
+from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any
 
-from ..chat.transcript import Blob, Conversation
-from ..ipc.messages import Command
-from ..protocol.requests import Ask
+from ..errors import Refused
+from ..journal.journal import AlreadyClaimed, JournalUnavailable, NotFound
+from ..media.limits import MediaError
+from ..protocol import replies
+from ..protocol.constants import STREAM_TYPE
 from ..torchserve.batch import Reply, Row
-from .sessions import Session
 
+log = logging.getLogger(__name__)
 
-class EngineDoor(Protocol):
-    """Where commands go."""
-
-    def submit(self, command: Command) -> None:
-        """Hand a command over; what comes of it arrives as a `Report` in the pump's inbox."""
+_RETRY_AFTER_S = 2
+_DROPPED_KEPT = 10_000
 
 
 @dataclass(eq=False)
 class PendingRequest:
-    """An active row and what it waits for.
+    """An active row. Its client receives chunks of a stream, then exactly one last reply.
 
-    `steps` counts the steps that ended without its last reply; `lines` are streamed text not yet sent; `final` is its
-    last reply, once known. `gone`: its client has left.
+    `steps` counts the steps that ended without the last reply. `head_sent`: the status line of a stream has been sent.
+    `disconnected`: the client has left, so no reply reaches it. `final` is the last reply, once it is known.
     """
 
     row: Row
     steps: int = 0
     streamed: bool = False
     head_sent: bool = False
-    gone: bool = False
-    lines: list[str] = field(default_factory=list)
+    disconnected: bool = False
+    refusal: Refused | None = None
     final: Reply | None = None
+    _chunks: list[str] = field(default_factory=list)
+
+    @property
+    def has_output(self) -> bool:
+        """Whether the next step has something to send."""
+        return bool(self._chunks) or self.final is not None
+
+    def take_chunks(self) -> str:
+        """Return the chunks that have not been sent, and clear them."""
+        text = "".join(self._chunks)
+        self._chunks.clear()
+        return text
+
+    def stream(self, text: str) -> None:
+        """Add text of the answer, if the client asked for a stream."""
+        if self.streamed and text:
+            self._chunks.append(replies.line({"delta": text}))
+
+    def reply(self, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+        """Set the last reply: one JSON body."""
+        self._finish(Reply(json.dumps(body, ensure_ascii=False), headers=headers or {}))
+
+    def answer(self, text: str, facts: dict[str, Any]) -> None:
+        """Set the last reply of a question: the last line of a stream, or one body with the whole answer."""
+        if self.streamed:
+            self._end_stream({"delta": "", **facts})
+        else:
+            self.reply({"response_text": text, **facts})
+
+    def refuse(self, error: Exception) -> None:
+        """Set the last reply to an error: with its own status, or as the last line of a stream that has begun."""
+        self.refusal = refusal_of(error)
+        if self.head_sent:
+            self._end_stream(self.refusal.body())
+            return
+        self._chunks.clear()
+        retry_after_s = self.refusal.retry_after_s
+        headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
+        self._finish(Reply(json.dumps(self.refusal.body()), status=self.refusal.status, headers=headers))
+
+    def _end_stream(self, line: dict[str, Any]) -> None:
+        self._finish(Reply(replies.line(line), more=False, content_type=STREAM_TYPE))
+
+    def _finish(self, final: Reply) -> None:
+        if self.final is not None:
+            raise RuntimeError("the request has its last reply already")
+        self.final = final
 
 
-@dataclass(eq=False)
-class Turn:
-    """A running turn. `entries` are the rows that wait for it: more than one where a request was repeated.
+@dataclass(frozen=True)
+class _Dropped:
+    """The state of the reply to a request that was dropped, without its row, whose body may be large."""
 
-    Until it is `submitted`, the engine knows nothing of it. `rebuilding`: its session is brought back with it;
-    `finished`: its answer is complete, and being stored.
-    """
+    steps: int
+    streamed: bool
+    head_sent: bool
 
-    id: str
-    session: Session[Conversation]
-    ask: Ask
-    entries: list[PendingRequest]
-    submitted: bool = False
-    rebuilding: bool = False
-    finished: bool = False
-    prompt_ids: list[int] = field(default_factory=list)
-    blobs: tuple[Blob, ...] = ()
-    waiting_cancels: list[PendingRequest] = field(default_factory=list)
-    text: list[str] = field(default_factory=list)
+
+class PendingTable:
+    """All requests that have no last reply yet, and the state of those that were dropped as disconnected."""
+
+    def __init__(self) -> None:
+        self._pending: dict[str, PendingRequest] = {}
+        self._dropped: OrderedDict[str, _Dropped] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._pending
+
+    def __getitem__(self, request_id: str) -> PendingRequest:
+        return self._pending[request_id]
+
+    def add(self, row: Row) -> tuple[PendingRequest, bool]:
+        """Add a row. Return it, and whether the request was dropped before: its client is connected after all."""
+        pending = self._pending[row.request_id] = PendingRequest(row)
+        dropped = self._dropped.pop(row.request_id, None)
+        if dropped is not None:
+            pending.steps = dropped.steps
+            pending.streamed = dropped.streamed
+            pending.head_sent = dropped.head_sent
+        return pending, dropped is not None
+
+    def remove(self, pending: PendingRequest) -> None:
+        """Remove a request that has its last reply."""
+        self._pending.pop(pending.row.request_id, None)
+
+    def drop_missing(self, active: set[str]) -> list[PendingRequest]:
+        """Remove and return the requests that TorchServe does not list any more: their clients have left."""
+        missing = [self._pending.pop(request_id) for request_id in self._pending.keys() - active]
+        for pending in missing:
+            state = _Dropped(pending.steps, pending.streamed, pending.head_sent)
+            self._dropped[pending.row.request_id] = state
+        while len(self._dropped) > _DROPPED_KEPT:
+            self._dropped.popitem(last=False)
+        return missing
+
+    @property
+    def has_output(self) -> bool:
+        """Whether any request has something to send."""
+        return any(pending.has_output for pending in self._pending.values())
+
+    @property
+    def sequence_ids(self) -> list[str]:
+        """The sequence of each request."""
+        return [pending.row.sequence_id for pending in self._pending.values()]
+
+
+def refusal_of(error: Exception) -> Refused:
+    """Return the error that a client receives. An unexpected error is logged in full and named by an ID only."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, MediaError):
+        return Refused(error.code, f"{error.message[:1].upper()}{error.message[1:]}.")
+    if isinstance(error, JournalUnavailable):
+        message = "The session's journal cannot be read at the moment; the session is kept, try again."
+        return Refused("journal_unavailable", message, retry_after_s=_RETRY_AFTER_S)
+    if isinstance(error, AlreadyClaimed):
+        return Refused("session_busy", "Another instance is resuming the session at the same moment.")
+    if isinstance(error, NotFound):
+        return Refused("session_not_found", "No session of this ID is open here; open one with a picture first.")
+    error_id = uuid.uuid4().hex[:8]
+    log.error("internal_error id=%s", error_id, exc_info=error)
+    return Refused("internal", f"The server met an unexpected error; its log has the cause under ID {error_id}.")
+
+
+def session_moved() -> Refused:
+    """Return the error for a session that another instance has taken over."""
+    message = "Another instance has taken over the session; resume it there, or open a new one."
+    return Refused("session_moved", message, retry_after_s=_RETRY_AFTER_S)

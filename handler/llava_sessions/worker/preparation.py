@@ -1,6 +1,6 @@
-"""Owns the work that must not hold up the pump: pictures are loaded, prompts made and journals read beside it.
+"""Work that is too long for the pump's thread: loading pictures, making prompts, reading journals.
 
-Must not know rows, the session table or the engine. Thread-safe: its results are plain values.
+Results are plain values. Thread-safe.
 """
 
 from __future__ import annotations
@@ -8,176 +8,163 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
 
 from PIL import Image
 
-from ..chat.transcript import Blob, Conversation, OpenRecord, Transcript, TurnRecord
+from ..chat.transcript import Blob, Transcript
 from ..config import MediaLimits
 from ..ipc.messages import OpenSession, PreparedPicture
-from ..journal.journal import Journal
+from ..journal.journal import Journal, NotFound
 from ..media.decoder import load_bytes
 from ..media.fetch import Fetcher
 from ..media.sources import is_remote, read_base64, read_path
 from ..protocol.requests import Ask, Open, PictureSource
-from ..text.chat_template import ChatTemplate, Opening
-from .sessions import not_found
+from ..text.chat_template import ChatTemplate, OpenedOn, Opening
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+_DECODING_THREADS = 4
+_WAITING_THREADS = 16  # for journals and for other people's hosts
+
 
 @dataclass(frozen=True)
-class Chat:
-    """All that a session starts from, or is rebuilt from: what it was opened on, and its finished turns.
-
-    `pictures` are those of the opening and of all turns, in order, ready for the engine.
-    """
+class PreparedOpen:
+    """The pictures of a new session, as they were sent and as the engine takes them."""
 
     opening: Opening
     blobs: tuple[Blob, ...]
-    pictures: tuple[PreparedPicture, ...]
-    turns: tuple[TurnRecord, ...] = ()
-
-    @property
-    def token_ids(self) -> list[int]:
-        """Of the whole conversation."""
-        return [*self.opening.token_ids, *(token for turn in self.turns for token in turn.prompt_ids + turn.answer_ids)]
-
-    def conversation(self) -> Conversation:
-        """The conversation up to its last finished turn, without pictures' arrays."""
-        conversation = Conversation(self.opening.without_arrays())
-        for turn in self.turns:
-            conversation.commit(turn.prompt_ids, turn.answer_ids)
-        return conversation
-
-    def command(self, session_id: str) -> OpenSession:
-        """What makes an engine hold the session."""
-        spans, end = [], len(self.opening.token_ids)
-        for turn in self.turns:
-            start = end + len(turn.prompt_ids)
-            end = start + len(turn.answer_ids)
-            spans.append((start, end))
-        return OpenSession(session_id, self.token_ids, self.pictures, tuple(spans))
-
-    def story(self, record: OpenRecord) -> Transcript:
-        """The session's journal, under the record of its open."""
-        return Transcript(record, list(self.turns))
 
 
 @dataclass(frozen=True)
-class Question:
-    """One turn's new tokens and pictures; `chat` is what to rebuild its session from, where that is not at hand.
+class Rebuild:
+    """A session's transcript, and all its pictures as the engine takes them."""
 
-    `story`: the session's journal, where it had to be read.
-    """
+    transcript: Transcript
+    pictures: tuple[PreparedPicture, ...]
+
+    def command(self, session_id: str) -> OpenSession:
+        """Return the command that makes an engine hold the conversation."""
+        transcript = self.transcript
+        return OpenSession(session_id, transcript.token_ids, self.pictures, transcript.answer_spans)
+
+
+@dataclass(frozen=True)
+class PreparedQuestion:
+    """The new tokens and pictures of a turn. `rebuild`: the session before it, if the engine does not hold it."""
 
     prompt_ids: list[int]
     pictures: tuple[PreparedPicture, ...] = ()
     blobs: tuple[Blob, ...] = ()
-    chat: Chat | None = None
-    story: Transcript | None = None
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    blobs: tuple[Blob, ...] = ()
-    keyed: list[tuple[str, Image.Image]] = field(default_factory=list)
+    rebuild: Rebuild | None = None
 
 
 class Preparer:
-    """Runs what may take long: decoding in a few threads, and in others what waits for strangers' hosts."""
+    """Runs preparations in two thread pools, so that slow hosts do not delay pictures that arrived with a request."""
 
-    def __init__(self, tokens: ChatTemplate, limits: MediaLimits, journal: Journal, clock: Callable[[], float]) -> None:
-        """`clock`: seconds since the epoch."""
-        self._tokens = tokens
+    def __init__(
+        self,
+        template: ChatTemplate,
+        limits: MediaLimits,
+        journal: Journal,
+        clock: Callable[[], float],
+        decoding: Executor | None = None,
+        waiting: Executor | None = None,
+    ) -> None:
+        """`clock`: seconds since the epoch. `decoding` and `waiting` replace the thread pools, for tests."""
+        self._template = template
         self._limits = limits
         self._journal = journal
         self._clock = clock
         self._fetch = Fetcher()
-        self._decoding = ThreadPoolExecutor(max_workers=4, thread_name_prefix="decode")
-        self._fetching = ThreadPoolExecutor(max_workers=16, thread_name_prefix="fetch")
+        self._decoding = decoding or ThreadPoolExecutor(_DECODING_THREADS, thread_name_prefix="decode")
+        self._waiting = waiting or ThreadPoolExecutor(_WAITING_THREADS, thread_name_prefix="fetch")
 
-    def open(self, request: Open) -> Future[Chat]:
-        """The chat that a new session starts from."""
-        return self._beside(request.pictures, self._open, request)
+    def open(self, request: Open) -> Future[PreparedOpen]:
+        """Prepare a new session."""
+        return self._executor(request.pictures).submit(self._open, request)
 
-    def resume(self, session_id: str, token_digest: str | None, story: Transcript | None) -> Future[Chat]:
-        """The chat of another session, by its `story` or else by its journal. Fails as one that is not there does."""
-        return self._fetching.submit(self._resume, session_id, token_digest, story)
+    def resume(self, session_id: str, token_digest: str | None, transcript: Transcript | None) -> Future[Rebuild]:
+        """Prepare another session's conversation, from its transcript or else from its journal.
 
-    def read(self, session_id: str) -> Future[Transcript]:
-        """A session's journal. Fails as a session that is not there does."""
-        return self._fetching.submit(self._read, session_id)
-
-    def ask(self, ask: Ask, conversation: Conversation | None, story: Transcript | None = None) -> Future[Question]:
-        """A question. With a `story`, also the chat that it continues; with no `conversation` either, that is read from
-        the session's journal first.
+        The future fails with `Refused` (session_not_found) or a `JournalError`.
         """
-        if conversation is None:
-            return self._fetching.submit(self._ask, ask, None, None)
-        return self._beside(ask.pictures, self._ask, ask, conversation, story)
+        return self._waiting.submit(self._resume, session_id, token_digest, transcript)
 
-    def prompt(self, conversation: Conversation, text: str) -> list[int]:
-        """A question's tokens, at once."""
-        return self._tokens.prompt(conversation.opened_on, text)
+    def claim(self, session_id: str, token_digest: str | None) -> Future[Transcript]:
+        """Read a session's journal and become its owner. The future fails with a `JournalError`."""
+        return self._waiting.submit(self._claim, session_id, token_digest)
 
-    def _beside(self, sources: tuple[PictureSource, ...], work: Callable, *arguments: Any) -> Future:
-        """Pictures behind slow hosts never hold up those that are at hand."""
+    def question(
+        self, ask: Ask, transcript: Transcript | None, token_digest: str | None, in_engine: bool
+    ) -> Future[PreparedQuestion]:
+        """Prepare a question, and the session before it unless the engine holds it (`in_engine`).
+
+        Without a `transcript` it is read from the journal first.
+        """
+        executor = self._waiting if transcript is None else self._executor(ask.pictures)
+        return executor.submit(self._question, ask, transcript, token_digest, in_engine)
+
+    def prompt(self, opened_on: OpenedOn | None, text: str) -> list[int]:
+        """Return the token IDs of a question without pictures, at once."""
+        return self._template.prompt(opened_on, text)
+
+    def _executor(self, sources: tuple[PictureSource, ...]) -> Executor:
         remote = any(source.path is not None and is_remote(source.path) for source in sources)
-        return (self._fetching if remote else self._decoding).submit(work, *arguments)
+        return self._waiting if remote else self._decoding
 
-    def _open(self, request: Open) -> Chat:
-        loaded = self._load(request.frames or request.pictures)
-        opening = self._opening("video" if request.frames else "image", loaded)
-        return Chat(opening, loaded.blobs, opening.pictures)
+    def _open(self, request: Open) -> PreparedOpen:
+        kind = "video" if request.frames else "image"
+        blobs = self._load(request.frames or request.pictures)
+        return PreparedOpen(self._opening(kind, blobs), blobs)
 
-    def _opening(self, kind: str, loaded: _Loaded) -> Opening:
-        if kind == "video":
-            key = hashlib.sha256(" ".join(key for key, _ in loaded.keyed).encode()).hexdigest()
-            return self._tokens.clip_opening(key, [frame for _, frame in loaded.keyed])
-        return self._tokens.opening(loaded.keyed)
+    def _opening(self, kind: str, blobs: tuple[Blob, ...]) -> Opening:
+        pictures = self._decode(blobs)
+        if kind == "image":
+            return self._template.opening(pictures)
+        clip_key = hashlib.sha256(" ".join(key for key, _ in pictures).encode()).hexdigest()
+        return self._template.clip_opening(clip_key, [frame for _, frame in pictures])
 
-    def _resume(self, session_id: str, token_digest: str | None, story: Transcript | None) -> Chat:
-        story = story or self._read(session_id)
-        if story.opening.token_digest != token_digest:
-            raise not_found()
-        return self._rebuild(story)
+    def _resume(self, session_id: str, token_digest: str | None, transcript: Transcript | None) -> Rebuild:
+        return self._rebuild(transcript or self._claim(session_id, token_digest))
 
-    def _ask(self, ask: Ask, conversation: Conversation | None, story: Transcript | None) -> Question:
-        read = self._read(ask.session_id) if conversation is None else None
-        chat = self._rebuild(story or read) if story or read else None
-        loaded = self._load(ask.pictures)
-        prepared = self._tokens.prepare(loaded.keyed)
-        prompt_ids = self._tokens.prompt((conversation or chat.conversation()).opened_on, ask.prompt_text, prepared)
-        return Question(prompt_ids, prepared.pictures, loaded.blobs, chat, read)
+    def _claim(self, session_id: str, token_digest: str | None) -> Transcript:
+        return self._journal.claim(session_id, self._clock(), token_digest)
 
-    def _read(self, session_id: str) -> Transcript:
-        story = self._journal.read(session_id, self._clock())
-        if story is None:
-            raise not_found()
-        return story
+    def _question(
+        self, ask: Ask, transcript: Transcript | None, token_digest: str | None, in_engine: bool
+    ) -> PreparedQuestion:
+        transcript = transcript or self._claim(ask.session_id, token_digest)
+        rebuild = None if in_engine else self._rebuild(transcript)
+        blobs = self._load(ask.pictures)
+        prepared = self._template.prepare(self._decode(blobs))
+        prompt_ids = self._template.prompt(transcript.opened_on, ask.prompt_text, prepared)
+        return PreparedQuestion(prompt_ids, prepared.pictures, blobs, rebuild)
 
-    def _rebuild(self, story: Transcript) -> Chat:
-        """The chat of a journal. Raises `Refused` (session_not_found) where another model wrote it."""
-        opening = self._opening(story.opening.kind, self._decode(story.opening.pictures))
-        if opening.token_ids != story.opening.token_ids:
-            log.error("journal_unfit reason=its prompt is not the one that this checkpoint makes of it")
-            raise not_found()
+    def _rebuild(self, transcript: Transcript) -> Rebuild:
+        """Prepare a transcript's pictures. Raise `NotFound` if another model wrote the transcript."""
+        record = transcript.opening
+        opening = self._opening(record.kind, record.pictures)
+        if opening.token_ids != record.token_ids:
+            log.error("journal_unfit reason=the checkpoint makes another prompt of the stored pictures")
+            raise NotFound(damaged=True)
         pictures = list(opening.pictures)
-        for turn in story.turns:
-            pictures += self._tokens.prepare(self._decode(turn.pictures).keyed).pictures
-        return Chat(opening, story.opening.pictures, tuple(pictures), tuple(story.turns))
+        for turn in transcript.turns:
+            pictures += self._template.prepare(self._decode(turn.pictures)).pictures
+        return Rebuild(transcript, tuple(pictures))
 
-    def _load(self, sources: Iterable[PictureSource]) -> _Loaded:
-        return self._decode(tuple(self._journal.blobs.get(self._bytes(source)) for source in sources))
+    def _load(self, sources: Iterable[PictureSource]) -> tuple[Blob, ...]:
+        return tuple(self._journal.blobs.get(_read(source, self._limits, self._fetch)) for source in sources)
 
-    def _bytes(self, source: PictureSource) -> bytes:
-        if source.image is not None:
-            return read_base64(source.image, self._limits)
-        return read_path(source.path, self._limits, self._fetch)
+    def _decode(self, blobs: tuple[Blob, ...]) -> list[tuple[str, Image.Image]]:
+        pictures = (load_bytes(blob.data, self._limits) for blob in blobs)
+        return [(picture.sha256, picture.image) for picture in pictures]
 
-    def _decode(self, blobs: tuple[Blob, ...]) -> _Loaded:
-        pictures = [load_bytes(blob.data, self._limits) for blob in blobs]
-        return _Loaded(blobs, [(picture.sha256, picture.image) for picture in pictures])
+
+def _read(source: PictureSource, limits: MediaLimits, fetch: Fetcher) -> bytes:
+    if source.image is not None:
+        return read_base64(source.image, limits)
+    return read_path(source.path or "", limits, fetch)

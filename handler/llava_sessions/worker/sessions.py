@@ -1,8 +1,6 @@
-"""Owns the session table: who is open, who is busy, when each expires, and which ids are remembered as gone.
+"""Sessions and turns of one worker: their states, the legal transitions, and the table of all sessions.
 
-Must not know torch, TorchServe, payloads or tokens: what a session says is in its `conversation`, held here as an
-opaque value. Not thread-safe; its one user, the pump, holds a lock. Pure: time comes in as an argument (seconds since
-the epoch).
+Nothing here is thread-safe. The pump's lock guards all of it. Times are arguments, in seconds since the epoch.
 """
 
 from __future__ import annotations
@@ -11,169 +9,269 @@ import hmac
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Generic, TypeVar
+from enum import Enum, auto
 
+from ..chat.transcript import Blob, Transcript
 from ..errors import Refused
-
-Conversation = TypeVar("Conversation")
+from ..protocol.requests import Ask
+from .pending import PendingRequest
 
 _REMEMBERED = 10_000
-_ANSWERS_KEPT = 8
-
-
-# A request that was sent before the announced expiry is on its way for a while: so long is its session kept.
+# A request that was sent just before the announced expiry arrives a moment later: the session is kept for so long.
 GRACE_S = 2.0
+# Engines that may die in a row while a session is answering. Its next turns are rejected, to protect other sessions.
+MAX_ENGINE_LOSSES = 5
 
 
-@dataclass
-class Session(Generic[Conversation]):
-    """One open chat. `turn_id` is the request id of the running turn; `expires_at_s` is absolute, `used_at_s` the end
-    of its latest turn.
+class SessionState(Enum):
+    """OPENING until the engine has admitted the pictures, CLOSING from a close request until the session is removed."""
 
-    `conversation` is None while only the journal knows it; `story`, its journal, is opaque here. `in_engine`: whether
-    the engine holds it; `losses` are engines that died while it was answering, since its last answer. `answers` are the
-    latest finished ones, by what a repeated request is known by: it is told again.
+    OPENING = auto()
+    OPEN = auto()
+    CLOSING = auto()
+
+
+class Residency(Enum):
+    """COLD: the engine does not hold the session. LOADING: its prefix is being encoded and prefilled."""
+
+    COLD = auto()
+    LOADING = auto()
+    LOADED = auto()
+
+
+class TurnState(Enum):
+    """PREPARING: pictures and prompt. RUNNING: in the engine. STOPPING: a stop was sent. STORING: in the journal."""
+
+    PREPARING = auto()
+    RUNNING = auto()
+    STOPPING = auto()
+    STORING = auto()
+    DONE = auto()
+
+
+State = SessionState | Residency | TurnState
+
+TRANSITIONS: dict[State, frozenset[State]] = {
+    SessionState.OPENING: frozenset({SessionState.OPEN}),
+    SessionState.OPEN: frozenset({SessionState.CLOSING}),
+    # A resume closes the old session. If the resume is rejected, the old session is open again.
+    SessionState.CLOSING: frozenset({SessionState.OPEN}),
+    Residency.COLD: frozenset({Residency.LOADING}),
+    Residency.LOADING: frozenset({Residency.LOADED, Residency.COLD}),
+    Residency.LOADED: frozenset({Residency.COLD}),
+    TurnState.PREPARING: frozenset({TurnState.RUNNING, TurnState.DONE}),
+    TurnState.RUNNING: frozenset({TurnState.STOPPING, TurnState.STORING, TurnState.DONE}),
+    TurnState.STOPPING: frozenset({TurnState.STORING, TurnState.DONE}),
+    TurnState.STORING: frozenset({TurnState.DONE}),
+    TurnState.DONE: frozenset(),
+}
+
+
+class IllegalTransition(Exception):
+    """A transition that `TRANSITIONS` does not list. It fails one session."""
+
+
+class _Stateful:
+    """Has one current state of each given kind. `advance` is the only writer."""
+
+    def __init__(self, identity: str, *states: State) -> None:
+        self.id = identity
+        self._states: dict[type[State], State] = {type(state): state for state in states}
+
+    def advance(self, new: State) -> None:
+        """Enter a state. Raise `IllegalTransition` if it does not follow the current one."""
+        old = self._states[type(new)]
+        if new not in TRANSITIONS[old]:
+            raise IllegalTransition(f"{type(self).__name__} cannot go from {old} to {new}")
+        self._states[type(new)] = new
+
+    def is_in(self, *states: State) -> bool:
+        """Return whether one of the states is current."""
+        return any(self._states[type(state)] is state for state in states)
+
+
+class Turn(_Stateful):
+    """A question and its answer. `pending`: the requests that wait for the answer, several after a retry."""
+
+    def __init__(self, session: Session, ask: Ask, pending: PendingRequest) -> None:
+        super().__init__(pending.row.request_id, TurnState.PREPARING)
+        self.session = session
+        self.ask = ask
+        self.pending = [pending]
+        self.cancels: list[PendingRequest] = []
+        # Retries that arrive while the turn is being stopped. They run as a new turn once this turn is done.
+        self.retries: list[tuple[PendingRequest, Ask]] = []
+        self.prompt_ids: list[int] = []
+        self.blobs: tuple[Blob, ...] = ()
+        self.chunks: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """The answer so far."""
+        return "".join(self.chunks)
+
+    @property
+    def in_engine(self) -> bool:
+        """Whether the engine works on the turn."""
+        return self.is_in(TurnState.RUNNING, TurnState.STOPPING)
+
+
+class Session(_Stateful):
+    """One chat. `expires_at_s` is absolute; `used_at_s` is the end of the latest turn; idle expiry counts from there.
+
+    `transcript` is None during the opening, and after a restart of the worker until the journal is read.
+    `stored_turns` counts the turns that are durable. `engine_losses` counts the engines that died during its turns,
+    since its last answer.
     """
 
-    id: str
-    conversation: Conversation | None
-    expires_at_s: float
-    used_at_s: float
-    idle_s: float
-    token_digest: str | None = None
-    turn_id: str | None = None
-    closing: bool = False
-    story: Any = None
-    in_engine: bool = False
-    losses: int = 0
-    answers: OrderedDict[str, Any] = field(default_factory=OrderedDict)
+    def __init__(self, session_id: str, idle_s: float) -> None:
+        super().__init__(session_id, SessionState.OPENING, Residency.COLD)
+        self._idle_s = idle_s
+        self.transcript: Transcript | None = None
+        self.expires_at_s = math.inf
+        self.used_at_s = 0.0
+        self.token_digest: str | None = None
+        self.turn: Turn | None = None
+        self.stored_turns = 0
+        self.engine_losses = 0
 
-    def is_over(self, now_s: float) -> bool:
-        """Whether its time is up, absolutely or since its last turn."""
-        return now_s >= min(self.expires_at_s, self.used_at_s + self.idle_s)
+    @property
+    def known_transcript(self) -> Transcript:
+        """The transcript of a session whose opening is over or whose journal was read. Raise LookupError otherwise."""
+        if self.transcript is None:
+            raise LookupError("the session has no transcript yet")
+        return self.transcript
 
-    def keep_answer(self, retry_key: str, answer: Any) -> None:
-        """Remember an answer for a retry of its request; the oldest make room."""
-        self.answers[retry_key] = answer
-        while len(self.answers) > _ANSWERS_KEPT:
-            self.answers.popitem(last=False)
+    @property
+    def in_engine(self) -> bool:
+        """Whether the engine holds the session, or was asked to."""
+        return not self.is_in(Residency.COLD)
 
     @property
     def expires(self) -> str:
-        """Expiry as SageMaker's header spells it, UTC."""
+        """The expiry in the form of SageMaker's header, UTC."""
         return datetime.fromtimestamp(self.expires_at_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
+    def has_expired(self, now_s: float) -> bool:
+        """Return whether the session has reached its expiry or its idle limit."""
+        return now_s >= min(self.expires_at_s, self.used_at_s + self._idle_s)
 
-class SessionTable(Generic[Conversation]):
-    """The open sessions of one worker, at most `max_sessions`, each for `ttl_s` seconds from its open, or until nothing
-    was asked for `idle_s` (None: never sooner).
+    def unload(self) -> None:
+        """Enter COLD from any residency."""
+        if self.in_engine:
+            self.advance(Residency.COLD)
 
-    Places are reserved before a picture is prepared, so that a full table refuses an open before any work is done.
+
+class SessionTable:
+    """The sessions of one worker, at most `max_sessions`.
+
+    A session expires `ttl_s` seconds after its open, or `idle_s` seconds after its latest turn (None: never). A place
+    is taken before a picture is prepared, so a full table rejects an open before any work is done.
     """
 
     def __init__(self, max_sessions: int, ttl_s: float, idle_s: float | None = None) -> None:
         self.max_sessions = max_sessions
         self._ttl_s = ttl_s
         self._idle_s = math.inf if idle_s is None else idle_s
-        self._open: dict[str, Session[Conversation]] = {}
-        self._reserved: set[str] = set()
-        self._gone: OrderedDict[str, str] = OrderedDict()
+        self._sessions: dict[str, Session] = {}
+        self._reasons: OrderedDict[str, str] = OrderedDict()
+        self._ended: list[str] = []
 
     def __len__(self) -> int:
-        return len(self._open)
+        """Count the sessions that are open or closing."""
+        return sum(not session.is_in(SessionState.OPENING) for session in self._sessions.values())
 
     def __contains__(self, session_id: str) -> bool:
-        return session_id in self._open or session_id in self._reserved
+        return session_id in self._sessions
 
-    @property
-    def running_turns(self) -> int:
-        """Sessions whose turn is being answered."""
-        return sum(session.turn_id is not None for session in self._open.values())
+    def __iter__(self) -> Iterator[Session]:
+        return iter(list(self._sessions.values()))
 
-    def reserve(self, session_id: str) -> None:
-        """Keep a place for a session that is being prepared. Raises `Refused` (capacity, invalid_request)."""
-        if session_id in self:
-            raise Refused("invalid_request", "The session is open already; close it, or open without a session id.")
-        if len(self._open) + len(self._reserved) >= self.max_sessions:
-            full = f"All {self.max_sessions} sessions are taken; close one or try again later."
-            raise Refused("capacity", full)
-        self._reserved.add(session_id)
-
-    def release(self, session_id: str) -> None:
-        """Give a reserved place back."""
-        self._reserved.discard(session_id)
-
-    def open(
-        self, session_id: str, conversation: Conversation, now_s: float, token_digest: str | None = None
-    ) -> Session[Conversation]:
-        """Turn a reserved place into an open session; `token_digest` is of the token that its requests must bring."""
-        self._reserved.remove(session_id)
-        # Whole seconds, rounded up, so that nothing is dropped before the expiry that was announced.
-        expires_at_s = float(math.ceil(now_s + self._ttl_s))
-        session = Session(session_id, conversation, expires_at_s, now_s, self._idle_s, token_digest)
-        self._open[session_id] = session
-        self._gone.pop(session_id, None)
+    def reserve(self, session_id: str) -> Session:
+        """Add a session in state OPENING. Raise `Refused` (capacity, invalid_request)."""
+        if session_id in self._sessions:
+            raise Refused("invalid_request", "The session is open already; close it, or open without a session ID.")
+        if len(self._sessions) >= self.max_sessions:
+            message = f"All {self.max_sessions} sessions are taken; close one or try again later."
+            raise Refused("capacity", message)
+        session = self._sessions[session_id] = Session(session_id, self._idle_s)
         return session
 
-    def recover(self, session_id: str, expires_at_s: float, now_s: float, token_digest: str | None) -> None:
-        """Open a session that only the journal knows; it had its place before, so it has one now."""
-        self._open[session_id] = Session(session_id, None, expires_at_s, now_s, self._idle_s, token_digest)
+    def release(self, session: Session) -> None:
+        """Remove a session whose open was rejected."""
+        self._sessions.pop(session.id, None)
+
+    def expiry_of_open(self, now_s: float) -> float:
+        """Return the expiry of a session that opens now: whole seconds, rounded up."""
+        return float(math.ceil(now_s + self._ttl_s))
+
+    def recover(self, session_id: str, expires_at_s: float, now_s: float, token_digest: str | None) -> Session:
+        """Add an open session that only the journal holds, even if the table is full."""
+        session = self._sessions[session_id] = Session(session_id, self._idle_s)
+        session.expires_at_s = expires_at_s
+        session.used_at_s = now_s
+        session.token_digest = token_digest
+        session.advance(SessionState.OPEN)
+        return session
 
     def remember(self, session_id: str, reason: str) -> None:
-        """Know an id as gone; `reason` ("closed", "expired", "failed" ...) tells later requests apart."""
-        self._gone[session_id] = reason
-        while len(self._gone) > _REMEMBERED:
-            self._gone.popitem(last=False)
+        """Remember why a session ended ("closed", "expired", "damaged", "moved"), for later requests on its ID."""
+        self._reasons[session_id] = reason
+        while len(self._reasons) > _REMEMBERED:
+            self._reasons.popitem(last=False)
 
-    def get(self, session_id: str, now_s: float, token_digest: str | None = None) -> Session[Conversation]:
-        """The open session of that id. Raises `Refused` (session_expired, session_not_found, internal).
+    def get(self, session_id: str, now_s: float, token_digest: str | None = None) -> Session:
+        """Return the open session of this ID. Raise `Refused` (session_expired, session_not_found).
 
-        Whoever does not bring its token is told what is told of an id that nobody knows.
+        A request without the session's token receives the same error as an unknown session ID.
         """
-        session = self._open.get(session_id)
-        if session is not None and not session.closing:
+        session = self._sessions.get(session_id)
+        if session is not None and session.is_in(SessionState.OPEN):
             if not hmac.compare_digest(session.token_digest or "", token_digest or ""):
-                raise not_found()
-            if not session.is_over(now_s):
-                return session
-            raise Refused("session_expired", "The session has expired; open a new one.")
-        reason = self._gone.get(session_id)
-        if reason == "expired":
-            raise Refused("session_expired", "The session has expired; open a new one.")
-        if reason == "failed":
-            raise Refused("internal", "The session's picture could not be prepared; the server's log has the cause.")
-        raise not_found()
+                raise session_not_found()
+            if session.has_expired(now_s):
+                raise session_expired()
+            return session
+        if self._reasons.get(session_id) == "expired":
+            raise session_expired()
+        raise session_not_found()
 
-    def find(self, session_id: str) -> Session[Conversation] | None:
-        """The open session of that id, or None; expiry is not looked at."""
-        return self._open.get(session_id)
+    def find(self, session_id: str) -> Session | None:
+        """Return the session of this ID in any state, or None."""
+        return self._sessions.get(session_id)
 
     def was_closed(self, session_id: str) -> bool:
-        """Whether the id's session was closed, or could not be prepared (within the last ids that are remembered)."""
-        return self._gone.get(session_id) in ("closed", "failed")
+        """Return whether the session of this ID was closed, among the IDs that are remembered."""
+        return self._reasons.get(session_id) == "closed"
 
-    def begin_turn(self, session: Session[Conversation], turn_id: str) -> None:
-        """Mark the session busy. Raises `Refused` (session_busy) while another turn runs."""
-        if session.turn_id is not None:
-            raise Refused("session_busy", "The session is still answering; wait for that answer or cancel it.")
-        session.turn_id = turn_id
+    def end(self, session: Session, reason: str | None) -> None:
+        """Remove a session. `reason` as in `remember`; None for an open that was rejected."""
+        del self._sessions[session.id]
+        self._ended.append(session.id)
+        if reason is not None:
+            self.remember(session.id, reason)
 
-    def remove(self, session_id: str, reason: str) -> None:
-        """Forget an open session; `reason` ("closed", "expired" or "failed") tells later requests apart."""
-        del self._open[session_id]
-        self.remember(session_id, reason)
+    def take_ended(self) -> list[str]:
+        """Return the IDs of the sessions that have ended since the last call."""
+        ended = self._ended
+        self._ended = []
+        return ended
 
-    def expired(self, now_s: float) -> list[Session[Conversation]]:
-        """Idle sessions whose time, and the grace after it, is up, and which are not being closed already."""
-        open_ones = self._open.values()
-        return [s for s in open_ones if not s.closing and s.turn_id is None and s.is_over(now_s - GRACE_S)]
+    def expired(self, now_s: float) -> list[Session]:
+        """Return the open sessions without a turn whose expiry and grace are over."""
+        return [
+            session
+            for session in self._sessions.values()
+            if session.is_in(SessionState.OPEN) and session.turn is None and session.has_expired(now_s - GRACE_S)
+        ]
 
-    def __iter__(self) -> Iterator[Session[Conversation]]:
-        return iter(self._open.values())
+
+def session_not_found() -> Refused:
+    """Return the error for an unknown session, and for a session that the caller may not know of."""
+    return Refused("session_not_found", "No session of this ID is open here; open one with a picture first.")
 
 
-def not_found() -> Refused:
-    """What is told of a session that is not open here, and of one that the caller may not know of."""
-    return Refused("session_not_found", "No session of that id is open here; open one with a picture first.")
+def session_expired() -> Refused:
+    """Return the error for a session whose time is over."""
+    return Refused("session_expired", "The session has expired; open a new one.")

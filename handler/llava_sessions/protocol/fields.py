@@ -1,0 +1,81 @@
+"""Types of the payloads' fields. Limits of the configuration come from the validation context. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
+from pydantic_core import PydanticCustomError
+
+from ..config import RequestLimits
+from .constants import REQUEST_ID_PATTERN, SESSION_ID_MAX_CHARS, SESSION_ID_PATTERN, SESSION_TOKEN_PATTERN
+
+# The error type of a value that has the right form but exceeds a limit.
+TOO_LARGE = "too_large"
+
+
+def _limits(info: ValidationInfo) -> RequestLimits:
+    return info.context if isinstance(info.context, RequestLimits) else RequestLimits()
+
+
+def _check_prompt(text: str, info: ValidationInfo) -> str:
+    if len(text) > _limits(info).max_prompt_chars:
+        raise PydanticCustomError(TOO_LARGE, "too many characters")
+    if not text.strip() or not _is_unicode(text):
+        raise ValueError("empty, or with a lone surrogate")
+    return text
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_new_tokens(count: int, info: ValidationInfo) -> int:
+    if count > _limits(info).max_new_tokens:
+        raise ValueError("above the limit")
+    return count
+
+
+def _check_stop(texts: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    limits = _limits(info)
+    if not all(texts):
+        raise ValueError("an empty string")
+    if len(texts) > limits.max_stop_strings or any(len(text) > limits.max_stop_chars for text in texts):
+        raise PydanticCustomError(TOO_LARGE, "too many strings, or too long")
+    return texts
+
+
+def _one_or_many(value: object) -> object:
+    """Read a string as an array of one."""
+    return (value,) if isinstance(value, str) else _as_tuple(value)
+
+
+def _as_tuple(value: object) -> object:
+    """Make an array immutable. Leave anything else to the validation of the field."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _at_most(limit: str) -> Callable[[object, ValidationInfo], object]:
+    """Return a validator of an array's length, before its items are looked at."""
+
+    def check(value: object, info: ValidationInfo) -> object:
+        if isinstance(value, list) and len(value) > getattr(_limits(info), limit):
+            raise PydanticCustomError(TOO_LARGE, "too many items")
+        return _as_tuple(value)
+
+    return check
+
+
+SessionId = Annotated[str, Field(max_length=SESSION_ID_MAX_CHARS, pattern=f"^{SESSION_ID_PATTERN.pattern}$")]
+SessionToken = Annotated[str, Field(pattern=f"^{SESSION_TOKEN_PATTERN.pattern}$")]
+RequestId = Annotated[str, Field(pattern=f"^{REQUEST_ID_PATTERN.pattern}$")]
+Prompt = Annotated[str, AfterValidator(_check_prompt)]
+NewTokens = Annotated[int, Field(ge=1), AfterValidator(_check_new_tokens)]
+Stop = Annotated[tuple[str, ...], Field(fail_fast=True), BeforeValidator(_one_or_many), AfterValidator(_check_stop)]
+Images = Annotated[tuple[str, ...], Field(min_length=1, fail_fast=True), BeforeValidator(_at_most("max_pictures"))]
+Frames = Annotated[tuple[str, ...], Field(min_length=1, fail_fast=True), BeforeValidator(_at_most("max_frames"))]

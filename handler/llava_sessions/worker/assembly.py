@@ -1,0 +1,75 @@
+"""Builds a worker's pump from its parts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from ..config import MediaLimits, RequestLimits, frontend_capacity, max_body_bytes
+from ..journal.journal import Journal
+from ..text.chat_template import ChatTemplate
+from ..torchserve.sequences import SequenceEnder, SequenceReaper
+from .context import WorkerContext
+from .engines import CommandSink, EngineGate
+from .inbox import Inbox
+from .manager import SessionManager
+from .preparation import Preparer
+from .pump import CLOSE_WAIT_S, WAIT_S, Pump
+from .sessions import SessionTable
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Clocks and waits. `clock`: seconds since the epoch. `monotonic`: seconds. Waits as in `Pump`."""
+
+    clock: Callable[[], float] = time.time
+    monotonic: Callable[[], float] = time.monotonic
+    wait_s: float = WAIT_S
+    close_wait_s: float = CLOSE_WAIT_S
+
+
+def make_pump(
+    *,
+    client: CommandSink,
+    inbox: Inbox,
+    template: ChatTemplate,
+    table: SessionTable,
+    context_tokens: int,
+    limits: RequestLimits,
+    media_limits: MediaLimits,
+    ender: SequenceEnder,
+    journal: Journal,
+    timing: Timing | None = None,
+    executor: Executor | None = None,
+) -> Pump:
+    """Build a pump. Call its `recover` before the first row.
+
+    `executor` runs the preparations instead of thread pools, for tests.
+    """
+    timing = timing or Timing()
+    preparer = Preparer(template, media_limits, journal, timing.clock, executor, executor)
+    context = WorkerContext(
+        gate=EngineGate(client),
+        table=table,
+        preparer=preparer,
+        journal=journal,
+        inbox=inbox,
+        context_tokens=context_tokens,
+        clock=timing.clock,
+    )
+    manager = SessionManager(context, timing.monotonic)
+    # The frontend has more places than sessions. At most half of the others may wait for the end of their sequence.
+    places_left = frontend_capacity(table.max_sessions) - table.max_sessions
+    reaper = SequenceReaper(ender, max_waiting=places_left // 2)
+    return Pump(
+        manager,
+        inbox,
+        reaper,
+        limits,
+        max_body_bytes(limits, media_limits),
+        wait_s=timing.wait_s,
+        close_wait_s=timing.close_wait_s,
+        clock=timing.monotonic,
+    )

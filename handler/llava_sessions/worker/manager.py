@@ -1,0 +1,183 @@
+"""Dispatch of requests and of the inbox; expiry, drain and recovery."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from ..chat.transcript import short_id
+from ..ipc.messages import Memory, Report
+from ..metrics import MetricValues
+from ..protocol.requests import Ask, Cancel, Close, Open, Request
+from .answers import Answers
+from .closes import Closes, drop
+from .context import WorkerContext
+from .engines import EngineLost, EngineUp
+from .events import EngineEvents
+from .openings import Openings, unload
+from .pending import PendingRequest
+from .questions import Questions
+from .turns import Turns
+
+log = logging.getLogger(__name__)
+
+# How often expired journals are searched for. The journals of sessions in the table are removed with the session.
+JOURNAL_SWEEP_S = 60.0
+# A platform that stops a container gives it 30 s. Turns may run for this long; the rest is for their last lines.
+DRAIN_S = 25.0
+
+
+class SessionManager:
+    """Owns all sessions of one worker. All methods run on the pump's thread, under its lock, except `drain`."""
+
+    def __init__(self, context: WorkerContext, monotonic: Callable[[], float] = time.monotonic) -> None:
+        """`monotonic`: seconds, for the drain and for the journal's sweep."""
+        self._context = context
+        self._monotonic = monotonic
+        self._openings = Openings(context)
+        self._turns = Turns(context)
+        self._questions = Questions(context, self._turns)
+        self._closes = Closes(context, self._openings, self._turns)
+        self._events = EngineEvents(
+            context,
+            openings=self._openings,
+            turns=self._turns,
+            answers=Answers(context, self._turns),
+            closes=self._closes,
+        )
+        self._memory = Memory()
+        self._journal_swept_s = monotonic()
+
+    def recover(self) -> None:
+        """Add the sessions that the journal holds. Call it once, before the first row. Blocks."""
+        context = self._context
+        now_s = context.clock()
+        found = context.journal.recover(now_s)
+        for stored in found.expired:
+            context.table.remember(stored.session_id, "expired")
+        for stored in found.live:
+            context.table.recover(stored.session_id, stored.expires_at_s, now_s, stored.token_digest)
+            if stored.retry_key is not None:
+                self._openings.remember(stored.retry_key, stored.session_id)
+        if found.live or found.expired:
+            log.info("journal_recovered sessions=%d expired=%d", len(found.live), len(found.expired))
+
+    def handle(self, pending: PendingRequest, request: Request) -> None:
+        """Start the work of a request. Raise `Refused` if it is rejected at once."""
+        match request:
+            case Open():
+                self._openings.start(pending, request)
+            case Ask():
+                self._questions.start(pending, request)
+            case Close():
+                self._closes.start(pending, request)
+            case Cancel():
+                self._turns.cancel(pending, request)
+        self._follow_up()
+
+    def disconnected(self, pending: PendingRequest) -> None:
+        """Stop the work that only this request's client waited for."""
+        pending.disconnected = True
+        self._turns.disconnected(pending)
+        self._follow_up()
+
+    def on_event(self, item: Report | EngineLost | EngineUp | Callable[[], None]) -> None:
+        """Apply an item of the inbox. Never raises."""
+        match item:
+            case Report():
+                self._memory = item.memory
+                for event in item.events:
+                    self._events.apply(event)
+            case EngineLost():
+                self._context.gate.disconnect(item.retry_after_s)
+                self._context.counters.engine_restarts += 1
+                self._memory = Memory()
+                self._events.engine_lost()
+            case EngineUp():
+                self._context.gate.connect(item.client)
+                log.info("engine_up sessions=%d", len(self._context.table))
+            case _:
+                try:
+                    item()
+                except Exception:
+                    log.exception("step_failed")
+        self._follow_up()
+
+    def sweep(self) -> None:
+        """Expire sessions, sweep the journal, and end turns that outlast the drain. Call it about once a second."""
+        context = self._context
+        for session in context.table.expired(context.clock()):
+            log.info("session_expired session=%s", short_id(session.id))
+            drop(context, session, "expired")
+        now_s = self._monotonic()
+        if now_s - self._journal_swept_s > JOURNAL_SWEEP_S:
+            self._journal_swept_s = now_s
+            context.journal.sweep(context.clock())
+        draining_since_s = context.gate.draining_since_s
+        if draining_since_s is not None and now_s - draining_since_s > DRAIN_S:
+            self._turns.stop_all("shutdown")
+
+    def drain(self) -> None:
+        """Take no new work from now on. Takes no lock, so a signal handler may call it."""
+        if not self._context.gate.draining:
+            self._context.gate.draining_since_s = self._monotonic()
+
+    @property
+    def drained(self) -> bool:
+        """Whether a drain was asked for and everything is stored."""
+        return self._context.gate.draining and self._context.journal.flush(timeout_s=0)
+
+    @property
+    def freeing(self) -> bool:
+        """Whether the engine has still to free a session that a client is closing."""
+        return self._closes.freeing
+
+    def take_ended_sequences(self) -> list[str]:
+        """Return the sequences of the sessions that have ended since the last call."""
+        return self._context.table.take_ended()
+
+    def has_session(self, session_id: str) -> bool:
+        """Return whether a session of this ID is opening, open or closing."""
+        return session_id in self._context.table
+
+    def metric_values(self) -> MetricValues:
+        """Return all gauges and counters as of now."""
+        memory = self._memory
+        context = self._context
+        counters = context.counters
+        return MetricValues(
+            open_sessions=len(context.table),
+            running_turns=sum(session.turn is not None for session in context.table),
+            resident_sessions=memory.resident,
+            parked_sessions=memory.offloaded,
+            cold_sessions=memory.cold,
+            features_bytes=memory.features_bytes,
+            kv_bytes=memory.kv_bytes,
+            parked_bytes=memory.offloaded_bytes,
+            device_bytes=memory.allocated_bytes or memory.features_bytes + memory.kv_bytes,
+            turns_total=counters.turns,
+            refusals_total=counters.refusals,
+            rebuilds_total=counters.rebuilds,
+            engine_restarts_total=counters.engine_restarts,
+            journal_failures_total=context.journal.failures_total,
+        )
+
+    def count_refusal(self) -> None:
+        """Count a request that was answered with an error."""
+        self._context.counters.refusals += 1
+
+    def _follow_up(self) -> None:
+        """Drop sessions that the journal cannot give back, and start retries whose stopped turn is done."""
+        for session, reason in self._turns.take_lost():
+            if session.id in self._context.table:
+                log.warning("session_lost session=%s reason=%s", short_id(session.id), reason)
+                unload(self._context, session)
+                self._context.table.end(session, reason)
+        for pending, ask in self._turns.take_retries():
+            if pending.disconnected:
+                continue
+            try:
+                self._questions.start(pending, ask)
+            except Exception as error:
+                pending.refuse(error)

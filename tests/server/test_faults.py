@@ -287,7 +287,7 @@ def test_another_instance_carries_on_and_ends_in_order(
 
 def files_of(journal: Path, chat: PatientChat) -> list[str]:
     folder = journal / encoding.key_of(chat.session_id)
-    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    return sorted(path.name for path in folder.glob("*.rec"))
 
 
 def spoil(journal: Path, chat: PatientChat) -> None:
@@ -302,6 +302,6 @@ def expire(journal: Path, chat: PatientChat) -> None:
     """As if the session had been opened long ago."""
     key = encoding.key_of(chat.session_id)
     path = journal / key / "000000.rec"
-    story, _ = encoding.read_story(key, [path.read_bytes()], BlobPool().get)
+    story, _ = encoding.read_transcript(key, [path.read_bytes()], BlobPool().get)
     data, _ = encoding.encode(replace(story.opening, expires_at_s=time.time() - 1), chat.session_id, 0, "")
     path.write_bytes(data)

@@ -29,12 +29,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Java's quick compiler alone: a start takes half the CPU time, and no test runs long enough to earn the rest back.
 os.environ.setdefault("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
 
-# Each worker of `pytest -n` chooses ports from a range of its own. Otherwise two servers that start at the same time
-# could find the same port free.
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-    first_port = 20_000 + 2_000 * (int(worker.removeprefix("gw")) % 6)
-    os.environ["LLAVA_FREE_PORTS"] = f"{first_port}-{first_port + 1_999}"
-
 # A shell starts background jobs with Ctrl-C ignored, which their children inherit. Tests send it to processes.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

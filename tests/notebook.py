@@ -1,8 +1,7 @@
-"""`make notebook`: executes docs/notebook.ipynb on this machine and writes what its cells print back into it.
+"""`make notebook`: execute docs/notebook.ipynb on this machine and store its outputs in it.
 
-Owns: where it is executed (two TorchServes behind the local endpoint; moto, with an image in its ECR, for the rest of
-AWS), papermill, and which part of the outputs is kept. Must not know: what the cells do and what is right to print;
-tests/deploy/test_notebook.py, which executes it in the same way, does.
+SageMaker is two TorchServes behind the local endpoint; the rest of AWS is moto, with an image in its ECR.
+tests/deploy/test_notebook.py executes the notebook in the same way and checks its outputs.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from tests.support.serving import START_S, pack, running
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "docs" / "notebook.ipynb"
 REPOSITORY = "llava-sessions"
-# What is another at each execution and tells nothing, and what stands for it.
+# Text that differs at each execution, and its replacement.
 PASSING = {
     r"\b\d\d:\d\d:\d\d(?= [A-Z_]+ )": "HH:MM:SS",
     r"(?<=open until )\S+": "YYYY-MM-DDTHH:MM:SSZ",
@@ -43,9 +42,9 @@ PASSING = {
 
 @contextmanager
 def rehearsal(servers: list[TorchServe], home: Path) -> Iterator[dict[str, str]]:
-    """All that the notebook needs but an account, while this lasts; the addresses, as its parameters.
+    """Run everything that the notebook needs except an account. Yield its parameters, the addresses.
 
-    The environment of this process is the rehearsal's too: moto asks itself by it, and kernels inherit it.
+    The environment of this process is changed: moto calls itself with it, and kernels inherit it.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     home.mkdir()
@@ -59,8 +58,10 @@ def rehearsal(servers: list[TorchServe], home: Path) -> Iterator[dict[str, str]]
 
 
 def execute(folder: Path, **parameters: str) -> NotebookNode:
-    """The notebook after papermill executed it; what it makes goes to `folder`. Raises PapermillExecutionError with
-    the first cell that fails."""
+    """Execute the notebook with papermill and return it. Its files go to `folder`.
+
+    Raise `PapermillExecutionError` with the first cell that fails.
+    """
     parameters["store"] = str(folder / "store")
     done = papermill.execute_notebook(
         NOTEBOOK,
@@ -75,7 +76,7 @@ def execute(folder: Path, **parameters: str) -> NotebookNode:
 
 
 def tidied(done: NotebookNode, store: str) -> NotebookNode:
-    """The notebook as it is kept, with the outputs of an executed one: nothing of papermill, machine or hour."""
+    """Return the notebook with the outputs of an executed one, without traces of papermill, machine and time."""
     outputs = {cell.id: cell.outputs for cell in done.cells if cell.cell_type == "code"}
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for number, cell in enumerate((cell for cell in notebook.cells if cell.cell_type == "code"), 1):
@@ -86,7 +87,7 @@ def tidied(done: NotebookNode, store: str) -> NotebookNode:
                 output.execution_count = number
             before = cell.outputs[-1] if cell.outputs else {}
             if output.output_type == "stream" and before.get("name") == output.name:
-                before.text += output.text  # into how many pieces it fell is a matter of the moment
+                before.text += output.text  # the number of pieces differs from run to run
             else:
                 cell.outputs.append(output)
         for output in cell.outputs:

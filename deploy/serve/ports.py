@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import os
+import errno
 import random
 import socket
+import sys
+import time
+from collections import deque
 
 from .processes import LOOPBACK, ServeError
 
 # Below the range that the kernel gives to outgoing connections, so that no connection takes a chosen port during the
-# seconds until java binds it. The variable gives another range as FIRST-LAST: programs that start servers at the same
-# time choose from different ranges.
-PORTS_VARIABLE = "LLAVA_FREE_PORTS"
-DEFAULT_PORTS = "20000-31999"
+# seconds until java binds it.
+PORTS = range(20_000, 32_000)
+# Java binds its ports within this time of their choice, on a busy machine too.
+RESERVED_S = 120.0
+_reserved: deque[tuple[float, socket.socket]] = deque()
 
 
 def choose_ports(port: int = 0, public: str = "inference") -> dict[str, int]:
@@ -27,22 +31,44 @@ def choose_ports(port: int = 0, public: str = "inference") -> dict[str, int]:
         for use, number in fixed.items():
             if not is_free(number):
                 raise ServeError(f"port {number} ({use}) is in use; choose another: --port N takes N, N+1 and N+2")
+            _reserve(number)
     uses = [public, "inference", "management", "metrics", "grpc_inference", "grpc_management", "worker"]
     others = [use for use in dict.fromkeys(uses) if use not in fixed]
     return {**fixed, **dict(zip(others, free_ports(len(others), set(fixed.values())), strict=True))}
 
 
 def free_ports(count: int, taken: set[int] | None = None) -> list[int]:
-    """Return ports of the range without a listener, none of them in `taken`. Raise `ServeError` if it has too few."""
-    first, _, last = os.environ.get(PORTS_VARIABLE, DEFAULT_PORTS).partition("-")
-    numbers = range(int(first), int(last) + 1)
+    """Return ports without a listener, none of them in `taken`, and reserve them for `RESERVED_S`.
+
+    Raise `ServeError` if there are too few.
+    """
     ports: list[int] = []
-    for number in random.SystemRandom().sample(numbers, min(len(numbers), 1000)):
-        if number not in (taken or set()) and is_free(number):
+    for number in random.SystemRandom().sample(PORTS, 1000):
+        if number not in (taken or set()) and is_free(number) and _reserve(number):
             ports.append(number)
         if len(ports) == count:
             return ports
     raise ServeError("no free ports on this machine")
+
+
+def _reserve(number: int) -> bool:
+    """Reserve a port among the processes of this machine. Return False if another choice has reserved it.
+
+    Two servers that start at once would otherwise find the same port free. A reservation is a name in the abstract
+    namespace of unix sockets, which ends with the process. Other systems than Linux have none: there it is skipped.
+    """
+    while _reserved and time.monotonic() - _reserved[0][0] > RESERVED_S:
+        _reserved.popleft()[1].close()
+    if sys.platform != "linux":
+        return True
+    reservation = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        reservation.bind(f"\0llava-sessions-port-{number}")
+    except OSError as error:
+        reservation.close()
+        return error.errno != errno.EADDRINUSE
+    _reserved.append((time.monotonic(), reservation))
+    return True
 
 
 def is_free(port: int) -> bool:

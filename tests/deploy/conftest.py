@@ -1,7 +1,7 @@
-"""Fixtures for tests of what is deployed: real TorchServes for the whole run, local endpoints before them, boto3.
+"""Fixtures of the deploy tests: real TorchServes, local endpoints in front of them, and boto3.
 
-Two instances of the demo model are shared by all tests, and one of a stand-in that tells what reaches a container and
-answers as it is told to. An endpoint itself starts in no time, so there is one for each way the platform may behave.
+All tests share two instances of the demo model, and one instance of a stand-in that returns what reached it. An
+endpoint starts in milliseconds, so there is one for each way in which the platform may behave.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.support.local_endpoint import NAME, Endpoint
 from tests.support.serving import pack, running
 
 ROOT = Path(__file__).parents[2]
-# Every value of every switch; the suite of clients runs under each.
+# Every value of every switch.
 ALL_CORNERS = (
     Corners(new_session="absent", lost_instance="400", create_header="session"),
     Corners(new_session="empty", lost_instance="503", create_header="new-session"),
@@ -66,20 +66,20 @@ STAND_IN_CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 1\nmaxBatchDelay: 1\
 
 @pytest.fixture(scope="session")
 def shapes_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model, packed by the build kit."""
+    """Pack the demo model."""
     return pack(tmp_path_factory.mktemp("packed"))
 
 
 @pytest.fixture(scope="package")
 def instances(shapes_store: Path) -> Iterator[list[TorchServe]]:
-    """Two instances of the demo model. Tests close what they open."""
+    """Run two instances of the demo model. Tests close the sessions that they open."""
     with running(TorchServe(shapes_store), TorchServe(shapes_store)) as servers:
         yield servers
 
 
 @pytest.fixture(scope="package")
 def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
-    """An instance of the stand-in."""
+    """Run an instance of the stand-in."""
     store = tmp_path_factory.mktemp("stand-in")
     model = store / "stand-in"
     (model / "MAR-INF").mkdir(parents=True)

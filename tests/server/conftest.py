@@ -1,4 +1,4 @@
-"""Fixtures of the server tests: one real TorchServe on the demo model for the whole run, and ways to look at it."""
+"""Fixtures of the server tests: one real TorchServe with the demo model for most files."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ MAX_SESSIONS = 64
 
 @pytest.fixture(scope="session")
 def model_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model, packed by the build kit."""
+    """Pack the demo model."""
     return pack(tmp_path_factory.mktemp("packed"), MAX_SESSIONS)
 
 
 @pytest.fixture(scope="package")
 def server(model_store: Path) -> Iterator[TorchServe]:
-    """A running server, on free ports and in a folder of its own. Tests close what they open."""
+    """Run a server. Tests close the sessions that they open."""
     with running(TorchServe(model_store)) as (server,):
         yield server
 
 
 @pytest.fixture(scope="package")
 def http(server: TorchServe) -> Iterator[httpx.Client]:
-    """A client with room for many requests at once."""
+    """Make a client for up to 200 requests at once."""
     limits = httpx.Limits(max_connections=200)
     with httpx.Client(base_url=server.url, timeout=60, limits=limits, trust_env=False) as client:
         yield client
@@ -39,7 +39,7 @@ def http(server: TorchServe) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def same_worker(server: TorchServe) -> Iterator[None]:
-    """The worker process that was there before the test is the one that is there after it."""
+    """Check that the test leaves the worker process running."""
     before = server.worker_pids()
     assert len(before) == 1
     yield

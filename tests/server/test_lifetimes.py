@@ -1,4 +1,4 @@
-"""Shows on servers of their own how sessions expire, and that one whose session headers disagree does not start."""
+"""Test on servers of their own that sessions expire, and that a worker without the session headers does not start."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -71,23 +72,23 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     # Each host takes its port and the two after it.
     second = free_ports(1, taken=set(range(first - 2, first + 3)) | {port})[0]
     ports = [first, second]
-    hosts = [Command(store, NAME, number) for number in ports]
-    for host in hosts:
-        host.wait_ready()
     environment = {f"HOST_{number}": f"127.0.0.1:{at}" for number, at in enumerate(ports, 1)}
     environment |= {"BALANCER_BIND": f"127.0.0.1:{port}", "SESSIONS_RUN": str(folder)}
     arguments = [part for config in CONFIGS for part in ("-f", str(config))]
-    balancer = subprocess.Popen([find_haproxy(), "-db", "-q", *arguments], env={**os.environ, **environment})
-    url = f"http://127.0.0.1:{port}"
-    with httpx.Client(base_url=url, timeout=60, trust_env=False) as http:
+    hosts: list[Command] = []
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: [host.end() for host in hosts])
+        hosts += [Command(store, NAME, number) for number in ports]
+        for host in hosts:
+            host.wait_ready()
+        balancer = subprocess.Popen([find_haproxy(), "-db", "-q", *arguments], env={**os.environ, **environment})
+        stack.callback(balancer.wait)
+        stack.callback(balancer.terminate)
+        http = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False))
         fleet = Fleet(store, ports, hosts, folder / "admin.sock", http)
         assert eventually((folder / "admin.sock").exists)
         assert eventually(lambda: [fleet.state(0), fleet.state(1)] == ["UP", "UP"])
         yield fleet
-    balancer.terminate()
-    balancer.wait()
-    for host in fleet.hosts:
-        host.end()
 
 
 def test_sessions_spread_and_stay(fleet: Fleet) -> None:

@@ -1,4 +1,4 @@
-"""The launcher as a command, and whether the processes that it started live."""
+"""Run the launcher as a command, and look at its processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 def alive(pids: list[int]) -> list[int]:
-    """Those that still run; a zombie, which waits only to be reaped, does not."""
+    """Return the process IDs that still run. A zombie does not."""
     running = []
     for pid in pids:
         try:
@@ -29,6 +29,7 @@ def alive(pids: list[int]) -> list[int]:
 
 
 def eventually(condition: Callable[[], bool], timeout_s: float = 60) -> bool:
+    """Return True as soon as the condition holds, or False after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
@@ -50,7 +51,7 @@ def kill_tree(process: subprocess.Popen) -> None:
 
 
 class Command:
-    """`python -m deploy.serve` with its output, and the processes that it started."""
+    """`python -m deploy.serve` as a process, with its output and its descendants."""
 
     def __init__(self, store: Path, name: str, port: int = 0, env: dict[str, str] | None = None) -> None:
         arguments = ["--model-store", str(store), "--name", name, "--port", str(port)]
@@ -65,7 +66,7 @@ class Command:
         self.text = ""
 
     def read_until(self, words: str) -> str:
-        """What it printed up to the line with these words."""
+        """Return the output up to the line that contains `words`. Raise `AssertionError` if there is none."""
         text = ""
         assert self.process.stdout is not None
         for line in self.process.stdout:
@@ -87,20 +88,20 @@ class Command:
         return Path(re.search(r"logs +(\S+)/logs", self.text)[1])
 
     def children(self) -> list[int]:
-        """Every process below it."""
+        """Return the process IDs of all descendants."""
         return [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
 
     def find(self, word: str) -> int:
-        """The process below it with this word in its command line."""
+        """Return the descendant whose command line contains `word`."""
         return next(pid for pid in self.children() if any(word in part for part in psutil.Process(pid).cmdline()))
 
     def finish(self) -> tuple[int, str]:
-        """Its exit code, and the rest of its output."""
+        """Wait for the end. Return the exit code and the rest of the output."""
         text, _ = self.process.communicate(timeout=120)
         return self.process.returncode, text
 
     def end(self) -> None:
-        """Kill the launcher and its processes. Its guard, a shell, lives on and removes the launcher's folder."""
+        """Kill the launcher and its processes. Its guard, a shell, survives and removes the launcher's folder."""
         kill_tree(self.process)
         if self.process.stdout and not self.process.stdout.closed:
             self.process.communicate(timeout=120)

@@ -11,11 +11,12 @@ from deploy.sagemaker import stacks
 
 
 def template() -> dict:
+    """Return the template of the endpoint's stack."""
     return yaml.load(stacks.TEMPLATE.read_text(encoding="utf-8"), stacks._Loader)
 
 
 def matches(pattern: str, line: str) -> bool:
-    """CloudWatch's JSON filter patterns, as far as ours go: `{ $.key = "text" && $.key >= number }`."""
+    """Return whether a log line matches a JSON pattern of CloudWatch: `{ $.key = "text" && $.key >= number }`."""
     try:
         event = json.loads(line)
     except ValueError:
@@ -23,15 +24,17 @@ def matches(pattern: str, line: str) -> bool:
     terms = pattern.strip("{} ").split(" && ")
     for term in terms:
         key, comparison, value = re.fullmatch(r"\$\.(\w+) (=|>=) (\S+)", term).groups()
-        found, wanted = event.get(key), json.loads(value)
-        if comparison == "=" and found != wanted:
+        found = event.get(key)
+        expected = json.loads(value)
+        if comparison == "=" and found != expected:
             return False
-        if comparison == ">=" and not (isinstance(found, int | float) and found >= wanted):
+        if comparison == ">=" and not (isinstance(found, int | float) and found >= expected):
             return False
     return True
 
 
 def filters() -> dict[str, tuple[str, str]]:
+    """Return the pattern and the value of each metric filter, by the metric's name."""
     resources = template()["Resources"].values()
     found = [item["Properties"] for item in resources if item["Type"] == "AWS::Logs::MetricFilter"]
     return {

@@ -1,8 +1,4 @@
-"""A real server for tests of faults: the demo model packed with settings of the test's own, behind the launcher that
-starts it again when it dies.
-
-Owns: the settings, and which process is which. Must not know what is asked or answered.
-"""
+"""Pack the demo model and run real servers of it: bare, or behind the launcher that restarts a dead server."""
 
 from __future__ import annotations
 
@@ -70,7 +66,7 @@ def kill(*servers: TorchServe) -> None:
 
 @dataclass(frozen=True)
 class Processes:
-    """A server's Java frontend, its one worker and that one's engine."""
+    """The processes of a server: Java frontend, worker, engine."""
 
     java: psutil.Process
     worker: psutil.Process
@@ -78,7 +74,7 @@ class Processes:
 
     @classmethod
     def of(cls, server: TorchServe) -> Processes:
-        """Those that run now. Raises ValueError where one of them is missing."""
+        """Return the processes that run now. Raise `ValueError` if one is missing."""
         (pid,) = server.worker_pids()
         worker = psutil.Process(pid)
         (engine,) = [child for child in worker.children() if ENGINE in child.cmdline()]
@@ -86,11 +82,11 @@ class Processes:
 
     @property
     def pids(self) -> dict[str, int]:
-        """By role."""
+        """The process IDs by role."""
         return {role: process.pid for role, process in vars(self).items()}
 
     def sample(self) -> dict[str, dict[str, int]]:
-        """Memory, threads and open files of each at this moment."""
+        """Return the memory, threads and open files of each process."""
         found = {}
         for role, process in vars(self).items():
             with process.oneshot():
@@ -100,47 +96,47 @@ class Processes:
 
 
 class Served:
-    """The launcher of `make serve` and the container, with one server after another behind its HAProxy."""
+    """The launcher of `make serve` and of the container in a thread: HAProxy, and a server that it restarts."""
 
     def __init__(self, store: Path, env: dict[str, str] | None = None) -> None:
-        # The handler's log lines are wanted in a failed test's message.
+        # A failed test prints the handler's log lines.
         options = {"env": env, "log_level": "info", "ready_timeout_s": START_S}
         self._service = Service(store, haproxy=find_haproxy(), **options)
         self._launcher = threading.Thread(target=self._service.run, name="launcher", daemon=True)
 
     @property
     def url(self) -> str:
-        """Where clients go, whichever server lives."""
+        """The URL of HAProxy, which stays when the server is restarted."""
         return self._service.url
 
     @property
     def server(self) -> TorchServe:
-        """The one that lives, or is starting."""
+        """The server that runs or starts."""
         return self._service.server
 
     @property
     def worker_pid(self) -> int:
-        """Of the one Python worker."""
+        """The process ID of the Python worker."""
         (pid,) = self.server.worker_pids()
         return pid
 
     @property
     def engine_pid(self) -> int | None:
-        """Of the engine process; None while there is none."""
+        """The process ID of the engine, or None while there is no engine."""
         with contextlib.suppress(psutil.NoSuchProcess, ValueError):
             return Processes.of(self.server).engine.pid
         return None
 
-    def gauges(self, timeout_s: float = 20, **wanted: float) -> dict[str, float]:
-        """The server's metrics, once those in `wanted` have these values or at the timeout."""
-        return wait_for_metrics(self.server.metrics_url, timeout_s, **wanted)
+    def gauges(self, timeout_s: float = 20, **expected: float) -> dict[str, float]:
+        """Return the metrics once those in `expected` have these values, or as they are after `timeout_s`."""
+        return wait_for_metrics(self.server.metrics_url, timeout_s, **expected)
 
     def log(self) -> str:
-        """What workers and engines have said so far."""
+        """Return the log of workers and engines."""
         return self.server.log_path.read_text()
 
     def signal_engine(self, number: signal.Signals) -> int:
-        """Send the engine a signal, as soon as there is one to send it to; its pid."""
+        """Send a signal to the engine as soon as there is one. Return its process ID."""
         until = time.monotonic() + 60
         while time.monotonic() < until:
             pid = self.engine_pid
@@ -152,14 +148,14 @@ class Served:
         raise AssertionError("there is no engine process")
 
     def lose_server(self, kill: Callable[[], None]) -> float:
-        """Kill something that the server can't live without; the seconds until the launcher has the next one ready."""
+        """Run `kill`, which ends the server. Return the seconds until the launcher has the next server ready."""
         began, dead = time.monotonic(), self.server
         kill()
         self._wait(lambda: self.server is not dead and self._service.ready)
         return time.monotonic() - began
 
     def start(self) -> None:
-        """Start the launcher; returns when its server is ready."""
+        """Start the launcher and wait until its server is ready."""
         self._launcher.start()
         self._wait(lambda: self._service.ready)
 

@@ -1,4 +1,4 @@
-"""A model without weights and torch, so that a server starts in two seconds: for tests of what is around it."""
+"""A model without weights and torch, with which a server starts in two seconds, for tests of the launcher."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ continuousBatching: true
 
 
 def make_store(root: Path) -> Path:
-    """A model store with the stand-in, as the archiver's no-archive format lays it out."""
+    """Make a model store with the stand-in in the archiver's no-archive format."""
     model = root / NAME
     (model / "MAR-INF").mkdir(parents=True)
     (model / "stand_in.py").write_text(HANDLER)

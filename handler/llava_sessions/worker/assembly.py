@@ -62,7 +62,7 @@ def make_pump(
     manager = SessionManager(context, timing.monotonic)
     # The frontend has more places than sessions. At most half of the others may wait for the end of their sequence.
     places_left = frontend_capacity(table.max_sessions) - table.max_sessions
-    reaper = SequenceReaper(ender, max_waiting=places_left // 2)
+    reaper = SequenceReaper(ender, max_waiting=places_left // 2, clock=timing.monotonic)
     return Pump(
         manager,
         inbox,

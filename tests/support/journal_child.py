@@ -9,7 +9,7 @@ import sys
 
 from llava_sessions.chat.transcript import OpenRecord, Transcript, TurnRecord
 from llava_sessions.journal import encoding, stores
-from llava_sessions.journal.journal import Journal
+from llava_sessions.journal.journal import Journal, SaveOutcome
 
 EXPIRES_S = 2_000_000_000.0
 
@@ -25,6 +25,10 @@ def turn(session_id: str, number: int) -> TurnRecord:
     return TurnRecord([number, 7], list(range(number)), (), words, words * 200, {"usage": {"turn": number}})
 
 
+def stored(journal: Journal, story: Transcript) -> bool:
+    return journal.save(story).result() is SaveOutcome.STORED
+
+
 def chat_until_killed(folder: str) -> None:
     """Several sessions side by side, each of turns without an end; a line for each acknowledged save."""
     journal = Journal([stores.DirectoryStore(folder)])
@@ -32,7 +36,7 @@ def chat_until_killed(folder: str) -> None:
     while True:
         saves = [(story, len(story.turns), journal.save(story)) for story in chats]
         for story, turns, save in saves:
-            if save.result():
+            if save.result() is SaveOutcome.STORED:
                 print(story.opening.session_id, turns, flush=True)
         for story in chats:
             story.append(turn(story.opening.session_id, len(story.turns)))
@@ -43,7 +47,7 @@ def die_at(folder: str, moment: str) -> None:
     journal = Journal([stores.DirectoryStore(folder)])
     story = opening(journal, "chat", 1000)
     for number in range(2):
-        assert journal.save(story).result()
+        assert stored(journal, story)
         story.append(turn("chat", number))
     real = getattr(os, moment.removeprefix("after-"))
 
@@ -60,16 +64,16 @@ def meet_the_limit(folder: str) -> None:
     """The kernel lets a file grow to 4 KiB only, so that turns with large pictures don't fit; then it lets them."""
     journal = Journal([stores.DirectoryStore(folder)])
     story = opening(journal, "chat", 1000)
-    told = [journal.save(story).result()]
+    told = [stored(journal, story)]
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     for number in range(3):
         large = (journal.blobs.get(bytes([number]) * 10_000),)
         story.append(TurnRecord([number], [number], large, None, "", {}))
-        told.append(journal.save(story).result())
+        told.append(stored(journal, story))
     in_the_way = sorted(name for name in os.listdir(folder) if not name.startswith(encoding.key_of("chat")))
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    told.append(journal.save(story).result())
+    told.append(stored(journal, story))
     print(told, journal.failures_total, in_the_way, flush=True)
 
 

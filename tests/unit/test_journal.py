@@ -19,7 +19,6 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,82 +28,42 @@ import pytest
 from botocore.awsrequest import AWSResponse
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moto import mock_aws
 
 from llava_sessions.chat.transcript import Blob, BlobPool, OpenRecord, Transcript, TurnRecord
 from llava_sessions.config import ConfigError
-from llava_sessions.journal.encoding import Damaged, encode, key_of, read_story
-from llava_sessions.journal.journal import Journal, StoredSession, open_journal
-from llava_sessions.journal.stores import DirectoryStore, S3Store, StoreError
+from llava_sessions.journal.encoding import Damaged, encode, key_of, read_transcript
+from llava_sessions.journal.journal import Journal, JournalUnavailable, SaveOutcome, StoredSession, open_journal
+from llava_sessions.journal.stores import DirectoryStore, S3Store, record_name
 from tests.support import journal_child
+from tests.support.journals import (
+    EXPIRES,
+    LATER,
+    NOW,
+    PREFIX,
+    TOKEN_DIGEST,
+    _closing,
+    add_turn,
+    again,
+    bucket,
+    file_of,
+    folder,
+    journal,
+    objects,
+    opening,
+    peek,
+    read,
+    records,
+    resealed,
+    saved,
+    stores,
+    warnings,
+)
 from tests.support.product_log import told
 
-NOW = 1_500_000_000.0  # before any file of today
-EXPIRES = NOW + 600
-LATER = EXPIRES + 121  # past what is kept past an expiry
+__all__ = ["_closing", "bucket", "folder", "journal"]  # fixtures
+
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-
-
-def opening(journal: Journal, session_id: str = "chat-1", **changes: Any) -> Transcript:
-    pictures = tuple(journal.blobs.get(f"{session_id} picture {n}".encode()) for n in range(2))
-    first = OpenRecord(session_id, NOW, EXPIRES, "ab" * 32, "image", pictures, [1, 32000, 32000], 2)
-    return Transcript(replace(first, **changes))
-
-
-def add_turn(story: Transcript, blobs: BlobPool) -> Transcript:
-    number = len(story.turns)
-    words = f"{story.opening.session_id} says {number} — ünï\ud800"
-    shown = (blobs.get(f"{story.opening.session_id} shows {number}".encode()),) if number % 2 else ()
-    story.append(TurnRecord([number, 5], [9] * number, shown, f"key {number}", words, {"usage": {"n": number}}))
-    return story
-
-
-def saved(journal: Journal, session_id: str = "chat-1", turns: int = 3) -> Transcript:
-    """A story that was saved turn by turn."""
-    story = opening(journal, session_id)
-    assert journal.save(story).result(30)
-    for _ in range(turns):
-        assert journal.save(add_turn(story, journal.blobs)).result(30)
-    return story
-
-
-def file_of(folder: Path, session_id: str, number: int) -> Path:
-    return folder / key_of(session_id) / f"{number:06d}.rec"
-
-
-def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in told(caplog) if record.levelno >= logging.WARNING]
-
-
-@pytest.fixture(autouse=True)
-def _closing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every journal that a test makes is closed behind it."""
-    made: list[Journal] = []
-    begin = Journal.__init__
-
-    def remembered(self: Journal, *arguments: Any, **named: Any) -> None:
-        begin(self, *arguments, **named)
-        made.append(self)
-
-    monkeypatch.setattr(Journal, "__init__", remembered)
-    yield
-    for journal in made:
-        journal.close(10)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "journal"
-
-
-@pytest.fixture
-def journal(folder: Path) -> Journal:
-    return Journal([DirectoryStore(str(folder))])
-
-
-def again(folder: Path) -> Journal:
-    """The journal of the next process."""
-    return Journal([DirectoryStore(str(folder))])
+pytestmark = pytest.mark.usefixtures("_closing")
 
 
 # --- what is written is found ---
@@ -112,35 +71,35 @@ def again(folder: Path) -> Journal:
 
 def test_a_story_comes_back_as_it_was(journal, folder):
     story = saved(journal)
-    assert again(folder).read("chat-1", NOW) == story
-    assert journal.read("chat-1", NOW) == story
+    assert read(again(folder), "chat-1").records() == story.records()
+    assert read(journal, "chat-1").records() == story.records()
 
 
 def test_one_save_of_many_turns_is_as_good_as_many_saves(journal, folder):
     story = opening(journal)
     for _ in range(4):
         add_turn(story, journal.blobs)
-    assert journal.save(story).result(10)
-    assert again(folder).read("chat-1", NOW) == story
+    assert stores(journal, story, 10)
+    assert read(again(folder), "chat-1").records() == story.records()
 
 
 def test_a_save_writes_what_the_story_was_when_it_was_asked_for(journal, folder):
     story = opening(journal)
     first = journal.save(story)
     add_turn(story, journal.blobs)
-    assert first.result(10)
-    assert again(folder).read("chat-1", NOW).turns == []
+    assert first.result(10) is SaveOutcome.STORED
+    assert read(again(folder), "chat-1").turns == ()
 
 
 def test_a_story_that_was_read_goes_on_and_nothing_is_written_twice(journal, folder):
     saved(journal, turns=2)
     before = file_of(folder, "chat-1", 0).stat()
     journal = again(folder)
-    story = add_turn(journal.read("chat-1", NOW), journal.blobs)
-    assert journal.save(story).result(10)
+    story = add_turn(read(journal, "chat-1"), journal.blobs)
+    assert stores(journal, story, 10)
     after = file_of(folder, "chat-1", 0).stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    assert again(folder).read("chat-1", NOW) == story
+    assert read(again(folder), "chat-1").records() == story.records()
 
 
 def test_a_record_is_its_checksum_and_json(journal, folder):
@@ -153,7 +112,7 @@ def test_a_record_is_its_checksum_and_json(journal, folder):
 
 
 def test_an_unknown_session_is_none_and_no_session_is_no_file(journal, folder):
-    assert journal.read("nobody", NOW) is None
+    assert read(journal, "nobody") is None
     assert journal.recover(NOW).live == []
     assert not folder.exists()
 
@@ -162,10 +121,10 @@ def test_without_a_store_everything_is_fine_and_nothing_is_kept():
     journal = Journal()
     story = opening(journal)
     assert not journal.durable
-    assert journal.save(story).result(0)
+    assert stores(journal, story, 0)
     assert journal.forget("chat-1").result(0)
     assert journal.sweep(NOW).result(0)
-    assert journal.read("chat-1", NOW) is None
+    assert read(journal, "chat-1") is None
     assert (journal.recover(NOW).live, journal.failures_total, journal.close(0)) == ([], 0, True)
 
 
@@ -201,15 +160,16 @@ def test_any_story_survives_its_spelling(session_id, begin, turns):
         return tuple(blobs.get(one) for one in data)
 
     story = Transcript(OpenRecord(session_id, NOW, EXPIRES, begin[0], "video", of(begin[1]), begin[2], 3))
-    story.turns += [TurnRecord(prompt, answer, of(shown), *rest) for prompt, answer, shown, *rest in turns]
+    for prompt, answer, shown, *rest in turns:
+        story.append(TurnRecord(prompt, answer, of(shown), *rest))
     spelled, digests, digest = [], [], ""
     for number, record in enumerate(story.records()):
         data, digest = encode(record, session_id, number, digest)
         spelled.append(data)
         digests.append(digest)
-    read = read_story(key_of(session_id), spelled, BlobPool().get)
-    assert read == (story, digests)
-    assert [picture.data for picture in read[0].open.pictures] == begin[1]
+    decoded, checksums = read_transcript(key_of(session_id), spelled, BlobPool().get)
+    assert (decoded.records(), checksums) == (story.records(), digests)
+    assert [picture.data for picture in decoded.opening.pictures] == begin[1]
 
 
 def test_equal_pictures_are_one_object_while_any_story_holds_it(journal, folder):
@@ -219,11 +179,11 @@ def test_equal_pictures_are_one_object_while_any_story_holds_it(journal, folder)
     assert first.sha256 == hashlib.sha256(b"same" * 100).hexdigest()
     assert "same" not in repr(first)
     story = opening(journal, pictures=(first,))
-    assert journal.save(story).result(10)
-    assert journal.read("chat-1", NOW).open.pictures[0] is first
+    assert stores(journal, story, 10)
+    assert read(journal, "chat-1").opening.pictures[0] is first
     del first, second, story
     gc.collect()
-    assert len(journal.blobs._held) == 0
+    assert len(journal.blobs) == 0
 
 
 # --- order ---
@@ -242,9 +202,9 @@ def test_many_sessions_at_once_are_each_written_in_order(journal, folder):
     for thread in threads:
         thread.join()
     assert journal.flush(60)
-    assert all(save.result(0) for save in saves)
+    assert all(save.result(0) is SaveOutcome.STORED for save in saves)
     reader = again(folder)
-    assert [reader.read(story.opening.session_id, NOW) for story in stories] == stories
+    assert [read(reader, story.opening.session_id).records() for story in stories] == [s.records() for s in stories]
 
 
 class HeldStore(DirectoryStore):
@@ -254,10 +214,10 @@ class HeldStore(DirectoryStore):
         super().__init__(path)
         self.begun, self.let = threading.Event(), threading.Event()
 
-    def put(self, key: str, number: int, data: bytes) -> None:
+    def create(self, key: str, name: str, data: bytes) -> bool:
         self.begun.set()
         assert self.let.wait(30)
-        super().put(key, number, data)
+        return super().create(key, name, data)
 
 
 def test_a_slow_store_holds_no_caller_up_and_a_forget_waits_behind_its_saves(folder):
@@ -267,10 +227,10 @@ def test_a_slow_store_holds_no_caller_up_and_a_forget_waits_behind_its_saves(fol
     assert not save.done()
     assert not journal.flush(0)
     store.let.set()
-    assert save.result(10)
+    assert save.result(10) is SaveOutcome.STORED
     assert forget.result(10)
     assert journal.flush(10)
-    assert journal.read("chat-1", NOW) is None
+    assert read(journal, "chat-1") is None
     assert list(folder.iterdir()) == []
 
 
@@ -281,11 +241,11 @@ def test_closing_gives_up_what_has_not_begun_and_tells_so(folder):
     first, second = journal.save(story), journal.save(add_turn(story, journal.blobs))
     assert store.begun.wait(10)
     assert not journal.close(0)
-    assert second.result(10) is False
+    assert second.result(10) is SaveOutcome.FAILED
     store.let.set()
-    assert first.result(10)
-    assert journal.save(story).result(10) is False
-    assert again(folder).read("chat-1", NOW).turns == []
+    assert first.result(10) is SaveOutcome.STORED
+    assert not stores(journal, story, 10)
+    assert read(again(folder), "chat-1").turns == ()
 
 
 # --- crashes ---
@@ -310,31 +270,31 @@ def test_killed_while_it_saves_it_loses_nothing_acknowledged_and_tears_nothing(f
                     acknowledged[session_id] = int(turns)
             process.stderr.close()
     journal = again(folder)
-    found = {head.session_id: journal.read(head.session_id, NOW) for head in journal.recover(NOW).live}
+    found = {head.session_id: read(journal, head.session_id, token_digest=None) for head in journal.recover(NOW).live}
     assert warnings(caplog) == []
     for session_id, turns in acknowledged.items():
         story = found[session_id]
         assert len(story.turns) in (turns, turns + 1)
-        assert story.turns == [journal_child.turn(session_id, number) for number in range(len(story.turns))]
+        assert story.turns == tuple(journal_child.turn(session_id, number) for number in range(len(story.turns)))
 
 
-@pytest.mark.parametrize(("moment", "turns"), [("fsync", 1), ("replace", 1), ("after-replace", 2)])
+@pytest.mark.parametrize(("moment", "turns"), [("fsync", 1), ("link", 1), ("after-link", 2)])
 def test_killed_in_the_middle_of_a_save_its_record_is_there_or_not(folder, caplog, moment, turns):
     process = child("die", str(folder), moment)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     journal = again(folder)
     assert journal.recover(NOW).live == [StoredSession("chat", journal_child.EXPIRES_S, None, None)]
-    story = journal.read("chat", NOW)
-    assert story.turns == [journal_child.turn("chat", number) for number in range(turns)]
-    assert journal.save(add_turn(story, journal.blobs)).result(10)
-    assert again(folder).read("chat", NOW) == story
+    story = read(journal, "chat", token_digest=None)
+    assert story.turns == tuple(journal_child.turn("chat", number) for number in range(turns))
+    assert stores(journal, add_turn(story, journal.blobs), 10)
+    assert read(again(folder), "chat", token_digest=None).records() == story.records()
     assert warnings(caplog) == []
 
 
 def test_what_a_killed_writer_left_is_tidied_once_no_living_one_can_own_it(journal, folder):
     story = opening(journal, expires_at_s=2.0**40)
-    assert journal.save(story).result(10)
+    assert stores(journal, story, 10)
     young, old, gone = folder / ".new-young", folder / ".new-old", folder / ".gone-half"
     for path in (young, old):
         path.write_bytes(b"half a rec")
@@ -347,7 +307,7 @@ def test_what_a_killed_writer_left_is_tidied_once_no_living_one_can_own_it(journ
     (gone / "000001.rec").write_bytes(b"of a closed session")
     journal.recover(now)
     assert (young.exists(), old.exists(), empty.exists(), gone.exists()) == (True, False, False, False)
-    assert again(folder).read("chat-1", now) == story
+    assert read(again(folder), "chat-1", now).records() == story.records()
 
 
 # --- damage ---
@@ -358,7 +318,7 @@ def assert_gone(folder: Path, caplog: pytest.LogCaptureFixture, reason: str, ses
     caplog.clear()
     journal = again(folder)
     assert session_id not in [head.session_id for head in journal.recover(NOW).live]
-    assert journal.read(session_id, NOW) is None
+    assert read(journal, session_id) is None
     recovering, reading = warnings(caplog)
     for line in (recovering, reading):
         assert re.search(reason, line), line
@@ -377,7 +337,7 @@ def test_a_flipped_bit_anywhere_is_noticed(journal, folder):
             bad = bytearray(good)
             bad[position] ^= 1 << (position % 8)
             with pytest.raises(Damaged):
-                read_story(
+                read_transcript(
                     key_of("chat-1"), [bytes(bad) if n == number else others[n] for n in range(3)], BlobPool().get
                 )
 
@@ -392,7 +352,7 @@ def test_a_session_with_a_flipped_bit_is_skipped(journal, folder, caplog, number
     data[position] ^= 4
     path.write_bytes(data)
     assert_gone(folder, caplog, f"record {number} does not match its checksum", "a-long-session-id")
-    assert again(folder).read("chat-2", NOW) == other
+    assert read(again(folder), "chat-2").records() == other.records()
 
 
 @pytest.mark.parametrize("length", [0, 10, 64, 65, 200, -1])
@@ -421,8 +381,8 @@ def test_records_that_changed_places_with_another_sessions_are_noticed(journal, 
     journal = again(folder)
     assert journal.recover(NOW).live == []
     caplog.clear()
-    assert journal.read("chat-1", NOW) is None
-    assert journal.read("chat-2", NOW) is None
+    assert read(journal, "chat-1") is None
+    assert read(journal, "chat-2") is None
     assert all(f"record {number} belongs to another session" in line for line in warnings(caplog))
 
 
@@ -431,6 +391,8 @@ def test_a_whole_session_under_anothers_name_is_noticed(journal, folder, caplog)
         saved(journal, session_id)
     shutil.rmtree(folder / key_of("chat-1"))
     (folder / key_of("chat-2")).rename(folder / key_of("chat-1"))
+    assert_gone(folder, caplog, "the owner record belongs to another session")
+    (folder / key_of("chat-1") / "owner").unlink()
     assert_gone(folder, caplog, "record 0 belongs to another session")
 
 
@@ -448,17 +410,9 @@ def test_a_record_of_another_course_of_the_same_session_is_noticed(journal, fold
     elsewhere = Journal([DirectoryStore(str(tmp_path / "elsewhere"))])
     story = opening(elsewhere)
     story.append(TurnRecord([666], [], (), None, "", {}))
-    assert elsewhere.save(add_turn(story, elsewhere.blobs)).result(10)
+    assert stores(elsewhere, add_turn(story, elsewhere.blobs), 10)
     shutil.copy(file_of(tmp_path / "elsewhere", "chat-1", 2), file_of(folder, "chat-1", 2))
     assert_gone(folder, caplog, "record 2 does not follow the one before")
-
-
-def resealed(path: Path, change: Any) -> None:
-    """Change a record's JSON and give it the right checksum again."""
-    whole = json.loads(path.read_bytes().split(b"\n", 1)[1])
-    change(whole)
-    body = json.dumps(whole).encode()
-    path.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 
 
 def test_another_schema_is_skipped(journal, folder, caplog):
@@ -504,7 +458,7 @@ def test_foreign_files_are_let_alone(journal, folder):
     (folder / key_of("chat-1") / "notes.txt").write_text("mine")
     reader = again(folder)
     assert [head.session_id for head in reader.recover(NOW).live] == ["chat-1"]
-    assert reader.read("chat-1", NOW) == story
+    assert read(reader, "chat-1").records() == story.records()
     assert (folder / "README").exists()
 
 
@@ -513,17 +467,17 @@ def test_foreign_files_are_let_alone(journal, folder):
 
 def test_recovering_tells_the_living_from_the_expired(journal, folder):
     saved(journal, "chat-1")
-    assert journal.save(opening(journal, "chat-2", expires_at_s=NOW - 1, token_digest=None)).result(10)
+    assert stores(journal, opening(journal, "chat-2", expires_at_s=NOW - 1, token_digest=None), 10)
     recovered = again(folder).recover(NOW)
-    assert recovered.live == [StoredSession("chat-1", EXPIRES, "ab" * 32, None)]
+    assert recovered.live == [StoredSession("chat-1", EXPIRES, TOKEN_DIGEST, None)]
     assert recovered.expired == [StoredSession("chat-2", NOW - 1, None, None)]
 
 
 def test_an_expired_session_is_not_read_and_its_records_go_soon_after(journal, folder):
     saved(journal)
     reader = again(folder)  # another worker, which did not write it
-    assert reader.read("chat-1", EXPIRES - 0.001) is not None
-    assert reader.read("chat-1", EXPIRES) is None
+    assert read(reader, "chat-1", EXPIRES - 0.001) is not None
+    assert read(reader, "chat-1", EXPIRES) is None
     assert reader.sweep(LATER - 2).result(10)
     assert reader.flush(10)
     assert file_of(folder, "chat-1", 0).exists(), "a running turn may still end"
@@ -557,10 +511,10 @@ def test_a_forgotten_session_is_nowhere_and_others_stay(journal, folder):
     other = saved(journal, "chat-2")
     assert journal.forget("chat-1").result(10)
     assert journal.forget("nobody").result(10)
-    assert journal.read("chat-1", NOW) is None
+    assert read(journal, "chat-1") is None
     reader = again(folder)
     assert [head.session_id for head in reader.recover(NOW).live] == ["chat-2"]
-    assert reader.read("chat-2", NOW) == other
+    assert read(reader, "chat-2").records() == other.records()
     assert [path.name for path in folder.iterdir()] == [key_of("chat-2")]
 
 
@@ -568,10 +522,9 @@ def test_nothing_of_a_forgotten_session_is_kept_in_memory(journal):
     for number in range(5):
         saved(journal, f"chat-{number}", turns=1)
         assert journal.forget(f"chat-{number}").result(10)
-    (keeper,) = journal._keepers
-    assert (keeper._written, keeper._expiries, keeper._unremoved) == ({}, {}, {})
+    assert journal.tracked_sessions == 0
     assert journal.flush(10)
-    assert keeper._lanes._jobs == {}
+    assert journal.pending == []
 
 
 # --- a directory that fails ---
@@ -584,7 +537,7 @@ def test_a_file_size_limit_is_met_with_one_warning_and_caught_up_behind_it(folde
     warning, works = log.strip().splitlines()
     assert re.match(r"WARNING journal_failing store=directory work=write reason=can't write: File too large", warning)
     assert works.startswith("INFO journal_works_again store=directory")
-    story = again(folder).read("chat", NOW)
+    story = read(again(folder), "chat", token_digest=None)
     assert [turn.prompt_ids for turn in story.turns] == [[0], [1], [2]]
 
 
@@ -599,15 +552,17 @@ def test_a_full_disk_is_no_acknowledgement(tmp_path, caplog):
         story = saved(journal, turns=1)
         for _ in range(3):
             large = (journal.blobs.get(os.urandom(60_000)),)
-            story.turns[1:] = [TurnRecord([1], [2], large, None, "", {})]
-            assert journal.save(story).result(10) is False
+            tried = Transcript(story.opening, [*story.turns, TurnRecord([1], [2], large, None, "", {})])
+            assert not stores(journal, tried, 10)
         (warning,) = warnings(caplog)
         assert "No space left on device" in warning
         assert journal.failures_total == 3
-        assert len(again(disk / "journal").read("chat-1", NOW).turns) == 1, "what was acknowledged is still there"
-        story.turns[1:] = [TurnRecord([1], [2], (), None, "", {})]
-        assert journal.save(story).result(10)
-        assert again(disk / "journal").read("chat-1", NOW) == story
+        assert len(peek(DirectoryStore(str(disk / "journal")), "chat-1").turns) == 1, (
+            "what was acknowledged is still there"
+        )
+        story.append(TurnRecord([1], [2], (), None, "", {}))
+        assert stores(journal, story, 10)
+        assert read(again(disk / "journal"), "chat-1").records() == story.records()
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -622,17 +577,17 @@ def test_a_directory_that_cannot_be_is_a_warning_at_start_and_no_acknowledgement
     story = opening(journal)
     assert journal.recover(NOW).live == []
     for _ in range(3):
-        assert journal.save(add_turn(story, journal.blobs)).result(10) is False
-    assert journal.read("chat-1", NOW) is None
+        assert not stores(journal, add_turn(story, journal.blobs), 10)
+    assert read(journal, "chat-1") is None
     assert journal.failures_total == 4
     assert len(warnings(caplog)) == 1, "one for the whole outage"
     place.unlink()
-    assert journal.save(story).result(10)
-    assert again(place / "journal").read("chat-1", NOW) == story
+    assert stores(journal, story, 10)
+    assert read(again(place / "journal"), "chat-1").records() == story.records()
     assert [record.levelname for record in told(caplog)] == ["WARNING", "INFO"]
     shutil.rmtree(place)
     place.write_text("a file again")
-    assert journal.save(add_turn(story, journal.blobs)).result(10) is False
+    assert not stores(journal, add_turn(story, journal.blobs), 10)
     assert len(warnings(caplog)) == 2, "the next outage is told again"
 
 
@@ -642,11 +597,11 @@ def test_a_save_that_ends_half_way_is_caught_up_from_there(journal, folder):
         add_turn(story, journal.blobs)
     in_the_way = file_of(folder, "chat-1", 2)
     in_the_way.mkdir(parents=True)
-    assert journal.save(story).result(10) is False
+    assert not stores(journal, story, 10)
     in_the_way.rmdir()
-    assert again(folder).read("chat-1", NOW) == Transcript(story.opening, story.turns[:1])
-    assert journal.save(story).result(10)
-    assert again(folder).read("chat-1", NOW) == story
+    assert peek(DirectoryStore(str(folder)), "chat-1").records() == story.records()[:2]
+    assert stores(journal, story, 10)
+    assert read(again(folder), "chat-1").records() == story.records()
 
 
 def test_a_directory_that_is_fine_is_no_warning_and_a_bad_spelling_is_every_problem(folder, caplog):
@@ -669,38 +624,21 @@ def test_a_malformed_s3_prefix_is_refused(uri):
 
 # --- S3 ---
 
-PREFIX = "s3://my-journal/a/prefix/"
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-a-key")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    with mock_aws():
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="my-journal")
-        yield client
-
-
-def objects(client: Any) -> list[str]:
-    return [found["Key"] for found in client.list_objects_v2(Bucket="my-journal").get("Contents", [])]
-
 
 def test_another_instance_carries_on_from_s3(bucket):
     story = saved(open_journal(None, PREFIX))
-    assert objects(bucket) == [f"a/prefix/{key_of('chat-1')}/{number:06d}.rec" for number in range(4)]
+    assert records(bucket) == [f"a/prefix/{key_of('chat-1')}/{number:06d}.rec" for number in range(4)]
     second = open_journal(None, PREFIX.rstrip("/"))
     assert second.recover(NOW).live == [], "other instances' sessions are not this one's"
-    found = second.read("chat-1", NOW)
-    assert found == story
-    taken_over = Transcript(replace(found.open, session_id="chat-9"), found.turns)
-    assert second.save(taken_over).result(30)
+    found = read(second, "chat-1")
+    assert found.records() == story.records()
+    taken_over = Transcript(replace(found.opening, session_id="chat-9"), found.turns)
+    assert stores(second, taken_over, 30)
     assert second.forget("chat-1").result(30)
     third = open_journal(None, PREFIX)
-    assert third.read("chat-1", NOW) is None
-    assert third.read("chat-9", NOW) == taken_over
-    assert second.read("chat-9", EXPIRES) is None
+    assert read(third, "chat-1") is None
+    assert read(third, "chat-9").records() == taken_over.records()
+    assert read(second, "chat-9", EXPIRES) is None
 
 
 def test_a_damaged_object_is_skipped(bucket, caplog):
@@ -709,7 +647,7 @@ def test_a_damaged_object_is_skipped(bucket, caplog):
     data = bytearray(bucket.get_object(Bucket="my-journal", Key=name)["Body"].read())
     data[100] ^= 1
     bucket.put_object(Bucket="my-journal", Key=name, Body=bytes(data))
-    assert open_journal(None, PREFIX).read("chat-1", NOW) is None
+    assert read(open_journal(None, PREFIX), "chat-1") is None
     assert warnings(caplog) == ["journal_damaged store=s3 session=chat-1 reason=record 2 does not match its checksum"]
 
 
@@ -717,10 +655,11 @@ def test_a_session_of_more_records_than_one_page_is_read_and_forgotten(bucket, m
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "7")
     journal = open_journal(None, PREFIX)
     story = opening(journal)
-    story.turns += [TurnRecord([n], [], (), None, "", {}) for n in range(20)]
-    assert journal.save(story).result(60)
+    for n in range(20):
+        story.append(TurnRecord([n], [], (), None, "", {}))
+    assert stores(journal, story, 60)
     assert len(objects(bucket)) == 7
-    assert open_journal(None, PREFIX).read("chat-1", NOW) == story
+    assert peek(S3Store(PREFIX), "chat-1").records() == story.records()
     assert journal.forget("chat-1").result(60)
     assert objects(bucket) == []
 
@@ -747,19 +686,19 @@ def test_a_bucket_that_fails_is_no_acknowledgement_is_let_alone_a_while_and_is_c
     bucket.delete_bucket(Bucket="my-journal")
     calls.clear()
     for _ in range(3):
-        assert journal.save(add_turn(story, journal.blobs)).result(30) is False
+        assert not stores(journal, add_turn(story, journal.blobs), 30)
     assert calls == ["PUT"], "during the pause nothing is tried"
     assert warnings(caplog) == [
         "journal_failing store=s3 work=write reason=can't write: NoSuchBucket; chats go on, turns are not durable"
     ]
     assert journal.failures_total == 3
     clock.now_s += 5
-    assert journal.save(story).result(30) is False
+    assert not stores(journal, story, 30)
     assert calls == ["PUT", "PUT"]
     bucket.create_bucket(Bucket="my-journal")
     clock.now_s += 5
-    assert journal.save(story).result(30)
-    assert len(objects(bucket)) == 3, "what was not written before; the rest was lost with the bucket"
+    assert stores(journal, story, 30)
+    assert len(records(bucket)) == 5, "all of it: what was written before was lost with the bucket"
     assert [record.levelname for record in told(caplog)] == ["WARNING", "INFO"]
 
 
@@ -783,34 +722,35 @@ def test_a_bucket_that_throttles_once_is_tried_again_at_once(bucket, caplog):
         response._content = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
         return response if len(sent) == 1 else None
 
-    store._client.meta.events.register_first("before-send.s3.PutObject", answer)
+    store.client.meta.events.register_first("before-send.s3.PutObject", answer)
     journal = Journal([store])
     story = saved(journal, turns=0)
-    assert len(sent) == 2
-    assert open_journal(None, PREFIX).read("chat-1", NOW) == story
+    assert sent[0] == sent[1]
+    assert len(sent) == 3, "the owner record, again, and the session's first record"
+    assert read(open_journal(None, PREFIX), "chat-1").records() == story.records()
     assert warnings(caplog) == []
 
 
 def test_a_bucket_that_keeps_throttling_is_no_acknowledgement(bucket, caplog):
     clock, store = Clock(), S3Store(PREFIX)
-    refusing(store._client, "PutObject", 1)
+    refusing(store.client, "PutObject", 1)
     journal = Journal([store], clock)
     story = opening(journal)
-    assert journal.save(story).result(30) is False
+    assert not stores(journal, story, 30)
     assert "can't write: SlowDown" in warnings(caplog)[0]
     assert objects(bucket) == []
     clock.now_s += 5
-    assert journal.save(story).result(30)
+    assert stores(journal, story, 30)
 
 
 def test_a_session_that_could_not_be_forgotten_is_not_read_and_goes_later(bucket, caplog):
     clock, store = Clock(), S3Store(PREFIX)
     journal = Journal([store], clock)
     saved(journal)
-    refusing(store._client, "DeleteObject", 1)
+    refusing(store.client, "DeleteObject", 1)
     assert journal.forget("chat-1").result(30) is False
-    assert len(objects(bucket)) == 4
-    assert journal.read("chat-1", NOW) is None
+    assert len(records(bucket)) == 4
+    assert read(journal, "chat-1") is None
     assert warnings(caplog) == [
         "journal_failing store=s3 work=remove reason=can't remove: SlowDown; chats go on, it is tried again"
     ]
@@ -820,14 +760,14 @@ def test_a_session_that_could_not_be_forgotten_is_not_read_and_goes_later(bucket
     assert objects(bucket) == []
 
 
-def test_a_bucket_that_cannot_be_read_is_none_and_a_line(bucket, caplog):
+def test_a_bucket_that_cannot_be_read_is_unavailable_and_a_line(bucket, caplog):
     saved(open_journal(None, PREFIX))
     store = S3Store(PREFIX)
-    refusing(store._client, "ListObjectsV2", 1)
-    assert Journal([store]).read("chat-1", NOW) is None
+    refusing(store.client, "ListObjectsV2", 1)
+    with pytest.raises(JournalUnavailable):
+        read(Journal([store]), "chat-1")
     assert warnings(caplog) == ["journal_unreadable store=s3 session=chat-1 reason=can't list: SlowDown"]
-    with pytest.raises(StoreError, match="NoSuchKey"):
-        store.get(key_of("nobody"), 0)
+    assert store.read(key_of("nobody"), record_name(0)) is None
 
 
 # --- both ---
@@ -836,8 +776,8 @@ def test_a_bucket_that_cannot_be_read_is_none_and_a_line(bucket, caplog):
 def test_with_two_stores_both_hold_every_record(bucket, folder):
     journal = open_journal(str(folder), PREFIX)
     story = saved(journal)
-    assert open_journal(str(folder), None).read("chat-1", NOW) == story
-    assert open_journal(None, PREFIX).read("chat-1", NOW) == story
+    assert peek(DirectoryStore(str(folder)), "chat-1").records() == story.records()
+    assert peek(S3Store(PREFIX), "chat-1").records() == story.records()
     assert journal.forget("chat-1").result(30)
     assert (list(folder.iterdir()), objects(bucket)) == ([], [])
 
@@ -847,25 +787,25 @@ def test_one_of_two_that_fails_is_no_acknowledgement_and_the_other_is_read(bucke
     place.write_text("a file")
     journal = open_journal(str(place / "journal"), PREFIX)
     story = opening(journal)
-    assert journal.save(story).result(30) is False
-    assert open_journal(None, PREFIX).read("chat-1", NOW) == story
+    assert not stores(journal, story, 30)
+    assert peek(S3Store(PREFIX), "chat-1").records() == story.records()
     place.unlink()
-    assert journal.save(story).result(30)
-    assert again(place / "journal").read("chat-1", NOW) == story
+    assert stores(journal, story, 30)
+    assert read(again(place / "journal"), "chat-1").records() == story.records()
 
 
 def test_the_store_that_knows_more_is_read_and_the_other_catches_up(bucket, folder):
     story = saved(open_journal(None, PREFIX), turns=3)
     behind = Transcript(story.opening, story.turns[:1])
-    assert again(folder).save(behind).result(10)
+    assert stores(again(folder), behind, 10)
     journal = open_journal(str(folder), PREFIX)
-    found = journal.read("chat-1", NOW)
-    assert found == story
+    found = read(journal, "chat-1")
+    assert found.records() == story.records()
     before = file_of(folder, "chat-1", 0).stat().st_ino
-    assert journal.save(add_turn(found, journal.blobs)).result(30)
+    assert stores(journal, add_turn(found, journal.blobs), 30)
     assert file_of(folder, "chat-1", 0).stat().st_ino == before
-    assert again(folder).read("chat-1", NOW) == found
-    assert open_journal(None, PREFIX).read("chat-1", NOW) == found
+    assert read(again(folder), "chat-1").records() == found.records()
+    assert read(open_journal(None, PREFIX), "chat-1").records() == found.records()
 
 
 @pytest.mark.parametrize("number", [1, 3])
@@ -873,22 +813,23 @@ def test_a_damaged_copy_is_replaced_by_the_good_one(bucket, folder, caplog, numb
     story = saved(open_journal(str(folder), PREFIX))
     file_of(folder, "chat-1", number).write_bytes(b"damaged")
     journal = open_journal(str(folder), PREFIX)
-    found = journal.read("chat-1", NOW)
-    assert found == story
+    found = read(journal, "chat-1")
+    assert found.records() == story.records()
     assert len(warnings(caplog)) == 1
-    assert journal.save(add_turn(found, journal.blobs)).result(30)
-    assert again(folder).read("chat-1", NOW) == found
+    assert stores(journal, add_turn(found, journal.blobs), 30)
+    assert read(again(folder), "chat-1").records() == found.records()
 
 
 def test_a_copy_that_took_another_course_does_not_mix_with_the_one_that_is_read(bucket, folder):
     elsewhere = open_journal(None, PREFIX)
     story = opening(elsewhere)
-    story.turns += [TurnRecord([n], [n], (), None, "s3", {}) for n in range(4)]
-    assert elsewhere.save(story).result(30)
+    for n in range(4):
+        story.append(TurnRecord([n], [n], (), None, "s3", {}))
+    assert stores(elsewhere, story, 30)
     other = Transcript(story.opening, [TurnRecord([n], [n], (), None, "disk", {}) for n in range(3)])
-    assert again(folder).save(other).result(10)
+    assert stores(again(folder), other, 10)
     journal = open_journal(str(folder), PREFIX)
-    found = journal.read("chat-1", NOW)
-    assert found == story
-    assert journal.save(found).result(30)
-    assert again(folder).read("chat-1", NOW) == story
+    found = read(journal, "chat-1")
+    assert found.records() == story.records()
+    assert stores(journal, found, 30)
+    assert read(again(folder), "chat-1").records() == story.records()

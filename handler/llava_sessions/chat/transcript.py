@@ -33,6 +33,10 @@ class BlobPool:
         self._blobs: WeakValueDictionary[str, Blob] = WeakValueDictionary()
         self._lock = threading.Lock()
 
+    def __len__(self) -> int:
+        """Return the number of pictures in memory."""
+        return len(self._blobs)
+
     def get(self, data: bytes) -> Blob:
         """Return the blob of these bytes."""
         made = Blob(hashlib.sha256(data).hexdigest(), data)

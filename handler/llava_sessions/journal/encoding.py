@@ -1,168 +1,238 @@
-"""Owns what rebuilds a session after a crash, and how it is spelled as bytes: one record for the open, one for each
-finished turn.
+"""Encode the records of a session as bytes and decode them.
 
-Must not know where records lie, threads, or what the pump does with them. Pure; plain data only.
+A record is `<sha256 of the rest, hex>\\n<JSON>`. The JSON holds the schema, the session ID, the number of the record,
+the checksum of the previous record, and the epoch of the owner that wrote it. A damaged, missing, swapped or stale
+record is therefore detected, and never becomes part of another transcript. Data in a store is never unpickled.
 
-A record is `<sha256 of the rest, hex>\\n<JSON>`. The JSON names the schema, the session, the record's number in it and
-the checksum of the record before, so that a damaged, missing, exchanged or left-over record is told from a good one and
-never becomes part of another conversation. Never pickle: what lies in a store is data.
+The epoch is optional: records of version 0.1 have none and count as epoch 0. Unknown fields are ignored, so that an
+older version can read the journal of a newer one.
+
+A record with a lower epoch than its predecessor was written by an instance that had lost the session (owners.py). Such
+a record was never acknowledged, and the transcript ends before it.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from ..chat.transcript import Blob, OpenRecord, Transcript, TurnRecord
 
 SCHEMA = 1
 _DIGEST_CHARS = 64
+# Times above this many seconds are not exact in a float.
+_MAX_TIME_S = 2**53
 
 
 class Damaged(Exception):
-    """A record that can't be trusted. The message says why, and nothing of what is in it."""
+    """Data that can't be trusted. The message gives the reason, and no content."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who may append to a session: a process (`instance`, random) in its `epoch`. `retired`: the session was removed.
+
+    Epochs of a session only grow; each claim takes the next one.
+    """
+
+    epoch: int
+    instance: str
+    retired: bool = False
+
+    def is_same(self, other: Owner) -> bool:
+        """Compare without `retired`."""
+        return (self.epoch, self.instance) == (other.epoch, other.instance)
+
+
+def _from_base64(text: object) -> bytes:
+    if not isinstance(text, str):
+        raise ValueError("must be a string")
+    return base64.b64decode(text, validate=True)  # its error is a ValueError
+
+
+def _to_base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+_Picture = Annotated[bytes, BeforeValidator(_from_base64), PlainSerializer(_to_base64)]
+_Count = Annotated[int, Field(ge=0)]
+_Time = Annotated[float, Field(ge=0, le=_MAX_TIME_S)]
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", hide_input_in_errors=True)
+
+
+class _Envelope(_Fields):
+    """What surrounds a record."""
+
+    session_id: str
+    number: _Count
+    after: str
+    epoch: _Count = 0
+    record: dict[str, Any]
+
+
+class _OpenFields(_Fields):
+    opened_at_s: _Time
+    expires_at_s: _Time
+    token_digest: str | None
+    kind: str
+    pictures: list[_Picture]
+    token_ids: list[_Count]
+    image_tokens: int
+    retry_key: str | None
+
+
+class _TurnFields(_Fields):
+    prompt_ids: list[_Count]
+    answer_ids: list[_Count]
+    pictures: list[_Picture]
+    retry_key: str | None
+    text: str
+    facts: dict[str, Any]
+
+
+class _OwnerFields(_Fields):
+    key: str
+    epoch: _Count
+    instance: str
+    retired: bool
+
+
+_Model = TypeVar("_Model", bound=_Fields)
 
 
 def key_of(session_id: str) -> str:
-    """The name of a session in a store. Ids are secrets, and names are seen by whoever may list."""
+    """Return the name of a session in a store. IDs are secrets, and names are visible in listings."""
     return hashlib.sha256(session_id.encode()).hexdigest()[:40]
 
 
-def encode(record: OpenRecord | TurnRecord, session_id: str, number: int, after: str) -> tuple[bytes, str]:
-    """The record's bytes and their checksum. `number` is its place in the session, from 0; `after` is the checksum of
-    the record before, "" where there is none.
+def encode(
+    record: OpenRecord | TurnRecord, session_id: str, number: int, after: str, epoch: int = 0
+) -> tuple[bytes, str]:
+    """Return the bytes of a record and their checksum.
+
+    `number` counts the records of the session from 0. `after` is the checksum of the previous record, or "".
     """
-    fields = _open_fields(record) if isinstance(record, OpenRecord) else _turn_fields(record)
-    whole = {"schema": SCHEMA, "session_id": session_id, "number": number, "after": after, "record": fields}
-    body = json.dumps(whole, separators=(",", ":"), allow_nan=False).encode("ascii")
-    digest = hashlib.sha256(body).hexdigest()
-    return digest.encode("ascii") + b"\n" + body, digest
+    model = _OpenFields if isinstance(record, OpenRecord) else _TurnFields
+    pictures = [picture.data for picture in record.pictures]
+    fields = model.model_construct(**{**vars(record), "pictures": pictures})
+    whole: dict[str, Any] = {"schema": SCHEMA, "session_id": session_id, "number": number, "after": after}
+    if epoch:
+        whole["epoch"] = epoch
+    return _seal({**whole, "record": fields.model_dump()})
 
 
-def read_story(key: str, records: Iterable[bytes], blob: Callable[[bytes], Blob]) -> tuple[Transcript, list[str]]:
-    """The story that lies under `key`, and the checksums of its records. Raises `Damaged`.
+def read_transcript(key: str, records: Iterable[bytes], blob: Callable[[bytes], Blob]) -> tuple[Transcript, list[str]]:
+    """Return the transcript stored under `key`, and the checksums of its records. Raise `Damaged`.
 
-    `records` are all of them in order; `blob` makes pictures of bytes.
+    `records` are all records in order; `blob` makes a picture of its bytes. Stale records at the end are ignored.
     """
-    verified = _verified(key, records)
-    try:
-        session_id, fields, digest = next(verified)
-    except StopIteration:
-        raise Damaged("there is no record") from None
-    story, digests = Transcript(_open_record(session_id, fields, blob)), [digest]
-    for _, fields, digest in verified:
-        story.append(_turn_record(fields, blob))
-        digests.append(digest)
-    return story, digests
+    transcript: Transcript | None = None
+    checksums: list[str] = []
+    epoch = 0
+    for number, data in enumerate(records):
+        body, checksum = _unseal(data, f"record {number}")
+        envelope = _envelope(body, number, key)
+        if envelope.epoch < epoch:
+            break
+        epoch = envelope.epoch
+        if (envelope.number, envelope.after) != (number, checksums[-1] if checksums else ""):
+            raise Damaged(f"record {number} does not follow the one before")
+        if transcript is None:
+            transcript = Transcript(_open_record(envelope, blob))
+        else:
+            transcript.append(_turn_record(envelope, blob))
+        checksums.append(checksum)
+    if transcript is None:
+        raise Damaged("there is no record")
+    return transcript, checksums
 
 
 def checksum_of(data: bytes) -> str:
-    """The checksum that a record claims; its content is not looked at."""
+    """Return the checksum that a record claims, without verifying it."""
     return data[:_DIGEST_CHARS].decode("ascii", errors="replace")
 
 
-def _verified(key: str, records: Iterable[bytes]) -> Iterator[tuple[str, dict, str]]:
-    """Of each record the session id, the fields and the checksum, once all that surrounds the fields is right."""
-    after = ""
-    for number, data in enumerate(records):
-        digest, body = data[:_DIGEST_CHARS], data[_DIGEST_CHARS + 1 :]
-        whole_line = data[_DIGEST_CHARS : _DIGEST_CHARS + 1] == b"\n"
-        if not whole_line or hashlib.sha256(body).hexdigest().encode("ascii") != digest:
-            raise Damaged(f"record {number} does not match its checksum")
-        try:
-            whole = json.loads(body)
-        except (ValueError, RecursionError):
-            raise Damaged(f"record {number} is no JSON") from None
-        if not isinstance(whole, dict) or whole.get("schema") != SCHEMA:
-            raise Damaged(f"record {number} has another schema than {SCHEMA}")
-        session_id = _get(whole, "session_id", str)
-        if key_of(session_id) != key:
-            raise Damaged(f"record {number} belongs to another session")
-        if (_get(whole, "number", int), _get(whole, "after", str)) != (number, after):
-            raise Damaged(f"record {number} does not follow the one before")
-        after = digest.decode("ascii")
-        yield session_id, _get(whole, "record", dict), after
-
-
-def _open_fields(record: OpenRecord) -> dict[str, Any]:
-    return {
-        "opened_at_s": record.opened_at_s,
-        "expires_at_s": record.expires_at_s,
-        "token_digest": record.token_digest,
-        "kind": record.kind,
-        "pictures": _spelled(record.pictures),
-        "token_ids": record.token_ids,
-        "image_tokens": record.image_tokens,
-        "retry_key": record.retry_key,
-    }
-
-
-def _open_record(session_id: str, fields: dict, blob: Callable[[bytes], Blob]) -> OpenRecord:
-    return OpenRecord(
-        session_id=session_id,
-        opened_at_s=_time(fields, "opened_at_s"),
-        expires_at_s=_time(fields, "expires_at_s"),
-        token_digest=_get(fields, "token_digest", str | None),
-        kind=_get(fields, "kind", str),
-        pictures=_pictures(fields, blob),
-        token_ids=_ids(fields, "token_ids"),
-        image_tokens=_get(fields, "image_tokens", int),
-        retry_key=_get(fields, "retry_key", str | None),
-    )
-
-
-def _turn_fields(record: TurnRecord) -> dict[str, Any]:
-    return {
-        "prompt_ids": record.prompt_ids,
-        "answer_ids": record.answer_ids,
-        "pictures": _spelled(record.pictures),
-        "retry_key": record.retry_key,
-        "text": record.text,
-        "facts": record.facts,
-    }
-
-
-def _turn_record(fields: dict, blob: Callable[[bytes], Blob]) -> TurnRecord:
-    return TurnRecord(
-        prompt_ids=_ids(fields, "prompt_ids"),
-        answer_ids=_ids(fields, "answer_ids"),
-        pictures=_pictures(fields, blob),
-        retry_key=_get(fields, "retry_key", str | None),
-        text=_get(fields, "text", str),
-        facts=_get(fields, "facts", dict),
-    )
-
-
-def _spelled(pictures: tuple[Blob, ...]) -> list[str]:
-    return [base64.b64encode(picture.data).decode("ascii") for picture in pictures]
-
-
-def _pictures(fields: dict, blob: Callable[[bytes], Blob]) -> tuple[Blob, ...]:
+def epoch_of(data: bytes) -> int:
+    """Return the epoch that a record was written in. -1: the record is damaged."""
     try:
-        return tuple(blob(base64.b64decode(text, validate=True)) for text in _get(fields, "pictures", list))
-    except (TypeError, ValueError, binascii.Error):
-        raise Damaged("field 'pictures' is malformed") from None
+        body, _ = _unseal(data, "record")
+        return _validate(_Envelope, body).epoch
+    except Damaged:
+        return -1
 
 
-def _ids(fields: dict, name: str) -> list[int]:
-    ids = _get(fields, name, list)
-    if not all(type(one) is int and one >= 0 for one in ids):
-        raise Damaged(f"field '{name}' is malformed")
-    return ids
+def encode_owner(owner: Owner, key: str) -> bytes:
+    """Return the bytes of the owner record of a session."""
+    whole = {"schema": SCHEMA, "key": key, "epoch": owner.epoch, "instance": owner.instance, "retired": owner.retired}
+    return _seal(whole)[0]
 
 
-def _time(fields: dict, name: str) -> float:
-    value = _get(fields, name, int | float)
-    if not 0 <= value <= 2**53:  # nor is NaN
-        raise Damaged(f"field '{name}' is malformed")
-    return float(value)
+def decode_owner(data: bytes, key: str) -> Owner:
+    """Return the owner of the session `key`. Raise `Damaged`."""
+    body, _ = _unseal(data, "the owner record")
+    fields = _validate(_OwnerFields, body)
+    if fields.key != key:
+        raise Damaged("the owner record belongs to another session")
+    return Owner(fields.epoch, fields.instance, fields.retired)
 
 
-def _get(fields: dict, name: str, kind: Any) -> Any:
-    if name not in fields or not isinstance(fields[name], kind) or isinstance(fields[name], bool):
-        raise Damaged(f"field '{name}' is missing or malformed")
-    return fields[name]
+def _seal(whole: dict[str, Any]) -> tuple[bytes, str]:
+    body = json.dumps(whole, separators=(",", ":"), allow_nan=False).encode("ascii")
+    checksum = hashlib.sha256(body).hexdigest()
+    return checksum.encode("ascii") + b"\n" + body, checksum
+
+
+def _unseal(data: bytes, name: str) -> tuple[dict[str, Any], str]:
+    """Return the JSON and the checksum of a record of this schema."""
+    checksum = data[:_DIGEST_CHARS]
+    body = data[_DIGEST_CHARS + 1 :]
+    has_newline = data[_DIGEST_CHARS : _DIGEST_CHARS + 1] == b"\n"
+    if not has_newline or hashlib.sha256(body).hexdigest().encode("ascii") != checksum:
+        raise Damaged(f"{name} does not match its checksum")
+    try:
+        whole = json.loads(body)
+    except (ValueError, RecursionError):
+        raise Damaged(f"{name} is no JSON") from None
+    if not isinstance(whole, dict) or whole.get("schema") != SCHEMA:
+        raise Damaged(f"{name} has another schema than {SCHEMA}")
+    return whole, checksum.decode("ascii")
+
+
+def _envelope(body: dict[str, Any], number: int, key: str) -> _Envelope:
+    envelope = _validate(_Envelope, body)
+    try:
+        belongs = key_of(envelope.session_id) == key
+    except UnicodeEncodeError:
+        belongs = False
+    if not belongs:
+        raise Damaged(f"record {number} belongs to another session")
+    return envelope
+
+
+def _open_record(envelope: _Envelope, blob: Callable[[bytes], Blob]) -> OpenRecord:
+    fields = _validate(_OpenFields, envelope.record)
+    pictures = tuple(blob(picture) for picture in fields.pictures)
+    return OpenRecord(**{**dict(fields), "session_id": envelope.session_id, "pictures": pictures})
+
+
+def _turn_record(envelope: _Envelope, blob: Callable[[bytes], Blob]) -> TurnRecord:
+    fields = _validate(_TurnFields, envelope.record)
+    pictures = tuple(blob(picture) for picture in fields.pictures)
+    return TurnRecord(**{**dict(fields), "pictures": pictures})
+
+
+def _validate(model: type[_Model], fields: dict[str, Any]) -> _Model:
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        name = error.errors(include_input=False, include_context=False)[0]["loc"][0]
+        raise Damaged(f"field '{name}' is missing or malformed") from None

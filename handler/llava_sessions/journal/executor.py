@@ -1,4 +1,4 @@
-"""Runs work in threads, in order for each key."""
+"""Run work in threads, in order for each key."""
 
 from __future__ import annotations
 
@@ -7,60 +7,62 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 log = logging.getLogger(__name__)
 
-_THREADS_PER_STORE = 8
+_THREADS = 8
+
+T = TypeVar("T")
 
 
 class KeyedExecutor:
-    """Runs work beside the caller: in order within a lane, lanes side by side."""
+    """Run the work of one key in order, and the work of different keys in parallel. Thread-safe."""
 
     def __init__(self, name: str) -> None:
-        self._pool = ThreadPoolExecutor(_THREADS_PER_STORE, thread_name_prefix=name)
+        """`name`: prefix of the threads' names."""
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix=name)
         self._lock = threading.Lock()
-        self._jobs: dict[str, deque[tuple[Future, Callable[[], Any]]]] = {}
+        self._jobs: dict[str, deque[tuple[Future[Any], Callable[[], Any]]]] = {}
 
-    def run(self, lane: str, work: Callable[[], Any]) -> Future:
-        """What comes of the work; cancelled where the lanes are closed."""
-        future: Future = Future()
+    def run(self, key: str, work: Callable[[], T]) -> Future[T]:
+        """Return the result of `work` as a future, which is cancelled if the executor is closed."""
+        future: Future[T] = Future()
         with self._lock:
-            waiting = self._jobs.get(lane)
+            waiting = self._jobs.get(key)
             if waiting is not None:
                 waiting.append((future, work))
                 return future
-            self._jobs[lane] = deque([(future, work)])
+            self._jobs[key] = deque([(future, work)])
             try:
-                self._pool.submit(self._work_off, lane)
-            except RuntimeError:  # it is closed
-                del self._jobs[lane]
+                self._pool.submit(self._run_all, key)
+            except RuntimeError:  # the pool is closed
+                del self._jobs[key]
                 future.cancel()
         return future
 
-    def pending(self) -> list[Future]:
-        """All that is not done."""
+    def pending(self) -> list[Future[Any]]:
+        """Return all futures that are not done."""
         with self._lock:
             return [future for jobs in self._jobs.values() for future, _ in jobs]
 
     def close(self) -> None:
-        """Cancel what has not begun."""
+        """Cancel the work that has not begun."""
         self._pool.shutdown(wait=False)
         for future in self.pending():
             future.cancel()
 
-    def _work_off(self, lane: str) -> None:
+    def _run_all(self, key: str) -> None:
         while True:
             with self._lock:
-                if not self._jobs[lane]:
-                    del self._jobs[lane]
+                if not self._jobs[key]:
+                    del self._jobs[key]
                     return
-                future, work = self._jobs[lane][0]  # stays in sight of `pending` until it is done
+                future, work = self._jobs[key][0]  # `pending` lists the job until it is done
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(work())
                 except Exception as error:
-                    log.exception("journal_error")
                     future.set_exception(error)
             with self._lock:
-                self._jobs[lane].popleft()
+                self._jobs[key].popleft()

@@ -1,29 +1,14 @@
-"""Owns the journal: writes what rebuilds a session (`records`) to every store that is configured, and finds it again.
+"""Keep what rebuilds sessions in every configured store, and find it again.
 
-Beside its callers: each store has threads of its own, so neither a slow disk nor S3 holds the pump up. Of one session
-all is done in the order in which it was asked for. Nothing is kept here but what is still being written. Must not know
-torch, TorchServe, the pump or the engine.
-
-For operators. Without `journal_dir` and `journal_s3_prefix` sessions live in the worker's memory only. Stored are, per
-open session, the pictures as they were sent, the token ids, the answers' texts and the session id; nothing of it is
-encrypted here.
-
-- Directory: files 0600 in directories 0700, of the server's user; put it on an encrypted volume. One fsynced file per
-  turn, in place before the answer is acknowledged; removed at close and soon after expiry.
-- S3: switch on default encryption with a KMS key (SSE-KMS) for the bucket. The role needs s3:PutObject, s3:GetObject,
-  s3:DeleteObject on the prefix and s3:ListBucket on the bucket, kms:GenerateDataKey and kms:Decrypt on the key. A
-  lifecycle rule of one day on the prefix removes what instances that died have left; keep versioning off, or expire old
-  versions too.
-- Bytes per session: 4/3 of its pictures + about 6 per token + 1 to 6 per character of its answers + 500 per turn; on
-  disk each turn is rounded up to the file system's block.
-- A store that fails costs no chat: one warning per outage, `failures_total` counts, and `save` says False. What is
-  missing is written with the session's next turn.
+Each store has its own threads, so that neither a slow disk nor S3 blocks a caller; the work on one session is done in
+order. A store that fails costs no chat: the failure is logged and counted, the save reports it, and the next save of
+the session writes what is missing. docs/operations.md describes sizes, permissions and encryption.
 """
 
 from __future__ import annotations
 
 import logging
-import math
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -31,45 +16,90 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
-from ..chat.transcript import BlobPool, OpenRecord, Transcript, TurnRecord, short_id
+from ..chat.transcript import BlobPool, Transcript
 from ..config import ConfigError
-from .encoding import Damaged, checksum_of, encode, key_of, read_story
-from .executor import KeyedExecutor
-from .stores import DirectoryStore, S3Store, Store, StoreError
+from .appender import Records
+from .claims import AlreadyClaimed, JournalError, JournalUnavailable, NotFound, claim
+from .directory import SessionDirectory, StoredSession
+from .encoding import Owner, key_of
+from .owners import FIRST_EPOCH, NOBODY, Removal
+from .stores import DirectoryStore, S3Store, Store
+from .writer import KEPT_PAST_EXPIRY_S, SaveOutcome, StoreWriter
+
+__all__ = [
+    "AlreadyClaimed",
+    "Journal",
+    "JournalError",
+    "JournalUnavailable",
+    "NotFound",
+    "Recovered",
+    "SaveOutcome",
+    "StoredSession",
+    "open_journal",
+]
 
 log = logging.getLogger(__name__)
 
-# A turn may run past its session's expiry, and is still written; longer than the longest turn.
-_KEPT_PAST_EXPIRY_S = 120
-# No session lives longer, so what can't be read is of no use after it.
-_UNREADABLE_KEPT_S = 86_400
-_REMOVALS_KEPT = 10_000
-_UNSURE: tuple[int, str] = (-1, "")
-
-
-@dataclass(frozen=True)
-class StoredSession:
-    """Of a session in the directory what its place at the table needs; `Journal.read` has the rest."""
-
-    session_id: str
-    expires_at_s: float
-    token_digest: str | None
-    retry_key: str | None
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class Recovered:
-    """What a start finds in the directory: sessions to carry on, and those whose time passed meanwhile."""
+    """The sessions in the directory at start: those to continue, and those that expired meanwhile."""
 
     live: list[StoredSession] = field(default_factory=list)
     expired: list[StoredSession] = field(default_factory=list)
 
 
-def open_journal(journal_dir: str | None, journal_s3_prefix: str | None) -> Journal:
-    """The journal that is configured. Raises `ConfigError`, with every problem named, where none can work.
+class _Owners:
+    """The owner of each session, as last seen by this process: itself, or after `recover` another. Thread-safe."""
 
-    A directory that can't be written at the moment is a warning: chats go on, and it is tried again with every turn.
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: dict[str, tuple[Owner, float]] = {}  # by key: the owner, and when the session expires
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def set(self, key: str, owner: Owner, expires_at_s: float) -> None:
+        """Note an owner, unless a later epoch is known."""
+        with self._lock:
+            known = self._known.get(key)
+            if known is None or known[0].epoch < owner.epoch:
+                self._known[key] = (owner, expires_at_s)
+
+    def own(self, key: str, instance: str, expires_at_s: float) -> Owner:
+        """Return as what `instance` owns the session: since its open or its claim."""
+        with self._lock:
+            known = self._known.get(key)
+            if known is None or known[0].instance != instance:
+                known = self._known[key] = (Owner(FIRST_EPOCH, instance), expires_at_s)
+            return known[0]
+
+    def pop(self, key: str, owner: Owner | None = None) -> Owner | None:
+        """Remove and return the owner; only if it is `owner`, if one is given."""
+        with self._lock:
+            known = self._known.get(key)
+            if known is None or owner not in (None, known[0]):
+                return None
+            del self._known[key]
+            return known[0]
+
+    def drop_expired(self, now_s: float) -> None:
+        """Forget the sessions that expired."""
+        with self._lock:
+            for key, (_, expires_at_s) in list(self._known.items()):
+                if now_s >= expires_at_s + KEPT_PAST_EXPIRY_S:
+                    del self._known[key]
+
+
+def open_journal(journal_dir: str | None, journal_s3_prefix: str | None) -> Journal:
+    """Return the configured journal. Raise `ConfigError` with every problem.
+
+    A directory that can't be written now is only a warning: it is tried again with every turn.
     """
     problems: list[str] = []
     stores: list[Store] = []
@@ -80,7 +110,7 @@ def open_journal(journal_dir: str | None, journal_s3_prefix: str | None) -> Jour
     if journal_s3_prefix:
         try:
             stores.append(S3Store(journal_s3_prefix))
-        except Exception as error:  # boto3 has many ways to dislike its settings
+        except Exception as error:  # boto3 raises many types for bad settings
             problems.append(f"llava.journal_s3_prefix is {journal_s3_prefix!r}; {error}")
     if problems:
         raise ConfigError(problems)
@@ -90,380 +120,175 @@ def open_journal(journal_dir: str | None, journal_s3_prefix: str | None) -> Jour
 
 
 class Journal:
-    """Stories of sessions, in every store; with no store, a journal that has nothing to do. Thread-safe."""
+    """The transcripts of sessions in every store. Without stores it does nothing. Thread-safe.
+
+    Futures don't raise. A session is written only by its owner (owners.py): the process that opened or claimed it.
+    """
 
     def __init__(self, stores: Sequence[Store] = (), clock: Callable[[], float] = time.monotonic) -> None:
         """`clock`: seconds, for the pauses after a failure."""
         self.blobs = BlobPool()
-        self._keepers = [_StoreWriter(store, self.blobs, clock) for store in stores]
+        self._instance = secrets.token_hex(16)
+        self._owners = _Owners()
+        self._writers: list[StoreWriter] = []
+        self._directories: list[SessionDirectory] = []
+        for store in stores:
+            writer = StoreWriter(store, self.blobs, clock)
+            self._writers.append(writer)
+            if isinstance(store, DirectoryStore):
+                self._directories.append(SessionDirectory(store, writer))
 
     @property
     def durable(self) -> bool:
-        """Whether anything outlives this process."""
-        return bool(self._keepers)
+        """Whether sessions outlive this process."""
+        return bool(self._writers)
 
     @property
     def failures_total(self) -> int:
-        """Writes and removals that failed or were not tried because of an outage."""
-        return sum(keeper.failures_total for keeper in self._keepers)
+        """Writes and removals that failed, or that an outage kept from being tried."""
+        return sum(writer.failures_total for writer in self._writers)
+
+    @property
+    def tracked_sessions(self) -> int:
+        """Sessions that occupy memory in the journal."""
+        return max([len(self._owners), *(writer.tracked for writer in self._writers)])
+
+    @property
+    def pending(self) -> list[Future[Any]]:
+        """Work that is not done."""
+        return [future for writer in self._writers for future in writer.executor.pending()]
 
     def check(self) -> None:
-        """Warn at once of a directory that can't be written."""
-        for keeper in self._keepers:
-            keeper.check()
+        """Log a warning if the directory can't be written."""
+        for directory in self._directories:
+            directory.check()
 
-    def save(self, story: Transcript) -> Future[bool]:
-        """Write what of the story is not yet written. True: all of it, as it is now, lies safely in every store.
+    def save(self, transcript: Transcript) -> Future[SaveOutcome]:
+        """Write the records of the transcript, as it is now, that are not stored yet. Returns at once.
 
-        Returns at once. False costs nothing but that: the next save of the session catches up. Never after `forget`.
+        FAILED has no other effect: the next save of the session writes them. After NOT_OWNER the session belongs to
+        another instance, or is removed; close it locally. Don't save a session after `forget` or `retire`.
         """
-        records = story.records()
-        return _all([keeper.save(records) for keeper in self._keepers])
+        if not self._writers:
+            return _done(SaveOutcome.STORED)
+        records: Records = (transcript.opening, *transcript.turns)
+        key = key_of(transcript.opening.session_id)
+        owner = self._owners.own(key, self._instance, transcript.opening.expires_at_s)
+
+        def merge(outcomes: list[SaveOutcome]) -> SaveOutcome:
+            if SaveOutcome.NOT_OWNER not in outcomes:
+                return SaveOutcome.FAILED if SaveOutcome.FAILED in outcomes else SaveOutcome.STORED
+            self._owners.pop(key, owner)
+            return SaveOutcome.NOT_OWNER
+
+        saves = [writer.executor.run(key, partial(writer.write, key, records, owner)) for writer in self._writers]
+        return _combine(saves, SaveOutcome.FAILED, merge)
+
+    def claim(self, session_id: str, now_s: float, token_digest: str | None) -> Transcript:
+        """Become the owner of a stored session and return it, verified, behind its pending saves. Blocks.
+
+        The token is checked first. Raise `NotFound`, `JournalUnavailable`, `AlreadyClaimed`.
+        """
+        claimed = claim(self._writers, session_id, now_s, token_digest, self._instance)
+        self._owners.set(key_of(session_id), claimed.owner, claimed.transcript.opening.expires_at_s)
+        return claimed.transcript
+
+    def retire(self, session_id: str) -> Future[bool]:
+        """Remove a session that a new one continues, behind its pending saves.
+
+        False: another instance owns it, or it was retired before. True: this process owned it, and it is removed or
+        will be (`sweep` retries). A store that fails at this moment counts as removed, so that the session is not lost.
+        """
+        if not self._writers:
+            return _done(True)
+        owner = self._owners.pop(key_of(session_id))
+        if owner is None:
+            return _done(False)
+        return self._remove(session_id, owner, lambda removals: Removal.NOT_OWNER not in removals)
 
     def forget(self, session_id: str) -> Future[bool]:
-        """Remove the session everywhere, behind all that is still being written of it; `sweep` retries what fails."""
-        return _all([keeper.forget(session_id) for keeper in self._keepers])
+        """Remove a session behind its pending saves, if no other instance has claimed it. Returns at once.
 
-    def read(self, session_id: str, now_s: float) -> Transcript | None:
-        """The session's story, verified whole, from the store that knows most of it; behind its pending saves. Blocks.
-
-        None: unknown, forgotten, expired or damaged.
+        False: a store failed; `sweep` retries.
         """
-        found = [(keeper.count(session_id).result(), keeper) for keeper in self._keepers]
-        for count, keeper in sorted(found, key=lambda pair: -pair[0]):
-            loaded = keeper.load(session_id).result() if count else None
-            if loaded is not None:
-                story, digests = loaded
-                if now_s >= story.opening.expires_at_s:
-                    return None
-                for other in self._keepers:
-                    other.adopt(session_id, digests).result()
-                return story
-        return None
+        owner = self._owners.pop(key_of(session_id)) or NOBODY
+        return self._remove(session_id, owner, lambda removals: Removal.FAILED not in removals)
 
     def recover(self, now_s: float) -> Recovered:
-        """At start: the sessions in the directory, each verified whole; damaged ones are logged and left out. Blocks.
+        """Return the sessions in the directory, at start; damaged ones are logged and left out. Blocks.
 
-        S3 isn't looked through: it holds other instances' sessions too.
+        S3 isn't searched: it holds the sessions of other instances too.
         """
-        heads = [head for keeper in self._keepers for head in keeper.heads()]
+        found = [one for directory in self._directories for one in directory.recover()]
         self.sweep(now_s).result()
-        live = [head for head in heads if now_s < head.expires_at_s]
-        return Recovered(live, [head for head in heads if head not in live])
+        live = [(stored, owner) for stored, owner in found if now_s < stored.expires_at_s]
+        expired = [stored for stored, _ in found if now_s >= stored.expires_at_s]
+        for stored, owner in live:
+            self._owners.set(key_of(stored.session_id), owner, stored.expires_at_s)
+        return Recovered([stored for stored, _ in live], expired)
 
     def sweep(self, now_s: float) -> Future[bool]:
-        """Remove what has expired in the directory, whoever wrote it, and retry what could not be removed.
+        """Remove expired sessions from the directory, whoever wrote them, and retry failed removals.
 
-        Returns at once; call it about once a minute.
+        Returns at once; call it about once a minute. False: something is left to do.
         """
-        return _all([keeper.sweep(now_s) for keeper in self._keepers])
+        self._owners.drop_expired(now_s)
+        for writer in self._writers:
+            writer.drop_expired(now_s)
+        retries = [retry for writer in self._writers for retry in writer.retry_removals()]
+        sweeps = [directory.sweep(now_s) for directory in self._directories]
+        return _combine(sweeps, False, lambda swept: all(swept) and not retries)
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait for all that was asked for so far; whether all of it is done."""
-        pending = [future for keeper in self._keepers for future in keeper.pending()]
-        return not wait(pending, timeout_s).not_done
+        """Wait for all pending work. Return whether all of it is done."""
+        return not wait(self.pending, timeout_s).not_done
 
     def close(self, timeout_s: float) -> bool:
-        """As `flush`; then give up what is left, and end."""
+        """Do as `flush`, then cancel the work that has not begun."""
         flushed = self.flush(timeout_s)
-        for keeper in self._keepers:
-            keeper.close()
+        for writer in self._writers:
+            writer.executor.close()
         return flushed
 
-
-class _StoreWriter:
-    """One store, and what of each session is known to lie in it.
-
-    `_written`: by key, how many records lie there and the last one's checksum; `_UNSURE` where something else
-    may lie there, which has to go first. `_unremoved`: sessions that were forgotten and are still there.
-    """
-
-    def __init__(self, store: Store, blobs: BlobPool, clock: Callable[[], float]) -> None:
-        self._store = store
-        self._blobs = blobs
-        self._lanes = KeyedExecutor(f"journal-{store.name}")
-        self._writes = _CircuitBreaker(store, "write", "turns are not durable", clock)
-        self._removals = _CircuitBreaker(store, "remove", "it is tried again", clock)
-        self._written: dict[str, tuple[int, str]] = {}
-        self._unremoved: dict[str, None] = {}  # oldest first
-        self._expiries: dict[str, float] = {}  # by key
-
-    @property
-    def failures_total(self) -> int:
-        return self._writes.failures_total + self._removals.failures_total
-
-    def save(self, records: tuple[OpenRecord | TurnRecord, ...]) -> Future[bool]:
-        key = key_of(records[0].session_id)
-        return self._lanes.run(key, partial(self._write, key, records))
-
-    def forget(self, session_id: str) -> Future[bool]:
+    def _remove(self, session_id: str, owner: Owner, merge: Callable[[list[Removal]], bool]) -> Future[bool]:
         key = key_of(session_id)
-        return self._lanes.run(key, partial(self._forget, key))
-
-    def count(self, session_id: str) -> Future[int]:
-        """How many records of the session there are; 0 also where that can't be found out."""
-        key = key_of(session_id)
-        return self._lanes.run(key, partial(self._count, key, session_id))
-
-    def load(self, session_id: str) -> Future[tuple[Transcript, list[str]] | None]:
-        """The story and the checksums of its records; None, with a log line, where it can't be had."""
-        key = key_of(session_id)
-        return self._lanes.run(key, partial(self._load, key, short_id(session_id)))
-
-    def adopt(self, session_id: str, digests: list[str]) -> Future[None]:
-        """Find out how much of a story, told by its records' checksums, lies here, to go on behind it."""
-        key = key_of(session_id)
-        return self._lanes.run(key, partial(self._adopt, key, digests))
-
-    def sweep(self, now_s: float) -> Future[bool]:
-        return self._lanes.run("sweep", partial(self._sweep, now_s))
-
-    def check(self) -> None:
-        if isinstance(self._store, DirectoryStore):
-            self._writes.done(self._store.check)
-
-    def heads(self) -> list[StoredSession]:
-        if not isinstance(self._store, DirectoryStore):
-            return []
-        try:
-            keys = self._store.keys()
-        except StoreError as error:
-            self._tell_unreadable("all", error)
-            return []
-        loaded = (self._load(key, f"key:{key[:8]}") for key in keys)
-        opens = [story.opening for story, _ in filter(None, loaded)]
-        return [StoredSession(one.session_id, one.expires_at_s, one.token_digest, one.retry_key) for one in opens]
-
-    def pending(self) -> list[Future]:
-        return self._lanes.pending()
-
-    def close(self) -> None:
-        self._lanes.close()
-
-    # --- in the store's threads, one after the other for each session ---
-
-    def _write(self, key: str, records: tuple[OpenRecord | TurnRecord, ...]) -> bool:
-        session_id = records[0].session_id
-        if self._written.get(key) == _UNSURE:
-            if not self._removals.done(partial(self._store.remove, key)):
-                return False
-            del self._written[key]
-        self._expiries[key] = records[0].expires_at_s
-        count, digest = self._written.get(key, (0, ""))
-        for number, record in enumerate(records[count:], count):
-            data, digest = encode(record, session_id, number, digest)
-            if not self._writes.done(partial(self._store.put, key, number, data)):
-                return False
-            self._written[key] = (number + 1, digest)
-        return True
-
-    def _forget(self, key: str) -> bool:
-        self._written.pop(key, None)
-        self._expiries.pop(key, None)
-        self._unremoved.pop(key, None)
-        if self._removals.done(partial(self._store.remove, key)):
-            return True
-        self._unremoved[key] = None
-        if len(self._unremoved) > _REMOVALS_KEPT:
-            self._unremoved.pop(next(iter(self._unremoved)), None)
-        return False
-
-    def _count(self, key: str, session_id: str) -> int:
-        if key in self._unremoved:
-            return 0
-        try:
-            return len(self._store.numbers(key))
-        except StoreError as error:
-            self._tell_unreadable(short_id(session_id), error)
-            return 0
-
-    def _load(self, key: str, shown: str) -> tuple[Transcript, list[str]] | None:
-        try:
-            numbers = self._store.numbers(key)
-            if numbers != list(range(len(numbers))):
-                raise Damaged("a record is missing")
-            return read_story(key, (self._store.get(key, number) for number in numbers), self._blobs.get)
-        except Damaged as error:
-            self._written[key] = _UNSURE
-            log.warning("journal_damaged store=%s session=%s reason=%s", self._store.name, shown, error)
-        except StoreError as error:
-            self._tell_unreadable(shown, error)
-        return None
-
-    def _tell_unreadable(self, shown: str, error: StoreError) -> None:
-        log.warning("journal_unreadable store=%s session=%s reason=%s", self._store.name, shown, error)
-
-    def _adopt(self, key: str, digests: list[str]) -> None:
-        if self._written.get(key) == _UNSURE:
-            return
-        try:
-            count = len(self._store.numbers(key))
-            known = count == 0 or (
-                count <= len(digests) and checksum_of(self._store.get(key, count - 1)) == digests[count - 1]
-            )
-        except StoreError:
-            known = False
-        if not known:
-            self._written[key] = _UNSURE
-        elif count:
-            self._written[key] = (count, digests[count - 1])
-
-    def _sweep(self, now_s: float) -> bool:
-        again = [self._lanes.run(key, partial(self._forget, key)) for key in list(self._unremoved)]
-        done = True
-        if isinstance(self._store, DirectoryStore):
-            done = self._removals.done(partial(self._store.tidy, now_s)) and self._remove_expired(now_s)
-        return done and not again
-
-    def _remove_expired(self, now_s: float) -> bool:
-        try:
-            keys = self._store.keys()
-        except StoreError:
-            return False
-        for key in self._expiries.keys() - set(keys):
-            self._expiries.pop(key, None)
-        for key in keys:
-            if now_s >= self._expiry(key) + _KEPT_PAST_EXPIRY_S:
-                self._lanes.run(key, partial(self._removals.done, partial(self._store.remove, key)))
-        return True
-
-    def _expiry(self, key: str) -> float:
-        """When the session's time is up; read once, where another process has written it."""
-        known = self._expiries.get(key)
-        if known is not None:
-            return known
-        try:
-            story, _ = read_story(key, [self._store.get(key, 0)], self._blobs.get)
-            self._expiries[key] = story.opening.expires_at_s
-            return story.opening.expires_at_s
-        except (Damaged, StoreError):
-            pass
-        try:
-            return self._store.changed_at_s(key) + _UNREADABLE_KEPT_S
-        except StoreError:
-            return math.inf  # another worker has just removed it
+        removals = [writer.executor.run(key, partial(writer.remove, key, owner)) for writer in self._writers]
+        return _combine(removals, Removal.FAILED, merge)
 
 
-class _CircuitBreaker:
-    """Keeps account of one kind of work in a store: one warning per outage, and a pause before the next try."""
-
-    def __init__(self, store: Store, what: str, outcome: str, clock: Callable[[], float]) -> None:
-        """`what` is done and its `outcome` where it fails: words of the log."""
-        self._store = store
-        self._what = what
-        self._outcome = outcome
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._failing = False
-        self._next_try_s = 0.0
-        self.failures_total = 0
-
-    def done(self, work: Callable[[], object]) -> bool:
-        """Do the work, unless the store just failed; whether it was done."""
-        with self._lock:
-            if self._failing and self._clock() < self._next_try_s:
-                self.failures_total += 1
-                return False
-            self._next_try_s = self._clock() + self._store.pause_s  # meanwhile others don't try too, while it fails
-        try:
-            work()
-        except StoreError as error:
-            self._note(error)
-            return False
-        self._note(None)
-        return True
-
-    def _note(self, error: StoreError | None) -> None:
-        with self._lock:
-            was_failing, self._failing = self._failing, error is not None
-            self.failures_total += self._failing
-            if self._failing:
-                self._next_try_s = self._clock() + self._store.pause_s
-        facts = f"store={self._store.name} work={self._what}"
-        if error is not None and not was_failing:
-            log.warning("journal_failing %s reason=%s; chats go on, %s", facts, error, self._outcome)
-        elif error is None and was_failing:
-            log.info("journal_works_again %s", facts)
+def _done(value: T) -> Future[T]:
+    future: Future[T] = Future()
+    future.set_result(value)
+    return future
 
 
-def _all(futures: list[Future[bool]]) -> Future[bool]:
-    """Whether all of them come true; a failed or cancelled one does not."""
-    whole: Future[bool] = Future()
-    whole.set_running_or_notify_cancel()
-    left = len(futures)
+def _combine(futures: list[Future[T]], failed: T, merge: Callable[[list[T]], R]) -> Future[R]:
+    """Merge the results of all futures; a cancelled or broken one counts as `failed`."""
+    if not futures:
+        return _done(merge([]))
+    combined: Future[R] = Future()
+    combined.set_running_or_notify_cancel()
     lock = threading.Lock()
+    left = len(futures)
 
-    def one_done(_: Future[bool] | None = None) -> None:
+    def one_done(_: Future[T]) -> None:
         nonlocal left
         with lock:
             left -= 1
             if left:
                 return
-        whole.set_result(all(not f.cancelled() and f.exception() is None and f.result() for f in futures))
+        combined.set_result(merge([_result(future, failed) for future in futures]))
 
-    if not futures:
-        whole.set_result(True)
     for future in futures:
         future.add_done_callback(one_done)
-    return whole
+    return combined
 
 
-from enum import Enum, auto
-
-
-class SaveOutcome(Enum):
-    STORED = auto()
-    FAILED = auto()
-    NOT_OWNER = auto()
-
-
-class JournalError(Exception):
-    pass
-
-
-class NotFound(JournalError):
-    def __init__(self, damaged: bool = False) -> None:
-        super().__init__("not found")
-        self.damaged = damaged
-
-
-class JournalUnavailable(JournalError):
-    pass
-
-
-class AlreadyClaimed(JournalError):
-    pass
-
-
-def _claim(self, session_id, now_s, token_digest):
-    found = self.read(session_id, now_s)
-    if found is None or found.opening.token_digest != token_digest:
-        raise NotFound
-    return found
-
-
-def _retire(self, session_id):
-    return self.forget(session_id)
-
-
-_save = Journal.save
-
-
-def _save_outcome(self, transcript):
-    out = Future()
-    inner = _save(self, transcript)
-    inner.add_done_callback(
-        lambda done: (
-            out.cancel()
-            if done.cancelled()
-            else out.set_result(
-                SaveOutcome.STORED if done.exception() is None and done.result() else SaveOutcome.FAILED
-            )
-        )
-    )
-    return out
-
-
-Journal.claim = _claim
-Journal.retire = _retire
-Journal.save = _save_outcome
+def _result(future: Future[T], failed: T) -> T:
+    if future.cancelled():
+        return failed
+    error = future.exception()
+    if error is None:
+        return future.result()
+    log.error("journal_error", exc_info=error)
+    return failed

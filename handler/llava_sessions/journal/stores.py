@@ -1,141 +1,194 @@
-"""Owns where records lie: a directory, or a prefix in S3. A record is an object `<key>/<number>.rec` in either.
+"""Store objects `<key>/<name>` in a directory or under an S3 prefix: the records of a session, and its owner record.
 
-Must not know what is in a record, which session it is, or when to write it. Each call blocks; what goes wrong is a
-`StoreError`. Thread-safe.
+Each call blocks. Failures are raised as `StoreError`; an object that does not exist is not a failure. Thread-safe.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-_NAME = re.compile(r"([0-9]{6})\.rec")
+OWNER = "owner"
+_RECORD = re.compile(r"([0-9]{6})\.rec")
 _KEY = re.compile(r"[0-9a-f]{40}")
 _S3_PREFIX = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/([A-Za-z0-9!_.*'()/-]*[A-Za-z0-9!_.*'()-])/?")
-# A file that is being written is younger than this. Several workers may share a directory, so a young one stays.
-_BEING_WRITTEN_S = 600
-_NOTHING_THERE = (FileNotFoundError, NotADirectoryError)
-_DELETED_AT_ONCE = 1000  # what S3 takes in one request
+# Several workers may share a directory: a temporary file younger than this may still be in use.
+_TEMPORARY_S = 600
+_LOCK_WAIT_S = 2.0
+_LOCK_RETRY_S = 0.005
+_NOT_THERE = (FileNotFoundError, NotADirectoryError)
+_DELETED_AT_ONCE = 1000  # the limit of S3 for one request
+# S3's codes for "the condition does not hold": the object exists, has another ETag, or is being written.
+_CONDITION_FAILED = ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey")
 
 
 class StoreError(Exception):
-    """The store could not do it; the message says why in a few words."""
+    """The store could not do it now. The message gives a short reason."""
 
 
 class Store(Protocol):
-    """Where records lie. `pause_s`: after a failed write, so long nothing more is tried."""
+    """`pause_s`: how long no write is tried after a failed one.
+
+    A version identifies the content of an object. When `create` or `replace` returns, the object is durable.
+    """
 
     name: str
     pause_s: float
 
-    def put(self, key: str, number: int, data: bytes) -> None:
-        """Write a record whole or not at all; when this returns, it is safe. One that is there is replaced."""
+    def create(self, key: str, name: str, data: bytes) -> bool:
+        """Write an object, whole, if there is none. Return whether the object now holds `data`."""
 
-    def get(self, key: str, number: int) -> bytes:
-        """Read a record."""
+    def replace(self, key: str, name: str, data: bytes, version: str) -> bool:
+        """Write an object, whole, if it has this version. Return whether the object now holds `data`."""
+
+    def read(self, key: str, name: str) -> tuple[bytes, str] | None:
+        """Return the content and the version of an object; None if there is none."""
 
     def numbers(self, key: str) -> list[int]:
-        """Of the session's records, in order; none where nothing is known of it."""
+        """Return the numbers of the session's records, in order; empty if there is none."""
+
+    def delete(self, key: str, name: str) -> None:
+        """Remove an object, if there is one."""
 
     def remove(self, key: str) -> None:
-        """Remove all of a session, so that what a crash leaves of it is no session any more."""
+        """Remove all objects of a session. A removal that is cut short leaves no readable session."""
+
+    def remove_records(self, key: str) -> None:
+        """Remove the records of a session, and leave its owner record."""
 
 
 class DirectoryStore:
-    """Records as files: directories 0700, files 0600, for the server's user alone.
+    """Objects as files: directories 0700, files 0600, for the server's user alone.
 
-    A record is written beside its place, synced and renamed, and the directory is synced after it.
+    A file is written under a temporary name and synced; then it is linked or renamed to its name, and the directory is
+    synced. The file system must have hard links and `flock`.
     """
 
     name = "directory"
-    pause_s = 0.0  # a full disk says so at once
+    pause_s = 0.0  # a full disk fails at once
 
     def __init__(self, path: str) -> None:
         self._root = Path(path)
 
-    def put(self, key: str, number: int, data: bytes) -> None:
-        """As `Store.put`."""
-        with _os_errors("write"):
-            written = self._write_beside(data)
+    def create(self, key: str, name: str, data: bytes) -> bool:
+        """See `Store.create`."""
+        folder = self._root / key
+        with _os_errors("write"), self._temporary(data) as written:
+            if not folder.is_dir():
+                folder.mkdir(mode=0o700, exist_ok=True)
+                _sync(self._root)
             try:
-                folder = self._root / key
-                if not folder.is_dir():
-                    folder.mkdir(mode=0o700, exist_ok=True)
-                    _sync(self._root)
-                os.replace(written, folder / _name(number))
-                _sync(folder)
-            except OSError:
-                written.unlink(missing_ok=True)
-                raise
+                os.link(written, folder / name)
+            except FileExistsError:
+                if (folder / name).read_bytes() != data:
+                    return False
+            _sync(folder)
+        return True
 
-    def get(self, key: str, number: int) -> bytes:
-        """As `Store.get`."""
+    def replace(self, key: str, name: str, data: bytes, version: str) -> bool:
+        """See `Store.replace`."""
+        folder = self._root / key
+        with _os_errors("write"):
+            try:
+                with _locked(folder):
+                    current = (folder / name).read_bytes()
+                    if _version(current) != version:
+                        return current == data
+                    with self._temporary(data) as written:
+                        os.replace(written, folder / name)
+                    _sync(folder)
+            except _NOT_THERE:
+                return False
+        return True
+
+    def read(self, key: str, name: str) -> tuple[bytes, str] | None:
+        """See `Store.read`."""
         with _os_errors("read"):
-            return (self._root / key / _name(number)).read_bytes()
+            try:
+                data = (self._root / key / name).read_bytes()
+            except _NOT_THERE:
+                return None
+        return data, _version(data)
 
     def numbers(self, key: str) -> list[int]:
-        """As `Store.numbers`."""
+        """See `Store.numbers`."""
         with _os_errors("read"):
             try:
                 names = os.listdir(self._root / key)
-            except _NOTHING_THERE:
+            except _NOT_THERE:
                 return []
-        return sorted(int(match[1]) for match in map(_NAME.fullmatch, names) if match)
+        return _numbers(names)
+
+    def delete(self, key: str, name: str) -> None:
+        """See `Store.delete`."""
+        with _os_errors("remove"), contextlib.suppress(*_NOT_THERE):
+            os.unlink(self._root / key / name)
 
     def remove(self, key: str) -> None:
-        """As `Store.remove`."""
+        """See `Store.remove`."""
         with _os_errors("remove"):
             gone = self._root / f".gone-{secrets.token_hex(8)}"
             try:
                 os.rename(self._root / key, gone)
-            except _NOTHING_THERE:
+            except _NOT_THERE:
                 return
             _sync(self._root)
             shutil.rmtree(gone)
 
+    def remove_records(self, key: str) -> None:
+        """See `Store.remove_records`."""
+        for number in self.numbers(key):  # the first record first
+            self.delete(key, record_name(number))
+        with _os_errors("remove"), contextlib.suppress(*_NOT_THERE):
+            _sync(self._root / key)
+
     def check(self) -> None:
-        """Find out whether records can be written, before the first one is."""
-        with _os_errors("write"):
-            self._write_beside(b"check").unlink()
+        """Raise `StoreError` if files can't be written."""
+        with _os_errors("write"), self._temporary(b"check"):
+            pass
 
     def keys(self) -> list[str]:
-        """All sessions there are."""
+        """Return the keys of all sessions."""
         with _os_errors("read"):
             try:
                 return sorted(filter(_KEY.fullmatch, os.listdir(self._root)))
-            except _NOTHING_THERE:
+            except _NOT_THERE:
                 return []
 
     def changed_at_s(self, key: str) -> float:
-        """When a record of the session was last written, in seconds since the epoch."""
+        """Return when a file of the session was last written or removed, in seconds since the epoch."""
         with _os_errors("read"):
             return (self._root / key).stat().st_mtime
 
     def tidy(self, now_s: float) -> None:
-        """Remove what writers and removals that were killed have left behind."""
+        """Remove the left-overs of writes and removals that were killed."""
         with _os_errors("remove"):
             for path in [*self._root.glob(".new-*"), *self._root.glob(".gone-*")]:
                 try:
                     if path.name.startswith(".gone-"):
                         shutil.rmtree(path)
-                    elif now_s - path.stat().st_mtime > _BEING_WRITTEN_S:
+                    elif now_s - path.stat().st_mtime > _TEMPORARY_S:
                         path.unlink()
                 except FileNotFoundError:
                     continue  # another worker tidies too
             for folder in self._root.glob("*"):
-                if folder.is_dir() and now_s - folder.stat().st_mtime > _BEING_WRITTEN_S:
-                    with contextlib.suppress(OSError):  # most hold records
+                if folder.is_dir() and now_s - folder.stat().st_mtime > _TEMPORARY_S:
+                    with contextlib.suppress(OSError):  # most are not empty
                         folder.rmdir()
 
-    def _write_beside(self, data: bytes) -> Path:
-        """The data in a new file under the root, synced."""
+    @contextmanager
+    def _temporary(self, data: bytes) -> Iterator[Path]:
+        """A new file under the root with this content, synced. Removed at the end, unless it was renamed."""
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = self._root / f".new-{secrets.token_hex(8)}"
         try:
@@ -143,70 +196,112 @@ class DirectoryStore:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError:
+            yield path
+        finally:
             path.unlink(missing_ok=True)
-            raise
-        return path
 
 
 class S3Store:
-    """Records as objects under `s3://bucket/prefix/`."""
+    """Objects under `s3://bucket/prefix/`. Conditional writes take the place of locks."""
 
     name = "s3"
-    pause_s = 5.0  # a bucket that can't be reached takes seconds to say so
+    pause_s = 5.0  # a bucket that can't be reached takes seconds to fail
 
     def __init__(self, uri: str, client: Any = None) -> None:
-        """`client`: boto3's, made here by default. Raises ValueError (`uri`) and what boto3 makes of its settings."""
+        """`client`: a boto3 client; made here by default. Raise ValueError (`uri`), or what boto3 raises."""
         match = _S3_PREFIX.fullmatch(uri)
         if not match:
             raise ValueError("wanted s3://<bucket>/<prefix>")
         self._bucket, self._prefix = match.groups()
-        self._client = client or _new_client()
+        self.client = client or _new_client()
 
-    def put(self, key: str, number: int, data: bytes) -> None:
-        """As `Store.put`."""
-        with _s3_errors("write"):
-            self._client.put_object(Bucket=self._bucket, Key=self._path(key) + _name(number), Body=data)
+    def create(self, key: str, name: str, data: bytes) -> bool:
+        """See `Store.create`."""
+        return self._put(key, name, data, IfNoneMatch="*")
 
-    def get(self, key: str, number: int) -> bytes:
-        """As `Store.get`."""
+    def replace(self, key: str, name: str, data: bytes, version: str) -> bool:
+        """See `Store.replace`. The version is the ETag."""
+        return self._put(key, name, data, IfMatch=version)
+
+    def read(self, key: str, name: str) -> tuple[bytes, str] | None:
+        """See `Store.read`."""
+        from botocore.exceptions import ClientError
+
         with _s3_errors("read"):
-            answer = self._client.get_object(Bucket=self._bucket, Key=self._path(key) + _name(number))
-            return answer["Body"].read()
+            try:
+                answer = self.client.get_object(Bucket=self._bucket, Key=self._path(key) + name)
+            except ClientError as error:
+                if _code(error) == "NoSuchKey":
+                    return None
+                raise
+            return answer["Body"].read(), answer["ETag"]
 
     def numbers(self, key: str) -> list[int]:
-        """As `Store.numbers`."""
+        """See `Store.numbers`."""
         with _s3_errors("list"):
             path = self._path(key)
-            names = [_NAME.fullmatch(found.removeprefix(path)) for found in self._listed(path)]
-        return sorted(int(match[1]) for match in names if match)
+            return _numbers([found.removeprefix(path) for found in self._listed(path)])
+
+    def delete(self, key: str, name: str) -> None:
+        """See `Store.delete`."""
+        with _s3_errors("remove"):
+            self.client.delete_object(Bucket=self._bucket, Key=self._path(key) + name)
 
     def remove(self, key: str) -> None:
-        """As `Store.remove`: the first record goes first, and what has no first record is no session."""
+        """See `Store.remove`: without its first record a session is not readable."""
+        self.remove_records(key)
+        self.delete(key, OWNER)
+
+    def remove_records(self, key: str) -> None:
+        """See `Store.remove_records`."""
+        self.delete(key, record_name(0))
         with _s3_errors("remove"):
             path = self._path(key)
-            self._client.delete_object(Bucket=self._bucket, Key=path + _name(0))
-            found = self._listed(path)
+            found = [name for name in self._listed(path) if name != path + OWNER]
             for start in range(0, len(found), _DELETED_AT_ONCE):
                 objects = [{"Key": name} for name in found[start : start + _DELETED_AT_ONCE]]
-                answer = self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": objects, "Quiet": True})
+                answer = self.client.delete_objects(Bucket=self._bucket, Delete={"Objects": objects, "Quiet": True})
                 for error in answer.get("Errors", []):
                     raise StoreError(f"can't remove: {error.get('Code')}")
+
+    def _put(self, key: str, name: str, data: bytes, **condition: str) -> bool:
+        from botocore.exceptions import ClientError
+
+        with _s3_errors("write"):
+            try:
+                self.client.put_object(Bucket=self._bucket, Key=self._path(key) + name, Body=data, **condition)
+            except ClientError as error:
+                if _code(error) not in _CONDITION_FAILED:
+                    raise
+            else:
+                return True
+        # A retry finds what the first attempt wrote, if only the reply to it was lost.
+        found = self.read(key, name)
+        return found is not None and found[0] == data
 
     def _path(self, key: str) -> str:
         return f"{self._prefix}/{key}/"
 
     def _listed(self, path: str) -> list[str]:
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=path)
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=path)
         return [found["Key"] for page in pages for found in page.get("Contents", [])]
 
 
-def _name(number: int) -> str:
+def record_name(number: int) -> str:
+    """Return the name of a session's record."""
     return f"{number:06d}.rec"
 
 
+def _numbers(names: list[str]) -> list[int]:
+    return sorted(int(match[1]) for match in map(_RECORD.fullmatch, names) if match)
+
+
+def _version(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def _sync(folder: Path) -> None:
-    """A file's new name is safe only when its directory is."""
+    """A new name of a file is durable only once its directory is synced."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -214,14 +309,51 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock file. The kernel releases it if the process dies. Raise FileNotFoundError, StoreError."""
+    path = folder / "lock"
+    until_s = time.monotonic() + _LOCK_WAIT_S
+    while (descriptor := _try_lock(path)) is None:
+        if time.monotonic() > until_s:
+            raise StoreError("can't write: another process holds the lock")
+        time.sleep(_LOCK_RETRY_S)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(*_NOT_THERE):
+            path.unlink()  # the next process makes its own
+        os.close(descriptor)
+
+
+def _try_lock(path: Path) -> int | None:
+    """Return the locked file's descriptor; None if another process holds the lock, or has just removed the file."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), path.stat()):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
+
+
 def _new_client() -> Any:
-    """An S3 client that finds its credentials and region the usual way of the AWS SDK, and does not wait long."""
+    """Return an S3 client with short time-outs; credentials and region are found in the usual way of the AWS SDK."""
     import boto3
     from botocore.config import Config
 
     retries = {"total_max_attempts": 2, "mode": "standard"}
     config = Config(connect_timeout=2, read_timeout=5, retries=retries, max_pool_connections=16)
     return boto3.session.Session().client("s3", config=config)
+
+
+def _code(error: Any) -> str:
+    return str(error.response.get("Error", {}).get("Code"))
 
 
 @contextmanager
@@ -239,6 +371,6 @@ def _s3_errors(what: str) -> Iterator[None]:
     try:
         yield
     except ClientError as error:
-        raise StoreError(f"can't {what}: {error.response.get('Error', {}).get('Code')}") from error
+        raise StoreError(f"can't {what}: {_code(error)}") from error
     except BotoCoreError as error:
         raise StoreError(f"can't {what}: {type(error).__name__}") from error

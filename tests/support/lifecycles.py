@@ -16,14 +16,12 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
-from unittest import mock
 
 from PIL import Image
 
 from llava_sessions.config import MediaLimits, RequestLimits
 from llava_sessions.errors import STATUS_OF_CODE
 from llava_sessions.ipc.messages import Command, OpenFailed, OutOfCapacity, Report, TurnFailed
-from llava_sessions.journal import executor as journal_executor
 from llava_sessions.journal.journal import Journal
 from llava_sessions.protocol.constants import CLOSED_SESSION_HEADER, NEW_SESSION, SESSION_HEADER
 from llava_sessions.text.chat_template import NOTHING, ChatTemplate, OpenedOn
@@ -65,6 +63,10 @@ def png(colour: str) -> str:
     held = io.BytesIO()
     Image.new("RGB", (8, 8), colour).save(held, "PNG")
     return base64.b64encode(held.getvalue()).decode()
+
+
+def _no_fetch(url: str, limits: MediaLimits) -> bytes:
+    raise AssertionError("nothing here is remote")
 
 
 @cache
@@ -182,6 +184,7 @@ class Request:
     colour: str | None = None
     key: str | None = None
     is_stream: bool = False
+    began_ended: bool = False
     was_seen: bool = False
     was_dropped: bool = False
     stops: int = 0
@@ -201,6 +204,18 @@ class _Errors(logging.Handler):
         if text.startswith(("event_failed", "step_failed", "journal_error")):
             cause = record.exc_info[1] if record.exc_info else None
             self.found.append(f"{text}: {cause!r}")
+
+
+@dataclass(frozen=True)
+class _Client:
+    """The pipe to one engine. Commands to an engine that has died are lost."""
+
+    instance: Instance
+    engine: FakeEngine
+
+    def submit(self, command: Command) -> None:
+        if self.instance.engine is self.engine:
+            self.instance.commands.append(command)
 
 
 class Instance:
@@ -228,10 +243,11 @@ class Instance:
         self.journal_jobs = ManualExecutor()
         self.preparations = ManualExecutor()
         self.table = SessionTable(MAX_SESSIONS, TTL_S)
-        with mock.patch.object(journal_executor, "ThreadPoolExecutor", lambda *_, **__: self.journal_jobs):
-            self.journal = Journal([] if self.store is None else [self.store], clock=lambda: self.world.monotonic_s)
+        self.journal = Journal(
+            [] if self.store is None else [self.store], clock=lambda: self.world.monotonic_s, pool=self.journal_jobs
+        )
         self.pump = make_pump(
-            client=self,
+            client=_Client(self, self.engine),
             inbox=self.inbox,
             template=template(),
             table=self.table,
@@ -242,6 +258,7 @@ class Instance:
             journal=self.journal,
             timing=Timing(lambda: self.world.now_s, lambda: self.world.monotonic_s, wait_s=0.0, close_wait_s=0.0),
             executor=self.preparations,
+            fetch=_no_fetch,
         )
         with self.journal_jobs.live():
             self.pump.recover()
@@ -250,11 +267,6 @@ class Instance:
     def pending(self) -> int:
         """End requests that are queued: part of `SequenceEnder`."""
         return len(self.to_end)
-
-    def submit(self, command: Command) -> None:
-        """Take a command for the engine."""
-        if self.engine is not None:
-            self.commands.append(command)
 
     def end(self, sequence_id: str) -> None:
         """Take a sequence for an end request."""
@@ -290,11 +302,11 @@ class Instance:
         """Start another engine."""
         if self.engine is None:
             self.engine = FakeEngine()
-            self.inbox.put(EngineUp(self, None))
+            self.inbox.put(EngineUp(_Client(self, self.engine), None))
 
     def prepare(self, index: int = 0) -> None:
         """Run one preparation, in any order."""
-        if len(self.preparations):
+        if self.preparations.waiting:
             with self.journal_jobs.live():
                 self.preparations.run(index)
 
@@ -302,7 +314,7 @@ class Instance:
     def is_idle(self) -> bool:
         """Whether only new requests can change anything."""
         works = self.engine is not None and (self.engine.has_work or self.commands)
-        jobs = len(self.preparations) + len(self.journal_jobs) + len(self.reports) + len(self.to_end)
+        jobs = self.preparations.waiting + self.journal_jobs.waiting + len(self.reports) + len(self.to_end)
         return not (works or jobs or self.active)
 
 
@@ -379,6 +391,9 @@ class World:
 
     def op_ask(self, n: int) -> None:
         """Ask something new, sometimes while the session is busy."""
+        if not self.chats:
+            self.op_open(n)
+            self._settle()
         if self.chats:
             request_id = f"ask-{self._rows:016}" if n % 2 else None
             question = Question(PROMPTS[n % len(PROMPTS)], request_id, COLOURS[1] if n % 5 == 4 else None)
@@ -422,7 +437,7 @@ class World:
     def op_journal(self, n: int) -> None:
         """Run a job of the journal."""
         jobs = self._instance(n).journal_jobs
-        if len(jobs):
+        if jobs.waiting:
             jobs.run(n // 2)
 
     def op_step(self, n: int) -> None:
@@ -528,6 +543,7 @@ class World:
         request = Request(row, kind, **facts)
         if request.chat is not None:
             request.stops = request.chat.stops
+            request.began_ended = request.chat.is_ended is True
         self.instances[home].active.append(request)
         return request
 
@@ -592,6 +608,8 @@ class World:
         for chat in self.chats:
             if chat.home == instance.number:
                 chat.survive_restart(self.store is not None and self.store.has_failed)
+                # A start that can't read the directory finds no session in it. A resume does.
+                chat.claimed = chat.claimed or (self.store is not None and self.store.reads_fail)
         instance.sequences.clear()
         instance.start()
 
@@ -688,7 +706,7 @@ class World:
                 self.demand(False, f"unexpected {code} for {request.kind}")
 
     def _may_be_gone(self, request: Request) -> bool:
-        chat = request.chat
+        chat = request.chat or self._by_key.get(request.key or "")
         if chat is None:
             return False
         others = chat.resumes > 0 or chat.heirs or chat.claimed
@@ -703,7 +721,7 @@ class World:
         known = next((chat for chat in self.chats if chat.session_id == session_id), None)
         if known is not None:
             self.demand(request.key is not None, "two opens got one session")
-            self.demand(known.is_ended is not True, "a retried open got a session that has ended")
+            self.demand(known.is_ended is not True or known.claimed, "a retried open got a session that has ended")
             if request.kind == "resume":
                 self._resume_ended(request)
             return
@@ -728,7 +746,7 @@ class World:
             possible = old.possible
         possible = {one for one in possible if len(one.turns) == body.get("turns", 0)}
         self.demand(bool(possible), f"a resume lost turns: {body.get('turns', 0)} are left")
-        if old.is_ended:
+        if request.began_ended:
             self.demand(self.store is not None and self.store.has_failed, "an ended session was resumed")
         self.demand(not (durable and old.resumed_durably), "a session was resumed twice")
         old.resumed_durably = old.resumed_durably or durable

@@ -22,7 +22,9 @@ class ManualExecutor(Executor):
         self._jobs: list[tuple[Future[Any], Callable[[], Any]]] = []
         self._is_live = False
 
-    def __len__(self) -> int:
+    @property
+    def waiting(self) -> int:
+        """The number of jobs."""
         return len(self._jobs)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:

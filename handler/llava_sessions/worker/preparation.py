@@ -73,13 +73,14 @@ class Preparer:
         clock: Callable[[], float],
         decoding: Executor | None = None,
         waiting: Executor | None = None,
+        fetch: Callable[[str, MediaLimits], bytes] | None = None,
     ) -> None:
-        """`clock`: seconds since the epoch. `decoding` and `waiting` replace the thread pools, for tests."""
+        """`clock`: seconds since the epoch. `decoding`, `waiting` and `fetch` replace threads and HTTP, for tests."""
         self._template = template
         self._limits = limits
         self._journal = journal
         self._clock = clock
-        self._fetch = Fetcher()
+        self._fetch = fetch or Fetcher()
         self._decoding = decoding or ThreadPoolExecutor(_DECODING_THREADS, thread_name_prefix="decode")
         self._waiting = waiting or ThreadPoolExecutor(_WAITING_THREADS, thread_name_prefix="fetch")
 

@@ -113,6 +113,8 @@ class SessionManager:
         """Expire sessions, sweep the journal, and end turns that outlast the drain. Call it about once a second."""
         context = self._context
         for session in context.table.expired(context.clock()):
+            if self._openings.holds(session):
+                continue  # it expires after its acknowledgement
             log.info("session_expired session=%s", short_id(session.id))
             self._drop(session, "expired")
         now_s = self._monotonic()
@@ -203,8 +205,8 @@ class SessionManager:
             removed = self._drop(session, "closed")
             self._context.inbox.when_done(removed, partial(self._closed, session.id))
 
-    def _closed(self, session_id: str, _: Future[bool]) -> None:
-        """Acknowledge a close, after the journal has removed the session."""
+    def _closed(self, session_id: str, _: Future[bool] | None = None) -> None:
+        """Acknowledge a close, after the journal has removed the session or another instance has taken it over."""
         log.info("session_close session=%s open=%d", short_id(session_id), len(self._context.table))
         for pending in self._closing.pop(session_id):
             if not pending.disconnected:
@@ -323,6 +325,8 @@ class SessionManager:
                 log.warning("session_lost session=%s reason=%s", short_id(session.id), reason)
                 self._unload(session)
                 self._context.table.end(session, reason)
+                if session.id in self._closing:
+                    self._closed(session.id)
         for pending, ask in self._turns.take_retries():
             if pending.disconnected:
                 continue

@@ -238,6 +238,8 @@ class Instance:
         self.reports: list[Report] = []
         self.to_end: list[str] = []
         self.losses = 0
+        self.silent_sweeps = 0
+        self.exchanged_s = self.world.monotonic_s
         self.is_draining = False
         self.inbox = Inbox()
         self.journal_jobs = ManualExecutor()
@@ -324,7 +326,7 @@ class World:
     def __init__(self, has_journal: bool) -> None:
         self.now_s = START_S
         self.monotonic_s = 1000.0
-        self.store = MemoryStore() if has_journal else None
+        self.store = MemoryStore(lambda: self.now_s) if has_journal else None
         self.chats: list[Chat] = []
         self.trace: list[str] = []
         self.faults = 0
@@ -504,11 +506,7 @@ class World:
         if n % 2:
             return
         for _ in range(SILENT_SWEEPS):
-            instance.pump.sweep()
-        for request in instance.active:
-            if request.was_seen:
-                request.was_dropped = True
-                self._uncertain(instance, request)
+            self._sweep_one(instance)
 
     def op_drain(self, n: int) -> None:
         """Announce the end of an instance."""
@@ -583,7 +581,19 @@ class World:
 
     def _sweep(self) -> None:
         for instance in self.instances:
-            instance.pump.sweep()
+            self._sweep_one(instance)
+
+    def _sweep_one(self, instance: Instance) -> None:
+        """Sweep, and note which clients the worker takes for disconnected."""
+        instance.pump.sweep()
+        instance.silent_sweeps += 1
+        is_silent = self.monotonic_s - instance.exchanged_s > SILENCE_S
+        if not is_silent or instance.silent_sweeps < SILENT_SWEEPS:
+            return
+        for request in instance.active:
+            if request.was_seen and not request.was_dropped:
+                self._uncertain(instance, request)
+                request.was_dropped = True
 
     def _round(self, instance: Instance) -> None:
         instance.prepare()
@@ -596,7 +606,9 @@ class World:
         for _ in range(ROUNDS):
             for instance in self.instances:
                 self._round(instance)
-            if all(instance.is_idle or instance.engine is None and not instance.active for instance in self.instances):
+            if all(
+                instance.is_idle or (instance.engine is None and not instance.active) for instance in self.instances
+            ):
                 return
         waiting = [request.kind for instance in self.instances for request in instance.active]
         self.demand(False, f"requests without a reply: {waiting}")
@@ -614,6 +626,8 @@ class World:
         instance.start()
 
     def _exchange(self, instance: Instance) -> None:
+        instance.silent_sweeps = 0
+        instance.exchanged_s = self.monotonic_s
         ends = [self._end_row(instance, sequence) for sequence in instance.to_end]
         instance.to_end.clear()
         rows = [request.row for request in instance.active] + ends
@@ -750,7 +764,7 @@ class World:
             self.demand(self.store is not None and self.store.has_failed, "an ended session was resumed")
         self.demand(not (durable and old.resumed_durably), "a session was resumed twice")
         old.resumed_durably = old.resumed_durably or durable
-        old.is_ended = True if durable or not is_elsewhere and self.store is None else None
+        old.is_ended = True if durable or (not is_elsewhere and self.store is None) else None
         return {_all_durable(one) if durable else one for one in possible}
 
     def _answered(self, instance: Instance, request: Request, lines: list[dict]) -> None:

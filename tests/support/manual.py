@@ -65,8 +65,9 @@ class ManualExecutor(Executor):
 class MemoryStore(DirectoryStore):
     """A directory in memory. While `writes_fail` or `reads_fail` is set, such calls raise `StoreError`."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
         super().__init__("/nowhere")
+        self._clock = clock
         self.objects: dict[tuple[str, str], bytes] = {}
         self.writes_fail = False
         self.reads_fail = False
@@ -125,7 +126,7 @@ class MemoryStore(DirectoryStore):
 
     def changed_at_s(self, key: str) -> float:
         """See `DirectoryStore.changed_at_s`."""
-        return 0.0
+        return self._clock()
 
     def tidy(self, now_s: float) -> None:
         """See `DirectoryStore.tidy`."""

@@ -37,9 +37,7 @@ class SaveOutcome(Enum):
 class StoreWriter:
     """The sessions of one store. Methods that take a key block: run them on `executor`, under that key."""
 
-    def __init__(
-        self, store: Store, blobs: BlobPool, clock: Callable[[], float], pool: Executor | None = None
-    ) -> None:
+    def __init__(self, store: Store, blobs: BlobPool, clock: Callable[[], float], pool: Executor | None = None) -> None:
         """`clock`: seconds, for the pauses after a failure. `pool` as in `KeyedExecutor`."""
         self.store = store
         self.executor = KeyedExecutor(f"journal-{store.name}", pool)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from enum import Enum
 from functools import partial
 
@@ -36,10 +36,10 @@ class SaveOutcome(Enum):
 class StoreWriter:
     """The sessions of one store. Methods that take a key block: run them on `executor`, under that key."""
 
-    def __init__(self, store: Store, blobs: BlobPool, clock: Callable[[], float]) -> None:
-        """`clock`: seconds, for the pauses after a failure."""
+    def __init__(self, store: Store, blobs: BlobPool, clock: Callable[[], float], pool: Executor | None = None) -> None:
+        """`clock`: seconds, for the pauses after a failure. `pool` as in `KeyedExecutor`."""
         self.store = store
-        self.executor = KeyedExecutor(f"journal-{store.name}")
+        self.executor = KeyedExecutor(f"journal-{store.name}", pool)
         self.reader = StoreReader(store, blobs)
         self._writes = CircuitBreaker(store, "write", "turns are not durable", clock)
         self._removals = CircuitBreaker(store, "remove", "it is tried again", clock)

@@ -39,7 +39,7 @@ _FRONTEND_ID = re.compile(r"ts-seq-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 class _Opening:
     """An open that is not acknowledged yet. `pending`: its requests, several after a retry.
 
-    `resumed`: the session that it continues, if that is open in this worker. `retiring`: the journal is removing the old
+    `resumed`: the session that it continues, if that is open in this worker. `retiring`: the journal removes the old
     session, so an error of the engine cannot reject this open any more.
     """
 

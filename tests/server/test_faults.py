@@ -288,7 +288,7 @@ def test_another_instance_carries_on_and_ends_in_order(
 
 def files_of(journal: Path, chat: PatientChat) -> list[str]:
     folder = journal / encoding.key_of(chat.session_id)
-    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    return sorted(path.name for path in folder.glob("*.rec"))
 
 
 def spoil(journal: Path, chat: PatientChat) -> None:

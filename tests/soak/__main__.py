@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from . import churn, fuzz, isolation, kills
+from . import churn, fuzz, isolation, kills, lifecycles
 
 SOAKS = {
     "engine-kills": kills.engine_kills,
@@ -15,6 +15,7 @@ SOAKS = {
     "isolation": isolation.isolation,
     "churn": churn.main,
     "fuzz": fuzz.main,
+    "lifecycles": lifecycles.main,
 }
 
 

@@ -6,10 +6,11 @@ import os
 import resource
 import signal
 import sys
+from dataclasses import replace
 
 from llava_sessions.chat.transcript import OpenRecord, Transcript, TurnRecord
 from llava_sessions.journal import encoding, stores
-from llava_sessions.journal.journal import Journal, SaveOutcome
+from llava_sessions.journal.journal import Journal, JournalError, SaveOutcome
 
 EXPIRES_S = 2_000_000_000.0
 
@@ -49,6 +50,12 @@ def die_at(folder: str, moment: str) -> None:
     for number in range(2):
         assert stored(journal, story)
         story.append(turn("chat", number))
+    make_deadly(moment)
+    journal.save(story).result()
+
+
+def make_deadly(moment: str) -> None:
+    """The next call of a function of `os` kills this process: before its effect, or "after-" it."""
     real = getattr(os, moment.removeprefix("after-"))
 
     def deadly(*arguments):
@@ -57,7 +64,30 @@ def die_at(folder: str, moment: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     setattr(os, moment.removeprefix("after-"), deadly)
-    journal.save(story).result()
+
+
+def claim_and_die_at(folder: str, moment: str) -> None:
+    """A claim of the session "chat" that is cut short."""
+    journal = Journal([stores.DirectoryStore(folder)])
+    make_deadly(moment)
+    journal.claim("chat", EXPIRES_S - 60, None)
+
+
+def carry_on(folder: str, name: str) -> None:
+    """Resume the session "chat" as `name` at a line of input, as an instance does; print what came of it."""
+    journal = Journal([stores.DirectoryStore(folder)])
+    print("ready", flush=True)
+    sys.stdin.readline()
+    try:
+        old = journal.claim("chat", EXPIRES_S - 60, None)
+    except JournalError as error:
+        print(type(error).__name__, flush=True)
+        return
+    assert stored(journal, Transcript(replace(old.opening, session_id=name), old.turns))
+    won = journal.retire("chat").result()
+    if not won:
+        journal.forget(name).result()
+    print("won" if won else "lost", len(old.turns), flush=True)
 
 
 def meet_the_limit(folder: str) -> None:
@@ -81,4 +111,6 @@ if __name__ == "__main__":
     import logging
 
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
-    {"chat": chat_until_killed, "die": die_at, "limit": meet_the_limit}[sys.argv[1]](*sys.argv[2:])
+    {"chat": chat_until_killed, "die": die_at, "limit": meet_the_limit, "claim": claim_and_die_at, "resume": carry_on}[
+        sys.argv[1]
+    ](*sys.argv[2:])

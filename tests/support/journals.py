@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from moto import mock_aws
 from llava_sessions.chat.transcript import BlobPool, OpenRecord, Transcript, TurnRecord
 from llava_sessions.journal.encoding import key_of, read_transcript
 from llava_sessions.journal.journal import Journal, NotFound, SaveOutcome
+from llava_sessions.journal.owners import read_owner
 from llava_sessions.journal.stores import DirectoryStore, Store, record_name
 from tests.support.product_log import product_records
 
@@ -70,8 +71,11 @@ def read(
 def peek(store: Store, session_id: str) -> Transcript | None:
     """Read a session without a claim. None: it has no record."""
     key = key_of(session_id)
+    owned = read_owner(store, key)
     records = [store.read(key, record_name(number)) for number in store.numbers(key)]
-    return read_transcript(key, [data for data, _ in records], BlobPool().get)[0] if records else None
+    if not records:
+        return None
+    return read_transcript(key, [data for data, _ in records], BlobPool().get, owned.since, owned.start)[0]
 
 
 def again(folder: Path) -> Journal:
@@ -101,6 +105,52 @@ def resealed(path: Path, change: Any) -> None:
     change(whole)
     body = json.dumps(whole).encode()
     path.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+
+
+class MemoryStore:
+    """A store in memory. `before` is called with the name of each operation before it is done.
+
+    Several stores may share `contents`.
+    """
+
+    name = "memory"
+    pause_s = 0.0
+
+    def __init__(self, contents: dict[tuple[str, str], bytes], before: Callable[[str], None] | None = None) -> None:
+        self._contents = contents
+        self.before = before or (lambda operation: None)
+
+    def create(self, key: str, name: str, data: bytes) -> bool:
+        self.before("create")
+        return self._contents.setdefault((key, name), data) == data
+
+    def replace(self, key: str, name: str, data: bytes, version: str) -> bool:
+        self.before("replace")
+        if self._contents.get((key, name), b"").hex() != version:
+            return False
+        self._contents[key, name] = data
+        return True
+
+    def read(self, key: str, name: str) -> tuple[bytes, str] | None:
+        self.before("read")
+        data = self._contents.get((key, name))
+        return None if data is None else (data, data.hex())
+
+    def numbers(self, key: str) -> list[int]:
+        self.before("numbers")
+        return sorted(int(name[:6]) for found, name in self._contents if found == key and name.endswith(".rec"))
+
+    def delete(self, key: str, name: str) -> None:
+        self.before("delete")
+        self._contents.pop((key, name), None)
+
+    def remove(self, key: str) -> None:
+        self.remove_records(key)
+        self.delete(key, "owner")
+
+    def remove_records(self, key: str) -> None:
+        for number in self.numbers(key):
+            self.delete(key, record_name(number))
 
 
 @pytest.fixture

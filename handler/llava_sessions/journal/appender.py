@@ -29,12 +29,13 @@ class Appender:
     def adopt(self, checksums: list[str], loaded: bool) -> None:
         """Continue behind a transcript, of which these are the checksums, as far as it is stored.
 
-        `loaded`: all of it is. Nothing is known after an error; then all records are written again.
+        `loaded`: all of it is. The rest is written with the next save. Raise `NotOwner`.
         """
         count = len(checksums) if loaded else min(self._reader.count(self._key), len(checksums))
         if count and (loaded or checksum_of(self._reader.record(self._key, count - 1)) == checksums[count - 1]):
             self.count = count
             self._checksum = checksums[count - 1]
+        owners.seal(self._store, self._key, self.owner, self.count)
 
     def write(self, records: Records) -> None:
         """Write what is missing. Raise `NotOwner`; what this call has written to a removed session is removed again."""
@@ -61,10 +62,11 @@ class Appender:
 
     def _restart(self) -> None:
         """Begin again in a store that has lost the owner record, unless all records are still there."""
-        owners.take(self._store, self._key, self.owner)
+        owners.take_empty(self._store, self._key, self.owner)
         with contextlib.suppress(Damaged):
             complete = self.count > 0 and self._reader.count(self._key) == self.count
             if complete and checksum_of(self._reader.record(self._key, self.count - 1)) == self._checksum:
+                owners.seal(self._store, self._key, self.owner, self.count)
                 return
         self.count = 0
         self._checksum = ""

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hmac
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, wait
-from dataclasses import dataclass, field
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from ..chat.transcript import OpenRecord, Transcript, short_id
-from .encoding import Damaged, Owner, key_of
+from . import owners
+from .encoding import Damaged, Owner, OwnerRecord, key_of
 from .owners import NotOwner
 from .reader import Found, Loaded
 from .stores import StoreError
@@ -64,113 +65,110 @@ class Claimed:
     owner: Owner
 
 
-@dataclass
-class _Replies(Generic[T]):
-    """The results of the stores. Damage and failures were logged."""
-
-    results: list[tuple[StoreWriter, T]] = field(default_factory=list)
-    damaged: list[StoreWriter] = field(default_factory=list)
-    unavailable: bool = False
-
-    def missing(self) -> JournalError:
-        """Return the error to raise if there is no result."""
-        return JournalUnavailable() if self.unavailable else NotFound(damaged=bool(self.damaged))
-
-
 def claim(
     writers: Sequence[StoreWriter], session_id: str, now_s: float, token_digest: str | None, instance: str
 ) -> Claimed:
     """Claim a session for `instance`, behind this process's pending work on it. Blocks. Raise `JournalError`."""
+    try:
+        return _claim(writers, session_id, now_s, token_digest, instance)
+    except NotOwner as lost:
+        raise (NotFound() if lost.retired else AlreadyClaimed()) from None
+
+
+def _claim(
+    writers: Sequence[StoreWriter], session_id: str, now_s: float, token_digest: str | None, instance: str
+) -> Claimed:
     claiming = _Claim(session_id)
     found = claiming.find(writers)
     opening = claiming.read_opening([writer for writer, _ in found])
     if not hmac.compare_digest(opening.token_digest or "", token_digest or "") or now_s >= opening.expires_at_s:
         raise NotFound
-    owner = Owner(max(one.owner.epoch for _, one in found) + 1, instance)
+    owner = Owner(max(one.owned.owner.epoch for _, one in found) + 1, instance)
     taken = claiming.take(found, owner)
     transcript = claiming.load(taken, owner)
     return Claimed(transcript, owner)
 
 
 class _Claim:
-    """The steps of one claim."""
+    """The steps of one claim. A store that fails in one of them counts to the end."""
 
     def __init__(self, session_id: str) -> None:
         self._key = key_of(session_id)
         self._shown = short_id(session_id)
+        self._damaged: set[StoreWriter] = set()
+        self._unavailable = False
 
     def find(self, writers: Sequence[StoreWriter]) -> list[tuple[StoreWriter, Found]]:
         """Return the stores that have the session."""
         known = [writer for writer in writers if not writer.is_forgotten(self._key)]
         replies = self._ask(known, lambda writer: writer.reader.find(self._key))
-        found = [(writer, one) for writer, one in replies.results if one is not None]
-        if any(one.owner.retired for _, one in found):
+        found = [(writer, one) for writer, one in replies if one is not None]
+        if any(one.owned.retired for _, one in found):
             raise NotFound
         if not found:
-            raise replies.missing()
+            raise self._missing()
         return found
 
     def read_opening(self, writers: Sequence[StoreWriter]) -> OpenRecord:
         """Return the session's first record, from the first store that can give it."""
-        replies: _Replies[OpenRecord] = _Replies()
         for writer in writers:
-            self._ask([writer], lambda one: one.reader.opening(self._key), replies)
-            if replies.results:
-                return replies.results[0][1]
-        raise replies.missing()
+            for _, opening in self._ask([writer], lambda one: one.reader.opening(self._key)):
+                return opening
+        raise self._missing()
 
     def take(self, found: Sequence[tuple[StoreWriter, Found]], owner: Owner) -> list[tuple[StoreWriter, Found]]:
         """Become the owner, store by store in the order of the configuration. Return the stores that could be reached.
 
-        Two claims that meet therefore meet in the first store that both reach.
+        Two claims that meet therefore meet in the first store that both reach. Raise `NotOwner`.
         """
         taken = []
-        replies: _Replies[None] = _Replies()
         for writer, one in found:
-            try:
-                self._ask([writer], lambda one: one.take(self._key, owner), replies)
-            except NotOwner as lost:
-                raise (NotFound() if lost.retired else AlreadyClaimed()) from None
-            if replies.results and replies.results[-1][0] is writer:
-                taken.append((writer, one))
+            for _, owned in self._ask([writer], lambda store: owners.take(store.store, self._key, owner)):
+                taken.append((writer, replace(one, owned=owned)))
         if not taken:
-            raise replies.missing()
+            raise self._missing()
         return taken
 
     def load(self, taken: Sequence[tuple[StoreWriter, Found]], owner: Owner) -> Transcript:
-        """Return the longest verified transcript, and note in each store how much of it is there."""
-        replies: _Replies[Loaded] = _Replies()
-        longest: tuple[StoreWriter, Loaded] | None = None
+        """Return the longest verified transcript, and adopt in each store what is there of it. Raise `NotOwner`."""
+        loaded: list[tuple[StoreWriter, Loaded]] = []
         for writer, one in sorted(taken, key=lambda pair: -pair[1].records):
-            if longest is not None and len(longest[1].checksums) >= one.records:
-                break
-            self._ask([writer], lambda source: source.reader.load(self._key), replies)
-            longest = max(replies.results, key=lambda pair: len(pair[1].checksums), default=None)
-        if longest is None:
-            raise replies.missing()
-        source, loaded = longest
-        for writer, _ in taken:
-            checksums = [] if writer in replies.damaged else loaded.checksums
-            expires_at_s = loaded.transcript.opening.expires_at_s
-            adopt = partial(writer.adopt, self._key, owner, expires_at_s, checksums, loaded=writer is source)
-            wait([writer.executor.run(self._key, adopt)])
-        return loaded.transcript
+            if writer in self._damaged or any(len(known.checksums) >= one.records for _, known in loaded):
+                continue
+            loaded += self._ask([writer], partial(self._load, owned=one.owned))
+        if not loaded:
+            raise self._missing()
+        source, longest = max(loaded, key=lambda pair: len(pair[1].checksums))
 
-    def _ask(
-        self, writers: Sequence[StoreWriter], work: Callable[[StoreWriter], T], replies: _Replies[T] | None = None
-    ) -> _Replies[T]:
-        """Run the work on each writer's executor, and add the results to `replies`."""
-        replies = replies or _Replies()
+        def adopt(writer: StoreWriter) -> None:
+            checksums = [] if writer in self._damaged else longest.checksums
+            expires_at_s = longest.transcript.opening.expires_at_s
+            writer.adopt(self._key, owner, expires_at_s, checksums, loaded=writer is source)
+
+        if not [result for writer, _ in taken for result in self._ask([writer], adopt)]:
+            raise self._missing()
+        return longest.transcript
+
+    def _load(self, writer: StoreWriter, owned: OwnerRecord) -> Loaded:
+        return writer.reader.load(self._key, owned)
+
+    def _missing(self) -> JournalError:
+        """Return the error to raise if no store has given what was asked for."""
+        return JournalUnavailable() if self._unavailable else NotFound(damaged=bool(self._damaged))
+
+    def _ask(self, writers: Sequence[StoreWriter], work: Callable[[StoreWriter], T]) -> list[tuple[StoreWriter, T]]:
+        """Run the work on each writer's executor. Return the results of those that did not fail."""
+        results = []
         futures = [(writer, writer.executor.run(self._key, partial(work, writer))) for writer in writers]
         for writer, future in futures:
             try:
-                replies.results.append((writer, future.result()))
+                results.append((writer, future.result()))
             except Damaged as error:
-                replies.damaged.append(writer)
+                self._damaged.add(writer)
                 log.warning("journal_damaged store=%s session=%s reason=%s", writer.store.name, self._shown, error)
             except StoreError as error:
-                replies.unavailable = True
+                self._unavailable = True
                 log.warning("journal_unreadable store=%s session=%s reason=%s", writer.store.name, self._shown, error)
             except CancelledError:  # the journal is closed
-                replies.unavailable = True
-        return replies
+                self._unavailable = True
+        return results

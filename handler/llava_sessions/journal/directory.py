@@ -71,15 +71,15 @@ class SessionDirectory:
             found = reader.find(key)
             if found is None or not found.records:
                 return None
-            opening = reader.load(key).transcript.opening
-            return _stored(opening), found.owner
+            opening = reader.load(key, found.owned).transcript.opening
+            return _stored(opening), found.owned.owner
         except Damaged as error:
             log.warning("journal_damaged store=%s session=%s reason=%s", self._store.name, shown, error)
             return None
         except StoreError as error:
             log.warning("journal_unreadable store=%s session=%s reason=%s", self._store.name, shown, error)
         try:
-            return _stored(reader.opening(key)), owners.read_owner(self._store, key) or owners.NOBODY
+            return _stored(reader.opening(key)), owners.read_owner(self._store, key).owner
         except (Damaged, StoreError):
             return None
 

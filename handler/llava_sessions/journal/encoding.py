@@ -7,8 +7,8 @@ record is therefore detected, and never becomes part of another transcript. Data
 The epoch is optional: records of version 0.1 have none and count as epoch 0. Unknown fields are ignored, so that an
 older version can read the journal of a newer one.
 
-A record with a lower epoch than its predecessor was written by an instance that had lost the session (owners.py). Such
-a record was never acknowledged, and the transcript ends before it.
+A stale record was written by an instance that had lost the session (owners.py). It was never acknowledged, and its
+epoch tells it from the owner's records.
 """
 
 from __future__ import annotations
@@ -36,18 +36,23 @@ class Damaged(Exception):
 
 @dataclass(frozen=True)
 class Owner:
-    """Who may append to a session: a process (`instance`, random) in its `epoch`. `retired`: the session was removed.
-
-    Epochs of a session only grow; each claim takes the next one.
-    """
+    """Who may append to a session: a process (`instance`, random) in its `epoch`. Each claim takes the next epoch."""
 
     epoch: int
     instance: str
-    retired: bool = False
 
-    def is_same(self, other: Owner) -> bool:
-        """Compare without `retired`."""
-        return (self.epoch, self.instance) == (other.epoch, other.instance)
+
+@dataclass(frozen=True)
+class OwnerRecord:
+    """The owner of a session, and which records are valid: from number `start` on, those of epoch `since` or later.
+
+    `retired`: the session was removed.
+    """
+
+    owner: Owner
+    since: int = 0
+    start: int = 0
+    retired: bool = False
 
 
 def _from_base64(text: object) -> bytes:
@@ -103,6 +108,8 @@ class _OwnerFields(_Fields):
     key: str
     epoch: _Count
     instance: str
+    since: _Count
+    start: _Count
     retired: bool
 
 
@@ -130,10 +137,13 @@ def encode(
     return _seal({**whole, "record": fields.model_dump()})
 
 
-def read_transcript(key: str, records: Iterable[bytes], blob: Callable[[bytes], Blob]) -> tuple[Transcript, list[str]]:
+def read_transcript(
+    key: str, records: Iterable[bytes], blob: Callable[[bytes], Blob], since: int = 0, start: int = 0
+) -> tuple[Transcript, list[str]]:
     """Return the transcript stored under `key`, and the checksums of its records. Raise `Damaged`.
 
-    `records` are all records in order; `blob` makes a picture of its bytes. Stale records at the end are ignored.
+    `records` are all records in order; `blob` makes a picture of its bytes. The transcript ends before the first stale
+    record: one from number `start` on with an epoch before `since`, or one with an epoch before its predecessor's.
     """
     transcript: Transcript | None = None
     checksums: list[str] = []
@@ -141,7 +151,7 @@ def read_transcript(key: str, records: Iterable[bytes], blob: Callable[[bytes], 
     for number, data in enumerate(records):
         body, checksum = _unseal(data, f"record {number}")
         envelope = _envelope(body, number, key)
-        if envelope.epoch < epoch:
+        if envelope.epoch < (max(epoch, since) if number >= start else epoch):
             break
         epoch = envelope.epoch
         if (envelope.number, envelope.after) != (number, checksums[-1] if checksums else ""):
@@ -170,19 +180,19 @@ def epoch_of(data: bytes) -> int:
         return -1
 
 
-def encode_owner(owner: Owner, key: str) -> bytes:
+def encode_owner(record: OwnerRecord, key: str) -> bytes:
     """Return the bytes of the owner record of a session."""
-    whole = {"schema": SCHEMA, "key": key, "epoch": owner.epoch, "instance": owner.instance, "retired": owner.retired}
-    return _seal(whole)[0]
+    fields = {"since": record.since, "start": record.start, "retired": record.retired}
+    return _seal({"schema": SCHEMA, "key": key, **vars(record.owner), **fields})[0]
 
 
-def decode_owner(data: bytes, key: str) -> Owner:
-    """Return the owner of the session `key`. Raise `Damaged`."""
+def decode_owner(data: bytes, key: str) -> OwnerRecord:
+    """Return the owner record of the session `key`. Raise `Damaged`."""
     body, _ = _unseal(data, "the owner record")
     fields = _validate(_OwnerFields, body)
     if fields.key != key:
         raise Damaged("the owner record belongs to another session")
-    return Owner(fields.epoch, fields.instance, fields.retired)
+    return OwnerRecord(Owner(fields.epoch, fields.instance), fields.since, fields.start, fields.retired)
 
 
 def _seal(whole: dict[str, Any]) -> tuple[bytes, str]:

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 log = logging.getLogger(__name__)
@@ -19,9 +19,9 @@ T = TypeVar("T")
 class KeyedExecutor:
     """Run the work of one key in order, and the work of different keys in parallel. Thread-safe."""
 
-    def __init__(self, name: str) -> None:
-        """`name`: prefix of the threads' names."""
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix=name)
+    def __init__(self, name: str, pool: Executor | None = None) -> None:
+        """`name`: prefix of the threads' names. `pool` replaces the threads, for tests."""
+        self._pool = pool if pool is not None else ThreadPoolExecutor(_THREADS, thread_name_prefix=name)
         self._lock = threading.Lock()
         self._jobs: dict[str, deque[tuple[Future[Any], Callable[[], Any]]]] = {}
 

@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -125,15 +125,20 @@ class Journal:
     Futures don't raise. A session is written only by its owner (owners.py): the process that opened or claimed it.
     """
 
-    def __init__(self, stores: Sequence[Store] = (), clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock`: seconds, for the pauses after a failure."""
+    def __init__(
+        self,
+        stores: Sequence[Store] = (),
+        clock: Callable[[], float] = time.monotonic,
+        pool: Executor | None = None,
+    ) -> None:
+        """`clock`: seconds, for the pauses after a failure. `pool` replaces the stores' threads, for tests."""
         self.blobs = BlobPool()
         self._instance = secrets.token_hex(16)
         self._owners = _Owners()
         self._writers: list[StoreWriter] = []
         self._directories: list[SessionDirectory] = []
         for store in stores:
-            writer = StoreWriter(store, self.blobs, clock)
+            writer = StoreWriter(store, self.blobs, clock, pool)
             self._writers.append(writer)
             if isinstance(store, DirectoryStore):
                 self._directories.append(SessionDirectory(store, writer))

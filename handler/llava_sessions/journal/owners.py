@@ -1,26 +1,34 @@
 """Keep one owner for each session of a store, although several instances can reach it.
 
-The object `<key>/owner` names the instance that may append to the session, and its epoch. A claim writes the next epoch
-by compare-and-swap, so of two claims of one epoch exactly one succeeds. An owner appends as follows:
+The object `<key>/owner` names the instance that may append to the session, and its epoch. All its changes are
+compare-and-swaps. A claim has three steps:
 
-1. It writes the record, and replaces at most a damaged record or a record of its own or an earlier epoch.
+1. `take` writes the next epoch. Of two claims of one epoch exactly one succeeds.
+2. The claimer reads the records.
+3. `seal` writes how many records the claimer has adopted (`start`). From that number on, only records of its epoch or a
+   later one are valid. A claimer whose epoch was taken meanwhile fails here, and may not append.
+
+An owner appends as follows:
+
+1. It writes the record, and replaces at most a damaged record or a record of its own or an earlier epoch. The adopted
+   records of a later owner are safe: from this owner's `start` on they have at least this owner's epoch.
 2. It reads the owner record. Only if it is still the owner may the record be acknowledged.
 
-A claimer reads the records after its claim. Thus it reads a record that was written before the claim; and the writer of
-a record that was written after the claim finds out in step 2. What such a writer leaves behind has a lower epoch:
-readers ignore it and the next owner replaces it.
+Thus a claimer reads each record that was acknowledged before its claim, and the writer of a record that was written
+after the claim finds out. Such a record is stale: readers ignore it, and the next owner replaces it.
 
-A removal first marks the owner record as retired, by compare-and-swap, so that a claim and a removal can't both
-succeed. The owner record of a session that was ever claimed is kept, retired, until the session's expiry: an earlier
-owner, or another store's copy of the session, must not revive it. Journals of version 0.1 have no owner records; their
-sessions have epoch 0.
+A removal first marks the owner record as retired, so that a claim and a removal can't both succeed. The owner record of
+a session that was ever claimed is kept, retired, until the session's expiry: an earlier owner, or another store's copy
+of the session, must not revive it. Journals of version 0.1 have no owner records; their sessions have epoch 0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 
-from .encoding import Owner, decode_owner, encode_owner, epoch_of
+from .encoding import Owner, OwnerRecord, decode_owner, encode_owner, epoch_of
 from .stores import OWNER, Store, StoreError, record_name
 
 NOBODY = Owner(0, "")
@@ -44,25 +52,52 @@ class NotOwner(Exception):
         self.retired = retired
 
 
-def read_owner(store: Store, key: str) -> Owner | None:
-    """Return the owner of a session; None if none is recorded. Raise `Damaged`, `StoreError`."""
+def read_owner(store: Store, key: str) -> OwnerRecord:
+    """Return the owner record of a session; that of `NOBODY` if there is none. Raise `Damaged`, `StoreError`."""
     found = store.read(key, OWNER)
-    return None if found is None else decode_owner(found[0], key)
+    return OwnerRecord(NOBODY) if found is None else decode_owner(found[0], key)
 
 
-def take(store: Store, key: str, owner: Owner) -> None:
-    """Make `owner` the owner. Raise `NotOwner` if the recorded epoch is not lower; `Damaged`, `StoreError`."""
-    data = encode_owner(owner, key)
-    if store.create(key, OWNER, data):
-        return
+def take(store: Store, key: str, owner: Owner) -> OwnerRecord:
+    """Make `owner` the owner, to read the session and then `seal` it. Return the record, which says what is valid.
+
+    Raise `NotOwner` if the recorded epoch is not lower; `Damaged`, `StoreError`.
+    """
+    return _swap(store, key, owner, lambda current: OwnerRecord(owner, current.since, current.start))
+
+
+def take_empty(store: Store, key: str, owner: Owner) -> None:
+    """Make `owner` the owner of a session that it writes from the first record on. Raise as `take`."""
+    _swap(store, key, owner, lambda _: OwnerRecord(owner, since=owner.epoch))
+
+
+def seal(store: Store, key: str, owner: Owner, start: int) -> None:
+    """Make `start` records those of the session, of whatever epoch. Raise `NotOwner`, `Damaged`, `StoreError`."""
+    found = store.read(key, OWNER)
+    if found is None:
+        raise NotOwner
+    current = decode_owner(found[0], key)
+    sealed = encode_owner(OwnerRecord(owner, since=owner.epoch, start=start), key)
+    if current.owner != owner or current.retired:
+        raise NotOwner(current.retired)
+    if not store.replace(key, OWNER, sealed, found[1]):
+        raise NotOwner
+
+
+def _swap(store: Store, key: str, owner: Owner, change: Callable[[OwnerRecord], OwnerRecord]) -> OwnerRecord:
+    record = change(OwnerRecord(NOBODY))
+    if store.create(key, OWNER, encode_owner(record, key)):
+        return record
     found = store.read(key, OWNER)
     if found is None:
         raise StoreError("can't write: the owner record was just removed")
     current = decode_owner(found[0], key)
-    if current.retired or current.epoch >= owner.epoch:
+    if current.retired or (current.owner != owner and current.owner.epoch >= owner.epoch):
         raise NotOwner(current.retired)
-    if not store.replace(key, OWNER, data, found[1]):
+    record = change(current)
+    if not store.replace(key, OWNER, encode_owner(record, key), found[1]):
         raise NotOwner
+    return record
 
 
 def append(store: Store, key: str, number: int, data: bytes, epoch: int) -> None:
@@ -82,9 +117,11 @@ def append(store: Store, key: str, number: int, data: bytes, epoch: int) -> None
 def check(store: Store, key: str, owner: Owner) -> bool:
     """Return whether an owner is recorded. Raise `NotOwner` if it is not `owner`; `Damaged`, `StoreError`."""
     current = read_owner(store, key)
-    if current is not None and current != owner:
+    if current.owner == NOBODY:
+        return False
+    if current.owner != owner or current.retired:
         raise NotOwner(current.retired)
-    return current is not None
+    return True
 
 
 def remove(store: Store, key: str, owner: Owner) -> Removal:
@@ -95,9 +132,9 @@ def remove(store: Store, key: str, owner: Owner) -> Removal:
     found = store.read(key, OWNER)
     if found is not None:
         current = decode_owner(found[0], key)
-        if not current.is_same(owner):
+        if current.owner != owner:
             return Removal.NOT_OWNER
-        retired = encode_owner(Owner(owner.epoch, owner.instance, retired=True), key)
+        retired = encode_owner(replace(current, retired=True), key)
         if not current.retired and not store.replace(key, OWNER, retired, found[1]):
             return Removal.NOT_OWNER
     if owner.epoch > FIRST_EPOCH:

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from ..chat.transcript import BlobPool, OpenRecord, Transcript
 from . import owners
-from .encoding import Damaged, Owner, read_transcript
+from .encoding import Damaged, OwnerRecord, read_transcript
 from .stores import Store, StoreError, record_name
 
 
 @dataclass(frozen=True)
 class Found:
-    """The owner of a session in a store, and its number of records: 0 if the session is retired."""
+    """The owner record of a session in a store, and its number of records: 0 if the session is retired."""
 
-    owner: Owner
+    owned: OwnerRecord
     records: int
 
 
@@ -35,11 +35,11 @@ class StoreReader:
 
     def find(self, key: str) -> Found | None:
         """Return what the store has of a session; None if it has no record."""
-        owner = owners.read_owner(self._store, key) or owners.NOBODY
-        if owner.retired:
-            return Found(owner, 0)
+        owned = owners.read_owner(self._store, key)
+        if owned.retired:
+            return Found(owned, 0)
         count = self.count(key)
-        return Found(owner, count) if count else None
+        return Found(owned, count) if count else None
 
     def count(self, key: str) -> int:
         """Return the number of records."""
@@ -59,8 +59,8 @@ class StoreReader:
         """Return the first record."""
         return read_transcript(key, [self.record(key, 0)], self._blobs.get)[0].opening
 
-    def load(self, key: str) -> Loaded:
-        """Return the whole session."""
+    def load(self, key: str, owned: OwnerRecord) -> Loaded:
+        """Return the whole session. Only the records that are valid by `owned` belong to it."""
         records = (self.record(key, number) for number in range(self.count(key)))
-        transcript, checksums = read_transcript(key, records, self._blobs.get)
+        transcript, checksums = read_transcript(key, records, self._blobs.get, owned.since, owned.start)
         return Loaded(transcript, checksums)

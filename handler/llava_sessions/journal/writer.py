@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from enum import Enum
 from functools import partial
 
@@ -37,10 +36,10 @@ class SaveOutcome(Enum):
 class StoreWriter:
     """The sessions of one store. Methods that take a key block: run them on `executor`, under that key."""
 
-    def __init__(self, store: Store, blobs: BlobPool, clock: Callable[[], float]) -> None:
-        """`clock`: seconds, for the pauses after a failure."""
+    def __init__(self, store: Store, blobs: BlobPool, clock: Callable[[], float], pool: Executor | None = None) -> None:
+        """`clock`: seconds, for the pauses after a failure. `pool` as in `KeyedExecutor`."""
         self.store = store
-        self.executor = KeyedExecutor(f"journal-{store.name}")
+        self.executor = KeyedExecutor(f"journal-{store.name}", pool)
         self.reader = StoreReader(store, blobs)
         self._writes = CircuitBreaker(store, "write", "turns are not durable", clock)
         self._removals = CircuitBreaker(store, "remove", "it is tried again", clock)
@@ -100,29 +99,22 @@ class StoreWriter:
         """Return whether the session was removed, although a failure may have left its records."""
         return key in self._unremoved
 
-    def take(self, key: str, owner: Owner) -> None:
-        """Make `owner` the owner of a session. Raise `NotOwner`, `Damaged`, `StoreError`."""
-        owners.take(self.store, key, owner)
-
     def adopt(self, key: str, owner: Owner, expires_at_s: float, checksums: list[str], loaded: bool) -> None:
         """Note how much of a claimed transcript this store has: all of it if it was `loaded` from here.
 
         `checksums` are those of the transcript's records; they are empty if the copy here is damaged. What is missing
-        or differs is written with the next save.
+        or differs is written with the next save. Raise `NotOwner`, `Damaged`, `StoreError`.
         """
-        known = self._appenders.get(key)
-        if known is not None and known.owner.epoch > owner.epoch:
-            return  # two threads of this process claimed it; the later claim counts
-        appender = self._appenders[key] = Appender(self.store, self.reader, key, owner, expires_at_s)
-        with contextlib.suppress(StoreError, Damaged):
-            appender.adopt(checksums, loaded)
+        appender = Appender(self.store, self.reader, key, owner, expires_at_s)
+        appender.adopt(checksums, loaded)
+        self._appenders[key] = appender
 
     def _write(self, key: str, records: Records, owner: Owner) -> SaveOutcome:
         opening = records[0]
         try:
             appender = self._appenders.get(key)
             if appender is None or appender.owner != owner:
-                owners.take(self.store, key, owner)
+                owners.take_empty(self.store, key, owner)
                 appender = Appender(self.store, self.reader, key, owner, opening.expires_at_s)
                 self._appenders[key] = appender
             appender.write(records)

@@ -43,13 +43,14 @@ def make_pump(
     journal: Journal,
     timing: Timing | None = None,
     executor: Executor | None = None,
+    fetch: Callable[[str, MediaLimits], bytes] | None = None,
 ) -> Pump:
     """Build a pump. Call its `recover` before the first row.
 
-    `executor` runs the preparations instead of thread pools, for tests.
+    `executor` runs the preparations instead of thread pools, and `fetch` replaces the HTTP client, for tests.
     """
     timing = timing or Timing()
-    preparer = Preparer(template, media_limits, journal, timing.clock, executor, executor)
+    preparer = Preparer(template, media_limits, journal, timing.clock, executor, executor, fetch)
     context = WorkerContext(
         gate=EngineGate(client),
         table=table,
@@ -62,7 +63,7 @@ def make_pump(
     manager = SessionManager(context, timing.monotonic)
     # The frontend has more places than sessions. At most half of the others may wait for the end of their sequence.
     places_left = frontend_capacity(table.max_sessions) - table.max_sessions
-    reaper = SequenceReaper(ender, max_waiting=places_left // 2)
+    reaper = SequenceReaper(ender, max_waiting=places_left // 2, clock=timing.monotonic)
     return Pump(
         manager,
         inbox,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import Future
-from functools import partial
 
 from ..chat.transcript import short_id
 from ..ipc.messages import CloseSession
@@ -60,7 +59,12 @@ class Closes:
         if session.id in self._pending:
             self._turns.unloaded(session, session_not_found())
             removed = drop(self._context, session, "closed")
-            self._context.inbox.when_done(removed, partial(self._removed, session.id))
+            self._context.inbox.when_done(removed, lambda _: self._acknowledge(session.id))
+
+    def lost(self, session: Session) -> None:
+        """Acknowledge the close of a session that another instance has taken over, or whose journal is damaged."""
+        if session.id in self._pending:
+            self._acknowledge(session.id)
 
     @property
     def freeing(self) -> bool:
@@ -68,8 +72,7 @@ class Closes:
         sessions = (self._context.table.find(session_id) for session_id in self._pending)
         return any(session is not None and session.in_engine for session in sessions)
 
-    def _removed(self, session_id: str, _: Future[bool]) -> None:
-        """Acknowledge a close after the journal has removed the session."""
+    def _acknowledge(self, session_id: str) -> None:
         log.info("session_close session=%s open=%d", short_id(session_id), len(self._context.table))
         for pending in self._pending.pop(session_id):
             if not pending.disconnected:

@@ -108,6 +108,8 @@ class SessionManager:
         """Expire sessions, sweep the journal, and end turns that outlast the drain. Call it about once a second."""
         context = self._context
         for session in context.table.expired(context.clock()):
+            if self._openings.holds(session):
+                continue  # it expires after its acknowledgement
             log.info("session_expired session=%s", short_id(session.id))
             drop(context, session, "expired")
         now_s = self._monotonic()
@@ -174,6 +176,7 @@ class SessionManager:
                 log.warning("session_lost session=%s reason=%s", short_id(session.id), reason)
                 unload(self._context, session)
                 self._context.table.end(session, reason)
+                self._closes.lost(session)
         for pending, ask in self._turns.take_retries():
             if pending.disconnected:
                 continue

@@ -39,13 +39,15 @@ _FRONTEND_ID = re.compile(r"ts-seq-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 class _Opening:
     """An open that is not acknowledged yet. `pending`: its requests, several after a retry.
 
-    `resumed`: the session that it continues, if that is open in this worker.
+    `resumed`: the session that it continues, if that is open in this worker. `retiring`: the journal removes the old
+    session, so an error of the engine cannot reject this open any more.
     """
 
     session: Session
     request: Open
     pending: list[PendingRequest] = field(default_factory=list)
     resumed: Session | None = None
+    retiring: bool = False
 
     @property
     def waiting(self) -> list[PendingRequest]:
@@ -97,12 +99,16 @@ class Openings:
         self._context.inbox.when_done(saved, partial(self._saved, opening))
 
     def failed(self, session: Session, error: Exception) -> bool:
-        """Reject an open that is not acknowledged. Return False if there is none."""
+        """Reject an open that is not acknowledged. Return False if there is none, or if only its session is left."""
         opening = self._openings.get(session.id)
-        if opening is None:
+        if opening is None or opening.retiring:
             return False
         self._reject(opening, error)
         return True
+
+    def holds(self, session: Session) -> bool:
+        """Return whether the session is not acknowledged yet."""
+        return session.id in self._openings
 
     def engine_lost(self) -> None:
         """Reject the opens that only the lost engine held. One that is being stored becomes a cold session."""
@@ -216,6 +222,7 @@ class Openings:
         if opening.request.resume is None or not durable:
             self._acknowledge(opening, durable)
             return
+        opening.retiring = True
         retired = self._context.journal.retire(opening.request.resume)
         self._context.inbox.when_done(retired, partial(self._retired, opening))
 

@@ -73,13 +73,14 @@ class Preparer:
         clock: Callable[[], float],
         decoding: Executor | None = None,
         waiting: Executor | None = None,
+        fetch: Callable[[str, MediaLimits], bytes] | None = None,
     ) -> None:
-        """`clock`: seconds since the epoch. `decoding` and `waiting` replace the thread pools, for tests."""
+        """`clock`: seconds since the epoch. `decoding`, `waiting` and `fetch` replace threads and HTTP, for tests."""
         self._template = template
         self._limits = limits
         self._journal = journal
         self._clock = clock
-        self._fetch = Fetcher()
+        self._fetch = fetch or Fetcher()
         self._decoding = decoding or ThreadPoolExecutor(_DECODING_THREADS, thread_name_prefix="decode")
         self._waiting = waiting or ThreadPoolExecutor(_WAITING_THREADS, thread_name_prefix="fetch")
 
@@ -164,7 +165,7 @@ class Preparer:
         return [(picture.sha256, picture.image) for picture in pictures]
 
 
-def _read(source: PictureSource, limits: MediaLimits, fetch: Fetcher) -> bytes:
+def _read(source: PictureSource, limits: MediaLimits, fetch: Callable[[str, MediaLimits], bytes]) -> bytes:
     if source.image is not None:
         return read_base64(source.image, limits)
     return read_path(source.path or "", limits, fetch)

@@ -226,8 +226,8 @@ def test_a_killed_worker_finds_its_sessions_again(
     once = {"request_id": str(uuid.uuid4())}
     assert plain.ask(SECOND, **once) == calm[0][1]
     damaged.ask(FIRST)
-    assert files_of(journal, closed) == ["000000.rec", "owner"]
-    assert files_of(journal, plain) == ["000000.rec", "000001.rec", "000002.rec", "owner"]
+    assert files_of(journal, closed) == ["000000.rec"]
+    assert files_of(journal, plain) == ["000000.rec", "000001.rec", "000002.rec"]
     closed.close()
     assert files_of(journal, closed) == []
     spoil(journal, damaged)
@@ -247,8 +247,7 @@ def test_a_killed_worker_finds_its_sessions_again(
     assert "journal_damaged" in served.log()
     plain.close()
     http.post("/invocations", json={"type": "close_session", "session_token": TOKEN}, headers=bound.headers)
-    # A session that a second worker claimed keeps its owner record, retired, until it expires.
-    assert files_of(journal, plain) == files_of(journal, bound) == ["owner"]
+    assert files_of(journal, plain) == files_of(journal, bound) == []
 
 
 def test_another_instance_carries_on_and_ends_in_order(
@@ -300,11 +299,9 @@ def spoil(journal: Path, chat: PatientChat) -> None:
 
 
 def expire(journal: Path, chat: PatientChat) -> None:
-    """Rewrite the session's first record as if the session had expired."""
+    """As if the session had been opened long ago."""
     key = encoding.key_of(chat.session_id)
     path = journal / key / "000000.rec"
-    stored = path.read_bytes()
-    transcript, _ = encoding.read_transcript(key, [stored], BlobPool().get)
-    expired = replace(transcript.opening, expires_at_s=time.time() - 1)
-    data, _ = encoding.encode(expired, chat.session_id, 0, "", encoding.epoch_of(stored))
+    story, _ = encoding.read_transcript(key, [path.read_bytes()], BlobPool().get)
+    data, _ = encoding.encode(replace(story.opening, expires_at_s=time.time() - 1), chat.session_id, 0, "")
     path.write_bytes(data)

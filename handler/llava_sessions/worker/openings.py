@@ -37,8 +37,8 @@ _FRONTEND_ID = re.compile(r"ts-seq-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 class _Opening:
     """An open that is not acknowledged yet. `pending`: its requests, several after a retry.
 
-    `resumed`: the session that it continues, if that is open in this worker. `retiring`: the journal was asked to remove
-    the old session, so this open can't be rejected by an error of the engine any more.
+    `resumed`: the session that it continues, if that is open in this worker. `retiring`: the journal was asked to
+    remove the old session, so an error of the engine can't reject this open any more.
     """
 
     session: Session

@@ -63,9 +63,11 @@ class _Turn:
 
 @dataclass
 class _Session:
+    """`steps_left`: steps until the prompt is prefilled. A turn waits for the last of them."""
+
     token_ids: list[int]
     keys: list[str]
-    is_prefilled: bool = False
+    steps_left: int
     turn: _Turn | None = None
 
 
@@ -77,6 +79,7 @@ class FakeEngine:
     """
 
     sessions: dict[str, _Session] = field(default_factory=dict)
+    prefill_steps: int = 1
     open_fault: type[Event] | None = None
     turn_fault: type[Event] | None = None
     _events: list[Event] = field(default_factory=list)
@@ -84,7 +87,7 @@ class FakeEngine:
     @property
     def has_work(self) -> bool:
         """Whether `step` returns events."""
-        return bool(self._events) or any(one.turn or not one.is_prefilled for one in self.sessions.values())
+        return bool(self._events) or any(one.turn or one.steps_left for one in self.sessions.values())
 
     def memory(self) -> Memory:
         """Return one resident session of one byte for each open session."""
@@ -107,13 +110,14 @@ class FakeEngine:
                 self._events.append(Closed(command.session_id))
 
     def step(self) -> list[Event]:
-        """Prefill each new session, make one token of each turn, and return the events since the last step."""
+        """Prefill a part of each new session, make one token of each turn, and return the events so far."""
         for session_id, session in self.sessions.items():
-            if session.turn is not None:
+            if session.turn is not None and session.steps_left <= 1:
                 self._advance(session, session.turn)
-            if not session.is_prefilled:
-                session.is_prefilled = True
-                self._events.append(Prefilled(session_id, 1.0, 1.0))
+            if session.steps_left:
+                session.steps_left -= 1
+                if not session.steps_left:
+                    self._events.append(Prefilled(session_id, 1.0, 1.0))
         events = self._events
         self._events = []
         return events
@@ -123,7 +127,7 @@ class FakeEngine:
         session = self.sessions[session_id]
         if session.turn is not None:
             self._roll_back(session, TurnFailed(session.turn.id, "a test"))
-        if not session.is_prefilled:
+        if session.steps_left:
             del self.sessions[session_id]
             self._events.append(OpenFailed(session_id, "a test"))
 
@@ -136,7 +140,7 @@ class FakeEngine:
             self._events.append(OpenFailed(command.session_id, "a test, or open already"))
         else:
             keys = [picture.key for picture in command.pictures]
-            self.sessions[command.session_id] = _Session(list(command.token_ids), keys)
+            self.sessions[command.session_id] = _Session(list(command.token_ids), keys, self.prefill_steps)
             self._events.append(Admitted(command.session_id))
 
     def _ask(self, command: AskSession) -> None:

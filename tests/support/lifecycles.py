@@ -39,6 +39,7 @@ START_S = 1_800_000_000.0
 TTL_S = 500.0
 MAX_SESSIONS = 4
 MAX_NEW_TOKENS = 4
+PREFILL_STEPS = 3
 PROMPTS = ("Which shapes?", "How many?", "Where is it?")
 COLOURS = ("red", "blue")
 CONTEXT_TOKENS = 4096
@@ -233,7 +234,7 @@ class Instance:
 
     def start(self) -> None:
         """Start the worker process, after a kill too."""
-        self.engine: FakeEngine | None = FakeEngine()
+        self.engine: FakeEngine | None = FakeEngine(prefill_steps=PREFILL_STEPS)
         self.commands: list[Command] = []
         self.reports: list[Report] = []
         self.to_end: list[str] = []
@@ -303,7 +304,7 @@ class Instance:
     def bring_engine(self) -> None:
         """Start another engine."""
         if self.engine is None:
-            self.engine = FakeEngine()
+            self.engine = FakeEngine(prefill_steps=PREFILL_STEPS)
             self.inbox.put(EngineUp(_Client(self, self.engine), None))
 
     def prepare(self, index: int = 0) -> None:
@@ -491,7 +492,9 @@ class World:
         engine = self._instance(n).engine
         if engine is not None and engine.sessions:
             self.faults += 1
-            engine.fail(sorted(engine.sessions)[n // 2 % len(engine.sessions)])
+            # Those that are not prefilled first.
+            found = sorted(engine.sessions, key=lambda name: (engine.sessions[name].steps_left == 0, name))
+            engine.fail(found[n // 4 % len(found)])
 
     def op_store_fault(self, n: int) -> None:
         """Break the store for writes or reads, or mend it."""
@@ -519,6 +522,46 @@ class World:
         """Kill a worker process, and start another."""
         if n % 3 == 0:
             self._restart(self._instance(n // 3))
+
+    def op_abandon(self, n: int) -> None:
+        """Resume a session, and let the client leave at some stage of that."""
+        if self.chats:
+            self.op_resume(n)
+            instance = self.instances[(self._chat(n).home + n // 6) % INSTANCES]
+            stages = (self._exchange, Instance.prepare, self._exchange, Instance.step, Instance.deliver)
+            for stage in stages[: 1 + n % 5]:
+                stage(instance)
+            if instance.active and instance.active[-1].kind == "resume":
+                self._left(instance, instance.active.pop())
+
+    def op_outage(self, n: int) -> None:
+        """Ask a session of a worker process that has just started, while the store can't be read."""
+        if self.chats and self.store is not None:
+            chat = self._chat(n)
+            self._restart(self.instances[chat.home])
+            self.store.reads_fail = True
+            self._ask(chat, Question(PROMPTS[0], None, None), is_stream=False)
+            self._settle()
+            self.store.reads_fail = False
+
+    def op_break(self, n: int) -> None:
+        """Open a session, and fail it in the engine after its acknowledgement; close it meanwhile, or not."""
+        before = len(self.chats)
+        self.op_open(n)
+        instance = self.instances[n // 6 % INSTANCES]
+        for _ in range(ROUNDS):
+            if len(self.chats) > before or not instance.active:
+                break
+            instance.prepare()
+            instance.journal_jobs.run_all()
+            self._exchange(instance)
+            if instance.engine is not None and instance.commands:
+                instance.step()
+            instance.deliver()
+        if len(self.chats) > before and n % 2:
+            self._close(self.chats[-1])
+            self._exchange(instance)
+        self.op_fail(instance.number)
 
     # --- Requests ---
 
@@ -761,7 +804,9 @@ class World:
         possible = {one for one in possible if len(one.turns) == body.get("turns", 0)}
         self.demand(bool(possible), f"a resume lost turns: {body.get('turns', 0)} are left")
         if request.began_ended:
-            self.demand(self.store is not None and self.store.has_failed, "an ended session was resumed")
+            # An instance acknowledges a close also where another has claimed the session, and leaves it to that one.
+            has_failed = self.store is not None and self.store.has_failed
+            self.demand(old.claimed or has_failed, "an ended session was resumed")
         self.demand(not (durable and old.resumed_durably), "a session was resumed twice")
         old.resumed_durably = old.resumed_durably or durable
         old.is_ended = True if durable or (not is_elsewhere and self.store is None) else None
@@ -934,6 +979,9 @@ OPERATIONS: dict[str, int] = {
     "stall": 2,
     "tick": 2,
     "reopen": 2,
+    "abandon": 2,
+    "outage": 1,
+    "break": 2,
     "drain": 1,
     "restart": 1,
 }

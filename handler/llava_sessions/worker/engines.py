@@ -147,7 +147,9 @@ class EngineGate:
 
 
 class EngineProcess:
-    """One child process that runs `llava_sessions.engine.process`, and the pipe to it."""
+    """One child process that runs `module`, and the pipe to it."""
+
+    module = "llava_sessions.engine.process"
 
     def __init__(self, settings: EngineSettings) -> None:
         """Start the process; the settings are its first message. Raise OSError if the system has no room for it."""
@@ -159,7 +161,7 @@ class EngineProcess:
             on_error.callback(ours.close)
             with theirs:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "llava_sessions.engine.process", str(theirs.fileno())],
+                    [sys.executable, "-m", self.module, str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     env={**os.environ, "PYTHONPATH": path},

@@ -612,13 +612,13 @@ def test_a_directory_that_is_fine_is_no_warning_and_a_bad_spelling_is_every_prob
     with pytest.raises(ConfigError) as caught:
         open_journal("not/absolute", "https://bucket/prefix")
     first, second = caught.value.problems
-    assert first.startswith("llava.journal_dir is 'not/absolute'")
-    assert second == "llava.journal_s3_prefix is 'https://bucket/prefix'; wanted s3://<bucket>/<prefix>"
+    assert first == "`llava.journal_dir` must be an absolute path, got a string of length 12"
+    assert second == "`llava.journal_s3_prefix` must be s3://<bucket>/<prefix>, got a string of length 21"
 
 
 @pytest.mark.parametrize("uri", ["s3://bucket", "s3://bucket/", "s3:///prefix", "s3://B/prefix", "bucket/prefix"])
 def test_a_malformed_s3_prefix_is_refused(uri):
-    with pytest.raises(ConfigError, match="wanted s3://<bucket>/<prefix>"):
+    with pytest.raises(ConfigError, match="must be s3://<bucket>/<prefix>"):
         open_journal(None, uri)
 
 

@@ -751,6 +751,18 @@ def test_a_picture_that_leaves_no_room_for_a_question_is_refused(model, tokens):
     assert roomier.answer(roomier.row(body)).status == 200
 
 
+def test_a_reply_that_was_known_before_a_silence_reaches_the_row_that_returns(deaf):
+    session = opened(deaf)
+    row = deaf.start(session)
+    deaf.tell(Finished(row.request_id, "stop", "a", [70, 2], [70], Usage(1, 0, 2), Timings(0, 0, 0)))
+    deaf.skipped_s += SILENCE_S + 1
+    for _ in range(SILENT_SWEEPS):
+        deaf.pump.sweep()
+    assert not deaf.pump.busy
+    reply = deaf.answer(row)
+    assert (reply.status, json.loads(reply.body)["response_text"]) == (200, "a")
+
+
 def test_a_conversation_keeps_what_the_engine_keeps(deaf):
     session = opened(deaf)
     row = deaf.start(session, return_token_ids=True)

@@ -38,7 +38,10 @@ class Appender:
         owners.seal(self._store, self._key, self.owner, self.count)
 
     def write(self, records: Records) -> None:
-        """Write what is missing. Raise `NotOwner`; what this call has written to a removed session is removed again."""
+        """Write the missing records. Raise `NotOwner`.
+
+        If the session was removed meanwhile, the records that this call wrote are removed too.
+        """
         written: list[int] = []
         try:
             self._append(records, written)

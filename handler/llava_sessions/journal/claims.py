@@ -2,7 +2,7 @@
 
 With two stores availability comes first. A store that can't be reached now is left out, since every durable turn is in
 the other store too; only a turn that was answered with `durable` false can be missing. The next save writes to the
-store that was left out, if nobody has claimed the session there meanwhile.
+store that was left out, unless another instance has claimed the session there meanwhile.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def _claim(
     opening = claiming.read_opening([writer for writer, _ in found])
     if not hmac.compare_digest(opening.token_digest or "", token_digest or "") or now_s >= opening.expires_at_s:
         raise NotFound
-    owner = Owner(max(one.owned.owner.epoch for _, one in found) + 1, instance)
+    latest = max((one.owned.owner for _, one in found), key=lambda one: one.epoch)
+    is_ours = latest.instance == instance and all(one.owned.owner == latest for _, one in found)
+    owner = latest if is_ours else Owner(latest.epoch + 1, instance)
     taken = claiming.take(found, owner)
     transcript = claiming.load(taken, owner)
     return Claimed(transcript, owner)
@@ -130,7 +132,7 @@ class _Claim:
         return taken
 
     def load(self, taken: Sequence[tuple[StoreWriter, Found]], owner: Owner) -> Transcript:
-        """Return the longest verified transcript, and adopt in each store what is there of it. Raise `NotOwner`."""
+        """Return the longest verified transcript, and adopt the records that each store has of it. Raise `NotOwner`."""
         loaded: list[tuple[StoreWriter, Loaded]] = []
         for writer, one in sorted(taken, key=lambda pair: -pair[1].records):
             if writer in self._damaged or any(len(known.checksums) >= one.records for _, known in loaded):

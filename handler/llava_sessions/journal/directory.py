@@ -55,7 +55,7 @@ class SessionDirectory:
         return [found for found in map(self._recover, keys) if found is not None]
 
     def sweep(self, now_s: float) -> Future[bool]:
-        """Remove the left-overs of killed processes, and sessions that expired, whoever owns them. Returns at once.
+        """Remove the left-overs of killed processes, and expired sessions of any owner. Returns at once.
 
         False: the directory could not be searched. The removal of a session is not awaited.
         """

@@ -1,17 +1,18 @@
-"""Keep what rebuilds sessions in every configured store, and find it again.
+"""Store the transcript of each session in every configured store, and load it again.
 
 Each store has its own threads, so that neither a slow disk nor S3 blocks a caller; the work on one session is done in
-order. A store that fails costs no chat: the failure is logged and counted, the save reports it, and the next save of
-the session writes what is missing. docs/operations.md describes sizes, permissions and encryption.
+order. A failing store does not end a session: the failure is logged and counted, and the next save of the session
+writes the missing records. docs/operations.md describes sizes, permissions and encryption.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 
 from ..chat.transcript import BlobPool, Transcript
 from ..config import ConfigError
+from ..errors import describe
 from .appender import Records
 from .claims import AlreadyClaimed, JournalError, JournalUnavailable, NotFound, claim
 from .directory import SessionDirectory, StoredSession
@@ -96,6 +98,40 @@ class _Owners:
                     del self._known[key]
 
 
+class _RunningClaims:
+    """Counts the running claims of each session, so that a removal can wait for them. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: dict[str, int] = {}
+        self._waiting: dict[str, list[Callable[[], None]]] = {}
+
+    @contextlib.contextmanager
+    def running(self, key: str) -> Iterator[None]:
+        """Count a claim inside the block."""
+        with self._lock:
+            self._running[key] = self._running.get(key, 0) + 1
+        try:
+            yield
+        finally:
+            waiting = []
+            with self._lock:
+                self._running[key] -= 1
+                if not self._running[key]:
+                    del self._running[key]
+                    waiting = self._waiting.pop(key, [])
+            for work in waiting:
+                work()
+
+    def when_idle(self, key: str, work: Callable[[], None]) -> None:
+        """Run `work` at once, or after the last running claim of the session."""
+        with self._lock:
+            if key in self._running:
+                self._waiting.setdefault(key, []).append(work)
+                return
+        work()
+
+
 def open_journal(journal_dir: str | None, journal_s3_prefix: str | None) -> Journal:
     """Return the configured journal. Raise `ConfigError` with every problem.
 
@@ -105,13 +141,16 @@ def open_journal(journal_dir: str | None, journal_s3_prefix: str | None) -> Jour
     stores: list[Store] = []
     if journal_dir:
         if not Path(journal_dir).is_absolute():
-            problems.append(f"llava.journal_dir is {journal_dir!r}; an absolute path is wanted")
+            problems.append(f"`llava.journal_dir` must be an absolute path, got {describe(journal_dir)}")
         stores.append(DirectoryStore(journal_dir))
     if journal_s3_prefix:
         try:
             stores.append(S3Store(journal_s3_prefix))
+        except ValueError:
+            got = describe(journal_s3_prefix)
+            problems.append(f"`llava.journal_s3_prefix` must be s3://<bucket>/<prefix>, got {got}")
         except Exception as error:  # boto3 raises many types for bad settings
-            problems.append(f"llava.journal_s3_prefix is {journal_s3_prefix!r}; {error}")
+            problems.append(f"`llava.journal_s3_prefix` needs usable AWS settings: {error}")
     if problems:
         raise ConfigError(problems)
     journal = Journal(stores)
@@ -135,6 +174,7 @@ class Journal:
         self.blobs = BlobPool()
         self._instance = secrets.token_hex(16)
         self._owners = _Owners()
+        self._claims = _RunningClaims()
         self._writers: list[StoreWriter] = []
         self._directories: list[SessionDirectory] = []
         for store in stores:
@@ -194,8 +234,10 @@ class Journal:
 
         The token is checked first. Raise `NotFound`, `JournalUnavailable`, `AlreadyClaimed`.
         """
-        claimed = claim(self._writers, session_id, now_s, token_digest, self._instance)
-        self._owners.set(key_of(session_id), claimed.owner, claimed.transcript.opening.expires_at_s)
+        key = key_of(session_id)
+        with self._claims.running(key):
+            claimed = claim(self._writers, session_id, now_s, token_digest, self._instance)
+            self._owners.set(key, claimed.owner, claimed.transcript.opening.expires_at_s)
         return claimed.transcript
 
     def retire(self, session_id: str) -> Future[bool]:
@@ -216,8 +258,17 @@ class Journal:
 
         False: a store failed; `sweep` retries.
         """
-        owner = self._owners.pop(key_of(session_id)) or NOBODY
-        return self._remove(session_id, owner, lambda removals: Removal.FAILED not in removals)
+        key = key_of(session_id)
+        removed: Future[bool] = Future()
+
+        def remove() -> None:
+            owner = self._owners.pop(key) or NOBODY
+            done = self._remove(session_id, owner, lambda removals: Removal.FAILED not in removals)
+            done.add_done_callback(lambda one: removed.set_result(not one.cancelled() and one.result()))
+
+        # A claim that runs changes the owner. The removal must be the new owner's, or the session would come back.
+        self._claims.when_idle(key, remove)
+        return removed
 
     def recover(self, now_s: float) -> Recovered:
         """Return the sessions in the directory, at start; damaged ones are logged and left out. Blocks.
@@ -233,7 +284,7 @@ class Journal:
         return Recovered([stored for stored, _ in live], expired)
 
     def sweep(self, now_s: float) -> Future[bool]:
-        """Remove expired sessions from the directory, whoever wrote them, and retry failed removals.
+        """Remove expired sessions of any owner from the directory, and retry failed removals.
 
         Returns at once; call it about once a minute. False: something is left to do.
         """

@@ -59,7 +59,7 @@ def read_owner(store: Store, key: str) -> OwnerRecord:
 
 
 def take(store: Store, key: str, owner: Owner) -> OwnerRecord:
-    """Make `owner` the owner, to read the session and then `seal` it. Return the record, which says what is valid.
+    """Make `owner` the owner, to read the session and then `seal` it. Return the record, which marks the valid records.
 
     Raise `NotOwner` if the recorded epoch is not lower; `Damaged`, `StoreError`.
     """
@@ -125,7 +125,7 @@ def check(store: Store, key: str, owner: Owner) -> bool:
 
 
 def remove(store: Store, key: str, owner: Owner) -> Removal:
-    """Remove a session if `owner` is its owner, or nobody is recorded. Raise `Damaged`, `StoreError`.
+    """Remove a session if `owner` is its owner, or no owner is recorded. Raise `Damaged`, `StoreError`.
 
     Call it again after an error.
     """

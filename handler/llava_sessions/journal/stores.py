@@ -211,7 +211,7 @@ class S3Store:
         """`client`: a boto3 client; made here by default. Raise ValueError (`uri`), or what boto3 raises."""
         match = _S3_PREFIX.fullmatch(uri)
         if not match:
-            raise ValueError("wanted s3://<bucket>/<prefix>")
+            raise ValueError("it must be s3://<bucket>/<prefix>")
         self._bucket, self._prefix = match.groups()
         self.client = client or _new_client()
 

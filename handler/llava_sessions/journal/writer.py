@@ -80,7 +80,7 @@ class StoreWriter:
         return Removal.FAILED
 
     def discard(self, key: str) -> bool:
-        """Remove an expired session, whoever owns it. Return whether that succeeded."""
+        """Remove an expired session of any owner. Return whether that succeeded."""
         self._appenders.pop(key, None)
         return _succeeds(partial(self._removals.run, partial(self.store.remove, key)))
 

@@ -87,5 +87,5 @@ class Answers:
 
 
 def answer_facts(journal: Journal, record: TurnRecord, durable: bool) -> dict[str, Any]:
-    """Return the facts that an answer's reply carries. Without a journal they say nothing of durability."""
+    """Return the facts of an answer's reply. `durable` is omitted if there is no journal."""
     return {**record.facts, "durable": durable} if journal.durable else record.facts

@@ -24,7 +24,7 @@ class Counters:
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """`gate` is the way to the engine, and knows whether new work is taken. `clock`: seconds since the epoch.
+    """`gate` sends commands to the current engine. `clock`: seconds since the epoch.
 
     `context_tokens` is the model's context length.
     """

@@ -1,6 +1,7 @@
-"""The engine process as the worker process sees it: start, commands, reports, death and replacement.
+"""Start, supervise and replace the engine process, and send commands to it.
 
-A dead engine loses its memory. The inbox then receives `EngineLost`, and `EngineUp` when the next engine is ready.
+A new engine holds no sessions. The inbox receives `EngineLost` when an engine has died, and `EngineUp` when another
+one is ready.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class EngineClient:
 
 
 class EngineGate:
-    """The way to the engine that runs now, and whether new work is taken. Used on the pump's thread only."""
+    """Sends commands to the current engine. Rejects new work during a drain or a restart. Not thread-safe."""
 
     def __init__(self, client: CommandSink | None) -> None:
         self._client = client
@@ -147,7 +148,9 @@ class EngineGate:
 
 
 class EngineProcess:
-    """One child process that runs `llava_sessions.engine.process`, and the pipe to it."""
+    """One child process that runs `module`, and the pipe to it."""
+
+    module = "llava_sessions.engine.process"
 
     def __init__(self, settings: EngineSettings) -> None:
         """Start the process; the settings are its first message. Raise OSError if the system has no room for it."""
@@ -159,7 +162,7 @@ class EngineProcess:
             on_error.callback(ours.close)
             with theirs:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "llava_sessions.engine.process", str(theirs.fileno())],
+                    [sys.executable, "-m", self.module, str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     env={**os.environ, "PYTHONPATH": path},

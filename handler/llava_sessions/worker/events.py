@@ -49,19 +49,29 @@ class EngineEvents:
             self._dispatch(event)
         except Exception as error:
             log.exception("event_failed event=%s", type(event).__name__)
-            session = self._session_of(event)
-            if session is not None:
-                unload(self._context, session)
-                self._unloaded(session, error)
+            self._contain(event, error)
 
     def engine_lost(self) -> None:
-        """Apply the death of the engine: every session becomes cold."""
+        """Make every session COLD; fail the turns and opens that only the lost engine held."""
         for session in self._context.table:
             session.unload()
         self._openings.engine_lost()
         self._turns.engine_lost()
         for session in self._context.table:
             self._closes.freed(session)
+
+    def _contain(self, event: Event, error: Exception) -> None:
+        """End the turn of the session that an event failed for, and take the session back from the engine."""
+        session = self._session_of(event)
+        if session is None:
+            return
+        try:
+            if session.turn is not None:
+                self._turns.fail(session.turn, error)
+            unload(self._context, session)
+            self._unloaded(session, error)
+        except Exception:
+            log.exception("event_not_contained session=%s", short_id(session.id))
 
     def _dispatch(self, event: Event) -> None:
         match event:

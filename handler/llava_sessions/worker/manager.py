@@ -83,7 +83,14 @@ class SessionManager:
         self._follow_up()
 
     def on_event(self, item: Report | EngineLost | EngineUp | Callable[[], None]) -> None:
-        """Apply an item of the inbox. Never raises."""
+        """Apply an item of the inbox. Never raises: an error is logged."""
+        try:
+            self._apply(item)
+        except Exception:
+            log.exception("item_failed item=%s", type(item).__name__)
+        self._follow_up()
+
+    def _apply(self, item: Report | EngineLost | EngineUp | Callable[[], None]) -> None:
         match item:
             case Report():
                 self._memory = item.memory
@@ -98,11 +105,7 @@ class SessionManager:
                 self._context.gate.connect(item.client)
                 log.info("engine_up sessions=%d", len(self._context.table))
             case _:
-                try:
-                    item()
-                except Exception:
-                    log.exception("step_failed")
-        self._follow_up()
+                item()
 
     def sweep(self) -> None:
         """Expire sessions, sweep the journal, and end turns that outlast the drain. Call it about once a second."""

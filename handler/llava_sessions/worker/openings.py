@@ -26,7 +26,7 @@ from ..text.chat_template import Opening
 from .context import WorkerContext
 from .pending import PendingRequest
 from .preparation import PreparedOpen, Rebuild
-from .sessions import Residency, Session, SessionState
+from .sessions import Residency, Session, SessionState, session_not_found
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Openings:
         self._context.inbox.when_done(saved, partial(self._saved, opening))
 
     def failed(self, session: Session, error: Exception) -> bool:
-        """Reject an open that is not acknowledged. Return False if there is none, or if only its session is left."""
+        """Reject an open that is not acknowledged. Return False if there is none, or if its resume is being retired."""
         opening = self._openings.get(session.id)
         if opening is None or opening.retiring:
             return False
@@ -142,6 +142,9 @@ class Openings:
         except Exception as error:
             pending.refuse(error)
             return
+        if not session.is_in(SessionState.OPEN) or session.id not in self._context.table:
+            pending.refuse(session_not_found())  # it was closed meanwhile
+            return
         if session.transcript is None:
             session.transcript = transcript
             session.stored_turns = len(transcript.turns)
@@ -174,7 +177,7 @@ class Openings:
             rebuild = self._new_transcript(opening, prepared.result())
             check_context(rebuild.transcript.token_count + 1, self._context.context_tokens)
             if not opening.waiting:
-                raise Refused("invalid_request", "The client has left.")  # nobody receives it
+                raise Refused("invalid_request", "The client has left.")  # no client receives it
             self._context.gate.submit(rebuild.command(session.id))
             session.transcript = rebuild.transcript
             session.advance(Residency.LOADING)

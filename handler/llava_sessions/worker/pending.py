@@ -50,6 +50,11 @@ class PendingRequest:
         self._chunks.clear()
         return text
 
+    def restore(self, chunks: list[str], final: Reply | None) -> None:
+        """Take over output that could not be sent."""
+        self._chunks = list(chunks)
+        self.final = final
+
     def stream(self, text: str) -> None:
         """Add text of the answer, if the client asked for a stream."""
         if self.streamed and text:
@@ -93,6 +98,8 @@ class _Dropped:
     steps: int
     streamed: bool
     head_sent: bool
+    chunks: list[str]
+    final: Reply | None
 
 
 class PendingTable:
@@ -112,13 +119,17 @@ class PendingTable:
         return self._pending[request_id]
 
     def add(self, row: Row) -> tuple[PendingRequest, bool]:
-        """Add a row. Return it, and whether the request was dropped before: its client is connected after all."""
+        """Add a row. Return it, and whether the request was dropped before: its client is connected after all.
+
+        A last reply that was known when the request was dropped is known again.
+        """
         pending = self._pending[row.request_id] = PendingRequest(row)
         dropped = self._dropped.pop(row.request_id, None)
         if dropped is not None:
             pending.steps = dropped.steps
             pending.streamed = dropped.streamed
             pending.head_sent = dropped.head_sent
+            pending.restore(dropped.chunks, dropped.final)
         return pending, dropped is not None
 
     def remove(self, pending: PendingRequest) -> None:
@@ -129,8 +140,13 @@ class PendingTable:
         """Remove and return the requests that TorchServe does not list any more: their clients have left."""
         missing = [self._pending.pop(request_id) for request_id in self._pending.keys() - active]
         for pending in missing:
-            state = _Dropped(pending.steps, pending.streamed, pending.head_sent)
-            self._dropped[pending.row.request_id] = state
+            self._dropped[pending.row.request_id] = _Dropped(
+                steps=pending.steps,
+                streamed=pending.streamed,
+                head_sent=pending.head_sent,
+                chunks=[] if pending.final is None else [pending.take_chunks()],
+                final=pending.final,
+            )
         while len(self._dropped) > _DROPPED_KEPT:
             self._dropped.popitem(last=False)
         return missing
@@ -156,7 +172,7 @@ def refusal_of(error: Exception) -> Refused:
         message = "The session's journal cannot be read at the moment; the session is kept, try again."
         return Refused("journal_unavailable", message, retry_after_s=_RETRY_AFTER_S)
     if isinstance(error, AlreadyClaimed):
-        return Refused("session_busy", "Another instance is resuming the session at the same moment.")
+        return Refused("session_busy", "Another request is resuming the session; try again.")
     if isinstance(error, NotFound):
         return Refused("session_not_found", "No session of this ID is open here; open one with a picture first.")
     error_id = uuid.uuid4().hex[:8]

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _DECODING_THREADS = 4
-_WAITING_THREADS = 16  # for journals and for other people's hosts
+_WAITING_THREADS = 16  # for journal reads and downloads
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Rebuild:
 
 @dataclass(frozen=True)
 class PreparedQuestion:
-    """The new tokens and pictures of a turn. `rebuild`: the session before it, if the engine does not hold it."""
+    """The new tokens and pictures of a turn. `rebuild`: the session to restore first; None if the engine holds it."""
 
     prompt_ids: list[int]
     pictures: tuple[PreparedPicture, ...] = ()

@@ -125,6 +125,8 @@ class Pump:
         """Parse a new row and start its work, or reject it."""
         pending, has_returned = self._pending.add(row)
         try:
+            if pending.final is not None:
+                return  # the answer was known before the pause
             if has_returned:
                 message = "The server was paused and has dropped the request; send it again."
                 raise Refused("request_dropped", message, retry_after_s=1)

@@ -39,7 +39,7 @@ class Questions:
         if session.turn is not None:
             raise Refused("session_busy", "The session is still answering; wait for that answer or cancel it.")
         if session.engine_losses >= MAX_ENGINE_LOSSES:
-            message = f"The last {MAX_ENGINE_LOSSES} turns of the session each ended the engine; close the session."
+            message = f"Each of the session's last {MAX_ENGINE_LOSSES} turns ended the engine; open a new session."
             raise Refused("internal", message)
         turn = Turn(session, ask, pending)
         self._turns.add(turn)
@@ -96,9 +96,9 @@ class Questions:
             if session.transcript is None and question.rebuild is not None:
                 session.transcript = question.rebuild.transcript
                 session.stored_turns = len(question.rebuild.transcript.turns)
-                if self._answer_from_transcript(turn.pending, session, turn.ask):
-                    self._turns.end(turn)
-                    return
+            if self._answer_from_transcript(turn.pending, session, turn.ask):
+                self._turns.end(turn)
+                return
             self._submit(turn, question)
         except NotFound as error:
             self._turns.fail(turn, error)

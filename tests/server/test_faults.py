@@ -299,9 +299,11 @@ def spoil(journal: Path, chat: PatientChat) -> None:
 
 
 def expire(journal: Path, chat: PatientChat) -> None:
-    """As if the session had been opened long ago."""
+    """Rewrite the session's first record as if the session had expired, in the epoch of its owner."""
     key = encoding.key_of(chat.session_id)
     path = journal / key / "000000.rec"
-    story, _ = encoding.read_transcript(key, [path.read_bytes()], BlobPool().get)
-    data, _ = encoding.encode(replace(story.opening, expires_at_s=time.time() - 1), chat.session_id, 0, "")
+    stored = path.read_bytes()
+    transcript, _ = encoding.read_transcript(key, [stored], BlobPool().get)
+    expired = replace(transcript.opening, expires_at_s=time.time() - 1)
+    data, _ = encoding.encode(expired, chat.session_id, 0, "", encoding.epoch_of(stored))
     path.write_bytes(data)

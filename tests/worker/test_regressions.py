@@ -318,4 +318,3 @@ def test_a_failed_prefill_does_not_reject_a_resume_whose_old_session_is_being_re
     lives.settle()
     assert len(lives.chats) == 2
     lives.finish()
-

@@ -1,4 +1,4 @@
-# Thin on purpose: each target is one command that can be typed by itself once `make env` has run.
+# Each target is one command, which can also be typed by itself after `make env`.
 PORT ?= 8080
 MODEL ?= models/shapes
 SESSIONS ?=
@@ -12,64 +12,72 @@ TAG ?=
 ENDPOINT_PORT ?= 8090
 INSTANCES ?= 2
 ENDPOINT ?=
+TESTS ?=
 
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.NOTPARALLEL:  # Java is looked for first, whatever -j says
-.PHONY: help demo test serve endpoint notebook lint model bench bench-cuda soak image image-test env java haproxy clean
+.NOTPARALLEL:  # Java is checked first, even with -j
+.PHONY: help demo check test unit serve endpoint notebook lint model bench bench-cuda soak image image-test env java \
+	haproxy clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: java env  ## a five-turn picture chat through a real TorchServe (SEED= repeats one)
+demo: java env  ## run a five-turn picture chat through a real TorchServe (SEED= repeats one)
 	@$(PYTHON) -m demo.chat $(if $(SEED),--seed $(SEED))
 
-test: java haproxy env lint  ## lint, then every test
-	@$(PYTHON) -m pytest
+check: env lint unit  ## lint, types and unit tests: for every save
 
-serve: java env  ## TorchServe behind HAProxy, in the foreground (PORT= MODEL= SESSIONS= DTYPE=)
+test: java haproxy env lint  ## lint, then all tests (TESTS="tests/server -k chat" for some)
+	@$(PYTHON) -m pytest -n 2 $(TESTS)
+
+unit: env
+	@$(PYTHON) -m pytest -q -n 2 tests/unit
+
+serve: java env  ## serve with TorchServe behind HAProxy, in the foreground (PORT= MODEL= SESSIONS= DTYPE=)
 	@./build_mar.sh --model $(MODEL) $(if $(SESSIONS),--sessions $(SESSIONS)) $(if $(DTYPE),--dtype $(DTYPE)) >/dev/null
-	@exec $(PYTHON) -m deploy.launch --port $(PORT)
+	@exec $(PYTHON) -m deploy.serve --port $(PORT)
 
-endpoint: java env  ## a SageMaker endpoint on this machine (INSTANCES= ENDPOINT_PORT= MODEL= ENDPOINT="--help")
+endpoint: java env  ## run a SageMaker endpoint on this machine (INSTANCES= ENDPOINT_PORT= MODEL= ENDPOINT="--help")
 	@./build_mar.sh --model $(MODEL) $(if $(SESSIONS),--sessions $(SESSIONS)) $(if $(DTYPE),--dtype $(DTYPE)) >/dev/null
 	@exec $(PYTHON) -m deploy.local_endpoint --instances $(INSTANCES) --port $(ENDPOINT_PORT) $(ENDPOINT)
 
-notebook: java env  ## run docs/notebook.ipynb against that endpoint, without an account, and keep its outputs
+notebook: java env  ## run docs/notebook.ipynb against such an endpoint and save its outputs
 	@$(PYTHON) -m tests.notebook
 
-lint: env  ## ruff, import-linter, hadolint, cfn-lint, and shellcheck where it is installed
-	@deploy/lint.sh
+lint: env  ## check code, types, imports, structure, words, Dockerfile, template and scripts
+	@scripts/lint.sh
 
-model: env  ## train models/shapes again from nothing (an hour or more)
+model: env  ## train models/shapes from scratch (an hour or more)
 	@$(PYTHON) models/shapes/train.py
 
-bench: env  ## measure the engine beside transformers (half an hour; BENCH="--rounds 2")
+bench: env  ## measure the engine against transformers (half an hour; BENCH="--rounds 2")
 	@$(PYTHON) -m bench $(BENCH)
 
-bench-cuda: env  ## the same on a CUDA device (BENCH="--preset 7b")
+bench-cuda: env  ## measure it on a CUDA device (BENCH="--preset 7b")
 	@$(PYTHON) -m bench.cuda $(BENCH)
 
-soak: java haproxy env  ## long fault tests, half an hour (SOAK="engine-kills --times 5")
+soak: java haproxy env  ## run long fault tests, half an hour (SOAK="engine-kills --times 5")
 	@$(PYTHON) -m tests.soak $(SOAK)
 
-image: env  ## the SageMaker container's image (TORCH=cuda|cpu BASE= TAG=)
-	@$(PYTHON) -m deploy.image $(if $(TORCH),--torch $(TORCH)) $(if $(BASE),--base $(BASE)) $(if $(TAG),--tag $(TAG))
+image: env  ## build the image of the SageMaker container (TORCH=cuda|cpu BASE= TAG=)
+	@$(PYTHON) -m deploy.container.image \
+		$(if $(TORCH),--torch $(TORCH)) $(if $(BASE),--base $(BASE)) $(if $(TAG),--tag $(TAG))
 
-image-test: env  ## build that image with buildah, run it as SageMaker does, chat, measure (root; 12 GB of disk)
-	@$(PYTHON) -m deploy.image_test
+image-test: env  ## build the image with buildah, run it as SageMaker does, measure it (root; 12 GB of disk)
+	@$(PYTHON) -m tests.image
 
-env:  ## .venv with what requirements-dev.txt pins
-	@deploy/env.sh
+env:  ## make .venv with the packages that requirements-dev.txt pins
+	@scripts/env.sh
 
-java:  # before env, so that a machine without Java hears of it before a long install
-	@deploy/need_java.sh
+java:  # before env, so that a missing Java is reported before a long install
+	@scripts/need_java.sh
 
-haproxy:  # the tests run it, so it is installed where that is possible; make serve can do without
-	@deploy/need_haproxy.sh --install
+haproxy:  # required by the tests; make serve works without it
+	@scripts/need_haproxy.sh --install
 
-clean:  ## remove archives, caches and logs; .venv stays
+clean:  ## delete archives, caches and logs; .venv stays
 	@find model_store -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
 	@find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
-	@rm -rf .pytest_cache .ruff_cache .import_linter_cache logs
+	@rm -rf .pytest_cache .ruff_cache .mypy_cache .import_linter_cache logs

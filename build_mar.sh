@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Packs a LLaVA checkpoint and the handler into model_store/. All of it is in deploy/pack.py; see --help.
+# Pack a LLaVA checkpoint and the handler into model_store/ (deploy/pack/). See --help.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 python="$here/.venv/bin/python"
@@ -7,7 +7,8 @@ if [[ ! -x "$python" ]]; then
   python="$(command -v python3 || true)"
 fi
 if [[ -z "$python" ]] || ! "$python" -c 'import model_archiver, yaml' 2>/dev/null; then
-  echo "build_mar.sh: no Python with torch-model-archiver here. Run \`make env\` first." >&2
+  echo "build_mar.sh: no Python with torch-model-archiver was found. Run \`make env\` first." >&2
   exit 2
 fi
-exec "$python" "$here/deploy/pack.py" "$@"
+# -P: do not import modules from the working directory.
+PYTHONPATH="$here" exec "$python" -P -m deploy.pack "$@"

@@ -1,4 +1,4 @@
-"""Runs every bench, one after the other, each in a process of its own, and brings the README's figures up to date.
+"""Run every benchmark, each in its own process, and update the figures of the README.
 
 python -m bench [options of every bench, such as --preset, --rounds or --smoke]
 """
@@ -12,7 +12,7 @@ from . import report
 
 
 def run_all(options: list[str]) -> int:
-    """Exit status: of the first bench that failed, else 0."""
+    """Run the benchmarks in order. Return the exit status of the first one that fails, else 0."""
     for name in report.BENCHES:
         print(f"== {name}", flush=True)
         status = subprocess.run([sys.executable, "-m", f"bench.{name}", *options]).returncode

@@ -1,6 +1,7 @@
-"""What must hold on the benchmark model, and where each figure is found: the project's bar, in one place.
+"""The project's performance targets on the benchmark model, and the figure that each one reads.
 
-The floors of the rows that compare with kept KV are what vLLM's CPU build reached on this model's shape, elsewhere.
+For the rows that compare with kept KV, the floors are the results of vLLM's CPU build for this model's shape on another
+machine.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Measure:
-    """One row of the bar: the ratio of a bench's JSON that it reads, the floor, the aim, and which way is better."""
+    """One target: the benchmark and the ratio in its JSON, the floor, the aim, and which direction is better."""
 
     what: str
     bench: str
@@ -21,14 +22,14 @@ class Measure:
     percent: bool = False
 
     def verdict(self, value: float) -> str:
-        """ "aim", "floor" or "missed"."""
+        """Return "aim", "floor" or "missed"."""
         sign = -1 if self.less_is_better else 1
         if sign * value >= sign * self.aim:
             return "aim"
         return "floor" if sign * value >= sign * self.floor else "missed"
 
     def show(self, value: float) -> str:
-        """The figure as the table prints it."""
+        """Return the figure as the table prints it."""
         if self.percent:
             return f"{value:.1%}" if value < 0.1 else f"{value:.0%}"
         return f"{value:.2f}" if self.less_is_better else f"{value:.1f}x"
@@ -70,7 +71,7 @@ BAR = (
         percent=True,
     ),
     Measure(
-        "restore of a parked session, over rebuilding it",
+        "restore of an offloaded session, over rebuilding it",
         "memory",
         "restore / rebuild",
         0.1,

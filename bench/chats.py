@@ -1,11 +1,11 @@
-"""Eight chats of five turns at once, closed loop: each asks its next question as soon as it has its answer.
+"""Eight chats of five turns at once, closed loop: each chat asks its next question as soon as it has its answer.
 
-Tokens a second over everything, opening included, and the time to the first token of turn 1 (which waits for the
-picture) and of the later turns. Beside the engine: the same chats served one question at a time, first come, first
-served, by `generate` with each chat's own KV cache kept, and by the engine itself.
+Measures tokens per second over the whole run, including openings, and the time to the first token (TTFT) of turn 1,
+which includes the picture, and of the later turns. The engine is compared with the same chats served one question at a
+time, first come, first served: by `generate` with each chat's KV cache kept, and by the engine itself.
 
-The limit of the ratio on this machine: what the linears of the encodes and the prompts alone take at the rate that they
-reach here on the spot. Even with attention and decoding for nothing no engine would be faster.
+The limit of the ratio on this machine is the time of the linears of encoding and prefill alone, at the rate measured in
+the same run. An engine with free attention and free decoding would not be faster.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from .harness import Options, Result, Run, median, percentile, spread
 from .limits import Linears, picture_flops, token_flops
 from .reference import KeptKV, Reference
 
-ENGINE, ENGINE_SERIAL, KEPT = "engine", "engine, one at a time", "KV kept, one at a time"
+ENGINE = "engine"
+ENGINE_SERIAL = "engine, one at a time"
+KEPT = "KV kept, one at a time"
 Load = list[tuple[bytes, list[str]]]  # a chat: its picture and its questions
 
 
 def make_load(options: Options, pictures: Pictures, prompts: Prompts) -> Load:
-    """New pictures and questions for every chat."""
+    """Return new pictures and questions for every chat."""
     words = max(options.extra.prompt_tokens - 8, 1)
     return [
         (pictures.jpeg(), [prompts.words(words) for _ in range(options.extra.turns)])
@@ -34,7 +36,7 @@ def make_load(options: Options, pictures: Pictures, prompts: Prompts) -> Load:
 
 
 def in_parallel(chats: EngineChats, load: Load, answer_tokens: int) -> list[list[TurnTimes]]:
-    """All chats at once. A first question follows its opening at once, so that its time includes the picture's."""
+    """Run all chats at once. A first question follows its opening immediately, so its TTFT includes the picture."""
     questions = {f"chat{number}": deque(texts) for number, (_, texts) in enumerate(load)}
     for name, (jpeg, _) in zip(questions, load, strict=True):
         asked_at = time.perf_counter()
@@ -49,10 +51,11 @@ def in_parallel(chats: EngineChats, load: Load, answer_tokens: int) -> list[list
 
 
 def engine_one_at_a_time(chats: EngineChats, load: Load, answer_tokens: int) -> list[list[TurnTimes]]:
-    """The engine, given one question at a time."""
+    """Give the engine one question at a time."""
 
     def open_and_ask(number: int, asked_at: float, turn: int) -> TurnTimes:
-        name, (jpeg, texts) = f"chat{number}", load[number]
+        name = f"chat{number}"
+        (jpeg, texts) = load[number]
         if turn == 0:
             chats.open(name, prepare(chats.tokens, jpeg))
         answer = chats.answer(name, texts[turn], answer_tokens)
@@ -63,7 +66,7 @@ def engine_one_at_a_time(chats: EngineChats, load: Load, answer_tokens: int) -> 
 
 
 def kept_one_at_a_time(reference: Reference, load: Load, answer_tokens: int) -> list[list[TurnTimes]]:
-    """`generate` with a cache kept for each chat, under one lock."""
+    """Run `generate` for one question at a time, with a cache kept for each chat."""
     chats = [KeptKV(reference) for _ in load]
 
     def open_and_ask(number: int, asked_at: float, turn: int) -> TurnTimes:
@@ -76,7 +79,10 @@ def kept_one_at_a_time(reference: Reference, load: Load, answer_tokens: int) -> 
 
 
 def _first_come_first_served(load: Load, serve) -> list[list[TurnTimes]]:
-    """Everybody asks at the start, and again when the answer is there; `serve(chat, asked_at, turn)` takes its time."""
+    """Serve one question at a time. Every chat asks at the start, and again when it has its answer.
+
+    `serve(chat, asked_at, turn)` runs one turn.
+    """
     taken: list[list[TurnTimes]] = [[] for _ in load]
     began = time.perf_counter()
     queue = deque((number, began) for number in range(len(load)))
@@ -89,16 +95,18 @@ def _first_come_first_served(load: Load, serve) -> list[list[TurnTimes]]:
 
 
 def measure(options: Options, run: Run) -> tuple[dict[str, dict[str, list[float]]], float]:
-    """Figures of every round by side, and the seconds that the arithmetic of a round takes at least."""
+    """Return the figures of every round by side, and a lower bound of a round's seconds: its arithmetic."""
     reference = Reference(options.checkpoint, options.dtype, options.device)
-    chats, linears = load_engine(options), Linears(reference)
+    chats = load_engine(options)
+    linears = Linears(reference)
     tokens = options.extra.answer_tokens
     sides = [
         (ENGINE, lambda load: in_parallel(chats, load, tokens)),
         (KEPT, lambda load: kept_one_at_a_time(reference, load, tokens)),
         (ENGINE_SERIAL, lambda load: engine_one_at_a_time(chats, load, tokens)),
     ]
-    pictures, prompts = Pictures(options.seed), Prompts(options.seed)
+    pictures = Pictures(options.seed)
+    prompts = Prompts(options.seed)
     for _, serve in sides:  # unmeasured
         serve([(pictures.jpeg(), [prompts.words(4)])])
         chats.close_all()
@@ -124,7 +132,7 @@ def measure(options: Options, run: Run) -> tuple[dict[str, dict[str, list[float]
 
 
 def note(figures: dict[str, list[float]], chats: list[list[TurnTimes]], seconds: float) -> None:
-    """Add one round."""
+    """Append the figures of one round."""
     turns = [turn for chat in chats for turn in chat]
     figures["tokens_s"].append(sum(len(turn.answer_ids) for turn in turns) / seconds)
     figures["later_tokens_s"].append(later_rate(chats))
@@ -134,14 +142,14 @@ def note(figures: dict[str, list[float]], chats: list[list[TurnTimes]], seconds:
 
 
 def later_rate(chats: list[list[TurnTimes]]) -> float:
-    """Tokens a second from when every chat has its first answer: what the pictures cost is over by then."""
+    """Return tokens per second after every chat has its first answer, which excludes the pictures."""
     since = max(chat[0].token_times[-1] for chat in chats)
     times = [at for chat in chats for turn in chat for at in turn.token_times if at > since]
     return len(times) / (max(times) - since) if times else float("nan")
 
 
 def report(options: Options, taken: dict[str, dict], least_seconds: float) -> Result:
-    """The table, and the ratios of the project's bar."""
+    """Return the table and the ratios that `bar.py` reads."""
     result = Result(
         ["side", "tokens/s", "tokens/s later", "TTFT turn 1 ms", "TTFT later ms", "p99 later ms", "per token ms"],
         samples=taken,
@@ -177,7 +185,7 @@ def report(options: Options, taken: dict[str, dict], least_seconds: float) -> Re
 
 
 def paint(axes, result: Result) -> None:
-    """Tokens a second, one bar a side."""
+    """Draw tokens per second, one bar per side."""
     labels = list(result.samples)
     values = [median(result.samples[label]["tokens_s"]) for label in labels]
     bars = axes.bar(labels, values, color=["black", "tab:blue", "tab:gray"], width=0.5)
@@ -189,7 +197,7 @@ def paint(axes, result: Result) -> None:
 
 
 def main(argv: list[str] | None = None) -> Result:
-    """Entry point."""
+    """Run the command line."""
     options = harness.parse("chats", __doc__, argv, rounds=3, more=_arguments)
     run = Run(options)
     return run.finish(report(options, *measure(options, run)), paint)

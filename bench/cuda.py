@@ -1,4 +1,4 @@
-"""The same benches on a CUDA device; their files are called `NAME-cuda.json`. Where there is no such device it says so.
+"""Run the benchmarks on a CUDA device and write `NAME-cuda.json`. Without a CUDA device, print that and stop.
 
 python -m bench.cuda [options of every bench, such as --preset 7b]
 """
@@ -13,7 +13,7 @@ from .__main__ import run_all
 
 
 def main(argv: list[str]) -> int:
-    """Exit status."""
+    """Run the benchmarks; return the exit status."""
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0

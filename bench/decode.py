@@ -1,13 +1,16 @@
-"""Decode steps of 1, 4, 8 and 16 chats with 700 to 1,200 tokens behind them: the step's time, tokens a second, and what
-share that is of the memory-bandwidth bound.
+"""Decode steps of 1, 4, 8 and 16 chats with contexts of 700 to 1,200 tokens: time, tokens per second, and the share of
+the memory-bandwidth bound.
 
-The bound: a step must read the weight of every linear of the language model and of its head, as the engine holds it,
-and the KV of every chat once; bytes over the read bandwidth. A machine that others share reads at half the speed a
-minute later, so a block of steps is held against the better of the readings just before and just after it, and the
-share is the median of the blocks'; beside it stands the share by the best reading of the whole run. With it goes which
-share of the best the linears alone reach with one row, which no step can exceed by much. Beside the engine: separate
-forwards of `transformers`, one chat after the other, each on a `DynamicCache` of the same length (filled with noise,
-which costs the same). Blocks of steps of both sides alternate.
+The bound: a step reads the weight of every linear of the language model and its head once, in the engine's format, and
+the KV of every chat once. The bound is these bytes divided by the read bandwidth.
+
+On a shared machine the bandwidth may halve within a minute. A block of steps is therefore compared with the better of
+the readings directly before and after it, and the share is the median of the blocks. A second column uses the best
+reading of the whole run. A ratio gives the share of that reading which the linears alone reach with one row. No step
+can exceed it by much.
+
+The engine is compared with separate forwards of `transformers`, one chat after the other, each on a `DynamicCache` of
+the same length, filled with noise. Blocks of steps of both sides alternate.
 """
 
 from __future__ import annotations
@@ -23,34 +26,35 @@ from .reference import Reference, decode_separately, random_caches
 
 
 def contexts(options: Options, chats: EngineChats) -> dict[str, int]:
-    """Open the chats, each with its own number of tokens in its cache: `{name: tokens}`."""
+    """Open the chats, each with another number of tokens in its cache; return `{name: tokens}`."""
     most = max(options.extra.sessions)
     shortest, longest = options.pick((700, 1200), (40, 80))
-    pictures, prompts = Pictures(options.seed), Prompts(options.seed)
+    pictures = Pictures(options.seed)
+    prompts = Prompts(options.seed)
     jpeg = pictures.jpeg()
     for number in range(most):
         name = f"chat{number}"
         opening = prepare(chats.tokens, jpeg)
-        wanted = shortest + (longest - shortest) * number // max(most - 1, 1)
+        context_tokens = shortest + (longest - shortest) * number // max(most - 1, 1)
         chats.open(name, opening)
         chats.run()
-        chats.answer(name, prompts.words(max(wanted - len(opening.token_ids) - 8, 1)), 1)
+        chats.answer(name, prompts.words(max(context_tokens - len(opening.token_ids) - 8, 1)), 1)
     return {name: len(conversation.token_ids) for name, conversation in chats.conversations.items()}
 
 
 def chosen(names: list[str], count: int) -> list[str]:
-    """So many of the chats, from the shortest to the longest; the middle one when it is one."""
+    """Return `count` chats from the shortest to the longest context, or the middle one if `count` is 1."""
     if count == 1:
         return [names[len(names) // 2]]
     return [names[index * (len(names) - 1) // (count - 1)] for index in range(count)]
 
 
 def engine_steps(chats: EngineChats, names: list[str], steps: int) -> list[float]:
-    """Milliseconds of steps in which every one of the chats gets one token and nothing else happens."""
+    """Return the milliseconds of steps in which every chat gets one token and no other work runs."""
     for name in names:
         chats.ask(name, "and", steps + 2)
     while any(not chats.turns[name][-1].token_times for name in names):
-        chats.step()  # the questions; some may have their second token when the last gets its first
+        chats.step()  # the questions; some chats may have their second token when the last one gets its first
     times = []
     for _ in range(steps):
         began = time.perf_counter()
@@ -61,7 +65,7 @@ def engine_steps(chats: EngineChats, names: list[str], steps: int) -> list[float
 
 
 def separate_steps(reference: Reference, caches: list, steps: int) -> list[float]:
-    """Milliseconds of rounds of one forward for each cache; the caches are put back to their length."""
+    """Return the milliseconds of rounds of one forward per cache. The caches are cropped to their old length."""
     times = []
     for _ in range(steps):
         began = time.perf_counter()
@@ -73,12 +77,14 @@ def separate_steps(reference: Reference, caches: list, steps: int) -> list[float
 
 
 def measure(options: Options, run: Run) -> tuple[dict[int, dict], int, int, float]:
-    """`{chats: {"engine": [...], "separate": [...], "bandwidth": [...], "kv_tokens": n}}`, bytes of the weights and of
-    a token's KV, and the bytes a second that the linears read with one row. `engine` has a list of steps for each
-    reading of the bandwidth.
+    """Return `{chats: {"engine": [...], "separate": [...], "bandwidth": [...], "kv_tokens": n}}` and three numbers.
+
+    They are the bytes of the weights, the bytes of a token's KV, and the bytes per second that the linears read with
+    one row. `engine` has a list of steps for each reading of the bandwidth.
     """
     reference = Reference(options.checkpoint, options.dtype, options.device)
-    chats, linears = load_engine(options), Linears(reference)
+    chats = load_engine(options)
+    linears = Linears(reference)
     run.say("filling the caches")
     lengths = contexts(options, chats)
     taken = {
@@ -109,7 +115,7 @@ def measure(options: Options, run: Run) -> tuple[dict[int, dict], int, int, floa
 def report(
     options: Options, run: Run, taken: dict[int, dict], weight_bytes: int, token_bytes: int, row_bytes_s: float
 ) -> Result:
-    """The table, and the ratios of the project's bar."""
+    """Return the table and the ratios that `bar.py` reads."""
     columns = [
         "chats",
         "KV tokens",
@@ -128,7 +134,8 @@ def report(
             read_bytes / bytes_s * 1e3 / median(block)
             for block, bytes_s in zip(times["engine"], times["bandwidth"], strict=True)
         ]
-        step_ms, separate_ms = median(steps), median(times["separate"])
+        step_ms = median(steps)
+        separate_ms = median(times["separate"])
         by_the_best = read_bytes / run.bandwidth.read_bytes_s * 1e3 / step_ms
         result.rows.append(
             {
@@ -157,7 +164,7 @@ def report(
 
 
 def paint(axes, result: Result) -> None:
-    """Tokens a second over the number of chats: engine, separate forwards, bound."""
+    """Draw tokens per second over the number of chats: engine, separate forwards, bound."""
     counts = [row["chats"] for row in result.rows]
     lines = {
         "bandwidth bound": (
@@ -176,7 +183,7 @@ def paint(axes, result: Result) -> None:
 
 
 def main(argv: list[str] | None = None) -> Result:
-    """Entry point."""
+    """Run the command line."""
     options = harness.parse("decode", __doc__, argv, rounds=4, more=_arguments)
     run = Run(options)
     return run.finish(report(options, run, *measure(options, run)), paint)

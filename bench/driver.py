@@ -1,6 +1,6 @@
-"""Drives an `Engine` in-process, as the pump does, and takes the time of everything that a client would see.
+"""Drive an `Engine` in this process, as the pump does, and measure the times that a client would see.
 
-Must not time by the engine's own clocks: what counts is when an event is there to be sent.
+Times are taken when `step` returns an event, not from the engine's own clocks.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from transformers import AutoProcessor
 
 from llava_sessions.chat.transcript import Conversation
 from llava_sessions.engine.engine import Engine
-from llava_sessions.engine.kv import DeviceBudget, choose_budget
+from llava_sessions.engine.memory import DeviceBudget, choose_budget
 from llava_sessions.engine.model import Model
+from llava_sessions.engine.process import warm_up
 from llava_sessions.ipc.messages import (
     AskSession,
     CloseSession,
@@ -40,7 +41,7 @@ from .make_checkpoint import WORDS
 
 @dataclass
 class TurnTimes:
-    """One turn as its client saw it. All in seconds of `time.perf_counter`."""
+    """Times of one turn at its client, in seconds of `time.perf_counter`."""
 
     asked_at: float
     token_times: list[float] = field(default_factory=list)
@@ -54,29 +55,29 @@ class TurnTimes:
 
     @property
     def tpot_ms(self) -> float:
-        """Time per output token behind the first."""
+        """Time per output token after the first."""
         return (self.token_times[-1] - self.token_times[0]) * 1e3 / max(len(self.token_times) - 1, 1)
 
     @property
     def total_ms(self) -> float:
-        """From the question to the last token."""
+        """Time from the question to the last token."""
         return (self.token_times[-1] - self.asked_at) * 1e3
 
     @property
     def gaps_ms(self) -> list[float]:
-        """Between one token and the next."""
+        """Times between one token and the next."""
         return [(b - a) * 1e3 for a, b in zip(self.token_times, self.token_times[1:], strict=False)]
 
 
 class Pictures:
-    """JPEG pictures unlike each other, of a camera's proportions."""
+    """Different random JPEG pictures of a camera's proportions."""
 
     def __init__(self, seed: int, size: tuple[int, int] = (640, 480)) -> None:
         self._random = np.random.default_rng(seed)
         self._size = size
 
     def jpeg(self) -> bytes:
-        """A new one: large soft areas, as photographs have, so that decoding costs what it does for them."""
+        """Return a new picture with large soft areas, so that its decoding takes as long as a photograph's."""
         coarse = self._random.integers(0, 256, (12, 16, 3), dtype=np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(coarse).resize(self._size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
@@ -84,34 +85,34 @@ class Pictures:
 
 
 class Prompts:
-    """Questions of so many words; a word is a token."""
+    """Random questions. Each word is one token."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
 
     def words(self, count: int) -> str:
-        """A new question."""
+        """Return a new question of `count` words."""
         return " ".join(self._random.choices(WORDS, k=count))
 
 
 def prepare(tokens: ChatTemplate, jpeg: bytes) -> Opening:
-    """What the handler does before the engine hears of a picture: decode it and make the model's input of it."""
+    """Do the handler's part of an open: decode the picture and prepare it for the model."""
     image = Image.open(io.BytesIO(jpeg)).convert("RGB")
     return tokens.opening([(hashlib.sha256(jpeg).hexdigest(), image)])
 
 
 def load_engine(options: Options, budget: DeviceBudget | None = None, chunk_tokens: int = 256) -> EngineChats:
-    """An engine on the run's checkpoint, warmed up. Without a budget: the default of the handler."""
+    """Return a warmed-up engine on the run's checkpoint. `budget` None: the handler's default."""
     tokens = ChatTemplate(AutoProcessor.from_pretrained(options.checkpoint))
     dtype = str(options.dtype).removeprefix("torch.")
     model = Model.load(options.checkpoint, dtype, str(options.device))
     engine = Engine(model, tokens.answer_text, budget or choose_budget(model.device), chunk_tokens)
-    engine.warm_up(tokens)
+    warm_up(engine, tokens)
     return EngineChats(engine, tokens)
 
 
 class EngineChats:
-    """The open chats of an engine: their words as the pump keeps them, and the times of what happens to them."""
+    """The open chats of an engine: their conversations, as the pump keeps them, and the times of their events."""
 
     def __init__(self, engine: Engine, tokens: ChatTemplate) -> None:
         self.engine = engine
@@ -123,14 +124,14 @@ class EngineChats:
         self._prompts: dict[str, list[int]] = {}
 
     def open(self, name: str, opening: Opening) -> None:
-        """Tell the engine to open a session; it works on it in the next steps."""
+        """Make the engine open a session. The next steps encode and prefill it."""
         self.conversations[name] = Conversation(opening)
         self.turns[name] = []
         self._opening[name] = time.perf_counter()
         self.engine.apply(OpenSession(name, opening.token_ids, opening.pictures))
 
     def ask(self, name: str, text: str, answer_tokens: int) -> None:
-        """Tell the engine to start a turn; turning the question into tokens is part of the time."""
+        """Make the engine start a turn. The measured time includes tokenizing the question."""
         self.turns[name].append(TurnTimes(time.perf_counter()))
         self._prompts[name] = self.tokens.prompt(self.conversations[name].opened_on, text)
         turn_id = f"{name}/{len(self.turns[name])}"
@@ -149,7 +150,7 @@ class EngineChats:
         self.run()
 
     def step(self) -> list[str]:
-        """One step of the engine. Returns the sessions whose turn it finished."""
+        """Run one step of the engine; return the sessions whose turn it finished."""
         events = self.engine.step()
         now = time.perf_counter()
         finished = []
@@ -160,12 +161,12 @@ class EngineChats:
         return finished
 
     def run(self) -> None:
-        """Step until there is nothing left to do."""
+        """Step until the engine has no work."""
         while self.engine.has_work:
             self.step()
 
     def answer(self, name: str, text: str, answer_tokens: int) -> TurnTimes:
-        """One whole turn, with nothing else going on."""
+        """Run one whole turn with no other work."""
         self.ask(name, text, answer_tokens)
         self.run()
         return self.turns[name][-1]
@@ -179,7 +180,7 @@ class EngineChats:
             case Finished():
                 return self._finish(event)
             case OpenFailed() | TurnFailed() | OutOfCapacity():
-                raise RuntimeError(f"a bench must not fail: {event}")
+                raise RuntimeError(f"the benchmark failed: {event}")
         return None
 
     def _finish(self, event: Finished) -> str:
@@ -188,7 +189,7 @@ class EngineChats:
         turn.answer_ids = event.answer_ids
         turn.cached_tokens = event.usage.cached_tokens
         if len(turn.token_times) != len(turn.answer_ids):
-            told = f"{len(turn.token_times)} pieces of text for {len(turn.answer_ids)} tokens"
-            raise RuntimeError(f"{told}: this tokenizer's tokens are not all visible, so they can't be timed")
+            found = f"{len(turn.token_times)} pieces of text for {len(turn.answer_ids)} tokens"
+            raise RuntimeError(f"{found}: some tokens of this tokenizer have no text, so they can't be timed")
         self.conversations[name].commit(self._prompts.pop(name), event.kept_ids)
         return name

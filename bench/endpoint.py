@@ -1,8 +1,8 @@
-"""What the local endpoint adds to a call: the same turns sent straight to TorchServe and through the endpoint.
+"""Latency that the local endpoint adds to a call: the same turns sent directly to TorchServe and through the endpoint.
 
-Runs the real thing in processes of its own, on the tiny model: what routing costs does not depend on the model, and a
-small one's noise hides it less. Both sides are the same HTTP client, each with a session of its own on one instance,
-alternating. Knows the wire protocol only.
+Runs the whole server in its own processes with the tiny model: the latency of routing does not depend on the model, and
+a small model adds less noise. Both sides use the same HTTP client, each with its own session on one instance, and
+alternate. Uses the wire protocol only.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ from .driver import Pictures, Prompts
 from .harness import Options, Result, Run, median, spread
 
 ROOT = Path(__file__).parents[1]
-DIRECT, ENDPOINT = "direct", "endpoint"
-FIRST, WHOLE = "first part of a streamed answer", "whole answer"
+DIRECT = "direct"
+ENDPOINT = "endpoint"
+FIRST = "first part of a streamed answer"
+WHOLE = "whole answer"
 SESSION_HEADER = "X-Amzn-SageMaker-Session-Id"
-TURNS, TOKENS = 8, 4
+TURNS = 8
+TOKENS = 4
 
 
 @dataclass
 class Side:
-    """One way to the instance: where calls are posted, streamed ones and whole ones, and what they took."""
+    """One route to the instance: the paths for streamed and for whole answers, and the measured times."""
 
     name: str
     http: httpx.Client
@@ -43,14 +46,14 @@ class Side:
     session: str = ""
 
     def open(self, image: str) -> None:
-        """Begin a session."""
+        """Open a session."""
         body = {"type": "start_session", "image": image}
         headers = {SESSION_HEADER: "NEW_SESSION"} if self.name == ENDPOINT else {}
         reply = self.http.post(self.paths[WHOLE], json=body, headers=headers).raise_for_status()
         self.session = reply.json()["session_id"]
 
     def ask(self, text: str, how: str) -> None:
-        """One turn; its time to the first byte of the answer."""
+        """Run one turn and record the time to the first byte of the answer."""
         body = {"type": "send_text_prompt", "prompt_text": text, "max_new_tokens": TOKENS, "stream": how == FIRST}
         headers = {SESSION_HEADER: self.session}
         began = time.perf_counter()
@@ -63,14 +66,15 @@ class Side:
                 pass
 
     def close(self) -> None:
-        """End the session."""
-        body, headers = {"type": "close_session"}, {SESSION_HEADER: self.session}
+        """Close the session."""
+        body = {"type": "close_session"}
+        headers = {SESSION_HEADER: self.session}
         self.http.post(self.paths[WHOLE], json=body, headers=headers).raise_for_status()
 
 
 @contextlib.contextmanager
 def sides(options: Options) -> Iterator[tuple[list[Side], psutil.Process]]:
-    """Both ways to a running instance, and the endpoint's process."""
+    """Start an instance; yield both routes to it and the endpoint's process."""
     with tempfile.TemporaryDirectory() as store:
         dtype = str(options.dtype).removeprefix("torch.")
         words = ["--model", options.checkpoint, "--dtype", dtype, "--device", options.device.type, "--output", store]
@@ -79,14 +83,14 @@ def sides(options: Options) -> Iterator[tuple[list[Side], psutil.Process]]:
         command = [sys.executable, "-m", "deploy.local_endpoint", *words]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
             try:
-                told = ""
+                output = ""
                 for line in process.stdout:
-                    told += line
+                    output += line
                     if "Ctrl-C" in line:
                         break
-                instance = re.search(r"instance 1: (http://[\d.:]+)", told)[1]
-                endpoint = re.search(r"SageMaker Runtime on (http://[\d.:]+)", told)[1]
-                name = re.search(r"endpoint '(\w+)'", told)[1]
+                instance = re.search(r"instance 1: (http://[\d.:]+)", output)[1]
+                endpoint = re.search(r"SageMaker Runtime on (http://[\d.:]+)", output)[1]
+                name = re.search(r"endpoint '(\w+)'", output)[1]
                 with client(instance) as straight, client(f"{endpoint}/endpoints/{name}") as routed:
                     both = [
                         Side(DIRECT, straight, dict.fromkeys((FIRST, WHOLE), "/invocations")),
@@ -96,7 +100,7 @@ def sides(options: Options) -> Iterator[tuple[list[Side], psutil.Process]]:
             finally:
                 process.terminate()
                 for _ in process.stdout:
-                    pass  # it still has something to say
+                    pass  # read the rest, so that the process can exit
 
 
 def client(url: str) -> httpx.Client:
@@ -104,11 +108,12 @@ def client(url: str) -> httpx.Client:
 
 
 def measure(options: Options, run: Run) -> tuple[dict[str, dict[str, list[float]]], float]:
-    """`{call: {side: [ms, ...]}}`, and the ms of a CPU that the endpoint took for a turn.
+    """Return `{call: {side: [ms, ...]}}`, and the CPU time in ms that the endpoint takes per turn.
 
-    Each round is a session of some turns on each side, turn by turn.
+    Each round is one session of `TURNS` turns on each side; the sides alternate turn by turn.
     """
-    pictures, prompts = Pictures(options.seed), Prompts(options.seed)
+    pictures = Pictures(options.seed)
+    prompts = Prompts(options.seed)
     with sides(options) as (both, process):
         for number in range(options.rounds + 1):
             if number == 1:  # the first round warms up
@@ -119,7 +124,8 @@ def measure(options: Options, run: Run) -> tuple[dict[str, dict[str, list[float]
             for side in both:
                 side.open(image)
             for turn in range(TURNS):
-                text, how = prompts.words(8), (FIRST, WHOLE)[turn % 2]
+                text = prompts.words(8)
+                how = (FIRST, WHOLE)[turn % 2]
                 for side in harness.alternate(both, number + turn // 2):
                     side.ask(text, how)
             for side in both:
@@ -132,7 +138,7 @@ def measure(options: Options, run: Run) -> tuple[dict[str, dict[str, list[float]
 
 
 def report(taken: dict[str, dict[str, list[float]]], cpu_ms: float) -> Result:
-    """The table, and what is added."""
+    """Return the table and the added latencies."""
     result = Result(["call", "direct ms", "endpoint ms", "added ms", "added, of the best ms"], samples=taken)
     for how, times in taken.items():
         added = [after - before for before, after in zip(times[DIRECT], times[ENDPOINT], strict=True)]
@@ -153,7 +159,7 @@ def report(taken: dict[str, dict[str, list[float]]], cpu_ms: float) -> Result:
 
 
 def paint(axes, result: Result) -> None:
-    """Both sides' times, sorted."""
+    """Draw both sides' times, sorted."""
     for (how, times), style in zip(result.samples.items(), ("-", "--"), strict=True):
         for (side, values), colour in zip(times.items(), ("tab:gray", "black"), strict=True):
             shares = [100 * (index + 0.5) / len(values) for index in range(len(values))]
@@ -164,7 +170,7 @@ def paint(axes, result: Result) -> None:
 
 
 def main(argv: list[str] | None = None) -> Result:
-    """Entry point."""
+    """Run the command line."""
     given = sys.argv[1:] if argv is None else argv
     options = harness.at_preset(harness.parse("endpoint", __doc__, ["--preset", "tiny", *given], rounds=40), "tiny")
     run = Run(options)

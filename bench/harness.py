@@ -1,7 +1,7 @@
-"""Owns what all benches share: their options, their table, their JSON and their plot.
+"""Shared parts of all benchmarks: options, table, JSON and plot.
 
-A bench is a module with a `main(argv)`; it measures every side of a comparison in one run, alternating, and reports
-medians with the best beside them. A figure without its machine, load and versions is not written.
+A benchmark is a module with a `main(argv)`. It measures all sides of a comparison in one run, alternating, and reports
+medians together with the best time. Every record includes the machine, its load and the versions.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from . import machine
 from .make_checkpoint import PRESETS, ensure_checkpoint
 
 RESULTS = Path(__file__).parent / "results"
-FLOAT32 = "-float32"  # behind the name of a record of a CPU without bfloat16
+FLOAT32 = "-float32"  # suffix of the name of a record from a CPU without bfloat16
 
 
 @dataclass
 class Options:
-    """What a run was asked for. `extra` holds the options of this bench alone."""
+    """Options of a run. `extra`: the parsed arguments, with the options of this benchmark alone."""
 
     name: str
     checkpoint: Path
@@ -42,21 +42,21 @@ class Options:
     extra: argparse.Namespace
 
     def pick(self, usual: Any, smoke: Any) -> Any:
-        """A size of the bench: the usual one, or that of a smoke run."""
+        """Return `smoke` in a smoke run, else `usual`."""
         return smoke if self.smoke else usual
 
 
 def parse(name: str, about: str | None, argv: list[str] | None, rounds: int, more: Callable | None = None) -> Options:
-    """Read the command line and build the checkpoint if it is not there yet. `more(parser)` adds a bench's own ones."""
+    """Parse the command line; build the checkpoint if it is missing. `more(parser)` adds a benchmark's own options."""
     parser = argparse.ArgumentParser(
         prog=f"python -m bench.{name}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", choices=PRESETS, default="bench", help="the random-weight model (bench)")
-    words = "of weights and KV (default: what the engine computes in on this device)"
+    words = "of weights and KV (default: the engine's choice on this device)"
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help=words)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, help="torch threads (torch's default: all cores)")
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"how often everything is measured ({rounds})")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"number of measurements ({rounds})")
     parser.add_argument("--seed", type=int, default=0, help="of the pictures and the prompts")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON and the plot (bench/results)")
     parser.add_argument("--smoke", action="store_true", help="tiny model, float32, one round: shows that it runs")
@@ -70,7 +70,7 @@ def parse(name: str, about: str | None, argv: list[str] | None, rounds: int, mor
     preset = "tiny" if given.smoke else given.preset
     device = torch.device(given.device)
     dtype = getattr(torch, given.dtype) if given.dtype else native_dtype(device)
-    # The tiny model is in float32 everywhere; figures of another one are another record than bfloat16's.
+    # The tiny model runs in float32 on every machine. For other models, float32 results are a separate record.
     plain = "" if preset == "tiny" or dtype != torch.float32 else FLOAT32
     suffix = "-cuda" if given.device == "cuda" else plain
     return Options(
@@ -88,14 +88,14 @@ def parse(name: str, about: str | None, argv: list[str] | None, rounds: int, mor
 
 
 def at_preset(options: Options, preset: str) -> Options:
-    """The same run on another checkpoint; the tiny one is in float32, where equal means equal."""
+    """Return the same options for another checkpoint. The tiny one is in float32, where equal answers are exact."""
     dtype = torch.float32 if preset == "tiny" else options.dtype
     return replace(options, checkpoint=ensure_checkpoint(preset), preset=preset, dtype=dtype)
 
 
 @dataclass
 class Result:
-    """What a bench found: rows of a table, ratios that the project's bar names, and anything else worth keeping."""
+    """Results of a benchmark: the table, the ratios that `bar.py` reads, settings, samples and notes."""
 
     columns: list[str]
     rows: list[dict] = field(default_factory=list)
@@ -106,7 +106,7 @@ class Result:
 
 
 class Run:
-    """One run of a bench, from before its first measurement to its files."""
+    """One run of a benchmark, from before its first measurement to its files."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -116,7 +116,7 @@ class Run:
         self.bandwidth.measure()
 
     def say(self, text: str) -> None:
-        """Tell the person who waits what is being measured."""
+        """Print progress."""
         print(f"  {text}", flush=True)
 
     def finish(self, result: Result, paint: Callable | None = None) -> Result:
@@ -145,7 +145,7 @@ class Run:
 
 
 def show(document: dict) -> None:
-    """Print a result as a person reads it."""
+    """Print a result."""
     print(f"\n{document['bench']}: {document['model']['preset']}, {document['model']['dtype']}")
     for name, value in (document["facts"] | document["settings"]).items():
         print(f"  {name:20} {value}")
@@ -157,7 +157,7 @@ def show(document: dict) -> None:
 
 
 def table(columns: list[str], rows: Iterable[dict], between: str = "  ") -> str:
-    """Rows as aligned text, first column left, the others right."""
+    """Return rows as text: the first column left-aligned, the others right-aligned."""
     cells = [columns, *([number(row.get(column)) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = [
@@ -168,7 +168,7 @@ def table(columns: list[str], rows: Iterable[dict], between: str = "  ") -> str:
 
 
 def number(value: Any) -> str:
-    """A figure with as many digits as mean something."""
+    """Return a number as text with its significant digits."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -179,32 +179,32 @@ def number(value: Any) -> str:
 
 
 def median(values: Iterable[float]) -> float:
-    """The middle one; NaN of none."""
+    """Return the median, or NaN for no values."""
     values = list(values)
     return statistics.median(values) if values else float("nan")
 
 
 def spread(values: Iterable[float]) -> str:
-    """Median and best of times, as the tables show them: `81 [79]`."""
+    """Return median and best of times as text: `81 [79]`."""
     values = list(values)
     return f"{number(median(values))} [{number(min(values))}]" if values else ""
 
 
 def percentile(values: Iterable[float], share: float) -> float:
-    """The value that `share` of all are not above (nearest rank)."""
+    """Return the percentile by the nearest-rank method; `share` is between 0 and 1."""
     ordered = sorted(values)
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
 
 
 def alternate(sides: list, round_number: int) -> list:
-    """The sides of a comparison in another order each round, so that none is always first."""
+    """Return the sides of a comparison, rotated by the round, so that each one is first in turn."""
     shift = round_number % len(sides)
     return sides[shift:] + sides[:shift]
 
 
 def draw(path: Path, document: dict, paint: Callable) -> None:
-    """One PNG beside the JSON, with the machine in its foot."""
-    import matplotlib as mpl  # here, because only a plot needs it and it takes a while to load
+    """Write one PNG next to the JSON, with the machine in its footer."""
+    import matplotlib as mpl  # imported here, because loading it is slow and only plots need it
 
     mpl.use("Agg")
     from matplotlib import pyplot
@@ -213,7 +213,8 @@ def draw(path: Path, document: dict, paint: Callable) -> None:
     paint(axes)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
-    facts, model = document["facts"], document["model"]
+    facts = document["facts"]
+    model = document["model"]
     where = facts["gpu"] or f"{facts['cpu']}, {facts['torch_threads']} threads"
     figure.supxlabel(
         f"{model['preset']} model, {model['dtype']} · {where} · torch {facts['torch']} · {facts['date']}", fontsize=7
@@ -223,5 +224,5 @@ def draw(path: Path, document: dict, paint: Callable) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """What json does not know by itself."""
+    """Return a value that `json` can't encode as text."""
     return str(value)

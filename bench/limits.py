@@ -1,5 +1,6 @@
-"""Owns what the linears of a model can reach on this machine at best: a ratio that they rule out is no fault of the
-engine. Taken with the layers that the engine computes with, on the spot.
+"""The rates that the linears of a model reach on this machine, which bound the ratios of `chats` and `decode`.
+
+Measured in the same run, with the packed linears that the engine uses.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from .reference import Reference
 
 
 def picture_flops(reference: Reference) -> float:
-    """Of the linears of one encode: the vision layers up to the last whose output is used, and the projector."""
-    model, config = reference.model.model, reference.model.config
+    """Return the operations of one encode's linears: the vision layers whose output is used, and the projector."""
+    model = reference.model.model
+    config = reference.model.config
     vision = config.vision_config
     layers = next(part for name, part in model.vision_tower.named_modules() if name.endswith("layers"))
     used = config.vision_feature_layer + (len(layers) + 1 if config.vision_feature_layer < 0 else 0)
@@ -25,7 +27,7 @@ def picture_flops(reference: Reference) -> float:
 
 
 def token_flops(reference: Reference) -> float:
-    """Of the linears that every token of a prompt runs through; the head runs for the last one alone."""
+    """Return the operations of one prompt token's linears, without the head, which runs for the last token only."""
     return 2.0 * _weights(reference.model.model.language_model)
 
 
@@ -38,28 +40,29 @@ def _linears(*modules: torch.nn.Module) -> list[torch.nn.Linear]:
 
 
 class Linears:
-    """The language model's linears and its head, each weight in the layout that the engine computes in."""
+    """The linears of the language model and its head, each packed as in the engine."""
 
     def __init__(self, reference: Reference) -> None:
         found = _linears(reference.model.model.language_model, reference.model.lm_head)
         with torch.inference_mode():
             self._layers = [pack(one) if packable(one) else one for one in found]
-        # What a decode step reads of them.
+        # Bytes of weights that a decode step reads.
         self.weight_bytes: int = sum(
             one.weight_bytes if isinstance(one, PackedLinear) else one.weight.nbytes for one in self._layers
         )
         self._weights = sum(one.weight.numel() for one in found)
-        self._device, self._dtype = reference.device, reference.model.dtype
+        self._device = reference.device
+        self._dtype = reference.model.dtype
         self.row_bytes_s = 0.0
         self.flops_s = 0.0
 
     def measure_row(self, repeats: int = 3) -> None:
-        """Look again: bytes of weights a second with one row; the best seen stays."""
+        """Measure bytes of weights per second with one row, and keep the best value."""
         for _ in range(repeats):
             self.row_bytes_s = max(self.row_bytes_s, self.weight_bytes / self._time(1))
 
     def measure_rows(self, repeats: int = 2, rows: int = 256) -> None:
-        """Look again: operations a second with many rows; the best seen stays."""
+        """Measure operations per second with many rows, and keep the best value."""
         for _ in range(repeats):
             self.flops_s = max(self.flops_s, 2.0 * rows * self._weights / self._time(rows))
 

@@ -1,6 +1,4 @@
-"""Owns what a figure needs beside it to mean something: the machine, the versions, who else was computing, and how fast
-memory is read right now.
-"""
+"""The conditions of a measurement: machine, versions, CPU use of other processes, and current memory bandwidth."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ _FEATURES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 
 
 def facts(device: torch.device) -> dict:
-    """What is true of this machine and these versions, for the head of a table."""
+    """Return the machine and the versions, for the head of a table."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": _cpu(),
@@ -37,7 +35,7 @@ def facts(device: torch.device) -> dict:
 
 
 def _commit() -> str | None:
-    """What of the repository was measured; with a plus when tracked files differ from it."""
+    """Return the measured commit, with a plus if tracked files differ from it. None without git."""
     root = Path(__file__).parents[1]
     ask = ["git", "describe", "--always", "--dirty=+", "--abbrev=7"]
     try:
@@ -57,7 +55,7 @@ def _cpu() -> str:
 
 
 class Neighbours:
-    """How much of the machine other processes took between two moments, as a share of all cores."""
+    """CPU use of other processes between two moments, as a share of all cores."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()
@@ -65,7 +63,7 @@ class Neighbours:
         self._busy, self._total, self._own = self._read()
 
     def report(self) -> dict:
-        """Load average at the start and now, and the share of CPU time that went to others in between."""
+        """Return the load average at the start and now, and other processes' share of the CPU time between them."""
         busy, total, own = self._read()
         others = (busy - self._busy) - (own - self._own)
         return {
@@ -75,15 +73,15 @@ class Neighbours:
 
     def _read(self) -> tuple[float, float, float]:
         times = psutil.cpu_times()
-        total = sum(times[:8])  # guest times are in user's already
+        total = sum(times[:8])  # the user time includes guest times
         own = self._process.cpu_times()
         return total - times.idle - getattr(times, "iowait", 0.0), total, own.user + own.system
 
 
 class Bandwidth:
-    """Bytes a second that the device reads, the best seen so far: a bound may not be too kind.
+    """Best measured read and copy bandwidth of the device in bytes per second.
 
-    Measured as the sum over a tensor far larger than any cache, and as a copy (which reads and writes).
+    Reading is measured as the sum over a tensor much larger than any cache. A copy reads and writes.
     """
 
     def __init__(self, device: torch.device, mebibytes: int = 256) -> None:
@@ -94,8 +92,9 @@ class Bandwidth:
         self.copy_bytes_s = 0.0
 
     def measure(self, repeats: int = 5) -> float:
-        """Look again; takes some tenths of a second. The best reading of these, in bytes a second."""
-        size, read = self._source.nbytes, 0.0
+        """Measure for some tenths of a second; return the best read bandwidth of these repeats in bytes per second."""
+        size = self._source.nbytes
+        read = 0.0
         for _ in range(repeats):
             read = max(read, size / self._time(lambda: self._source.sum()))
             self.copy_bytes_s = max(self.copy_bytes_s, 2 * size / self._time(lambda: self._target.copy_(self._source)))
@@ -103,7 +102,7 @@ class Bandwidth:
         return read
 
     def facts(self) -> dict:
-        """In GB/s, for the table."""
+        """Return the bandwidths in GB/s, for the table."""
         return {"read": round(self.read_bytes_s / 1e9, 1), "copy": round(self.copy_bytes_s / 1e9, 1)}
 
     def _time(self, work) -> float:
@@ -115,11 +114,11 @@ class Bandwidth:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told; nothing to wait for on a CPU."""
+    """Wait until the device has finished all queued work. Does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def resident_set_bytes() -> int:
-    """RAM that this process holds."""
+    """Return the resident set size of this process."""
     return psutil.Process().memory_info().rss

@@ -1,11 +1,11 @@
-"""Builds the random-weight checkpoints that the benches run on, in LLaVA-1.5's format and with its chat template.
+"""Build the random-weight checkpoints of the benchmarks, in LLaVA-1.5's format and with its chat template.
 
     python -m bench.make_checkpoint --preset bench
 
-What they say means nothing; what they cost is what a trained model of the same shape costs. Three things are drawn so
-that a chat stays a chat: embeddings and head have a standard deviation of 0.3 (at the usual 0.02 greedy decoding emits
-one token for ever); the head's rows are zero except those of whole words, so that an answer never ends early, never
-holds a picture's token, and shows text with every token; and the same seed gives the same weights.
+Their answers are meaningless, but a step takes as long as with a trained model of the same shape. Embeddings and head
+have a standard deviation of 0.3, because with the usual 0.02 greedy decoding repeats one token. The head's rows are
+zero except those of whole words, so an answer never ends early, contains no image token, and every token has text. The
+same seed gives the same weights.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EMBEDDING_STD = 0.3
 WEIGHT_STD = 0.02
 _MADE_FROM = "made_from.txt"
 
-# What prompts are made of and answers consist of: each is one token.
+# The words of prompts and answers. Each is one token.
 _WORDS = """
 above across air all animal apple arm around ask baby back bag ball bank bird black blue board boat body book
 bottle bottom bowl box boy bread bridge bright brown bus cake camera car cat chair child circle city clean
@@ -53,7 +53,7 @@ wood yard yellow young
 """
 WORDS = _WORDS.split()
 
-# LLaVA-1.5's: it writes no end-of-sequence token behind an answer.
+# LLaVA-1.5's: it writes no end-of-sequence token after an answer.
 TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
@@ -65,7 +65,7 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Preset:
-    """The shape of a checkpoint; `vision` and `text` are what the two config classes are given."""
+    """The shape of a checkpoint. `vision` and `text`: arguments of the two config classes."""
 
     about: str
     vision: dict
@@ -74,7 +74,7 @@ class Preset:
 
     @property
     def image_tokens(self) -> int:
-        """Tokens that one picture takes in the prompt."""
+        """Image tokens of one picture in the prompt."""
         return (self.vision["image_size"] // self.vision["patch_size"]) ** 2
 
 
@@ -98,7 +98,7 @@ _CLIP_TINY = {
 
 
 def _llama(width: int, layers: int, heads: int, feed_forward: int, vocabulary: int) -> dict:
-    """A Llama with one KV head for each head and an untied head, as in LLaVA-1.5."""
+    """Return the arguments of a Llama config with multi-head attention and an untied head, as in LLaVA-1.5."""
     return {
         "hidden_size": width,
         "num_hidden_layers": layers,
@@ -115,13 +115,13 @@ def _llama(width: int, layers: int, heads: int, feed_forward: int, vocabulary: i
 PRESETS = {
     "bench": Preset("CLIP ViT-L/14-336 and a small Llama, 0.63 B", _CLIP_L, _llama(1024, 20, 16, 2816, 32064)),
     "7b": Preset("the shape of LLaVA-1.5-7B, 14 GB", _CLIP_L, _llama(4096, 32, 32, 11008, 32064)),
-    # Its KV is large for its size (2 MiB a session), so that hundreds of sessions show in the memory of the process.
+    # Its KV is large for its size (2 MiB per session), so hundreds of sessions are visible in the process's memory.
     "tiny": Preset("for tests: 1.5 M, 16 image tokens", _CLIP_TINY, _llama(128, 8, 8, 256, 2048), torch.float32),
 }
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE that encodes any text and has a token for each of `WORDS` behind a space."""
+    """Return a byte-level BPE that encodes any text and has one token for a space and each of `WORDS`."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -142,7 +142,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_config(preset: Preset, tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
-    """The model's config, its vocabulary padded beyond the tokenizer's."""
+    """Return the model's config. Its vocabulary is larger than the tokenizer's."""
     text = LlamaConfig(
         **preset.text,
         bos_token_id=tokenizer.bos_token_id,
@@ -159,7 +159,7 @@ def make_config(preset: Preset, tokenizer: PreTrainedTokenizerFast) -> LlavaConf
 
 
 def make_model(preset: Preset, config: LlavaConfig, words: list[int], seed: int) -> LlavaForConditionalGeneration:
-    """Random weights, drawn in the dtype that they are saved in; `words` are the ids that an answer may hold."""
+    """Return a model with random weights, drawn in the saved dtype. `words`: token IDs that an answer may contain."""
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     model = model.to(preset.dtype).to_empty(device="cpu")
@@ -184,7 +184,7 @@ def make_model(preset: Preset, config: LlavaConfig, words: list[int], seed: int)
 
 
 def make_checkpoint(folder: Path, preset: Preset, seed: int = 0) -> Path:
-    """Build and save a checkpoint; the folder appears only when it is complete."""
+    """Build and save a checkpoint. The folder is renamed into place once it is complete."""
     tokenizer = make_tokenizer()
     words = [ids[0] for word in WORDS if len(ids := tokenizer(" " + word, add_special_tokens=False)["input_ids"]) == 1]
     model = make_model(preset, make_config(preset, tokenizer), words, seed)
@@ -209,8 +209,9 @@ def make_checkpoint(folder: Path, preset: Preset, seed: int = 0) -> Path:
 
 
 def ensure_checkpoint(name: str, seed: int = 0) -> Path:
-    """The preset's folder in the cache; built first when it is not there, or was made from something else."""
-    folder, preset = CACHE / name, PRESETS[name]
+    """Return the preset's folder in the cache. Builds it if it is missing or was built from another recipe."""
+    folder = CACHE / name
+    preset = PRESETS[name]
     made_from = folder / _MADE_FROM
     if not made_from.exists() or made_from.read_text() != _recipe(preset, seed):
         print(f"building the {name!r} checkpoint ({preset.about})", flush=True)
@@ -223,7 +224,7 @@ def _recipe(preset: Preset, seed: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     presets = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
     parser.add_argument("--preset", choices=PRESETS, default="bench", help=presets)

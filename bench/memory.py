@@ -1,10 +1,11 @@
-"""Sessions beyond what the memory budget holds: where they lie, what they take there, and what it costs to come back.
+"""More sessions than the memory budget holds: their tiers, their memory, and the time to restore or rebuild them.
 
-Two parts. *Tiers*: sessions with different pictures are opened until the device's budget is full, then the host's, then
-further; then one resident, one parked and one cold session at a time is asked for one token. *Many* (on the tiny model
-unless `--many-preset` says otherwise): 500 open sessions under a budget whose device part holds 20 and whose host part
-holds 20; everyone asks twice, in an order that always finds its session gone cold or parked. Every answer is compared
-with that of a fresh session with room for itself, and the memory of the process is watched.
+*Tiers*: sessions with different pictures are opened until the device's part of the budget is full, then the host's, and
+then beyond it. After that one resident, one offloaded and one cold session in turn generates one token.
+
+*Many* (on the tiny model, see `--many-preset`): 500 open sessions under a budget that holds 20 on the device and 20 on
+the host. Each session is asked twice, in random orders in which almost every session has become offloaded or cold.
+Every answer is compared with the answer of a new session with enough memory, and the process's memory is recorded.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import gc
 import random
 import time
 
-from llava_sessions.engine.kv import DeviceBudget
+from llava_sessions.engine.memory import DeviceBudget
+from llava_sessions.text.chat_template import Opening
 
 from . import harness
 from .driver import EngineChats, Pictures, Prompts, load_engine, prepare
@@ -22,50 +24,55 @@ from .harness import Options, Result, Run, median, spread
 from .machine import resident_set_bytes
 from .make_checkpoint import PRESETS
 
-TIERS = ("resident", "parked", "cold")
-ROOM_TOKENS = 64  # that a chat has behind its picture, in both parts
+TIERS = ("resident", "offloaded", "cold")
+ROOM_TOKENS = 64  # tokens of a chat after its picture, in both parts
 
 
-def budget_for(chats: EngineChats, opening, resident: int, parked: int, pictures: int, spoken: int = 0) -> DeviceBudget:
-    """Room for so many sessions in either tier, and for the features of so many pictures.
+def budget_for(
+    chats: EngineChats, opening: Opening, resident: int, offloaded: int, pictures: int, spoken: int = 0
+) -> DeviceBudget:
+    """Return a budget for these numbers of resident and offloaded sessions, and for the features of `pictures`.
 
-    What is parked is as long as its opening and the `spoken` tokens behind that.
+    An offloaded session has the tokens of its opening and `spoken` more.
     """
     model = chats.engine.model
     tokens = len(opening.token_ids)
     features = pictures * opening.image_tokens * model.feature_bytes
     return DeviceBudget(
         device_bytes=resident * model.kv_shape.device_bytes(tokens + ROOM_TOKENS) + features,
-        host_bytes=parked * (tokens + spoken) * model.kv_shape.token_bytes,
+        host_bytes=offloaded * (tokens + spoken) * model.kv_shape.token_bytes,
     )
 
 
 class Ledger:
-    """Which session lies where, as a least-recently-used order says it must; checked against the engine's counts."""
+    """The sessions in least-recently-used order, from which the tier of each one follows."""
 
     def __init__(self, chats: EngineChats) -> None:
         self._chats = chats
         self._order: list[str] = []
 
     def touch(self, name: str) -> None:
-        """A session was used."""
+        """Record a use of a session."""
         self._order = [other for other in self._order if other != name] + [name]
 
     def least_recent(self, tier: str) -> str:
-        """The session of a tier that was used longest ago."""
+        """Return the least recently used session of a tier."""
         held = self._chats.engine.memory()
-        first = {"cold": 0, "parked": held.cold, "resident": held.cold + held.parked}[tier]
+        first = {"cold": 0, "offloaded": held.cold, "resident": held.cold + held.offloaded}[tier]
         return self._order[first]
 
 
 def tiers(options: Options, run: Run) -> tuple[list[dict], dict[str, list[float]], dict[str, float]]:
-    """Counts after every open; times to open and, by tier, to a first token; bytes a session by tier."""
+    """Return counts after every open, times to open and by tier to a first token, and bytes per session by tier."""
     chats = load_engine(options)
-    resident, parked, cold = (getattr(options.extra, tier) for tier in TIERS)
-    total = resident + parked + cold
-    pictures, prompts = Pictures(options.seed), Prompts(options.seed)
-    chats.engine.budget = budget_for(chats, prepare(chats.tokens, pictures.jpeg()), resident, parked, total)
-    ledger, counts = Ledger(chats), []
+    resident, offloaded, cold = (getattr(options.extra, tier) for tier in TIERS)
+    total = resident + offloaded + cold
+    pictures = Pictures(options.seed)
+    prompts = Prompts(options.seed)
+    opening = prepare(chats.tokens, pictures.jpeg())
+    chats.engine.device_memory.budget = budget_for(chats, opening, resident, offloaded, total)
+    ledger = Ledger(chats)
+    counts = []
     times: dict[str, list[float]] = {"open": []} | {tier: [] for tier in TIERS}
     run.say(f"opening {total} sessions")
     for number in range(total):
@@ -79,17 +86,17 @@ def tiers(options: Options, run: Run) -> tuple[list[dict], dict[str, list[float]
     sizes = {
         "features": held.features_bytes / total,
         "resident": held.kv_bytes / max(held.resident, 1),
-        "parked": held.parked_bytes / max(held.parked, 1),
+        "offloaded": held.offloaded_bytes / max(held.offloaded, 1),
         "cold": 0.0,
     }
-    run.say("asking resident, parked and cold ones")
+    run.say("asking resident, offloaded and cold sessions")
     for _ in range(options.rounds):
         for tier in TIERS:
             name = ledger.least_recent(tier)
             turn = chats.answer(name, prompts.words(4), 1)
             ledger.touch(name)
             if (turn.cached_tokens == 0) != (tier == "cold"):
-                raise RuntimeError(f"{name} was taken for {tier}, but {turn.cached_tokens} tokens were cached")
+                raise RuntimeError(f"{name} should be {tier}, but {turn.cached_tokens} tokens were cached")
             times[tier].append(turn.ttft_ms)
     return counts, times, sizes
 
@@ -97,21 +104,25 @@ def tiers(options: Options, run: Run) -> tuple[list[dict], dict[str, list[float]
 def _holding(chats: EngineChats) -> dict:
     held = chats.engine.memory()
     counts = {tier: getattr(held, tier) for tier in TIERS}
-    return counts | {"kv_bytes": held.kv_bytes, "parked_bytes": held.parked_bytes, "rss_bytes": resident_set_bytes()}
+    sizes = {"kv_bytes": held.kv_bytes, "offloaded_bytes": held.offloaded_bytes, "rss_bytes": resident_set_bytes()}
+    return counts | sizes
 
 
 def many(options: Options, run: Run) -> dict:
-    """500 sessions under a budget that holds 20: wrong answers, and the memory of the process on the way."""
+    """Run 500 sessions under a budget that holds 20; return the wrong answers and the process's memory over time."""
     small = harness.at_preset(options, options.extra.many_preset)
     chats = load_engine(small)
-    total, room = options.pick(options.extra.many, 12), options.pick(options.extra.many_room, 2)
-    pictures, prompts = Pictures(options.seed + 1, (160, 120)), Prompts(options.seed + 1)
+    total = options.pick(options.extra.many, 12)
+    room = options.pick(options.extra.many_room, 2)
+    pictures = Pictures(options.seed + 1, (160, 120))
+    prompts = Prompts(options.seed + 1)
     openings = [prepare(chats.tokens, pictures.jpeg()) for _ in range(min(total, options.extra.many_pictures))]
     names = [f"chat{number}" for number in range(total)]
     questions = {name: [prompts.words(5), prompts.words(5)] for name in names}
-    chats.engine.budget = budget_for(chats, openings[0], room, room, len(openings), ROOM_TOKENS)
+    chats.engine.device_memory.budget = budget_for(chats, openings[0], room, room, len(openings), ROOM_TOKENS)
     run.say(f"{total} sessions, {len(openings)} pictures, room for {room}")
-    rss, most_resident = [], 0
+    rss = []
+    most_resident = 0
     began = time.perf_counter()
     for number, name in enumerate(names):
         chats.open(name, openings[number % len(openings)])
@@ -124,7 +135,8 @@ def many(options: Options, run: Run) -> dict:
         for name in order.sample(names, total):
             answers[name].append(chats.answer(name, questions[name][turn], 6).answer_ids)
             rss.append(_settled_rss(len(rss)))
-    held, seconds = chats.engine.memory(), time.perf_counter() - began
+    held = chats.engine.memory()
+    seconds = time.perf_counter() - began
     chats.close_all()
     wrong = _wrong(chats, openings, questions, answers)
     return {
@@ -143,7 +155,7 @@ def many(options: Options, run: Run) -> dict:
 
 
 def _settled_rss(number: int) -> int:
-    """The process's memory; 0 where it was not looked at, which is most of the time."""
+    """Return the process's memory for every fifth `number`, else 0."""
     if number % 5:
         return 0
     gc.collect()
@@ -151,14 +163,14 @@ def _settled_rss(number: int) -> int:
 
 
 def _growth(rss: list[int], room: int) -> int:
-    """From when both tiers were full to the highest point behind that."""
-    behind = [value for value in rss[2 * room :] if value]
-    return max(behind) - behind[0] if behind else 0
+    """Return the growth of memory from when both tiers were full to the later maximum."""
+    later = [value for value in rss[2 * room :] if value]
+    return max(later) - later[0] if later else 0
 
 
 def _wrong(chats: EngineChats, openings: list, questions: dict, answers: dict) -> int:
-    """How many answers a fresh session, alone and with room for itself, would not have given."""
-    chats.engine.budget = DeviceBudget(2**40, 2**40)
+    """Return the number of answers that differ from those of a new session with enough memory."""
+    chats.engine.device_memory.budget = DeviceBudget(2**40, 2**40)
     wrong = 0
     for number, (name, asked) in enumerate(questions.items()):
         chats.open(name, openings[number % len(openings)])
@@ -170,7 +182,7 @@ def _wrong(chats: EngineChats, openings: list, questions: dict, answers: dict) -
 
 
 def report(options: Options, counts: list[dict], times: dict, sizes: dict, crowd: dict) -> Result:
-    """The table, and the ratios of the project's bar."""
+    """Return the table and the ratios that `bar.py` reads."""
     result = Result(["session", "count", "KV MiB each", "first token ms", "to come back ms"])
     alive = median(times["resident"])
     for tier in TIERS:
@@ -185,7 +197,8 @@ def report(options: Options, counts: list[dict], times: dict, sizes: dict, crowd
             }
         )
     result.rows.append({"session": "(first open)", "first token ms": None, "to come back ms": spread(times["open"])})
-    restore, rebuild = median(times["parked"]) - alive, median(times["cold"]) - alive
+    restore = median(times["offloaded"]) - alive
+    rebuild = median(times["cold"]) - alive
     result.ratios = {
         "restore / rebuild": restore / rebuild,
         "restore / first open": restore / median(times["open"]),
@@ -198,26 +211,26 @@ def report(options: Options, counts: list[dict], times: dict, sizes: dict, crowd
     result.samples = {"counts": counts, "times_ms": times, "many": crowd}
     right = f"Of the {crowd['answers']} answers of the {crowd['sessions']} sessions, {crowd['wrong']} were wrong"
     result.notes = [
-        "Coming back is the first token less that of a resident session; the budget is full, so another session leaves",
-        f"for each that comes. {right}; at the end {crowd['at_the_end']}.",
+        "To come back: first token minus that of a resident session. The budget is full, so each session that returns",
+        f"displaces another one. {right}; at the end {crowd['at_the_end']}.",
     ]
     return result
 
 
 def paint(axes, result: Result) -> None:
-    """Where the sessions lie as ever more of them are opened."""
+    """Draw the sessions per tier over the number of opened sessions."""
     counts = result.samples["counts"]
     opened = range(1, len(counts) + 1)
     series = [[count[tier] for count in counts] for tier in TIERS]
     axes.stackplot(opened, series, labels=TIERS, colors=["black", "tab:blue", "lightgray"], step="mid")
-    axes.set(xlabel="sessions opened", ylabel="sessions", title="Where open sessions lie under a fixed budget")
+    axes.set(xlabel="sessions opened", ylabel="sessions", title="Tiers of open sessions under a fixed budget")
     axes.set_xticks(opened)
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=8, loc="upper left")
 
 
 def main(argv: list[str] | None = None) -> Result:
-    """Entry point."""
+    """Run the command line."""
     options = harness.parse("memory", __doc__, argv, rounds=5, more=_arguments)
     run = Run(options)
     found = tiers(options, run)
@@ -227,11 +240,11 @@ def main(argv: list[str] | None = None) -> Result:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resident", type=int, default=6, help="sessions that the device's budget holds")
-    parser.add_argument("--parked", type=int, default=6, help="sessions that the host's budget holds")
+    parser.add_argument("--offloaded", type=int, default=6, help="sessions that the host's budget holds")
     parser.add_argument("--cold", type=int, default=6, help="sessions beyond that")
     parser.add_argument("--many", type=int, default=500, help="sessions of the second part")
-    parser.add_argument("--many-room", type=int, default=20, help="how many of them the device holds, and the host")
-    parser.add_argument("--many-pictures", type=int, default=500, help="how many different pictures they show")
+    parser.add_argument("--many-room", type=int, default=20, help="number of them that the device holds, and the host")
+    parser.add_argument("--many-pictures", type=int, default=500, help="number of different pictures")
     parser.add_argument("--many-preset", choices=PRESETS, default="tiny", help="the model of the second part")
 
 

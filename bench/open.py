@@ -1,7 +1,6 @@
-"""What it takes to open a session: with a picture that nobody has shown yet, with one that an open session shows
-already, and with another one beside it.
+"""Time to open a session: with a new picture, with the picture of an open session, and with a different picture.
 
-Timed in two parts: `prepare` (decoding the JPEG, resizing, tokens; the handler's part, without the network) and
+Timed in two parts: `prepare` (decoding the JPEG, resizing, tokenizing: the handler's part, without the network) and
 `engine` (encoding and prefilling, until the session is ready for its first question).
 """
 
@@ -13,11 +12,13 @@ from . import harness
 from .driver import EngineChats, Pictures, load_engine, prepare
 from .harness import Options, Result, Run, median, spread
 
-FIRST, SAME, DIFFERENT = "first open", "same picture again", "different picture"
+FIRST = "first open"
+SAME = "same picture again"
+DIFFERENT = "different picture"
 
 
 def open_once(chats: EngineChats, name: str, jpeg: bytes) -> tuple[float, float]:
-    """Milliseconds of preparing and of the engine."""
+    """Open a session; return the milliseconds of preparation and of the engine."""
     began = time.perf_counter()
     opening = prepare(chats.tokens, jpeg)
     prepared = time.perf_counter()
@@ -27,7 +28,7 @@ def open_once(chats: EngineChats, name: str, jpeg: bytes) -> tuple[float, float]
 
 
 def measure(options: Options, run: Run) -> dict[str, dict[str, list[float]]]:
-    """`{kind of open: {"prepare": [...], "engine": [...]}}`; each round opens all kinds from an empty engine."""
+    """Return `{kind of open: {"prepare": [...], "engine": [...]}}`. Each round starts with an empty engine."""
     chats = load_engine(options)
     pictures = Pictures(options.seed)
     taken = {kind: {"prepare": [], "engine": []} for kind in (FIRST, SAME, DIFFERENT)}
@@ -35,7 +36,8 @@ def measure(options: Options, run: Run) -> dict[str, dict[str, list[float]]]:
     open_once(chats, "again", pictures.jpeg())
     chats.close_all()
     for _ in range(options.rounds):
-        first, other = pictures.jpeg(), pictures.jpeg()
+        first = pictures.jpeg()
+        other = pictures.jpeg()
         order = [
             (FIRST, "a", first),
             (SAME, "b", first),
@@ -52,7 +54,7 @@ def measure(options: Options, run: Run) -> dict[str, dict[str, list[float]]]:
 
 
 def report(options: Options, taken: dict[str, dict[str, list[float]]]) -> Result:
-    """The table, and the ratios of the project's bar."""
+    """Return the table and the ratios that `bar.py` reads."""
     result = Result(["open", "prepare ms", "engine ms", "both ms", "of the first"], samples=taken)
     first = median(taken[FIRST]["engine"])
     for kind, parts in taken.items():
@@ -78,7 +80,7 @@ def _both(parts: dict[str, list[float]]) -> float:
 
 
 def paint(axes, result: Result) -> None:
-    """Preparing and engine, stacked."""
+    """Draw preparation and engine, stacked."""
     kinds = list(result.samples)
     below = [0.0] * len(kinds)
     for part, colour in (("prepare", "tab:gray"), ("engine", "black")):
@@ -92,7 +94,7 @@ def paint(axes, result: Result) -> None:
 
 
 def main(argv: list[str] | None = None) -> Result:
-    """Entry point."""
+    """Run the command line."""
     options = harness.parse("open", __doc__, argv, rounds=6)
     run = Run(options)
     return run.finish(report(options, measure(options, run)), paint)

@@ -1,8 +1,8 @@
-"""What the engine costs in a process of its own: the same chats over its pipe and in-process, blocks alternating.
+"""Overhead of the engine process: the same chats through its pipe and in this process, blocks alternating.
 
-The same checkpoint is loaded twice: once here, stepped by the caller, and once in an engine process behind the
-supervisor that the handler uses. Decode: 8 chats get 32 tokens at once. TTFT: a question of 30 tokens to one chat; what
-is timed ends when the token's text is in the caller's hands.
+The checkpoint is loaded twice: in this process, stepped by the caller, and in an engine process behind the handler's
+supervisor. Decode: 8 chats generate 32 tokens each, in parallel. TTFT: a question of 30 tokens to one chat, until the
+caller has the first token's text.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from . import harness
 from .driver import EngineChats, Pictures, Prompts, load_engine, prepare
 from .harness import Options, Result, Run, median, spread
 
-# What ends the work that a command began.
+# Events that end the work of a command.
 _ENDS = (Prefilled, OpenFailed, Finished, TurnFailed, OutOfCapacity)
 
 
 class PipedEngine:
-    """An engine process with the face of an `Engine`: commands go over the pipe, a step waits for the next report."""
+    """An engine process with the interface of `Engine`: commands go through the pipe, a step waits for a report."""
 
     def __init__(self, options: Options) -> None:
         dtype = str(options.dtype).removeprefix("torch.")
@@ -44,7 +44,7 @@ class PipedEngine:
 
     @property
     def has_work(self) -> bool:
-        """Whether anything is still to be told."""
+        """Whether a command's last event is still outstanding."""
         return self._running > 0
 
     def apply(self, command: Command) -> None:
@@ -53,26 +53,27 @@ class PipedEngine:
         self._door.submit(command)
 
     def step(self) -> list[Event]:
-        """The next report's events."""
+        """Return the events of the next report."""
         report = self._inbox.get()
         if isinstance(report, EngineLost):
-            raise RuntimeError(f"a bench must not lose its engine: {report.reason}")
+            raise RuntimeError(f"the benchmark lost its engine: {report.reason}")
         self._running -= sum(isinstance(event, _ENDS) for event in report.events)
         return report.events
 
     def stop(self) -> None:
-        """End the process."""
+        """Stop the process."""
         self._supervisor.stop()
 
 
 def measure(options: Options, run: Run) -> dict[str, dict[str, list[float]]]:
-    """`{side: {"ttft_ms": [...], "tokens_s": [...]}}`."""
+    """Return `{side: {"ttft_ms": [...], "tokens_s": [...]}}`."""
     inside = load_engine(options)
     piped = PipedEngine(options)
     sides = {"in-process": inside, "over the pipe": EngineChats(piped, inside.tokens)}
     taken = {name: {"ttft_ms": [], "tokens_s": []} for name in sides}
     names = [f"chat{number}" for number in range(options.pick(8, 2))]
-    pictures, prompts = Pictures(options.seed), Prompts(options.seed)
+    pictures = Pictures(options.seed)
+    prompts = Prompts(options.seed)
     jpegs = [pictures.jpeg() for _ in names]
     for side, chats in sides.items():
         run.say(f"opening {len(names)} chats {side}")
@@ -82,7 +83,8 @@ def measure(options: Options, run: Run) -> dict[str, dict[str, list[float]]]:
     for number in range(options.rounds):
         run.say(f"round {number + 1} of {options.rounds}")
         for side in harness.alternate(list(sides), number):
-            chats, times = sides[side], taken[side]
+            chats = sides[side]
+            times = taken[side]
             for name in names[: options.pick(3, 1)]:
                 times["ttft_ms"].append(chats.answer(name, prompts.words(30), 2).ttft_ms)
             times["tokens_s"].append(_decode(chats, names, prompts.words(4), options.pick(32, 4)))
@@ -92,23 +94,25 @@ def measure(options: Options, run: Run) -> dict[str, dict[str, list[float]]]:
 
 
 def _decode(chats: EngineChats, names: list[str], words: str, tokens: int) -> float:
-    """Tokens a second of all chats together, from the first one in which all of them answer to the first that ends."""
+    """Return tokens per second of all chats, from when all of them are answering until the first one finishes."""
     for name in names:
         chats.ask(name, words, tokens)
     chats.run()
     turns = [chats.turns[name][-1] for name in names]
-    began, ended = max(turn.token_times[0] for turn in turns), min(turn.token_times[-1] for turn in turns)
+    began = max(turn.token_times[0] for turn in turns)
+    ended = min(turn.token_times[-1] for turn in turns)
     made = sum(began < at <= ended for turn in turns for at in turn.token_times)
     return made / (ended - began)
 
 
 def report(taken: dict[str, dict[str, list[float]]]) -> Result:
-    """The table, and the two figures of the bar: at most 5 % of decode throughput and 5 ms of TTFT."""
+    """Return the table and the two overheads: of decode throughput, and of TTFT."""
     result = Result(["side", "TTFT ms", "decode tokens/s"])
     for side, times in taken.items():
         row = {"side": side, "TTFT ms": spread(times["ttft_ms"]), "decode tokens/s": median(times["tokens_s"])}
         result.rows.append(row)
-    inside, piped = taken["in-process"], taken["over the pipe"]
+    inside = taken["in-process"]
+    piped = taken["over the pipe"]
     pairs = zip(piped["tokens_s"], inside["tokens_s"], strict=True)
     result.ratios = {
         "decode tokens/s, over the pipe / in-process": median(a / b for a, b in pairs),
@@ -120,7 +124,7 @@ def report(taken: dict[str, dict[str, list[float]]]) -> Result:
 
 
 def paint(axes, result: Result) -> None:
-    """Throughput of each round, both sides."""
+    """Draw the throughput of each round, both sides."""
     for side, colour in (("in-process", "tab:blue"), ("over the pipe", "black")):
         axes.plot(result.samples[side]["tokens_s"], marker="o", color=colour, label=side)
     axes.set(xlabel="round", ylabel="tokens a second, 8 chats", title="The engine in a process of its own")
@@ -129,7 +133,7 @@ def paint(axes, result: Result) -> None:
 
 
 def main(argv: list[str] | None = None) -> Result:
-    """Entry point."""
+    """Run the command line."""
     options = harness.parse("pipe", __doc__, argv, rounds=8)
     run = Run(options)
     return run.finish(report(measure(options, run)), paint)

@@ -1,8 +1,8 @@
-"""What the engine is compared with: four ways to chat about a picture with `transformers`' own `generate`.
+"""The baselines: four ways to chat about a picture with `transformers`' own `generate`.
 
-From the least kept between turns to the most: nothing, the prepared pixels (as the public AWS sample does), the vision
-features, and features with the KV cache. Each keeps one conversation, takes the same questions by the same token ids,
-and answers greedily. The weights are shared.
+Between turns they keep: nothing, the prepared pixels (as the public AWS sample does), the vision features, or the
+features and the KV cache. Each holds one conversation, gets the same questions as the same token IDs, and decodes
+greedily. They share the weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .driver import TurnTimes, prepare
 
 
 class Reference:
-    """A checkpoint as `transformers` loads it."""
+    """A checkpoint loaded by `transformers`."""
 
     def __init__(self, checkpoint: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.tokens = ChatTemplate(AutoProcessor.from_pretrained(checkpoint))
@@ -31,17 +31,17 @@ class Reference:
         self.device = device
 
     def pixels(self, opening: Opening) -> torch.Tensor:
-        """The prepared picture on the device."""
+        """Return the prepared picture on the device."""
         return torch.from_numpy(opening.pictures[0].inputs["pixel_values"]).to(self.device, self.model.dtype)
 
     @torch.inference_mode()
     def encode(self, opening: Opening) -> list[torch.Tensor]:
-        """Vision tower and projector."""
+        """Run vision tower and projector."""
         return list(self.model.get_image_features(pixel_values=self.pixels(opening), return_dict=True).pooler_output)
 
     @torch.inference_mode()
     def generate(self, token_ids: list[int], answer_tokens: int, clock: _Clock, **inputs) -> list[int]:
-        """Greedy answer; `clock` is told of each token."""
+        """Return the greedy answer. `clock` records the time of each token."""
         ids = torch.tensor([token_ids], device=self.device)
         out = self.model.generate(
             input_ids=ids,
@@ -55,7 +55,7 @@ class Reference:
 
 
 class _Clock(BaseStreamer):
-    """Notes when `generate` hands out each token; its first call is the prompt."""
+    """Records the time at which `generate` returns each token. The first call passes the prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -67,11 +67,11 @@ class _Clock(BaseStreamer):
         self._prompt = False
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: no token is buffered."""
 
 
 class Chat:
-    """One conversation that keeps nothing but its words: every turn decodes the picture and runs everything again."""
+    """A conversation that keeps only its token IDs: every turn decodes, encodes and prefills again."""
 
     label = "stateless"
 
@@ -86,7 +86,7 @@ class Chat:
         self.conversation = Conversation(self._keep(prepare(self._reference.tokens, jpeg)))
 
     def answer(self, text: str, answer_tokens: int, asked_at: float | None = None) -> TurnTimes:
-        """One turn. `asked_at`: when the question came, if it had to wait."""
+        """Run one turn. `asked_at`: the question's arrival, if it had to wait."""
         turn = TurnTimes(asked_at or time.perf_counter())
         prompt = self._reference.tokens.prompt(self.conversation.opened_on, text)
         clock = _Clock()
@@ -97,11 +97,11 @@ class Chat:
         return turn
 
     def _keep(self, opening: Opening) -> Opening:
-        """What stays of the opening."""
+        """Return the opening; subclasses keep parts of it."""
         return opening
 
     def _inputs(self) -> dict:
-        """What `generate` is given beside the ids."""
+        """Return the arguments of `generate` other than token IDs."""
         return {"pixel_values": self._reference.pixels(prepare(self._reference.tokens, self._jpeg))}
 
 
@@ -146,7 +146,7 @@ class KeptKV(FeaturesCached):
 
 
 def random_caches(reference: Reference, lengths: list[int]) -> list[DynamicCache]:
-    """KV caches of so many tokens each, filled with noise: a step costs what it costs with real ones."""
+    """Return KV caches of these lengths, filled with noise. A step takes as long as with real ones."""
     text = reference.model.config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     caches = []
@@ -162,7 +162,7 @@ def random_caches(reference: Reference, lengths: list[int]) -> list[DynamicCache
 
 @torch.inference_mode()
 def decode_separately(reference: Reference, caches: list[DynamicCache], token: int) -> None:
-    """One decode step of each cache, one forward after the other."""
+    """Run one decode step of each cache, one forward after the other."""
     ids = torch.tensor([[token]], device=reference.device)
     for cache in caches:
         logits = reference.model(input_ids=ids, past_key_values=cache, use_cache=True).logits

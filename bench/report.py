@@ -1,7 +1,6 @@
-"""Writes the figures of `bench/results/*.json` into `bench/README.md`, between its markers, so that the page says what
-was measured and nothing else.
+"""Write the figures of `bench/results/*.json` into `bench/README.md`, between its markers.
 
-    python -m bench.report
+python -m bench.report
 """
 
 from __future__ import annotations
@@ -15,18 +14,18 @@ from .harness import FLOAT32, RESULTS, number
 
 README = Path(__file__).parent / "README.md"
 BENCHES = ("turns", "chats", "decode", "memory", "open", "stall", "pipe")
-SERVED = ("route", "endpoint")  # on a whole server; not among those that `python -m bench` runs
+SERVED = ("route", "endpoint")  # they start a whole server; `python -m bench` does not run them
 
 
 def read(folder: Path = RESULTS) -> dict[str, dict]:
-    """The documents that are there, by bench; those of a CPU without bfloat16 have `FLOAT32` behind their name."""
+    """Return the existing documents by benchmark. Records of a CPU without bfloat16 have the suffix `FLOAT32`."""
     names = (*BENCHES, *SERVED, *(f"{name}{FLOAT32}" for name in BENCHES))
     paths = {name: folder / f"{name}.json" for name in names}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
 def bar_table(documents: dict[str, dict]) -> str:
-    """The project's bar: floor, aim, what was reached with bfloat16 and without."""
+    """Return the table of targets: floor, aim, and the results in bfloat16 and in float32."""
     lines = ["| measure | floor | aim | bfloat16 | | float32 | |", "|---|---|---|---|---|---|---|"]
     for measure in BAR:
         cells = [measure.what, measure.show(measure.floor), measure.show(measure.aim)]
@@ -42,13 +41,13 @@ def bar_table(documents: dict[str, dict]) -> str:
 
 
 def _cells(found: tuple[str, str] | bool) -> tuple[str, str]:
-    """What was reached and what that means, as two cells; False: nobody has measured it."""
+    """Return result and verdict as two cells. False: there is no result."""
     reached, verdict = found or ("not run", "")
     return reached, "**missed**" if verdict == "missed" else verdict
 
 
 def _many(memory: dict) -> tuple[str, str]:
-    """The row that isn't a ratio: many sessions under a small budget."""
+    """Return result and verdict of the row that isn't a ratio: many sessions under a small budget."""
     many = memory["samples"]["many"]
     growth = many["rss_growth_bytes"] / 2**20
     whole = many["kv_if_all_were_resident_bytes"] / 2**20
@@ -58,7 +57,7 @@ def _many(memory: dict) -> tuple[str, str]:
 
 
 def section(document: dict) -> str:
-    """One bench's machine line and table, as Markdown."""
+    """Return a benchmark's machine line and table as Markdown."""
     facts = document["facts"]
     where = facts["gpu"] or f"{facts['cpu']}, {facts['cores']} cores, {facts['torch_threads']} torch threads"
     load = " to ".join(map(str, facts["load_average"]))
@@ -82,7 +81,7 @@ def section(document: dict) -> str:
 
 
 def write(readme: Path = README, folder: Path = RESULTS) -> None:
-    """Replace what stands between `<!-- NAME -->` and `<!-- /NAME -->` for the bar and for every bench that was run."""
+    """Replace the text between `<!-- NAME -->` and `<!-- /NAME -->`, for the targets and for every result."""
     documents = read(folder)
     text = readme.read_text()
     parts = {"bar": bar_table(documents)} | {name: section(document) for name, document in documents.items()}
@@ -94,7 +93,7 @@ def write(readme: Path = README, folder: Path = RESULTS) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point."""
+    """Run the command line."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     write()
     print(bar_table(read()))

@@ -1,9 +1,8 @@
-"""What HAProxy in front of TorchServe adds to a request: the same requests to the same server, through it and past it.
+"""Latency that HAProxy adds to a request: the same requests to the same server, with and without HAProxy.
 
-Starts the whole service (`python -m deploy.launch`) with the demo model, whose own share of a request is small, and
-sends each request twice, over one kept connection each, in changing order: a streamed ask (until its first line), an
-ask that is answered whole, and one that is refused because its session is unknown, in which next to nothing but the way
-is left.
+Starts the whole service (`python -m deploy.serve`) with the demo model, which takes little of a request's time. Each
+request is sent on both routes, over one persistent connection each, in alternating order: a streamed ask (until its
+first line), an ask with a whole answer, and an ask of an unknown session, whose rejection runs no model.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ SIDES = ("direct", "through HAProxy")
 
 
 class Way:
-    """One way to the server: a connection that stays open, and the time that a request takes on it."""
+    """One route to the server: a persistent connection, and the times of requests on it."""
 
     def __init__(self, url: str) -> None:
         self.http = httpx.Client(base_url=url, timeout=60, trust_env=False)
 
     def open(self) -> str:
-        """A session on a new picture; its id."""
+        """Open a session on a new picture; return its ID."""
         pixels = np.random.default_rng().integers(0, 256, (64, 64, 3), dtype=np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG")
@@ -51,11 +50,11 @@ class Way:
         return self.http.post("/invocations", json=body).raise_for_status().json()["session_id"]
 
     def close(self, session: str) -> None:
-        """End a session."""
+        """Close a session."""
         self._post(session, {"type": "close_session"}).raise_for_status()
 
     def streamed(self, session: str) -> float:
-        """ms from an ask to its first line."""
+        """Return the ms from an ask to its first line."""
         began = time.perf_counter()
         headers = {SESSION_HEADER: session}
         with self.http.stream("POST", "/invocations", json={**QUESTION, "stream": True}, headers=headers) as reply:
@@ -67,13 +66,16 @@ class Way:
         return taken
 
     def whole(self, session: str) -> float:
-        """ms from an ask to its whole answer."""
+        """Return the ms from an ask to its whole answer."""
         began = time.perf_counter()
         self._post(session, QUESTION).raise_for_status()
         return (time.perf_counter() - began) * 1e3
 
     def refused(self, _session: str) -> float:
-        """ms from an ask of no session to its refusal. Status 4xx ends a connection, so a new one is part of it."""
+        """Return the ms from an ask of an unknown session to its rejection.
+
+        The server closes the connection after a status 4xx, so the time includes a new connection.
+        """
         began = time.perf_counter()
         assert self._post("no-such-session", QUESTION).status_code == 404
         return (time.perf_counter() - began) * 1e3
@@ -91,11 +93,11 @@ KINDS: dict[str, Callable[[Way, str], float]] = {
 
 @contextlib.contextmanager
 def service() -> Iterator[tuple[str, str]]:
-    """The service with the demo model: the addresses of TorchServe and of HAProxy."""
+    """Start the service with the demo model; yield the addresses of TorchServe and of HAProxy."""
     with tempfile.TemporaryDirectory() as store:
         pack = [ROOT / "build_mar.sh", "--model", MODEL, "--dtype", "float32", "--device", "cpu", "--output", store]
         subprocess.run(pack, check=True, capture_output=True)
-        command = [sys.executable, "-m", "deploy.launch", "--model-store", store, "--port", "0"]
+        command = [sys.executable, "-m", "deploy.serve", "--model-store", store, "--port", "0"]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
             text = ""
@@ -145,7 +147,7 @@ def report(taken: dict[str, dict[str, list[float]]]) -> Result:
 
 
 def paint(axes, result: Result) -> None:
-    """Each kind's two distributions."""
+    """Draw each kind's two distributions."""
     boxes = [result.samples[kind][side] for kind in KINDS for side in SIDES]
     labels = [f"{kind}\n{side}" for kind in KINDS for side in SIDES]
     axes.boxplot(boxes, whis=(1, 99), showfliers=False)
@@ -157,7 +159,7 @@ def paint(axes, result: Result) -> None:
 
 
 def parse(argv: list[str] | None) -> Options:
-    """The command line. The model is the demo's, whatever else is asked."""
+    """Parse the command line. The model is always the demo's."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.route", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -180,7 +182,7 @@ def parse(argv: list[str] | None) -> Options:
 
 
 def main(argv: list[str] | None = None) -> Result:
-    """Entry point."""
+    """Run the command line."""
     options = parse(argv)
     run = Run(options)
     with service() as urls:

@@ -1,7 +1,7 @@
-"""Eight chats are answering while a ninth opens with a new picture: how long does any of them wait for its next token?
+"""Longest gap between two tokens of eight running answers while a ninth session opens with a new picture.
 
-Gaps between tokens are taken of the quiet stretch before and of the time that the opening takes. The promise is that
-no gap is longer than encoding one picture and one chunk of prefill; both are timed here, alone, in the same run.
+Gaps are recorded before and during the opening. No gap should be longer than encoding one picture plus prefilling one
+chunk; both are also timed alone in the same run.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from . import harness
 from .driver import EngineChats, Pictures, Prompts, load_engine, prepare
 from .harness import Options, Result, Run, median, number, percentile
 
-QUIET, OPENING = "8 chats answering", "while a ninth opens"
+QUIET = "8 chats answering"
+OPENING = "while a ninth opens"
 
 
 def one_round(options: Options, chats: EngineChats, jpegs: list[bytes], prompts: Prompts) -> dict[str, list[float]]:
-    """Gaps of all streams before and while another session opens."""
+    """Return the gaps of all streams before and during the opening of another session."""
     streams = [f"chat{index}" for index in range(options.extra.streams)]
     for name in streams:
         chats.open(name, prepare(chats.tokens, jpegs[0]))
@@ -30,7 +31,7 @@ def one_round(options: Options, chats: EngineChats, jpegs: list[bytes], prompts:
     began = time.perf_counter()
     for _ in range(quiet_steps):
         chats.step()
-    ninth = prepare(chats.tokens, jpegs[1])  # another thread's work in the handler: no gap of the engine
+    ninth = prepare(chats.tokens, jpegs[1])  # in the handler another thread does this, so it delays no token
     opens_at = time.perf_counter()
     chats.open("ninth", ninth)
     while "ninth" not in chats.opened_ms:
@@ -46,7 +47,7 @@ def one_round(options: Options, chats: EngineChats, jpegs: list[bytes], prompts:
 
 
 def _gaps(chats: EngineChats, streams: list[str], began: float, ended: float) -> list[float]:
-    """Of tokens that came between two moments, how long each came after the one before it."""
+    """Return the ms between consecutive tokens whose later one arrived between two times."""
     found = []
     for name in streams:
         times = chats.turns[name][-1].token_times
@@ -56,7 +57,7 @@ def _gaps(chats: EngineChats, streams: list[str], began: float, ended: float) ->
 
 
 def alone(chats: EngineChats, jpeg: bytes) -> dict[str, float]:
-    """An opening with nobody else there: its encode, and its longest other step (one chunk)."""
+    """Open one session alone; return the ms of its first step and of its longest other step (one chunk)."""
     chats.open("alone", prepare(chats.tokens, jpeg))
     steps = []
     while chats.engine.has_work:
@@ -68,9 +69,10 @@ def alone(chats: EngineChats, jpeg: bytes) -> dict[str, float]:
 
 
 def measure(options: Options, run: Run) -> dict[str, list[float]]:
-    """All rounds' gaps, and what an opening costs alone."""
+    """Return the gaps of all rounds, and the times of an opening alone."""
     chats = load_engine(options)
-    pictures, prompts = Pictures(options.seed), Prompts(options.seed)
+    pictures = Pictures(options.seed)
+    prompts = Prompts(options.seed)
     one_round(options, chats, [pictures.jpeg(), pictures.jpeg()], prompts)  # unmeasured
     taken: dict[str, list[float]] = {
         QUIET: [],
@@ -90,7 +92,7 @@ def measure(options: Options, run: Run) -> dict[str, list[float]]:
 
 
 def report(options: Options, taken: dict[str, list[float]]) -> Result:
-    """The table, and the worst gap over what the promise allows."""
+    """Return the table, and the longest gap over the allowed one."""
     result = Result(["gaps between tokens", "median ms", "p99 ms", "worst ms", "count"], samples=taken)
     for kind in (QUIET, OPENING):
         gaps = taken[kind]
@@ -115,7 +117,7 @@ def report(options: Options, taken: dict[str, list[float]]) -> Result:
 
 
 def paint(axes, result: Result) -> None:
-    """How many gaps are longer than x."""
+    """Draw the share of gaps that are longer than x."""
     for kind, colour in ((QUIET, "tab:gray"), (OPENING, "black")):
         gaps = sorted(result.samples[kind])
         shares = [1 - index / len(gaps) for index in range(len(gaps))]
@@ -125,7 +127,7 @@ def paint(axes, result: Result) -> None:
 
 
 def main(argv: list[str] | None = None) -> Result:
-    """Entry point."""
+    """Run the command line."""
     options = harness.parse("stall", __doc__, argv, rounds=5, more=_arguments)
     run = Run(options)
     return run.finish(report(options, measure(options, run)), paint)

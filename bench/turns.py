@@ -1,8 +1,8 @@
-"""One chat of five turns: time to the first token, time per output token and the whole turn, for the engine and for
-four ways to do it with `generate`, from keeping nothing to keeping the KV cache.
+"""One chat of five turns: time to the first token, time per output token, and time of the whole turn.
 
-Every turn is run by all five, one after the other, in another order each round. The picture is new in each round. What
-happens before the first question (decoding, encoding and, in the engine, prefilling) is the column `open`.
+Compares the engine with four baselines on `generate`, from keeping nothing between turns to keeping the KV cache. All
+five run every turn, one after the other, in another order in each round. Each round has a new picture. The column
+`open` is the work before the first question: decoding, encoding and, in the engine, prefilling.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ENGINE = "engine"
 
 
 class EngineSide:
-    """One session of the engine, with the reference chats' methods."""
+    """One session of the engine, with the methods of the reference chats."""
 
     label = ENGINE
 
@@ -27,23 +27,24 @@ class EngineSide:
         self._chats = chats
 
     def open(self, jpeg: bytes) -> None:
-        """Start a chat about a picture; returns when it is prefilled."""
+        """Start a chat about a picture; return when it is prefilled."""
         self._chats.close_all()
         self._chats.open("chat", prepare(self._chats.tokens, jpeg))
         self._chats.run()
 
     def answer(self, text: str, answer_tokens: int) -> TurnTimes:
-        """One turn."""
+        """Run one turn."""
         return self._chats.answer("chat", text, answer_tokens)
 
 
 def measure(options: Options, run: Run) -> dict[str, dict]:
-    """All sides' opening times and turns: `{label: {"open_ms": [...], "turns": [[TurnTimes of turn 1], ...]}}`."""
+    """Return opening times and turns: `{label: {"open_ms": [...], "turns": [[TurnTimes of turn 1], ...]}}`."""
     reference = Reference(options.checkpoint, options.dtype, options.device)
     kinds = (Chat, PixelsCached, FeaturesCached, KeptKV)
     sides = [*(kind(reference) for kind in kinds), EngineSide(load_engine(options))]
     taken = {side.label: {"open_ms": [], "turns": [[] for _ in range(options.extra.turns)]} for side in sides}
-    pictures, prompts = Pictures(options.seed), Prompts(options.seed)
+    pictures = Pictures(options.seed)
+    prompts = Prompts(options.seed)
     warm_up(sides, pictures.jpeg(), prompts)
     for number in range(options.rounds):
         run.say(f"round {number + 1} of {options.rounds}")
@@ -63,7 +64,7 @@ def measure(options: Options, run: Run) -> dict[str, dict]:
 
 
 def warm_up(sides: list, jpeg: bytes, prompts: Prompts) -> None:
-    """A short chat each, unmeasured."""
+    """Run a short chat on each side, unmeasured."""
     for side in sides:
         side.open(jpeg)
         for _ in range(2):
@@ -71,7 +72,7 @@ def warm_up(sides: list, jpeg: bytes, prompts: Prompts) -> None:
 
 
 def report(options: Options, taken: dict[str, dict]) -> Result:
-    """The table, and the ratios of the project's bar."""
+    """Return the table and the ratios that `bar.py` reads."""
     last = options.extra.turns
     result = Result(["side", "turn", "open ms", "TTFT ms", "per token ms", "total ms", "same answer"])
     for label, side in taken.items():
@@ -99,14 +100,14 @@ def report(options: Options, taken: dict[str, dict]) -> Result:
         for label, side in taken.items()
     }
     result.notes = [
-        "Times are medians [best]. `same answer`: rounds in which the tokens equal those of `stateless`; behind the",
-        "first rounding tie of a lower precision, a chat's histories differ. What is cached is made at `open`.",
+        "Times are medians [best]. `same answer`: rounds in which the tokens equal those of `stateless`; after the",
+        "first rounding tie of a lower precision, the conversations differ. Caches are filled at `open`.",
     ]
     return result
 
 
 def ratios(taken: dict[str, dict], last: int) -> dict[str, float]:
-    """Medians over medians of the same run; `follow-up` is every turn but the first."""
+    """Return ratios of medians of the same run. `follow-up`: every turn but the first."""
 
     def ttft(label: str, turn: int) -> float:
         return median(t.ttft_ms for t in taken[label]["turns"][turn - 1])
@@ -126,12 +127,13 @@ def ratios(taken: dict[str, dict], last: int) -> dict[str, float]:
 
 
 def _same(taken: dict[str, dict], label: str, turn: int) -> str:
-    own, first = taken[label]["turns"][turn], taken["stateless"]["turns"][turn]
+    own = taken[label]["turns"][turn]
+    first = taken["stateless"]["turns"][turn]
     return f"{sum(a.answer_ids == b.answer_ids for a, b in zip(own, first, strict=True))}/{len(own)}"
 
 
 def paint(axes, result: Result) -> None:
-    """TTFT of each turn, one line a side."""
+    """Draw the TTFT of each turn, one line per side."""
     for label, samples in result.samples.items():
         turns = range(1, len(samples["ttft_ms"]) + 1)
         style = {"linewidth": 2.5, "color": "black"} if label == ENGINE else {}
@@ -144,7 +146,7 @@ def paint(axes, result: Result) -> None:
 
 
 def main(argv: list[str] | None = None) -> Result:
-    """Entry point."""
+    """Run the command line."""
     options = harness.parse("turns", __doc__, argv, rounds=5, more=_arguments)
     run = Run(options)
     return run.finish(report(options, measure(options, run)), paint)

@@ -1,1 +1,1 @@
-"""The demo: a picture chat with a real TorchServe. Speaks the wire protocol only."""
+"""The demo: a picture chat with a real TorchServe over HTTP."""

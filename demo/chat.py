@@ -1,7 +1,6 @@
-"""The demo of `make demo`: pack, serve, chat about a new picture, compare, stop.
+"""`make demo`: pack, serve, chat about a new picture, compare each turn with a stateless server, stop.
 
-Owns the story that is told on the terminal. Speaks to the server by the wire protocol only; what a stateless server
-would have spent is measured beside it, in this process, by transformers' own `generate` on the whole conversation.
+The stateless server is transformers' own `generate` on the whole conversation, in this process.
 """
 
 from __future__ import annotations
@@ -14,20 +13,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # two processes share the cores here: a waiting thread must not spin
+# Two processes share the cores, so that a waiting thread must not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import httpx
 import torch
 import transformers
 from PIL import Image
 
-from deploy.processes import ServeError
-from deploy.serve import TorchServe
+from deploy.serve.processes import ServeError
+from deploy.serve.torchserve import TorchServe
+from llava_sessions_client import Answer, ApiError, ChatSession, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, Question, Scene, dialogue, make_scene
-
-from .wire import Answer, Chat, WireError, settled_gauges
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "shapes"
@@ -37,12 +34,12 @@ MAX_NEW_TOKENS = 64
 
 
 class DemoError(Exception):
-    """A step of the demo did not do what it shall show."""
+    """A step of the demo has a wrong result."""
 
 
 @dataclass(frozen=True)
-class Spent:
-    """What one turn took, and what it said. `engine_ms` is the engine's part of the TTFT, where there is one."""
+class TurnResult:
+    """The answer and the times of one turn. `engine_ms` is the engine's part of the TTFT; 0 for a stateless turn."""
 
     text: str
     ttft_ms: float
@@ -51,31 +48,32 @@ class Spent:
 
 
 class FirstToken(transformers.generation.streamers.BaseStreamer):
-    """Notes when `generate` hands out its first token; the prompt comes first."""
+    """Record the time of the first token that `generate` emits. It emits the prompt before."""
 
     def __init__(self) -> None:
         self.calls = 0
         self.at = 0.0
 
     def put(self, value: torch.Tensor) -> None:
+        """Count a call of `generate`."""
         self.calls += 1
         if self.calls == 2:
             self.at = time.perf_counter()
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing at the end of the answer."""
 
 
 class Stateless:
-    """A server that keeps nothing: each turn encodes the picture and prefills the whole conversation again."""
+    """A server without sessions: each turn encodes the picture and prefills the whole conversation again."""
 
     def __init__(self) -> None:
         self._processor = transformers.AutoProcessor.from_pretrained(MODEL)
         self._model = transformers.AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
         self._messages: list[dict] = []
 
-    def ask(self, picture: Image.Image, text: str) -> Spent:
-        """One turn by `generate`, from the picture and the words to the answer."""
+    def ask(self, picture: Image.Image, text: str) -> TurnResult:
+        """Answer a question with `generate`, from the picture and the whole conversation."""
         began = time.perf_counter()
         image = [] if self._messages else [{"type": "image"}]
         self._messages.append({"role": "user", "content": [*image, {"type": "text", "text": text}]})
@@ -83,46 +81,46 @@ class Stateless:
         inputs = self._processor(text=prompt, images=picture, return_tensors="pt")
         first = FirstToken()
         out = self._model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS, streamer=first)
-        said = self._processor.tokenizer.decode(
-            out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        ).strip()
-        self._messages.append({"role": "assistant", "content": [{"type": "text", "text": said}]})
-        return Spent(said, (first.at - began) * 1e3, (time.perf_counter() - began) * 1e3)
+        new_ids = out[0, inputs["input_ids"].shape[1] :]
+        answer = self._processor.tokenizer.decode(new_ids, skip_special_tokens=True).strip()
+        self._messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        return TurnResult(answer, (first.at - began) * 1e3, (time.perf_counter() - began) * 1e3)
 
 
 def main() -> int:
-    """Run the demo. Returns 0 only when the whole flow worked."""
+    """Run the demo. Return 0 if every step succeeded."""
     options = parse_arguments()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     began = time.monotonic()
     try:
         run(options.seed)
-    except (DemoError, ServeError, WireError, httpx.HTTPError, subprocess.CalledProcessError) as error:
+    except (DemoError, ServeError, ApiError, httpx.HTTPError, subprocess.CalledProcessError) as error:
         print(f"\nthe demo failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
-    print(f"all of it worked, in {time.monotonic() - began:.0f} s")
+    print(f"every step succeeded, in {time.monotonic() - began:.0f} s")
     return 0
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line: a seed, or one from the clock."""
-    first, last = HELD_OUT_SEEDS[0], HELD_OUT_SEEDS[-1]
+    """Return the options. The default seed is chosen by the clock."""
+    first = HELD_OUT_SEEDS[0]
+    last = HELD_OUT_SEEDS[-1]
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, help=f"draw this picture again ({first} to {last}; default: by the clock)")
+    parser.add_argument("--seed", type=int, help=f"seed of the picture ({first} to {last}; default: by the clock)")
     options = parser.parse_args()
     if options.seed is None:
         options.seed = HELD_OUT_SEEDS[time.time_ns() // 1_000_000 % len(HELD_OUT_SEEDS)]
     elif options.seed not in HELD_OUT_SEEDS:
-        parser.error(f"--seed is {options.seed}; from {first} to {last}, which training never saw")
+        parser.error(f"--seed must be from {first} to {last} (pictures that training never used), got {options.seed}")
     return options
 
 
 def run(seed: int) -> None:
-    """Pack, serve, chat, stop. Raises `DemoError`."""
+    """Pack, serve, chat, stop. Raise `DemoError`."""
     step("packing models/shapes with build_mar.sh")
     store = ROOT / "model_store"
     words = ["--model", MODEL, "--dtype", "float32", "--output", store]
@@ -141,33 +139,33 @@ def run(seed: int) -> None:
 
 
 def show_chat(server: TorchServe, http: httpx.Client, seed: int) -> None:
-    """One session from open to close, with its memory before, while and after."""
+    """Open a session, chat, close it. Print its device memory before, during and after. Raise `DemoError`."""
     scene = make_scene(seed)
     picture = scene.draw()
     PICTURES.mkdir(exist_ok=True)
     path = PICTURES / f"{seed}.png"
     picture.save(path)
     step(f"a new picture, SEED={seed}: {path.relative_to(ROOT)}")
-    held_before = held(server, llava_open_sessions=0, llava_kv_bytes=0)
+    held_before = session_bytes(server, llava_open_sessions=0, llava_kv_bytes=0)
     began = time.perf_counter()
-    chat = Chat.open(http, picture)
+    chat = ChatSession.open(http, picture)
     print(f"  open   {(time.perf_counter() - began) * 1e3:6.1f} ms   session {chat.session_id}, until {chat.expires}")
     talk(chat, scene, picture, dialogue(scene, seed, TURNS))
-    held_open = held(server, llava_open_sessions=1, llava_turns_total=TURNS)
+    held_open = session_bytes(server, llava_open_sessions=1, llava_turns_total=TURNS)
     chat.close()
-    held_after = held(server, llava_open_sessions=0, llava_kv_bytes=0)
-    step("device memory of sessions (features and KV cache), as the server's metrics tell it")
+    held_after = session_bytes(server, llava_open_sessions=0, llava_kv_bytes=0)
+    step("device memory of sessions (features and KV cache), from the server's metrics")
     print(f"  before open {held_before:,} bytes, while open {held_open:,}, after close {held_after:,}")
     if not held_before == held_after < held_open:
-        raise DemoError("closing the session did not free what it held")
+        raise DemoError("closing the session did not free its memory")
 
 
-def talk(chat: Chat, scene: Scene, picture: Image.Image, questions: list[Question]) -> None:
-    """The turns of the chat, each beside the truth and beside a stateless turn. Raises `DemoError` if they differ."""
+def talk(chat: ChatSession, scene: Scene, picture: Image.Image, questions: list[Question]) -> None:
+    """Ask each question of the server and of a stateless server. Raise `DemoError` if their answers differ."""
     stateless = Stateless()
-    stateless.ask(picture, "warm up")  # first-call costs are nobody's turn
+    stateless.ask(picture, "warm up")  # the first call is slower and belongs to no turn
     stateless = Stateless()
-    step("the chat: streamed from the server, then the same turn by a stateless generate()")
+    step("the chat: each turn from the server, then from a stateless generate()")
     right = 0
     for number, question in enumerate(questions, 1):
         print(f"\n  {number}. {question.text}\n     ", end="", flush=True)
@@ -177,34 +175,34 @@ def talk(chat: Chat, scene: Scene, picture: Image.Image, questions: list[Questio
         print(f"\n     truth: {question.answer}  ({verdict})")
         again = stateless.ask(picture, question.text)
         engine = f"the engine's part of the TTFT is {served.engine_ms:.1f} ms"
-        print(f"     here       TTFT {served.ttft_ms:6.1f} ms   total {served.total_ms:6.1f} ms   ({engine})")
+        print(f"     sessions   TTFT {served.ttft_ms:6.1f} ms   total {served.total_ms:6.1f} ms   ({engine})")
         print(f"     stateless  TTFT {again.ttft_ms:6.1f} ms   total {again.total_ms:6.1f} ms")
         if again.text != served.text:
-            raise DemoError(f"generate() says {again.text!r} to that, the server said {served.text!r}")
-    print(f"\n  {right} of {len(questions)} answers are right; all are what generate() says.")
-    print("  This model is so small that most of a turn is HTTP and Python, here; a real one spends it on the picture.")
+            raise DemoError(f"the answer must be that of generate(), {again.text!r}, got {served.text!r}")
+    print(f"\n  {right} of {len(questions)} answers are right; all are the same as from generate().")
+    print("  This model is so small that HTTP and Python take most of a turn. With a real one, the picture does.")
 
 
-def stream(chat: Chat, text: str) -> Spent:
-    """Ask, and print the answer as it comes."""
+def stream(chat: ChatSession, text: str) -> TurnResult:
+    """Ask a question and print the streamed answer."""
     answer = Answer()
-    for delta, so_far in chat.listen(text, max_new_tokens=MAX_NEW_TOKENS):
+    for delta, so_far in chat.stream_answer(text, max_new_tokens=MAX_NEW_TOKENS):
         print(delta, end="", flush=True)
         answer = so_far
     if "finish_reason" not in answer.facts:
         raise DemoError("the stream ended without its last line")
     engine_ms = answer.facts["timings"]["ttft_ms"]
-    return Spent(answer.text, answer.ttft_s * 1e3, answer.total_s * 1e3, engine_ms)
+    return TurnResult(answer.text, answer.ttft_s * 1e3, answer.total_s * 1e3, engine_ms)
 
 
-def held(server: TorchServe, **settled: float) -> int:
-    """Bytes that sessions hold on the device, once the metrics show these values."""
-    figures = settled_gauges(server.metrics_url, **settled)
-    return int(figures["llava_features_bytes"] + figures["llava_kv_bytes"])
+def session_bytes(server: TorchServe, **expected: float) -> int:
+    """Return the bytes of sessions on the device, after the metrics have the `expected` values."""
+    metrics = wait_for_metrics(server.metrics_url, **expected)
+    return int(metrics["llava_features_bytes"] + metrics["llava_kv_bytes"])
 
 
 def step(text: str) -> None:
-    """A heading."""
+    """Print a heading."""
     print(f"\n== {text}", flush=True)
 
 

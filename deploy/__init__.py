@@ -1,1 +1,1 @@
-"""Packing, serving and shipping the model archive. Speaks to the handler over HTTP only; imports nothing from it."""
+"""Pack, serve and deploy the model archive. Uses the handler over HTTP only."""

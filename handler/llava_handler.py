@@ -1,7 +1,6 @@
-"""The one entry class that TorchServe loads: TorchServe in, TorchServe out.
+"""The class that TorchServe loads: batches become rows, and replies become TorchServe's responses.
 
-The only file that imports `ts`. It builds the parts from `model-config.yaml`, turns batches into rows and replies back
-into TorchServe's terms; what is said to whom is the pump's business.
+The only file that imports `ts`. TorchServe accepts one class in it. All other code is in `llava_sessions`.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,10 @@ class LlavaHandler(BaseHandler):
             journal=journal,
         )
         self._pump.recover()
-        self._metrics = _MetricsEmitter(context)
+        self._metric_cache = context.metrics
+        self._dimensions = [context.model_name, "Model"]
+        self._metrics_lock = threading.Lock()
+        self._emitted: MetricValues | None = None
         self._drained_file = Path(os.environ.get("TEMP") or tempfile.gettempdir()) / f"drained-{os.getpid()}"
         signal.signal(signal.SIGUSR1, lambda *_: self._pump.drain())
         threading.Thread(target=self._sweep, name="sweeper", daemon=True).start()
@@ -113,7 +116,7 @@ class LlavaHandler(BaseHandler):
             else:
                 _set_head(context, index, reply)
         if not self._pump.busy:
-            self._metrics.emit(self._pump.metric_values())
+            self._emit_metrics()
         return bodies
 
     def _sweep(self) -> None:
@@ -122,7 +125,7 @@ class LlavaHandler(BaseHandler):
             time.sleep(SWEEP_S)
             try:
                 self._pump.sweep()
-                self._metrics.emit(self._pump.metric_values())
+                self._emit_metrics()
                 # One round later, so that the last replies have left. The launcher waits for this file.
                 if was_drained and self._pump.drained and not self._drained_file.exists():
                     log.info("drained")
@@ -131,19 +134,13 @@ class LlavaHandler(BaseHandler):
             except Exception:
                 log.exception("sweep_failed")
 
+    def _emit_metrics(self) -> None:
+        """Emit all gauges, and the increase of each counter, if any value has changed. Thread-safe.
 
-class _MetricsEmitter:
-    """Emits metrics that have changed. Each one travels to the frontend as a line of this process's output."""
-
-    def __init__(self, context: Any) -> None:
-        self._cache = context.metrics
-        self._dimensions = [context.model_name, "Model"]
-        self._lock = threading.Lock()
-        self._emitted: MetricValues | None = None
-
-    def emit(self, values: MetricValues) -> None:
-        """Emit all gauges, and the increase of each counter, if any value has changed. Thread-safe."""
-        with self._lock:
+        Each metric travels to the frontend as a line of this process's output.
+        """
+        with self._metrics_lock:
+            values = self._pump.metric_values()
             before = self._emitted
             if values == before:
                 return
@@ -158,9 +155,9 @@ class _MetricsEmitter:
     def _metric(self, name: str, unit: str, kind: MetricTypes) -> Any:
         """Return the metric of metrics.yaml, or a new one if the operator's own file does not declare it."""
         try:
-            return self._cache.get_metric(name, kind)
+            return self._metric_cache.get_metric(name, kind)
         except MetricsCacheKeyError:
-            return self._cache.add_metric_to_cache(name, unit, ["ModelName", "Level"], kind)
+            return self._metric_cache.add_metric_to_cache(name, unit, ["ModelName", "Level"], kind)
 
 
 def _checked_properties() -> dict[str, str]:
@@ -203,11 +200,11 @@ def _load_template(checkpoint: str, system_prompt: str) -> ChatTemplate:
     return ChatTemplate(load_processor(checkpoint), system_prompt)
 
 
-def _row(context, index: int, data: dict) -> Row:
-    """One request as the pump sees it.
+def _row(context: Any, index: int, data: Any) -> Row:
+    """Return one request as a row.
 
-    The frontend writes the id that it makes into the session header itself, in the spelling of its property, and marks
-    the request with the start header; what the client sent under another spelling stands beside it.
+    The frontend writes the ID of a new sequence into the session header, in the spelling of its property, and adds the
+    start header. A session header of the client in another spelling is a header of its own and is kept.
     """
     all_headers = context.get_all_request_header(index)
     sequence_id = context.get_sequence_id(index) or ""
@@ -221,13 +218,13 @@ def _row(context, index: int, data: dict) -> Row:
     return Row(context.get_request_id(index), sequence_id, fresh, headers, b"" if body is None else body)
 
 
-def _stopping(reply: Reply | None):
-    """TorchServe asks per response: None ends a whole answer, False keeps the stream open, True ends it."""
+def _stopping(reply: Reply | None) -> Callable[[Any], bool | None]:
+    """Return TorchServe's stopping criterion: None for a whole reply, False for a chunk, True for the last chunk."""
     stop = None if reply is None or reply.more is None else not reply.more
     return lambda _: stop
 
 
-def _set_head(context, index: int, reply: Reply) -> None:
+def _set_head(context: Any, index: int, reply: Reply) -> None:
     context.set_response_content_type(index, reply.content_type)
     context.set_response_status(reply.status, reason_phrase(reply.status), index)
     for name, value in reply.headers.items():

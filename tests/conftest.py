@@ -1,13 +1,63 @@
-"""What holds for every test: on few shared cores a thread that waits must not spin, and Ctrl-C is heard.
+"""Set up every test run: how threads wait, how Java starts, Ctrl-C, and which tests share a worker of `pytest -n`.
 
-The first is read by OpenMP when torch is imported, here and in the servers that the tests start. A shell has what it
-starts in the background ignore Ctrl-C, and so would all that is started here; tests send it to themselves and others.
+Threads of OpenMP wait passively, here and in the servers that the tests start: on few shared cores a thread that spins
+takes time from the others. OpenMP reads its variable when torch is imported.
 """
+
+from __future__ import annotations
 
 import os
 import signal
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from xdist.remote import Producer
+    from xdist.scheduler import Scheduling
+
+# Folders in the order in which they start. The longest come first, so that no worker waits for the other at the end.
+FOLDERS = ("server", "deploy", "engine", "worker", "aws", "unit")
+# Files that share a server. They run in one worker, so that the server starts once.
+SHARED = (
+    {f"tests/server/test_{name}.py" for name in ("chat", "fidelity", "figures", "front", "inside", "leaving")}
+    | {"tests/server/test_refusals.py"},
+    {f"tests/deploy/test_{name}.py" for name in ("boto3", "cli", "invoke", "notebook", "openai", "routing")},
+)
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Java's quick compiler alone: a start takes half the CPU time, and no test runs long enough to earn the rest back.
+os.environ.setdefault("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
 
+# Each worker of `pytest -n` chooses ports from a range of its own. Otherwise two servers that start at the same time
+# could find the same port free.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    first_port = 20_000 + 2_000 * (int(worker.removeprefix("gw")) % 6)
+    os.environ["LLAVA_FREE_PORTS"] = f"{first_port}-{first_port + 1_999}"
+
+# A shell starts background jobs with Ctrl-C ignored, which their children inherit. Tests send it to processes.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the tests by folder; inside a folder their order stays."""
+    places = {name: place for place, name in enumerate(FOLDERS)}
+    items.sort(key=lambda item: places.get(item.path.parent.name, len(places)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
+    """Return a scheduler that sends each file, and the files of one entry of `SHARED`, to one worker.
+
+    `--dist loadgroup` would do the same by marks, but pytest-xdist 3.8 has no effect on the test IDs of pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FileScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return next((f"shared {number}" for number, files in enumerate(SHARED) if file in files), file)
+
+    config.option.loadscopereorder = False  # it would start files with many tests first, not the longest ones
+    return FileScheduling(config, log)

@@ -23,11 +23,11 @@ import nbformat
 import papermill
 from nbformat import NotebookNode
 
-from deploy.aws import images
-from deploy.serve import TorchServe
-from tests.aws import cloud
-from tests.deploy.conftest import Endpoint, served
-from tests.support.serving import START_S, pack
+from deploy.sagemaker import images
+from deploy.serve.torchserve import TorchServe
+from tests.support import cloud
+from tests.support.local_endpoint import Endpoint
+from tests.support.serving import START_S, pack, running
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "docs" / "notebook.ipynb"
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Path(name)
         print("packing models/shapes and starting two TorchServes ...", flush=True)
         store = pack(folder / "served")
-        with served(TorchServe(store), TorchServe(store)) as servers, rehearsal(servers, folder / "home") as where:
+        with running(TorchServe(store), TorchServe(store)) as servers, rehearsal(servers, folder / "home") as where:
             print("executing docs/notebook.ipynb ...", flush=True)
             done = execute(folder, **where)
     nbformat.write(done, NOTEBOOK)

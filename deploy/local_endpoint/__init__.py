@@ -1,7 +1,8 @@
-"""A SageMaker endpoint on this machine: TorchServe instances behind a front that speaks SageMaker Runtime.
+"""A SageMaker endpoint on this machine: TorchServe instances behind a server with the API of SageMaker Runtime.
 
-For trying the client side without an account: boto3 and the AWS CLI run against it unmodified. `contract` has the
-words of the wire, `faults` its errors, `pins` which session belongs to which instance, `platform` what the service
-does with a call, `eventstream` the frames of a streamed answer, `openai_chat` the OpenAI route, `app` the HTTP side,
-and `__main__` the command. Where nobody outside AWS knows what the real platform does, a switch (`Corners`) chooses.
+boto3 and the AWS CLI run against it unmodified and without an account. `contract` names headers, forms and limits,
+`faults` the errors, `calls` the calls and replies, `pins` the instance of each session, `container_client` the traffic
+with the instances, `service` the platform, `eventstream` the frames of a streamed reply, `openai_chat` the OpenAI
+route, `app` the HTTP server, and `command` the command line. If AWS has not documented how the platform behaves, a
+switch of `Corners` chooses.
 """

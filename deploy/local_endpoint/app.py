@@ -1,7 +1,4 @@
-"""Owns the HTTP side: SageMaker Runtime's paths, and how answers and errors look on the wire.
-
-Signatures are accepted unchecked. Must not know instances or sessions; `service` does.
-"""
+"""The HTTP server: SageMaker Runtime's paths, replies and errors. Signatures are not checked."""
 
 from __future__ import annotations
 
@@ -19,17 +16,18 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from . import contract, eventstream, faults, openai_chat
+from .calls import ApiCall, StreamedReply
 from .faults import Fault, StreamFault
-from .service import Call, Service, StreamedAnswer
+from .service import EndpointService
 
 LOOPBACK = "127.0.0.1"
-# A name that a browser's page could point here is none of ours.
+# Other names are refused: a web page could resolve its own name to this machine.
 HOSTS = [LOOPBACK, "localhost"]
 
 
-def make_app(service: Service) -> Starlette:
-    """The endpoint as an ASGI application."""
-    chats = openai_chat.Chats(service)
+def make_app(service: EndpointService) -> Starlette:
+    """Return the endpoint as an ASGI application."""
+    conversations = openai_chat.Conversations(service)
 
     async def invoke(request: Request) -> Response:
         answer = await service.invoke(await _call(request, service, contract.INVOKE))
@@ -42,15 +40,15 @@ def make_app(service: Service) -> Starlette:
 
     async def chat(request: Request) -> Response:
         try:
-            asked = openai_chat.read(await _body(request, service.limits.body_bytes))
-            if not asked.stream:
-                return JSONResponse(await chats.answer(asked))
-            return StreamingResponse(await chats.stream(asked), media_type="text/event-stream")
-        except openai_chat.ChatError as error:
+            chat_request = openai_chat.parse_request(await _body(request, service.limits.body_bytes))
+            if not chat_request.stream:
+                return JSONResponse(await conversations.answer(chat_request))
+            return StreamingResponse(await conversations.stream(chat_request), media_type="text/event-stream")
+        except openai_chat.OpenAIError as error:
             return JSONResponse(error.body, error.status)
         except Fault as fault:
-            error = openai_chat.ChatError.of(fault)
-            return JSONResponse(error.body, error.status)
+            refusal = openai_chat.OpenAIError.of(fault)
+            return JSONResponse(refusal.body, refusal.status)
 
     async def ping(_: Request) -> Response:
         return Response()
@@ -59,7 +57,7 @@ def make_app(service: Service) -> Starlette:
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         watching = asyncio.create_task(service.watch())
         yield
-        await chats.close()
+        await conversations.close()
         watching.cancel()
         await service.close()
 
@@ -75,10 +73,10 @@ def make_app(service: Service) -> Starlette:
 
 
 def listen(port: int) -> socket.socket:
-    """A loopback listener for uvicorn; port 0 takes a free one.
+    """Return a loopback listener for uvicorn. Port 0 takes a free port.
 
-    Made by its protocol's number: only then does asyncio set TCP_NODELAY, without which each further part of a stream
-    waits 40 ms for the client's delayed acknowledgement. `socket.create_server` leaves it out.
+    The socket is made with its protocol number: only then does asyncio set TCP_NODELAY. Without it, each part of a
+    stream waits 40 ms for the client's delayed acknowledgement. `socket.create_server` omits the number.
     """
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -91,19 +89,22 @@ def listen(port: int) -> socket.socket:
     return listener
 
 
-async def _call(request: Request, service: Service, api: str) -> Call:
+async def _call(request: Request, service: EndpointService, api: str) -> ApiCall:
     name = request.path_params["name"]
     body = await _body(request, service.limits.body_bytes)
     if name != service.name:
         raise faults.invalid(f"Endpoint {name} of account {contract.ACCOUNT} not found.")
-    return Call(api, request.headers, body)
+    return ApiCall(api, request.headers, body)
 
 
 async def _body(request: Request, most: int) -> bytes:
-    """The whole body. One that is too large is read to its end all the same: a client that is still sending would
-    see a broken connection instead of the answer.
+    """Return the whole body. Raise `Fault` if it is too large.
+
+    Such a body is read to its end, because a client that is still sending would see a broken connection instead of the
+    reply.
     """
-    chunks, size = [], 0
+    chunks: list[bytes] = []
+    size = 0
     async for chunk in request.stream():
         size += len(chunk)
         if size <= most:
@@ -113,7 +114,8 @@ async def _body(request: Request, most: int) -> bytes:
     return b"".join(chunks)
 
 
-async def _refusal(_: Request, fault: Fault) -> Response:
+async def _refusal(_: Request, fault: Exception) -> Response:
+    assert isinstance(fault, Fault)
     return JSONResponse(fault.body, fault.status, headers={contract.ERROR_TYPE_HEADER: fault.kind} | _request_id())
 
 
@@ -121,7 +123,7 @@ def _request_id() -> dict[str, str]:
     return {contract.REQUEST_ID_HEADER: str(uuid.uuid4())}
 
 
-async def _frames(answer: StreamedAnswer) -> AsyncIterator[bytes]:
+async def _frames(answer: StreamedReply) -> AsyncIterator[bytes]:
     async with contextlib.aclosing(answer.parts) as parts:
         try:
             async for part in parts:

@@ -1,7 +1,6 @@
-"""Owns the words of SageMaker's wire contract: header names, the forms of ids, limits, and the corners of the contract
-that nobody has confirmed.
+"""SageMaker's wire contract: header names, forms of IDs, limits, and its undocumented corners.
 
-Source: botocore's model of sagemaker-runtime 2017-05-13, and AWS's developer guide ("Stateful sessions"). Pure.
+Source: botocore's model of sagemaker-runtime 2017-05-13, and AWS's developer guide ("Stateful sessions").
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ ACCOUNT = "000000000000"
 INVOKE = "InvokeEndpoint"
 INVOKE_STREAM = "InvokeEndpointWithResponseStream"
 
-# What a container sees of a request; SageMaker strips every other header. Spelled so: TorchServe looks for the
-# session's header by its exact name.
+# The headers that a container receives; SageMaker removes every other header. The case matters: TorchServe compares the
+# name of the session header with its case.
 TO_CONTAINER = (
     "Content-Type",
     "Accept",
@@ -60,12 +59,12 @@ CreateHeaderCorner = Literal["session", "new-session"]
 
 @dataclass(frozen=True)
 class Corners:
-    """What the real platform does where nobody has confirmed it; the defaults are what is most likely.
+    """Undocumented behaviour of the platform. The defaults are the most likely behaviour.
 
-    `new_session`: what the container gets for the session header of an open. `lost_instance`: what a session whose
-    instance is gone is answered with: 400 as for an unknown id, 503, or by another instance, which has never heard of
-    it. `create_header`: in which header the container announces a session: `X-Amzn-SageMaker-Session-Id` (documented)
-    or `X-Amzn-SageMaker-New-Session-Id` (AWS's own container library).
+    `new_session`: the session header that the container receives for an open. `lost_instance`: the reply for a session
+    whose instance is lost: 400 as for an unknown ID, 503, or the reply of another instance, which does not know the
+    session. `create_header`: the header in which the container announces a session: `X-Amzn-SageMaker-Session-Id`
+    (documented) or `X-Amzn-SageMaker-New-Session-Id` (AWS's own container library).
     """
 
     new_session: NewSessionCorner = "absent"
@@ -84,8 +83,8 @@ CREATE_HEADER_CORNERS = get_args(CreateHeaderCorner)
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What the platform allows. The API says 6 MiB (25 MB in newer pages of the guide), 60 s, and 8 min of stream."""
+class PlatformLimits:
+    """Limits of the platform: 6 MiB by the API (25 MB in newer pages of the guide), 60 s, and 8 min for a stream."""
 
     body_bytes: int = 6_291_456
     answer_s: float = 60.0
@@ -93,5 +92,5 @@ class Limits:
 
 
 def expires_at(value: str) -> float:
-    """Seconds since the epoch of an `Expires`."""
+    """Return an `Expires` time in seconds since the epoch."""
     return datetime.strptime(value, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()

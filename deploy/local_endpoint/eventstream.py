@@ -1,7 +1,7 @@
-"""Owns the frames of AWS's event stream (`application/vnd.amazon.eventstream`), in the direction that servers write.
+"""Write frames of AWS's event stream (`application/vnd.amazon.eventstream`).
 
-botocore has the reader only, and no kept library for Python 3.11 has the writer without a second AWS runtime.
-Layout: total length, headers' length, checksum of these two; headers; payload; checksum of all. Pure.
+botocore only reads them, and no maintained library for Python 3.11 writes them without a second AWS runtime. Layout:
+total length, length of the headers, checksum of both; headers; payload; checksum of the whole frame.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ _STRING = 7  # the header type
 
 
 def payload_part(data: bytes) -> bytes:
-    """A piece of the container's answer."""
+    """Return the frame of one part of a streamed reply."""
     headers = {":message-type": "event", ":event-type": "PayloadPart", ":content-type": "application/octet-stream"}
     return frame(headers, data)
 
 
-def stream_error(body: dict) -> bytes:
-    """The last frame of an answer that broke off."""
+def stream_error(body: dict[str, str]) -> bytes:
+    """Return the last frame of a reply that broke off."""
     kind = {":message-type": "exception", ":exception-type": "ModelStreamError"}
     return frame({**kind, ":content-type": "application/json"}, json.dumps(body).encode())
 
 
 def frame(headers: dict[str, str], payload: bytes) -> bytes:
-    """One message."""
+    """Return one frame."""
     head = b"".join(_header(name.encode(), value.encode()) for name, value in headers.items())
     prelude = struct.pack("!II", 12 + len(head) + len(payload) + 4, len(head))
     message = prelude + struct.pack("!I", crc32(prelude)) + head + payload

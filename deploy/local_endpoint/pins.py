@@ -1,7 +1,4 @@
-"""Owns the routing table: which instance a session is pinned to, until when, and which instance a new one goes to.
-
-Must not know HTTP, nor how an instance is reached. Pure: time comes in by the clock that it is given.
-"""
+"""The routing table: the instance of each session, and the instance for a new session. The clock is injected."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ class GoneError(Exception):
 
 @dataclass(eq=False)
 class Instance:
-    """One container host. `gone` is true, for good, once it has stopped answering."""
+    """One container host. `gone` becomes true for good when it stops answering."""
 
     number: int
     url: str
@@ -30,16 +27,16 @@ class Instance:
     _waits: set[asyncio.Timeout] = field(default_factory=set)
 
     def lose(self) -> None:
-        """It has stopped answering: whoever waits for it hears `GoneError`."""
+        """Mark the instance as lost. Every block in `waiting` raises `GoneError`."""
         self.gone = True
         for wait in self._waits:
             wait.reschedule(asyncio.get_running_loop().time())
 
     @contextlib.asynccontextmanager
     async def waiting(self) -> AsyncIterator[None]:
-        """Raises `GoneError` in the block once the instance is lost, whatever is awaited there.
+        """Raise `GoneError` in the block when the instance is lost, whatever the block awaits.
 
-        A time-out without an end, which its loss brings about: cheaper than a task of its own for each wait.
+        The block has a timeout that only the loss triggers. That is cheaper than a task for each wait.
         """
         wait = asyncio.timeout(0 if self.gone else None)
         try:
@@ -56,13 +53,13 @@ class Instance:
 
 @dataclass(frozen=True)
 class Pin:
-    """A session's instance; `expires_at_s` is in seconds since the epoch."""
+    """The instance of a session. `expires_at_s` is in seconds since the epoch."""
 
     instance: Instance
     expires_at_s: float
 
 
-class Pins:
+class SessionPins:
     """The sessions of one endpoint."""
 
     def __init__(self, instances: list[Instance], clock: Callable[[], float] = time.time) -> None:
@@ -71,8 +68,16 @@ class Pins:
         self._pins: dict[str, Pin] = {}
         self._uses = itertools.count(1)
 
+    @property
+    def session_ids(self) -> list[str]:
+        """The IDs of all pinned sessions."""
+        return list(self._pins)
+
     def place(self) -> Instance | None:
-        """The living instance with the fewest open sessions, of equal ones the least recently used; None: all gone."""
+        """Return the instance with the fewest open sessions, of equal ones the least recently used.
+
+        Return None if all instances are gone.
+        """
         living = [instance for instance in self.instances if not instance.gone]
         if not living:
             return None
@@ -82,7 +87,7 @@ class Pins:
         return chosen
 
     def open_sessions(self) -> dict[int, int]:
-        """How many sessions are pinned to each instance, by its number."""
+        """Return the number of sessions of each instance, by its number."""
         now = self._clock()
         self._pins = {session: pin for session, pin in self._pins.items() if pin.expires_at_s > now}
         counts = dict.fromkeys((instance.number for instance in self.instances), 0)
@@ -92,7 +97,7 @@ class Pins:
 
     @contextlib.contextmanager
     def opening(self, instance: Instance) -> Iterator[None]:
-        """While a session is being opened it counts already, so that opens at the same time spread."""
+        """Count a session while it is being opened, so that simultaneous opens are spread over the instances."""
         instance.opening += 1
         try:
             yield
@@ -100,15 +105,15 @@ class Pins:
             instance.opening -= 1
 
     def pin(self, session_id: str, instance: Instance, expires_at_s: float) -> None:
-        """Tie a session to an instance."""
+        """Pin a session to an instance."""
         self._pins[session_id] = Pin(instance, expires_at_s)
 
     def move(self, session_id: str, instance: Instance) -> None:
-        """Tie a session to another instance, for the rest of its time."""
+        """Pin a session to another instance until it expires."""
         self.pin(session_id, instance, self._pins[session_id].expires_at_s)
 
     def find(self, session_id: str) -> Instance | None:
-        """The session's instance; None when it is not known, or its time is up."""
+        """Return the instance of a session, or None if the session is unknown or expired."""
         pin = self._pins.get(session_id)
         if pin is not None and pin.expires_at_s <= self._clock():
             del self._pins[session_id]
@@ -116,5 +121,5 @@ class Pins:
         return pin.instance if pin else None
 
     def drop(self, session_id: str) -> None:
-        """Forget a session."""
+        """Unpin a session."""
         self._pins.pop(session_id, None)

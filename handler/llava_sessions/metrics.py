@@ -1,6 +1,6 @@
 """The table of metrics, and their values at one moment.
 
-`deploy/metrics.yaml` declares the same metrics for TorchServe's frontend; tests/unit/test_metrics.py compares them.
+The frontend's metrics.yaml declares the same metrics; tests/unit/test_metrics.py compares them.
 """
 
 from __future__ import annotations

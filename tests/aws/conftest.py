@@ -12,7 +12,7 @@ import boto3
 import botocore.loaders
 import pytest
 
-from .cloud import REGION, empty, serving, settings
+from tests.support.cloud import REGION, empty, serving, settings
 
 LOADER = botocore.loaders.create_loader()  # the services' descriptions, read once for all tests
 
@@ -47,8 +47,8 @@ class Cloud:
 
 @pytest.fixture
 def cloud(moto_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cloud:
-    from deploy import llava_deploy
-    from deploy.aws import stacks, watching
+    from deploy.sagemaker import command as llava_deploy
+    from deploy.sagemaker import stacks, watching
 
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
@@ -90,7 +90,7 @@ class Done:
 
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    from deploy.llava_deploy import main
+    from deploy.sagemaker.command import main
 
     def run(*argv: object) -> Done:
         capfd.readouterr()

@@ -18,8 +18,9 @@ from transformers import (
     MistralConfig,
 )
 
-from deploy import capacity, llava_deploy
-from deploy.capacity import GIB, INSTANCES, KV_STEP_TOKENS, MIB, MODELS, Instance, LlavaShape
+from deploy.sagemaker import capacity
+from deploy.sagemaker import command as llava_deploy
+from deploy.sagemaker.capacity import GIB, INSTANCES, KV_STEP_TOKENS, MIB, MODELS, InstanceType, LlavaShape
 from llava_sessions.engine.kv import GROWTH_TOKENS, KVShape, SessionKV
 
 LLAVA_7B = MODELS[0]
@@ -75,18 +76,18 @@ def test_the_formula_by_hand() -> None:
     # 7,367.5 MiB: 8 sessions of 900.5 MiB. 20 % of 32 GiB hold 8 more, each 1600 x 512 KiB = 800 MiB; their 8 pictures
     # take 36 MiB of the GPU, and 8 whole sessions still fit.
     assert LLAVA_7B.parameters == 7_063_427_072
-    fits = capacity.fit(LLAVA_7B, Instance("ml.g5.2xlarge", "A10G", 22888, 32), 1024, 2 * GIB)
+    fits = capacity.fit(LLAVA_7B, InstanceType("ml.g5.2xlarge", "A10G", 22888, 32), 1024, 2 * GIB)
     assert (fits.on_gpu, fits.in_ram, fits.open) == (8, 8, 16)
 
 
 def test_where_the_weights_leave_no_room_nothing_is_open() -> None:
-    fits = capacity.fit(MODELS[1], Instance("ml.g5.2xlarge", "A10G", 22888, 32), 1024, 2 * GIB)
+    fits = capacity.fit(MODELS[1], InstanceType("ml.g5.2xlarge", "A10G", 22888, 32), 1024, 2 * GIB)
     assert (fits.on_gpu, fits.open) == (0, 0)
 
 
 @pytest.mark.parametrize("instance", INSTANCES, ids=lambda instance: instance.name)
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
-def test_what_is_open_really_fits(model: LlavaShape, instance: Instance) -> None:
+def test_what_is_open_really_fits(model: LlavaShape, instance: InstanceType) -> None:
     fits = capacity.fit(model, instance, 1024, 2 * GIB)
     tokens = model.picture_tokens + 1024
     on_gpu = fits.open - min(fits.in_ram, fits.open)

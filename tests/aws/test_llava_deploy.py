@@ -21,10 +21,10 @@ import pytest
 from botocore.exceptions import ConnectionClosedError
 from moto.cloudformation.models import Stack
 
-from deploy import llava_deploy
-from deploy.aws import images, models, stacks, watching
+from deploy.sagemaker import command as llava_deploy
+from deploy.sagemaker import images, models, stacks, watching
+from tests.support.cloud import ACCOUNT, REGION, answer, contents, frame, part, put_image, refusal
 
-from .cloud import ACCOUNT, REGION, answer, contents, frame, part, put_image, refusal
 from .conftest import Cloud, Done
 
 BUCKET = f"llava-sessions-{ACCOUNT}-{REGION}"
@@ -128,7 +128,7 @@ def test_up_again_changes_only_what_is_asked_for(cloud: Cloud, run: Run, uploade
     assert run("up", "--instance-type", TYPE, "--set", "LogRetentionDays=30").code == 0
     again = run("up")
     assert again.code == 0
-    assert "nothing was to be changed" in again.err
+    assert "the stack is unchanged" in again.err
 
     assert run("up", "--sessions", 40, "--max-instances", 2).code == 0
     (stack,) = cloud.client("cloudformation").describe_stacks(StackName="llava")["Stacks"]
@@ -199,7 +199,7 @@ def test_upload_sends_all_files_and_the_second_time_none(cloud: Cloud, run: Run,
     parts = cloud.count("before-send.s3.UploadPart")
     again = run("upload", packed)
     assert again.out == first.out
-    assert "all of it was there already" in again.err
+    assert "all files were already in S3" in again.err
     assert len(parts) == 0
     assert len(sent) == 1, "but for the note which model is the current one"
 
@@ -225,7 +225,7 @@ def test_an_interrupted_upload_goes_on_in_the_middle_of_a_file(cloud: Cloud, run
     cloud.on("response-received.s3.UploadPart", lambda **_: arrived.release())
     first = run("upload", packed)
     assert first.code == 130
-    assert "goes on from here" in first.err
+    assert "again to resume" in first.err
     assert "Traceback" not in first.err
     keys = [item["Key"] for item in cloud.client("s3").list_objects_v2(Bucket=BUCKET).get("Contents", [])]
     assert not [key for key in keys if key.endswith(("MANIFEST.json", "current.json"))], "it does not look complete"
@@ -248,7 +248,7 @@ def test_an_upload_that_loses_its_line_says_so(cloud: Cloud, run: Run, packed: P
     cloud.on("before-send.s3.UploadPart", cut)
     done = run("upload", packed)
     assert done.code == 1
-    assert "goes on where this one stopped" in done.error
+    assert "again to resume" in done.error
 
 
 def test_only_packed_models_are_uploaded(cloud: Cloud, run: Run, tmp_path: Path) -> None:
@@ -380,7 +380,7 @@ def test_ctrl_c_leaves_the_stack_to_itself_and_up_again_follows_it(
     monkeypatch.setattr(stacks.time, "sleep", lambda _: finish(made[0]))
     second = run("up", "--instance-type", TYPE)
     assert second.code == 0, second.err
-    assert "nothing was to be changed" in second.err
+    assert "the stack is unchanged" in second.err
     assert len(made) == 1
 
 
@@ -390,9 +390,9 @@ def test_up_without_an_image_or_a_model_says_what_comes_first(cloud: Cloud, run:
     assert "run `llava-deploy push` first" in run("up").error
     image = f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com/llava-sessions:none"
     assert "run `llava-deploy push` first" in run("up", "--image", image).error
-    assert "no image in ECR" in run("up", "--image", "docker.io/library/python").error
+    assert "must be an image in ECR" in run("up", "--image", "docker.io/library/python").error
     assert "no MAR-INF/MANIFEST.json under" in run("up", "--model", f"s3://{BUCKET}/elsewhere").error
-    assert "is no address in S3" in run("up", "--model", "/tmp/model").error
+    assert "`--model` must be s3://" in run("up", "--model", "/tmp/model").error
 
 
 def test_a_bucket_that_is_not_there_is_made_only_when_it_is_ours(cloud: Cloud, run: Run, packed: Path) -> None:
@@ -429,7 +429,7 @@ def test_status_tells_what_runs(cloud: Cloud, run: Run, uploaded: str) -> None:
     run("up", "--instance-type", TYPE)
     done = run("status")
     assert done.code == 0
-    for words in ("CREATE_COMPLETE", "InService", f"1 of 1 {TYPE}", uploaded, "not told yet", "alarms     "):
+    for words in ("CREATE_COMPLETE", "InService", f"1 of 1 {TYPE}", uploaded, "no metric yet", "alarms     "):
         assert words in done.out
     metric = {"MetricName": "OpenSessions", "Unit": "Count"}
     told = [{**metric, "Value": 3}, {**metric, "Value": 4}]

@@ -16,7 +16,8 @@ from threading import Thread
 
 import pytest
 
-from .cloud import REGION
+from tests.support.cloud import REGION
+
 from .conftest import Cloud, Done
 
 ACCOUNT = "123456789012"
@@ -165,7 +166,7 @@ def test_push_makes_the_repository_and_sends_the_image_once(
     sent = len(registry.manifests), len(registry.blobs)
     again = run("push", "--image", image)
     assert (again.code, again.out) == (0, done.out)
-    assert "is there already" in again.err
+    assert "is already in ECR" in again.err
     assert (len(registry.manifests), len(registry.blobs)) == sent
 
 
@@ -179,7 +180,7 @@ def test_the_password_is_in_no_command_line(
         commands.append(list(command))
         return started(command, **kwargs)
 
-    monkeypatch.setattr("deploy.aws.images.subprocess.run", record)
+    monkeypatch.setattr("deploy.sagemaker.images.subprocess.run", record)
     assert run("push", "--image", image).code == 0
     token = cloud.client("ecr").get_authorization_token()["authorizationData"][0]["authorizationToken"]
     password = base64.b64decode(token).decode().partition(":")[2]

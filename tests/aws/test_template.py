@@ -1,4 +1,4 @@
-"""deploy/endpoint.yaml beyond what moto makes of it: the metric filters on real lines, the names that must agree."""
+"""endpoint.yaml beyond what moto makes of it: the metric filters on real lines, the names that must agree."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from threading import Thread
 import boto3
 import pytest
 
-from deploy import figures
-from deploy.aws import stacks
-from deploy.aws.account import Account
+from deploy.container import metric_lines
+from deploy.sagemaker import stacks
+from deploy.sagemaker.account import Account
 from llava_sessions import metrics
-
-from .metric_filters import filters, matches, template
+from tests.support.metric_filters import filters, matches, template
 
 REPO = Path(__file__).resolve().parents[2]
 # As TorchServe 0.12 with metrics_mode=prometheus shows them.
@@ -53,7 +52,7 @@ def page() -> Iterator[str]:
 
 
 def test_the_filters_read_the_lines_that_the_container_prints(page: str) -> None:
-    command = [sys.executable, "-m", "deploy.figures", "--url", page, "--every", "0.01"]
+    command = [sys.executable, "-m", "deploy.container.metric_lines", "--url", page, "--every", "0.01"]
     with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True) as process:
         lines = [process.stdout.readline() for _ in range(2)]
         process.terminate()
@@ -83,7 +82,7 @@ def test_the_filters_name_figures_that_the_handler_has() -> None:
 
 
 def test_nothing_is_told_while_nobody_listens() -> None:
-    assert figures.read_figures("http://127.0.0.1:9/metrics") == {}
+    assert metric_lines.read_metrics("http://127.0.0.1:9/metrics") == {}
 
 
 def test_code_and_template_use_the_same_names() -> None:

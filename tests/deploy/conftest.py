@@ -9,31 +9,23 @@ from __future__ import annotations
 import base64
 import functools
 import json
-import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
-import uvicorn
 from botocore.client import BaseClient
 from botocore.config import Config
 
-from demo.wire import png
-from deploy.local_endpoint.app import listen, make_app
-from deploy.local_endpoint.contract import Corners, Limits
-from deploy.local_endpoint.pins import Instance
-from deploy.local_endpoint.service import Service
-from deploy.serve import TorchServe
+from deploy.local_endpoint.contract import Corners
+from deploy.serve.torchserve import TorchServe
+from llava_sessions_client import to_png
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
-from tests.support.serving import pack
+from tests.support.local_endpoint import NAME, Endpoint
+from tests.support.serving import pack, running
 
 ROOT = Path(__file__).parents[2]
-NAME = "llava"
 # Every value of every switch; the suite of clients runs under each.
 ALL_CORNERS = (
     Corners(new_session="absent", lost_instance="400", create_header="session"),
@@ -78,14 +70,14 @@ def shapes_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack(tmp_path_factory.mktemp("packed"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def instances(shapes_store: Path) -> Iterator[list[TorchServe]]:
     """Two instances of the demo model. Tests close what they open."""
-    with served(TorchServe(shapes_store), TorchServe(shapes_store)) as servers:
+    with running(TorchServe(shapes_store), TorchServe(shapes_store)) as servers:
         yield servers
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
     """An instance of the stand-in."""
     store = tmp_path_factory.mktemp("stand-in")
@@ -96,59 +88,21 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
     details = {"modelName": "stand-in", "handler": "stand_in.py", "modelVersion": "1.0"}
     manifest = {"model": {**details, "configFile": "model-config.yaml"}, "runtime": "python", "archiverVersion": "0"}
     (model / "MAR-INF" / "MANIFEST.json").write_text(json.dumps(manifest))
-    with served(TorchServe(store, "stand-in")) as (server,):
+    with running(TorchServe(store, "stand-in")) as (server,):
         yield server
 
 
-@contextmanager
-def served(*servers: TorchServe) -> Iterator[list[TorchServe]]:
-    """Started, all at once, and ready; stopped in the end."""
-    try:
-        for server in servers:
-            server.start()
-        for server in servers:
-            server.wait_ready(300)
-        yield list(servers)
-    finally:
-        with ThreadPoolExecutor(len(servers)) as pool:
-            list(pool.map(TorchServe.stop, servers))
-
-
-class Endpoint:
-    """A local endpoint in a thread of this process, on a free port, before instances that run already."""
-
-    def __init__(
-        self,
-        servers: list[TorchServe],
-        corners: Corners | None = None,
-        limits: Limits | None = None,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self.corners = corners or Corners()
-        told = [Instance(number, server.url, str(server.log_path)) for number, server in enumerate(servers, 1)]
-        self.service = Service(NAME, told, corners, limits, clock)
-        self._listener = listen(0)
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        app = make_app(self.service)
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._listener]}, daemon=True)
-
-    def __enter__(self) -> Endpoint:
-        self._thread.start()
-        while not self._server.started:
-            time.sleep(0.01)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.should_exit = True
-        self._thread.join()
-
-
-@pytest.fixture(scope="session", params=ALL_CORNERS, ids=lambda corners: f"{corners.new_session}")
+@pytest.fixture(scope="package", params=ALL_CORNERS, ids=lambda corners: f"{corners.new_session}")
 def endpoint(request: pytest.FixtureRequest, instances: list[TorchServe]) -> Iterator[Endpoint]:
     """The endpoint over both instances, under each way in which the platform may behave."""
     with Endpoint(instances, request.param) as endpoint:
         yield endpoint
+
+
+# For tests that open no session in a way of their own: the switches matter at an open and where an instance is lost.
+under_one_corner = pytest.mark.parametrize(
+    "endpoint", ALL_CORNERS[:1], ids=lambda corners: corners.new_session, indirect=True
+)
 
 
 @functools.cache
@@ -162,7 +116,7 @@ def runtime(endpoint: Endpoint, **config: Any) -> BaseClient:
     return _session().client("sagemaker-runtime", endpoint_url=endpoint.url, config=Config(**config))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def client(endpoint: Endpoint) -> BaseClient:
     """boto3 on the endpoint."""
     return runtime(endpoint)
@@ -175,7 +129,7 @@ def seed_of(index: int) -> int:
 
 def picture(index: int) -> str:
     """A picture as base64."""
-    return base64.b64encode(png(make_scene(seed_of(index)).draw())).decode()
+    return base64.b64encode(to_png(make_scene(seed_of(index)).draw())).decode()
 
 
 def invoke(client: BaseClient, body: dict, session: str | None = None, **members: Any) -> dict:

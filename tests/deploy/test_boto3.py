@@ -11,9 +11,9 @@ import pytest
 from botocore.client import BaseClient
 from botocore.exceptions import ClientError
 
-from deploy.serve import TorchServe
+from deploy.serve.torchserve import TorchServe
 
-from .conftest import NAME, Endpoint, ask, close_session, invoke, open_session, picture, runtime
+from .conftest import NAME, Endpoint, ask, close_session, invoke, open_session, picture, runtime, under_one_corner
 
 SHAPES, COUNT = "Which shapes are there?", "How many shapes are there?"
 # botocore, sagemaker-runtime 2017-05-13: NewSessionResponseHeader
@@ -56,6 +56,7 @@ def test_a_chat_from_open_to_close(endpoint: Endpoint, mode: str) -> None:
     assert closed["ResponseMetadata"]["RetryAttempts"] == 0
 
 
+@under_one_corner
 def test_a_streamed_answer_says_what_a_whole_one_says(client: BaseClient) -> None:
     whole, streamed = open_session(client, 1), open_session(client, 1)
     for question in (SHAPES, COUNT):
@@ -78,6 +79,7 @@ def test_closed_and_unknown_sessions_are_the_platforms_to_refuse(client: BaseCli
             stream(client, unknown, SHAPES)
 
 
+@under_one_corner
 def test_what_the_handler_refuses_comes_as_a_model_error(client: BaseClient) -> None:
     session = open_session(client, 3)
     response = refused(client, session, {"type": "send_text_prompt", "prompt_text": " "})
@@ -113,6 +115,7 @@ def test_new_sessions_go_where_the_fewest_are(instances: list[TorchServe]) -> No
             close_session(client, session)
 
 
+@under_one_corner
 def test_a_call_that_is_sent_again_is_answered_once(client: BaseClient) -> None:
     """What a client's own retry does after a timeout; the InferenceId tells the container."""
     session, inference = open_session(client, 5), str(uuid.uuid4())

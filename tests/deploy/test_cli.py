@@ -8,12 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .conftest import NAME, Endpoint, picture
+from .conftest import NAME, Endpoint, picture, under_one_corner
 
 AWS = Path(sys.executable).parent / "aws"
 KEYS = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "us-west-2"}
 
 
+@under_one_corner
 def test_a_chat_by_the_aws_cli(endpoint: Endpoint, tmp_path: Path) -> None:
     def invoke(body: dict, session: str, fails: bool = False) -> tuple[dict, str]:
         (tmp_path / "body.json").write_text(json.dumps(body))

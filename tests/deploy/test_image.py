@@ -22,11 +22,11 @@ import httpx
 import psutil
 import pytest
 
-from deploy import container
-from deploy.container import MANIFEST, ContainerError, find_model
-from deploy.image import ImageError, build_command, find_builder, pip_settings
+from deploy.container import entrypoint
+from deploy.container.entrypoint import MANIFEST, ContainerError, find_model
+from deploy.container.image import ImageError, build_command, find_builder, pip_settings
 from deploy.pack import FAMILIES
-from deploy.serve import free_ports
+from deploy.serve.ports import free_ports
 from tests.support.commands import eventually
 
 REPO = Path(__file__).resolve().parents[2]
@@ -47,11 +47,11 @@ class Handler:
 SERVE = """
 import ctypes, os, pwd, sys
 from pathlib import Path
-from deploy import container
+from deploy.container import entrypoint
 PR_SET_CHILD_SUBREAPER = 36
 assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
-container.USER = pwd.getpwuid(os.getuid()).pw_name
-sys.exit(container.main(["serve"], Path(sys.argv[1])))
+entrypoint.USER = pwd.getpwuid(os.getuid()).pw_name
+sys.exit(entrypoint.main(["serve"], Path(sys.argv[1])))
 """
 
 
@@ -76,11 +76,11 @@ def test_hadolint_finds_nothing() -> None:
 
 
 def test_the_dockerfile_and_the_entrypoint_agree() -> None:
-    entrypoint = json.loads(re.search(r"^ENTRYPOINT (.*)$", DOCKERFILE, re.MULTILINE)[1])
-    assert entrypoint[1:] == ["-m", "deploy.container"]
+    command = json.loads(re.search(r"^ENTRYPOINT (.*)$", DOCKERFILE, re.MULTILINE)[1])
+    assert command[1:] == ["-m", "deploy.container"]
     assert json.loads(re.search(r"^CMD (.*)$", DOCKERFILE, re.MULTILINE)[1]) == ["serve"]
-    assert re.search(r"^EXPOSE (.*)$", DOCKERFILE, re.MULTILINE)[1] == container.PORT
-    assert re.search(r"useradd .* (\w+)$", DOCKERFILE, re.MULTILINE)[1] == container.USER
+    assert re.search(r"^EXPOSE (.*)$", DOCKERFILE, re.MULTILINE)[1] == entrypoint.PORT
+    assert re.search(r"useradd .* (\w+)$", DOCKERFILE, re.MULTILINE)[1] == entrypoint.USER
 
 
 def test_the_torch_that_the_dockerfile_speaks_of_is_the_one_that_is_pinned() -> None:
@@ -107,7 +107,7 @@ def test_the_model_is_found_at_the_top_and_one_folder_below(tmp_path: Path, wher
 def test_two_models_are_one_too_many(tmp_path: Path) -> None:
     pack_stand_in(tmp_path / "a")
     pack_stand_in(tmp_path / "b")
-    with pytest.raises(ContainerError, match=r"holds 2 models \(a, b\); wanted one"):
+    with pytest.raises(ContainerError, match=r"must hold one model, got 2 \(a, b\)"):
         find_model(tmp_path)
 
 
@@ -122,7 +122,7 @@ def test_two_models_are_one_too_many(tmp_path: Path) -> None:
 def test_no_model_is_one_clear_line_and_an_error(tmp_path: Path, capsys, files: list[str], found: str) -> None:
     for name in files:
         (tmp_path / name).touch()
-    assert container.main(["serve"], tmp_path) == 2
+    assert entrypoint.main(["serve"], tmp_path) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert len(said.err.splitlines()) == 1
@@ -131,8 +131,8 @@ def test_no_model_is_one_clear_line_and_an_error(tmp_path: Path, capsys, files: 
 
 
 def test_the_entrypoint_as_the_image_starts_it_says_so_too() -> None:
-    if container.MODEL.exists():
-        pytest.skip(f"this machine has a {container.MODEL}")
+    if entrypoint.MODEL.exists():
+        pytest.skip(f"this machine has a {entrypoint.MODEL}")
     command = [sys.executable, "-m", "deploy.container", "serve"]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2
@@ -141,7 +141,7 @@ def test_the_entrypoint_as_the_image_starts_it_says_so_too() -> None:
 
 @pytest.mark.parametrize("arguments", [[], ["train"], ["serve", "--port"]])
 def test_other_arguments_get_the_usage(arguments: list[str], capsys) -> None:
-    assert container.main(arguments) == 2
+    assert entrypoint.main(arguments) == 2
     assert capsys.readouterr().err.startswith("usage: serve\n")
 
 
@@ -149,8 +149,8 @@ def test_other_arguments_get_the_usage(arguments: list[str], capsys) -> None:
 def test_a_bad_port_is_refused(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, port: str) -> None:
     pack_stand_in(tmp_path / "llava")
     monkeypatch.setenv("SAGEMAKER_BIND_TO_PORT", port)
-    assert container.main(["serve"], tmp_path) == 2
-    assert f"SAGEMAKER_BIND_TO_PORT={port!r}" in capsys.readouterr().err
+    assert entrypoint.main(["serve"], tmp_path) == 2
+    assert f"`SAGEMAKER_BIND_TO_PORT` must be a port from 1 to 65533, got {port!r}" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -170,9 +170,9 @@ def test_root_is_given_up_for_good_where_the_model_can_be_read(open_folder: Path
     code = """
 import os, sys
 from pathlib import Path
-from deploy import container
-container.USER = "nobody"
-container.give_up_root(Path(sys.argv[1]))
+from deploy.container import entrypoint
+entrypoint.USER = "nobody"
+entrypoint.drop_root(Path(sys.argv[1]))
 print(os.getresuid(), os.getresgid(), os.getgroups(), os.environ["HOME"])
 """
     done = subprocess.run(
@@ -180,7 +180,7 @@ print(os.getresuid(), os.getresgid(), os.getgroups(), os.environ["HOME"])
     )
     if secret:
         assert done.stdout.startswith("(0, 0, 0) (0, 0, 0) ")
-        assert done.stderr == f"serve: {open_folder / secret} can't be read by the user nobody: going on as root\n"
+        assert done.stderr == f"serve: the user nobody cannot read {open_folder / secret}: serving as root\n"
     else:
         nobody = pwd.getpwnam("nobody")
         wanted = (nobody.pw_uid,) * 3, (nobody.pw_gid,) * 3, [], nobody.pw_dir
@@ -217,7 +217,9 @@ def test_it_serves_what_lies_there_on_every_interface_until_sigterm(tmp_path: Pa
 @pytest.mark.parametrize(("ends", "code"), [("return 3", 3), ("os.kill(os.getpid(), 9)", 128 + 9)])
 def test_the_launchers_end_is_the_containers(ends: str, code: int) -> None:
     serve = f"def serve():\n    {ends}\n"
-    script = f"import os\nfrom deploy import container\n{serve}raise SystemExit(container.as_first(serve))"
+    script = (
+        f"import os\nfrom deploy.container import entrypoint\n{serve}raise SystemExit(entrypoint.run_as_init(serve))"
+    )
     assert subprocess.run([sys.executable, "-c", script], cwd=REPO, check=False, timeout=60).returncode == code
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from models.shapes.scenes import Ask, make_scene, true_answer
 
-from .conftest import Endpoint
+from .conftest import Endpoint, under_one_corner
 
 COMMAND = Path(sys.executable).parent / "llava-deploy"
 SCENE = make_scene(12_000_009)
@@ -19,6 +19,7 @@ TRUTHS = {
 }
 
 
+@under_one_corner
 def test_a_chat_needs_the_endpoints_address_and_nothing_else(endpoint: Endpoint, tmp_path: Path) -> None:
     SCENE.draw().save(tmp_path / "picture.png")
     env = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}

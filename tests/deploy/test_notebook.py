@@ -15,10 +15,10 @@ import nbformat
 import pytest
 from nbformat import NotebookNode
 
-from deploy.serve import TorchServe
+from deploy.serve.torchserve import TorchServe
 from models.shapes.scenes import Ask, Subject, make_scene, true_answer
-from tests.aws import cloud
 from tests.notebook import NOTEBOOK, execute, rehearsal
+from tests.support import cloud
 
 from .conftest import ROOT
 

@@ -9,9 +9,9 @@ import openai
 import pytest
 from botocore.client import BaseClient
 
-from deploy.serve import TorchServe
+from deploy.serve.torchserve import TorchServe
 
-from .conftest import Endpoint, ask, close_session, open_session, picture, runtime
+from .conftest import Endpoint, ask, close_session, open_session, picture, runtime, under_one_corner
 
 QUESTIONS = ["Which shapes are there?", "How many shapes are there?", "Is there a circle?"]
 
@@ -75,6 +75,7 @@ def test_a_streamed_conversation_says_the_same(gpt: openai.OpenAI, client: BaseC
     assert answers == told(client, 11)
 
 
+@under_one_corner
 def test_a_question_that_is_asked_again_and_one_that_branches_off(gpt: openai.OpenAI) -> None:
     messages = [user(QUESTIONS[0], 12)]
     first = complete(gpt, messages).choices[0].message.content
@@ -95,12 +96,13 @@ def test_a_conversation_whose_session_is_lost_goes_on(
     first = complete(gpt, messages).choices[0].message.content
     calm = complete(gpt, [*messages, {"role": "assistant", "content": first}, user(QUESTIONS[1])])
     assert complete(gpt, messages).choices[0].message.content == first
-    for session in list(endpoint.service.pins._pins):
+    for session in endpoint.service.pins.session_ids:
         close_session(client, session)
     again = complete(gpt, [*messages, {"role": "assistant", "content": first}, user(QUESTIONS[1])])
     assert again.choices[0].message.content == calm.choices[0].message.content
 
 
+@under_one_corner
 def test_a_history_that_was_never_said_is_refused(gpt: openai.OpenAI) -> None:
     messages = [user(QUESTIONS[0], 14), {"role": "assistant", "content": "A mountain."}, user(QUESTIONS[1])]
     with pytest.raises(openai.BadRequestError) as caught:
@@ -108,6 +110,7 @@ def test_a_history_that_was_never_said_is_refused(gpt: openai.OpenAI) -> None:
     assert caught.value.code == "history_differs"
 
 
+@under_one_corner
 def test_options_reach_the_model(gpt: openai.OpenAI) -> None:
     short = complete(gpt, [user(QUESTIONS[0], 15)], max_tokens=3)
     assert short.usage.completion_tokens == 3
@@ -122,13 +125,14 @@ def test_options_reach_the_model(gpt: openai.OpenAI) -> None:
     assert "." not in warm[0]
 
 
+@under_one_corner
 @pytest.mark.parametrize(
     ("messages", "options", "words"),
     [
-        ([user("What is there?")], {}, "no picture"),
-        ([], {}, "in turn"),
-        ([{"role": "system", "content": "Be brief."}, user("What?")], {}, "operator's"),
-        ([user("a"), user("b")], {}, "in turn"),
+        ([user("What is there?")], {}, "must have a picture"),
+        ([], {}, "alternate"),
+        ([{"role": "system", "content": "Be brief."}, user("What?")], {}, "operator sets"),
+        ([user("a"), user("b")], {}, "alternate"),
         ([{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}], {}, "'image_url' parts"),
         ([user("a")], {"n": 2}, "'n' must be 1"),
         ([user("a")], {"logprobs": True}, "logprobs"),
@@ -139,6 +143,7 @@ def test_what_can_not_be_done_is_told(gpt: openai.OpenAI, messages: list, option
         complete(gpt, messages, **options)
 
 
+@under_one_corner
 def test_what_the_handler_refuses_keeps_its_status_and_code(gpt: openai.OpenAI) -> None:
     damaged = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     message = {"role": "user", "content": [damaged, {"type": "text", "text": "What?"}]}
@@ -149,6 +154,7 @@ def test_what_the_handler_refuses_keeps_its_status_and_code(gpt: openai.OpenAI) 
         complete(gpt, [user(QUESTIONS[0], 15)], max_tokens=10**9)
 
 
+@under_one_corner
 def test_it_is_served_under_the_endpoints_path_too(endpoint: Endpoint) -> None:
     with connect(endpoint, "/endpoints/llava/openai/v1") as client:
         assert complete(client, [user(QUESTIONS[0], 15)]).choices[0].message.content

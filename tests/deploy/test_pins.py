@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from deploy.local_endpoint.pins import GoneError, Instance, Pins
+from deploy.local_endpoint.pins import GoneError, Instance, SessionPins
 
 
 class Clock:
@@ -17,10 +17,10 @@ class Clock:
         return self.now
 
 
-def make_pins(count: int = 2) -> tuple[Pins, list[Instance], Clock]:
+def make_pins(count: int = 2) -> tuple[SessionPins, list[Instance], Clock]:
     clock = Clock()
     instances = [Instance(number, f"http://{number}", "log") for number in range(1, count + 1)]
-    return Pins(instances, clock), instances, clock
+    return SessionPins(instances, clock), instances, clock
 
 
 def test_a_new_session_goes_where_the_fewest_are_open():

@@ -14,8 +14,9 @@ import pytest
 from botocore.client import BaseClient
 from botocore.exceptions import ClientError, EventStreamError
 
-from deploy.local_endpoint.contract import Corners, Limits
-from deploy.serve import TorchServe, free_ports
+from deploy.local_endpoint.contract import Corners, PlatformLimits
+from deploy.serve.ports import free_ports
+from deploy.serve.torchserve import TorchServe
 
 from .conftest import ALL_CORNERS, NAME, Endpoint, invoke, runtime
 
@@ -221,13 +222,13 @@ def test_a_body_over_the_limit_is_refused_and_one_at_it_is_not(front: Endpoint) 
 
 
 def test_the_larger_limit_of_the_newer_guide_can_be_configured(stand_in: TorchServe) -> None:
-    with Endpoint([stand_in], limits=Limits(body_bytes=25_000_000)) as endpoint:
+    with Endpoint([stand_in], limits=PlatformLimits(body_bytes=25_000_000)) as endpoint:
         reply = runtime(endpoint).invoke_endpoint(EndpointName=NAME, Body=bytes(25_000_000))
         assert json.loads(reply["Body"].read())["bytes"] == 25_000_000
 
 
 def test_an_answer_that_takes_too_long_is_a_model_error_without_a_status(stand_in: TorchServe) -> None:
-    with Endpoint([stand_in], limits=Limits(answer_s=0.2)) as endpoint:
+    with Endpoint([stand_in], limits=PlatformLimits(answer_s=0.2)) as endpoint:
         response = refused(runtime(endpoint), {"sleep_s": 1.0})
     assert response["Error"]["Code"] == "ModelError"
     assert response["OriginalStatusCode"] == 0
@@ -289,7 +290,7 @@ def test_an_error_before_a_streams_first_part_is_a_model_error(platform: BaseCli
 
 
 def test_a_stream_that_takes_too_long_ends_in_an_error(stand_in: TorchServe) -> None:
-    with Endpoint([stand_in], limits=Limits(stream_s=0.5)) as endpoint:
+    with Endpoint([stand_in], limits=PlatformLimits(stream_s=0.5)) as endpoint:
         began = time.monotonic()
         events = stream(runtime(endpoint), {"parts": 8, "part_s": 0.2})["Body"]
         with pytest.raises(EventStreamError, match=r"ModelStreamError.*within the time allowed"):

@@ -16,10 +16,11 @@ import pytest
 from botocore.client import BaseClient
 from botocore.exceptions import ClientError, EventStreamError
 
-from demo.wire import gauges, settled_gauges
 from deploy.local_endpoint.contract import Corners
-from deploy.serve import TorchServe
+from deploy.serve.torchserve import TorchServe
+from llava_sessions_client import read_metrics, wait_for_metrics
 from models.shapes.scenes import dialogue, make_scene
+from tests.support.serving import running
 
 from .conftest import NAME, Endpoint, ask, close_session, open_session, runtime, seed_of
 
@@ -48,7 +49,7 @@ def turns_total(servers: list[TorchServe]) -> list[float]:
     """Turns that each of the idle instances has answered. They tell them at most a second late."""
     totals, before = [], None
     while totals != before:
-        before, totals = totals, [gauges(server.metrics_url).get("llava_turns_total", 0) for server in servers]
+        before, totals = totals, [read_metrics(server.metrics_url).get("llava_turns_total", 0) for server in servers]
         time.sleep(1.2)
     return totals
 
@@ -74,7 +75,7 @@ def test_four_hundred_turns_reach_their_instances_and_none_is_answered_wrong(ins
         assert answers == [alone[index] for index in shown]
         share = SESSIONS // 2 * TURNS
         for server, total in zip(instances, before, strict=True):
-            told = settled_gauges(server.metrics_url, llava_turns_total=total + share)
+            told = wait_for_metrics(server.metrics_url, llava_turns_total=total + share)
             assert told["llava_turns_total"] == total + share
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda session: close_session(client, session), sessions))
@@ -84,7 +85,7 @@ def test_four_hundred_turns_reach_their_instances_and_none_is_answered_wrong(ins
 @pytest.fixture
 def doomed(shapes_store: Path) -> Iterator[TorchServe]:
     """An instance that the test may kill."""
-    with TorchServe(shapes_store) as server:
+    with running(TorchServe(shapes_store)) as (server,):
         yield server
 
 

@@ -1,4 +1,4 @@
-"""Shows that every bench runs, on a very small model, and writes what its readers look for. No test looks at a time."""
+"""Every benchmark runs on a very small model and writes its complete record. No test checks a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bench.make_checkpoint import PRESETS, WORDS, make_checkpoint
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of all benches, from one smoke run each."""
+    """The files of all benchmarks, from one smoke run each."""
     folder = tmp_path_factory.mktemp("results")
     threads = torch.get_num_threads()
     for name in report.BENCHES:
@@ -38,25 +38,25 @@ def test_a_bench_writes_its_machine_its_table_and_its_plot(results: Path, name: 
 
 
 @pytest.mark.parametrize("measure", BAR, ids=lambda measure: measure.what)
-def test_every_row_of_the_bar_is_measured(results: Path, measure: Measure) -> None:
+def test_every_target_has_a_measured_ratio(results: Path, measure: Measure) -> None:
     assert measure.ratio in json.loads((results / f"{measure.bench}.json").read_text())["ratios"]
 
 
-def test_all_ways_to_run_a_chat_give_the_same_answers(results: Path) -> None:
+def test_the_engine_and_all_baselines_give_the_same_answers(results: Path) -> None:
     rows = json.loads((results / "turns.json").read_text())["rows"]
     assert {row["side"] for row in rows} == {"stateless", "pixels cached", "features cached", "KV kept", "engine"}
     assert {row["same answer"] for row in rows} == {"1/1"}
 
 
-def test_sessions_beyond_the_budget_answer_right(results: Path) -> None:
+def test_sessions_beyond_the_budget_give_correct_answers(results: Path) -> None:
     document = json.loads((results / "memory.json").read_text())
     many = document["samples"]["many"]
     assert many["wrong"] == 0
     assert many["most_resident"] <= many["room"]
-    assert all(document["samples"]["counts"][-1][tier] for tier in ("resident", "parked", "cold"))
+    assert all(document["samples"]["counts"][-1][tier] for tier in ("resident", "offloaded", "cold"))
 
 
-def test_the_readme_takes_its_figures_from_the_files(results: Path, tmp_path: Path) -> None:
+def test_the_readme_gets_its_figures_from_the_files(results: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- bar -->\nold\n<!-- /bar -->\n<!-- open -->\n<!-- /open -->\nafter\n")
     report.write(readme, results)
@@ -68,8 +68,9 @@ def test_the_readme_takes_its_figures_from_the_files(results: Path, tmp_path: Pa
     assert text.count("not run") == len(BAR) + 1, "in float32 nothing but smoke runs"
 
 
-def test_a_verdict_knows_which_way_is_better() -> None:
-    more, less = Measure("", "", "", 10, 14), Measure("", "", "", 0.77, 0.55, less_is_better=True)
+def test_a_verdict_respects_which_direction_is_better() -> None:
+    more = Measure("", "", "", 10, 14)
+    less = Measure("", "", "", 0.77, 0.55, less_is_better=True)
     assert [more.verdict(value) for value in (9, 10, 14)] == ["missed", "floor", "aim"]
     assert [less.verdict(value) for value in (0.8, 0.77, 0.5)] == ["missed", "floor", "aim"]
 
@@ -83,13 +84,15 @@ def test_the_same_seed_makes_the_same_checkpoint(tmp_path: Path) -> None:
     assert len(WORDS) == len(set(WORDS))
 
 
-def test_without_cuda_the_cuda_benches_say_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_the_cuda_benchmarks_print_that_there_is_no_device(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cuda.main([]) == 0
     assert "no CUDA device" in capsys.readouterr().out
 
 
-def test_numbers_keep_the_digits_that_mean_something() -> None:
+def test_numbers_are_printed_with_their_significant_digits() -> None:
     assert [harness.number(value) for value in (1234.5, 12.34, 0.01234, True, None)] == [
         "1,234",
         "12.3",

@@ -1,5 +1,6 @@
-"""Token ids of a growing conversation are those of the whole conversation, whatever a user writes; answers come back as
-the text they are, piece by piece.
+"""Token IDs of a growing conversation equal those of the whole conversation for any text of a user.
+
+The text of an answer, decoded token by token, equals the text of all its tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from llava_sessions.text.chat_template import ChatTemplate, Opening, TemplateErr
 from tests.support.tiny_llava import TEMPLATE, make_tokenizer
 
 IMAGE_TOKENS = 16
-# As LLaVA checkpoints that close an answer: BOS from the template, EOS behind each answer, the words trimmed.
+# As LLaVA checkpoints that close an answer: BOS from the template, EOS after each answer, the text trimmed.
 CLOSING = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'][0]['text'] + ' ' }}"
@@ -30,14 +31,14 @@ CLOSING = (
     "{% else %}{{ ' ASSISTANT: ' + message['content'][0]['text'] | trim + eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
 )
-# As chat markup: every turn stands between special tokens.
+# As chat markup: every turn is enclosed in special tokens.
 MARKUP = (
     "{% for message in messages %}{{ '<s>' + message['role'] + '\n' }}"
     "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
     "{{ '</s>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
 )
 TEMPLATES = {"open": TEMPLATE, "closing": CLOSING, "markup": MARKUP}
-# What stands before the words of an answer in a rendered conversation, and belongs to the generated tokens.
+# Text before an answer in a rendered conversation that is part of the generated tokens.
 LEAD = {"open": " ", "closing": " ", "markup": ""}
 TURNS = [
     ("What is the red circle doing?", "It stands near two green stars."),
@@ -56,13 +57,13 @@ def prepare(chat: ChatTemplate, images: list[Image.Image]) -> Opening:
 
 
 def pixels(opening: Opening) -> np.ndarray:
-    """Of all pictures, `[pictures, 3, height, width]`."""
+    """Return the pixels of all pictures, `[pictures, 3, height, width]`."""
     return np.concatenate([picture.inputs["pixel_values"] for picture in opening.pictures])
 
 
 @pytest.fixture(scope="module")
 def make_chat(tiny: Path):
-    """A `ChatTemplate` over the tiny checkpoint's processor with another chat template."""
+    """Make a `ChatTemplate` of the tiny checkpoint's processor with another chat template."""
 
     def make(template: str | None = TEMPLATE, system_prompt: str = "") -> ChatTemplate:
         processor = transformers.AutoProcessor.from_pretrained(tiny)
@@ -83,17 +84,17 @@ def tokenizer():
 
 
 def asked(chat: ChatTemplate, text: str) -> str:
-    """The second turn's prompt for `text`, as text again."""
+    """Return the second turn's prompt for `text`, decoded."""
     conversation = Conversation(prepare(chat, [picture()]))
     conversation.commit(chat.prompt(conversation.opened_on, "first"), [])
-    return chat._tokenizer.decode(chat.prompt(conversation.opened_on, text))
+    return chat.tokenizer.decode(chat.prompt(conversation.opened_on, text))
 
 
 # --- prompts ---
 
 
 def whole_ids(processor, messages: list[dict], pictures: list[Image.Image]) -> list[int]:
-    """The ids of a conversation rendered and tokenised as one."""
+    """Return the IDs of a conversation that is rendered and tokenized as a whole."""
     rendered = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     add = not rendered.startswith(processor.tokenizer.bos_token)
     return processor(images=pictures, text=rendered, add_special_tokens=add)["input_ids"][0]
@@ -104,7 +105,8 @@ def whole_ids(processor, messages: list[dict], pictures: list[Image.Image]) -> l
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_turn_by_turn_ids_are_those_of_the_whole_conversation(make_chat, tiny, name, system_prompt, pictures):
     chat = make_chat(TEMPLATES[name], system_prompt)
-    processor, images = chat._processor, [picture()] * pictures
+    processor = chat.processor
+    images = [picture()] * pictures
     messages = [{"role": "system", "content": [{"type": "text", "text": system_prompt}]}] if system_prompt else []
     conversation = Conversation(prepare(chat, images))
     for number, (question, answer) in enumerate(TURNS):
@@ -121,7 +123,7 @@ def test_turn_by_turn_ids_are_those_of_the_whole_conversation(make_chat, tiny, n
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_prompt_leaves_the_conversation_as_it_was(make_chat, name):
+def test_a_prompt_does_not_change_the_conversation(make_chat, name):
     chat = make_chat(TEMPLATES[name])
     conversation = Conversation(prepare(chat, [picture()]))
     before = list(conversation.token_ids)
@@ -129,9 +131,10 @@ def test_a_prompt_leaves_the_conversation_as_it_was(make_chat, name):
     assert (conversation.token_ids, conversation.turns) == (before, 0)
 
 
-def test_conversations_of_one_opening_grow_apart(chat):
+def test_conversations_of_one_opening_are_independent(chat):
     opening = prepare(chat, [picture()])
-    first, second = Conversation(opening), Conversation(opening)
+    first = Conversation(opening)
+    second = Conversation(opening)
     first.commit([1, 2], [3])
     assert second.token_ids == opening.token_ids
     assert first.token_ids == [*opening.token_ids, 1, 2, 3]
@@ -143,7 +146,7 @@ def test_a_template_that_closes_answers_writes_one_eos_before_the_next_question(
     conversation = Conversation(prepare(chat, [picture()]))
     first = chat.prompt(conversation.opened_on, "one")
     conversation.commit(first, [5, 6])
-    eos = chat._tokenizer.eos_token_id
+    eos = chat.tokenizer.eos_token_id
     later = chat.prompt(conversation.opened_on, "two")
     assert later[0] == eos
     assert later.count(eos) - 1 == first.count(eos)
@@ -167,12 +170,13 @@ ODD_TEXTS = [
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("text", ODD_TEXTS)
-def test_special_tokens_in_a_question_stay_text(make_chat, name, text):
+def test_special_tokens_in_a_question_are_encoded_as_text(make_chat, name, text):
     chat = make_chat(TEMPLATES[name])
     conversation = Conversation(prepare(chat, [picture()]))
-    tokenizer = chat._tokenizer
+    tokenizer = chat.tokenizer
     for _ in range(2):
-        plain, odd = chat.prompt(conversation.opened_on, "question"), chat.prompt(conversation.opened_on, text)
+        plain = chat.prompt(conversation.opened_on, "question")
+        odd = chat.prompt(conversation.opened_on, text)
         for special in SPECIALS:
             token = tokenizer.convert_tokens_to_ids(special)
             assert odd.count(token) == plain.count(token)
@@ -181,7 +185,7 @@ def test_special_tokens_in_a_question_stay_text(make_chat, name, text):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_any_text_survives_the_way_into_tokens(make_chat, seed):
+def test_any_text_round_trips_through_tokens(make_chat, seed):
     chat = make_chat(MARKUP)
     rng = random.Random(seed)
     parts = [
@@ -211,7 +215,7 @@ def test_any_text_survives_the_way_into_tokens(make_chat, seed):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("pictures", [1, 2, 5])
-def test_an_opening_holds_the_tokens_of_every_picture_and_ends_behind_the_last(make_chat, name, pictures):
+def test_an_opening_contains_the_tokens_of_every_picture_and_ends_after_the_last(make_chat, name, pictures):
     chat = make_chat(TEMPLATES[name], "Be brief.")
     opening = prepare(chat, [picture(size=(30 * n + 10, 50)) for n in range(pictures)])
     assert opening.image_tokens == pictures * IMAGE_TOKENS
@@ -223,7 +227,8 @@ def test_an_opening_holds_the_tokens_of_every_picture_and_ends_behind_the_last(m
 
 
 def test_the_pixels_follow_the_order_of_the_pictures(chat):
-    red, blue = picture("red"), picture("blue")
+    red = picture("red")
+    blue = picture("blue")
     both = pixels(prepare(chat, [red, blue]))
     assert np.array_equal(both[0], pixels(prepare(chat, [red]))[0])
     assert np.array_equal(both[1], pixels(prepare(chat, [blue]))[0])
@@ -246,13 +251,13 @@ def test_the_start_token_is_written_once_by_the_template_or_the_tokenizer(tiny, 
     assert start not in chat.prompt(conversation.opened_on, "What is <s> it?")
 
 
-def test_the_system_prompt_stands_before_the_picture(make_chat):
+def test_the_system_prompt_precedes_the_picture(make_chat):
     chat = make_chat(CLOSING, "Be brief.")
-    text = chat._tokenizer.decode(prepare(chat, [picture()]).token_ids)
+    text = chat.tokenizer.decode(prepare(chat, [picture()]).token_ids)
     assert text.index("Be brief.") < text.index("<image>")
 
 
-# --- unfit templates ---
+# --- unsuitable templates ---
 
 NO_IMAGE = "{% for m in messages %}{{ m['role'] }}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}"
 IMAGE_LAST = (
@@ -283,7 +288,7 @@ NO_QUESTIONS = "<image>{% for m in messages if m['role'] == 'assistant' %}{{ m['
         (ANSWER_TWICE, "earlier answer once"),
     ],
 )
-def test_an_unfit_template_is_refused_with_the_reason(make_chat, template, why):
+def test_an_unsuitable_template_is_rejected_with_the_reason(make_chat, template, why):
     with pytest.raises(TemplateError, match=why):
         make_chat(template)
 
@@ -292,7 +297,7 @@ def test_an_unfit_template_is_refused_with_the_reason(make_chat, template, why):
 
 
 def read(tokenizer, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], bool]:
-    """The pieces as the engine takes them: no more once stopped, and what is held back at the end."""
+    """Return the deltas, up to a stop string or to the end, and whether a stop string ended the answer."""
     reader = AnswerText(tokenizer, stop)
     pieces = []
     for token in ids:
@@ -308,13 +313,13 @@ def ids_of(tokenizer, text: str) -> list[int]:
 
 
 def bytewise(tokenizer, text: str) -> list[int]:
-    """One token for each byte of the text, as a model may write it."""
+    """Return one token per byte of the text, as a model may generate it."""
     letters = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
     return tokenizer.convert_tokens_to_ids([letter for word, _ in letters for letter in word])
 
 
 @pytest.mark.parametrize("seed", range(200))
-def test_the_pieces_of_any_ids_make_the_text_of_all_ids(tokenizer, seed):
+def test_the_concatenated_deltas_equal_the_text_of_all_ids(tokenizer, seed):
     rng = random.Random(seed)
     ids = [rng.randrange(len(tokenizer)) for _ in range(rng.randrange(1, 80))]
     pieces, stopped = read(tokenizer, ids)
@@ -323,9 +328,7 @@ def test_the_pieces_of_any_ids_make_the_text_of_all_ids(tokenizer, seed):
 
 
 def byte_fallback_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Words with a leading mark for the space, and bytes for what is in no word: as Llama's tokenizer, and so
-    LLaVA-1.5's.
-    """
+    """Make a tokenizer with SentencePiece words and byte fallback, as Llama's and thus LLaVA-1.5's."""
     words = ["</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *(f"\u2581w{n}" for n in range(20)), *"abcdefgh"]
     vocabulary = {word: index for index, word in enumerate(words)}
     backend = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
@@ -334,15 +337,15 @@ def byte_fallback_tokenizer() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
 
 
-def test_bytes_that_make_no_character_are_told_as_the_whole_answer_shows_them():
+def test_invalid_bytes_are_decoded_as_in_the_whole_answer():
     tokenizer = byte_fallback_tokenizer()
     named = tokenizer.convert_tokens_to_ids(["<0x48>", "<0x9E>", "c"])
     for seed in range(-1, 500):
         draw = random.Random(seed)
         ids = named if seed < 0 else [draw.randrange(1, len(tokenizer)) for _ in range(40)]
         reader = AnswerText(tokenizer)
-        told = "".join(map(reader.push, ids)) + reader.finish()
-        assert told == tokenizer.decode(ids, skip_special_tokens=True).lstrip()
+        text = "".join(map(reader.push, ids)) + reader.finish()
+        assert text == tokenizer.decode(ids, skip_special_tokens=True).lstrip()
 
 
 @pytest.mark.parametrize("text", ["naïve café", "猫が好き", "🐈‍⬛🇨🇭👨‍👩‍👧", "a\u0301", "Ω≈ç√∫ 12:30\n\nnext\tline"])
@@ -352,36 +355,36 @@ def test_characters_are_never_split(tokenizer, text):
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_text_flows_as_soon_as_it_is_certain(tokenizer):
+def test_text_is_returned_as_soon_as_it_is_certain(tokenizer):
     reader = AnswerText(tokenizer)
     assert [reader.push(token) for token in bytewise(tokenizer, "a猫b")] == ["a", "", "", "猫", "b"]
     assert reader.finish() == ""
 
 
-def test_an_unfinished_character_is_shown_as_such_at_the_end(tokenizer):
+def test_an_incomplete_character_becomes_a_replacement_character_at_the_end(tokenizer):
     pieces, _ = read(tokenizer, bytewise(tokenizer, "a猫")[:-1])
     assert pieces[:-1] == ["a", "", ""]
     assert set(pieces[-1]) == {"\ufffd"}
 
 
-def test_white_space_before_the_first_word_is_dropped_and_no_other(tokenizer):
+def test_only_leading_white_space_is_removed(tokenizer):
     pieces, _ = read(tokenizer, bytewise(tokenizer, " \n\t a  b \n"))
     assert "".join(pieces) == "a  b \n"
     assert read(tokenizer, bytewise(tokenizer, "  \n ")) == ([""] * 5, False)
 
 
-def test_special_tokens_are_not_shown(tokenizer):
+def test_special_tokens_have_no_text(tokenizer):
     specials = tokenizer.convert_tokens_to_ids(["<s>", "<image>", "<pad>", "</s>"])
     ids = [specials[0], *ids_of(tokenizer, "a"), *specials[1:3], *ids_of(tokenizer, "b"), specials[3]]
     assert "".join(read(tokenizer, ids)[0]) == "ab"
 
 
-def test_no_tokens_make_no_text(tokenizer):
+def test_no_tokens_give_no_text(tokenizer):
     assert read(tokenizer, []) == ([""], False)
 
 
 @pytest.mark.parametrize(
-    ("text", "stop", "told"),
+    ("text", "stop", "expected"),
     [
         ("one two three", ("two",), "one "),
         ("one two three", (" ",), "one"),
@@ -400,28 +403,28 @@ def test_no_tokens_make_no_text(tokenizer):
     ],
 )
 @pytest.mark.parametrize("split", [ids_of, bytewise])
-def test_a_stop_string_ends_the_text_before_it(tokenizer, text, stop, told, split):
+def test_a_stop_string_ends_the_text_before_it(tokenizer, text, stop, expected, split):
     pieces, stopped = read(tokenizer, split(tokenizer, text), stop)
     assert stopped
-    assert "".join(pieces) == told
+    assert "".join(pieces) == expected
 
 
 @pytest.mark.parametrize("text", ["one tw", "one two", "twtwtw", "t", "no such words", "one tw three tw"])
-def test_text_that_only_begins_a_stop_string_is_told_in_the_end(tokenizer, text):
+def test_an_incomplete_stop_string_is_returned_at_the_end(tokenizer, text):
     pieces, stopped = read(tokenizer, bytewise(tokenizer, text), ("two!",))
     assert not stopped
     assert "".join(pieces) == text
 
 
-def test_text_that_may_become_a_stop_string_is_held_back_and_no_more(tokenizer):
+def test_only_text_that_may_become_a_stop_string_is_held_back(tokenizer):
     reader = AnswerText(tokenizer, ("STOP", "TOAST"))
-    told = [reader.push(token) for token in bytewise(tokenizer, "aSTOAS")]
-    assert told == ["a", "", "", "", "S", ""]
+    deltas = [reader.push(token) for token in bytewise(tokenizer, "aSTOAS")]
+    assert deltas == ["a", "", "", "", "S", ""]
     assert reader.finish() == "TOAS"
     assert not reader.stopped
 
 
-def test_the_reader_stops_at_the_token_that_completes_the_stop_string(tokenizer):
+def test_the_token_that_completes_a_stop_string_stops_the_answer(tokenizer):
     reader = AnswerText(tokenizer, ("cd",))
     states = []
     for token in bytewise(tokenizer, "abcd"):
@@ -431,7 +434,7 @@ def test_the_reader_stops_at_the_token_that_completes_the_stop_string(tokenizer)
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_any_stop_strings_cut_where_the_first_of_them_is_complete(tokenizer, seed):
+def test_the_first_complete_stop_string_ends_the_text(tokenizer, seed):
     rng = random.Random(seed)
     text = "x" + "".join(rng.choices("ab 猫\n", k=30))
     stop = tuple({"".join(rng.choices("ab 猫\n", k=rng.randrange(1, 5))) for _ in range(rng.randrange(1, 4))})
@@ -440,15 +443,16 @@ def test_any_stop_strings_cut_where_the_first_of_them_is_complete(tokenizer, see
     assert stopped is bool(ends)
     if ends:
         first_end = min(end for end, _ in ends)
-        told = text[: min(start for end, start in ends if end == first_end)]
+        expected = text[: min(start for end, start in ends if end == first_end)]
     else:
-        told = text
-    assert "".join(pieces) == told
+        expected = text
+    assert "".join(pieces) == expected
 
 
-def test_readers_of_one_chat_share_nothing(chat):
-    first, second = chat.answer_text(), chat.answer_text(("b",))
-    tokens = ids_of(chat._tokenizer, "ab")
+def test_answer_texts_of_one_template_are_independent(chat):
+    first = chat.answer_text()
+    second = chat.answer_text(("b",))
+    tokens = ids_of(chat.tokenizer, "ab")
     for token in tokens:
         second.push(token)
     assert second.stopped
@@ -459,7 +463,7 @@ def test_readers_of_one_chat_share_nothing(chat):
 # --- threads ---
 
 
-def test_prompts_from_several_threads_are_those_from_one(chat):
+def test_prompts_made_in_several_threads_equal_those_of_one(chat):
     conversation = Conversation(prepare(chat, [picture()]))
     texts = [f"{'word ' * (n % 7)}<image> number {n} 猫" for n in range(60)]
     alone = [chat.prompt(conversation.opened_on, text) for text in texts]

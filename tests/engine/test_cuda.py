@@ -1,4 +1,4 @@
-"""Shows on a CUDA device what test_engine.py shows on the CPU: answers equal `generate`'s, in every tier.
+"""Answers on a CUDA device equal `generate`'s in every tier, as test_engine.py checks on the CPU.
 
 Run by a person with a GPU: `pytest -m cuda`. Skipped without one.
 """
@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava_sessions.chat.transcript import Conversation
 from llava_sessions.engine.engine import Engine
-from llava_sessions.engine.kv import DeviceBudget, choose_budget
+from llava_sessions.engine.memory import DeviceBudget, choose_budget
 from llava_sessions.engine.model import Model
 from llava_sessions.ipc.messages import AskSession, CloseSession, Finished, OpenSession, Sampling
 from llava_sessions.text.chat_template import ChatTemplate
@@ -28,7 +28,7 @@ QUESTIONS = ["what is the red circle doing?", "and the blue square near it?", "t
 
 
 class Chats:
-    """An engine on the device, the conversations that it holds, and what `generate` on the device would answer."""
+    """An engine on the device, its conversations, and the answers of `generate` on the device."""
 
     def __init__(self, checkpoint: Path, budget: DeviceBudget | None = None) -> None:
         self.tokens = ChatTemplate(AutoProcessor.from_pretrained(checkpoint))
@@ -47,7 +47,7 @@ class Chats:
         self.engine.apply(OpenSession(name, opening.token_ids, opening.pictures))
 
     def ask(self, name: str, text: str, answer_tokens: int) -> list[int]:
-        """Start a turn; returns what `generate` answers to the whole conversation."""
+        """Start a turn; return the answer of `generate` to the whole conversation."""
         conversation = self.conversations[name]
         self.prompts[name] = self.tokens.prompt(conversation.opened_on, text)
         self.engine.apply(AskSession(name, name, self.prompts[name], Sampling(answer_tokens)))
@@ -62,7 +62,7 @@ class Chats:
         return out[0, ids.shape[1] :].tolist()
 
     def run(self) -> dict[str, list[int]]:
-        """Step until nothing is left to do; commits and returns the answers."""
+        """Step until the engine has no work; commit and return the answers."""
         answers = {}
         while self.engine.has_work:
             for event in self.engine.step():
@@ -72,44 +72,45 @@ class Chats:
         return answers
 
 
-def test_answers_equal_generate_over_turns_in_company(tiny: Path) -> None:
+def test_answers_equal_generate_over_turns_in_a_shared_batch(tiny: Path) -> None:
     chats = Chats(tiny)
     names = [f"s{index}" for index in range(5)]
     for index, name in enumerate(names):
         chats.open(name, index)
     for question in QUESTIONS:
-        wanted = {name: chats.ask(name, f"{question} {name}", 8 + index) for index, name in enumerate(names)}
-        assert chats.run() == wanted
+        expected = {name: chats.ask(name, f"{question} {name}", 8 + index) for index, name in enumerate(names)}
+        assert chats.run() == expected
 
 
-def test_answers_stay_right_after_parking_and_rebuilding(tiny: Path) -> None:
+def test_answers_equal_generate_after_offloading_and_rebuilding(tiny: Path) -> None:
     chats = Chats(tiny)
     shape = chats.engine.model.kv_shape
     features = 6 * 16 * chats.engine.model.feature_bytes
-    chats.engine.budget = DeviceBudget(2 * shape.device_bytes(100) + features, 60 * shape.token_bytes)
+    chats.engine.device_memory.budget = DeviceBudget(2 * shape.device_bytes(100) + features, 60 * shape.token_bytes)
     names = [f"s{index}" for index in range(6)]
     for index, name in enumerate(names):
         chats.open(name, index)
         chats.run()
     held = chats.engine.memory()
-    assert all((held.resident, held.parked, held.cold))
+    assert all((held.resident, held.offloaded, held.cold))
     for question in QUESTIONS:
         for name in names:
-            wanted = chats.ask(name, question, 8)
-            assert chats.run() == {name: wanted}
+            expected = chats.ask(name, question, 8)
+            assert chats.run() == {name: expected}
 
 
-def test_parked_kv_lies_in_pinned_memory(tiny: Path) -> None:
+def test_offloaded_kv_is_in_pinned_memory(tiny: Path) -> None:
     chats = Chats(tiny)
     chats.open("a", 1)
     chats.run()
-    kv = chats.engine._sessions["a"].kv
-    kv.park()
-    assert kv.tier == "parked"
-    assert kv._host.is_pinned()
+    kv = chats.engine.sessions["a"].kv
+    kv.offload()
+    assert kv.tier == "offloaded"
+    assert kv.on_host is not None
+    assert kv.on_host.is_pinned()
 
 
-def test_closing_gives_the_device_its_memory_back(tiny: Path) -> None:
+def test_closing_frees_the_device_memory(tiny: Path) -> None:
     chats = Chats(tiny)
     before = torch.cuda.memory_allocated()
     for index in range(4):

@@ -1,6 +1,6 @@
-"""Shows that the engine says what `generate` says, whoever shares the batch, and holds only what is open.
+"""The engine's answers equal `generate`'s in any batch, and its memory is that of the open sessions.
 
-Random weights: an answer means nothing, but any slip in positions, masks or the cache changes it.
+Random weights: the answers are meaningless, but any error in positions, masks or the cache changes them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import torch
 from transformers import AutoProcessor
 
 from llava_sessions.engine.engine import Engine
-from llava_sessions.engine.kv import GROWTH_TOKENS, KVShape, SessionKV, choose_budget
+from llava_sessions.engine.kv import GROWTH_TOKENS, KVShape, SessionKV
+from llava_sessions.engine.memory import choose_budget
 from llava_sessions.engine.model import Model, UnsupportedCheckpoint
+from llava_sessions.engine.process import warm_up
 from llava_sessions.engine.scheduler import plan
 from llava_sessions.ipc.messages import (
     Admitted,
@@ -47,13 +49,13 @@ def reference(tiny: Path) -> Reference:
 
 
 @pytest.mark.parametrize("chunk_tokens", [256, 7])
-def test_answers_equal_generate_over_turns_while_others_share_the_batch(
+def test_answers_equal_generate_over_turns_in_a_shared_batch(
     tiny: Path, reference: Reference, chunk_tokens: int
 ) -> None:
     chats = Chats(tiny, chunk_tokens)
     order = random.Random(0)
     names = [f"s{i}" for i in range(5)]
-    wanted: dict[str, list[int]] = {}
+    expected: dict[str, list[int]] = {}
     for turn, question in enumerate(QUESTIONS):
         order.shuffle(names)
         got = {}
@@ -61,16 +63,17 @@ def test_answers_equal_generate_over_turns_while_others_share_the_batch(
             if turn == 0:
                 chats.open(name, picture_seed=int(name[1:]))
             full = chats.ask(name, f"{question} {name}", Sampling(8 + count))
-            wanted[name] = reference.answer(full, chats.pixels(name), 8 + count)
-            got |= chats.run(steps=2)  # the others are in the middle of their answers when the next one joins
+            expected[name] = reference.answer(full, chats.pixels(name), 8 + count)
+            got |= chats.run(steps=2)  # the others are still answering when the next one joins
         got |= chats.run()
-        assert {name: event.answer_ids for name, event in got.items()} == wanted
-    assert len({tuple(ids) for ids in wanted.values()}) > 1, "all pictures gave one answer: the test shows nothing"
+        assert {name: event.answer_ids for name, event in got.items()} == expected
+    assert len({tuple(ids) for ids in expected.values()}) > 1, "all pictures gave one answer: the test is void"
 
 
 def test_multi_head_attention_equals_generate(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path, kv_heads=4, seed=3)
-    chats, reference = Chats(checkpoint), Reference(checkpoint)
+    chats = Chats(checkpoint)
+    reference = Reference(checkpoint)
     chats.open("a", 1)
     for question in QUESTIONS:
         full = chats.ask("a", question, Sampling(12))
@@ -89,11 +92,11 @@ def test_a_follow_up_prefills_only_its_own_tokens(tiny: Path) -> None:
     second = chats.run()["a"]
     assert first.usage.cached_tokens == len(chats.conversations["a"].opening.token_ids)
     assert second.usage.prompt_tokens == held + len(chats.prompts["a"])
-    # The last token of an answer is fed with the next question: it has no KV yet, all else has.
+    # The last token of an answer has no KV yet: it runs with the next question.
     assert second.usage.cached_tokens == held - 1
 
 
-def test_seeded_sampling_is_the_same_alone_and_in_company(tiny: Path) -> None:
+def test_seeded_sampling_is_independent_of_the_batch(tiny: Path) -> None:
     sampling = Sampling(16, temperature=1.5, top_p=0.9, seed=7)
     alone = Chats(tiny)
     alone.open("a", 1)
@@ -134,7 +137,7 @@ def test_a_stop_string_ends_the_answer_before_it(tiny: Path) -> None:
     assert deltas == cut.text
 
 
-def test_a_cancelled_turn_leaves_the_session_as_it_was(tiny: Path) -> None:
+def test_a_cancelled_turn_is_rolled_back(tiny: Path) -> None:
     chats = Chats(tiny)
     for name in "ab":
         chats.open(name, 4)
@@ -159,8 +162,8 @@ def test_closing_frees_every_tensor_of_the_session(tiny: Path) -> None:
         chats.open(name, ord(name))
         chats.ask(name, QUESTIONS[0], Sampling(4))
     chats.run()
-    session = chats.engine._sessions["a"]
-    tensors = [weakref.ref(session.shown[0].features), weakref.ref(session.kv._device)]
+    session = chats.engine.sessions["a"]
+    tensors = [weakref.ref(session.pictures[0].features), weakref.ref(session.kv.on_device)]
     held = chats.engine.memory()
     assert held.features_bytes == 3 * 16 * 64 * 4
     assert held.kv_bytes == 3 * 4 * 2 * 2 * GROWTH_TOKENS * 16 * 4
@@ -175,7 +178,7 @@ def test_closing_frees_every_tensor_of_the_session(tiny: Path) -> None:
     assert chats.engine.memory() == Memory()
 
 
-def test_closing_in_the_middle_of_an_answer_ends_the_turn_first(tiny: Path) -> None:
+def test_closing_during_an_answer_cancels_the_turn_first(tiny: Path) -> None:
     chats = Chats(tiny)
     chats.open("a", 1)
     chats.ask("a", QUESTIONS[0], Sampling(50))
@@ -185,12 +188,12 @@ def test_closing_in_the_middle_of_an_answer_ends_the_turn_first(tiny: Path) -> N
     assert not chats.engine.has_work
 
 
-def test_what_can_not_run_is_told_as_a_failed_turn(tiny: Path) -> None:
+def test_a_turn_that_can_not_run_fails(tiny: Path) -> None:
     chats = Chats(tiny)
     chats.open("a", 1)
     image = chats.tokens.image_token_id
     asks = [
-        AskSession("nobody", "t1", [5], Sampling(4)),
+        AskSession("unknown", "t1", [5], Sampling(4)),
         AskSession("a", "t2", [5, image], Sampling(4)),
         AskSession("a", "t3", [5] * 1024, Sampling(4)),
         AskSession("a", "t4", [5], Sampling(4)),
@@ -211,7 +214,7 @@ def test_an_answer_never_outgrows_the_context(tmp_path: Path) -> None:
     assert len(full) + len(event.answer_ids) == 40
 
 
-def test_a_picture_that_can_not_be_encoded_fails_only_its_own_session(tiny: Path) -> None:
+def test_an_encoding_error_fails_its_own_session_only(tiny: Path) -> None:
     chats = Chats(tiny)
     chats.open("a", 1)
     ids = chats.conversations["a"].opening.token_ids
@@ -224,8 +227,9 @@ def test_a_picture_that_can_not_be_encoded_fails_only_its_own_session(tiny: Path
     assert chats.engine.memory().sessions == 1
 
 
-def test_a_deadline_ends_an_answer_with_what_it_has(tiny: Path) -> None:
-    cut, whole = Chats(tiny), Chats(tiny)
+def test_a_deadline_ends_an_answer_with_its_tokens_so_far(tiny: Path) -> None:
+    cut = Chats(tiny)
+    whole = Chats(tiny)
     for chats in (cut, whole):
         chats.open("a", 1)
         chats.run()
@@ -233,21 +237,22 @@ def test_a_deadline_ends_an_answer_with_what_it_has(tiny: Path) -> None:
     expected = whole.run()["a"].answer_ids
     cut.ask("a", QUESTIONS[0], Sampling(12, deadline_ms=600_000))
     cut.run(steps=5)
-    cut.engine._sessions["a"].turn.ends_at = 0.0  # time passes
+    cut.engine.sessions["a"].turn.deadline_at = 0.0  # the deadline has passed
     event = cut.run()["a"]
     assert (event.reason, event.answer_ids) == ("deadline", expected[:5])
     cut.ask("a", QUESTIONS[1], Sampling(4))
     assert cut.run()["a"].usage.prompt_tokens == len(cut.conversations["a"].token_ids) - 4
 
 
-def test_a_deadline_before_the_first_token_leaves_the_session_as_it_was(tiny: Path) -> None:
-    late, calm = Chats(tiny, chunk_tokens=1), Chats(tiny)
+def test_a_deadline_before_the_first_token_rolls_the_turn_back(tiny: Path) -> None:
+    late = Chats(tiny, chunk_tokens=1)
+    calm = Chats(tiny)
     for chats in (late, calm):
         chats.open("a", 1)
         chats.run()
     late.ask("a", "what is in this picture of a circle?", Sampling(12, deadline_ms=600_000))
     late.run(steps=2)
-    late.engine._sessions["a"].turn.ends_at = 0.0
+    late.engine.sessions["a"].turn.deadline_at = 0.0
     late.run()
     assert late.events[-1] == Cancelled("turn-a", "deadline")
     for chats in (late, calm):
@@ -255,21 +260,21 @@ def test_a_deadline_before_the_first_token_leaves_the_session_as_it_was(tiny: Pa
     assert late.run()["a"].answer_ids == calm.run()["a"].answer_ids
 
 
-def test_a_command_that_fails_is_told_and_harms_nobody(tiny: Path) -> None:
+def test_a_failed_command_is_reported_and_affects_no_session(tiny: Path) -> None:
     chats = Chats(tiny)
     chats.open("a", 1)
     chats.run()
     opening = chats.conversations["a"].opening
     chats.engine.apply(OpenSession("a", opening.token_ids, opening.pictures))
     chats.engine.apply(AskSession("a", "t1", [5], Sampling(4, temperature=1.0, seed=2**70)))
-    told = {type(event): event for event in chats.engine.step()}
-    assert set(told) == {OpenFailed, TurnFailed}
-    assert "open already" in told[OpenFailed].error
+    events = {type(event): event for event in chats.engine.step()}
+    assert set(events) == {OpenFailed, TurnFailed}
+    assert "open already" in events[OpenFailed].error
     chats.ask("a", QUESTIONS[0], Sampling(4))
     assert chats.run()["a"].reason == "length"
 
 
-def test_an_opening_is_announced_once_and_before_any_question(tiny: Path) -> None:
+def test_prefilled_is_reported_once_and_before_any_question(tiny: Path) -> None:
     chats = Chats(tiny, chunk_tokens=4)
     chats.open("a", 1)
     chats.run()
@@ -278,22 +283,22 @@ def test_an_opening_is_announced_once_and_before_any_question(tiny: Path) -> Non
     assert [event.session_id for event in chats.events if isinstance(event, Prefilled)] == ["a"]
 
 
-def test_lower_precisions_answer(tiny: Path) -> None:
+def test_lower_precisions_give_answers(tiny: Path) -> None:
     tokens = ChatTemplate(AutoProcessor.from_pretrained(tiny))
     for dtype in ("bfloat16", "float16"):
         engine = Engine(Model.load(tiny, dtype, "cpu"), tokens.answer_text, choose_budget(torch.device("cpu")))
-        engine.warm_up(tokens)
+        warm_up(engine, tokens)
         assert engine.model.dtype == getattr(torch, dtype)
         assert engine.memory() == Memory()
 
 
-def test_another_model_family_is_refused_with_what_was_found(tmp_path: Path) -> None:
+def test_another_model_family_is_rejected_by_its_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UnsupportedCheckpoint, match=r"'bert'.*supported: llava"):
         Model.load(tmp_path)
 
 
-def test_kv_grows_in_steps_and_keeps_what_it_holds() -> None:
+def test_kv_grows_in_steps_and_keeps_its_tokens() -> None:
     kv = SessionKV(KVShape(2, 3, 4, torch.float32, torch.device("cpu")))
     assert kv.device_bytes == 0
     stored = torch.randn(2, 2, 3, GROWTH_TOKENS + 1, 4)
@@ -315,9 +320,13 @@ def test_kv_grows_in_steps_and_keeps_what_it_holds() -> None:
 def test_decodes_always_run_and_prefills_share_the_chunk_in_order() -> None:
     class Waiting:
         def __init__(self, ticket: int, pending_tokens: int) -> None:
-            self.ticket, self.pending_tokens = ticket, pending_tokens
+            self.ticket = ticket
+            self.pending_tokens = pending_tokens
 
-    late, early, decode, idle = Waiting(3, 10), Waiting(2, 6), Waiting(9, 1), Waiting(0, 0)
+    late = Waiting(3, 10)
+    early = Waiting(2, 6)
+    decode = Waiting(9, 1)
+    idle = Waiting(0, 0)
     sessions = [late, decode, idle, early]
     assert plan(sessions, 8) == [(decode, 1), (early, 6), (late, 2)]
     assert plan(sessions, 6) == [(decode, 1), (early, 6)]

@@ -1,6 +1,7 @@
-"""Shows that every family says what its own `generate` says on the whole conversation with all its pictures.
+"""The answers of every family equal its own `generate` on the whole conversation with all its pictures.
 
-Random weights, float32: an answer means nothing, but any slip in tokens, tiles, positions or the cache changes it.
+Random weights in float32: the answers are meaningless, but any error in tokens, tiles, positions or the cache changes
+them.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from deploy import pack
 from llava_sessions.chat.transcript import Conversation
 from llava_sessions.engine.engine import Engine
-from llava_sessions.engine.kv import DeviceBudget
+from llava_sessions.engine.memory import DeviceBudget
 from llava_sessions.engine.model import SUPPORTED_MODEL_TYPES, Model, UnsupportedCheckpoint
+from llava_sessions.engine.process import warm_up
 from llava_sessions.errors import Refused
 from llava_sessions.ipc.messages import (
     AskSession,
@@ -41,12 +43,12 @@ from llava_sessions.text.processors import load_processor
 from tests.support.tiny_families import FAMILIES, MISTRAL, VICUNA, make_llava, make_next_mistral, make_onevision
 
 QUESTIONS = ["what is the red circle?", "and the <image> </s> blue square?", "two green stars ☃?"]
-SIZES = [(60, 80), (90, 40), (30, 30), (40, 120)]  # height and width: each one fits another grid of tiles
+SIZES = [(60, 80), (90, 40), (30, 30), (40, 120)]  # height and width, each for another grid of tiles
 AMPLE = DeviceBudget(2**30, 2**30)
 
 
 def noise(seed: int) -> tuple[str, Image.Image]:
-    """A picture unlike any other seed's, and its key."""
+    """Return a random picture and its key."""
     size = SIZES[seed % len(SIZES)]
     pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
     return f"noise {seed}", Image.fromarray(pixels)
@@ -54,7 +56,7 @@ def noise(seed: int) -> tuple[str, Image.Image]:
 
 @dataclass
 class Family:
-    """One tiny checkpoint: as the engine has it, and as transformers has it."""
+    """One tiny checkpoint, loaded by the engine and by transformers."""
 
     name: str
     folder: Path
@@ -77,7 +79,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @dataclass
 class Chat:
-    """A conversation and what was shown in each of its requests."""
+    """A conversation and the pictures of each of its requests."""
 
     conversation: Conversation
     shown: list[tuple[PreparedPicture, ...]]
@@ -86,10 +88,11 @@ class Chat:
 
 
 class Chats:
-    """An engine and the chats that it holds, driven as the pump does it."""
+    """An engine and its chats, driven as the pump does."""
 
     def __init__(self, family: Family, budget: DeviceBudget = AMPLE, chunk_tokens: int = 48) -> None:
-        self.family, self.tokens = family, family.tokens
+        self.family = family
+        self.tokens = family.tokens
         self.engine = Engine(family.model, family.tokens.answer_text, budget, chunk_tokens)
         self.chats: dict[str, Chat] = {}
         self.events: list[Event] = []
@@ -104,7 +107,7 @@ class Chats:
         self.engine.apply(OpenSession(name, opening.token_ids, opening.pictures))
 
     def ask(self, name: str, text: str, *seeds: int, tokens: int = 7) -> list[int]:
-        """Start a turn; returns what `generate` answers to the whole conversation."""
+        """Start a turn; return the answer of `generate` to the whole conversation."""
         chat = self.chats[name]
         prepared = self.tokens.prepare([noise(seed) for seed in seeds])
         chat.prompt = self.tokens.prompt(chat.conversation.opened_on, text, prepared)
@@ -118,7 +121,7 @@ class Chats:
         return out[0, ids.shape[1] :].tolist()
 
     def run(self, steps: int | None = None) -> dict[str, list[int]]:
-        """Step until nothing is left to do (or so often); commits finished turns and returns their ids by session."""
+        """Step until the engine has no work, or `steps` times; commit the finished turns and return their IDs."""
         answers = {}
         while self.engine.has_work and steps != 0:
             steps = None if steps is None else steps - 1
@@ -133,7 +136,7 @@ class Chats:
 
 
 def joined(requests: list[tuple[PreparedPicture, ...]]) -> dict[str, np.ndarray]:
-    """All pictures of a conversation as the processor's arrays for one call: tiles padded to the most of any."""
+    """Return the pictures of a conversation as the processor's arrays for one call, padded to equal tile counts."""
     pictures = [picture.inputs for request in requests for picture in request]
     arrays = {}
     for name in {name for inputs in pictures for name in inputs} - {"batch_num_images"}:
@@ -151,30 +154,30 @@ def joined(requests: list[tuple[PreparedPicture, ...]]) -> dict[str, np.ndarray]
 # --- answers ---
 
 
-def test_answers_equal_generate_over_turns_in_company_with_several_and_with_further_pictures(family: Family) -> None:
+def test_answers_equal_generate_in_a_shared_batch_with_several_and_with_later_pictures(family: Family) -> None:
     chats = Chats(family)
     chats.open("one", 1)
     chats.open("pair", 2, 3)
     chats.open("twin", 1)
     if family.takes_clips:
         chats.open("clip", 0, frames=3)
-    wanted: dict[str, list[int]] = {}
+    expected: dict[str, list[int]] = {}
     for turn, question in enumerate(QUESTIONS):
         got = {}
         for count, name in enumerate(chats.chats):
-            # A further picture in the second turn, in the first one, in both; a known one; two at once.
+            # A later picture in the second turn, in the first one, in both; a known one; two at once.
             more = {("one", 1): [2], ("pair", 1): [1], ("pair", 0): [5], ("clip", 1): [6, 7]}.get((name, turn), [])
-            wanted[name] = chats.ask(name, f"{question} {name}", *more, tokens=6 + count)
-            got |= chats.run(steps=2)  # the others are in the middle of their answers when the next one joins
+            expected[name] = chats.ask(name, f"{question} {name}", *more, tokens=6 + count)
+            got |= chats.run(steps=2)  # the others are still answering when the next one joins
         got |= chats.run()
-        assert got == wanted
-    assert len({tuple(ids) for ids in wanted.values()}) > 2, "the answers are all the same: the test shows nothing"
+        assert got == expected
+    assert len({tuple(ids) for ids in expected.values()}) > 2, "the answers are all the same: the test is void"
     encode_ms = {event.session_id: event.encode_ms for event in chats.events if isinstance(event, Prefilled)}
     assert (encode_ms["one"] > 0) != (encode_ms["twin"] > 0), "one picture is encoded once"
 
 
-@pytest.mark.parametrize("host_bytes", [2**30, 0], ids=["parked", "cold"])
-def test_answers_equal_generate_after_their_cache_was_moved_away(family: Family, host_bytes: int) -> None:
+@pytest.mark.parametrize("host_bytes", [2**30, 0], ids=["offloaded", "cold"])
+def test_answers_equal_generate_after_their_cache_left_the_device(family: Family, host_bytes: int) -> None:
     features = 320 * family.model.feature_bytes
     chats = Chats(family, DeviceBudget(family.model.kv_shape.device_bytes(512) + features, host_bytes))
     moved = 0
@@ -183,18 +186,18 @@ def test_answers_equal_generate_after_their_cache_was_moved_away(family: Family,
         chats.run()
     for turn, question in enumerate(QUESTIONS[:2]):
         for name in "abc":
-            wanted = chats.ask(name, question, *([4] if turn and name == "a" else []))
-            assert chats.run() == {name: wanted}
+            expected = chats.ask(name, question, *([4] if turn and name == "a" else []))
+            assert chats.run() == {name: expected}
             memory = chats.engine.memory()
-            moved += memory.parked if host_bytes else memory.cold
+            moved += memory.offloaded if host_bytes else memory.cold
     assert moved >= 3
 
 
-def test_a_cancelled_turn_takes_its_picture_with_it(family: Family) -> None:
+def test_a_cancelled_turn_frees_its_picture(family: Family) -> None:
     chats = Chats(family)
     chats.open("a", 1)
-    wanted = chats.ask("a", QUESTIONS[0])
-    assert chats.run() == {"a": wanted}
+    expected = chats.ask("a", QUESTIONS[0])
+    assert chats.run() == {"a": expected}
     held = chats.engine.memory().features_bytes
     for steps in (0, 1, 2, 9):
         chats.ask("a", "something that never counts", 2, tokens=50)
@@ -204,11 +207,11 @@ def test_a_cancelled_turn_takes_its_picture_with_it(family: Family) -> None:
     assert chats.events.count(Cancelled("a")) == 4
     assert chats.engine.memory().features_bytes == held
     for more in ([], [3]):
-        wanted = chats.ask("a", QUESTIONS[1], *more)
-        assert chats.run() == {"a": wanted}
+        expected = chats.ask("a", QUESTIONS[1], *more)
+        assert chats.run() == {"a": expected}
 
 
-def test_a_bad_further_picture_fails_its_turn_only(family: Family) -> None:
+def test_an_encoding_error_of_a_later_picture_fails_its_turn_only(family: Family) -> None:
     chats = Chats(family)
     chats.open("a", 1)
     prepared = family.tokens.prepare([noise(2)])
@@ -220,24 +223,25 @@ def test_a_bad_further_picture_fails_its_turn_only(family: Family) -> None:
     chats.run()
     assert [event.turn_id for event in chats.events if isinstance(event, TurnFailed)] == ["bad"]
     assert not any(isinstance(event, OpenFailed) for event in chats.events)
-    wanted = chats.ask("a", QUESTIONS[0])
-    assert chats.run() == {"a": wanted}
+    expected = chats.ask("a", QUESTIONS[0])
+    assert chats.run() == {"a": expected}
 
 
 # --- tokens ---
 
 
 def whole_text(family: Family, messages: list[dict]) -> str:
-    """The conversation rendered at once."""
-    rendered = family.tokens._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    # The family's template writes "assistant \n" before an earlier answer, but lets the next one begin behind
-    # "assistant\n". A session keeps what the model has read.
+    """Render the whole conversation."""
+    rendered = family.tokens.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    # The family's template writes "assistant \n" before an earlier answer, but "assistant\n" before the next
+    # one. A session keeps the tokens that the model has read.
     return rendered.replace("assistant \n", "assistant\n")
 
 
 @pytest.mark.parametrize("opened", [1, 2])
-def test_ids_and_arrays_are_the_processors_own_on_the_whole_conversation(family: Family, opened: int) -> None:
-    tokens, processor = family.tokens, family.tokens._processor
+def test_ids_and_arrays_equal_the_processors_for_the_whole_conversation(family: Family, opened: int) -> None:
+    tokens = family.tokens
+    processor = family.tokens.processor
     requests = [[noise(seed) for seed in range(opened)], [noise(3)], [], [noise(4), noise(5)]]
     prepared = [tokens.prepare(pictures) for pictures in requests]
     opening = tokens.opening(requests[0])
@@ -261,14 +265,14 @@ def test_ids_and_arrays_are_the_processors_own_on_the_whole_conversation(family:
         assert set(own) == set(arrays) - {"input_ids", "attention_mask"}
         for name, array in own.items():
             np.testing.assert_array_equal(array, arrays[name])
-        lead = " " if "<s>" in tokens._processor.tokenizer.all_special_tokens else ""
+        lead = " " if "<s>" in tokens.processor.tokenizer.all_special_tokens else ""
         answer = processor.tokenizer(f"{lead}yes", add_special_tokens=False)["input_ids"]
         conversation.commit(prompt, answer)
         messages.append({"role": "assistant", "content": [{"type": "text", "text": "yes"}]})
 
 
 def _older(tokenizer: Tokenizer) -> None:
-    """Llama's and Mistral's first form: a space is put before every stretch of text between special tokens."""
+    """Llama's and Mistral's first form: a space is added before all text that follows a special token."""
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.pre_tokenizer = None
 
@@ -283,7 +287,7 @@ def _newer(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("form", [_older, _legacy, _newer])
 @pytest.mark.parametrize("template", ["vicuna", "mistral"])
-def test_ids_are_those_of_the_whole_conversation_in_every_form_of_sentence_pieces(
+def test_ids_equal_those_of_the_whole_conversation_in_every_form_of_sentencepiece(
     tmp_path: Path, template: str, form: Callable[[Tokenizer], None]
 ) -> None:
     processor = load_processor(make_next_mistral(tmp_path))
@@ -298,7 +302,7 @@ def test_ids_are_those_of_the_whole_conversation_in_every_form_of_sentence_piece
         rendered = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         whole = processor(images=[noise(1)[1]], text=rendered)["input_ids"][0]
         assert conversation.token_ids + tokens.prompt(conversation.opened_on, text) == whole
-        # What the model said: the ids that the whole conversation has for it.
+        # The answer: its IDs in the whole conversation.
         messages.append({"role": "assistant", "content": [{"type": "text", "text": "a star"}]})
         answered = processor.apply_chat_template(messages, tokenize=False).removesuffix("</s> ").rstrip(" ")
         ids = processor(images=[noise(1)[1]], text=answered)["input_ids"][0]
@@ -306,7 +310,7 @@ def test_ids_are_those_of_the_whole_conversation_in_every_form_of_sentence_piece
 
 
 @pytest.mark.parametrize("form", [_older, _legacy, _newer])
-def test_special_tokens_in_a_question_are_read_as_text_in_every_form_of_sentence_pieces(
+def test_special_tokens_in_a_question_are_encoded_as_text_in_every_form_of_sentencepiece(
     tmp_path: Path, form: Callable[[Tokenizer], None]
 ) -> None:
     processor = load_processor(make_next_mistral(tmp_path))
@@ -317,26 +321,27 @@ def test_special_tokens_in_a_question_are_read_as_text_in_every_form_of_sentence
         for text in ("is </s> it?", "<image>", "what<image>is </s>?", "</s></s> a"):
             prompt = tokens.prompt(conversation.opened_on, text)
             assert tokens.image_token_id not in prompt
-            # As if they were other words: not a space more or less around them.
+            # The same as for other words: no space is added or removed around them.
             plain = tokens.prompt(conversation.opened_on, text.replace("<image>", "<1mage>").replace("</s>", "</z>"))
-            told, wanted = map(processor.tokenizer.decode, (prompt, plain))
-            assert told == wanted.replace("<1mage>", "<image>").replace("</z>", "</s>")
-            assert text in told
-            assert prompt[0] == plain[0]  # where decoding would hide a space
+            text_of_prompt, expected = map(processor.tokenizer.decode, (prompt, plain))
+            assert text_of_prompt == expected.replace("<1mage>", "<image>").replace("</z>", "</s>")
+            assert text in text_of_prompt
+            assert prompt[0] == plain[0]  # decoding would hide a space
         conversation.commit(tokens.prompt(conversation.opened_on, "a"), [300])
 
 
 def onevision_whole(processor, text: str, images: list[list[Image.Image]]) -> tuple[list[int], dict]:
-    """The processor's ids and arrays for pictures grouped by request, of which it counts one group a prompt."""
+    """Return the processor's IDs and arrays for pictures grouped by request; it takes one group per prompt."""
     arrays = processor.image_processor(images, return_tensors="np")
     places = [processor.replace_image_token(arrays, index) for index in range(sum(map(len, images)))]
     (expanded,), _ = processor.get_text_with_replacements([text], places)
     return processor.tokenizer(expanded)["input_ids"], arrays
 
 
-def test_one_picture_at_open_and_one_later_are_what_the_processor_makes_of_a_flat_list(family: Family) -> None:
-    first, second = family.tokens.prepare([noise(1)]), family.tokens.prepare([noise(2)])
-    processor = family.tokens._processor
+def test_one_picture_at_open_and_one_later_equal_the_processors_flat_list(family: Family) -> None:
+    first = family.tokens.prepare([noise(1)])
+    second = family.tokens.prepare([noise(2)])
+    processor = family.tokens.processor
     together = processor(images=[noise(1)[1], noise(2)[1]], text="<image><image>", return_tensors="np")
     assert together["input_ids"][0].tolist().count(family.tokens.image_token_id) == sum(
         len(tokens) // len("<image>") for tokens in first.tokens + second.tokens
@@ -345,17 +350,17 @@ def test_one_picture_at_open_and_one_later_are_what_the_processor_makes_of_a_fla
         np.testing.assert_array_equal(array, together[name])
 
 
-def test_onevision_knows_a_picture_in_company_from_the_same_one_alone(family: Family) -> None:
+def test_onevision_gives_a_tiled_and_an_untiled_picture_different_keys(family: Family) -> None:
     alone = family.tokens.prepare([noise(1)])
     pair = family.tokens.prepare([noise(1), noise(2)])
     same = alone.pictures[0].key == pair.pictures[0].key
     assert same == (alone.tokens[0] == pair.tokens[0]) == ("onevision" not in family.name)
 
 
-def test_a_clip_is_taken_by_onevision_only(family: Family) -> None:
+def test_only_onevision_accepts_a_clip(family: Family) -> None:
     frames = [noise(4 * n)[1] for n in range(3)]
     if not family.takes_clips:
-        with pytest.raises(Refused, match="pictures, no video") as refused:
+        with pytest.raises(Refused, match="must be pictures") as refused:
             family.tokens.clip_opening("clip", frames)
         assert refused.value.code == "unsupported_media"
         return
@@ -364,10 +369,10 @@ def test_a_clip_is_taken_by_onevision_only(family: Family) -> None:
     assert clip.inputs["pixel_values_videos"].shape == (1, 3, 3, 28, 28)
     assert opening.image_tokens == 3 * 4 + 1
     whole = whole_text(family, [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "what?"}]}])
-    inputs = family.tokens._processor(videos=[frames], text=whole, return_tensors="np")
+    inputs = family.tokens.processor(videos=[frames], text=whole, return_tensors="np")
     prompt = family.tokens.prompt(Conversation(opening).opened_on, "what?")
     assert opening.token_ids + prompt == inputs["input_ids"][0].tolist()
-    with pytest.raises(Refused, match="can't show"):  # the template writes pictures before clips
+    with pytest.raises(Refused, match="must fit"):  # the template writes pictures before clips
         family.tokens.prompt(Conversation(opening).opened_on, "what?", family.tokens.prepare([noise(1)]))
 
 
@@ -390,7 +395,7 @@ def test_a_prompt_without_pictures_needs_nothing_prepared(family: Family) -> Non
     assert family.tokens.image_token_id not in family.tokens.prompt(conversation.opened_on, "an <image>?")
 
 
-# --- refusals ---
+# --- rejected checkpoints ---
 
 
 def change(folder: Path, **values: object) -> Path:
@@ -401,7 +406,7 @@ def change(folder: Path, **values: object) -> Path:
     return folder
 
 
-def test_a_text_model_that_does_not_attend_to_everything_is_refused(tmp_path: Path) -> None:
+def test_a_text_model_without_full_attention_is_rejected(tmp_path: Path) -> None:
     hybrid = change(make_onevision(tmp_path / "hybrid"), layer_types=["full_attention", "chunked_attention"])
     with pytest.raises(UnsupportedCheckpoint, match=r"chunked_attention.*full causal attention"):
         Model.load(hybrid)
@@ -417,11 +422,11 @@ def test_a_text_model_that_does_not_attend_to_everything_is_refused(tmp_path: Pa
     ],
 )
 def test_a_sliding_window_bounds_the_context(tmp_path: Path, make, changes: dict, context_tokens: int) -> None:
-    """Up to its width, attention to the window is attention to everything, which is what the engine does."""
+    """Up to the window's width, attention to the window is attention to all tokens, as the engine computes it."""
     assert Model.load(make(tmp_path, **changes), device="cpu").context_tokens == context_tokens
 
 
-def test_another_text_model_is_refused_with_what_was_found(tmp_path: Path) -> None:
+def test_another_text_model_is_rejected_by_its_name(tmp_path: Path) -> None:
     folder = make_llava(tmp_path)
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"model_type": "llama"', '"model_type": "gemma2"'))
@@ -429,7 +434,7 @@ def test_another_text_model_is_refused_with_what_was_found(tmp_path: Path) -> No
         Model.load(folder)
 
 
-def test_what_is_served_is_what_the_build_kit_packs(family: Family) -> None:
+def test_the_build_kit_packs_the_served_families(family: Family) -> None:
     assert set(pack.FAMILIES) == set(SUPPORTED_MODEL_TYPES)
     assert pack.checkpoint_problems(family.folder) == []
 
@@ -443,9 +448,9 @@ def test_the_largest_picture_has_the_most_tiles(family: Family) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_every_family_answers_in_every_precision(family: Family, dtype: str) -> None:
+def test_every_family_gives_answers_in_every_precision(family: Family, dtype: str) -> None:
     model = Model.load(family.folder, dtype, "cpu")
-    Engine(model, family.tokens.answer_text, AMPLE).warm_up(family.tokens)
+    warm_up(Engine(model, family.tokens.answer_text, AMPLE), family.tokens)
     if family.takes_clips:
         (clip,) = family.tokens.clip_opening("clip", [noise(1)[1]]).pictures
         assert model.encode(clip).dtype == model.dtype

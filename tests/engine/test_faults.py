@@ -1,4 +1,4 @@
-"""Shows which errors say that memory ran out, and that the rest is something else."""
+"""Out-of-memory errors are distinguished from other errors."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ UNSUPPORTED = "could not create a primitive descriptor for the matmul primitive.
     ],
     ids=str,
 )
-def test_memory_that_ran_out(error: Exception) -> None:
+def test_an_out_of_memory_error_is_recognized(error: Exception) -> None:
     assert is_out_of_memory(error)
 
 
 @pytest.mark.parametrize(
     "error", [RuntimeError(UNSUPPORTED), RuntimeError("shape mismatch"), ValueError("out of memory")], ids=str
 )
-def test_something_else(error: Exception) -> None:
+def test_other_errors_are_not_out_of_memory(error: Exception) -> None:
     assert not is_out_of_memory(error)

@@ -1,5 +1,6 @@
-"""Shows that fused layers and compiled attention of single tokens compute what the plain ones do, for every family, and
-stand back where they can't.
+"""Fused layers and compiled attention of single tokens give the plain model's numbers for every family.
+
+They are not used for layers of another kind or without Numba.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from llava_sessions.engine import attention
+from llava_sessions.engine.attention import Segment
+from llava_sessions.engine.cpu import attention, linears
 from llava_sessions.engine.cpu import layers as cpu_layers
-from llava_sessions.engine.cpu import linears
-from llava_sessions.engine.cpu.layers import FusedLayer, fuse_layers, token_attention
+from llava_sessions.engine.cpu.layers import FusedLayer, compile_token_attention, fuse_layers
 from llava_sessions.engine.cpu.linears import PackedLinear, can_pack
 from llava_sessions.engine.kv import SessionKV
-from llava_sessions.engine.model import Model, Segment
+from llava_sessions.engine.model import Model
 from tests.support.tiny_families import FAMILIES, make_next_mistral
 
 needs_packing = pytest.mark.skipif(not can_pack(torch.float32), reason="this torch has no packed linears")
@@ -26,18 +27,18 @@ needs_bfloat16 = pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this C
 
 @pytest.fixture
 def compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention of single tokens is compiled for small models too."""
-    monkeypatch.setattr("llava_sessions.engine.model._COMPILE_FROM_BYTES", 0)
+    """Compile attention of single tokens for small models too."""
+    monkeypatch.setattr("llava_sessions.engine.model.COMPILE_FROM_BYTES", 0)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint of each family."""
+    """Return a tiny checkpoint of each family."""
     return FAMILIES[request.param](tmp_path_factory.mktemp(request.param))
 
 
 def plain_model(folder: Path, dtype: str) -> Model:
-    """The checkpoint with transformers' own layers."""
+    """Load the checkpoint with transformers' own layers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_layers, "fuse_layers", lambda layers: False)
         patch.setattr(linears, "pack_all", lambda module: 0)
@@ -45,7 +46,7 @@ def plain_model(folder: Path, dtype: str) -> Model:
 
 
 def logits(model: Model) -> list[torch.Tensor]:
-    """Of three chats: prompts of different lengths, a mixed step of single tokens and a follow-up, single tokens."""
+    """Return the logits of three chats: prompts, a mixed step of single tokens and a follow-up, single tokens."""
     first, second, third = (SessionKV(model.kv_shape) for _ in range(3))
 
     def step(*given: tuple[SessionKV, list[int]]) -> torch.Tensor:
@@ -60,35 +61,35 @@ def logits(model: Model) -> list[torch.Tensor]:
 
 
 @needs_packing
-def test_a_fused_model_gives_the_plain_ones_logits(folder: Path, compiles: None) -> None:
+def test_fused_layers_give_the_plain_models_logits(folder: Path, compiles: None) -> None:
     model = Model.load(folder, "float32", "cpu")
-    assert all(isinstance(layer, FusedLayer) for layer in model._text.layers)
-    assert model._tokens is not None
-    packed = [part for part in model._text.modules() if isinstance(part, PackedLinear)]
+    assert all(isinstance(layer, FusedLayer) for layer in model.text.layers)
+    assert model.token_attention is not None
+    packed = [part for part in model.text.modules() if isinstance(part, PackedLinear)]
     assert {part.weight_bytes // (part.in_features * part.out_features) for part in packed} == {2}
-    for got, wanted in zip(logits(model), logits(plain_model(folder, "float32")), strict=True):
-        torch.testing.assert_close(got, wanted, atol=2e-4, rtol=2e-4)
+    for got, expected in zip(logits(model), logits(plain_model(folder, "float32")), strict=True):
+        torch.testing.assert_close(got, expected, atol=2e-4, rtol=2e-4)
 
 
 @needs_bfloat16
-def test_in_bfloat16_too_as_far_as_that_goes(folder: Path, compiles: None) -> None:
+def test_fused_layers_in_bfloat16_are_as_exact_as_plain_ones(folder: Path, compiles: None) -> None:
     model = Model.load(folder, "bfloat16", "cpu")
-    assert model._tokens is not None
+    assert model.token_attention is not None
     got, plain, exact = (
         torch.cat(logits(one)) for one in (model, plain_model(folder, "bfloat16"), plain_model(folder, "float32"))
     )
-    # About as far from float32 as plain bfloat16 is.
+    # The error relative to float32 is about that of plain bfloat16.
     assert (got - exact).abs().mean() < 1.5 * (plain - exact).abs().mean()
     assert (got - exact).abs().max() < 0.1 * exact.abs().max()
 
 
 @needs_packing
-def test_without_compiled_attention_the_logits_stay(folder: Path) -> None:
+def test_fused_layers_without_compiled_attention_give_the_plain_models_logits(folder: Path) -> None:
     model = Model.load(folder, "float32", "cpu")
-    assert isinstance(model._text.layers[0], FusedLayer)
-    assert model._tokens is None, "so small a model starts sooner without"
-    for got, wanted in zip(logits(model), logits(plain_model(folder, "float32")), strict=True):
-        torch.testing.assert_close(got, wanted, atol=2e-4, rtol=2e-4)
+    assert isinstance(model.text.layers[0], FusedLayer)
+    assert model.token_attention is None, "so small a model starts sooner without"
+    for got, expected in zip(logits(model), logits(plain_model(folder, "float32")), strict=True):
+        torch.testing.assert_close(got, expected, atol=2e-4, rtol=2e-4)
 
 
 @needs_packing
@@ -103,8 +104,8 @@ def test_without_compiled_attention_the_logits_stay(folder: Path) -> None:
     ],
     ids=["another part", "another activation", "a bias of one", "another norm", "another precision"],
 )
-def test_layers_of_another_kind_are_left_alone(change, tmp_path: Path) -> None:
-    layers = plain_model(make_next_mistral(tmp_path), "float32")._text.layers
+def test_layers_of_another_kind_are_not_fused(change, tmp_path: Path) -> None:
+    layers = plain_model(make_next_mistral(tmp_path), "float32").text.layers
     change(layers[1])
     before = list(layers)
     assert not fuse_layers(layers)
@@ -113,20 +114,21 @@ def test_layers_of_another_kind_are_left_alone(change, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.bfloat16, 0.01), (torch.float32, 1e-5)])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 16), (6, 2, 64), (4, 1, 128)])
-def test_compiled_attention_is_attention(
+def test_compiled_attention_equals_torchs(
     heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, allowed: float
 ) -> None:
-    attend = token_attention(heads, kv_heads, head_dim, dtype)
+    attend = compile_token_attention(heads, kv_heads, head_dim, dtype)
     assert attend is not None
     torch.manual_seed(0)
     stored = (0, 1, 250, 255, 1001)
-    rows = (3, 0, 1, 5, 4)  # row 2 is another segment's
+    rows = (3, 0, 1, 5, 4)  # row 2 belongs to another segment
     width = heads + 2 * kv_heads
     caches = [torch.randn(3, 2, kv_heads, length + 1 + length % 7, head_dim).to(dtype) for length in stored]
     before = [cache.clone() for cache in caches]
     qkv = 2 * torch.randn(6, width * head_dim).to(dtype)
     angles = torch.rand(6, head_dim // 2).repeat(1, 2) * 6
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    cos = angles.cos().to(dtype)
+    sin = angles.sin().to(dtype)
     out = torch.full((6, heads * head_dim), 7.0).to(dtype)
     places = [
         (row, cache.data_ptr(), cache.shape[3], length) for row, cache, length in zip(rows, caches, stored, strict=True)
@@ -142,11 +144,11 @@ def test_compiled_attention_is_attention(
         exact = scaled_dot_product_attention(query[None, :, None], keys[None], values[None], enable_gqa=True)
         torch.testing.assert_close(out[row].float(), exact.flatten(), atol=2 * allowed, rtol=2 * allowed)
         old[1, :, :, length] = cache[1, :, :, length]
-        assert torch.equal(cache, old)  # nothing else is written
+        assert torch.equal(cache, old)  # no other token is written
     assert (out[2] == 7).all()
 
 
 def test_without_numba_there_is_no_compiled_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "llava_sessions.engine.cpu.token_attention", raising=False)
     monkeypatch.setitem(sys.modules, "numba", None)
-    assert token_attention(4, 2, 8, torch.float32) is None
+    assert compile_token_attention(4, 2, 8, torch.float32) is None

@@ -1,4 +1,4 @@
-"""sampling.py: what no token can be drawn from is one row's trouble, and a temperature next to nothing is greedy."""
+"""A row without usable logits affects no other row, and a tiny temperature is greedy."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ LOGITS = torch.tensor([[0.0, 3.0, 1.0], [0.0, 3.0, 1.0], [7.0, 3.0, 1.0]])
 
 @pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-310, 1e-40, 1e-9, 1e-5])
 @pytest.mark.parametrize("top_p", [1.0, 0.5, 5e-324])
-def test_a_temperature_next_to_nothing_takes_the_most_likely_token(temperature: float, top_p: float) -> None:
+def test_a_tiny_temperature_chooses_the_most_likely_token(temperature: float, top_p: float) -> None:
     sampler = Sampler(Sampling(8, temperature=temperature, top_p=top_p, seed=1))
     assert next_tokens(LOGITS * 1000, [sampler] * 3) == [1, 1, 0]
 
 
-def test_a_row_of_no_numbers_leaves_the_others_alone() -> None:
+def test_a_row_of_nan_logits_does_not_affect_the_others() -> None:
     logits = LOGITS.clone()
     logits[1] = float("nan")
-    hot, greedy = Sampler(Sampling(8, temperature=0.01, seed=1)), Sampler(Sampling(8))
+    hot = Sampler(Sampling(8, temperature=0.01, seed=1))
+    greedy = Sampler(Sampling(8))
     first, broken, last = next_tokens(logits, [hot, hot, greedy])
     assert (first, last) == (1, 0)
     assert isinstance(broken, RuntimeError)

@@ -1,5 +1,6 @@
-"""Shows that a session's cache may be parked, dropped, rebuilt or forked and its answers stay the same, and that what
-can not be held is refused before any work.
+"""Answers stay the same if a session's KV cache is offloaded, dropped, rebuilt or copied from another session.
+
+A request beyond the budget is rejected before any work.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from llava_sessions.chat.transcript import Conversation
-from llava_sessions.engine.kv import GROWTH_TOKENS, DeviceBudget, SessionKV
+from llava_sessions.engine.kv import GROWTH_TOKENS, SessionKV
+from llava_sessions.engine.memory import DeviceBudget
 from llava_sessions.ipc.messages import (
     Admitted,
     AskSession,
@@ -21,6 +23,7 @@ from llava_sessions.ipc.messages import (
     OutOfCapacity,
     Prefilled,
     Sampling,
+    StopTurn,
 )
 from tests.support.engine_chats import QUESTIONS, Chats, noise
 
@@ -31,7 +34,7 @@ PLENTY = 2**40
 
 
 def talk(chats: Chats, sessions: int, seed: int = 0) -> dict[str, list[list[int]]]:
-    """Three turns with each of several sessions, in an order by seed; the answers by session."""
+    """Run three turns with each of several sessions in a random order; return the answers by session."""
     names = [f"s{index}" for index in range(sessions)]
     for index, name in enumerate(names):
         chats.open(name, picture_seed=index)
@@ -46,32 +49,32 @@ def talk(chats: Chats, sessions: int, seed: int = 0) -> dict[str, list[list[int]
     return answers
 
 
-def told(chats: Chats, kind: type) -> list[str]:
-    """Of which sessions the engine told that, in order."""
+def sessions_of(chats: Chats, kind: type) -> list[str]:
+    """Return the sessions of all events of a type, in order."""
     return [event.session_id for event in chats.events if isinstance(event, kind)]
 
 
 @pytest.mark.parametrize(
     ("host_bytes", "tiers"),
     [
-        pytest.param(PLENTY, (3, 5, 0), id="parked"),
+        pytest.param(PLENTY, (3, 5, 0), id="offloaded"),
         pytest.param(0, (3, 0, 5), id="cold"),
         pytest.param(130 * TOKEN_BYTES, (3, 1, 4), id="some of each"),
     ],
 )
-def test_answers_are_the_same_when_caches_must_leave_the_device(
+def test_answers_are_the_same_after_caches_left_the_device(
     tiny: Path, host_bytes: int, tiers: tuple[int, int, int]
 ) -> None:
     device_bytes = 3 * STEP_BYTES + 8 * FEATURES_BYTES
     tight = Chats(tiny, budget=DeviceBudget(device_bytes, host_bytes))
     assert talk(tight, 8) == talk(Chats(tiny), 8)
     memory = tight.engine.memory()
-    assert (memory.resident, memory.parked, memory.cold) == tiers
+    assert (memory.resident, memory.offloaded, memory.cold) == tiers
     assert memory.features_bytes + memory.kv_bytes <= device_bytes
-    assert memory.parked_bytes <= host_bytes
+    assert memory.offloaded_bytes <= host_bytes
 
 
-def test_the_least_recently_used_leaves_first(tiny: Path) -> None:
+def test_the_least_recently_used_cache_is_offloaded_first(tiny: Path) -> None:
     chats = Chats(tiny, budget=DeviceBudget(2 * STEP_BYTES + 9 * FEATURES_BYTES, PLENTY))
     for name in "ab":
         chats.open(name, ord(name))
@@ -80,20 +83,20 @@ def test_the_least_recently_used_leaves_first(tiny: Path) -> None:
     chats.run()
     chats.open("c", ord("c"))
     chats.run()
-    tiers = {name: chats.engine._sessions[name].kv.tier for name in "abc"}
-    assert tiers == {"a": "resident", "b": "parked", "c": "resident"}
+    tiers = {name: chats.engine.sessions[name].kv.tier for name in "abc"}
+    assert tiers == {"a": "resident", "b": "offloaded", "c": "resident"}
 
 
-def test_parking_copies_only_what_is_used(tiny: Path) -> None:
+def test_offloading_copies_only_the_used_part(tiny: Path) -> None:
     chats = Chats(tiny, budget=DeviceBudget(STEP_BYTES + 9 * FEATURES_BYTES, PLENTY))
     for name in "ab":
         chats.open(name, ord(name))
         chats.run()
     tokens = len(chats.conversations["a"].opening.token_ids)
-    assert chats.engine.memory().parked_bytes == tokens * TOKEN_BYTES
+    assert chats.engine.memory().offloaded_bytes == tokens * TOKEN_BYTES
 
 
-def test_a_running_answer_is_never_moved(tiny: Path) -> None:
+def test_the_cache_of_a_running_answer_is_never_offloaded(tiny: Path) -> None:
     chats = Chats(tiny, budget=DeviceBudget(2 * STEP_BYTES + 9 * FEATURES_BYTES, PLENTY))
     for name in "ab":
         chats.open(name, ord(name))
@@ -111,19 +114,22 @@ def test_a_running_answer_is_never_moved(tiny: Path) -> None:
 
 
 def nearly_full(chats: Chats, name: str, room: int) -> SessionKV:
-    """Open a session whose first turn leaves room for so many tokens in its cache; the turn has yet to run."""
+    """Open a session whose first turn will leave room for `room` tokens in its cache; return the cache."""
     chats.open(name, ord(name))
     chats.run()
-    conversation, text = chats.conversations[name], "?"
+    conversation = chats.conversations[name]
+    text = "?"
     while len(conversation.token_ids + chats.tokens.prompt(conversation.opened_on, text)) < GROWTH_TOKENS - room - 3:
         text += "?"
     chats.ask(name, text, Sampling(3))
-    return chats.engine._sessions[name].kv
+    return chats.engine.sessions[name].kv
 
 
-def test_a_cache_that_the_next_turn_would_outgrow_is_grown_while_nobody_waits(tiny: Path) -> None:
-    chats, free = Chats(tiny), Chats(tiny)
-    kv, _ = nearly_full(chats, "a", room=10), nearly_full(free, "a", room=10)
+def test_a_nearly_full_cache_is_grown_while_the_engine_is_idle(tiny: Path) -> None:
+    chats = Chats(tiny)
+    free = Chats(tiny)
+    kv = nearly_full(chats, "a", room=10)
+    _ = nearly_full(free, "a", room=10)
     assert kv.capacity == GROWTH_TOKENS
     assert chats.run()["a"].answer_ids == free.run()["a"].answer_ids
     assert kv.length < GROWTH_TOKENS < kv.capacity == 2 * GROWTH_TOKENS
@@ -133,10 +139,10 @@ def test_a_cache_that_the_next_turn_would_outgrow_is_grown_while_nobody_waits(ti
         either.ask("a", QUESTIONS[1], Sampling(6))
     assert chats.run()["a"].answer_ids == free.run()["a"].answer_ids
     assert kv.length > GROWTH_TOKENS
-    assert kv.address == address, "no turn had to wait for it"
+    assert kv.address == address, "the turn itself grew the cache"
 
 
-def test_nothing_grows_ahead_while_another_session_works(tiny: Path) -> None:
+def test_no_cache_is_grown_ahead_while_another_session_is_active(tiny: Path) -> None:
     chats = Chats(tiny)
     kv = nearly_full(chats, "a", room=10)
     chats.open("b", ord("b"))
@@ -150,14 +156,14 @@ def test_nothing_grows_ahead_while_another_session_works(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["budget", "memory"])
-def test_without_room_nothing_grows_ahead_and_the_session_goes_on(
+def test_without_memory_no_cache_is_grown_ahead_and_the_session_continues(
     tiny: Path, what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     chats = Chats(tiny, budget=DeviceBudget(2**62 if what == "memory" else STEP_BYTES + FEATURES_BYTES, PLENTY))
     kv = nearly_full(chats, "a", room=50)
     with monkeypatch.context() as patch:
         if what == "memory":
-            patch.setattr("llava_sessions.engine.kv.GROWTH_TOKENS", 2**48)  # more than any machine has
+            patch.setattr("llava_sessions.engine.kv.GROWTH_TOKENS", 2**48)  # more memory than any machine has
         answer = chats.run()["a"].answer_ids
     assert kv.capacity == GROWTH_TOKENS
     assert not chats.engine.has_work
@@ -167,7 +173,7 @@ def test_without_room_nothing_grows_ahead_and_the_session_goes_on(
     assert len(chats.run()["a"].answer_ids) == 1
 
 
-def test_a_turn_that_can_not_be_held_is_refused_and_the_session_goes_on(tiny: Path) -> None:
+def test_a_turn_beyond_the_budget_is_rejected_and_the_session_continues(tiny: Path) -> None:
     chats = Chats(tiny, budget=DeviceBudget(STEP_BYTES + FEATURES_BYTES, PLENTY))
     chats.open("a", 1)
     chats.run()
@@ -180,32 +186,33 @@ def test_a_turn_that_can_not_be_held_is_refused_and_the_session_goes_on(tiny: Pa
     assert chats.run()["a"].answer_ids == free.run()["a"].answer_ids
 
 
-def test_what_is_open_is_not_dropped_for_a_newcomer(tiny: Path) -> None:
+def test_open_sessions_are_not_evicted_to_admit_a_new_one(tiny: Path) -> None:
     chats = Chats(tiny, budget=DeviceBudget(STEP_BYTES + 3 * FEATURES_BYTES, 0))
     for name in "abcdef":
         chats.open(name, ord(name))
         chats.run()
-    assert (told(chats, Admitted), told(chats, OutOfCapacity)) == ([*"abc"], [*"def"])
+    assert (sessions_of(chats, Admitted), sessions_of(chats, OutOfCapacity)) == ([*"abc"], [*"def"])
     for name in "abc":
         chats.ask(name, QUESTIONS[0], Sampling(4))
         assert chats.run()[name].reason == "length"
 
 
-def test_a_burst_of_openings_waits_for_room_and_is_refused_none(tiny: Path) -> None:
-    chats, free = Chats(tiny, budget=DeviceBudget(2 * STEP_BYTES + 6 * FEATURES_BYTES, PLENTY)), Chats(tiny)
+def test_a_burst_of_openings_is_admitted_and_waits_for_memory(tiny: Path) -> None:
+    chats = Chats(tiny, budget=DeviceBudget(2 * STEP_BYTES + 6 * FEATURES_BYTES, PLENTY))
+    free = Chats(tiny)
     for either in (chats, free):
         for name in "abcdef":
             either.open(name, ord(name))
         either.run()
-    assert told(chats, Admitted) == told(chats, Prefilled) == [*"abcdef"]
-    assert not told(chats, OutOfCapacity)
+    assert sessions_of(chats, Admitted) == sessions_of(chats, Prefilled) == [*"abcdef"]
+    assert not sessions_of(chats, OutOfCapacity)
     for name in "fabced":
         for either in (chats, free):
             either.ask(name, QUESTIONS[0], Sampling(6))
         assert chats.run()[name].answer_ids == free.run()[name].answer_ids
 
 
-def test_an_opening_waits_for_the_turn_that_has_the_room_it_needs(tiny: Path) -> None:
+def test_an_opening_waits_until_a_turn_releases_its_memory(tiny: Path) -> None:
     chats = Chats(tiny, budget=DeviceBudget(2 * STEP_BYTES + 3 * FEATURES_BYTES, PLENTY))
     chats.open("a", ord("a"))
     chats.run()
@@ -213,23 +220,24 @@ def test_an_opening_waits_for_the_turn_that_has_the_room_it_needs(tiny: Path) ->
         chats.open(name, ord(name))
     chats.ask("a", QUESTIONS[0], Sampling(GROWTH_TOKENS))  # two steps
     while "a" not in chats.run(steps=1):
-        assert told(chats, Prefilled) == ["a"]
+        assert sessions_of(chats, Prefilled) == ["a"]
     chats.run()
-    assert told(chats, Prefilled) == [*"abc"]
-    assert not told(chats, OutOfCapacity)
+    assert sessions_of(chats, Prefilled) == [*"abc"]
+    assert not sessions_of(chats, OutOfCapacity)
 
 
-def test_features_leave_room_for_an_opening_that_waits(tiny: Path) -> None:
+def test_features_leave_room_for_a_waiting_opening(tiny: Path) -> None:
     chats = Chats(tiny, budget=DeviceBudget(STEP_BYTES + 3 * FEATURES_BYTES, 0))
     for name in "abcd":
         chats.open(name, ord(name))
     chats.run()
-    assert (told(chats, Prefilled), told(chats, OutOfCapacity)) == ([*"abc"], ["d"])
+    assert (sessions_of(chats, Prefilled), sessions_of(chats, OutOfCapacity)) == ([*"abc"], ["d"])
 
 
 @pytest.mark.parametrize("chunk_tokens", [256, 5])
 def test_the_same_picture_is_encoded_and_prefilled_once(tiny: Path, chunk_tokens: int) -> None:
-    chats, alone = Chats(tiny, chunk_tokens), Chats(tiny, chunk_tokens)
+    chats = Chats(tiny, chunk_tokens)
+    alone = Chats(tiny, chunk_tokens)
     for name in "abc":
         chats.open(name, 1)
     chats.run()
@@ -246,7 +254,7 @@ def test_the_same_picture_is_encoded_and_prefilled_once(tiny: Path, chunk_tokens
         assert {name: event.answer_ids for name, event in chats.run().items()} == dict.fromkeys("abc", expected)
 
 
-def test_the_last_session_that_shows_a_picture_frees_it(tiny: Path) -> None:
+def test_the_last_session_with_a_picture_frees_its_features(tiny: Path) -> None:
     chats = Chats(tiny)
     for name in "abc":
         chats.open(name, 1)
@@ -261,13 +269,13 @@ def test_the_last_session_that_shows_a_picture_frees_it(tiny: Path) -> None:
     assert chats.engine.memory() == Memory()
 
 
-def test_a_fork_comes_from_a_parked_session_too(tiny: Path) -> None:
+def test_a_prefix_is_also_copied_from_an_offloaded_session(tiny: Path) -> None:
     chats = Chats(tiny, budget=DeviceBudget(STEP_BYTES + 9 * FEATURES_BYTES, PLENTY))
     chats.open("a", 1)
     chats.run()
     chats.open("other", 2)
     chats.run()
-    assert chats.engine._sessions["a"].kv.tier == "parked"
+    assert chats.engine.sessions["a"].kv.tier == "offloaded"
     chats.open("b", 1)
     chats.run()
     assert [event.encode_ms > 0 for event in chats.events if isinstance(event, Prefilled)] == [True, True, False]
@@ -278,8 +286,8 @@ def test_a_fork_comes_from_a_parked_session_too(tiny: Path) -> None:
     assert chats.run()["b"].answer_ids == free.run()["b"].answer_ids
 
 
-def test_two_pictures_and_one_more_later_are_laid_behind_their_own_tokens(tiny: Path) -> None:
-    """The engine's side of it: ids with image tokens, pictures in the same order; undone with a cancelled turn."""
+def test_features_are_matched_to_their_own_image_tokens(tiny: Path) -> None:
+    """Also after a cancelled turn with the same picture."""
     chats = Chats(tiny)
     first, second = (chats.tokens.opening([(f"k{seed}", noise(seed))]) for seed in (1, 2))
     both = [*first.token_ids, *second.token_ids[1:]]
@@ -291,7 +299,7 @@ def test_two_pictures_and_one_more_later_are_laid_behind_their_own_tokens(tiny: 
     late = [*second.token_ids[1:], *tail]
     engine.apply(AskSession("one", "t-cancelled", [7, *late], Sampling(8), second.pictures))
     engine.step()
-    engine.cancel("t-cancelled")
+    engine.apply(StopTurn("t-cancelled", "cancelled", keep_answer=False))
     engine.apply(AskSession("one", "t-one", late, Sampling(8), second.pictures))
     events = []
     while engine.has_work:

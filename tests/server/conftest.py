@@ -8,8 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deploy.serve import TorchServe
-from tests.support.serving import pack
+from deploy.serve.torchserve import TorchServe
+from tests.support.serving import pack, running
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "models" / "shapes"
@@ -22,14 +22,14 @@ def model_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack(tmp_path_factory.mktemp("packed"), MAX_SESSIONS)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(model_store: Path) -> Iterator[TorchServe]:
     """A running server, on free ports and in a folder of its own. Tests close what they open."""
-    with TorchServe(model_store) as server:
+    with running(TorchServe(model_store)) as (server,):
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def http(server: TorchServe) -> Iterator[httpx.Client]:
     """A client with room for many requests at once."""
     limits = httpx.Limits(max_connections=200)

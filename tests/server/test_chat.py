@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 import httpx
 import pytest
 
-from demo.wire import CLOSED_HEADER, SESSION_HEADER, Chat, WireError, png, settled_gauges
-from deploy.serve import TorchServe
+from deploy.serve.torchserve import TorchServe
+from llava_sessions_client import CLOSED_HEADER, SESSION_HEADER, ApiError, ChatSession, to_png, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, dialogue, make_scene
 
 from .conftest import MAX_SESSIONS
@@ -32,7 +32,7 @@ def script(seed: int, turns: int) -> list[str]:
 
 def answers(http: httpx.Client, seed: int, questions: list[str]) -> list[str]:
     """What the server says to these questions, one after another, in a session of their own."""
-    chat = Chat.open(http, make_scene(seed).draw())
+    chat = ChatSession.open(http, make_scene(seed).draw())
     try:
         return [chat.ask(question)["response_text"] for question in questions]
     finally:
@@ -49,7 +49,7 @@ def test_open_ask_ask_close(http: httpx.Client) -> None:
     assert opened.json()["session_id"] == session_id
     left_s = (datetime.fromisoformat(expires) - datetime.now(UTC)).total_seconds()
     assert 1190 < left_s <= 1201
-    chat = Chat(http, session_id, expires)
+    chat = ChatSession(http, session_id, expires)
     first = chat.ask("How many shapes are there?")
     second = chat.ask("Which shapes are there?")
     assert first["finish_reason"] == second["finish_reason"] == "stop"
@@ -60,13 +60,13 @@ def test_open_ask_ask_close(http: httpx.Client) -> None:
     closed = chat.close()
     assert closed.json() == {"success": True, "session_id": session_id}
     assert closed.headers[CLOSED_HEADER] == session_id
-    with pytest.raises(WireError, match="404 session_not_found"):
+    with pytest.raises(ApiError, match="404 session_not_found"):
         chat.ask("Still there?")
 
 
 def test_a_streamed_answer_is_the_whole_answer_in_pieces(http: httpx.Client) -> None:
     scene = make_scene(FIRST)
-    plain, streamed = Chat.open(http, scene.draw()), Chat.open(http, scene.draw())
+    plain, streamed = ChatSession.open(http, scene.draw()), ChatSession.open(http, scene.draw())
     for question in script(FIRST, 4):
         whole = plain.ask(question, return_token_ids=True)
         lines = list(streamed.stream(question, return_token_ids=True))
@@ -95,7 +95,7 @@ def test_twenty_sessions_at_once_never_mix(http: httpx.Client) -> None:
     questions = ["Which shapes are there?", "How many shapes are there?", "What is in the middle?"]
     alone = {seed: answers(http, seed, questions) for seed in seeds}
     assert len({tuple(said) for said in alone.values()}) > 10, "the pictures are too alike to tell sessions apart"
-    chats = {seed: Chat.open(http, make_scene(seed).draw()) for seed in seeds}
+    chats = {seed: ChatSession.open(http, make_scene(seed).draw()) for seed in seeds}
     start = threading.Barrier(len(seeds))
 
     def talk(seed: int) -> list[str]:
@@ -118,30 +118,30 @@ def test_twenty_sessions_at_once_never_mix(http: httpx.Client) -> None:
 
 
 def test_closing_frees_the_memory(http: httpx.Client, server: TorchServe) -> None:
-    before = settled_gauges(server.metrics_url, llava_open_sessions=0, llava_device_bytes=0)
+    before = wait_for_metrics(server.metrics_url, llava_open_sessions=0, llava_device_bytes=0)
     assert before["llava_device_bytes"] == 0
-    chats = [Chat.open(http, make_scene(FIRST + index).draw()) for index in range(3)]
+    chats = [ChatSession.open(http, make_scene(FIRST + index).draw()) for index in range(3)]
     for chat in chats:
         chat.ask("Which shapes are there?")
-    held = settled_gauges(server.metrics_url, llava_open_sessions=3, llava_running_turns=0)
+    held = wait_for_metrics(server.metrics_url, llava_open_sessions=3, llava_running_turns=0)
     assert held["llava_features_bytes"] > 0
     assert held["llava_kv_bytes"] > 0
     chats.pop().close()
-    two = settled_gauges(server.metrics_url, llava_open_sessions=2)
+    two = wait_for_metrics(server.metrics_url, llava_open_sessions=2)
     assert two["llava_device_bytes"] == held["llava_device_bytes"] * 2 / 3
     for chat in chats:
         chat.close()
-    after = settled_gauges(server.metrics_url, llava_open_sessions=0, llava_device_bytes=0)
+    after = wait_for_metrics(server.metrics_url, llava_open_sessions=0, llava_device_bytes=0)
     assert after["llava_device_bytes"] == after["llava_features_bytes"] == after["llava_kv_bytes"] == 0
 
 
 def test_all_sessions_of_the_config_answer_and_one_more_is_refused(http: httpx.Client) -> None:
     scenes = {seed: make_scene(seed) for seed in HELD_OUT_SEEDS[200 : 200 + MAX_SESSIONS]}
-    chats = {seed: Chat.open(http, scene.draw()) for seed, scene in scenes.items()}
+    chats = {seed: ChatSession.open(http, scene.draw()) for seed, scene in scenes.items()}
     try:
         for _ in range(3):
-            with pytest.raises(WireError, match="429 capacity"):
-                Chat.open(http, scenes[HELD_OUT_SEEDS[200]].draw())
+            with pytest.raises(ApiError, match="429 capacity"):
+                ChatSession.open(http, scenes[HELD_OUT_SEEDS[200]].draw())
         with ThreadPoolExecutor(16) as pool:
             said = dict(
                 zip(chats, pool.map(lambda chat: chat.ask("Which shapes are there?"), chats.values()), strict=True)
@@ -172,7 +172,7 @@ def test_a_new_session_opens_whatever_the_header_says(http: httpx.Client, header
     ids = [reply.json()["session_id"] for reply in replies]
     assert len(set(ids)) == 2
     for session_id in ids:
-        chat = Chat(http, session_id, "")
+        chat = ChatSession(http, session_id, "")
         assert chat.ask("How many shapes are there?")["finish_reason"] == "stop"
         chat.close()
 
@@ -184,7 +184,7 @@ def test_a_retry_gets_the_same_answer_and_runs_once(http: httpx.Client, server: 
     with ThreadPoolExecutor(3) as pool:
         opened = list(pool.map(lambda _: http.post("/invocations", json=body, headers=once).json(), range(3)))
     assert len({reply["session_id"] for reply in opened}) == 1
-    chat = Chat(http, opened[0]["session_id"], opened[0]["expires"])
+    chat = ChatSession(http, opened[0]["session_id"], opened[0]["expires"])
     ask = {"type": "send_text_prompt", "prompt_text": "Which shapes are there?", "request_id": str(uuid.uuid4())}
     with ThreadPoolExecutor(3) as pool:
         asks = [pool.submit(http.post, "/invocations", json=ask, headers=chat.headers) for _ in range(3)]
@@ -201,7 +201,7 @@ def _kept(answer: dict) -> int:
 
 def test_sampling_by_seed_and_stop_strings_reach_the_engine(http: httpx.Client) -> None:
     def fresh(**options) -> dict:
-        chat = Chat.open(http, make_scene(FIRST).draw())
+        chat = ChatSession.open(http, make_scene(FIRST).draw())
         reply = chat.ask("Which shapes are there?", **options)
         chat.close()
         return reply
@@ -216,4 +216,4 @@ def test_sampling_by_seed_and_stop_strings_reach_the_engine(http: httpx.Client) 
 
 
 def _data_url(seed: int) -> str:
-    return "data:image/png;base64," + base64.b64encode(png(make_scene(seed).draw())).decode()
+    return "data:image/png;base64," + base64.b64encode(to_png(make_scene(seed).draw())).decode()

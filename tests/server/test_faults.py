@@ -21,15 +21,15 @@ import psutil
 import pytest
 from moto.server import ThreadedMotoServer
 
-from demo.wire import Chat, WireError, png
 from llava_sessions.chat.transcript import BlobPool
 from llava_sessions.journal import encoding
+from llava_sessions_client import ApiError, ChatSession, to_png
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
-from tests.soak.chats import Crowd, PatientChat, Said, Tally, client, scene_scripts, undisturbed
+from tests.support.chats import Crowd, PatientChat, Said, Tally, client, scene_scripts, undisturbed
 from tests.support.serving import Served, pack
 
 FIRST, SECOND, THIRD = QUESTIONS = ("Which shapes are there?", "What is in the middle?", "How many shapes are there?")
-PICTURES = [png(make_scene(seed).draw()) for seed in HELD_OUT_SEEDS[700:704]]
+PICTURES = [to_png(make_scene(seed).draw()) for seed in HELD_OUT_SEEDS[700:704]]
 # As a session's first question: a thousand random tokens. They take seconds, of which a test needs the first.
 LONG = {"max_new_tokens": 1000, "temperature": 10.0, "seed": 3}
 BUCKET = "journals"
@@ -85,8 +85,8 @@ def calm(served: Served) -> list[list[Said]]:
     return told
 
 
-def refused(call, *arguments, **options) -> WireError:
-    with pytest.raises(WireError) as refusal:
+def refused(call, *arguments, **options) -> ApiError:
+    with pytest.raises(ApiError) as refusal:
         call(*arguments, **options)
     return refusal.value
 
@@ -102,11 +102,11 @@ def test_memory_that_runs_out_refuses_one_turn_and_harms_none(
     # RLIMIT_AS would not do: torch's allocator reserves a gibibyte of addresses and gets its memory out of that.
     engine.rlimit(psutil.RLIMIT_DATA, (engine.memory_info().data + 2 * 2**20, resource.RLIM_INFINITY))
     try:
-        error = refused(Chat(http, chats[0].session_id, "").ask, "the red circle " * 400)  # 7.5 MiB of KV cache
+        error = refused(ChatSession(http, chats[0].session_id, "").ask, "the red circle " * 400)  # 7.5 MiB of KV cache
     finally:
         engine.rlimit(psutil.RLIMIT_DATA, unlimited)
     assert (error.status, error.code) == (429, "capacity")
-    assert "out_of_memory parking=all_idle" in served.log()
+    assert "out_of_memory offloading=all_idle" in served.log()
     assert [[chat.ask(SECOND), chat.ask(THIRD)] for chat in chats] == [calm[0][1:], calm[1][1:]]
     assert served.engine_pid == engine.pid
     for chat in chats:
@@ -115,13 +115,13 @@ def test_memory_that_runs_out_refuses_one_turn_and_harms_none(
 
 def test_an_engine_killed_in_mid_stream(served: Served, http: httpx.Client, calm: list[list[Said]]) -> None:
     chat = PatientChat(http).open(PICTURES[0])
-    lines = Chat(http, chat.session_id, "").stream("Say something long", **LONG)
+    lines = ChatSession(http, chat.session_id, "").stream("Say something long", **LONG)
     begun = [next(lines) for _ in range(3)]
     served.signal_engine(signal.SIGKILL)
     *more, last = lines
     assert all(set(line) == {"delta"} for line in begun + more)
     assert last["error"]["code"] == "engine_restarting"
-    again = Chat(http, chat.session_id, "")
+    again = ChatSession(http, chat.session_id, "")
     refusal = http.post("/invocations", json={"type": "send_text_prompt", "prompt_text": SECOND}, headers=again.headers)
     assert (refusal.status_code, refusal.json()["error"]["code"]) == (503, "engine_restarting")
     assert int(refusal.headers["Retry-After"]) >= 1
@@ -168,7 +168,7 @@ def test_an_engine_killed_while_a_session_opens(served: Served, http: httpx.Clie
 
 def test_an_engine_that_hangs_is_replaced(served: Served, http: httpx.Client, calm: list[list[Said]]) -> None:
     chat = PatientChat(http).open(PICTURES[2])
-    lines = Chat(http, chat.session_id, "").stream("Say something long", **LONG)
+    lines = ChatSession(http, chat.session_id, "").stream("Say something long", **LONG)
     next(lines)
     stopped = served.signal_engine(signal.SIGSTOP)
     assert list(lines)[-1]["error"]["code"] == "engine_restarting"
@@ -181,9 +181,9 @@ def test_an_engine_that_hangs_is_replaced(served: Served, http: httpx.Client, ca
 def test_many_sessions_when_their_engine_is_killed(served: Served, http: httpx.Client) -> None:
     scripts = scene_scripts(12, turns=4, first=710)
     crowd = Crowd(http, scripts, undisturbed(http, scripts), sessions=8, seed=1, pause_s=0.1).start()
-    time.sleep(1)
+    crowd.wait_turns(8)
     served.signal_engine(signal.SIGKILL)
-    time.sleep(1)
+    crowd.wait_turns(8)
     crowd.finish()
     assert not crowd.failures
     assert not crowd.wrong
@@ -194,7 +194,7 @@ def test_many_sessions_when_their_engine_is_killed(served: Served, http: httpx.C
 
 def test_a_token_ties_a_session_to_its_caller(http: httpx.Client) -> None:
     chat = PatientChat(http).open(PICTURES[0], session_token=TOKEN)
-    unknown = refused(Chat(http, "ls-unknown", "").ask, FIRST)
+    unknown = refused(ChatSession(http, "ls-unknown", "").ask, FIRST)
     assert unknown.status == 404
     for options in ({}, {"session_token": TOKEN[:-1] + "x"}):
         assert str(refused(chat.ask, FIRST, **options)) == str(unknown)
@@ -264,7 +264,7 @@ def test_another_instance_carries_on_and_ends_in_order(
         assert refused(PatientChat(there).resume, old.session_id, session_token=TOKEN).status == 404
 
         idle = PatientChat(there).open(PICTURES[0])
-        lines = Chat(there, idle.session_id, "").stream("Say something long", **LONG)
+        lines = ChatSession(there, idle.session_id, "").stream("Say something long", **LONG)
         next(lines)
         worker = second.worker_pid
         os.kill(worker, signal.SIGUSR1)
@@ -279,7 +279,7 @@ def test_another_instance_carries_on_and_ends_in_order(
         until = time.monotonic() + 20
         while not told.exists():
             assert time.monotonic() < until, second.log()
-            time.sleep(0.1)
+            time.sleep(0.03)
 
 
 # --- journals on disk -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import httpx
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from demo.wire import Chat
+from llava_sessions_client import ChatSession
 from models.shapes.scenes import HELD_OUT_SEEDS, dialogue, make_scene
 
 from .conftest import SHAPES
@@ -18,7 +18,7 @@ CHATS, TURNS, MAX_NEW_TOKENS = 50, 3, 48
 
 def served(http: httpx.Client, seed: int) -> list[dict]:
     """A random chat as the server answers it."""
-    chat = Chat.open(http, make_scene(seed).draw())
+    chat = ChatSession.open(http, make_scene(seed).draw())
     options = {"max_new_tokens": MAX_NEW_TOKENS, "return_token_ids": True}
     replies = [chat.ask(question.text, **options) for question in dialogue(make_scene(seed), seed, TURNS)]
     chat.close()

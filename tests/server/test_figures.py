@@ -6,18 +6,20 @@ import json
 
 import httpx
 
-from demo.wire import Chat, settled_gauges
-from deploy import figures
-from deploy.serve import TorchServe
+from deploy.container import metric_lines
+from deploy.serve.torchserve import TorchServe
+from llava_sessions_client import ChatSession, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
-from tests.aws.metric_filters import filters, matches
+from tests.support.metric_filters import filters, matches
 
 
 def test_open_sessions_reach_the_metric_filters(server: TorchServe, http: httpx.Client) -> None:
-    chat = Chat.open(http, make_scene(HELD_OUT_SEEDS[0]).draw())
+    chat = ChatSession.open(http, make_scene(HELD_OUT_SEEDS[0]).draw())
     try:
-        settled_gauges(server.metrics_url, llava_open_sessions=1)
-        line = figures.line(figures.read_figures(f"{server.metrics_url.removesuffix('/metrics')}/metrics"))
+        wait_for_metrics(server.metrics_url, llava_open_sessions=1)
+        line = metric_lines.metric_line(
+            metric_lines.read_metrics(f"{server.metrics_url.removesuffix('/metrics')}/metrics")
+        )
     finally:
         chat.close()
     pattern, value = filters()["OpenSessions"]

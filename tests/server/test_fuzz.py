@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.soak.fuzz import CONTROLS, fuzz, serving
+from tests.support.fuzz import CONTROLS, fuzz, serving
 
 THREADS = 4
+IDLE_S = 4
 
 
 def test_five_hundred_requests_that_nobody_sane_would_send(tmp_path: Path) -> None:
-    with serving(tmp_path, CONTROLS + THREADS) as server:
+    with serving(tmp_path, CONTROLS + THREADS, IDLE_S) as server:
         run = fuzz(server, 500, seed=7, threads=THREADS)
     assert run.wrong == []
     assert run.counts["control: compared"] > 0

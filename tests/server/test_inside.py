@@ -13,7 +13,7 @@ from contextlib import suppress
 import httpx
 import pytest
 
-from demo.wire import Chat
+from llava_sessions_client import ChatSession
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.support.private_hosts import PRIVATE_HOSTS
 
@@ -46,7 +46,9 @@ def listener() -> Iterator[Listener]:
     try:
         found = Listener()
     except OSError as error:
-        pytest.skip(f"port {PORT} can't be listened on here: {error.strerror}; unit/test_media.py has a way around it")
+        pytest.skip(
+            f"port {PORT} can't be listened on here: {error.strerror}; unit/test_media_fetch.py covers the same hosts"
+        )
     yield found
     found.close()
 
@@ -68,7 +70,7 @@ def test_no_spelling_of_an_address_inside_is_connected_to(http: httpx.Client, li
 def test_a_picture_shown_with_a_question_may_not_come_from_inside_either(
     http: httpx.Client, listener: Listener
 ) -> None:
-    chat = Chat.open(http, make_scene(HELD_OUT_SEEDS[0]).draw(72))
+    chat = ChatSession.open(http, make_scene(HELD_OUT_SEEDS[0]).draw(72))
     for host in ("127.0.0.1", "[::1]", "2130706433", "localhost", "169.254.169.254"):
         body = {"type": "send_text_prompt", "prompt_text": "And here?", "path": f"https://{host}/"}
         reply = http.post("/invocations", json=body, headers=chat.headers)

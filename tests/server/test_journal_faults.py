@@ -16,10 +16,10 @@ import httpx
 import psutil
 import pytest
 
-from demo.wire import Chat, WireError, settled_gauges
-from deploy.serve import TorchServe
+from deploy.serve.torchserve import TorchServe
+from llava_sessions_client import ApiError, ChatSession, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
-from tests.support.serving import pack
+from tests.support.serving import pack, running
 
 PICTURE = make_scene(HELD_OUT_SEEDS[0]).draw(72)
 QUESTIONS = ["Which shapes are there?", "How many shapes are there?", "What is in the middle?"]
@@ -77,11 +77,16 @@ def small_disk(journal: Path) -> Iterator[None]:
 
 def undisturbed(http: httpx.Client) -> list[str]:
     """The answers of a session whose journal is well."""
-    chat = Chat.open(http, PICTURE)
+    chat = ChatSession.open(http, PICTURE)
     answers = [chat.ask(question) for question in QUESTIONS]
     chat.close()
     assert [answer["durable"] for answer in answers] == [True] * len(QUESTIONS)
     return [answer["response_text"] for answer in answers]
+
+
+def client(server: TorchServe) -> httpx.Client:
+    """Make a client of the server itself, without HAProxy."""
+    return httpx.Client(base_url=server.url, timeout=30, trust_env=False)
 
 
 def warnings(server: TorchServe) -> list[str]:
@@ -98,20 +103,23 @@ def await_warning(server: TorchServe, timeout_s: float = 20) -> list[str]:
 
 @pytest.mark.usefixtures("small_disk")
 def test_a_full_disk_costs_durability_and_nothing_else(store: Path, journal: Path) -> None:
-    with TorchServe(store) as server, httpx.Client(base_url=server.url, timeout=30, trust_env=False) as http:
+    with (
+        running(TorchServe(store)) as (server,),
+        httpx.Client(base_url=server.url, timeout=30, trust_env=False) as http,
+    ):
         expected = undisturbed(http)
         disk = FullDisk(server, journal)
-        kept, late = Chat.open(http, PICTURE), Chat.open(http, PICTURE)
+        kept, late = ChatSession.open(http, PICTURE), ChatSession.open(http, PICTURE)
         assert kept.ask(QUESTIONS[0])["durable"] is True
         disk.fill()
-        lost = Chat.open(http, PICTURE)
+        lost = ChatSession.open(http, PICTURE)
         said = [late.ask(question) for question in QUESTIONS[:2]]
         lost_said = lost.ask(QUESTIONS[0])
         assert [answer["durable"] for answer in [*said, lost_said]] == [False] * 3
         (warning,) = await_warning(server)
         assert "store=directory work=write" in warning
         assert "chats go on, turns are not durable" in warning
-        failures = settled_gauges(server.metrics_url, llava_running_turns=0)["llava_journal_failures_total"]
+        failures = wait_for_metrics(server.metrics_url, llava_running_turns=0)["llava_journal_failures_total"]
         assert failures >= 4  # an open and three turns
         disk.make_room()
         said.append(late.ask(QUESTIONS[2]))
@@ -120,16 +128,19 @@ def test_a_full_disk_costs_durability_and_nothing_else(store: Path, journal: Pat
         assert lost_said["response_text"] == expected[0]
         assert len(warnings(server)) == 1
         server.kill()  # the worst end: nobody is asked to write anything more
-    with TorchServe(store) as server, httpx.Client(base_url=server.url, timeout=30, trust_env=False) as http:
-        assert settled_gauges(server.metrics_url, llava_running_turns=0)["llava_open_sessions"] == 2
-        again = Chat(http, kept.session_id, kept.expires)
+    with (
+        running(TorchServe(store)) as (server,),
+        httpx.Client(base_url=server.url, timeout=30, trust_env=False) as http,
+    ):
+        assert wait_for_metrics(server.metrics_url, llava_running_turns=0)["llava_open_sessions"] == 2
+        again = ChatSession(http, kept.session_id, kept.expires)
         assert [again.ask(question)["response_text"] for question in QUESTIONS[1:]] == expected[1:]
         # The turns that were not durable came with the one that is.
-        after = Chat(http, late.session_id, late.expires).ask(QUESTIONS[0])
+        after = ChatSession(http, late.session_id, late.expires).ask(QUESTIONS[0])
         assert after["usage"]["prompt_tokens"] > said[-1]["usage"]["prompt_tokens"]
-        with pytest.raises(WireError, match="404 session_not_found"):
-            Chat(http, lost.session_id, lost.expires).ask(QUESTIONS[1])
-        for chat in (again, Chat(http, late.session_id, late.expires)):
+        with pytest.raises(ApiError, match="404 session_not_found"):
+            ChatSession(http, lost.session_id, lost.expires).ask(QUESTIONS[1])
+        for chat in (again, ChatSession(http, late.session_id, late.expires)):
             chat.close()
 
 
@@ -137,17 +148,20 @@ def test_a_directory_that_can_not_be_made_costs_durability_and_nothing_else(tmp_
     parent = tmp_path / "a-file"
     parent.write_text("where a directory should be")
     store = pack(tmp_path / "packed", 4, journal_dir=str(parent / "sessions"))
-    with TorchServe(store) as server, httpx.Client(base_url=server.url, timeout=30, trust_env=False) as http:
+    with (
+        running(TorchServe(store)) as (server,),
+        httpx.Client(base_url=server.url, timeout=30, trust_env=False) as http,
+    ):
         (warning,) = await_warning(server)  # at start already
         assert "store=directory work=write" in warning
-        chat = Chat.open(http, PICTURE)
+        chat = ChatSession.open(http, PICTURE)
         answers = [chat.ask(question) for question in QUESTIONS]
         assert [answer["durable"] for answer in answers] == [False] * len(QUESTIONS)
-        failures = settled_gauges(server.metrics_url, llava_running_turns=0)["llava_journal_failures_total"]
+        failures = wait_for_metrics(server.metrics_url, llava_running_turns=0)["llava_journal_failures_total"]
         assert failures >= len(QUESTIONS) + 1
         assert len(warnings(server)) == 1
         parent.unlink()  # and the operator mends it
-        mended = Chat.open(http, PICTURE)
+        mended = ChatSession.open(http, PICTURE)
         said = [mended.ask(question) for question in QUESTIONS]
         assert [answer["durable"] for answer in said] == [True] * len(QUESTIONS)
         assert [answer["response_text"] for answer in said] == [answer["response_text"] for answer in answers]

@@ -20,8 +20,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deploy.launch import Service
-from deploy.processes import ServeError, free_ports
+from deploy.serve.ports import free_ports
+from deploy.serve.processes import ServeError
+from deploy.serve.service import Service
 from tests.support.commands import REPO, Command, alive, eventually
 from tests.support.stand_in import NAME, make_store
 
@@ -227,7 +228,7 @@ def test_an_old_haproxy_is_said(tmp_path: Path) -> None:
     haproxy.write_text("#!/bin/sh\necho 'HAProxy version 2.4.22 2023/01/01'\n")
     haproxy.chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    script = [REPO / "deploy" / "need_haproxy.sh"]
+    script = [REPO / "scripts" / "need_haproxy.sh"]
     said = subprocess.run(script, capture_output=True, text=True, check=False, env={**os.environ, "PATH": path})
     assert said.returncode == 1
     assert "this one is version 2.4" in said.stderr

@@ -8,8 +8,8 @@ import time
 import httpx
 import pytest
 
-from demo.wire import Chat, WireError, settled_gauges
-from deploy.serve import TorchServe
+from deploy.serve.torchserve import TorchServe
+from llava_sessions_client import ApiError, ChatSession, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 
 pytestmark = pytest.mark.usefixtures("same_worker")
@@ -17,28 +17,28 @@ LONG = {"max_new_tokens": 1000, "temperature": 9.0, "seed": 3}
 SCENE = make_scene(HELD_OUT_SEEDS[0])
 
 
-def leave_in_mid_stream(server: TorchServe, chat: Chat) -> None:
+def leave_in_mid_stream(server: TorchServe, chat: ChatSession) -> None:
     """Read the beginning of a long answer, then be gone."""
     with httpx.Client(base_url=server.url, timeout=30, trust_env=False) as own:
-        lines = Chat(own, chat.session_id, chat.expires).stream("Say something long", **LONG)
+        lines = ChatSession(own, chat.session_id, chat.expires).stream("Say something long", **LONG)
         for _ in range(3):
             next(lines)
 
 
-def ask_when_free(chat: Chat, text: str, timeout_s: float = 20) -> dict:
+def ask_when_free(chat: ChatSession, text: str, timeout_s: float = 20) -> dict:
     """The answer, as soon as the session is not busy any more."""
     until = time.monotonic() + timeout_s
     while True:
         try:
             return chat.ask(text)
-        except WireError as error:
+        except ApiError as error:
             if error.code != "session_busy" or time.monotonic() > until:
                 raise
             time.sleep(0.02)
 
 
 def test_the_turn_of_a_client_that_left_is_cancelled(server: TorchServe, http: httpx.Client) -> None:
-    left, calm = Chat.open(http, SCENE.draw()), Chat.open(http, SCENE.draw())
+    left, calm = ChatSession.open(http, SCENE.draw()), ChatSession.open(http, SCENE.draw())
     leave_in_mid_stream(server, left)
     # The answer would be 1,000 tokens; a new question is taken long before, and does not know of it.
     after, expected = ask_when_free(left, "Which shapes are there?"), calm.ask("Which shapes are there?")
@@ -49,15 +49,15 @@ def test_the_turn_of_a_client_that_left_is_cancelled(server: TorchServe, http: h
 
 
 def test_it_is_noticed_when_nobody_else_says_anything(server: TorchServe, http: httpx.Client) -> None:
-    chat = Chat.open(http, SCENE.draw())
+    chat = ChatSession.open(http, SCENE.draw())
     leave_in_mid_stream(server, chat)
-    figures = settled_gauges(server.metrics_url, timeout_s=20, llava_running_turns=0, llava_open_sessions=1)
+    figures = wait_for_metrics(server.metrics_url, timeout_s=20, llava_running_turns=0, llava_open_sessions=1)
     assert (figures["llava_running_turns"], figures["llava_open_sessions"]) == (0, 1)
     chat.close()
 
 
 def test_a_half_sent_request_disturbs_nobody(server: TorchServe, http: httpx.Client) -> None:
-    chat = Chat.open(http, SCENE.draw())
+    chat = ChatSession.open(http, SCENE.draw())
     host, port = server.url.removeprefix("http://").split(":")
     head = "POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
     with socket.create_connection((host, int(port))) as connection:

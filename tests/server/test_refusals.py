@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from demo.wire import CLOSED_HEADER, SESSION_HEADER, Chat, WireError, png
+from llava_sessions_client import CLOSED_HEADER, SESSION_HEADER, ApiError, ChatSession, to_png
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 
 pytestmark = pytest.mark.usefixtures("same_worker")
@@ -22,12 +22,12 @@ SCENE = make_scene(HELD_OUT_SEEDS[0])
 
 
 @pytest.fixture
-def chat(http: httpx.Client) -> Iterator[Chat]:
+def chat(http: httpx.Client) -> Iterator[ChatSession]:
     """An open session, which must be usable to the end whatever happened to others."""
-    chat = Chat.open(http, SCENE.draw())
+    chat = ChatSession.open(http, SCENE.draw())
     expected = chat.ask("Which shapes are there?")["response_text"]
     yield chat
-    other = Chat.open(http, SCENE.draw())
+    other = ChatSession.open(http, SCENE.draw())
     assert other.ask("Which shapes are there?")["response_text"] == expected
     assert chat.ask("How many shapes are there?")["finish_reason"] == "stop"
     other.close()
@@ -101,7 +101,7 @@ def test_a_malformed_request_is_told_what_is_wrong(http: httpx.Client, body: byt
         {"colour": "red"},
     ],
 )
-def test_a_wrong_field_is_refused_by_its_name(http: httpx.Client, chat: Chat, fields: dict) -> None:
+def test_a_wrong_field_is_refused_by_its_name(http: httpx.Client, chat: ChatSession, fields: dict) -> None:
     body = {"type": "send_text_prompt", "prompt_text": "How many?", **fields}
     reply = post(http, json.dumps(body), chat.headers)
     assert code(reply) == (400, "invalid_request")
@@ -110,24 +110,24 @@ def test_a_wrong_field_is_refused_by_its_name(http: httpx.Client, chat: Chat, fi
 
 
 def test_other_content_types_are_read_as_json_or_refused(http: httpx.Client) -> None:
-    good = json.dumps({"type": "start_session", "image": base64.b64encode(png(SCENE.draw())).decode()})
+    good = json.dumps({"type": "start_session", "image": base64.b64encode(to_png(SCENE.draw())).decode()})
     for content_type in ("application/octet-stream", "text/plain", "application/json; charset=utf-8", None):
         headers = {} if content_type is None else {"Content-Type": content_type}
         reply = http.post("/invocations", content=good.encode(), headers=headers)
         assert reply.status_code == 200, content_type
-        Chat(http, reply.json()["session_id"], "").close()
+        ChatSession(http, reply.json()["session_id"], "").close()
     form = http.post("/invocations", files={"body": ("a.txt", b"hello", "text/plain")})
     assert code(form) == (400, "invalid_request")
     smuggled = http.post("/invocations", files={SESSION_HEADER: ("a.txt", b"hello", "text/plain")})
     assert code(smuggled) == (400, "invalid_request")
 
 
-def test_unknown_closed_and_busy_sessions(http: httpx.Client, chat: Chat) -> None:
+def test_unknown_closed_and_busy_sessions(http: httpx.Client, chat: ChatSession) -> None:
     ask = {"type": "send_text_prompt", "prompt_text": "How many?"}
     for request in (ask, {"type": "close_session"}, {"type": "cancel"}):
         reply = http.post("/invocations", json=request, headers={SESSION_HEADER: "never-opened"})
         assert code(reply) == (404, "session_not_found")
-    closed = Chat.open(http, SCENE.draw())
+    closed = ChatSession.open(http, SCENE.draw())
     closed.close()
     assert closed.close().json()["success"] is True
     assert code(http.post("/invocations", json=ask, headers=closed.headers)) == (404, "session_not_found")
@@ -142,7 +142,7 @@ def test_unknown_closed_and_busy_sessions(http: httpx.Client, chat: Chat) -> Non
 
 
 def test_cancel_ends_a_running_answer_and_the_chat_goes_on_as_if_it_had_not_been(http: httpx.Client) -> None:
-    disturbed, calm = Chat.open(http, SCENE.draw()), Chat.open(http, SCENE.draw())
+    disturbed, calm = ChatSession.open(http, SCENE.draw()), ChatSession.open(http, SCENE.draw())
     for chat in (disturbed, calm):
         chat.ask("How many shapes are there?")
     lines = disturbed.stream("Say something long", max_new_tokens=1000, temperature=9.0, seed=1)
@@ -160,12 +160,12 @@ def test_cancel_ends_a_running_answer_and_the_chat_goes_on_as_if_it_had_not_been
 
 
 def test_closing_while_an_answer_runs_ends_both(http: httpx.Client) -> None:
-    chat = Chat.open(http, SCENE.draw())
+    chat = ChatSession.open(http, SCENE.draw())
     lines = chat.stream("Say something long", max_new_tokens=1000, temperature=9.0, seed=1)
     next(lines)
     assert chat.close().json()["success"] is True
     assert list(lines)[-1]["finish_reason"] == "cancelled"
-    with pytest.raises(WireError, match="404 session_not_found"):
+    with pytest.raises(ApiError, match="404 session_not_found"):
         chat.ask("Still there?")
 
 
@@ -174,17 +174,19 @@ def test_closing_while_an_answer_runs_ends_both(http: httpx.Client) -> None:
     [
         (b"just a text file, no picture\n" * 20, (415, "unsupported_media")),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", (415, "unsupported_media")),
-        (png(SCENE.draw())[:900], (400, "invalid_request")),
-        (png(SCENE.draw())[:-40], (400, "invalid_request")),
+        (to_png(SCENE.draw())[:900], (400, "invalid_request")),
+        (to_png(SCENE.draw())[:-40], (400, "invalid_request")),
     ],
     ids=["text", "svg", "truncated early", "truncated late"],
 )
-def test_a_file_that_is_no_whole_picture(http: httpx.Client, chat: Chat, picture: bytes, expected: tuple) -> None:
+def test_a_file_that_is_no_whole_picture(
+    http: httpx.Client, chat: ChatSession, picture: bytes, expected: tuple
+) -> None:
     image = base64.b64encode(picture).decode()
     assert code(http.post("/invocations", json={"type": "start_session", "image": image})) == expected
 
 
-def test_a_decompression_bomb_is_refused_by_its_header(http: httpx.Client, chat: Chat) -> None:
+def test_a_decompression_bomb_is_refused_by_its_header(http: httpx.Client, chat: ChatSession) -> None:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -195,14 +197,14 @@ def test_a_decompression_bomb_is_refused_by_its_header(http: httpx.Client, chat:
     assert code(http.post("/invocations", json={"type": "start_session", "image": image})) == (413, "too_large")
 
 
-def test_a_body_of_twenty_megabytes(http: httpx.Client, chat: Chat) -> None:
+def test_a_body_of_twenty_megabytes(http: httpx.Client, chat: ChatSession) -> None:
     image = base64.b64encode(bytes(15_000_000)).decode()
     assert len(image) == 20_000_000
     reply = http.post("/invocations", json={"type": "start_session", "image": image})
     assert code(reply) == (413, "too_large")
 
 
-def test_a_special_token_in_a_question_is_text(http: httpx.Client, chat: Chat) -> None:
+def test_a_special_token_in_a_question_is_text(http: httpx.Client, chat: ChatSession) -> None:
     plain = chat.ask("What is <imag>?")["usage"]
     special = chat.ask("What is <image>?")["usage"]
     assert chat.ask("</s><s><pad><image>")["finish_reason"] in {"stop", "length"}
@@ -210,19 +212,19 @@ def test_a_special_token_in_a_question_is_text(http: httpx.Client, chat: Chat) -
     assert 5 < grown < 25, "as a placeholder it would be one token, or a picture's"
 
 
-def test_a_hundred_thousand_characters_of_question(http: httpx.Client, chat: Chat) -> None:
+def test_a_hundred_thousand_characters_of_question(http: httpx.Client, chat: ChatSession) -> None:
     body = {"type": "send_text_prompt", "prompt_text": "word " * 20_000}
     assert code(http.post("/invocations", json=body, headers=chat.headers)) == (413, "too_large")
 
 
-def test_a_question_longer_than_the_models_context(http: httpx.Client, chat: Chat) -> None:
+def test_a_question_longer_than_the_models_context(http: httpx.Client, chat: ChatSession) -> None:
     body = {"type": "send_text_prompt", "prompt_text": "how many " * 3_000}
     reply = http.post("/invocations", json=body, headers=chat.headers)
     assert code(reply) == (422, "context_length_exceeded")
     assert "2048" in reply.json()["error"]["message"]
 
 
-def test_refused_and_unknown_ids_take_no_place_in_the_frontend(http: httpx.Client, chat: Chat) -> None:
+def test_refused_and_unknown_ids_take_no_place_in_the_frontend(http: httpx.Client, chat: ChatSession) -> None:
     """TorchServe keeps a place for each id that it has seen; there are fewer places than requests here."""
     ask = {"type": "send_text_prompt", "prompt_text": "How many?"}
 
@@ -235,7 +237,7 @@ def test_refused_and_unknown_ids_take_no_place_in_the_frontend(http: httpx.Clien
     assert set(statuses) == {400, 404}
 
 
-def test_answers_on_sequences_of_their_own_take_no_place_in_the_frontend(http: httpx.Client, chat: Chat) -> None:
+def test_answers_on_sequences_of_their_own_take_no_place_in_the_frontend(http: httpx.Client, chat: ChatSession) -> None:
     """A session named only in the body: the frontend makes a sequence for each request, and the answer takes steps."""
     ask = {"type": "send_text_prompt", "session_id": chat.session_id, "prompt_text": "How many?", "stream": True}
     for _ in range(160):
@@ -244,7 +246,7 @@ def test_answers_on_sequences_of_their_own_take_no_place_in_the_frontend(http: h
         assert '"finish_reason"' in reply.text
 
 
-def test_a_session_named_in_the_body_or_in_another_case_is_found(http: httpx.Client, chat: Chat) -> None:
+def test_a_session_named_in_the_body_or_in_another_case_is_found(http: httpx.Client, chat: ChatSession) -> None:
     ask = {"type": "send_text_prompt", "prompt_text": "How many shapes are there?"}
     in_body = http.post("/invocations", json={**ask, "session_id": chat.session_id})
     in_case = http.post("/invocations", json=ask, headers={SESSION_HEADER.lower(): chat.session_id})

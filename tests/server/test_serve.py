@@ -12,12 +12,15 @@ import json
 import re
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from deploy.processes import ServeError, free_ports
-from deploy.serve import LOG_CONFIG, TorchServe, choose_ports, models_argument
+from deploy.serve.configuration import LOG_CONFIG, models_argument
+from deploy.serve.ports import choose_ports, free_ports
+from deploy.serve.processes import ServeError
+from deploy.serve.torchserve import TorchServe
 from tests.support.commands import alive
 from tests.support.stand_in import make_store
 
@@ -50,6 +53,12 @@ def get_metrics(server: TorchServe) -> str:
     return text
 
 
+def stop(*servers: TorchServe) -> None:
+    """Stop servers in order, side by side."""
+    with ThreadPoolExecutor(len(servers)) as pool:
+        list(pool.map(TorchServe.stop, servers))
+
+
 def log_bytes(server: TorchServe) -> int:
     return sum(path.stat().st_size for path in server.log_path.parent.iterdir())
 
@@ -79,13 +88,12 @@ def test_two_servers_side_by_side_serve_log_little_and_leave_nothing(
 
         metrics = get_metrics(first)
         assert 'ts_inference_requests_total{model_name="stand-in"' in metrics
-        assert "# TYPE llava_open_sessions gauge" in metrics, "deploy/metrics.yaml is the one in use"
+        assert "# TYPE llava_open_sessions gauge" in metrics, "deploy/serve/metrics.yaml is the one in use"
         assert "job_queue_size=7" in (home / "config.properties").read_text()
         pids = [pid for server in (first, second) for pid in (server.pid, *server.worker_pids())]
         assert len(set(pids)) == 4
     finally:
-        first.stop()
-        second.stop()
+        stop(first, second)
     assert alive(pids) == []
     assert not first.home.exists()
     assert second.log_path.is_file(), "a home that was given is kept"
@@ -104,8 +112,7 @@ def test_failed_start_shows_the_handlers_reason_fast(store: Path) -> None:
         with pytest.raises(ServeError, match="ZeroDivisionError: a bug at start"):
             crashing.wait_ready(120)
     finally:
-        refusing.stop()
-        crashing.stop()
+        stop(refusing, crashing)
     assert time.monotonic() - began < 100, "nobody waited for the time to be up"
     assert not refusing.home.exists()
 
@@ -147,7 +154,7 @@ def test_java_too_old_or_absent_is_said(store: Path, tmp_path: Path, monkeypatch
     monkeypatch.setenv("JAVA_HOME", str(tmp_path))
     with pytest.raises(ServeError, match=r"is Java 11\. TorchServe needs Java 17"):
         TorchServe(store, "stand-in").start()
-    said = subprocess.run([REPO / "deploy" / "need_java.sh"], capture_output=True, text=True, check=False)
+    said = subprocess.run([REPO / "scripts" / "need_java.sh"], capture_output=True, text=True, check=False)
     assert said.returncode == 1
     assert "is version 11" in said.stderr
     assert "apt-get install openjdk-17-jre-headless" in said.stderr

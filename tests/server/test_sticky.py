@@ -1,4 +1,4 @@
-"""deploy/haproxy.cfg: sessions stay with their host. The real HAProxy before two services with the stand-in model."""
+"""haproxy.cfg: sessions stay with their host. The real HAProxy before two services with the stand-in model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deploy.front import find_haproxy
-from deploy.processes import free_ports
+from deploy.serve.haproxy import find_haproxy
+from deploy.serve.ports import free_ports
 from tests.support.commands import REPO, Command, eventually
 from tests.support.stand_in import NAME, make_store
 
-CONFIGS = [REPO / "deploy" / name for name in ("sessions.cfg", "haproxy.cfg")]
+CONFIGS = [REPO / "deploy" / "serve" / name for name in ("sessions.cfg", "haproxy.cfg")]
 
 
 @dataclass

@@ -29,8 +29,8 @@ import httpx
 import torch
 
 from bench import machine
-from demo.wire import SESSION_HEADER, Chat, WireError, gauges, png, settled_gauges
-from deploy.serve import TorchServe
+from deploy.serve.torchserve import TorchServe
+from llava_sessions_client import SESSION_HEADER, ApiError, ChatSession, read_metrics, to_png, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.support.serving import Processes, pack
 
@@ -88,7 +88,7 @@ class Churn:
         while not self.over:
             try:
                 self._session(chance)
-            except WireError as error:
+            except ApiError as error:
                 self.count(f"refused {error.code}")
                 if error.code not in TOLERATED:
                     self.blame(str(error))
@@ -99,7 +99,7 @@ class Churn:
 
     def _session(self, chance: random.Random) -> None:
         scene = chance.choice(self.scenes)
-        chat = Chat.open(self.http, scene.picture)
+        chat = ChatSession.open(self.http, scene.picture)
         self.count("opened")
         for question, answer in list(zip(QUESTIONS, scene.answers, strict=True))[: chance.randint(0, len(QUESTIONS))]:
             time.sleep(chance.uniform(0.0, 0.8))
@@ -114,33 +114,33 @@ class Churn:
         end(chat, chance)
         self.count(end.__name__.strip("_"))
 
-    def _close(self, chat: Chat, _: random.Random) -> None:
+    def _close(self, chat: ChatSession, _: random.Random) -> None:
         chat.close()
 
-    def _vanish(self, chat: Chat, chance: random.Random) -> None:
+    def _vanish(self, chat: ChatSession, chance: random.Random) -> None:
         """Drop the connection in the middle of a long answer, and never come back."""
         lines = chat.stream("Say something long", **LONG)
         for _ in range(chance.randint(1, 8)):
             next(lines, None)  # by chance it may say little
         lines.close()
 
-    def _return(self, chat: Chat, chance: random.Random) -> None:
+    def _return(self, chat: ChatSession, chance: random.Random) -> None:
         """Drop the connection, then close the session."""
         self._vanish(chat, chance)
         chat.close()
 
-    def _expire(self, chat: Chat, _: random.Random) -> None:
+    def _expire(self, chat: ChatSession, _: random.Random) -> None:
         """Say nothing until the session is over, and see that it is."""
         time.sleep(IDLE_S + 0.5)
-        with contextlib.suppress(WireError):
+        with contextlib.suppress(ApiError):
             chat.ask(QUESTIONS[0])
             self.blame("a session answered after its idle limit")
 
 
 def undisturbed(http: httpx.Client, seed: int) -> Scene:
     """A scene with the answers of a session that nobody disturbs."""
-    picture = png(make_scene(seed).draw())
-    chat = Chat.open(http, picture)
+    picture = to_png(make_scene(seed).draw())
+    chat = ChatSession.open(http, picture)
     answers = tuple(chat.ask(question)["response_text"] for question in QUESTIONS)
     chat.close()
     return Scene(picture, answers)
@@ -186,12 +186,12 @@ def run(minutes: float, warm_up_minutes: float, seed: int) -> tuple[dict, list[s
                 series = watch(churn, processes)
                 for client in clients:
                     client.result()
-            left = settled_gauges(server.metrics_url, timeout_s=TTL_S + 10, llava_open_sessions=0)
+            left = wait_for_metrics(server.metrics_url, timeout_s=TTL_S + 10, llava_open_sessions=0)
             if left["llava_open_sessions"]:
                 churn.blame(f"{left['llava_open_sessions']:.0f} sessions stay open")
             if Processes.of(server).pids != processes.pids:
                 churn.blame("a process is not the one that it was")
-            figures = gauges(server.metrics_url)
+            figures = read_metrics(server.metrics_url)
     grown = growth(series, warm_up_minutes * 60)
     for role, by_figure in grown.items():
         for figure, told in by_figure.items():

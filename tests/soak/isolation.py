@@ -17,12 +17,12 @@ from pathlib import Path
 
 import httpx
 
-from demo.wire import png
+from llava_sessions_client import to_png
 from models.shapes.drawing import Background
 from models.shapes.scenes import COLOURS, KINDS, PLACES, Scene, Shape
+from tests.support.chats import PatientChat, Said, Script, Tally, client, undisturbed
 from tests.support.serving import Served, pack
 
-from .chats import PatientChat, Said, Script, Tally, client, undisturbed
 from .report import Record, check_level, check_tally, level, options
 
 # The answers of each name its picture's colour, kind and place.
@@ -57,7 +57,7 @@ def isolation(argv: list[str]) -> int:
         http = stack.enter_context(client(served.url))
         scenes = pictures(chosen.sessions)
         asked = [tuple(rng.choice(QUESTIONS) for _ in range(chosen.turns)) for _ in scenes]
-        scripts = [Script(_name(s), png(s.draw()), qs) for s, qs in zip(scenes, asked, strict=True)]
+        scripts = [Script(_name(s), to_png(s.draw()), qs) for s, qs in zip(scenes, asked, strict=True)]
         record.say(f"what an undisturbed server says about each of {len(scripts)} pictures, one session at a time")
         expected = undisturbed(http, scripts)
         before = level(served, http, scripts[0])

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+from tests.support.chats import HANG_S, Crowd, client, scene_scripts, undisturbed
 from tests.support.serving import Served, pack
 
-from .chats import HANG_S, Crowd, client, scene_scripts, undisturbed
 from .report import Record, check_crowd, check_level, level, options
 
 

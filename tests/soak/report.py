@@ -17,9 +17,8 @@ import httpx
 import torch
 
 from bench import machine
+from tests.support.chats import HANG_S, Crowd, PatientChat, Script, Tally
 from tests.support.serving import ROOT, Processes, Served
-
-from .chats import HANG_S, Crowd, PatientChat, Script, Tally
 
 RESULTS = ROOT / "bench" / "results"
 # Memory that a process holds after a run beside what it held before: allocators and JIT compilers keep a little.

@@ -9,5 +9,5 @@ from tests.support.tiny_llava import make_checkpoint
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LLaVA-1.5-style checkpoint with grouped-query attention."""
+    """Return a random LLaVA-1.5-style checkpoint with grouped-query attention."""
     return make_checkpoint(tmp_path_factory.mktemp("tiny"))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -33,17 +33,29 @@ def eventually(condition: Callable[[], bool], timeout_s: float = 60) -> bool:
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.1)
+        time.sleep(0.03)
     return True
 
 
+def kill_tree(process: subprocess.Popen) -> None:
+    """Kill a process and its descendants, except for shells."""
+    if process.poll() is not None:
+        return
+    descendants = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for child in descendants:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.name() != "sh":
+                child.kill()
+
+
 class Command:
-    """`python -m deploy.launch` with its output, and the processes that it started."""
+    """`python -m deploy.serve` with its output, and the processes that it started."""
 
     def __init__(self, store: Path, name: str, port: int = 0, env: dict[str, str] | None = None) -> None:
         arguments = ["--model-store", str(store), "--name", name, "--port", str(port)]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "deploy.launch", *arguments],
+            [sys.executable, "-m", "deploy.serve", *arguments],
             cwd=REPO,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -88,9 +100,7 @@ class Command:
         return self.process.returncode, text
 
     def end(self) -> None:
-        """As little as a test that failed has to do."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            self.process.send_signal(signal.SIGTERM)
+        """Kill the launcher and its processes. Its guard, a shell, lives on and removes the launcher's folder."""
+        kill_tree(self.process)
         if self.process.stdout and not self.process.stdout.closed:
             self.process.communicate(timeout=120)

@@ -1,7 +1,4 @@
-"""An engine in this process and the conversations that it holds, for tests of the engine: as the pump drives it.
-
-And what transformers itself answers, to compare with.
-"""
+"""An engine in this process with its conversations, driven as the pump does, and transformers as the reference."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava_sessions.chat.transcript import Conversation
 from llava_sessions.engine.engine import Engine
-from llava_sessions.engine.kv import DeviceBudget, choose_budget
+from llava_sessions.engine.memory import DeviceBudget, choose_budget
 from llava_sessions.engine.model import Model
 from llava_sessions.ipc.messages import AskSession, Event, Finished, OpenSession, Sampling
 from llava_sessions.text.chat_template import ChatTemplate
@@ -23,13 +20,13 @@ QUESTIONS = ["what is the red circle doing?", "and the blue square <image> near 
 
 
 class Reference:
-    """What transformers itself answers."""
+    """The checkpoint loaded by transformers."""
 
     def __init__(self, checkpoint: Path) -> None:
         self.model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
 
     def answer(self, token_ids: list[int], pixel_values: np.ndarray, max_new_tokens: int) -> list[int]:
-        """Greedy ids of `generate` on the full conversation."""
+        """Return the greedy token IDs of `generate` on the whole conversation."""
         ids = torch.tensor([token_ids])
         out = self.model.generate(
             input_ids=ids,
@@ -42,7 +39,7 @@ class Reference:
 
 
 class Chats:
-    """An engine and the conversations that it holds, as the pump keeps them."""
+    """An engine and its conversations, as the pump keeps them."""
 
     def __init__(self, checkpoint: Path, chunk_tokens: int = 256, budget: DeviceBudget | None = None) -> None:
         self.tokens = ChatTemplate(AutoProcessor.from_pretrained(checkpoint))
@@ -58,18 +55,18 @@ class Chats:
         self.engine.apply(OpenSession(name, opening.token_ids, opening.pictures))
 
     def ask(self, name: str, text: str, sampling: Sampling) -> list[int]:
-        """Start a turn; returns the token ids of the full conversation that the answer continues."""
+        """Start a turn; return the token IDs of the whole conversation before the answer."""
         conversation = self.conversations[name]
         self.prompts[name] = self.tokens.prompt(conversation.opened_on, text)
         self.engine.apply(AskSession(name, f"turn-{name}", self.prompts[name], sampling))
         return conversation.token_ids + self.prompts[name]
 
     def pixels(self, name: str) -> np.ndarray:
-        """What the reference needs of the session's picture."""
+        """Return the pixels of the session's picture, for the reference."""
         return self.conversations[name].opening.pictures[0].inputs["pixel_values"]
 
     def run(self, steps: int | None = None) -> dict[str, Finished]:
-        """Step until nothing is left to do (or so often); commits and returns the finished turns by session."""
+        """Step until the engine has no work, or `steps` times; commit and return the finished turns by session."""
         finished = {}
         while self.engine.has_work and steps != 0:
             steps = None if steps is None else steps - 1
@@ -83,5 +80,5 @@ class Chats:
 
 
 def noise(seed: int) -> Image.Image:
-    """A picture unlike any other seed's."""
+    """Return a random picture."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (60, 80, 3), dtype=np.uint8))

@@ -18,7 +18,7 @@ from llava_sessions.chat.transcript import BlobPool, OpenRecord, Transcript, Tur
 from llava_sessions.journal.encoding import key_of, read_transcript
 from llava_sessions.journal.journal import Journal, NotFound, SaveOutcome
 from llava_sessions.journal.stores import DirectoryStore, Store, record_name
-from tests.support.product_log import told
+from tests.support.product_log import product_records
 
 NOW = 1_500_000_000.0  # before any file of today
 EXPIRES = NOW + 600
@@ -92,7 +92,7 @@ def records(client: Any) -> list[str]:
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in told(caplog) if record.levelno >= logging.WARNING]
+    return [record.getMessage() for record in product_records(caplog) if record.levelno >= logging.WARNING]
 
 
 def resealed(path: Path, change: Any) -> None:

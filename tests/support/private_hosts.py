@@ -1,4 +1,4 @@
-"""Spellings of addresses inside, as attackers write them into URLs: no picture may be fetched from any of them."""
+"""Hosts with private addresses, in the spellings that attackers use in URLs. No picture may be fetched from them."""
 
 PRIVATE_HOSTS = [
     "127.0.0.1",

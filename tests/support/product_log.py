@@ -10,6 +10,3 @@ import pytest
 def product_records(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     """Return the records of the product's loggers, in order."""
     return [record for record in caplog.records if record.name.startswith("llava_sessions.")]
-
-
-told = product_records  # the name that tests/unit/test_journal.py uses

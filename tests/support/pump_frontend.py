@@ -21,7 +21,7 @@ from PIL import Image
 
 from llava_sessions.config import MediaLimits, RequestLimits
 from llava_sessions.engine.engine import Engine
-from llava_sessions.engine.kv import choose_budget
+from llava_sessions.engine.memory import choose_budget
 from llava_sessions.engine.model import Model
 from llava_sessions.ipc.messages import Admitted, AskSession, CloseSession, OpenSession, Report
 from llava_sessions.journal.journal import Journal

@@ -13,16 +13,16 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from demo.wire import settled_gauges
-from deploy.front import find_haproxy
-from deploy.launch import Service
-from deploy.serve import TorchServe
+from deploy.serve.haproxy import find_haproxy
+from deploy.serve.service import Service
+from deploy.serve.torchserve import TorchServe
+from llava_sessions_client import wait_for_metrics
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "models" / "shapes"
@@ -31,18 +31,41 @@ START_S = 600
 ENGINE = "llava_sessions.engine.process"
 
 
-def pack(folder: Path, sessions: int = 64, **settings: object) -> Path:
-    """The demo model in float32 in a model store under `folder`; `settings` are keys of the `llava:` section."""
+def pack(folder: Path, sessions: int = 64, dtype: str = "float32", **settings: object) -> Path:
+    """Pack the demo model into a model store under `folder`. `settings` are keys of the `llava:` section."""
     folder.mkdir(parents=True, exist_ok=True)
     config = (ROOT / "handler" / "model-config.yaml").read_text()
     for key, value in settings.items():
         config, found = re.subn(rf"^  {key}:.*$", f"  {key}: {value}", config, flags=re.MULTILINE)
         assert found == 1, key
     (folder / "config.yaml").write_text(config)
-    options = ["--model", SHAPES, "--dtype", "float32", "--device", "cpu", "--sessions", sessions]
+    options = ["--model", SHAPES, "--dtype", dtype, "--device", "cpu", "--sessions", sessions]
     options += ["--config", folder / "config.yaml", "--output", folder / "store"]
     subprocess.run([ROOT / "build_mar.sh", *map(str, options)], check=True, capture_output=True, text=True)
     return folder / "store"
+
+
+@contextlib.contextmanager
+def running(*servers: TorchServe) -> Iterator[list[TorchServe]]:
+    """Start servers side by side, yield them when all are ready, and kill them at the end.
+
+    Java takes two seconds to stop in order. `tests/server/test_serve.py` tests that it does.
+    """
+    try:
+        for server in servers:
+            server.start()
+        for server in servers:
+            server.wait_ready(START_S)
+        yield list(servers)
+    finally:
+        kill(*servers)
+
+
+def kill(*servers: TorchServe) -> None:
+    """Kill servers and remove what they leave behind."""
+    for server in servers:
+        server.kill()
+        server.stop()
 
 
 @dataclass(frozen=True)
@@ -110,7 +133,7 @@ class Served:
 
     def gauges(self, timeout_s: float = 20, **wanted: float) -> dict[str, float]:
         """The server's metrics, once those in `wanted` have these values or at the timeout."""
-        return settled_gauges(self.server.metrics_url, timeout_s, **wanted)
+        return wait_for_metrics(self.server.metrics_url, timeout_s, **wanted)
 
     def log(self) -> str:
         """What workers and engines have said so far."""
@@ -141,7 +164,8 @@ class Served:
         self._wait(lambda: self._service.ready)
 
     def stop(self) -> None:
-        """End it in order."""
+        """Kill the server and wait for the launcher."""
+        self._service.stop("the test is over")
         self._service.stop("the test is over")
         self._launcher.join()
 

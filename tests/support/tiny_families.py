@@ -1,4 +1,4 @@
-"""Makes very small random checkpoints of every family that is served, as tests/support/tiny_llava.py makes LLaVA-1.5.
+"""Make very small random checkpoints of every served family, as tests/support/tiny_llava.py does for LLaVA-1.5.
 
 The real config, model, tokenizer and processor classes of transformers; each with the chat template of its family's
 published checkpoints.
@@ -40,7 +40,7 @@ from llava_sessions.text.processors import PillowOnevisionProcessor
 
 IMAGES = "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
 TEXTS = "{% for part in message['content'] if part['type'] == 'text' %}"
-# As llava-v1.6-vicuna: a system message without a role, nothing behind an answer.
+# As llava-v1.6-vicuna: a system message without a role, no token after an answer.
 VICUNA = (
     "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'][0]['text'] }}"
     "{% else %}{{ message['role'].upper() + ': ' }}{% endif %}"
@@ -48,7 +48,7 @@ VICUNA = (
     + TEXTS
     + "{{ part['text'] + ' ' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-# As llava-v1.6-mistral: no generation prompt, an end-of-sequence token behind an answer.
+# As llava-v1.6-mistral: no generation prompt, an end-of-sequence token after an answer.
 MISTRAL = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ '<<SYS>>\n' + message['content'][0]['text'] + '\n<</SYS>>\n\n' }}"
@@ -59,7 +59,7 @@ MISTRAL = (
     "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'][0]['text'] + '</s> ' }}"
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
-# As llava-onevision-qwen2: an earlier answer stands behind "assistant \n", the next one behind "assistant\n".
+# As llava-onevision-qwen2: "assistant \n" before an earlier answer, "assistant\n" before the next one.
 QWEN = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>' }}{% endfor %}"
@@ -74,7 +74,7 @@ _GRID = [[28, 56], [56, 28], [56, 56], [28, 84], [84, 28]]
 
 
 def _llama_tokenizer() -> LlamaTokenizer:
-    """Sentence pieces with byte fallback, a space before the first word; it writes the start of every text by itself.
+    """Return a SentencePiece tokenizer with byte fallback that adds a start token and a space to every text.
 
     Mistral's is of the same class.
     """
@@ -88,7 +88,7 @@ def _llama_tokenizer() -> LlamaTokenizer:
 
 
 def _qwen_tokenizer() -> Qwen2Tokenizer:
-    """Byte-level pieces; no start of text."""
+    """Return a byte-level BPE tokenizer without a start token."""
     level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     vocabulary, merges = _train(level, ["<|endoftext|>"], alphabet=pre_tokenizers.ByteLevel.alphabet())
     extra = {"image_token": "<image>", "video_token": "<video>", "start_token": "<|im_start|>"}
@@ -96,7 +96,7 @@ def _qwen_tokenizer() -> Qwen2Tokenizer:
 
 
 def _train(split: pre_tokenizers.PreTokenizer, first: list[str], alphabet: list[str] | None = None) -> tuple:
-    """A vocabulary that begins with `first`, and its merges."""
+    """Return a vocabulary that begins with `first`, and its merges."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = split
     trainer = trainers.BpeTrainer(
@@ -131,17 +131,17 @@ def _clip() -> CLIPVisionConfig:
 
 
 def _save(model: PreTrainedModel, processor: object, folder: Path) -> Path:
-    # At the usual scale of random weights attention is uniform, a picture is a whisper and the head emits one token for
-    # ever: every comparison of answers would be empty.
+    # With random weights at the usual scale attention is uniform, a picture has almost no effect and greedy decoding
+    # repeats one token: comparing answers would be void.
     for part in (model.model.multi_modal_projector, model.model.language_model, model.lm_head):
         for weight in (weight for weight in part.parameters() if weight.ndim == 2):
             torch.nn.init.normal_(weight, std=0.3)
-    # No answer holds an image token (transformers would want a picture for it when it is read again), few end early.
+    # No answer contains an image token (`generate` would require a picture for it), and few answers end early.
     tokenizer = processor.tokenizer
     never = [*map(tokenizer.convert_tokens_to_ids, ("<image>", "<video>")), tokenizer.eos_token_id]
     never = [token for token in never if token is not None]
     model.lm_head.weight.data[never] = 0
-    model.bfloat16().save_pretrained(folder)  # as families are published
+    model.bfloat16().save_pretrained(folder)  # the published precision
     processor.save_pretrained(folder)
     return folder
 
@@ -227,7 +227,7 @@ def make_onevision(folder: Path, tied: bool = True, **more: object) -> Path:
         images, tokenizer, num_image_tokens=16, vision_feature_select_strategy="full", chat_template=QWEN
     )
     _save(LlavaOnevisionForConditionalGeneration(config), processor, folder)
-    # As published: with the class that needs torchvision, and a video processor beside the picture's.
+    # As published: with the class that needs torchvision, and a video processor next to the image processor.
     path = folder / "processor_config.json"
     saved = json.loads(path.read_text())
     saved["processor_class"] = "LlavaOnevisionProcessor"
@@ -237,7 +237,7 @@ def make_onevision(folder: Path, tied: bool = True, **more: object) -> Path:
 
 
 def make_onevision_untied(folder: Path) -> Path:
-    """As `make_onevision`, with a head of its own."""
+    """As `make_onevision`, with an untied head."""
     return make_onevision(folder, tied=False)
 
 

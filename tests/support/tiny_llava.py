@@ -1,4 +1,4 @@
-"""Makes very small LLaVA checkpoints with random weights, for tests of numerics where no trained model is needed.
+"""Make very small LLaVA checkpoints with random weights, for tests of numerics that need no trained model.
 
 The real config, model, tokenizer and processor classes of transformers, saved and loaded as any checkpoint is.
 """
@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-# The template of the LLaVA-1.5 checkpoints writes no end-of-sequence token behind an answer.
+# The template of the LLaVA-1.5 checkpoints writes no end-of-sequence token after an answer.
 TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
@@ -31,7 +31,7 @@ _WORDS = ["USER: ASSISTANT: what is the red circle doing in this picture of a bl
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that encodes any text."""
+    """Return a byte-level BPE tokenizer that encodes any text."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -51,7 +51,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_checkpoint(folder: Path, kv_heads: int = 2, context_tokens: int = 1024, seed: int = 0) -> Path:
-    """Save a random LLaVA-1.5-style checkpoint: 16 image tokens a picture, 4 layers."""
+    """Save a random LLaVA-1.5-style checkpoint: 16 image tokens per picture, 4 layers."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     vision = CLIPVisionConfig(
@@ -72,7 +72,7 @@ def make_checkpoint(folder: Path, kv_heads: int = 2, context_tokens: int = 1024,
     image_token = tokenizer.convert_tokens_to_ids("<image>")
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=image_token, image_seq_length=16)
     model = LlavaForConditionalGeneration(config)
-    # Random heads at the usual scale emit one token for ever, which would make every comparison of answers empty.
+    # With random heads at the usual scale greedy decoding repeats one token, and comparing answers would be void.
     torch.nn.init.normal_(model.lm_head.weight, std=0.3)
     torch.nn.init.normal_(model.model.language_model.embed_tokens.weight, std=0.3)
     model.save_pretrained(folder)

@@ -66,14 +66,14 @@ def test_an_empty_file_has_no_properties():
 
 def test_the_committed_files_agree():
     properties = read_properties((REPO / "config.properties").read_text())
-    assert header_problems(properties, exported(REPO / "deploy" / "local.env")) == []
+    assert header_problems(properties, exported(REPO / "deploy" / "serve" / "local.env")) == []
 
 
 def test_the_committed_frontend_without_the_committed_environment_is_a_problem():
     properties = read_properties((REPO / "config.properties").read_text())
     problems = header_problems(properties, {})
     assert len(problems) == 2
-    assert all("deploy/local.env" in problem for problem in problems)
+    assert all("local.env" in problem for problem in problems)
 
 
 # --- combinations, each measured on TorchServe 0.12 ---
@@ -122,7 +122,7 @@ def test_a_problem_names_key_expected_and_actual_value():
     )
     assert problems == [
         f"the frontend's ts_header_key_sequence_id must be {SESSION}, got X-Id (config.properties)",
-        f"the worker's TS_REQUEST_SEQUENCE_END must be {CLOSED}, got (unset) (deploy/local.env)",
+        f"the worker's TS_REQUEST_SEQUENCE_END must be {CLOSED}, got (unset) (local.env)",
     ]
 
 

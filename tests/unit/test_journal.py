@@ -58,7 +58,7 @@ from tests.support.journals import (
     stores,
     warnings,
 )
-from tests.support.product_log import told
+from tests.support.product_log import product_records
 
 __all__ = ["_closing", "bucket", "folder", "journal"]  # fixtures
 
@@ -584,7 +584,7 @@ def test_a_directory_that_cannot_be_is_a_warning_at_start_and_no_acknowledgement
     place.unlink()
     assert stores(journal, story, 10)
     assert read(again(place / "journal"), "chat-1").records() == story.records()
-    assert [record.levelname for record in told(caplog)] == ["WARNING", "INFO"]
+    assert [record.levelname for record in product_records(caplog)] == ["WARNING", "INFO"]
     shutil.rmtree(place)
     place.write_text("a file again")
     assert not stores(journal, add_turn(story, journal.blobs), 10)
@@ -699,7 +699,7 @@ def test_a_bucket_that_fails_is_no_acknowledgement_is_let_alone_a_while_and_is_c
     clock.now_s += 5
     assert stores(journal, story, 30)
     assert len(records(bucket)) == 5, "all of it: what was written before was lost with the bucket"
-    assert [record.levelname for record in told(caplog)] == ["WARNING", "INFO"]
+    assert [record.levelname for record in product_records(caplog)] == ["WARNING", "INFO"]
 
 
 def refusing(client: Any, operation: str, times: int) -> None:

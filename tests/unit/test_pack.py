@@ -21,7 +21,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from deploy import pack as kit
-from deploy.pack import Job, PackError
+from deploy.pack import PackError, PackJob
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIG = """\
@@ -72,7 +72,7 @@ def sharded(checkpoint: Path) -> Path:
 
 
 @pytest.fixture
-def job(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+def job(tmp_path: Path, checkpoint: Path) -> PackJob:
     handler = tmp_path / "handler"
     (handler / "llava_sessions" / "engine" / "__pycache__").mkdir(parents=True)
     (handler / "llava_handler.py").write_text("class Handler:\n    pass\n")
@@ -80,8 +80,9 @@ def job(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Jo
     (handler / "llava_sessions" / "engine" / "__init__.py").write_text("")
     (handler / "llava_sessions" / "engine" / "__pycache__" / "x.cpython-311.pyc").write_text("")
     (handler / "model-config.yaml").write_text(CONFIG)
-    monkeypatch.setattr(kit, "HANDLER_DIR", handler)
-    return Job(model=str(checkpoint), config=handler / "model-config.yaml", output=tmp_path / "store")
+    return PackJob(
+        model=str(checkpoint), config=handler / "model-config.yaml", output=tmp_path / "store", handler=handler
+    )
 
 
 # --- the archive ------------------------------------------------------------------------------------------------------
@@ -104,9 +105,9 @@ TRAVELS = {
     ("kind", "file_name"), [("no-archive", "chat"), ("default", "chat.mar"), ("tgz", "chat.tar.gz")]
 )
 def test_each_format_holds_the_handler_and_the_checkpoint_and_nothing_else(
-    job: Job, kind: str, file_name: str, checkpoint: Path
+    job: PackJob, kind: str, file_name: str, checkpoint: Path
 ) -> None:
-    packed = kit.pack(replace(job, format=kind, name="chat", version="2.1"))
+    packed = kit.pack_model(replace(job, format=kind, name="chat", version="2.1"))
 
     assert packed.archive == job.output / file_name
     assert [path.name for path in job.output.iterdir()] == [file_name], "no scratch folder stays behind"
@@ -118,8 +119,8 @@ def test_each_format_holds_the_handler_and_the_checkpoint_and_nothing_else(
     assert manifest["model"]["modelVersion"] == "2.1"
 
 
-def test_packed_weights_are_a_copy_that_a_later_training_run_cannot_change(job: Job, checkpoint: Path) -> None:
-    archive = kit.pack(job).archive
+def test_packed_weights_are_a_copy_that_a_later_training_run_cannot_change(job: PackJob, checkpoint: Path) -> None:
+    archive = kit.pack_model(job).archive
     packed = archive / "checkpoint" / "model.safetensors"
     before = packed.read_bytes()
     with (checkpoint / "model.safetensors").open("r+b") as file:
@@ -127,8 +128,8 @@ def test_packed_weights_are_a_copy_that_a_later_training_run_cannot_change(job: 
     assert packed.read_bytes() == before
 
 
-def test_shards_travel_with_their_index(job: Job, sharded: Path) -> None:
-    sizes, _ = kit.read_archive(kit.pack(job).archive, "no-archive")
+def test_shards_travel_with_their_index(job: PackJob, sharded: Path) -> None:
+    sizes, _ = kit.read_archive(kit.pack_model(job).archive, "no-archive")
     weights = {name for name in sizes if "safetensors" in name}
     assert weights == {
         "checkpoint/model.safetensors.index.json",
@@ -137,74 +138,74 @@ def test_shards_travel_with_their_index(job: Job, sharded: Path) -> None:
     }
 
 
-def test_weights_beside_leave_the_checkpoint_where_it_is(job: Job, checkpoint: Path) -> None:
-    packed = kit.pack(replace(job, weights="beside"))
+def test_weights_beside_leave_the_checkpoint_where_it_is(job: PackJob, checkpoint: Path) -> None:
+    packed = kit.pack_model(replace(job, weights="beside"))
     sizes, _ = kit.read_archive(packed.archive, "no-archive")
     assert not [name for name in sizes if name.startswith("checkpoint/")]
     config = yaml.safe_load((packed.archive / "model-config.yaml").read_text())
     assert config["llava"]["checkpoint"] == str(checkpoint)
 
 
-def test_hub_id_beside_is_written_down_and_not_fetched(job: Job) -> None:
-    packed = kit.pack(replace(job, model="some-org/llava-1.5-7b", weights="beside"))
+def test_hub_id_beside_is_written_down_and_not_fetched(job: PackJob) -> None:
+    packed = kit.pack_model(replace(job, model="some-org/llava-1.5-7b", weights="beside"))
     config = yaml.safe_load((packed.archive / "model-config.yaml").read_text())
     assert config["llava"]["checkpoint"] == "some-org/llava-1.5-7b"
 
 
-def test_hub_id_that_cannot_be_fetched_says_so(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_id_that_cannot_be_fetched_says_so(job: PackJob, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(PackError, match=r"(?s)nobody/no-such-model is neither a folder here.*offline\?"):
-        kit.pack(replace(job, model="nobody/no-such-model"))
+    with pytest.raises(PackError, match=r"(?s)nobody/no-such-model is neither a folder nor.*offline\?"):
+        kit.pack_model(replace(job, model="nobody/no-such-model"))
 
 
-def test_packing_again_replaces_the_archive_whole(job: Job) -> None:
-    archive = kit.pack(job).archive
+def test_packing_again_replaces_the_archive_whole(job: PackJob) -> None:
+    archive = kit.pack_model(job).archive
     (archive / "left-over.txt").write_text("from the run before")
-    kit.pack(replace(job, sessions=8))
+    kit.pack_model(replace(job, sessions=8))
     assert not (archive / "left-over.txt").exists()
     assert yaml.safe_load((archive / "model-config.yaml").read_text())["llava"]["max_sessions"] == 8
 
 
-def test_another_format_of_the_name_goes_and_other_names_stay(job: Job) -> None:
-    kit.pack(replace(job, format="default"))
-    kit.pack(replace(job, format="tgz", name="other"))
-    packed = kit.pack(job)
+def test_another_format_of_the_name_goes_and_other_names_stay(job: PackJob) -> None:
+    kit.pack_model(replace(job, format="default"))
+    kit.pack_model(replace(job, format="tgz", name="other"))
+    packed = kit.pack_model(job)
     assert packed.removed == (job.output / "llava.mar",)
     assert {path.name for path in job.output.iterdir()} == {"llava", "other.tar.gz"}
 
 
-def test_a_failed_run_leaves_the_old_archive_alone(job: Job, checkpoint: Path) -> None:
-    archive = kit.pack(job).archive
+def test_a_failed_run_leaves_the_old_archive_alone(job: PackJob, checkpoint: Path) -> None:
+    archive = kit.pack_model(job).archive
     before = sorted(path.name for path in archive.rglob("*"))
     (checkpoint / "config.json").unlink()
     with pytest.raises(PackError):
-        kit.pack(job)
+        kit.pack_model(job)
     assert sorted(path.name for path in archive.rglob("*")) == before
     assert [path.name for path in job.output.iterdir()] == ["llava"]
 
 
 def test_a_folder_named_like_the_model_in_the_temp_folder_survives(
-    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: PackJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bystander = tmp_path / "temp" / "llava" / "precious.txt"
     bystander.parent.mkdir(parents=True)
     bystander.write_text("the archiver deletes $TMPDIR/<model-name>")
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temp"))
-    kit.pack(job)
+    kit.pack_model(job)
     assert bystander.exists()
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../up", ".hidden", "-dash", "a.b", "ä"])
-def test_model_names_are_plain(job: Job, name: str) -> None:
+def test_model_names_are_plain(job: PackJob, name: str) -> None:
     with pytest.raises(PackError, match="letters, digits"):
-        kit.pack(replace(job, name=name))
+        kit.pack_model(replace(job, name=name))
 
 
 # --- for SageMaker ----------------------------------------------------------------------------------------------------
 
 
-def test_for_sagemaker_the_folder_is_the_archive_itself(job: Job) -> None:
-    packed = kit.pack(replace(job, sagemaker=True))
+def test_for_sagemaker_the_folder_is_the_archive_itself(job: PackJob) -> None:
+    packed = kit.pack_model(replace(job, sagemaker=True))
     assert packed.archive == job.output / "llava.sagemaker"
     files = {path.relative_to(packed.archive).as_posix() for path in packed.archive.rglob("*") if path.is_file()}
     assert files == TRAVELS | {"MAR-INF/MANIFEST.json"}
@@ -215,11 +216,11 @@ def test_for_sagemaker_the_folder_is_the_archive_itself(job: Job) -> None:
     assert config["llava"]["checkpoint"] == "checkpoint"
 
 
-def test_the_tarball_for_sagemaker_unpacks_into_the_same_folder(job: Job, tmp_path: Path) -> None:
-    folder = kit.pack(replace(job, sagemaker=True)).archive
+def test_the_tarball_for_sagemaker_unpacks_into_the_same_folder(job: PackJob, tmp_path: Path) -> None:
+    folder = kit.pack_model(replace(job, sagemaker=True)).archive
     wanted = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
-    packed = kit.pack(replace(job, sagemaker=True, format="tgz"))
+    packed = kit.pack_model(replace(job, sagemaker=True, format="tgz"))
     assert packed.archive == folder, "one takes the other's place: only one of them is uploaded"
     assert [path.name for path in packed.archive.iterdir()] == ["model.tar.gz"]
     with tarfile.open(packed.archive / "model.tar.gz") as tarball:
@@ -230,25 +231,25 @@ def test_the_tarball_for_sagemaker_unpacks_into_the_same_folder(job: Job, tmp_pa
     assert {**found, "MAR-INF/MANIFEST.json": b""} == {**wanted, "MAR-INF/MANIFEST.json": b""}, "but for the time of it"
 
 
-def test_archives_for_here_and_for_sagemaker_lie_side_by_side(job: Job) -> None:
-    kit.pack(replace(job, format="default"))
-    kit.pack(replace(job, sagemaker=True))
-    kit.pack(replace(job, format="default"))
+def test_archives_for_here_and_for_sagemaker_lie_side_by_side(job: PackJob) -> None:
+    kit.pack_model(replace(job, format="default"))
+    kit.pack_model(replace(job, sagemaker=True))
+    kit.pack_model(replace(job, format="default"))
     assert {path.name for path in job.output.iterdir()} == {"llava.mar", "llava.sagemaker"}
 
 
 @pytest.mark.parametrize(("change", "words"), [({"weights": "beside"}, "inside"), ({"format": "default"}, "tgz")])
-def test_what_an_endpoint_could_not_load_is_refused(job: Job, change: dict[str, str], words: str) -> None:
+def test_what_an_endpoint_could_not_load_is_refused(job: PackJob, change: dict[str, str], words: str) -> None:
     with pytest.raises(PackError, match=words):
-        kit.pack(replace(job, sagemaker=True, **change))
+        kit.pack_model(replace(job, sagemaker=True, **change))
     assert not job.output.exists()
 
 
 # --- the configuration ------------------------------------------------------------------------------------------------
 
 
-def test_config_gets_our_values_and_keeps_its_comments(job: Job) -> None:
-    packed = kit.pack(replace(job, sessions=20, dtype="bfloat16", device="cuda"))
+def test_config_gets_our_values_and_keeps_its_comments(job: PackJob) -> None:
+    packed = kit.pack_model(replace(job, sessions=20, dtype="bfloat16", device="cuda"))
     text = (packed.archive / "model-config.yaml").read_text()
     config = yaml.safe_load(text)
     assert config["batchSize"] == config["maxNumSequence"] == 56
@@ -259,9 +260,9 @@ def test_config_gets_our_values_and_keeps_its_comments(job: Job) -> None:
         assert comment in text
 
 
-def test_what_is_not_asked_for_stays_as_the_file_says(job: Job) -> None:
+def test_what_is_not_asked_for_stays_as_the_file_says(job: PackJob) -> None:
     job.config.write_text(CONFIG.replace("dtype: auto", "dtype: float16").replace("batchSize: 144", "batchSize: 1"))
-    config = yaml.safe_load((kit.pack(job).archive / "model-config.yaml").read_text())
+    config = yaml.safe_load((kit.pack_model(job).archive / "model-config.yaml").read_text())
     assert config["llava"]["dtype"] == "float16"
     assert config["llava"]["max_sessions"] == 64
     assert config["batchSize"] == config["maxNumSequence"] == 144
@@ -278,7 +279,10 @@ def test_paths_with_odd_characters_survive_the_rendering() -> None:
         (CONFIG.replace("maxNumSequence: 144\n", ""), "maxNumSequence"),
         (CONFIG.replace("  device: auto\n", ""), r"llava\.device"),
         (CONFIG.replace("llava:", "lava:"), "no `llava:` section"),
-        (CONFIG.replace("max_sessions: 64", "max_sessions: many"), "max_sessions is 'many'"),
+        (
+            CONFIG.replace("max_sessions: 64", "max_sessions: many"),
+            "an integer from 1, got 'many'",
+        ),
         ("a: [", "not YAML"),
         ("batchSize: 1\nmaxNumSequence: 1\nllava: {checkpoint: x, device: y, max_sessions: 1}", "cannot edit"),
     ],
@@ -308,16 +312,19 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "no config": (lambda d: (d / "config.json").unlink(), "config.json is missing"),
     "config not JSON": (lambda d: (d / "config.json").write_text("{"), "config.json is not JSON"),
     "config a list": (lambda d: write_json(d / "config.json", []), "holds no JSON object"),
-    "another family": (lambda d: write_json(d / "config.json", {"model_type": "bert"}), "model_type is 'bert'"),
+    "another family": (
+        lambda d: write_json(d / "config.json", {"model_type": "bert"}),
+        "llava_onevision, got 'bert'",
+    ),
     "another class": (
         lambda d: write_json(d / "config.json", {"model_type": "llava", "architectures": ["LlavaLlama"]}),
-        "architectures is ['LlavaLlama']",
+        "`architectures` must contain 'LlavaForConditionalGeneration', got ['LlavaLlama']",
     ),
     "no picture processor": (lambda d: write_json(d / "processor_config.json", {}), "no picture processor"),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "no tokenizer"),
     "no chat template": (lambda d: (d / "chat_template.jinja").unlink(), "no chat template"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "no weights: model.safetensors"),
-    "weights cut short": (lambda d: cut(d / "model.safetensors"), "cut short or damaged"),
+    "weights cut short": (lambda d: cut(d / "model.safetensors"), "truncated or damaged"),
     "weights empty": (lambda d: (d / "model.safetensors").write_bytes(b""), "no safetensors file"),
     "weights are text": (lambda d: (d / "model.safetensors").write_text("hello, " * 99), "no safetensors file"),
     "weights a pointer": (lambda d: pointer(d / "model.safetensors"), "model.safetensors is a git-lfs pointer"),
@@ -336,18 +343,18 @@ def test_each_problem_of_a_checkpoint_is_named(checkpoint: Path, case: str) -> N
 
 
 @pytest.mark.parametrize("kind", ["llava", "llava_next", "llava_onevision"])
-def test_every_served_family_is_packed_and_told_from_the_others(job: Job, checkpoint: Path, kind: str) -> None:
+def test_every_served_family_is_packed_and_told_from_the_others(job: PackJob, checkpoint: Path, kind: str) -> None:
     write_json(checkpoint / "config.json", {"model_type": kind, "architectures": [kit.FAMILIES[kind]]})
     write_json(checkpoint / "processor_config.json", {})  # as published: the picture processor in a file of its own
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
         write_json(checkpoint / name, {"size": {}})
-    sizes, _ = kit.read_archive(kit.pack(job).archive, "no-archive")
+    sizes, _ = kit.read_archive(kit.pack_model(job).archive, "no-archive")
     extra = {"checkpoint/preprocessor_config.json", "checkpoint/video_preprocessor_config.json"}
     assert set(sizes) == TRAVELS | extra
 
     other = next(name for name in kit.FAMILIES if name != kind)
     write_json(checkpoint / "config.json", {"model_type": kind, "architectures": [kit.FAMILIES[other]]})
-    assert "wanted 'Llava" in "".join(kit.checkpoint_problems(checkpoint))
+    assert "must contain 'Llava" in "".join(kit.checkpoint_problems(checkpoint))
 
 
 def test_problems_of_shards_are_named_each(sharded: Path) -> None:
@@ -355,7 +362,7 @@ def test_problems_of_shards_are_named_each(sharded: Path) -> None:
     save_file({"c": np.zeros(2, np.float32)}, sharded / "model-00002-of-00002.safetensors")
     problems = kit.checkpoint_problems(sharded)
     assert problems == [
-        "model-00001-of-00002.safetensors is missing, though model.safetensors.index.json names it",
+        "model-00001-of-00002.safetensors is missing, but model.safetensors.index.json names it",
         "model-00002-of-00002.safetensors lacks 1 tensors of the index, b first",
     ]
 
@@ -381,7 +388,7 @@ def test_all_problems_come_at_once_with_exit_code_2(checkpoint: Path, tmp_path: 
     done = build_mar("--model", str(checkpoint), "--output", "store", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
-    for words in ("no tokenizer", "no chat template", "cut short"):
+    for words in ("no tokenizer", "no chat template", "truncated"):
         assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "store").exists()

@@ -114,7 +114,7 @@ def test_an_open_that_brings_an_id_is_refused_and_opens_nothing(front):
 
 def test_an_open_row_is_held_while_its_picture_is_prepared(front, tokens):
     row = front.row({"type": "start_session", "image": png()})
-    with tokens._lock:  # the picture waits for its tokens
+    with tokens.lock:  # the picture waits for its tokens
         assert front.exchange(row) == [None]
         assert front.exchange(row) == [None]
         assert front.pump.busy
@@ -150,7 +150,7 @@ def test_a_full_table_refuses_before_any_work(model, tokens):
     session = front.open()
     commands = len(front.commands)
     row = front.row({"type": "start_session", "image": "not even a picture"})
-    with tokens._lock:
+    with tokens.lock:
         (reply,) = front.exchange(row)  # at once, not after a look at the picture
     assert (reply.status, code(reply)) == (429, "capacity")
     assert front.is_ended(row, reply)
@@ -162,7 +162,7 @@ def test_a_picture_in_preparation_holds_a_place(model, tokens):
     front = Frontend(model, tokens, max_sessions=1)
     first = front.row({"type": "start_session", "image": png()})
     second = front.row({"type": "start_session", "image": png()})
-    with tokens._lock:
+    with tokens.lock:
         held, reply = front.exchange(first, second)
     assert held is None
     assert reply.status == 429
@@ -194,7 +194,7 @@ def test_an_answer_is_told_whole_with_its_facts(front):
 def test_token_ids_come_when_asked_for(front, tokens):
     body = front.ask(front.open(), return_token_ids=True)
     assert len(body["token_ids"]) == body["usage"]["completion_tokens"]
-    text = tokens._tokenizer.decode(body["token_ids"], skip_special_tokens=True).lstrip()
+    text = tokens.tokenizer.decode(body["token_ids"], skip_special_tokens=True).lstrip()
     assert text == body["response_text"]
 
 
@@ -458,7 +458,7 @@ def test_a_row_that_vanishes_leaves_the_others_running(front):
 
 def test_a_client_that_leaves_while_its_picture_is_prepared_opens_nothing(model, tokens):
     front = Frontend(model, tokens, max_sessions=1)
-    with tokens._lock:
+    with tokens.lock:
         assert front.exchange(front.row({"type": "start_session", "image": png()})) == [None]
         front.exchange()
     prepared = front.inbox.get(PATIENCE_S)
@@ -573,7 +573,7 @@ def test_a_refused_row_of_an_open_session_does_not_end_it(front, body):
 
 def test_a_refused_row_of_a_session_in_preparation_does_not_end_it(front, tokens):
     opening = front.row({"type": "start_session", "image": png()})
-    with tokens._lock:
+    with tokens.lock:
         assert front.exchange(opening) == [None]
         held, reply = front.exchange(opening, front.ask_row(opening.sequence_id))
     assert held is None
@@ -802,7 +802,7 @@ def settle_preparing(front: Frontend, *rows: Row) -> None:
 def test_a_session_is_busy_while_a_questions_picture_is_prepared(front, tokens):
     session = front.open()
     row, other = front.ask_row(session, image=png("blue")), front.ask_row(session)
-    with tokens._lock:  # the picture waits for its tokens
+    with tokens.lock:  # the picture waits for its tokens
         assert front.exchange(row) == [None]
         held, busy = front.exchange(row, other)
         assert held is None
@@ -841,7 +841,7 @@ def test_a_questions_pictures_that_do_not_fit_are_refused_with_both_numbers(mode
 
 def test_a_client_that_leaves_while_its_questions_picture_is_prepared_frees_the_session(front, tokens):
     session = front.open()
-    with tokens._lock:
+    with tokens.lock:
         assert front.exchange(front.ask_row(session, image=png("blue"))) == [None]
         assert front.exchange() == []
         assert front.pump.metric_values().running_turns == 0
@@ -853,7 +853,7 @@ def test_a_client_that_leaves_while_its_questions_picture_is_prepared_frees_the_
 def test_a_question_is_cancelled_while_its_picture_is_prepared(front, tokens):
     session = front.open()
     row, cancel = front.ask_row(session, image=png("blue")), front.cancel_row(session)
-    with tokens._lock:
+    with tokens.lock:
         assert front.exchange(row) == [None]
         told, done = front.exchange(row, cancel)
     assert json.loads(told.body)["finish_reason"] == "cancelled"
@@ -865,7 +865,7 @@ def test_a_question_is_cancelled_while_its_picture_is_prepared(front, tokens):
 def test_a_session_is_closed_while_a_questions_picture_is_prepared(front, tokens):
     session = front.open()
     row, close = front.ask_row(session, image=png("blue")), front.close_row(session)
-    with tokens._lock:
+    with tokens.lock:
         assert front.exchange(row) == [None]
         told, done = front.exchange(row, close)
     assert json.loads(told.body)["finish_reason"] == "cancelled"
@@ -947,9 +947,9 @@ def test_an_acknowledged_session_whose_picture_failed_is_rebuilt_by_its_next_tur
 def test_a_picture_that_the_engine_fails_at_once_costs_no_session(front):
     good = front.open()
     row, until = front.row({"type": "start_session", "image": png("blue")}), time.monotonic() + PATIENCE_S
-    while row.sequence_id not in front.engine._sessions and time.monotonic() < until:
+    while row.sequence_id not in front.engine.sessions and time.monotonic() < until:
         front.exchange(row)
-    front.engine._sessions[row.sequence_id].shown[0].picture = None  # nothing that can be encoded
+    front.engine.sessions[row.sequence_id].pictures[0].prepared = None  # nothing that can be encoded
     front.step()
     assert front.exchange(row)[0].status == 200  # there was room for it
     front.step()
@@ -960,7 +960,7 @@ def test_a_picture_that_the_engine_fails_at_once_costs_no_session(front):
 
 def test_an_open_that_the_engine_can_not_take_is_refused_and_its_place_is_free(front):
     row, until = front.row({"type": "start_session", "image": png()}), time.monotonic() + PATIENCE_S
-    front.engine.budget = None  # makes every open raise
+    front.engine.device_memory.budget = None  # makes every open raise
     replies = [None]
     while replies == [None] and time.monotonic() < until:
         replies = front.exchange(row)
@@ -989,7 +989,7 @@ def test_a_repeated_ask_is_told_again_and_not_run_again(front):
 
 def test_a_client_that_leaves_a_shared_new_session_sequence_does_not_end_it_for_others(model, tokens):
     front = Frontend(model, tokens)
-    with tokens._lock:
+    with tokens.lock:
         row = front.row({"type": "start_session", "image": png()}, NEW_SESSION)
         assert front.exchange(row) == [None]
         front.exchange()

@@ -1,4 +1,1 @@
-"""The session engine: everything that imports torch.
-
-It speaks token ids, pixel arrays and session ids; it must not know TorchServe, payloads or HTTP.
-"""
+"""The engine process: the model, the KV caches and the schedule. The only package that imports torch."""

@@ -1,116 +1,176 @@
-"""Owns attention as a CPU computes it faster than by the usual call, which stands beside it.
+"""The packed batch of one forward, and the attention functions that transformers calls for it.
 
-Must not know sessions, scheduling or transformers' classes. On other devices, and in other precisions than bfloat16, it
-does what torch's own functions do.
-
-The order of the products in `attention` is plain algebra: oneDNN's bfloat16 `K @ q` reads K as it lies in memory, while
-flash attention copies it into another layout for every call. What it gains (bench model, 2 cores of an AMD EPYC with
-avx512_bf16, best of a run; packed linears, and with products): decode of 1 chat 30, 21 ms; of 16 chats 247, 117 ms; a
-follow-up of 45 tokens 70, 58 ms; vision tower and projector 625, 514 ms. Further gains: `linears.py`, `fused.py`.
+All new tokens of a step are one row of a batch. Attention runs per session on that session's own KV cache, so a
+session's numbers do not depend on the other sessions of the step. Built on two extension points of transformers:
+`AttentionInterface.register` and the `past_key_values` protocol (`update`).
 """
 
 from __future__ import annotations
 
-import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface
 
-# Torch's allocator asks the kernel for huge pages: a grown KV takes half as long to be touched for the first time.
-# Torch looks once, when it first allocates much, so this stands where the module is loaded.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+from .cpu import attention as cpu_attention
+from .kv import SessionKV
 
-# Of new tokens a call; above that the scores leave the cache.
-_MOST_ROWS = 512
-# From so many rows on, softmax runs across rows, over scores as they come out of the first product; it is fast where
-# their number is a multiple of the vector's length.
-_MANY_ROWS = 64
-_VECTOR = 32
-# Rows of a picture whose scores are made at once.
-_PICTURE_ROWS = 192
+if TYPE_CHECKING:
+    from .cpu.token_attention import TokenAttention  # importing it needs Numba
+
+# Names under which the attention functions are registered with transformers.
+TEXT_ATTENTION = "session_sdpa"
+VISION_ATTENTION = "picture_sdpa"
 
 
-def products_win() -> bool:
-    """Whether this CPU is of the kind on which `attention` by products is faster: AVX-512 with bfloat16, but no AMX."""
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16")) and not found.get("amx_tile")
+@dataclass(frozen=True)
+class Segment:
+    """One session's new tokens in a packed forward. They follow the `kv.length` stored tokens.
+
+    `features`: `[places, hidden]`, the embeddings of the tokens at the indices `feature_places` of `token_ids`, or
+    None. An image token outside `feature_places` (a model generated it) is embedded like any other token. `sample`:
+    return the logits of the last token.
+    """
+
+    kv: SessionKV
+    token_ids: list[int]
+    features: torch.Tensor | None
+    feature_places: list[int]
+    sample: bool
 
 
-_PRODUCTS_WIN = products_win()
+@dataclass(frozen=True)
+class _Span:
+    """Rows `start` to `end` of the pack, which belong to one session, with the inputs of their attention.
+
+    `stored`: tokens in the cache before them. `mask`: bool `[rows, stored + rows]`, True where a token is visible;
+    None if nothing is hidden or if `is_causal` describes it.
+    """
+
+    kv: SessionKV
+    stored: int
+    start: int
+    end: int
+    mask: torch.Tensor | None
+    is_causal: bool
 
 
-def attention(
+class PackedKV:
+    """The KV caches of all segments of one forward, as transformers' `past_key_values` and for fused layers.
+
+    Transformers' layers call `update`, which stores each session's new keys and values in its own cache, and then the
+    registered attention function, which reads them there. Fused layers call `attend`, which does both. With compiled
+    token attention, segments of one token are excluded from `spans`: the compiled call handles all of them at once.
+    """
+
+    is_compileable = False  # part of the `past_key_values` protocol
+
+    def __init__(self, segments: list[Segment], heads: int, token_attention: TokenAttention | None) -> None:
+        """Reserve room in each cache. Raises torch's out-of-memory error; the caches keep all stored tokens."""
+        self._heads = heads
+        self._token_attention = token_attention
+        self.spans: list[_Span] = []
+        self.ends: list[int] = []
+        places: list[tuple[int, int, int, int]] = []
+        start = 0
+        for segment in segments:
+            kv = segment.kv
+            rows = len(segment.token_ids)
+            kv.reserve(kv.length + rows)
+            if token_attention is not None and rows == 1:
+                places.append((start, kv.address, kv.capacity, kv.length))
+            else:
+                mask = _causal_mask(kv.length, rows, kv.shape.device) if kv.length and rows > 1 else None
+                self.spans.append(_Span(kv, kv.length, start, start + rows, mask, not kv.length and rows > 1))
+            start += rows
+            self.ends.append(start)
+        self._task = token_attention.task(places) if token_attention is not None and places else None
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the keys and values of one layer, `[1, kv_heads, rows, head_dim]` each, and return them."""
+        for span in self.spans:
+            span.kv.write(layer, span.stored, keys[0, :, span.start : span.end], values[0, :, span.start : span.end])
+        return keys, values
+
+    def attend(self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Rotate, store and attend for a fused layer, see `cpu.layers.Batch.attend`."""
+        out = qkv.new_empty((len(qkv), self._heads * cos.shape[-1]))
+        if self._token_attention is not None and self._task is not None:
+            self._token_attention(self._task, layer, qkv, cos, sin, out)
+        for span in self.spans:
+            self._attend_span(span, layer, qkv, cos, sin, out)
+        return out
+
+    def _attend_span(
+        self,
+        span: _Span,
+        layer: int,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """As `attend`, for the rows of one session. Writes these rows of `out`."""
+        rows = slice(span.start, span.end)
+        head_dim = cos.shape[-1]
+        kv_heads = span.kv.shape.kv_heads
+        numbers = qkv[rows].view(span.end - span.start, -1, head_dim)
+        cpu_attention.rotate(numbers[:, : self._heads + kv_heads], cos[rows], sin[rows])
+        queries, keys, values = numbers.transpose(0, 1).split((self._heads, kv_heads, kv_heads))
+        span.kv.write(layer, span.stored, keys, values)
+        stored_keys, stored_values = span.kv.read(layer, span.stored + len(numbers))
+        attended = cpu_attention.attention(
+            queries[None], stored_keys, stored_values, head_dim**-0.5, span.mask, span.is_causal
+        )
+        out[rows] = attended[0].transpose(0, 1).flatten(1)
+
+
+def _causal_mask(stored: int, new: int, device: torch.device) -> torch.Tensor:
+    """Return bool `[new, stored + new]`: a new token sees all stored tokens, itself and the new tokens before it."""
+    return torch.ones((new, stored + new), dtype=torch.bool, device=device).tril(stored)
+
+
+def _packed_attention(
+    module: Any,
     query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
     scaling: float,
-    mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-) -> torch.Tensor:
-    """Attention of one session's new tokens, by two products where that is faster and by torch's own function else.
+    packed: PackedKV,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend to each session's own cache, in which `PackedKV.update` has stored the new keys and values.
 
-    `query`: `[1, heads, new, head_dim]`; `keys` and `values`: `[1, kv_heads, stored + new, head_dim]`; `mask`: `[new,
-    stored + new]`, true where a token is seen: all but, among the last `new` columns, what comes after it. `is_causal`:
-    the same with nothing stored. Returns `[1, heads, new, head_dim]`.
+    `query`: `[1, heads, rows, head_dim]`. Result: `[1, rows, heads, head_dim]`.
     """
-    fits = query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.shape[2] <= _MOST_ROWS
-    if _PRODUCTS_WIN and fits:
-        return _attention_by_products(query, keys[0], values[0], scaling)
-    return scaled_dot_product_attention(
-        query,
-        keys,
-        values,
-        attn_mask=mask,
-        is_causal=is_causal,
-        scale=scaling,
-        enable_gqa=query.shape[1] != keys.shape[1],
-    )
+    out = torch.empty_like(query.transpose(1, 2))
+    for span in packed.spans:
+        keys, values = span.kv.read(module.layer_idx, span.stored + span.end - span.start)
+        rows = query[:, :, span.start : span.end]
+        attended = cpu_attention.attention(rows, keys, values, scaling, span.mask, span.is_causal)
+        out[:, span.start : span.end] = attended.transpose(1, 2)
+    return out, None
 
 
-def _attention_by_products(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    """Scores as `K @ q` for each KV head, its group of query heads side by side; every new token sees what is stored,
-    itself and the new ones before it. Scores are rounded to bfloat16, as in transformers' eager attention.
+def _vision_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend without a mask in a vision tower.
+
+    `query`, `key`, `value`: `[pictures, heads, patches, head_dim]`. Result: `[pictures, patches, heads, head_dim]`.
     """
-    _, heads, new, head_dim = query.shape
-    kv_heads, tokens, _ = keys.shape
-    rows = query[0].reshape(kv_heads, -1, head_dim) * scaling
-    count = rows.shape[1]
-    across = count >= _MANY_ROWS
-    if across and count % _VECTOR:
-        rows = pad(rows, (0, 0, 0, -count % _VECTOR))
-    scores = torch.bmm(keys, rows.transpose(1, 2))  # [kv_heads, tokens, rows]
-    if not across:
-        scores = scores.transpose(1, 2).contiguous().transpose(1, 2)
-    if new > 1:
-        after = torch.ones((new, new), dtype=torch.bool).tril(-1)  # [token, row]: the token comes after the row's own
-        for start in range(0, count, new):
-            scores[:, tokens - new :, start : start + new].masked_fill_(after, float("-inf"))
-    weights = scores.softmax(1).transpose(1, 2) if across else scores.transpose(1, 2).softmax(-1)
-    return torch.bmm(weights, values)[:, :count].reshape(1, heads, new, head_dim)
+    return cpu_attention.full_attention(query, key, value, scaling).transpose(1, 2).contiguous(), None
 
 
-def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Rotary embedding in place: `[rows, heads, head_dim]` by the rows' `cos` and `sin`, `[rows, head_dim]`."""
-    low, high = heads.chunk(2, -1)
-    turned = torch.cat((-high, low), -1)
-    heads.mul_(cos[:, None]).addcmul_(turned, sin[:, None])
-
-
-def full_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Attention where everything sees everything, as in a vision tower: `[pictures, heads, rows, head_dim]` each.
-
-    By products where those are faster, block by block of rows so that the scores stay in cache.
-    """
-    fits = query.dtype == torch.bfloat16 and query.device.type == "cpu"
-    if not (_PRODUCTS_WIN and fits):
-        return scaled_dot_product_attention(query, keys, values, scale=scaling)
-    rows, keys, values = (part.flatten(0, 1).contiguous() for part in (query * scaling, keys, values))
-    out = torch.empty_like(rows)
-    for start in range(0, rows.shape[1], _PICTURE_ROWS):
-        block = rows[:, start : start + _PICTURE_ROWS]
-        count = block.shape[1]
-        scores = torch.bmm(keys, pad(block, (0, 0, 0, -count % _VECTOR)).transpose(1, 2))
-        out[:, start : start + count] = torch.bmm(scores.softmax(1).transpose(1, 2), values)[:, :count]
-    return out.view(query.shape)
+AttentionInterface.register(TEXT_ATTENTION, _packed_attention)
+AttentionInterface.register(VISION_ATTENTION, _vision_attention)

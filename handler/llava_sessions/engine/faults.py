@@ -1,32 +1,37 @@
-"""Owns telling one error of the device from another: memory that ran out, a device that is lost, all the rest.
-
-Must not know sessions, turns or processes.
-"""
+"""Classify errors of the device: memory ran out, the device is lost, or any other error."""
 
 from __future__ import annotations
 
 import torch
 
-# How torch's CPU allocator, oneDNN and C++ say it; none of them has an exception of its own.
+# Messages of torch's CPU allocator, oneDNN and C++, which raise RuntimeError when memory runs out.
 _OUT_OF_MEMORY = ("can't allocate memory", "could not create a memory", "bad_alloc", "out of memory")
-# All that oneDNN says where there was none for the code that it generates, or for what that needs while it runs. (Where
-# an operation is not supported it says more: "... primitive descriptor for the matmul primitive".)
+# The whole message of oneDNN when memory for generated code, or for its execution, runs out. For an unsupported
+# operation the message is longer: "... primitive descriptor for the matmul primitive".
 _NO_MEMORY_FOR_CODE = ("could not create a primitive", "could not execute a primitive")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that memory ran out: the work may be tried again with more of it free."""
+    """Return whether memory ran out, so that the work may succeed once more of it is free."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    said = str(error).lower().strip()
-    found = said in _NO_MEMORY_FOR_CODE or any(words in said for words in _OUT_OF_MEMORY)
-    return found and isinstance(error, RuntimeError)
+    message = str(error).lower().strip()
+    matches = message in _NO_MEMORY_FOR_CODE or any(words in message for words in _OUT_OF_MEMORY)
+    return matches and isinstance(error, RuntimeError)
+
+
+def raise_if_device_lost(error: Exception, device: torch.device) -> None:
+    """Raise `error` if the device no longer computes.
+
+    After a CUDA fault every call of the process fails until it exits (CUDA C++ Programming Guide, "Error Checking":
+    sticky errors).
+    """
+    if not is_usable(device):
+        raise error
 
 
 def is_usable(device: torch.device) -> bool:
-    """Whether the device still computes. After a CUDA fault every call of the process fails, until it ends (CUDA C++
-    Programming Guide, "Error Checking": sticky errors).
-    """
+    """Return whether the device still computes. Always True for a CPU."""
     if device.type != "cuda":
         return True
     try:
@@ -38,6 +43,11 @@ def is_usable(device: torch.device) -> bool:
 
 
 def release_unused(device: torch.device) -> None:
-    """Give memory that torch keeps for reuse back to the device."""
+    """Return the memory that torch caches for reuse to the device. Does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def first_line(error: Exception) -> str:
+    """Return type and first line of an error, for a log line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

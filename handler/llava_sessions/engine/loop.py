@@ -1,7 +1,4 @@
-"""Owns the engine's loop: commands in, steps, reports out, in the thread that runs it.
-
-Must not know processes, pipes, sessions, payloads or TorchServe.
-"""
+"""The engine's loop: apply commands, step the engine, report the events, all in the thread that runs the loop."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from .engine import Engine
 
 
 class EngineLoop:
-    """Steps an engine for as long as it has work, and tells what came of it."""
+    """Steps an engine while it has work and reports the events of each step."""
 
     def __init__(self, engine: Engine, report: Callable[[Report], None]) -> None:
         """`report` is called in the loop's thread, between two steps."""
@@ -22,22 +19,22 @@ class EngineLoop:
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
 
     def submit(self, command: Command) -> None:
-        """Hand a command to the loop; it takes effect before the next step."""
+        """Queue a command; it is applied before the next step. Thread-safe."""
         self._commands.put(command)
 
     def stop(self) -> None:
-        """Have `run` return after the step that runs."""
+        """Make `run` return after the current step. Thread-safe."""
         self._commands.put(None)
 
     def run(self) -> None:
-        """Run until `stop`. An error that the engine does not contain ends it: its state can't be trusted then."""
-        while self._take_commands():
+        """Run until `stop`. Raises an error that the engine does not handle: its state is then unreliable."""
+        while self._apply_commands():
             events = self._engine.step()
             if events:
                 self._report(Report(events, self._engine.memory()))
 
-    def _take_commands(self) -> bool:
-        """Apply what has come; wait for something when there is nothing to do. False when the loop shall end."""
+    def _apply_commands(self) -> bool:
+        """Apply all queued commands; if the engine has no work, wait for one. Return False after `stop`."""
         while True:
             try:
                 command = self._commands.get(block=not self._engine.has_work)

@@ -1,8 +1,8 @@
-"""Owns the inside of the engine process: loads the checkpoint, answers a first question, and runs the loop on a pipe.
+"""The engine process: load the checkpoint, answer one question, then serve commands from a pipe.
 
-Started by `supervisor` as `python -m llava_sessions.engine.process FD`: FD is its end of the pipe. It ends when that
-pipe does, since nobody could hear it any more, and it ends with an error where the engine's state can't be trusted.
-Must not know sessions, payloads or TorchServe.
+Started by the worker's supervisor as `python -m llava_sessions.engine.process FD`, where FD is this process's end of
+the pipe. The process exits when the pipe closes, and with status 1 after an error that leaves the engine's state
+unreliable.
 """
 
 from __future__ import annotations
@@ -16,14 +16,25 @@ import threading
 from multiprocessing.connection import Connection
 
 import transformers
+from PIL import Image
 
-from ..ipc.messages import EngineFacts, EngineSettings, StartFailed
+from ..ipc.messages import (
+    AskSession,
+    CloseSession,
+    EngineFacts,
+    EngineSettings,
+    Event,
+    Finished,
+    OpenSession,
+    Sampling,
+    StartFailed,
+)
 from ..ipc.pipe import receive, send
 from ..text.chat_template import ChatTemplate
 from ..text.processors import load_processor
 from .engine import Engine
-from .kv import choose_budget
 from .loop import EngineLoop
+from .memory import choose_budget
 from .model import Model
 
 log = logging.getLogger("llava_sessions")
@@ -32,11 +43,11 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main() -> None:
-    """Serve one engine until the pipe ends."""
+    """Serve one engine until the pipe closes."""
     logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
     pipe = Connection(int(sys.argv[1]))
     die_with_parent()
-    # Ctrl-C at a terminal reaches the whole group; the worker decides when the engine ends.
+    # Ctrl-C in a terminal signals the whole process group; the worker decides when the engine exits.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     settings = receive(pipe)
     try:
@@ -47,48 +58,76 @@ def main() -> None:
         sys.exit(1)
     send(pipe, facts(engine))
     loop = EngineLoop(engine, lambda report: send(pipe, report))
-    threading.Thread(target=_listen, args=(pipe, loop), name="pipe", daemon=True).start()
+    threading.Thread(target=_read_commands, args=(pipe, loop), name="pipe", daemon=True).start()
     try:
         loop.run()
     except Exception:
         log.exception("engine_broken")
-        os._exit(1)  # at once: threads of a broken device may never end
+        os._exit(1)  # without cleanup, because threads of a broken device may never end
 
 
 def die_with_parent() -> None:
-    """Have Linux kill this process when the thread that started it ends, even where this process is stopped.
+    """Make Linux kill this process when the thread that started it ends, even if this process is stopped.
 
-    Elsewhere the end of the pipe has to do.
+    On other systems the process exits when the pipe closes.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def load(settings: EngineSettings) -> Engine:
-    """An engine that has answered a first question. Raises what keeps the checkpoint from that."""
+    """Return an engine that has answered one question. Raises the error that prevents it."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    tokens = ChatTemplate(load_processor(settings.checkpoint), settings.system_prompt)
+    template = ChatTemplate(load_processor(settings.checkpoint), settings.system_prompt)
     model = Model.load(settings.checkpoint, settings.dtype, settings.device)
-    engine = Engine(model, tokens.answer_text, choose_budget(model.device), settings.prefill_chunk_tokens)
-    sizes = (settings.device_bytes, settings.host_bytes)
-    engine.budget = choose_budget(model.device, *sizes, working_bytes=engine.warm_up(tokens))
+    engine = Engine(model, template.answer_text, choose_budget(model.device), settings.prefill_chunk_tokens)
+    engine.device_memory.budget = choose_budget(
+        model.device, settings.device_bytes, settings.host_bytes, working_bytes=warm_up(engine, template)
+    )
     return engine
 
 
+def warm_up(engine: Engine, template: ChatTemplate) -> int:
+    """Run one short chat, so that the first user waits for no initialization and a broken checkpoint is found at start.
+
+    Returns the device bytes that the forwards took at their peak (0 on CPU). Raises RuntimeError if the chat gets no
+    answer.
+    """
+    model = engine.model
+    model.peak_bytes()
+    held_bytes = model.allocated_bytes()
+    # On CUDA the peak of the largest picture sizes the budget. On a CPU it is not measured, and a small one is faster.
+    size = model.largest_picture if model.device.type == "cuda" else (64, 64)
+    opening = template.opening([("warm-up", Image.new("RGB", size))])
+    prompt_ids = template.prompt(opening.opened_on, "What is this?")
+    engine.apply(OpenSession("warm-up", opening.token_ids, opening.pictures))
+    engine.apply(AskSession("warm-up", "warm-up", prompt_ids, Sampling(max_new_tokens=4)))
+    events: list[Event] = []
+    while engine.has_work:
+        events += engine.step()
+    engine.apply(CloseSession("warm-up"))
+    engine.step()
+    if not any(isinstance(event, Finished) for event in events):
+        raise RuntimeError(f"the checkpoint does not answer a first question: {events}")
+    return model.peak_bytes() - held_bytes
+
+
 def facts(engine: Engine) -> EngineFacts:
-    """What the engine turned out to be."""
-    model, budget = engine.model, engine.budget
+    """Return the properties of a loaded engine that the worker needs."""
+    model = engine.model
+    budget = engine.device_memory.budget
     dtype = str(model.dtype).removeprefix("torch.")
     return EngineFacts(str(model.device), dtype, model.context_tokens, budget.device_bytes, budget.host_bytes)
 
 
-def _listen(pipe: Connection, loop: EngineLoop) -> None:
+def _read_commands(pipe: Connection, loop: EngineLoop) -> None:
+    """Submit commands from the pipe to the loop; exit when the pipe closes. Runs in a thread of its own."""
     while True:
         try:
             loop.submit(receive(pipe))
         except (EOFError, OSError):
-            os._exit(0)  # the worker is gone, and with it everybody who could be answered
+            os._exit(0)  # the worker has exited
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""Owns the order of work: which tokens of which session go into this step.
-
-Must not know the model, or what a token means.
-"""
+"""The order of work: the tokens of each session that run in the next step."""
 
 from __future__ import annotations
 
@@ -10,23 +7,23 @@ from typing import Protocol, TypeVar
 
 
 class Schedulable(Protocol):
-    """What the scheduler sees of a working session. `ticket` is the order of arrival of what it works on."""
+    """A session with work. `ticket` is the order of arrival of its latest request."""
 
     ticket: int
 
     @property
     def pending_tokens(self) -> int:
-        """Tokens that are known but not yet in the KV cache."""
+        """Known tokens that are not in the KV cache yet."""
 
 
 S = TypeVar("S", bound=Schedulable)
 
 
 def plan(sessions: Iterable[S], chunk_tokens: int) -> list[tuple[S, int]]:
-    """The sessions of this step and how many of their pending tokens run in it.
+    """Return the sessions of the next step, each with the number of its pending tokens to run.
 
-    Every session with one pending token runs (decode); longer prompts share `chunk_tokens`, first come, first served,
-    so that a long prefill never stalls the running answers for longer than one chunk.
+    Every session with one pending token runs (decode). Longer prompts share `chunk_tokens` in order of arrival, so a
+    long prefill delays running answers by at most one chunk per step.
     """
     waiting = sorted((s for s in sessions if s.pending_tokens), key=lambda s: s.ticket)
     steps = [(s, 1) for s in waiting if s.pending_tokens == 1]

@@ -1,7 +1,4 @@
-"""Owns the question which network addresses belong to the public Internet, and which are somebody's inside.
-
-Must not know URLs, names or connections.
-"""
+"""Decide which network addresses belong to the public Internet. Pure."""
 
 from __future__ import annotations
 
@@ -9,10 +6,10 @@ import ipaddress
 
 
 def is_public_address(address: str) -> bool:
-    """Whether `address` (IPv4 or IPv6 text, as a resolver gives it) belongs to the public Internet.
+    """Return whether `address`, IPv4 or IPv6 text as a resolver returns it, belongs to the public Internet.
 
-    IPv4 inside IPv6 (mapped, NAT64) is judged by the IPv4 address; 6to4 and Teredo are never public. Source of the
-    tables: the IANA special-purpose address registries for IPv4 and IPv6.
+    An IPv4 address inside an IPv6 address (mapped, NAT64) is judged as IPv4. 6to4, Teredo and scoped addresses are
+    never public. Source: the IANA special-purpose address registries for IPv4 and IPv6.
     """
     try:
         parsed = ipaddress.ip_address(address)
@@ -29,7 +26,7 @@ def is_public_address(address: str) -> bool:
     return parsed in _GLOBAL_UNICAST_IPV6 and not any(parsed in network for network in _NOT_PUBLIC_IPV6)
 
 
-# Own tables instead of `ipaddress.is_global`, whose answers differ between patch releases of Python 3.11.
+# Not `ipaddress.is_global`: its results differ between patch releases of Python 3.11.
 _NOT_PUBLIC_IPV4 = tuple(
     ipaddress.IPv4Network(network)
     for network in (
@@ -47,7 +44,7 @@ _NOT_PUBLIC_IPV4 = tuple(
         "198.51.100.0/24",
         "203.0.113.0/24",
         "224.0.0.0/3",  # multicast and reserved
-        "168.63.129.16/32",  # formally public, yet every Azure machine reaches its host's metadata service there
+        "168.63.129.16/32",  # registered as public, but it is the metadata service of Azure hosts
     )
 )
 _GLOBAL_UNICAST_IPV6 = ipaddress.IPv6Network("2000::/3")
@@ -56,7 +53,7 @@ _NOT_PUBLIC_IPV6 = tuple(
     for network in (
         "2001::/23",  # protocol assignments, with Teredo (2001::/32)
         "2001:db8::/32",
-        "2002::/16",  # 6to4: routes to the IPv4 address inside
+        "2002::/16",  # 6to4: packets go to the embedded IPv4 address
         "3fff::/20",
     )
 )

@@ -1,6 +1,6 @@
-"""Owns the network: https and s3 sources -> bytes, from public addresses only, within one deadline.
+"""Fetch https and s3 sources, from public addresses only, within one deadline for each source.
 
-The address that was checked is the address that is connected to. Must not know what the bytes are.
+The connection is opened to the very address that was checked.
 """
 
 from __future__ import annotations
@@ -13,45 +13,49 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, urljoin, urlsplit
 
 import httpcore
 
 from ..config import MediaLimits
+from ..errors import describe
 from .addresses import is_public_address
 from .limits import INVALID_REQUEST, MAX_URL_CHARS, TOO_LARGE, MediaError, check_size, scheme_of
 
+_T = TypeVar("_T")
+
 _MAX_REDIRECTS = 3
-_MAX_CONNECT_ATTEMPTS = 4  # of the addresses one name resolves to
+_MAX_CONNECT_ATTEMPTS = 4  # addresses of one name
 _CHUNK_BYTES = 65_536
 _HTTPS_PORT = 443
 
 
 class _Deadline:
-    """A moment by which something must be over."""
+    """The time at which a fetch must be complete."""
 
-    def __init__(self, seconds: float) -> None:
-        self._ends_at_s = time.monotonic() + seconds
+    def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._ends_at_s = clock() + seconds
 
     def left_s(self) -> float:
-        """Seconds left, more than 0. Raises httpcore.TimeoutException when there are none."""
-        left = self._ends_at_s - time.monotonic()
+        """Return the seconds left, more than 0. Raise httpcore.TimeoutException if none are left."""
+        left = self._ends_at_s - self._clock()
         if left <= 0:
             raise httpcore.TimeoutException("deadline passed")
         return left
 
 
-def _within(deadline: _Deadline, call: Callable[[], Any]) -> Any:
-    """What `call()` returns or raises; httpcore.TimeoutException if it takes longer than the deadline leaves.
+def _within(deadline: _Deadline, call: Callable[[], _T]) -> _T:
+    """Return or raise what `call()` does. Raise httpcore.TimeoutException at the deadline.
 
-    For getaddrinfo and boto3, which take no overall time limit: they run in a thread of their own, which is left behind
-    when time is up and ends by itself when their own, longer limits pass.
+    getaddrinfo and boto3 have no overall time limit, so they run in a thread of their own. At the deadline that thread
+    is abandoned; it ends when its own, longer time limits pass.
     """
-    future: concurrent.futures.Future = concurrent.futures.Future()
+    future: concurrent.futures.Future[_T] = concurrent.futures.Future()
 
     def work() -> None:
         try:
@@ -67,38 +71,41 @@ def _within(deadline: _Deadline, call: Callable[[], Any]) -> Any:
 
 
 def resolve_host(host: str, port: int) -> list[str]:
-    """All addresses of `host`, in the order in which to try them. Raises OSError where there are none."""
+    """Return all addresses of `host`, in the order in which to try them. Raise OSError if the host is unknown."""
     answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(answer[4][0]) for answer in answers))
 
 
 def _new_s3_client() -> Any:
-    """An S3 client that finds its credentials and region the usual way of the AWS SDK."""
+    """Return an S3 client with the AWS SDK's default credentials and region."""
     import boto3
     from botocore.config import Config
 
     config = Config(connect_timeout=5, read_timeout=10, retries={"total_max_attempts": 2, "mode": "standard"})
-    return boto3.session.Session().client("s3", config=config)  # own session: the default one is not thread-safe
+    return boto3.session.Session().client("s3", config=config)  # not the default session, which is not thread-safe
 
 
 @dataclass(frozen=True)
 class Fetcher:
-    """Gets the bytes of https and s3 sources; the default `fetch` of `load_path`. Thread-safe.
+    """Reads the bytes of https and s3 sources. Thread-safe.
 
-    Keep one: it holds the certificate store and, once used, the S3 client. Environment proxies are not used, because a
-    proxy would resolve the name again, after the check. The fields exist for tests and for other trust stores:
-    `resolve(host, port)` gives the addresses of a name, `backend` opens TCP connections to addresses that were checked,
-    `ssl_context` verifies certificates, `s3_client()` gives a boto3 client.
+    Reuse one instance: it holds the certificate store and, after the first use, the S3 client. Proxies of the
+    environment are ignored, because a proxy would resolve the name again, after the check.
+
+    The fields are for tests and for other trust stores. `resolve(host, port)` returns the addresses of a name.
+    `backend` opens TCP connections to checked addresses. `ssl_context` verifies certificates. `s3_client()` returns a
+    boto3 client. `clock()` returns seconds.
     """
 
     resolve: Callable[[str, int], Sequence[str]] = resolve_host
     backend: httpcore.NetworkBackend = field(default_factory=httpcore.SyncBackend)
     ssl_context: ssl.SSLContext = field(default_factory=httpcore.default_ssl_context)
     s3_client: Callable[[], Any] = field(default_factory=lambda: functools.lru_cache(maxsize=1)(_new_s3_client))
+    clock: Callable[[], float] = time.monotonic
 
     def __call__(self, source: str, limits: MediaLimits) -> bytes:
-        """The encoded bytes at `source`, 1 to `limits.max_bytes` of them. Raises MediaError."""
-        deadline = _Deadline(limits.fetch_timeout_s)
+        """Return the 1 to `limits.max_bytes` bytes at `source`. Raise `MediaError`."""
+        deadline = _Deadline(limits.fetch_timeout_s, self.clock)
         read = self._read_s3 if scheme_of(source) == "s3" else self._read_https
         data = read(source, limits, deadline)
         check_size(len(data), limits)
@@ -111,26 +118,26 @@ class Fetcher:
             if isinstance(answer, bytes):
                 return answer
             url = _redirect_url(url, answer.location, target.host)
-        raise MediaError(INVALID_REQUEST, f"the picture's address redirects more than {_MAX_REDIRECTS} times")
+        raise MediaError(INVALID_REQUEST, f"the URL must redirect at most {_MAX_REDIRECTS} times, got more")
 
     def _get(self, target: _Target, limits: MediaLimits, deadline: _Deadline) -> bytes | _Redirect:
-        """One GET without following redirects; every way in which it can fail becomes a MediaError."""
+        """Send one GET request. Don't follow a redirect. Turn every failure into a `MediaError`."""
         host = target.host
         try:
             return self._exchange(target, limits, deadline)
         except MediaError:
             raise
         except httpcore.TimeoutException:
-            message = f"{host} did not deliver the picture within {limits.fetch_timeout_s:g} s"
+            message = f"the host {host} did not deliver the picture within {limits.fetch_timeout_s:g} s"
         except httpcore.ConnectError as error:
             if isinstance(error.__cause__, ssl.SSLCertVerificationError):
-                message = f"the certificate of {host} is not valid: {error.__cause__.verify_message}"
+                message = f"the TLS certificate of {host} is not valid: {error.__cause__.verify_message}"
             elif isinstance(error.__cause__, ssl.SSLError):
-                message = f"{host} does not speak TLS as wanted"
+                message = f"the TLS handshake with {host} failed"
             else:
-                message = f"{host} refused the connection or cannot be reached"
+                message = f"the host {host} refused the connection or is unreachable"
         except (httpcore.NetworkError, httpcore.ProtocolError, OSError):
-            message = f"{host} broke off or did not answer in HTTP"
+            message = f"the host {host} closed the connection early or sent no valid HTTP response"
         except Exception as error:
             message = f"the picture could not be fetched from {host}: {type(error).__name__}"
         raise MediaError(INVALID_REQUEST, message)
@@ -138,13 +145,14 @@ class Fetcher:
     def _exchange(self, target: _Target, limits: MediaLimits, deadline: _Deadline) -> bytes | _Redirect:
         backend = _CheckedBackend(self.resolve, self.backend, deadline)
         host = target.host.encode("ascii")
-        # httpcore itself, not httpx: it knows no proxies, cookies, redirects or content decoding that would have to be
-        # switched off, and its backend is where "connect to this address, verify that name" can be said.
+        # httpcore, not httpx: it has no proxies, cookies, redirects or content decoding that would have to be disabled,
+        # and its backend can connect to one address while TLS verifies another name.
         origin = httpcore.Origin(b"https", host, _HTTPS_PORT)
         url = httpcore.URL(scheme=b"https", host=host, port=_HTTPS_PORT, target=target.path_and_query)
         headers = [
             (b"Host", b"[" + host + b"]" if b":" in host else host),
-            (b"Accept", b"image/png, image/jpeg, image/webp, image/gif, image/bmp, image/tiff"),  # image/* gets AVIF
+            # Not image/*, for which servers send AVIF.
+            (b"Accept", b"image/png, image/jpeg, image/webp, image/gif, image/bmp, image/tiff"),
             (b"Accept-Encoding", b"identity"),
             (b"User-Agent", b"llava-sessions"),
             (b"Connection", b"close"),
@@ -158,10 +166,10 @@ class Fetcher:
     def _read_s3(self, uri: str, limits: MediaLimits, deadline: _Deadline) -> bytes:
         match = re.fullmatch(r"(?i:s3)://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(.+)", uri, re.DOTALL)
         if not match:
-            raise MediaError(INVALID_REQUEST, "the s3 URI is not valid, wanted s3://<bucket>/<key>")
+            raise MediaError(INVALID_REQUEST, f"the s3 URI must be s3://<bucket>/<key>, got {describe(uri)}")
         bucket, key = match.groups()
         if bucket not in limits.s3_buckets:
-            raise MediaError(INVALID_REQUEST, f"the s3 bucket {bucket} is not served here")
+            raise MediaError(INVALID_REQUEST, f"the s3 bucket must be one that this server allows, got {bucket}")
         try:
             return _within(deadline, lambda: _read_s3_object(self.s3_client(), bucket, key, limits))
         except MediaError:
@@ -173,14 +181,20 @@ class Fetcher:
         except Exception as error:
             answer = getattr(error, "response", None)
             code = answer.get("Error", {}).get("Code", "") if isinstance(answer, dict) else ""
-            known = {"NoSuchKey": "does not exist", "404": "does not exist", "AccessDenied": "is not readable by us"}
-            reason = known.get(code, f"cannot be read: {code or type(error).__name__}")
+            reason = _S3_REASONS.get(code, f"cannot be read: {code or type(error).__name__}")
         raise MediaError(INVALID_REQUEST, f"the object in s3 bucket {bucket} {reason}")
+
+
+_S3_REASONS = {
+    "NoSuchKey": "does not exist",
+    "404": "does not exist",
+    "AccessDenied": "is not readable with this server's credentials",
+}
 
 
 @dataclass(frozen=True)
 class _Target:
-    """What an https URL points at. `host` is a lower-case name, or an address without brackets."""
+    """The parts of an https URL. `host` is a lower-case name, or an address without brackets."""
 
     host: str
     path_and_query: bytes
@@ -196,20 +210,26 @@ def _read_response(response: httpcore.Response, host: str, limits: MediaLimits) 
     if response.status in (301, 302, 303, 307, 308) and b"location" in headers:
         return _Redirect(headers[b"location"])
     if response.status != 200:
-        raise MediaError(INVALID_REQUEST, f"{host} answered {response.status}, wanted 200")
+        raise MediaError(INVALID_REQUEST, f"the host {host} must answer with status 200, got {response.status}")
     if headers.get(b"content-encoding", "identity").strip().lower() not in ("", "identity"):
-        raise MediaError(INVALID_REQUEST, f"{host} sent the picture compressed, wanted it as it is")
+        raise MediaError(INVALID_REQUEST, f"the host {host} must send the picture uncompressed, got a Content-Encoding")
     declared = headers.get(b"content-length", "")
     if declared.isdecimal() and int(declared) > limits.max_bytes:
-        raise MediaError(TOO_LARGE, f"the picture at {host} has more than the {limits.max_bytes} bytes that are wanted")
+        raise _too_many_bytes(limits)
+    return _read_chunks(response.iter_stream(), limits)  # a server may send more than it declares
+
+
+def _read_chunks(chunks: Iterable[bytes], limits: MediaLimits) -> bytes:
     data = bytearray()
-    for chunk in response.iter_stream():
+    for chunk in chunks:
         data += chunk
-        if len(data) > limits.max_bytes:  # what a server declares need not be what it sends
-            raise MediaError(
-                TOO_LARGE, f"the picture at {host} has more than the {limits.max_bytes} bytes that are wanted"
-            )
+        if len(data) > limits.max_bytes:
+            raise _too_many_bytes(limits)
     return bytes(data)
+
+
+def _too_many_bytes(limits: MediaLimits) -> MediaError:
+    return MediaError(TOO_LARGE, f"the picture must be at most {limits.max_bytes} bytes, got more")
 
 
 def _redirect_url(url: str, location: str, host: str) -> str:
@@ -218,7 +238,7 @@ def _redirect_url(url: str, location: str, host: str) -> str:
     except ValueError:
         target = ""
     if scheme_of(target) != "https" or len(target) > MAX_URL_CHARS:
-        raise MediaError(INVALID_REQUEST, f"{host} redirects to an address that is not a valid https URL")
+        raise MediaError(INVALID_REQUEST, f"the host {host} must redirect to a valid https URL, got another address")
     return target
 
 
@@ -228,27 +248,28 @@ _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 
 
 def _parse_https(url: str, limits: MediaLimits) -> _Target:
-    """The one place where a URL is taken apart: what is checked here is what is connected to and asked for."""
+    """Parse and check a URL. Only the returned parts are used afterwards, so that checks and request can't differ."""
     if re.search(r"[\x00-\x1f\x7f\\]", url):
-        raise MediaError(INVALID_REQUEST, "the URL has control characters or a backslash, wanted a valid https URL")
+        raise MediaError(INVALID_REQUEST, "the URL must have no control characters and no backslash, got some")
     try:
         parts = urlsplit(url)
     except ValueError:
-        raise MediaError(INVALID_REQUEST, "the URL is not valid") from None
+        raise MediaError(INVALID_REQUEST, f"the URL must be a valid https URL, got {describe(url)}") from None
     if parts.scheme != "https":
-        raise MediaError(INVALID_REQUEST, "the URL is not https")
+        raise MediaError(INVALID_REQUEST, "the URL must have the scheme https, got another scheme")
     if "@" in parts.netloc:
-        raise MediaError(INVALID_REQUEST, "the URL holds a user name or a password, which is not served")
+        raise MediaError(INVALID_REQUEST, "the URL must have no user name and no password, got some")
     authority = _AUTHORITY.fullmatch(parts.netloc.lower()) if parts.netloc.isascii() else None
     if not authority:
-        raise MediaError(INVALID_REQUEST, "the URL has no valid host name, wanted an ASCII name or an address")
+        raise MediaError(INVALID_REQUEST, "the URL's host must be an ASCII name or an IP address, got another form")
     if authority["port"] and int(authority["port"]) != _HTTPS_PORT:
-        raise MediaError(INVALID_REQUEST, f"the URL names port {int(authority['port'])}, only 443 is served")
+        raise MediaError(INVALID_REQUEST, f"the URL's port must be {_HTTPS_PORT}, got {int(authority['port'])}")
     host = _checked_ipv6(authority["ipv6"]) if authority["ipv6"] else _checked_name(authority["name"])
     if limits.allowed_hosts and not any(_host_matches(host, pattern) for pattern in limits.allowed_hosts):
-        raise MediaError(INVALID_REQUEST, f"pictures from {host} are not served here")
+        raise MediaError(INVALID_REQUEST, f"the URL's host must be one that this server allows, got {host}")
     path = parts.path or "/"
-    printable = "".join(chr(code) for code in range(0x21, 0x7F))  # only what HTTP cannot carry is escaped
+    # Escape only characters that a request line can't contain.
+    printable = "".join(chr(code) for code in range(0x21, 0x7F))
     path_and_query = quote(f"{path}?{parts.query}" if parts.query else path, safe=printable, errors="replace")
     return _Target(host, path_and_query.encode("ascii"))
 
@@ -257,24 +278,28 @@ def _checked_ipv6(text: str) -> str:
     try:
         return str(ipaddress.IPv6Address(text))
     except ValueError:
-        raise MediaError(INVALID_REQUEST, "the URL's host is not a valid IPv6 address") from None
+        raise MediaError(
+            INVALID_REQUEST, "the URL's host must be a valid IPv6 address, got other text in brackets"
+        ) from None
 
 
 def _checked_name(text: str) -> str:
-    """A host name without its final dot, or a dotted IPv4 address. Raises MediaError.
+    """Return the host name without its final dot, or a dotted IPv4 address. Raise `MediaError`.
 
-    Names that end in a number are IPv4 addresses to most resolvers, in octal, hexadecimal or shortened spellings that
-    hide what they point at ("0177.1", "2130706433"); only the plain spelling is taken.
+    Most resolvers read a name that ends in a number as an IPv4 address, in octal, hexadecimal or shortened spelling,
+    such as "0177.1" or "2130706433". Only four decimal numbers are accepted.
     """
     name = text.removesuffix(".")
     labels = name.split(".")
     if len(name) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
-        raise MediaError(INVALID_REQUEST, "the URL's host name is not valid")
+        raise MediaError(INVALID_REQUEST, f"the URL's host must be a valid name, got {len(name)} characters")
     if _NUMBER.fullmatch(labels[-1]):
         try:
             ipaddress.IPv4Address(name)
         except ValueError:
-            raise MediaError(INVALID_REQUEST, "the URL's host is not an IPv4 address in plain spelling") from None
+            raise MediaError(
+                INVALID_REQUEST, "the URL's host must be an IPv4 address of four decimal numbers, got another spelling"
+            ) from None
     return name
 
 
@@ -286,9 +311,8 @@ def _host_matches(host: str, pattern: str) -> bool:
 class _CheckedBackend(httpcore.NetworkBackend):
     """Opens connections to public addresses only, under one deadline.
 
-    The name is resolved once, here, and the address that was checked is the one connected to: a name server that
-    answers differently the next time (DNS rebinding) has no next time. httpcore then does TLS with the name, so the
-    certificate is verified against the name.
+    The name is resolved once, here, and the checked address is connected to. A name server that changes its answer (DNS
+    rebinding) is never asked again. TLS uses the name, so the certificate is verified against the name.
     """
 
     def __init__(
@@ -301,7 +325,7 @@ class _CheckedBackend(httpcore.NetworkBackend):
     def connect_tcp(self, host: str, port: int, *_: Any, **__: Any) -> httpcore.NetworkStream:
         addresses = self._public_addresses(host, port)[:_MAX_CONNECT_ATTEMPTS]
         for index, address in enumerate(addresses, start=1):
-            # An address that swallows packets must leave time for the next one.
+            # An address that drops packets must leave time for the next one.
             timeout_s = self._deadline.left_s() / (len(addresses) - index + 1)
             try:
                 return _DeadlineStream(self._backend.connect_tcp(address, port, timeout=timeout_s), self._deadline)
@@ -320,14 +344,14 @@ class _CheckedBackend(httpcore.NetworkBackend):
                 addresses = []
         if not addresses:
             raise MediaError(INVALID_REQUEST, f"the host {host} was not found")
-        # One private answer among public ones is no accident either.
+        # Reject the name if only one of its addresses is private: the name server may be hostile.
         if not all(is_public_address(address) for address in addresses):
-            raise MediaError(INVALID_REQUEST, f"{host} is not a public address, only public ones are served")
+            raise MediaError(INVALID_REQUEST, f"the URL's host must have public addresses only, got {host}")
         return addresses
 
 
 class _DeadlineStream(httpcore.NetworkStream):
-    """A stream on which no operation outlives the deadline, so that a server cannot drip bytes for ever."""
+    """A stream whose operations all end at the deadline, also if the server keeps sending a few bytes at a time."""
 
     def __init__(self, stream: httpcore.NetworkStream, deadline: _Deadline) -> None:
         self._stream = stream
@@ -354,14 +378,6 @@ class _DeadlineStream(httpcore.NetworkStream):
 
 def _read_s3_object(client: Any, bucket: str, key: str, limits: MediaLimits) -> bytes:
     answer = client.get_object(Bucket=bucket, Key=key)
-    data = bytearray()
     with closing(answer["Body"]) as body:
-        if answer.get("ContentLength", 0) > limits.max_bytes:
-            raise MediaError(
-                TOO_LARGE, f"the picture has {answer['ContentLength']} bytes, at most {limits.max_bytes} are wanted"
-            )
-        for chunk in body.iter_chunks(_CHUNK_BYTES):
-            data += chunk
-            if len(data) > limits.max_bytes:
-                raise MediaError(TOO_LARGE, f"the picture has more than the {limits.max_bytes} bytes that are wanted")
-    return bytes(data)
+        check_size(answer.get("ContentLength", 1), limits)
+        return _read_chunks(body.iter_chunks(_CHUNK_BYTES), limits)

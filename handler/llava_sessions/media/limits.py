@@ -1,7 +1,4 @@
-"""Owns what a picture may cost, how a picture that can't be had is told, and the checks that all ways to one share.
-
-Must not know where bytes come from, nor how they are decoded.
-"""
+"""The error for a picture that cannot be loaded, and the checks that all sources share. Pure."""
 
 from __future__ import annotations
 
@@ -17,10 +14,10 @@ MAX_URL_CHARS = 8192
 
 
 class MediaError(Exception):
-    """A picture that cannot be had.
+    """A picture that cannot be loaded.
 
-    `code` is one of "invalid_request", "too_large", "unsupported_media". `message` is one sentence for the client; it
-    holds no picture bytes, no credentials, no path and no query string.
+    `code` is "invalid_request", "too_large" or "unsupported_media". `message` is one sentence for the client, without a
+    capital letter and a full stop. It contains no picture bytes, credentials, paths or query strings.
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -32,18 +29,15 @@ class MediaError(Exception):
         return self.message
 
 
-def kind_of(value: object) -> str:
-    return "empty" if isinstance(value, str) else f"of type {type(value).__name__}"
-
-
 def scheme_of(source: str) -> str:
-    """The lower-case URL scheme of `source`, "" where it has none."""
+    """Return the URL scheme of `source` in lower case, or "" if `source` has none."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", source)
     return match[1].lower() if match else ""
 
 
 def check_size(size_bytes: int, limits: MediaLimits) -> None:
+    """Raise `MediaError` unless `size_bytes` is from 1 to `limits.max_bytes`."""
     if size_bytes > limits.max_bytes:
-        raise MediaError(TOO_LARGE, f"the picture has {size_bytes} bytes, at most {limits.max_bytes} are wanted")
+        raise MediaError(TOO_LARGE, f"the picture must be at most {limits.max_bytes} bytes, got {size_bytes} bytes")
     if size_bytes == 0:
-        raise MediaError(INVALID_REQUEST, "the picture is empty")
+        raise MediaError(INVALID_REQUEST, "the picture must not be empty, got 0 bytes")

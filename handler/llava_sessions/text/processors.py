@@ -1,21 +1,17 @@
-"""Owns how a checkpoint's processor is loaded: transformers' own one, on pillow alone.
-
-Must not know chat templates, conversations or torch.
-"""
+"""Load a checkpoint's transformers processor without torchvision."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import AutoConfig, AutoProcessor, BatchFeature, LlavaOnevisionProcessor
-from transformers.utils import is_torchvision_available
+from transformers.utils.import_utils import is_torchvision_available
 
 
 def load_processor(checkpoint: str | Path) -> Any:
-    """The processor of a checkpoint folder or hub id. Raises OSError when it can't be found."""
+    """Return the processor of a checkpoint folder or hub ID. Raises OSError if it can't be found."""
     onevision = AutoConfig.from_pretrained(checkpoint).model_type == "llava_onevision"
     if onevision and not is_torchvision_available():
         return PillowOnevisionProcessor.from_pretrained(checkpoint)
@@ -23,10 +19,10 @@ def load_processor(checkpoint: str | Path) -> Any:
 
 
 class PillowOnevisionProcessor(LlavaOnevisionProcessor):
-    """LLaVA-OneVision's processor where torchvision is missing: transformers' video processors need it.
+    """LLaVA-OneVision's processor without torchvision, which transformers' video processors require.
 
-    A signature without `video_processor` is how transformers learns not to load one. A clip's frames are prepared by
-    the picture processor, whose size, mean and deviation are those of the family's video processor.
+    Transformers loads no video processor because the signature has no `video_processor`. The image processor prepares
+    a clip's frames: its size, mean and deviation equal those of the family's video processor.
     """
 
     def __init__(
@@ -41,7 +37,7 @@ class PillowOnevisionProcessor(LlavaOnevisionProcessor):
         vision_aspect_ratio: str = "anyres_max_9",
         **kwargs: Any,
     ) -> None:
-        super().__init__(
+        super().__init__(  # type: ignore[no-untyped-call]  # transformers does not annotate it
             image_processor,
             tokenizer,
             num_image_tokens=num_image_tokens,
@@ -52,17 +48,18 @@ class PillowOnevisionProcessor(LlavaOnevisionProcessor):
             vision_aspect_ratio=vision_aspect_ratio,
             **kwargs,
         )
-        self.video_processor = None  # `ProcessorMixin` calls `_process_videos` where the attribute exists
+        self.video_processor = None  # `ProcessorMixin` calls `_process_videos` if the attribute exists
 
-    def _process_videos(self, videos: Sequence[Sequence[Any]], **_: Any) -> tuple[BatchFeature, list[str]]:
-        """Frames of each clip -> `pixel_values_videos` `[clips, frames, 3, height, width]`, and their tokens."""
+    def _process_videos(self, videos: Any, **_: Any) -> tuple[BatchFeature, list[str]]:
+        """Return `pixel_values_videos` `[clips, frames, 3, height, width]`, and the text that replaces each token."""
         clips = np.stack([np.stack([self._frame(frame) for frame in clip]) for clip in videos])
         inputs = BatchFeature({"pixel_values_videos": clips})
-        return inputs, [self.replace_video_token(inputs, video_idx=index) for index in range(len(clips))]
+        return inputs, [self.replace_video_token(inputs.data, video_idx=index) for index in range(len(clips))]
 
     def _frame(self, frame: Any) -> np.ndarray:
-        """One frame `[3, height, width]`: the first tile of a picture is the whole of it, resized."""
+        """Return one frame, `[3, height, width]`: the first tile of a picture is the whole picture, resized."""
         size = self.image_processor.size
-        once = [[size["height"], size["width"]]]
-        tiles = self.image_processor([frame], image_grid_pinpoints=once, return_tensors="np")
-        return tiles["pixel_values"][0, 0]
+        one_tile = [[size["height"], size["width"]]]
+        tiles = self.image_processor([frame], image_grid_pinpoints=one_tile, return_tensors="np")
+        pixels: np.ndarray = tiles["pixel_values"][0, 0]
+        return pixels

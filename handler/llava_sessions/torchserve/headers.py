@@ -85,9 +85,7 @@ def header_problems(properties: Mapping[str, str], environment: Mapping[str, str
         variable = agreement.worker_variable
         name = environment.get(variable)
         if name != agreement.header:
-            problems.append(
-                f"the worker's {variable} must be {agreement.header}, got {name or '(unset)'} (deploy/local.env)"
-            )
+            problems.append(f"the worker's {variable} must be {agreement.header}, got {name or '(unset)'} (local.env)")
     return problems
 
 

@@ -11,8 +11,9 @@ import re
 import uuid
 from collections import OrderedDict
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from ..chat.transcript import OpenRecord, Transcript, short_id
 from ..errors import Refused
@@ -21,6 +22,7 @@ from ..journal.journal import AlreadyClaimed, SaveOutcome
 from ..protocol import replies
 from ..protocol.constants import NEW_SESSION, SESSION_HEADER
 from ..protocol.requests import Open, session_in_header
+from ..text.chat_template import Opening
 from .context import WorkerContext
 from .pending import PendingRequest
 from .preparation import PreparedOpen, Rebuild
@@ -93,7 +95,7 @@ class Openings:
         if opening is None or not session.is_in(SessionState.OPENING):
             return
         session.advance(SessionState.OPEN)
-        saved = self._context.journal.save(session.transcript)
+        saved = self._context.journal.save(session.known_transcript)
         self._context.inbox.when_done(saved, partial(self._saved, opening))
 
     def failed(self, session: Session, error: Exception) -> bool:
@@ -145,7 +147,8 @@ class Openings:
             session.stored_turns = len(transcript.turns)
         _acknowledge(pending, session)
 
-    def _prepare(self, opening: _Opening) -> Future[PreparedOpen] | Future[Rebuild]:
+    def _prepare(self, opening: _Opening) -> Future[Any]:
+        """Start the preparation. Its future returns a `PreparedOpen` or, for a resume, a `Rebuild`."""
         request = opening.request
         context = self._context
         if request.resume is None:
@@ -164,7 +167,7 @@ class Openings:
             context.table.get(request.resume, context.clock(), token_digest)
         return context.preparer.resume(request.resume, token_digest, transcript)
 
-    def _prepared(self, opening: _Opening, prepared: Future[PreparedOpen] | Future[Rebuild]) -> None:
+    def _prepared(self, opening: _Opening, prepared: Future[PreparedOpen | Rebuild]) -> None:
         """Submit an open whose pictures are prepared, or reject it."""
         session = opening.session
         try:
@@ -185,25 +188,28 @@ class Openings:
         session.used_at_s = now_s
         session.expires_at_s = self._context.table.expiry_of_open(now_s)
         session.token_digest = digest_of(opening.request.session_token)
-        identity = {
-            "session_id": session.id,
-            "opened_at_s": now_s,
-            "expires_at_s": session.expires_at_s,
-            "token_digest": session.token_digest,
-            "retry_key": opening.request.retry_key,
-        }
         if isinstance(prepared, Rebuild):
-            old = prepared.transcript
-            return Rebuild(Transcript(replace(old.opening, **identity), old.turns), prepared.pictures)
-        made = prepared.opening
+            source: OpenRecord | Opening = prepared.transcript.opening
+            blobs = prepared.transcript.opening.pictures
+            turns = prepared.transcript.turns
+            pictures = prepared.pictures
+        else:
+            source = prepared.opening
+            blobs = prepared.blobs
+            turns = ()
+            pictures = prepared.opening.pictures
         record = OpenRecord(
-            **identity,
-            kind=made.kind,
-            pictures=prepared.blobs,
-            token_ids=made.token_ids,
-            image_tokens=made.image_tokens,
+            session_id=session.id,
+            opened_at_s=now_s,
+            expires_at_s=session.expires_at_s,
+            token_digest=session.token_digest,
+            kind=source.kind,
+            pictures=blobs,
+            token_ids=source.token_ids,
+            image_tokens=source.image_tokens,
+            retry_key=opening.request.retry_key,
         )
-        return Rebuild(Transcript(record), made.pictures)
+        return Rebuild(Transcript(record, turns), pictures)
 
     def _saved(self, opening: _Opening, saved: Future[SaveOutcome]) -> None:
         """Acknowledge an open whose record is stored, or could not be stored."""
@@ -229,7 +235,7 @@ class Openings:
             return
         if opening.resumed is not None:
             # The new owner has the old session: it is not open here any more.
-            self._unload(opening.resumed)
+            unload(self._context, opening.resumed)
             self._context.table.end(opening.resumed, "moved")
             opening.resumed = None
         self._reject(opening, AlreadyClaimed())
@@ -237,11 +243,11 @@ class Openings:
     def _acknowledge(self, opening: _Opening, durable: bool) -> None:
         del self._openings[opening.session.id]
         session = opening.session
-        transcript = session.transcript
+        transcript = session.known_transcript
         if durable:
             session.stored_turns = len(transcript.turns)
         if opening.resumed is not None:
-            self._unload(opening.resumed)
+            unload(self._context, opening.resumed)
             self._context.table.end(opening.resumed, "closed")
         for pending in opening.waiting:
             _acknowledge(pending, session, durable if self._context.journal.durable else None)
@@ -259,7 +265,7 @@ class Openings:
         del self._openings[session.id]
         if session.is_in(SessionState.OPEN):
             self._context.journal.forget(session.id)
-        self._unload(session)
+        unload(self._context, session)
         first = opening.pending[0]
         if first.disconnected and first.row.sequence_id == session.id:
             self._context.table.end(session, None)  # no reply ends its sequence
@@ -269,11 +275,6 @@ class Openings:
             opening.resumed.advance(SessionState.OPEN)
         for pending in opening.waiting:
             pending.refuse(error)
-
-    def _unload(self, session: Session) -> None:
-        if session.in_engine:
-            self._context.gate.submit_if_connected(CloseSession(session.id))
-            session.unload()
 
 
 def _session_id(pending: PendingRequest) -> str:
@@ -285,7 +286,7 @@ def _session_id(pending: PendingRequest) -> str:
 
 
 def _acknowledge(pending: PendingRequest, session: Session, durable: bool | None = None) -> None:
-    transcript = session.transcript
+    transcript = session.known_transcript
     body = replies.opened(
         session.id,
         session.expires,
@@ -295,6 +296,13 @@ def _acknowledge(pending: PendingRequest, session: Session, durable: bool | None
         durable,
     )
     pending.reply(body, replies.session_headers(session.id, session.expires))
+
+
+def unload(context: WorkerContext, session: Session) -> None:
+    """Make the engine free a session that it holds."""
+    if session.in_engine:
+        context.gate.submit_if_connected(CloseSession(session.id))
+        session.unload()
 
 
 def check_context(tokens: int, context_tokens: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import uuid
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..torchserve.batch import Reply, Row
 log = logging.getLogger(__name__)
 
 _RETRY_AFTER_S = 2
+_DROPPED_KEPT = 10_000
 
 
 @dataclass(eq=False)
@@ -82,6 +84,66 @@ class PendingRequest:
         if self.final is not None:
             raise RuntimeError("the request has its last reply already")
         self.final = final
+
+
+@dataclass(frozen=True)
+class _Dropped:
+    """The state of the reply to a request that was dropped, without its row, whose body may be large."""
+
+    steps: int
+    streamed: bool
+    head_sent: bool
+
+
+class PendingTable:
+    """All requests that have no last reply yet, and the state of those that were dropped as disconnected."""
+
+    def __init__(self) -> None:
+        self._pending: dict[str, PendingRequest] = {}
+        self._dropped: OrderedDict[str, _Dropped] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._pending
+
+    def __getitem__(self, request_id: str) -> PendingRequest:
+        return self._pending[request_id]
+
+    def add(self, row: Row) -> tuple[PendingRequest, bool]:
+        """Add a row. Return it, and whether the request was dropped before: its client is connected after all."""
+        pending = self._pending[row.request_id] = PendingRequest(row)
+        dropped = self._dropped.pop(row.request_id, None)
+        if dropped is not None:
+            pending.steps = dropped.steps
+            pending.streamed = dropped.streamed
+            pending.head_sent = dropped.head_sent
+        return pending, dropped is not None
+
+    def remove(self, pending: PendingRequest) -> None:
+        """Remove a request that has its last reply."""
+        self._pending.pop(pending.row.request_id, None)
+
+    def drop_missing(self, active: set[str]) -> list[PendingRequest]:
+        """Remove and return the requests that TorchServe does not list any more: their clients have left."""
+        missing = [self._pending.pop(request_id) for request_id in self._pending.keys() - active]
+        for pending in missing:
+            state = _Dropped(pending.steps, pending.streamed, pending.head_sent)
+            self._dropped[pending.row.request_id] = state
+        while len(self._dropped) > _DROPPED_KEPT:
+            self._dropped.popitem(last=False)
+        return missing
+
+    @property
+    def has_output(self) -> bool:
+        """Whether any request has something to send."""
+        return any(pending.has_output for pending in self._pending.values())
+
+    @property
+    def sequence_ids(self) -> list[str]:
+        """The sequence of each request."""
+        return [pending.row.sequence_id for pending in self._pending.values()]
 
 
 def refusal_of(error: Exception) -> Refused:

@@ -158,13 +158,14 @@ class Preparer:
         return Rebuild(transcript, tuple(pictures))
 
     def _load(self, sources: Iterable[PictureSource]) -> tuple[Blob, ...]:
-        return tuple(self._journal.blobs.get(self._read(source)) for source in sources)
-
-    def _read(self, source: PictureSource) -> bytes:
-        if source.image is not None:
-            return read_base64(source.image, self._limits)
-        return read_path(source.path or "", self._limits, self._fetch)
+        return tuple(self._journal.blobs.get(_read(source, self._limits, self._fetch)) for source in sources)
 
     def _decode(self, blobs: tuple[Blob, ...]) -> list[tuple[str, Image.Image]]:
         pictures = (load_bytes(blob.data, self._limits) for blob in blobs)
         return [(picture.sha256, picture.image) for picture in pictures]
+
+
+def _read(source: PictureSource, limits: MediaLimits, fetch: Fetcher) -> bytes:
+    if source.image is not None:
+        return read_base64(source.image, limits)
+    return read_path(source.path or "", limits, fetch)

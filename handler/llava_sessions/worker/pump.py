@@ -11,9 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 
 from ..chat.transcript import short_id
 from ..config import RequestLimits
@@ -23,9 +21,10 @@ from ..protocol.constants import NEW_SESSION, STREAM_TYPE
 from ..protocol.requests import parse
 from ..torchserve.batch import Reply, Row
 from ..torchserve.sequences import SequenceReaper
+from .closes import acknowledge_close
 from .inbox import Inbox
-from .manager import SessionManager, close
-from .pending import PendingRequest, refusal_of
+from .manager import SessionManager
+from .pending import PendingRequest, PendingTable, refusal_of
 
 log = logging.getLogger(__name__)
 
@@ -37,16 +36,6 @@ CLOSE_WAIT_S = 2.0
 SILENCE_S = 5.0
 # Sweeps in which the silence must be seen. They only happen while this process runs, so its own pauses do not count.
 SILENT_SWEEPS = 4
-_DROPPED_KEPT = 10_000
-
-
-@dataclass(frozen=True)
-class _Dropped:
-    """The reply's state of a request that was dropped as disconnected, without its row, whose body may be large."""
-
-    steps: int
-    streamed: bool
-    head_sent: bool
 
 
 class Pump:
@@ -73,8 +62,7 @@ class Pump:
         self._close_wait_s = close_wait_s
         self._clock = clock
         self._lock = threading.Lock()
-        self._pending: dict[str, PendingRequest] = {}
-        self._dropped: OrderedDict[str, _Dropped] = OrderedDict()
+        self._pending = PendingTable()
         self._last_exchange_s = clock()
         self._silent_sweeps = 0
 
@@ -112,7 +100,7 @@ class Pump:
                 self._drop_disconnected(set())
             self._manager.sweep()
             self._end_sequences()
-            self._reaper.sweep(pending.row.sequence_id for pending in self._pending.values())
+            self._reaper.sweep(self._pending.sequence_ids)
 
     def drain(self) -> None:
         """Take no new work from now on; running turns may finish. Takes no lock, so a signal handler may call it."""
@@ -135,38 +123,24 @@ class Pump:
 
     def _admit(self, row: Row) -> None:
         """Parse a new row and start its work, or reject it."""
-        pending = self._pending[row.request_id] = PendingRequest(row)
+        pending, has_returned = self._pending.add(row)
         try:
-            if self._has_returned(pending):
+            if has_returned:
                 message = "The server was paused and has dropped the request; send it again."
                 raise Refused("request_dropped", message, retry_after_s=1)
             if self._reaper.is_ours(row) and not self._manager.has_session(row.sequence_id):
-                close(pending, row.sequence_id)  # it only ends its sequence
+                acknowledge_close(pending, row.sequence_id)  # it only ends its sequence
                 return
             self._manager.handle(pending, parse(row.body, row.headers, self._limits, self._max_body_bytes))
         except Exception as error:
             pending.refuse(error)
 
-    def _has_returned(self, pending: PendingRequest) -> bool:
-        """Return whether the request was dropped as disconnected before, and take over the state of its reply."""
-        dropped = self._dropped.pop(pending.row.request_id, None)
-        if dropped is None:
-            return False
-        pending.streamed = dropped.streamed
-        pending.head_sent = dropped.head_sent
-        pending.steps = dropped.steps
-        return True
-
     def _drop_disconnected(self, active: set[str]) -> None:
-        """Forget the requests that TorchServe does not list any more, and stop the work that only they waited for."""
-        for request_id in self._pending.keys() - active:
-            pending = self._pending.pop(request_id)
-            self._dropped[request_id] = _Dropped(pending.steps, pending.streamed, pending.head_sent)
+        """Stop the work of the requests that TorchServe does not list any more."""
+        for pending in self._pending.drop_missing(active):
             self._manager.disconnected(pending)
-            if self._may_end(pending):
+            if _may_end(pending.row, self._manager):
                 self._reaper.end(pending.row.sequence_id)
-        while len(self._dropped) > _DROPPED_KEPT:
-            self._dropped.popitem(last=False)
 
     def _end_sequences(self) -> None:
         for session_id in self._manager.take_ended_sequences():
@@ -178,7 +152,7 @@ class Pump:
         """Take events until a request has output. Wait longer while a session is being freed for a close."""
         self._take_events()
         began_s = self._clock()
-        while (freeing := self._manager.freeing) or not self._has_output():
+        while (freeing := self._manager.freeing) or not self._pending.has_output:
             left_s = began_s + (self._close_wait_s if freeing else self._wait_s) - self._clock()
             if left_s <= 0:
                 return
@@ -187,9 +161,6 @@ class Pump:
             except queue.Empty:
                 return
             self._take_events()
-
-    def _has_output(self) -> bool:
-        return any(pending.has_output for pending in self._pending.values())
 
     def _take_events(self) -> None:
         while True:
@@ -205,7 +176,7 @@ class Pump:
         try:
             return self._reply(pending)
         except Exception as error:
-            self._pending.pop(pending.row.request_id, None)
+            self._pending.remove(pending)
             body = json.dumps(refusal_of(error).body())
             return Reply(body + "\n", more=False) if pending.head_sent else Reply(body, status=500)
 
@@ -220,27 +191,22 @@ class Pump:
             # TorchServe notices a disconnected streaming client only when it sends, so an empty chunk is sent too.
             pending.head_sent = True
             return Reply(text, more=True, content_type=STREAM_TYPE)
-        del self._pending[pending.row.request_id]
-        self._note_refusal(pending)
-        final.body = text + final.body
-        if final.more is False and not pending.head_sent:
-            final.more = None  # a last chunk that is also the first one sends no head: make it a whole reply
-        alone = pending.row.sequence_id not in self._sequences_of_others(pending)
-        self._reaper.release(pending.row, pending.steps, final, self._may_end(pending), alone)
-        return final
-
-    def _note_refusal(self, pending: PendingRequest) -> None:
+        self._pending.remove(pending)
         if pending.refusal is not None:
             self._manager.count_refusal()
             log.info("refused request=%s code=%s", short_id(pending.row.request_id), pending.refusal.code)
+        final.body = text + final.body
+        if final.more is False and not pending.head_sent:
+            final.more = None  # a last chunk that is also the first one sends no head: make it a whole reply
+        alone = pending.row.sequence_id not in self._pending.sequence_ids
+        self._reaper.release(pending.row, pending.steps, final, _may_end(pending.row, self._manager), alone)
+        return final
 
-    def _may_end(self, pending: PendingRequest) -> bool:
-        """Return whether the row's sequence belongs to no session, so that it can be ended."""
-        sequence = pending.row.sequence_id
-        # The frontend reads an ID with a ';' as two sequences, of which the second may belong to another session.
-        if not sequence or sequence == NEW_SESSION or ";" in sequence:
-            return False
-        return not self._manager.has_session(sequence)
 
-    def _sequences_of_others(self, pending: PendingRequest) -> Iterable[str]:
-        return {other.row.sequence_id for other in self._pending.values() if other is not pending}
+def _may_end(row: Row, manager: SessionManager) -> bool:
+    """Return whether the row's sequence belongs to no session, so that it can be ended."""
+    sequence = row.sequence_id
+    # The frontend reads an ID with a ';' as two sequences, of which the second may belong to another session.
+    if not sequence or sequence == NEW_SESSION or ";" in sequence:
+        return False
+    return not manager.has_session(sequence)

@@ -137,6 +137,13 @@ class Session(_Stateful):
         self.engine_losses = 0
 
     @property
+    def known_transcript(self) -> Transcript:
+        """The transcript of a session whose opening is over or whose journal was read. Raise LookupError otherwise."""
+        if self.transcript is None:
+            raise LookupError("the session has no transcript yet")
+        return self.transcript
+
+    @property
     def in_engine(self) -> bool:
         """Whether the engine holds the session, or was asked to."""
         return not self.is_in(Residency.COLD)
@@ -180,11 +187,6 @@ class SessionTable:
 
     def __iter__(self) -> Iterator[Session]:
         return iter(list(self._sessions.values()))
-
-    @property
-    def running_turns(self) -> int:
-        """Sessions with a turn."""
-        return sum(session.turn is not None for session in self._sessions.values())
 
     def reserve(self, session_id: str) -> Session:
         """Add a session in state OPENING. Raise `Refused` (capacity, invalid_request)."""

@@ -1,58 +1,58 @@
-"""Owns the decoder layer as a CPU computes it fast: few large packed linears and few small operations.
+"""Fused decoder layer for the CPU: four packed linears and few small operations.
 
-Must not know sessions or transformers' classes: it takes the place of any decoder layer that looks and computes like
-Llama's, and leaves the others. Queries, keys and values come of one linear, gate and up projection of another, and the
-residual additions are part of the linears behind them.
-
-What it gains together with `decode.py` (bench model, 2 cores of an AMD EPYC with avx512_bf16, on a busy machine, best
-of alternating steps; packed linears in plain layers, fused layers, compiled attention of single tokens too): decode of
-1 chat 70, 67, 55 ms; of 4 chats 218, 186, 88 ms; of 16 chats 339, 328, 111 ms; a follow-up of 45 tokens 221, 219, 192.
-In float32 (2 cores without AVX-512), tokens a second over those of separate forwards of `transformers`, each in one run
-(plain layers and linears, all of this with float32 weights, and with float16 ones): 1 chat 1.0, 1.3, 2.3; 4 chats 1.6,
-3.5, 6.7; 8 chats 2.6, 4.8, 6.5; 16 chats 3.8, 6.8, 8.5.
+`FusedLayer` replaces any decoder layer that has the structure and the numbers of Llama's; other layers stay unchanged.
+Queries, keys and values are one linear, gate and up projection another, and each residual addition is part of the
+linear in front of it. Measurements: bench/README.md, "The CPU's fast paths one by one".
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
-from ...engine import attention
-from . import linears
+from . import attention, linears
 
 if TYPE_CHECKING:
-    from .token_attention import TokenAttention
+    from .token_attention import TokenAttention  # importing it needs Numba
 
 log = logging.getLogger(__name__)
 
+# Names of the children that a layer, its attention and its MLP must have, and no others.
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+# Inputs on which an activation is compared with SiLU.
 _SAMPLE = torch.linspace(-4, 4, 33)
 
 
 class Batch(Protocol):
-    """The sessions of a forward, as a layer sees them."""
+    """The sessions of one forward, as a fused layer uses them."""
 
     def attend(self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Rotates and stores keys and values, `[rows, (heads + 2 * kv_heads) * head_dim]` together with the queries;
-        returns what the rows attend to, `[rows, heads * head_dim]`.
+        """Rotate queries and keys, store keys and values, and return attention `[rows, heads * head_dim]`.
+
+        `qkv`: `[rows, (heads + 2 * kv_heads) * head_dim]`, contiguous; rotated in place. `cos`, `sin`: `[rows,
+        head_dim]`.
         """
 
 
 class FusedLayer(torch.nn.Module):
-    """A decoder layer of Llama, Mistral or Qwen2; its forward takes what transformers' text model hands to a layer."""
+    """A decoder layer of Llama, Mistral or Qwen2 with the call signature of transformers' own layers."""
 
-    def __init__(self, plain: torch.nn.Module) -> None:
+    def __init__(self, plain: Any) -> None:
+        """Pack the weights of `plain`, a decoder layer for which `_fits` returns True."""
         super().__init__()
-        attention, mlp = plain.self_attn, plain.mlp
-        self.layer = attention.layer_idx
-        self.input_norm, self.mlp_norm = plain.input_layernorm, plain.post_attention_layernorm
-        self.qkv = linears.pack(side_by_side(attention.q_proj, attention.k_proj, attention.v_proj))
-        self.output = linears.pack(attention.o_proj)
+        projections = plain.self_attn
+        mlp = plain.mlp
+        self.layer: int = projections.layer_idx
+        self.input_norm = plain.input_layernorm
+        self.mlp_norm = plain.post_attention_layernorm
+        self.qkv = linears.pack(side_by_side(projections.q_proj, projections.k_proj, projections.v_proj))
+        self.output = linears.pack(projections.o_proj)
         self.gate_up = linears.pack(side_by_side(mlp.gate_proj, mlp.up_proj))
         self.down = linears.pack(mlp.down_proj)
 
@@ -63,18 +63,19 @@ class FusedLayer(torch.nn.Module):
         packed: Batch,
         **_: object,
     ) -> torch.Tensor:
-        """`[1, rows, hidden]` -> the same."""
+        """Map hidden states `[1, rows, hidden]` to hidden states of the same shape."""
         cos, sin = position_embeddings
         rows = hidden_states[0]
         attended = packed.attend(self.layer, self.qkv(_normed(self.input_norm, rows)), cos[0], sin[0])
         rows = self.output(attended, rows)
         gate, up = self.gate_up(_normed(self.mlp_norm, rows)).chunk(2, -1)
-        return self.down(silu(gate).mul_(up), rows)[None]
+        out: torch.Tensor = self.down(silu(gate).mul_(up), rows)
+        return out[None]
 
 
 @torch.inference_mode()
 def fuse_layers(layers: torch.nn.ModuleList) -> bool:
-    """Replace decoder layers by fused ones, where every one of them can be; False and nothing changed else."""
+    """Replace all decoder layers by fused ones. If one of them does not fit, change nothing and return False."""
     if not all(map(_fits, layers)):
         return False
     for index, layer in enumerate(layers):
@@ -83,42 +84,51 @@ def fuse_layers(layers: torch.nn.ModuleList) -> bool:
 
 
 @torch.inference_mode()
-def token_attention(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> TokenAttention | None:
-    """Attention of single tokens as machine code; None where that can't be made or computes something else."""
+def compile_token_attention(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> TokenAttention | None:
+    """Return compiled attention of single tokens.
+
+    Returns None, with a warning in the log, if compilation fails or if the result differs from torch's numbers.
+    """
     try:
         from .token_attention import TokenAttention
 
-        found = TokenAttention(heads, kv_heads, head_dim, dtype)
-        if _is_attention(found, heads, kv_heads, head_dim, dtype):
-            return found
+        compiled = TokenAttention(heads, kv_heads, head_dim, dtype)
+        if _matches_torch(compiled, heads, kv_heads, head_dim, dtype):
+            return compiled
         log.warning("token_attention_wrong heads=%d kv_heads=%d head_dim=%d", heads, kv_heads, head_dim)
-    except Exception:  # whatever is in the way, torch's own calls remain
+    except Exception:  # any error of the compiler: torch's own attention is used instead
         log.warning("token_attention_missing", exc_info=True)
     return None
 
 
-def _is_attention(found: TokenAttention, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether it gives torch's numbers on a small example."""
-    stored, width, allowed = 6, heads + 2 * kv_heads, 0.03 if dtype == torch.bfloat16 else 1e-4
-    numbers = torch.linspace(-9, 9, 2 * kv_heads * 8 * head_dim).sin().to(dtype)
-    kv = numbers.view(1, 2, kv_heads, 8, head_dim)
+def _matches_torch(compiled: TokenAttention, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """Return whether the compiled attention computes torch's numbers on a small example."""
+    stored = 6
+    capacity = 8
+    width = heads + 2 * kv_heads
+    allowed = 0.03 if dtype == torch.bfloat16 else 1e-4
+    kv = torch.linspace(-9, 9, 2 * kv_heads * capacity * head_dim).sin().to(dtype)
+    kv = kv.view(1, 2, kv_heads, capacity, head_dim)
     qkv = torch.linspace(-5, 5, 2 * width * head_dim).cos().to(dtype).view(2, -1)
     angles = torch.linspace(0, 3, head_dim // 2).repeat(2, 2)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    cos = angles.cos().to(dtype)
+    sin = angles.sin().to(dtype)
     out = torch.empty(2, heads * head_dim, dtype=dtype)
-    found(found.task([(1, kv.data_ptr(), 8, stored)]), 0, qkv, cos, sin, out)
+    compiled(compiled.task([(1, kv.data_ptr(), capacity, stored)]), 0, qkv, cos, sin, out)
     numbers = qkv.view(2, width, head_dim)
     attention.rotate(numbers[:, : heads + kv_heads], cos, sin)
-    query, *new = numbers[1].split((heads, kv_heads, kv_heads))
-    if not all(torch.allclose(kv[0, at, :, stored], one, atol=allowed, rtol=allowed) for at, one in enumerate(new)):
+    query, key, value = numbers[1].split((heads, kv_heads, kv_heads))
+    if not torch.allclose(kv[0, 0, :, stored], key, atol=allowed, rtol=allowed):
+        return False
+    if not torch.allclose(kv[0, 1, :, stored], value, atol=allowed, rtol=allowed):
         return False
     keys, values = kv[0, :, :, : stored + 1].float()
-    wanted = scaled_dot_product_attention(query[None, :, None].float(), keys[None], values[None], enable_gqa=True)
-    return torch.allclose(out[1].float(), wanted.flatten(), atol=allowed, rtol=allowed)
+    expected = scaled_dot_product_attention(query[None, :, None].float(), keys[None], values[None], enable_gqa=True)
+    return torch.allclose(out[1].float(), expected.flatten(), atol=allowed, rtol=allowed)
 
 
 def side_by_side(*parts: torch.nn.Linear) -> torch.nn.Linear:
-    """One linear that gives the outputs of several, one after the other."""
+    """Return one linear whose output is the concatenated outputs of `parts`, in their order."""
     weight = torch.cat([linear.weight.detach() for linear in parts])
     joined = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     joined.weight = torch.nn.Parameter(weight, requires_grad=False)
@@ -128,28 +138,39 @@ def side_by_side(*parts: torch.nn.Linear) -> torch.nn.Linear:
     return joined
 
 
-def _normed(norm: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
+def _normed(norm: Any, rows: torch.Tensor) -> torch.Tensor:
+    """Return the RMS norm of `rows`, `[rows, hidden]`, with the weight and the epsilon of `norm`."""
     return rms_norm(rows, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
-def _fits(layer: torch.nn.Module) -> bool:
-    """Whether a layer is made of what `FusedLayer` knows and nothing else, in one precision that can be packed."""
-    if _names(layer) != _LAYER or _names(layer.self_attn) != _ATTENTION or _names(layer.mlp) != _MLP:
+def _fits(layer: Any) -> bool:
+    """Return whether `FusedLayer` can replace the layer: its parts, its norms and its activation are Llama's, and all
+    weights have one precision that can be packed.
+    """
+    if _child_names(layer) != _LAYER:
         return False
-    attention, mlp = layer.self_attn, layer.mlp
-    found = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    found += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    biases = {linear.bias is None for linear in found[:3]}, {linear.bias is None for linear in found[4:6]}
+    projections = layer.self_attn
+    mlp = layer.mlp
+    if _child_names(projections) != _ATTENTION or _child_names(mlp) != _MLP:
+        return False
+    qkv = [projections.q_proj, projections.k_proj, projections.v_proj]
+    gate_up = [mlp.gate_proj, mlp.up_proj]
     return (
-        all(map(linears.packable, found))
+        all(map(linears.packable, [*qkv, projections.o_proj, *gate_up, mlp.down_proj]))
         and len({parameter.dtype for parameter in layer.parameters()}) == 1
-        and all(len(kinds) == 1 for kinds in biases)
-        and all(_is_rms(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
+        and _all_or_none_have_bias(qkv)
+        and _all_or_none_have_bias(gate_up)
+        and all(_is_rms_norm(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
         and torch.equal(mlp.act_fn(_SAMPLE), silu(_SAMPLE))
     )
 
 
-def _is_rms(norm: torch.nn.Module) -> bool:
+def _all_or_none_have_bias(parts: Iterable[torch.nn.Linear]) -> bool:
+    return len({linear.bias is None for linear in parts}) == 1
+
+
+def _is_rms_norm(norm: Any) -> bool:
+    """Return whether the module computes `_normed`, tried on a small example."""
     if {name for name, _ in norm.named_parameters()} != {"weight"} or not hasattr(norm, "variance_epsilon"):
         return False
     rows = torch.linspace(-1, 1, 2 * norm.weight.numel(), dtype=norm.weight.dtype).view(2, -1)
@@ -157,5 +178,5 @@ def _is_rms(norm: torch.nn.Module) -> bool:
     return torch.allclose(norm(rows), _normed(norm, rows), atol=allowed, rtol=allowed)
 
 
-def _names(module: torch.nn.Module) -> set[str]:
+def _child_names(module: torch.nn.Module) -> set[str]:
     return {name for name, _ in module.named_children()}

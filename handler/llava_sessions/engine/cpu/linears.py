@@ -1,19 +1,15 @@
-"""Owns linears as a CPU computes them fast: packed as the product reads them, in as few bytes as hold the weights.
+"""Linears for the CPU whose weights are packed in the layout that the product reads, in as few bytes as possible.
 
-Must not know sessions, layers or transformers' classes. There are two kinds, each tried on a small example before it is
-used; where neither works, a plain linear stays what it is.
+There are two kinds. Each is tried on a small example before it is used; if neither works, a plain linear is kept.
 
-- oneDNN's, for bfloat16 and float32: what torch's inductor makes of frozen linears (in torch:
+- oneDNN's, for bfloat16 and float32: the operations into which torch's inductor turns frozen linears (in torch:
   `torch/_inductor/fx_passes/mkldnn_fusion.py`, `aten/src/ATen/native/mkldnn/Linear.cpp`).
 - FBGEMM's, for float32 (in torch: `aten/src/ATen/native/quantized/cpu/qlinear_dynamic.cpp`): inputs, products and sums
-  are float32, and the weight lies in memory as float16, widened in registers. Checkpoints of the LLaVA family are
-  published in float16 and bfloat16, so nothing is given up for half the memory and, in a decode step, which is the
-  reading of the weights, half the time. A weight that half its bytes can't hold is packed by oneDNN.
+  are float32, and the weight is stored as float16 and widened in registers. Checkpoints of the LLaVA family are
+  published in float16 and bfloat16, so half the memory loses no precision, and a decode step, which mostly reads
+  weights, takes half the time. A weight that float16 can't represent is packed by oneDNN.
 
-What it gains. In bfloat16 (bench model, 2 cores of an AMD EPYC with avx512_bf16, best of a run; plain, oneDNN's):
-decode of 1 chat 47, 30 ms; of 16 chats 269, 247; a follow-up of 45 tokens 95, 70; vision tower and projector 731, 625.
-In float32 (2 cores with AVX2, median of alternating runs over 6 layers; plain, oneDNN's, FBGEMM's): 1 row 22, 26, 11
-ms; 4 rows 58, 26, 11; 16 rows 65, 38, 23; 45 rows 105, 68, 52; 256 rows 382, 337, 289; 640 rows 870, 799, 689.
+Measurements: bench/README.md, "The CPU's fast paths one by one".
 """
 
 from __future__ import annotations
@@ -21,50 +17,53 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn.functional import linear
 
-# A hint at how many rows a linear mostly sees; the layouts for 1, 16 and 256 measured the same.
+# Number of rows that oneDNN picks the layout for. The layouts for 1, 16 and 256 rows were equally fast.
 _ROWS_HINT = 16
-# Of the largest weight of its row, by so much may a weight be off: a quarter of what float32 rounds a product by.
-_LOST_AT_MOST = 2.0**-26
-# A float16 below 2 to the power of this is a finite number, however it was rounded.
+# Largest error of a stored weight, relative to the largest weight of its row: a quarter of float32's rounding.
+_MAX_RELATIVE_ERROR = 2.0**-26
+# A number below 2 to the power of this is finite in float16 after any rounding.
 _HALF_EXPONENT = 15
 
 
 class PackedLinear(torch.nn.Module):
-    """Takes the place of an `nn.Linear`, and gives its numbers up to the last bits."""
+    """Replacement of an `nn.Linear`. Its outputs equal the plain ones up to the last bits.
+
+    The packed weight is neither a parameter nor a buffer, because an opaque tensor can't be moved, cast or saved.
+    """
 
     def __init__(self, plain: torch.nn.Linear) -> None:
         super().__init__()
         self.in_features = plain.in_features
         self.out_features = plain.out_features
-        # What it keeps is neither a parameter nor a buffer: opaque tensors can't be moved, cast or saved.
         self.weight_bytes: int = plain.weight.nbytes
 
     def extra_repr(self) -> str:
-        """What `print` shows of it, as for `nn.Linear`."""
+        """Return the text that `print` shows, as `nn.Linear.extra_repr`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, weight_bytes={self.weight_bytes}"
 
 
 class _OneDNNLinear(PackedLinear):
-    """The weight in its own precision, bfloat16 or float32."""
+    """oneDNN's packed linear; the weight keeps its precision, bfloat16 or float32."""
 
     def __init__(self, plain: torch.nn.Linear) -> None:
         super().__init__(plain)
         self._packed = torch.ops.mkldnn._reorder_linear_weight(plain.weight.detach(), _ROWS_HINT)
         self._bias = None if plain.bias is None else plain.bias.detach()
 
-    def forward(self, rows: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
-        """`[..., in_features]` -> `[..., out_features]`; `added`, of that shape, is added before it is rounded."""
+    def forward(self, rows: torch.Tensor, added: torch.Tensor | None = None) -> Any:
+        """Map `[..., in_features]` to `[..., out_features]`. `added`, of that shape, is added before rounding."""
         if added is None:
             return torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._bias, "none", [], "")
         return torch.ops.mkldnn._linear_pointwise.binary(rows, added, self._packed, self._bias, "add")
 
 
 class _HalfLinear(PackedLinear):
-    """A float32 linear whose weight lies in memory as float16, times `scale`."""
+    """FBGEMM's float32 linear; the weight is stored as float16, multiplied by `scale`."""
 
     def __init__(self, plain: torch.nn.Linear, scale: float) -> None:
         super().__init__(plain)
@@ -74,8 +73,8 @@ class _HalfLinear(PackedLinear):
         self._unscale = 1 / scale
         self.weight_bytes = weight.numel() * torch.float16.itemsize
 
-    def forward(self, rows: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
-        """`[..., in_features]` -> `[..., out_features]`; `added`, of that shape, is added."""
+    def forward(self, rows: torch.Tensor, added: torch.Tensor | None = None) -> Any:
+        """Map `[..., in_features]` to `[..., out_features]`. `added`, of that shape, is added."""
         out = torch.ops.quantized.linear_dynamic_fp16(rows, self._packed)
         if added is not None:
             return torch.add(added, out, alpha=self._unscale)
@@ -84,78 +83,87 @@ class _HalfLinear(PackedLinear):
 
 @torch.inference_mode()
 def pack(plain: torch.nn.Linear) -> PackedLinear:
-    """The packed linear that computes a `packable` one fastest. It holds nothing of the plain one but its bias."""
-    found = None
-    if plain.weight.dtype == torch.float32 and _works(_half, torch.float32):
-        found = _half(plain)
-    return found or _OneDNNLinear(plain)
+    """Return the fastest packed linear for a `packable` one. Of `plain` it keeps a reference to the bias only."""
+    half = None
+    if plain.weight.dtype == torch.float32 and works(_pack_as_half, torch.float32):
+        half = _pack_as_half(plain)
+    return half or _OneDNNLinear(plain)
 
 
 @torch.inference_mode()
 def pack_all(module: torch.nn.Module) -> int:
-    """Replace every `packable` linear below `module` by a `PackedLinear`; returns how many.
+    """Replace every `packable` linear below `module` by a `PackedLinear` and return their number.
 
-    Plain weights are freed one by one; one that something else holds too (a tied head) stays there as well. Returns 0,
-    with nothing changed, where there is none.
+    The plain weights are freed one by one. A weight with another reference (a tied head) stays in memory as well.
     """
     found = [
         (parent, name, child)
         for parent in module.modules()
         for name, child in parent.named_children()
-        if packable(child)
+        if isinstance(child, torch.nn.Linear) and packable(child)
     ]
     for parent, name, child in found:
         setattr(parent, name, pack(child))
     return len(found)
 
 
-def packable(module: torch.nn.Module) -> bool:
-    """Whether it is a plain linear on the CPU, in a precision in which this torch packs linears."""
-    found = type(module) is torch.nn.Linear
-    return found and module.weight.device.type == "cpu" and can_pack(module.weight.dtype)
+def packable(module: Any) -> bool:
+    """Return whether the module is a plain linear on the CPU, in a precision in which torch packs linears here."""
+    return type(module) is torch.nn.Linear and module.weight.device.type == "cpu" and can_pack(module.weight.dtype)
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this torch has oneDNN's packed linears for `dtype`, bfloat16 or float32, and they compute what `linear`
-    computes.
-    """
-    return _works(_OneDNNLinear, dtype)
+    """Return whether oneDNN's packed linears exist for `dtype` (bfloat16 or float32) and compute `linear`'s numbers."""
+    return works(_OneDNNLinear, dtype)
 
 
 @functools.cache
 @torch.inference_mode()
-def _works(make: Callable[[torch.nn.Linear], PackedLinear | None], dtype: torch.dtype) -> bool:
-    """Whether this torch and this CPU have such linears, with the numbers of `linear` on a small example."""
+def works(make: Callable[[torch.nn.Linear], PackedLinear | None], dtype: torch.dtype) -> bool:
+    """Return whether a kind of packed linear runs on this CPU and computes `linear`'s numbers on a small example.
+
+    The result is cached for the process; `works.cache_clear()` discards it.
+    """
     try:
-        fits = torch.backends.mkldnn.is_available() and dtype in (torch.bfloat16, torch.float32)
-        if not fits or (dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        if not torch.backends.mkldnn.is_available() or dtype not in (torch.bfloat16, torch.float32):
             return False
-        plain = torch.nn.Linear(32, 64, dtype=dtype)
-        # As halves hold them, most with the help of a scale.
-        plain.weight.copy_((torch.linspace(-1, 1, 64 * 32).bfloat16() * 2**-9).reshape(64, 32))
-        plain.bias.copy_(torch.linspace(1, -1, 64))
-        rows = (torch.linspace(-1, 1, 3 * 32) * 2**9).reshape(1, 3, 32).to(dtype)
-        wanted, packed = linear(rows, plain.weight, plain.bias).float(), make(plain)
-        got = packed(rows).float(), packed(rows, torch.ones_like(wanted).to(dtype)).float() - 1
-        allowed = {"atol": 0.05, "rtol": 0.02} if dtype == torch.bfloat16 else {"atol": 1e-4, "rtol": 1e-4}
-        return all(torch.allclose(one, wanted, **allowed) for one in got)
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        return _matches_linear(make, dtype)
     except (AttributeError, NotImplementedError, RuntimeError):
         return False
 
 
-def _half(plain: torch.nn.Linear) -> _HalfLinear | None:
+def _matches_linear(make: Callable[[torch.nn.Linear], PackedLinear | None], dtype: torch.dtype) -> bool:
+    """Compare a packed linear, with and without `added`, with `torch.nn.functional.linear`."""
+    plain = torch.nn.Linear(32, 64, dtype=dtype)
+    # Small weights, most of which float16 represents only with a scale.
+    plain.weight.copy_((torch.linspace(-1, 1, 64 * 32).bfloat16() * 2**-9).reshape(64, 32))
+    plain.bias.copy_(torch.linspace(1, -1, 64))
+    rows = (torch.linspace(-1, 1, 3 * 32) * 2**9).reshape(1, 3, 32).to(dtype)
+    expected = linear(rows, plain.weight, plain.bias).float()
+    packed = make(plain)
+    if packed is None:
+        return False
+    alone = packed(rows).float()
+    added = packed(rows, torch.ones_like(expected).to(dtype)).float() - 1
+    atol, rtol = (0.05, 0.02) if dtype == torch.bfloat16 else (1e-4, 1e-4)
+    return all(torch.allclose(one, expected, atol=atol, rtol=rtol) for one in (alone, added))
+
+
+def _pack_as_half(plain: torch.nn.Linear) -> _HalfLinear | None:
     scale = _half_scale(plain.weight.detach())
     return None if scale is None else _HalfLinear(plain, scale)
 
 
 def _half_scale(weight: torch.Tensor) -> float | None:
-    """The power of two that makes a float32 weight `[out, in]` one that float16 holds; None where none does.
+    """Return the power of two by which a float32 weight `[out, in]` fits into float16, or None if there is none.
 
-    float16 has bits enough for any bfloat16, but a smaller range of exponents. With the largest weight just below the
-    upper end of that range, bfloat16 numbers down to 2**-32 of it are held exactly, and the rounding of those still
-    smaller is lost beside what float32 rounds the larger ones' products by; that is looked at row by row.
+    float16 has enough mantissa bits for any bfloat16 but a smaller range of exponents. With the largest weight just
+    below the upper end of the range, bfloat16 numbers down to 2**-32 of it are exact. The rounding of smaller ones must
+    be below float32's rounding of the larger ones' products; this is checked row by row.
     """
-    allowed = weight.abs().amax(1) * _LOST_AT_MOST
+    allowed = weight.abs().amax(1) * _MAX_RELATIVE_ERROR
     largest = weight.abs().max().item()
     for scale in (1.0, 2.0 ** (_HALF_EXPONENT - math.frexp(largest)[1])):
         lost = (weight * scale).half().float().div_(scale).sub_(weight).abs_().amax(1)

@@ -1,9 +1,8 @@
-"""Owns attention of single new tokens, one of each of many sessions: rotation, store and attention in one call a layer.
+"""Attention of single new tokens of many sessions, compiled: rotation, store and attention in one call per layer.
 
-Must not know sessions, models or batches. Torch has no fast call for it on a CPU: with one row of queries the vector
-lanes of oneDNN's products stay mostly empty, and it takes a dozen calls a session. Numba compiles the loops below
-when a model is loaded, and the OpenMP threads that torch computes with run them: a second pool of threads would
-fight with them for the cores.
+Torch has no fast call for this on a CPU. With one row of queries most vector lanes of oneDNN's products stay empty, and
+each session takes a dozen calls. Numba compiles the loops below when a model is loaded. Torch's own OpenMP threads run
+them, because a second thread pool would compete with torch's for the cores.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
@@ -19,61 +19,64 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-# Through torch's library, whichever OpenMP that is linked with.
+# Found through torch's library, so that it is the OpenMP runtime that torch itself is linked with.
 _openmp = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
-_run = _openmp.GOMP_parallel
-_run.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-_run.restype = None
-_thread, _threads = _openmp.omp_get_thread_num, _openmp.omp_get_num_threads
-for _count in (_thread, _threads):
-    _count.argtypes = ()
-    _count.restype = ctypes.c_int
+_run_on_threads = _openmp.GOMP_parallel
+_run_on_threads.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+_run_on_threads.restype = None
+_thread_number = _openmp.omp_get_thread_num
+_thread_count = _openmp.omp_get_num_threads
+for _function in (_thread_number, _thread_count):
+    _function.argtypes = ()
+    _function.restype = ctypes.c_int
 
-_LEAST = np.float32(-3e38)
+# Below any score: where the search for the largest one starts.
+_LOWEST = np.float32(-3e38)
 _LOG2_E = np.float32(1.4426950408889634)
+# Length of a task's head: token count, longest session, layer, and the addresses of qkv, cos, sin and out.
+_HEAD = 7
 
 
 class TokenAttention:
     """Attention of single tokens for one shape of heads, in bfloat16 or float32 on the CPU."""
 
-    # What a task begins with: tokens, the most that a session will hold, layer, and four addresses; the places follow.
-    _HEAD = 7
-
     def __init__(self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        """Compiles; takes a second or two."""
-        self._loops = _compile(heads, kv_heads, head_dim, dtype, self._HEAD)
+        """Compile the loops. Takes one to two seconds for a new shape."""
+        self._loops = _compile(heads, kv_heads, head_dim, dtype)
 
-    def task(self, places: list[tuple[int, int, int, int]]) -> ctypes.Array:
-        """What the calls of one forward have in common: for each token its row of the batch, and of its session's KV
-        `[layers, 2, kv_heads, capacity, head_dim]` the address, the capacity, and how many tokens it holds already.
+    def task(self, places: list[tuple[int, int, int, int]]) -> ctypes.Array[ctypes.c_int64]:
+        """Return the arguments that all layers of one forward share.
+
+        `places`, one per token: its row in the batch, the address and the capacity of its session's KV tensor `[layers,
+        2, kv_heads, capacity, head_dim]`, and the number of tokens stored there.
         """
         longest = max(stored for *_, stored in places) + 1
-        numbers = (len(places), longest, *[0] * (self._HEAD - 2), *(number for place in places for number in place))
+        numbers = (len(places), longest, *[0] * (_HEAD - 2), *(number for place in places for number in place))
         return (ctypes.c_int64 * len(numbers))(*numbers)
 
     def __call__(
         self,
-        task: ctypes.Array,
+        task: ctypes.Array[ctypes.c_int64],
         layer: int,
         qkv: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """Rotate the tokens' queries and keys, store keys and values behind what is stored, and attend to all of it.
+        """Rotate the tokens' queries and keys, append keys and values to the caches, and attend to all stored tokens.
 
-        `qkv`: `[rows, (heads + 2 * kv_heads) * head_dim]`; `cos` and `sin`: `[rows, head_dim]`; all contiguous. Writes
+        `qkv`: `[rows, (heads + 2 * kv_heads) * head_dim]`. `cos`, `sin`: `[rows, head_dim]`. All are contiguous. Writes
         the tokens' rows of `out`, `[rows, heads * head_dim]`.
         """
-        task[2 : self._HEAD] = (layer, qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr())
-        _run(self._loops.address, ctypes.addressof(task), torch.get_num_threads(), 0)
+        task[2:_HEAD] = [layer, qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr()]
+        _run_on_threads(self._loops.address, ctypes.addressof(task), torch.get_num_threads(), 0)
 
 
 _I32 = ir.IntType(32)
 
 
-def _pointer(number: types.Type):
-    """What makes an address a pointer to numbers of a type."""
+def _pointer(number: Any) -> Any:
+    """Return a Numba intrinsic that converts an int64 address to a pointer to `number`, a Numba type."""
 
     @intrinsic
     def at(_, address):
@@ -87,7 +90,7 @@ def _pointer(number: types.Type):
 
 @intrinsic
 def _wide(_, number):
-    """bfloat16, which Numba knows as uint16, -> float32: the upper half of its bits."""
+    """Convert bfloat16, which Numba handles as uint16, to float32: the upper half of its bits."""
 
     def generate(context, builder, signature, arguments):
         return builder.bitcast(builder.shl(builder.zext(arguments[0], _I32), _I32(16)), ir.FloatType())
@@ -97,7 +100,7 @@ def _wide(_, number):
 
 @intrinsic
 def _narrow(_, number):
-    """float32 -> bfloat16, to the nearest, ties to even."""
+    """Convert float32 to bfloat16, rounding to nearest, ties to even."""
 
     def generate(context, builder, signature, arguments):
         bits = builder.bitcast(arguments[0], _I32)
@@ -110,7 +113,7 @@ def _narrow(_, number):
 
 @intrinsic
 def _two_to(_, whole):
-    """2 to the power of a whole float32 above -127, by its exponent's bits."""
+    """Return 2 to the power of a whole float32 above -127, by writing its exponent bits."""
 
     def generate(context, builder, signature, arguments):
         exponent = builder.add(builder.fptosi(arguments[0], _I32), _I32(127))
@@ -121,7 +124,7 @@ def _two_to(_, whole):
 
 @numba.njit(fastmath=True, inline="always")
 def _exp(x):
-    """e to the power of x for x up to 0, as a polynomial: unlike the library's, it runs in vector lanes."""
+    """Return e to the power of x, x <= 0, by a polynomial: unlike the C library's, it is vectorized."""
     x = max(x * _LOG2_E, np.float32(-126))
     whole = np.floor(x + np.float32(0.5))
     part = x - whole
@@ -136,26 +139,57 @@ def _same(number):
 
 
 @functools.cache
-def _compile(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, head: int):
-    """The loops, with sizes as constants: the compiler unrolls and vectorizes them."""
-    if dtype == torch.bfloat16:
-        numbers_at, wide, narrow = _pointer(types.uint16), _wide, _narrow
-    else:
-        numbers_at, wide, narrow = _pointer(types.float32), _same, _same
-    item, width = dtype.itemsize, heads + 2 * kv_heads
-    half, group, scale = head_dim // 2, heads // kv_heads, np.float32(head_dim**-0.5)
+def _compile(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Any:
+    """Compile the loops with all sizes as constants, so that the compiler unrolls and vectorizes them.
+
+    Returns a Numba C function that takes the address of a task.
+    """
+    is_bfloat16 = dtype == torch.bfloat16
+    numbers_at = _pointer(types.uint16 if is_bfloat16 else types.float32)
+    wide = _wide if is_bfloat16 else _same
+    narrow = _narrow if is_bfloat16 else _same
+    rotate = _make_rotate(head_dim, wide)
+    attend = _make_attend(head_dim, wide, narrow)
+    run_piece = _make_run_piece(heads, kv_heads, head_dim, dtype.itemsize, numbers_at, narrow, rotate, attend)
+
+    @numba.cfunc(types.void(types.CPointer(types.int64)))
+    def loops(pointer):
+        numbers = numba.carray(pointer, (_HEAD,))
+        tokens = numbers[0]
+        places = numba.carray(pointer, (_HEAD + 4 * tokens,))[_HEAD:].reshape(tokens, 4)
+        query = np.empty(head_dim, np.float32)
+        key = np.empty(head_dim, np.float32)
+        scores = np.empty(numbers[1], np.float32)
+        # A KV head of a session is one piece of work. Thread n of N takes the pieces n, n + N, n + 2 N, ...
+        for piece in range(_thread_number(), tokens * kv_heads, _thread_count()):
+            run_piece(numbers, places[piece // kv_heads], piece % kv_heads, query, key, scores)
+
+    return loops
+
+
+def _make_rotate(head_dim: int, wide: Any) -> Any:
+    """Return the compiled rotary embedding of one head, `[head_dim]`, to float32."""
+    half = head_dim // 2
 
     @numba.njit(fastmath=True)
     def rotate(source, cos, sin, out):
         for d in range(half):
-            low, high = wide(source[d]), wide(source[half + d])
+            low = wide(source[d])
+            high = wide(source[half + d])
             out[d] = low * wide(cos[d]) - high * wide(sin[d])
             out[half + d] = high * wide(cos[half + d]) + low * wide(sin[half + d])
 
+    return rotate
+
+
+def _make_attend(head_dim: int, wide: Any, narrow: Any) -> Any:
+    """Return the compiled attention of one query head to `tokens` stored keys and values `[tokens, head_dim]`."""
+
     @numba.njit(fastmath=True)
     def attend(query, keys, values, tokens, scores, out):
-        # Four tokens at a time: sums that do not wait for each other.
-        fours, top = tokens - tokens % 4, _LEAST
+        # Four tokens per iteration: four sums that do not depend on each other.
+        fours = tokens - tokens % 4
+        top = _LOWEST
         for t in range(0, fours, 4):
             a, b, c, e = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
             for d in range(head_dim):
@@ -187,32 +221,40 @@ def _compile(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, head:
         for d in range(head_dim):
             out[d] = narrow(mixed[d] / total)
 
-    @numba.cfunc(types.void(types.CPointer(types.int64)))
-    def loops(pointer):
-        tokens, longest, layer, qkv_at, cos_at, sin_at, out_at = numba.carray(pointer, (head,))
-        places = numba.carray(pointer, (head + 4 * tokens,))[head:].reshape(tokens, 4)
-        query, key = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)
-        scores = np.empty(longest, np.float32)
-        # A KV head of a session is a piece of work; each thread takes every so many-th.
-        for piece in range(_thread(), tokens * kv_heads, _threads()):
-            row, address, capacity, stored = places[piece // kv_heads]
-            kv_head = piece % kv_heads
-            numbers = numba.carray(numbers_at(qkv_at + row * width * head_dim * item), (width, head_dim))
-            cos = numba.carray(numbers_at(cos_at + row * head_dim * item), (head_dim,))
-            sin = numba.carray(numbers_at(sin_at + row * head_dim * item), (head_dim,))
-            out = numba.carray(numbers_at(out_at + row * heads * head_dim * item), (heads, head_dim))
-            size = capacity * head_dim * item
-            keys_at = address + (layer * 2 * kv_heads + kv_head) * size
-            keys = numba.carray(numbers_at(keys_at), (stored + 1, head_dim))
-            values = numba.carray(numbers_at(keys_at + kv_heads * size), (stored + 1, head_dim))
-            rotate(numbers[heads + kv_head], cos, sin, key)
-            for d in range(head_dim):
-                keys[stored, d] = narrow(key[d])
-                values[stored, d] = numbers[heads + kv_heads + kv_head, d]
-            for at in range(kv_head * group, (kv_head + 1) * group):
-                rotate(numbers[at], cos, sin, query)
-                for d in range(head_dim):
-                    query[d] *= scale
-                attend(query, keys, values, stored + 1, scores, out[at])
+    return attend
 
-    return loops
+
+def _make_run_piece(
+    heads: int, kv_heads: int, head_dim: int, item: int, numbers_at: Any, narrow: Any, rotate: Any, attend: Any
+) -> Any:
+    """Return the compiled work on one KV head of one token: store its key and value, attend with its query heads.
+
+    `item`: bytes of a number.
+    """
+    width = heads + 2 * kv_heads
+    group = heads // kv_heads
+    scale = np.float32(head_dim**-0.5)
+
+    @numba.njit(fastmath=True)
+    def run_piece(task, place, kv_head, query, key, scores):
+        _, _, layer, qkv_at, cos_at, sin_at, out_at = task
+        row, address, capacity, stored = place
+        numbers = numba.carray(numbers_at(qkv_at + row * width * head_dim * item), (width, head_dim))
+        cos = numba.carray(numbers_at(cos_at + row * head_dim * item), (head_dim,))
+        sin = numba.carray(numbers_at(sin_at + row * head_dim * item), (head_dim,))
+        out = numba.carray(numbers_at(out_at + row * heads * head_dim * item), (heads, head_dim))
+        size = capacity * head_dim * item
+        keys_at = address + (layer * 2 * kv_heads + kv_head) * size
+        keys = numba.carray(numbers_at(keys_at), (stored + 1, head_dim))
+        values = numba.carray(numbers_at(keys_at + kv_heads * size), (stored + 1, head_dim))
+        rotate(numbers[heads + kv_head], cos, sin, key)
+        for d in range(head_dim):
+            keys[stored, d] = narrow(key[d])
+            values[stored, d] = numbers[heads + kv_heads + kv_head, d]
+        for at in range(kv_head * group, (kv_head + 1) * group):
+            rotate(numbers[at], cos, sin, query)
+            for d in range(head_dim):
+                query[d] *= scale
+            attend(query, keys, values, stored + 1, scores, out[at])
+
+    return run_piece

@@ -1,0 +1,25 @@
+"""Python client of LLaVA Sessions.
+
+with httpx.Client(base_url="http://127.0.0.1:8080", timeout=60) as http:
+    session = ChatSession.open(http, Path("picture.png").read_bytes())
+    print(session.ask("Which shapes are in the picture?")["response_text"])
+    session.close()
+"""
+
+from .errors import ApiError, raise_for_error
+from .metrics import read_metrics, wait_for_metrics
+from .pictures import to_base64, to_png
+from .session import CLOSED_HEADER, SESSION_HEADER, Answer, ChatSession
+
+__all__ = [
+    "CLOSED_HEADER",
+    "SESSION_HEADER",
+    "Answer",
+    "ApiError",
+    "ChatSession",
+    "raise_for_error",
+    "read_metrics",
+    "to_base64",
+    "to_png",
+    "wait_for_metrics",
+]

@@ -1,0 +1,29 @@
+"""Errors of the client."""
+
+from __future__ import annotations
+
+import httpx
+
+
+class ApiError(Exception):
+    """A refused request: the HTTP status, and the stable `code` of the error body.
+
+    `code` is "unexpected_reply" when the reply has no error body of LLaVA Sessions, as from a proxy.
+    """
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(f"{status} {code}: {message}")
+        self.status = status
+        self.code = code
+
+
+def raise_for_error(reply: httpx.Response) -> httpx.Response:
+    """Return a successful reply. Raise `ApiError` for any other."""
+    if reply.is_success:
+        return reply
+    try:
+        error = reply.json()["error"]
+        refusal = ApiError(reply.status_code, error["code"], error["message"])
+    except (ValueError, KeyError, TypeError):
+        refusal = ApiError(reply.status_code, "unexpected_reply", reply.text[:200])
+    raise refusal

@@ -1,0 +1,97 @@
+"""A picture chat over HTTP: open a session, ask questions, close it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from PIL import Image
+
+from .errors import ApiError, raise_for_error
+from .pictures import to_base64
+
+SESSION_HEADER = "X-Amzn-SageMaker-Session-Id"
+CLOSED_HEADER = "X-Amzn-SageMaker-Closed-Session-Id"
+
+
+@dataclass
+class Answer:
+    """A streamed answer so far. `facts` is the last line of the stream; times are in seconds since the request."""
+
+    text: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+    ttft_s: float = 0.0
+    total_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class ChatSession:
+    """An open session. `http` is a client whose `base_url` is the server; the caller closes it.
+
+    `expires` is the UTC time at which the server closes the session if no request renews it.
+    """
+
+    http: httpx.Client
+    session_id: str
+    expires: str
+
+    @classmethod
+    def open(cls, http: httpx.Client, picture: Image.Image | bytes) -> ChatSession:
+        """Open a session on a picture. Raise `ApiError` if the server refuses."""
+        body = {"type": "start_session", "image": to_base64(picture)}
+        reply = raise_for_error(http.post("/invocations", json=body))
+        session_id, _, expires = reply.headers[SESSION_HEADER].partition("; Expires=")
+        return cls(http, session_id, expires)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The header that names this session in a request."""
+        return {SESSION_HEADER: self.session_id}
+
+    def ask(self, text: str, **options: Any) -> dict[str, Any]:
+        """Ask a question and return the body of the reply. `options` are further fields of the request.
+
+        Raise `ApiError` if the server refuses.
+        """
+        body = {"type": "send_text_prompt", "prompt_text": text, **options}
+        reply = raise_for_error(self.http.post("/invocations", json=body, headers=self.headers))
+        answer: dict[str, Any] = reply.json()
+        return answer
+
+    def stream(self, text: str, **options: Any) -> Iterator[dict[str, Any]]:
+        """Ask a question and yield the lines of the streamed answer. Raise `ApiError` if the server refuses.
+
+        An error that occurs after the first line is the last line.
+        """
+        body = {"type": "send_text_prompt", "prompt_text": text, "stream": True, **options}
+        with self.http.stream("POST", "/invocations", json=body, headers=self.headers) as reply:
+            if reply.status_code != httpx.codes.OK:
+                reply.read()
+            raise_for_error(reply)
+            for line in reply.iter_lines():
+                yield json.loads(line)
+
+    def stream_answer(self, text: str, **options: Any) -> Iterator[tuple[str, Answer]]:
+        """Ask a question and yield each piece of text with the answer so far. Raise `ApiError` for an error line.
+
+        The same `Answer` is yielded each time; its facts are complete after the last piece.
+        """
+        answer = Answer()
+        asked_at = time.perf_counter()
+        for line in self.stream(text, **options):
+            if "error" in line:
+                raise ApiError(200, line["error"]["code"], line["error"]["message"])
+            answer.total_s = time.perf_counter() - asked_at
+            answer.ttft_s = answer.ttft_s or answer.total_s
+            answer.text += line["delta"]
+            if "finish_reason" in line:
+                answer.facts = line
+            yield line["delta"], answer
+
+    def close(self) -> httpx.Response:
+        """Close the session. Raise `ApiError` if the server refuses."""
+        return raise_for_error(self.http.post("/invocations", json={"type": "close_session"}, headers=self.headers))

@@ -1,0 +1,111 @@
+"""HTTP traffic with the containers: filtered headers, and an error as soon as an instance is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import uuid
+from collections.abc import AsyncIterator, Awaitable
+from typing import TypeVar
+
+import httpx
+
+from . import contract
+from .calls import ApiCall
+from .contract import Corners
+from .pins import GoneError, Instance
+
+Result = TypeVar("Result")
+
+PING_TIMEOUT_S = 2.0
+CONNECT_TIMEOUT_S = 5.0
+
+
+class BrokenError(Exception):
+    """The connection of one request broke, but the instance still answers."""
+
+
+class ContainerClient:
+    """Sends calls to instances. Raises `GoneError` if the instance is lost, `BrokenError` if one connection broke."""
+
+    def __init__(self, corners: Corners) -> None:
+        self._corners = corners
+        pool = httpx.Limits(max_connections=None, max_keepalive_connections=256)
+        # The transport without its client: no default headers reach a container, and no time is spent on cookies and
+        # redirects.
+        self._http = httpx.AsyncHTTPTransport(limits=pool, trust_env=False)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def send(self, instance: Instance, call: ApiCall, session: str | None) -> httpx.Response:
+        """Send a call. Return the complete reply."""
+        request = self._request(instance, call, session)
+        return await self._unless_gone(instance, self._read_all(request))
+
+    async def open_stream(self, instance: Instance, call: ApiCall, session: str | None) -> httpx.Response:
+        """Send a call. Return the reply before its body; the caller closes it."""
+        request = self._request(instance, call, session)
+        return await self._unless_gone(instance, self._http.handle_async_request(request))
+
+    async def read_body(self, instance: Instance, reply: httpx.Response) -> bytes:
+        """Return the body of a streamed reply."""
+        return await self._unless_gone(instance, reply.aread())
+
+    async def next_part(self, instance: Instance, chunks: AsyncIterator[bytes]) -> bytes | None:
+        """Return the next part of a streamed body, or None at its end."""
+        return await self._unless_gone(instance, _next(chunks))
+
+    async def ping(self, instance: Instance) -> bool:
+        """Return whether the instance answers /ping.
+
+        A timeout counts as an answer: on a busy machine a slow instance is not dead.
+        """
+        try:
+            within = {"timeout": httpx.Timeout(PING_TIMEOUT_S).as_dict()}
+            reply = await self._read_all(httpx.Request("GET", f"{instance.url}/ping", extensions=within))
+        except httpx.TimeoutException:
+            return True
+        except httpx.TransportError:
+            return False
+        return reply.is_success
+
+    def _request(self, instance: Instance, call: ApiCall, session: str | None) -> httpx.Request:
+        headers = {name: call.headers[name] for name in contract.TO_CONTAINER if name in call.headers}
+        headers.setdefault(contract.INFERENCE_HEADER, str(uuid.uuid4()))
+        headers[contract.FORWARDED_API_HEADER] = call.api
+        if call.api == contract.INVOKE_STREAM:
+            headers.pop("Accept", None)
+            if contract.STREAM_ACCEPT_HEADER in call.headers:
+                headers["Accept"] = call.headers[contract.STREAM_ACCEPT_HEADER]
+        if session == contract.NEW_SESSION:
+            session = {"absent": None, "empty": "", "literal": session}[self._corners.new_session]
+        if session is not None:
+            headers[contract.SESSION_HEADER] = session
+        within = {"timeout": {"connect": CONNECT_TIMEOUT_S}}
+        return httpx.Request("POST", _invocations(instance.url), headers=headers, content=call.body, extensions=within)
+
+    async def _read_all(self, request: httpx.Request) -> httpx.Response:
+        async with contextlib.aclosing(await self._http.handle_async_request(request)) as reply:
+            await reply.aread()
+            return reply
+
+    async def _unless_gone(self, instance: Instance, work: Awaitable[Result]) -> Result:
+        """Return the result of `work`, or raise as soon as the instance is lost."""
+        try:
+            async with instance.waiting():
+                return await work
+        except httpx.TransportError as error:
+            if await self.ping(instance):
+                raise BrokenError(type(error).__name__) from error
+            raise GoneError from error
+
+
+@functools.cache
+def _invocations(instance_url: str) -> httpx.URL:
+    return httpx.URL(f"{instance_url}/invocations")
+
+
+async def _next(chunks: AsyncIterator[bytes]) -> bytes | None:
+    return await anext(chunks, None)

@@ -1,0 +1,45 @@
+"""Find the checkpoint that `--model` names: a folder, or an ID on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .checkpoint import SMALL_FILES, WEIGHTS_INDEX, checkpoint_problems
+from .errors import PackError, say
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def find_checkpoint(model: str, weights: str) -> Path | None:
+    """Return the checked folder of `model`, or None for a hub ID that the server loads itself.
+
+    A hub ID is downloaded, except with `weights` "beside". Raise `PackError` for an incomplete checkpoint.
+    """
+    path = Path(model).expanduser()
+    if path.exists() or not _HUB_ID.fullmatch(model):
+        folder = path.resolve()
+    elif weights == "beside":
+        say(f"{model} is no folder: it is used as a hub ID, which the server loads when it starts")
+        return None
+    else:
+        folder = _download(model)
+    say(f"checking {folder} ...")
+    if problems := checkpoint_problems(folder):
+        raise PackError(f"{model} is not a checkpoint that can be served", problems)
+    return folder
+
+
+def _download(hub_id: str) -> Path:
+    """Return the folder of a hub checkpoint in the local cache. Download missing files, with progress bars."""
+    from huggingface_hub import snapshot_download  # imported here: it takes half a second, and few runs need it
+
+    say(f"fetching {hub_id} from the hub, or from its cache ...")
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=[*SMALL_FILES, "*.safetensors", WEIGHTS_INDEX]))
+    except Exception as err:  # offline, gated, misspelt, disk full: the hub's client raises many kinds
+        reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
+        raise PackError(
+            f"{hub_id} is neither a folder nor a checkpoint that could be fetched from the hub",
+            [reason, "offline? download it elsewhere and give --model the folder"],
+        ) from err

@@ -1,0 +1,76 @@
+"""The command `python -m deploy.serve`: serve a packed model until a signal."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from .configuration import REPO
+from .haproxy import find_haproxy
+from .processes import LOOPBACK, ServeError
+from .service import Service
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.serve",
+        description="Serve a packed model with TorchServe behind HAProxy, in the foreground, until Ctrl-C or SIGTERM. "
+        "A server that dies is restarted.",
+    )
+    add = parser.add_argument
+    add("--model-store", type=Path, default=REPO / "model_store", metavar="DIR", help="default: model_store")
+    add("--name", default="llava", help="the packed model (default: %(default)s)")
+    add("--port", type=int, default=8080, help="inference; management and metrics take the next two (0: free ports)")
+    add("--host", default=LOOPBACK, help="address of HAProxy; TorchServe is always on loopback (%(default)s)")
+    home = "temporary files and logs, kept (default: a temporary folder)"
+    add("--home", type=Path, metavar="DIR", help=home)
+    add("--java-opts", type=shlex.split, default=[], metavar="OPTS", help="options of the JVM, such as '-Xmx2g'")
+    add("--log-level", choices=["error", "warn", "info", "debug"], default="warn", help="of the frontend")
+    add("--timeout", type=float, default=600, metavar="S", help="seconds that the model may take to load")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until a signal. Return the exit code."""
+    args = parse_args(argv)
+    haproxy = find_haproxy()
+    if haproxy is None:
+        print("HAProxy is missing (scripts/need_haproxy.sh): TorchServe is public; /ping answers 200 while it loads")
+    try:
+        service = Service(
+            args.model_store,
+            args.name,
+            haproxy=haproxy,
+            port=args.port,
+            host=args.host,
+            home=args.home,
+            ready_timeout_s=args.timeout,
+            quiet=False,
+            java_options=args.java_opts,
+            log_level=args.log_level,
+        )
+    except ServeError as err:
+        print(f"error: {err}", file=sys.stderr)
+        return 1
+    return run_until_signal(service)
+
+
+def run_until_signal(service: Service) -> int:
+    """Run a service until a signal stops it. Return the exit code.
+
+    For the main thread of a process that does nothing else.
+    """
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        service.stop(signal.Signals(number).name)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # an ignored signal stays ignored, as under nohup
+            signal.signal(number, on_signal)
+    return service.run()

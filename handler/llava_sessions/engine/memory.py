@@ -1,0 +1,258 @@
+"""The byte budget of all sessions: admission, offloading, restoring and growing of KV caches.
+
+A session's features stay on the device while it is open. Its KV cache may be offloaded to the host or dropped between
+two turns; the least recently used cache goes first. The cache of an active session never moves.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..ipc.messages import Memory, PreparedPicture
+from .faults import first_line, is_out_of_memory, raise_if_device_lost, release_unused
+from .kv import KVShape
+from .session import EngineSession, EngineSessionState, FeatureStore
+
+log = logging.getLogger(__name__)
+
+# A cache with fewer free tokens is grown ahead of the next turn: a short question and the beginning of its answer.
+_TURN_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class DeviceBudget:
+    """Bytes for features and KV on the device, and for offloaded KV on the host."""
+
+    device_bytes: int
+    host_bytes: int
+
+
+def choose_budget(
+    device: torch.device, device_bytes: int | None = None, host_bytes: int | None = None, working_bytes: int = 0
+) -> DeviceBudget:
+    """Return a budget of the given sizes. A size of None is derived from the machine's memory.
+
+    On CUDA the device's part is the free memory after loading the weights, minus a reserve for forwards: twice the
+    measured `working_bytes`, at least 512 MiB. On a CPU both parts are RAM: 30 % for the device's and 20 % for the
+    host's.
+    """
+    ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device_bytes is None and device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        device_bytes = max(free - max(2 * working_bytes, 512 * 2**20), 0)
+    return DeviceBudget(
+        device_bytes=int(0.3 * ram) if device_bytes is None else device_bytes,
+        host_bytes=int(0.2 * ram) if host_bytes is None else host_bytes,
+    )
+
+
+class MemoryExceeded(Exception):
+    """The budget can't hold a request: it needs `needed_bytes` on the device, of which `free_bytes` are available."""
+
+    def __init__(self, needed_bytes: int, free_bytes: int) -> None:
+        super().__init__(f"{needed_bytes} bytes are needed, {free_bytes} are free")
+        self.needed_bytes = needed_bytes
+        self.free_bytes = free_bytes
+
+
+class DeviceMemory:
+    """Places the KV caches of the engine's sessions within the budget. Runs in the engine's thread."""
+
+    def __init__(
+        self,
+        budget: DeviceBudget,
+        *,
+        sessions: Mapping[str, EngineSession],
+        features: FeatureStore,
+        kv_shape: KVShape,
+        feature_bytes: int,
+        context_tokens: int,
+    ) -> None:
+        """`sessions` is the engine's own mapping, read at each call.
+
+        `feature_bytes`: bytes of one image token. `context_tokens`: most tokens of a conversation.
+        """
+        self.budget = budget
+        self._sessions = sessions
+        self._features = features
+        self._kv_shape = kv_shape
+        self._feature_bytes = feature_bytes
+        self._context_tokens = context_tokens
+
+    def usage(self, allocated_bytes: int) -> Memory:
+        """Return what the open sessions hold. `allocated_bytes`: the count of torch's allocator."""
+        caches = [session.kv for session in self._sessions.values()]
+        tiers = Counter(kv.tier for kv in caches)
+        return Memory(
+            resident=tiers["resident"],
+            offloaded=tiers["offloaded"],
+            cold=tiers["cold"],
+            features_bytes=self._features.device_bytes,
+            kv_bytes=sum(kv.device_bytes for kv in caches),
+            offloaded_bytes=sum(kv.host_bytes for kv in caches),
+            allocated_bytes=allocated_bytes,
+        )
+
+    def admit(
+        self, session: EngineSession, kv_bytes: int, image_tokens: int, pictures: Iterable[PreparedPicture]
+    ) -> None:
+        """Make room for a new session or a new turn, before any work on it.
+
+        `kv_bytes`: upper bound of the session's KV on the device. `image_tokens`: tokens of the request's `pictures`.
+        Raises `MemoryExceeded` if the active sessions leave too little; nothing is offloaded then.
+
+        Waiting sessions hold no KV, so any number of them is admitted. Features are never offloaded, so the features of
+        all sessions must leave room for the KV of the largest waiting one.
+        """
+        known = all(picture.key in self._features for picture in pictures)
+        new_features_bytes = 0 if known else image_tokens * self._feature_bytes
+        features_bytes = self._features_bytes()
+        waiting = (s for s in self._sessions.values() if s.state is EngineSessionState.WAITING)
+        waiting_bytes = max((s.opening_bytes for s in waiting), default=0)
+        if new_features_bytes and features_bytes + new_features_bytes + waiting_bytes > self.budget.device_bytes:
+            free_bytes = max(self.budget.device_bytes - features_bytes, 0)
+            raise MemoryExceeded(new_features_bytes + waiting_bytes, free_bytes)
+        self._make_room(session, kv_bytes + new_features_bytes)
+
+    def place(self, session: EngineSession) -> bool:
+        """Reserve room for the KV of a waiting session. Return False if the active sessions leave too little now."""
+        try:
+            self._make_room(session, session.opening_bytes)
+        except MemoryExceeded:
+            return False
+        session.reserved_bytes = session.opening_bytes
+        return True
+
+    def restore(self, session: EngineSession) -> None:
+        """Copy an offloaded cache back to the device. If the device is out of memory, offload idle caches and retry.
+
+        Raises `MemoryExceeded` if memory runs out again; the cache is then still offloaded.
+        """
+        try:
+            session.kv.restore()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self.relieve()
+            try:
+                session.kv.restore()
+            except Exception as again:
+                if not is_out_of_memory(again):
+                    raise
+                log.warning("restore_failed session=%s error=%s", session.id[:12], first_line(again))
+                raise MemoryExceeded(session.kv.host_bytes, 0) from again
+
+    def copy_prefix(self, session: EngineSession) -> None:
+        """Copy the opening's KV from a session with the same opening, if there is one.
+
+        If the device is out of memory the session is left as it is: it prefills the opening itself.
+        """
+        tokens = session.opening_tokens
+        for donor in self._sessions.values():
+            if donor.prefix == session.prefix and donor.kv.length >= tokens:
+                try:
+                    session.kv.fork(donor.kv, tokens)
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    log.warning("fork_failed error=%s", first_line(error))
+                return
+
+    def next_to_grow(self) -> EngineSession | None:
+        """Return the least recently used session whose cache is too full for its next turn, or None.
+
+        Growing ahead is for CPUs only. There it takes as long as the time to the first token, mostly for page faults;
+        on a GPU it takes almost no time. No cache is offloaded for it, so None is returned if the budget is full.
+        """
+        if self._kv_shape.device.type != "cpu":
+            return None
+        waiting = (s for s in self._sessions.values() if not s.short_of_memory and self._is_nearly_full(s))
+        session = min(waiting, key=lambda s: s.ticket, default=None)
+        if session is None:
+            return None
+        used_bytes = self._features.device_bytes + sum(s.kv.device_bytes for s in self._sessions.values())
+        grown_bytes = used_bytes + self._kv_shape.device_bytes(1)
+        return session if grown_bytes <= self.budget.device_bytes else None
+
+    def _is_nearly_full(self, session: EngineSession) -> bool:
+        kv = session.kv
+        return kv.tier == "resident" and kv.capacity < min(kv.length + _TURN_TOKENS, self._context_tokens)
+
+    def grow_ahead(self) -> None:
+        """Grow the cache of `next_to_grow` by one step, so that its next turn's first token does not wait for it.
+
+        If memory runs out the session is not tried again before its next turn. Called while no session has work.
+        """
+        session = self.next_to_grow()
+        if session is None:
+            return
+        try:
+            session.kv.reserve(session.kv.capacity + 1)
+        except Exception as error:
+            raise_if_device_lost(error, self._kv_shape.device)
+            session.short_of_memory = True
+            log.warning("growing_failed error=%s", first_line(error))
+
+    def relieve(self) -> None:
+        """Free device memory after an out-of-memory error: offload all idle caches, or drop those that don't fit."""
+        for session in self._idle(self._sessions.values()):
+            try:
+                self._offload(session)
+            except (RuntimeError, MemoryError):
+                session.kv.drop()
+        release_unused(self._kv_shape.device)
+
+    def _features_bytes(self) -> int:
+        """Bytes of all features on the device, and of those still to be encoded."""
+        unencoded = sum(s.unencoded_tokens for s in self._sessions.values() if not s.encoded)
+        return self._features.device_bytes + unencoded * self._feature_bytes
+
+    def _make_room(self, session: EngineSession, needed_bytes: int) -> None:
+        """Offload idle caches, least recently used first, until `needed_bytes` are free on the device.
+
+        The cache of `session`, for which the room is needed, is neither moved nor counted. Raises `MemoryExceeded`,
+        with nothing offloaded, if the active sessions leave too little.
+        """
+        others = [other for other in self._sessions.values() if other is not session]
+        active_bytes = sum(max(s.reserved_bytes, s.kv.device_bytes) for s in others if s.active)
+        free_bytes = self.budget.device_bytes - self._features_bytes() - active_bytes
+        if needed_bytes > free_bytes:
+            raise MemoryExceeded(needed_bytes, max(free_bytes, 0))
+        idle = self._idle(others)
+        idle_bytes = sum(s.kv.device_bytes for s in idle)
+        for other in idle:
+            if idle_bytes + needed_bytes <= free_bytes:
+                return
+            idle_bytes -= other.kv.device_bytes
+            self._offload(other, kept=session)
+
+    @staticmethod
+    def _idle(sessions: Iterable[EngineSession]) -> list[EngineSession]:
+        """Return the idle sessions with KV on the device, least recently used first."""
+        return sorted((s for s in sessions if not s.active and s.kv.device_bytes), key=lambda s: s.ticket)
+
+    def _offload(self, session: EngineSession, kept: EngineSession | None = None) -> None:
+        """Move a cache to the host. If the host's part is full, drop less recently used caches there, or this one.
+
+        The cache of `kept` is neither dropped nor counted.
+        """
+        used_bytes = session.kv.length * session.kv.shape.token_bytes
+        on_host = sorted(
+            (s for s in self._sessions.values() if s.kv.host_bytes and s is not kept), key=lambda s: s.ticket
+        )
+        host_bytes = sum(s.kv.host_bytes for s in on_host)
+        for other in on_host:
+            if host_bytes + used_bytes <= self.budget.host_bytes or other.ticket > session.ticket:
+                break
+            host_bytes -= other.kv.host_bytes
+            other.kv.drop()
+        if host_bytes + used_bytes <= self.budget.host_bytes:
+            session.kv.offload()
+        else:
+            session.kv.drop()

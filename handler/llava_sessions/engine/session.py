@@ -1,0 +1,359 @@
+"""The engine's sessions and turns: their states, tokens, pictures and features.
+
+A session does not run the model. Its methods change its own data and return the events to report.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from weakref import WeakValueDictionary
+
+import torch
+
+from ..ipc.messages import AskSession, Cancelled, Delta, Event, Finished, Prefilled, PreparedPicture, Timings, Usage
+from ..text.answer_text import AnswerText
+from .attention import Segment
+from .kv import SessionKV
+from .sampling import Sampler
+
+
+class EngineSessionState(Enum):
+    """Life of an admitted session. Closing removes it from the engine in any state."""
+
+    WAITING = "waiting"  # no room on the device is reserved for its KV cache yet
+    PREFILLING = "prefilling"  # room is reserved; the prompt up to the last picture is not prefilled yet
+    READY = "ready"  # the prompt up to the last picture has been prefilled once
+
+
+class EngineTurnState(Enum):
+    """Life of a turn."""
+
+    QUEUED = "queued"  # no token of it has run
+    RUNNING = "running"  # in prefill or decode
+    FINISHED = "finished"  # its tokens are part of the session
+    ROLLED_BACK = "rolled back"  # the session is as it was before the turn
+
+
+State = EngineSessionState | EngineTurnState
+
+# Every legal transition. `Stateful.advance` rejects all others.
+TRANSITIONS: Mapping[State, frozenset[State]] = {
+    EngineSessionState.WAITING: frozenset({EngineSessionState.PREFILLING}),
+    EngineSessionState.PREFILLING: frozenset({EngineSessionState.READY}),
+    EngineSessionState.READY: frozenset(),
+    EngineTurnState.QUEUED: frozenset({EngineTurnState.RUNNING, EngineTurnState.ROLLED_BACK}),
+    EngineTurnState.RUNNING: frozenset({EngineTurnState.FINISHED, EngineTurnState.ROLLED_BACK}),
+    EngineTurnState.FINISHED: frozenset(),
+    EngineTurnState.ROLLED_BACK: frozenset(),
+}
+
+
+class IllegalTransition(Exception):
+    """A session or turn was to enter a state that `TRANSITIONS` does not allow. The engine drops that session."""
+
+
+class Stateful:
+    """A state that `advance` alone writes."""
+
+    state: State
+
+    def advance(self, state: State) -> None:
+        """Enter a state. Raises `IllegalTransition`, with the state unchanged."""
+        if state not in TRANSITIONS[self.state]:
+            raise IllegalTransition(f"{type(self).__name__} can't go from {self.state.name} to {state.name}")
+        self.state = state
+
+
+@dataclass(eq=False)
+class Features:
+    """Features of one picture, `[image tokens, hidden]` on the device. Shared by all sessions that show the picture."""
+
+    rows: torch.Tensor
+
+
+class FeatureStore:
+    """The features of all open sessions by picture key. An entry exists as long as a session shows the picture."""
+
+    def __init__(self) -> None:
+        self._by_key: WeakValueDictionary[str, Features] = WeakValueDictionary()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._by_key
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of all features on the device."""
+        return sum(features.rows.nbytes for features in self._by_key.values())
+
+    def get(self, key: str) -> Features | None:
+        """Return the features of a picture, or None if no open session shows it encoded."""
+        return self._by_key.get(key)
+
+    def add(self, key: str, features: Features) -> None:
+        """Make features available to other sessions."""
+        self._by_key[key] = features
+
+
+@dataclass
+class SessionPicture:
+    """A picture of a session: `prepared` until it is encoded, `features` from then on."""
+
+    key: str
+    prepared: PreparedPicture | None
+    features: Features | None = None
+
+
+@dataclass
+class EngineTurn(Stateful):
+    """A question and its answer.
+
+    `start_tokens` and `start_pictures` are the session's counts before the turn; a rollback restores them. Times are
+    seconds of `time.perf_counter`. `deadline_at`: when the turn is stopped, or None.
+    """
+
+    id: str
+    start_tokens: int
+    start_pictures: int
+    cached_tokens: int
+    prompt_tokens: int
+    max_new_tokens: int
+    sampler: Sampler
+    answer_text: AnswerText
+    asked_at: float
+    deadline_at: float | None
+    state: State = EngineTurnState.QUEUED
+    started_at: float = 0.0  # set with RUNNING
+    first_token_at: float = 0.0  # set with the first of `answer_ids`
+    answer_ids: list[int] = field(default_factory=list)
+    text: str = ""
+
+    def start(self) -> None:
+        """Enter RUNNING in the first step that runs tokens of the turn. Does nothing in later steps."""
+        if self.state is EngineTurnState.QUEUED:
+            self.advance(EngineTurnState.RUNNING)
+            self.started_at = time.perf_counter()
+
+    def is_overdue(self, now: float) -> bool:
+        """Return whether the deadline has passed."""
+        return self.deadline_at is not None and now >= self.deadline_at
+
+    def emit(self, text: str) -> list[Event]:
+        """Append text to the answer; return its `Delta`, or nothing for empty text."""
+        if not text:
+            return []
+        self.text += text
+        return [Delta(self.id, text)]
+
+
+@dataclass(eq=False)
+class EngineSession(Stateful):
+    """One open session: its token IDs, pictures, KV cache and running turn.
+
+    `image_positions`: sorted indices in `token_ids` whose embeddings are features. `ticket`: order of arrival of the
+    latest request; both the schedule and least-recently-used eviction sort by it. `opening_tokens`, `opening_bytes`:
+    the prompt up to the last picture, and its KV on the device. `prefix`: equal for sessions with the same opening,
+    which share its prefill. `reserved_bytes`: upper bound of the KV on the device during the current work.
+    `short_of_memory`: memory ran out for the session since its latest request.
+    """
+
+    id: str
+    token_ids: list[int]
+    image_positions: list[int]
+    kv: SessionKV
+    pictures: list[SessionPicture]
+    ticket: int
+    opened_at: float
+    opening_tokens: int
+    opening_bytes: int
+    prefix: Hashable
+    state: State = EngineSessionState.WAITING
+    reserved_bytes: int = 0
+    encode_ms: float = 0.0
+    short_of_memory: bool = False
+    turn: EngineTurn | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether the session has work. The KV cache of an active session never moves."""
+        return self.turn is not None or self.state is not EngineSessionState.READY
+
+    @property
+    def pending_tokens(self) -> int:
+        """Tokens that are not in the KV cache yet."""
+        return len(self.token_ids) - self.kv.length
+
+    @property
+    def encoded(self) -> bool:
+        """Whether all pictures have features."""
+        return all(picture.features is not None for picture in self.pictures)
+
+    @property
+    def unencoded_tokens(self) -> int:
+        """Image tokens of the pictures without features."""
+        return len(self.image_positions) - self.feature_rows
+
+    @property
+    def feature_rows(self) -> int:
+        """Rows of the features of all encoded pictures."""
+        return sum(len(picture.features.rows) for picture in self.pictures if picture.features is not None)
+
+    def attach_features(self, store: FeatureStore) -> None:
+        """Take features that other sessions have; release the prepared arrays of encoded pictures."""
+        for picture in self.pictures:
+            if picture.features is None:
+                picture.features = store.get(picture.key)
+            if picture.features is not None:
+                picture.prepared = None
+
+    def segment(self, tokens: int) -> Segment:
+        """Return the next `tokens` pending tokens with the features that belong to them."""
+        start = self.kv.length
+        end = start + tokens
+        first = bisect_left(self.image_positions, start)
+        last = bisect_left(self.image_positions, end)
+        places = [position - start for position in self.image_positions[first:last]]
+        sample = self.turn is not None and end == len(self.token_ids)
+        return Segment(self.kv, self.token_ids[start:end], self._features(first, last), places, sample)
+
+    def _features(self, first: int, last: int) -> torch.Tensor | None:
+        """Return rows `first` to `last` of the concatenated features of all pictures, or None if there are none."""
+        parts = []
+        offset = 0
+        for picture in self.pictures:
+            if picture.features is None:
+                raise RuntimeError("a session runs before its pictures are encoded")
+            rows = picture.features.rows
+            part = rows[max(first - offset, 0) : max(last - offset, 0)]
+            offset += len(rows)
+            if len(part):
+                parts.append(part)
+        if not parts:
+            return None
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def mark_prefilled(self) -> list[Event]:
+        """Enter READY once the prompt up to the last picture is in the KV cache; return `Prefilled` that one time."""
+        if self.state is not EngineSessionState.PREFILLING or self.kv.length < self.opening_tokens:
+            return []
+        self.advance(EngineSessionState.READY)
+        return [Prefilled(self.id, self.encode_ms, elapsed_ms(self.opened_at))]
+
+    def begin_turn(
+        self,
+        command: AskSession,
+        *,
+        image_positions: list[int],
+        max_new_tokens: int,
+        answer_text: AnswerText,
+        ticket: int,
+        reserved_bytes: int,
+    ) -> None:
+        """Append the command's tokens and pictures and queue its turn.
+
+        `image_positions` are indices in the session's `token_ids`. An error leaves the session unchanged.
+        """
+        now = time.perf_counter()
+        deadline_ms = command.sampling.deadline_ms
+        turn = EngineTurn(
+            id=command.turn_id,
+            start_tokens=len(self.token_ids),
+            start_pictures=len(self.pictures),
+            cached_tokens=self.kv.length,
+            prompt_tokens=len(self.token_ids) + len(command.token_ids),
+            max_new_tokens=max_new_tokens,
+            sampler=Sampler(command.sampling),
+            answer_text=answer_text,
+            asked_at=now,
+            deadline_at=None if deadline_ms is None else now + deadline_ms / 1e3,
+        )
+        if self.state is EngineSessionState.WAITING:
+            self.advance(EngineSessionState.PREFILLING)  # the turn's reservation includes the opening
+        self.turn = turn
+        self.ticket = ticket
+        self.reserved_bytes = reserved_bytes
+        self.short_of_memory = False
+        self.image_positions += image_positions
+        self.token_ids += command.token_ids
+        self.pictures += [SessionPicture(picture.key, picture) for picture in command.pictures]
+
+    def accept_token(self, token: int, eos_token_ids: frozenset[int]) -> list[Event]:
+        """Append a sampled token to the running answer; return its text, and `Finished` after the last token."""
+        turn = self._running_turn()
+        if not turn.answer_ids:
+            turn.first_token_at = time.perf_counter()
+        turn.answer_ids.append(token)
+        is_eos = token in eos_token_ids
+        text = ""
+        if not is_eos:
+            self.token_ids.append(token)
+            text = turn.answer_text.push(token)
+        reason = "stop" if is_eos or turn.answer_text.stopped else None
+        if reason is None and len(turn.answer_ids) >= turn.max_new_tokens:
+            reason = "length"
+        if reason is not None and not turn.answer_text.stopped:
+            text += turn.answer_text.finish()
+        events = turn.emit(text)
+        if reason is not None:
+            events.append(self._finish_turn(reason))
+        return events
+
+    def stop_turn(self, reason: str, keep_answer: bool) -> list[Event]:
+        """End the turn early.
+
+        With `keep_answer` the turn finishes with its tokens. Without it, or without tokens, it is rolled back.
+        """
+        turn = self._running_turn()
+        if keep_answer and turn.answer_ids:
+            return [*turn.emit(turn.answer_text.finish()), self._finish_turn(reason)]
+        self.roll_back_turn()
+        return [Cancelled(turn.id, reason)]
+
+    def _finish_turn(self, reason: str) -> Finished:
+        turn = self._running_turn()
+        turn.advance(EngineTurnState.FINISHED)
+        self.turn = None
+        # Without the end-of-sequence token, which the chat template writes where a conversation has one.
+        kept_ids = self.token_ids[turn.prompt_tokens :]
+        timings = Timings(
+            queue_ms=(turn.started_at - turn.asked_at) * 1e3,
+            ttft_ms=(turn.first_token_at - turn.asked_at) * 1e3,
+            total_ms=elapsed_ms(turn.asked_at),
+        )
+        usage = Usage(turn.prompt_tokens, turn.cached_tokens, len(turn.answer_ids))
+        return Finished(turn.id, reason, turn.text, turn.answer_ids, kept_ids, usage, timings)
+
+    def roll_back_turn(self) -> None:
+        """Remove the turn's tokens, pictures and KV: the session is as it was before the turn."""
+        turn = self._running_turn()
+        turn.advance(EngineTurnState.ROLLED_BACK)
+        self.turn = None
+        del self.token_ids[turn.start_tokens :]
+        del self.pictures[turn.start_pictures :]
+        del self.image_positions[bisect_left(self.image_positions, turn.start_tokens) :]
+        self.kv.crop(turn.start_tokens)
+
+    def _running_turn(self) -> EngineTurn:
+        if self.turn is None:
+            raise RuntimeError("the session has no turn")
+        return self.turn
+
+
+def next_to_encode(sessions: Iterable[EngineSession], store: FeatureStore) -> EngineSession | None:
+    """Return the session whose unencoded picture has waited longest, or None.
+
+    Sessions before it whose pictures another session has encoded get those features.
+    """
+    for session in sorted((s for s in sessions if not s.encoded), key=lambda s: s.ticket):
+        session.attach_features(store)
+        if not session.encoded:
+            return session
+    return None
+
+
+def elapsed_ms(since: float) -> float:
+    """Return the milliseconds since a time of `time.perf_counter`."""
+    return (time.perf_counter() - since) * 1e3

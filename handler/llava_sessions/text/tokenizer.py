@@ -1,0 +1,103 @@
+"""Token IDs of rendered chat templates. Special tokens that a user typed are encoded as text."""
+
+from __future__ import annotations
+
+import copy
+import re
+import secrets
+from typing import Any
+
+# Anchor for text that follows an answer: no tokenizer joins a newline with the text after it.
+ANSWER_END = "\n"
+
+
+class PromptTokenizer:
+    """Encodes parts of a conversation as they would be encoded within the whole of it.
+
+    Not thread-safe: transformers' fast tokenizers keep settings of a call in shared state.
+    """
+
+    def __init__(self, tokenizer: Any, image_token: str) -> None:
+        """`tokenizer`: of transformers, with `image_token` among its special tokens."""
+        self._tokenizer = tokenizer
+        # Encodes special tokens as text. A copy, because the switch is part of the tokenizer's state.
+        self._literal = copy.deepcopy(tokenizer)
+        self._literal.split_special_tokens = True
+        self._specials = _pattern_of_specials(tokenizer)
+        # Whether text after a special token is encoded like the start of a text. True for older forms of SentencePiece.
+        at_start = self._ids(tokenizer, "a")
+        after_special = self._ids(tokenizer, image_token + "a")[1:]
+        self._restarts_after_special = after_special == at_start
+
+    def token_id(self, token: str) -> int:
+        """Return the ID of a token."""
+        token_id: int = self._tokenizer.convert_tokens_to_ids(token)
+        return token_id
+
+    def encode_start(self, rendered: str) -> list[int]:
+        """Return the token IDs of the start of a conversation.
+
+        As `ProcessorMixin.apply_chat_template`: the tokenizer adds its start token unless the template wrote it.
+        """
+        bos = self._tokenizer.bos_token
+        add_special_tokens = not (bos and rendered.startswith(bos))
+        return list(self._tokenizer(rendered, add_special_tokens=add_special_tokens)["input_ids"])
+
+    def hide_specials(self, text: str) -> tuple[str, dict[str, str]]:
+        """Replace the special tokens in a user's text by placeholders; return the text and `{placeholder: token}`.
+
+        After rendering, every special token in the result was written by the template.
+        """
+        literals: dict[str, str] = {}
+
+        def hide(match: re.Match[str]) -> str:
+            hidden = placeholder()
+            literals[hidden] = match.group()
+            return hidden
+
+        return self._specials.sub(hide, text), literals
+
+    def encode_after(self, anchor: str, rendered: str, literals: dict[str, str]) -> list[int]:
+        """Return the token IDs of `rendered` in mid-conversation, directly after `anchor`.
+
+        `literals`: of `hide_specials`; their tokens are encoded as text. A tokenizer splits its input at special tokens
+        in any case, so the text between two of them is encoded separately.
+        """
+        if not literals:
+            return self._ids_after(self._tokenizer, anchor, rendered)
+        ids: list[int] = []
+        for part in filter(None, self._specials.split(rendered)):
+            if self._specials.fullmatch(part):
+                ids.append(self.token_id(part))
+                continue
+            for hidden, token in literals.items():
+                part = part.replace(hidden, token)
+            follows_text = not ids and anchor == ANSWER_END
+            part_anchor = ANSWER_END if follows_text or not self._restarts_after_special else ""
+            ids += self._ids_after(self._literal, part_anchor, part)
+        return ids
+
+    def _ids_after(self, tokenizer: Any, anchor: str, text: str) -> list[int]:
+        """Return the token IDs of `text` after `anchor`, or of `text` alone if a token spans both."""
+        before = self._ids(tokenizer, anchor)
+        ids = self._ids(tokenizer, anchor + text)
+        if ids[: len(before)] == before:
+            return ids[len(before) :]
+        return self._ids(tokenizer, text)
+
+    @staticmethod
+    def _ids(tokenizer: Any, text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+def _pattern_of_specials(tokenizer: Any) -> re.Pattern[str]:
+    """Return a pattern, with one group, of all tokens that the tokenizer cuts out of text before it applies merges."""
+    specials = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    longest_first = sorted(filter(None, specials), key=len, reverse=True)
+    return re.compile("(" + ("|".join(map(re.escape, longest_first)) or r"(?!)") + ")")
+
+
+def placeholder() -> str:
+    """Return a random string that no user's text contains and no template changes."""
+    return f"\ue000{secrets.token_hex(8)}\ue001"

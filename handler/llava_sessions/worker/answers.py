@@ -1,0 +1,91 @@
+"""Answers: from the engine's first text to the reply of a stored turn.
+
+All methods run on the pump's thread, under its lock. Events may arrive after their turn has ended.
+"""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+from ..chat.transcript import TurnRecord, short_id
+from ..ipc.messages import Delta, Finished
+from ..journal.journal import Journal, SaveOutcome
+from ..protocol import replies
+from .context import WorkerContext
+from .openings import outcome_of
+from .pending import session_moved
+from .sessions import Turn, TurnState
+from .turns import Turns
+
+log = logging.getLogger(__name__)
+
+
+class Answers:
+    """Streams, stores and acknowledges answers."""
+
+    def __init__(self, context: WorkerContext, turns: Turns) -> None:
+        self._context = context
+        self._turns = turns
+
+    def on_delta(self, event: Delta) -> None:
+        """Stream new text."""
+        turn = self._turns.find(event.turn_id)
+        if turn is not None:
+            turn.chunks.append(event.text)
+            for pending in turn.pending:
+                pending.stream(event.text)
+
+    def on_finished(self, event: Finished) -> None:
+        """Append a finished turn to the transcript, and store it."""
+        turn = self._turns.find(event.turn_id)
+        if turn is None:
+            return
+        turn.advance(TurnState.STORING)
+        session = turn.session
+        session.engine_losses = 0
+        usage = vars(event.usage)
+        timings = {name: round(value_ms, 1) for name, value_ms in vars(event.timings).items()}
+        token_ids = event.answer_ids if turn.ask.return_token_ids else None
+        facts = replies.answer_facts(session.id, event.reason, usage, timings, token_ids)
+        record = TurnRecord(turn.prompt_ids, event.kept_ids, turn.blobs, turn.ask.retry_key, event.text, facts)
+        session.known_transcript.append(record)
+        saved = self._context.journal.save(session.known_transcript)
+        self._context.inbox.when_done(saved, partial(self._saved, turn, record))
+
+    def _saved(self, turn: Turn, record: TurnRecord, saved: Future[SaveOutcome]) -> None:
+        """Reply to a turn that is stored, or could not be stored."""
+        if turn.is_in(TurnState.DONE):
+            return
+        session = turn.session
+        outcome = outcome_of(saved)
+        if outcome is SaveOutcome.NOT_OWNER:
+            self._turns.lose_session(session, "moved")
+            self._turns.fail(turn, session_moved())
+            return
+        if outcome is SaveOutcome.STORED:
+            session.stored_turns = len(session.known_transcript.turns)
+        self._context.counters.turns += 1
+        facts = answer_facts(self._context.journal, record, durable=outcome is SaveOutcome.STORED)
+        self._turns.end(turn)
+        for pending in turn.pending:
+            pending.answer(record.text, facts)
+        usage = facts["usage"]
+        timings = facts["timings"]
+        log.info(
+            "turn_done session=%s reason=%s prompt=%d cached=%d answer=%d ttft_ms=%s total_ms=%s",
+            short_id(session.id),
+            facts["finish_reason"],
+            usage["prompt_tokens"],
+            usage["cached_tokens"],
+            usage["completion_tokens"],
+            timings["ttft_ms"],
+            timings["total_ms"],
+        )
+
+
+def answer_facts(journal: Journal, record: TurnRecord, durable: bool) -> dict[str, Any]:
+    """Return the facts that an answer's reply carries. Without a journal they say nothing of durability."""
+    return {**record.facts, "durable": durable} if journal.durable else record.facts

@@ -1,0 +1,96 @@
+"""The life of a close: the engine frees the memory, the journal removes the records, the client is answered.
+
+All methods run on the pump's thread, under its lock.
+"""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import Future
+from functools import partial
+
+from ..chat.transcript import short_id
+from ..ipc.messages import CloseSession
+from ..protocol import replies
+from ..protocol.constants import CLOSED_SESSION_HEADER
+from ..protocol.requests import Close
+from .context import WorkerContext
+from .openings import Openings, digest_of, unload
+from .pending import PendingRequest
+from .sessions import Session, SessionState, TurnState, session_not_found
+from .turns import Turns
+
+log = logging.getLogger(__name__)
+
+
+class Closes:
+    """All closes that are not answered, by session ID."""
+
+    def __init__(self, context: WorkerContext, openings: Openings, turns: Turns) -> None:
+        self._context = context
+        self._openings = openings
+        self._turns = turns
+        self._pending: dict[str, list[PendingRequest]] = {}
+
+    def start(self, pending: PendingRequest, request: Close) -> None:
+        """Start a close, or attach to the one that runs. Raise `Refused`."""
+        session_id = request.session_id
+        table = self._context.table
+        if session_id in self._pending:
+            self._pending[session_id].append(pending)
+            return
+        if table.was_closed(session_id):
+            acknowledge_close(pending, session_id)
+            return
+        session = table.get(session_id, self._context.clock(), digest_of(request.session_token))
+        if self._openings.failed(session, session_not_found()):
+            acknowledge_close(pending, session_id)
+            return
+        session.advance(SessionState.CLOSING)
+        self._pending[session_id] = [pending]
+        if session.turn is not None and session.turn.is_in(TurnState.PREPARING):
+            self._turns.cancelled(session.turn, "cancelled")  # the engine does not know the turn
+        if session.in_engine:
+            self._context.gate.submit_if_connected(CloseSession(session_id))
+        else:
+            self.freed(session)
+
+    def freed(self, session: Session) -> None:
+        """Remove a session that is being closed and whose memory the engine has freed."""
+        if session.id in self._pending:
+            self._turns.unloaded(session, session_not_found())
+            removed = drop(self._context, session, "closed")
+            self._context.inbox.when_done(removed, partial(self._removed, session.id))
+
+    def lost(self, session: Session) -> None:
+        """Answer the closes of a session that was removed, because another instance has taken it over."""
+        if session.id in self._pending:
+            self._acknowledge(session.id)
+
+    @property
+    def freeing(self) -> bool:
+        """Whether the engine has still to free a session. The journal may take longer."""
+        sessions = (self._context.table.find(session_id) for session_id in self._pending)
+        return any(session is not None and session.in_engine for session in sessions)
+
+    def _removed(self, session_id: str, _: Future[bool]) -> None:
+        """Acknowledge a close after the journal has removed the session."""
+        self._acknowledge(session_id)
+
+    def _acknowledge(self, session_id: str) -> None:
+        log.info("session_close session=%s open=%d", short_id(session_id), len(self._context.table))
+        for pending in self._pending.pop(session_id):
+            if not pending.disconnected:
+                acknowledge_close(pending, session_id)
+
+
+def acknowledge_close(pending: PendingRequest, session_id: str) -> None:
+    """Reply to a close."""
+    pending.reply(replies.closed(session_id), {CLOSED_SESSION_HEADER: session_id})
+
+
+def drop(context: WorkerContext, session: Session, reason: str) -> Future[bool]:
+    """Remove a session from the engine, the table and the journal. The future is the journal's removal."""
+    unload(context, session)
+    context.table.end(session, reason)
+    return context.journal.forget(session.id)

@@ -1,0 +1,136 @@
+"""Events of the engine, applied to sessions and turns.
+
+An error in one event fails one session. All methods run on the pump's thread, under its lock.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from ..chat.transcript import short_id
+from ..errors import Refused
+from ..ipc.messages import (
+    Admitted,
+    Cancelled,
+    Closed,
+    Delta,
+    Event,
+    Finished,
+    OpenFailed,
+    OutOfCapacity,
+    Prefilled,
+    TurnFailed,
+)
+from .answers import Answers
+from .closes import Closes
+from .context import WorkerContext
+from .openings import Openings, unload
+from .sessions import Residency, Session, SessionState
+from .turns import Turns
+
+log = logging.getLogger(__name__)
+
+
+class EngineEvents:
+    """Applies events. An acknowledged session that the engine loses stays open, and its next turn rebuilds it."""
+
+    def __init__(
+        self, context: WorkerContext, *, openings: Openings, turns: Turns, answers: Answers, closes: Closes
+    ) -> None:
+        self._context = context
+        self._openings = openings
+        self._turns = turns
+        self._answers = answers
+        self._closes = closes
+
+    def apply(self, event: Event) -> None:
+        """Apply one event. Never raises."""
+        try:
+            self._dispatch(event)
+        except Exception as error:
+            log.exception("event_failed event=%s", type(event).__name__)
+            session = self._session_of(event)
+            if session is not None:
+                unload(self._context, session)
+                self._unloaded(session, error)
+
+    def engine_lost(self) -> None:
+        """Apply the death of the engine: every session becomes cold."""
+        for session in self._context.table:
+            session.unload()
+        self._openings.engine_lost()
+        self._turns.engine_lost()
+        for session in self._context.table:
+            self._closes.freed(session)
+
+    def _dispatch(self, event: Event) -> None:
+        match event:
+            case Delta():
+                self._answers.on_delta(event)
+            case Finished():
+                self._answers.on_finished(event)
+            case Cancelled() | TurnFailed():
+                self._end_turn(event)
+            case OutOfCapacity():
+                self._out_of_capacity(event)
+            case Admitted() | Prefilled() | OpenFailed() | Closed():
+                session = self._context.table.find(event.session_id)
+                if session is not None:
+                    self._session_event(session, event)
+
+    def _end_turn(self, event: Cancelled | TurnFailed) -> None:
+        turn = self._turns.find(event.turn_id)
+        if turn is None:
+            return
+        if isinstance(event, Cancelled):
+            self._turns.cancelled(turn, event.reason)
+        else:
+            self._turns.fail(turn, RuntimeError(event.error))
+
+    def _session_event(self, session: Session, event: Admitted | Prefilled | OpenFailed | Closed) -> None:
+        match event:
+            case Admitted():
+                self._openings.admitted(session)
+            case Prefilled():
+                if session.is_in(Residency.LOADING):
+                    session.advance(Residency.LOADED)
+                encode_ms = round(event.encode_ms)
+                total_ms = round(event.total_ms)
+                log.info("session_ready session=%s encode_ms=%d total_ms=%d", short_id(session.id), encode_ms, total_ms)
+            case OpenFailed():
+                self._unloaded(session, RuntimeError(event.error))
+            case Closed():
+                if session.is_in(SessionState.CLOSING):
+                    session.unload()
+                    self._closes.freed(session)
+
+    def _out_of_capacity(self, event: OutOfCapacity) -> None:
+        message = (
+            f"The device's memory cannot hold the session: {event.needed_bytes:,} bytes are needed, "
+            f"{event.free_bytes:,} are free, {event.open_sessions} sessions are open."
+        )
+        error = Refused("capacity", message)
+        if event.turn_id is not None:
+            turn = self._turns.find(event.turn_id)
+            if turn is not None:
+                self._turns.fail(turn, error)
+            return
+        session = self._context.table.find(event.session_id)
+        if session is not None:
+            self._unloaded(session, error)
+
+    def _unloaded(self, session: Session, error: Exception) -> None:
+        """Reject an open that is not acknowledged; make an acknowledged session cold and fail its turn."""
+        session.unload()
+        if self._openings.failed(session, error):
+            return
+        self._turns.unloaded(session, error)
+        self._closes.freed(session)
+
+    def _session_of(self, event: Event) -> Session | None:
+        """Return the session that an event is about, if it is in the table."""
+        session_id = getattr(event, "session_id", None)
+        if session_id is not None:
+            return self._context.table.find(session_id)
+        turn = self._turns.find(getattr(event, "turn_id", ""))
+        return None if turn is None else turn.session

@@ -110,7 +110,7 @@ class FakeEngine:
                 self._events.append(Closed(command.session_id))
 
     def step(self) -> list[Event]:
-        """Prefill a part of each new session, make one token of each turn, and return the events so far."""
+        """Prefill a part of each new session, make a token of each turn, and return the events since the last step."""
         for session_id, session in self.sessions.items():
             if session.turn is not None and session.steps_left <= 1:
                 self._advance(session, session.turn)

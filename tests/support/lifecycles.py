@@ -535,6 +535,24 @@ class World:
             if instance.active and instance.active[-1].kind == "resume":
                 self.left(instance, instance.active.pop())
 
+    def op_impatient(self, n: int) -> None:
+        """Ask, leave at some stage, and ask the same again."""
+        if self.chats:
+            chat = self._chat(n)
+            instance = self.instances[chat.home]
+            question = Question(PROMPTS[0], f"ask-{self._rows:016}", None)
+            first = self.ask(chat, question, is_stream=n % 2 == 0)
+            for _ in range(1 + n % 3):
+                instance.prepare()
+                self.exchange(instance)
+                instance.step()
+            if first in instance.active:
+                instance.active.remove(first)
+                self.left(instance, first)
+            if n % 4:
+                self.exchange(instance)
+            self.ask(chat, question, is_stream=False)
+
     def op_outage(self, n: int) -> None:
         """Ask a session of a worker process that has just started, while the store can't be read."""
         if self.chats and self.store is not None:
@@ -999,6 +1017,7 @@ OPERATIONS: dict[str, int] = {
     "tick": 2,
     "reopen": 2,
     "abandon": 2,
+    "impatient": 2,
     "outage": 1,
     "break": 2,
     "drain": 1,

@@ -1,12 +1,12 @@
-"""The engine's supervisor with real engine processes on a tiny checkpoint: started, killed, stopped, kept from
-starting, and left by the process that started them.
+"""The engine's supervisor with processes of a fake engine: started, killed, stopped and kept from starting.
+
+Two tests at the end are about the real engine's process.
 """
 
 from __future__ import annotations
 
 import os
 import queue
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,10 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-import transformers
-from PIL import Image
 
-from llava_sessions.chat.transcript import Conversation
 from llava_sessions.ipc.messages import (
     Admitted,
     AskSession,
@@ -35,11 +32,13 @@ from llava_sessions.ipc.messages import (
     Sampling,
 )
 from llava_sessions.ipc.pipe import receive, send
-from llava_sessions.text.chat_template import ChatTemplate
 from llava_sessions.worker import engines as supervisor_module
 from llava_sessions.worker.engines import EngineClient, EngineLost, EngineStartError, EngineSupervisor, EngineUp
+from tests.support.fake_engine_process import FakeEngineProcess
 
 PATIENCE_S = 120.0
+PING_S = 0.25
+HANG_S = 1.5
 HANDLER = Path(supervisor_module.__file__).parents[2]
 # Starts an engine, tells its pid and waits to be killed.
 PARENT = """
@@ -62,10 +61,12 @@ class Kept:
     """A supervised engine, and what its user hears of it."""
 
     def __init__(self, checkpoint: Path, hang_s: float) -> None:
+        """`checkpoint`: a folder that exists as long as engines can start."""
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()
         self.given_up = threading.Event()
-        self.supervisor = EngineSupervisor(settings(checkpoint), self.inbox, hang_s, self.given_up.set)
-        self.tokens = ChatTemplate(transformers.AutoProcessor.from_pretrained(checkpoint))
+        self.supervisor = EngineSupervisor(
+            settings(checkpoint), self.inbox, hang_s, self.given_up.set, FakeEngineProcess
+        )
         self.up = self.supervisor.start()
 
     def hear(self, kind: type) -> object:
@@ -75,11 +76,9 @@ class Kept:
         return item
 
     def answer(self, name: str) -> list[int]:
-        """A greedy answer about a picture, from the engine that is up."""
-        opening = self.tokens.opening([("grey", Image.new("RGB", (56, 56), "grey"))])
-        prompt_ids = self.tokens.prompt(Conversation(opening).opened_on, "What is this?")
-        self.up.client.submit(OpenSession(name, opening.token_ids, opening.pictures))
-        self.up.client.submit(AskSession(name, name, prompt_ids, Sampling(max_new_tokens=12)))
+        """The answer to a conversation, from the engine that is up."""
+        self.up.client.submit(OpenSession(name, [1, 2, 3], ()))
+        self.up.client.submit(AskSession(name, name, [4, 5], Sampling(max_new_tokens=12)))
         told: list = []
         while not any(isinstance(event, Finished) for event in told):
             told += self.hear(Report).events
@@ -97,10 +96,12 @@ class Kept:
 
 
 @pytest.fixture(scope="module")
-def kept(tiny: Path) -> Iterator[Kept]:
-    kept = Kept(tiny, hang_s=3)
-    yield kept
-    kept.supervisor.stop()
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supervisor_module, "PING_S", PING_S)
+        kept = Kept(tmp_path_factory.mktemp("checkpoint"), HANG_S)
+        yield kept
+        kept.supervisor.stop()
 
 
 def ends(pid: int) -> bool:
@@ -129,7 +130,7 @@ def test_a_killed_engine_is_replaced_by_one_that_answers_alike(kept: Kept) -> No
 def test_a_stopped_engine_is_taken_for_hung_and_replaced(kept: Kept) -> None:
     before = kept.answer("before")
     lost = kept.lose(lambda pid: os.kill(pid, signal.SIGSTOP))
-    assert lost.reason == "no answer for 3 s"
+    assert lost.reason == "no answer for 1.5 s"
     assert kept.answer("after") == before
 
 
@@ -143,14 +144,14 @@ def test_an_engine_that_is_stopped_while_it_loads_is_replaced_too(kept: Kept, ca
     os.kill(loading, signal.SIGSTOP)
     kept.up = kept.hear(EngineUp)
     assert kept.supervisor.pid not in (first, loading)
-    assert "reason=it was stopped for 3 s while starting" in caplog.text
+    assert "reason=it was stopped for 1.5 s while starting" in caplog.text
     assert kept.answer("after") == before
 
 
 def test_an_idle_engine_is_not_taken_for_hung(kept: Kept) -> None:
     pid = kept.supervisor.pid
     with pytest.raises(queue.Empty):
-        kept.inbox.get(timeout=5.5)  # longer than hang_s and two rounds of the watchdog
+        kept.inbox.get(timeout=2.75)  # longer than hang_s and two rounds of the watchdog
     assert kept.supervisor.pid == pid
 
 
@@ -171,18 +172,19 @@ def test_what_a_dead_engines_door_is_given_is_lost_and_holds_nobody_up(kept: Kep
 
 def test_a_checkpoint_that_is_not_there_is_an_error_that_says_so(tmp_path: Path) -> None:
     inbox: queue.SimpleQueue = queue.SimpleQueue()
-    nothing = EngineSupervisor(settings(tmp_path / "nothing"), inbox, 60, give_up=lambda: None)
+    nothing = EngineSupervisor(settings(tmp_path / "nothing"), inbox, 60, lambda: None, FakeEngineProcess)
     with pytest.raises(EngineStartError, match="nothing"):
         nothing.start()
     assert inbox.empty()
     assert ends(nothing.pid)
 
 
-def test_it_gives_up_when_no_engine_starts_any_more(tiny: Path, tmp_path: Path, monkeypatch) -> None:
+def test_it_gives_up_when_no_engine_starts_any_more(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(supervisor_module, "MAX_FAILED_STARTS", 2)
-    checkpoint = shutil.copytree(tiny, tmp_path / "checkpoint")
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
     kept = Kept(checkpoint, hang_s=60)
-    shutil.rmtree(checkpoint)
+    checkpoint.rmdir()
     os.kill(kept.supervisor.pid, signal.SIGKILL)
     kept.hear(EngineLost)
     assert kept.given_up.wait(PATIENCE_S)

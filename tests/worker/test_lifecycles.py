@@ -1,4 +1,4 @@
-"""Random lives of sessions (tests/support/lifecycles.py). `make soak` runs many more."""
+"""Random lives of sessions (tests/support/lifecycles.py): the same ones in every run. `make soak` runs many more."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ LIVES = st.tuples(st.sampled_from((True, True, True, False)), st.lists(OPERATION
 @hypothesis.settings(
     max_examples=SEQUENCES,
     deadline=None,
+    derandomize=True,
     database=None,
     suppress_health_check=list(hypothesis.HealthCheck),
 )

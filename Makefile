@@ -18,7 +18,7 @@ PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # Java is checked first, even with -j
-.PHONY: help demo check test unit serve endpoint notebook lint model bench bench-cuda soak image image-test env java \
+.PHONY: help demo check test unit coverage serve endpoint notebook lint model bench bench-cuda soak image image-test env java \
 	haproxy clean
 
 help:  ## list the targets
@@ -34,6 +34,10 @@ test: java haproxy env lint  ## lint, then all tests (TESTS="tests/server -k cha
 
 unit: env
 	@$(PYTHON) -m pytest -q -n 2 tests/unit
+
+coverage: env  ## measure what unit, engine and worker tests execute of the handler (floor 94 %)
+	@$(PYTHON) -m pytest -q -n 2 tests/unit tests/engine tests/worker \
+		--cov=handler/llava_sessions --cov-report=term-missing:skip-covered --cov-fail-under=94
 
 serve: java env  ## serve with TorchServe behind HAProxy, in the foreground (PORT= MODEL= SESSIONS= DTYPE=)
 	@./build_mar.sh --model $(MODEL) $(if $(SESSIONS),--sessions $(SESSIONS)) $(if $(DTYPE),--dtype $(DTYPE)) >/dev/null

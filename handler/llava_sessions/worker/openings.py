@@ -174,7 +174,7 @@ class Openings:
         """Submit an open whose pictures are prepared, or reject it."""
         session = opening.session
         try:
-            rebuild = self._new_transcript(opening, prepared.result())
+            rebuild = _new_transcript(opening, prepared.result(), self._context)
             check_context(rebuild.transcript.token_count + 1, self._context.context_tokens)
             if not opening.waiting:
                 raise Refused("invalid_request", "The client has left.")  # no client receives it
@@ -183,36 +183,6 @@ class Openings:
             session.advance(Residency.LOADING)
         except Exception as error:
             self._reject(opening, error)
-
-    def _new_transcript(self, opening: _Opening, prepared: PreparedOpen | Rebuild) -> Rebuild:
-        """Begin the session's transcript; a resumed one continues with the old session's turns."""
-        now_s = self._context.clock()
-        session = opening.session
-        session.used_at_s = now_s
-        session.expires_at_s = self._context.table.expiry_of_open(now_s)
-        session.token_digest = digest_of(opening.request.session_token)
-        if isinstance(prepared, Rebuild):
-            source: OpenRecord | Opening = prepared.transcript.opening
-            blobs = prepared.transcript.opening.pictures
-            turns = prepared.transcript.turns
-            pictures = prepared.pictures
-        else:
-            source = prepared.opening
-            blobs = prepared.blobs
-            turns = ()
-            pictures = prepared.opening.pictures
-        record = OpenRecord(
-            session_id=session.id,
-            opened_at_s=now_s,
-            expires_at_s=session.expires_at_s,
-            token_digest=session.token_digest,
-            kind=source.kind,
-            pictures=blobs,
-            token_ids=source.token_ids,
-            image_tokens=source.image_tokens,
-            retry_key=opening.request.retry_key,
-        )
-        return Rebuild(Transcript(record, turns), pictures)
 
     def _saved(self, opening: _Opening, saved: Future[SaveOutcome]) -> None:
         """Acknowledge an open whose record is stored, or could not be stored."""
@@ -278,6 +248,37 @@ class Openings:
             opening.resumed.advance(SessionState.OPEN)
         for pending in opening.waiting:
             pending.refuse(error)
+
+
+def _new_transcript(opening: _Opening, prepared: PreparedOpen | Rebuild, context: WorkerContext) -> Rebuild:
+    """Begin the session's transcript; a resumed one continues with the old session's turns."""
+    now_s = context.clock()
+    session = opening.session
+    session.used_at_s = now_s
+    session.expires_at_s = context.table.expiry_of_open(now_s)
+    session.token_digest = digest_of(opening.request.session_token)
+    if isinstance(prepared, Rebuild):
+        source: OpenRecord | Opening = prepared.transcript.opening
+        blobs = prepared.transcript.opening.pictures
+        turns = prepared.transcript.turns
+        pictures = prepared.pictures
+    else:
+        source = prepared.opening
+        blobs = prepared.blobs
+        turns = ()
+        pictures = prepared.opening.pictures
+    record = OpenRecord(
+        session_id=session.id,
+        opened_at_s=now_s,
+        expires_at_s=session.expires_at_s,
+        token_digest=session.token_digest,
+        kind=source.kind,
+        pictures=blobs,
+        token_ids=source.token_ids,
+        image_tokens=source.image_tokens,
+        retry_key=opening.request.retry_key,
+    )
+    return Rebuild(Transcript(record, turns), pictures)
 
 
 def _session_id(pending: PendingRequest) -> str:

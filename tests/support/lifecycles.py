@@ -551,6 +551,7 @@ class World:
             if n % 4:
                 self.exchange(instance)
             self.ask(chat, question, is_stream=False)
+            self.exchange(instance)
 
     def op_outage(self, n: int) -> None:
         """Ask a session of a worker process that has just started, while the store can't be read."""

@@ -15,6 +15,7 @@ import logging
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cache
 
 from PIL import Image
@@ -816,10 +817,7 @@ class World:
                 self._resume_ended(request)
             return
         possible = {Conversation(request.colour)} if request.kind == "open" else self._resumed(instance, request, body)
-        expires_at_s = float(int(self.now_s - 1e-9) + 1 + TTL_S) + 60.0
-        session = instance.table.find(session_id)
-        if session is not None:
-            expires_at_s = session.expires_at_s
+        expires_at_s = datetime.strptime(body["expires"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
         chat = Chat(session_id, instance.number, possible, expires_at_s, durable)
         self.chats.append(chat)
         if request.key is not None:

@@ -859,7 +859,8 @@ class World:
         self.demand(reason in ("stop", "length") or reason == "shutdown", f"finish_reason {reason}")
         durable = body.get("durable", False)
         if chat.is_ended and not self._is_retry(chat, request.question, made):
-            self.demand(not durable and self.store is not None and self.store.has_failed, "an ended session answered")
+            # A removal that fails counts as done. The session is then still stored, until it is tried again.
+            self.demand(self.store is not None and self.store.has_failed, "an ended session answered")
         possible = set()
         for whole in chat.possible:
             stored = whole.stored(request.question)

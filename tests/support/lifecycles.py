@@ -15,6 +15,7 @@ import logging
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cache
 
 from PIL import Image
@@ -552,6 +553,7 @@ class World:
             if n % 4:
                 self.exchange(instance)
             self.ask(chat, question, is_stream=False)
+            self.exchange(instance)
 
     def op_outage(self, n: int) -> None:
         """Ask a session of a worker process that has just started, while the store can't be read."""
@@ -816,10 +818,7 @@ class World:
                 self._resume_ended(request)
             return
         possible = {Conversation(request.colour)} if request.kind == "open" else self._resumed(instance, request, body)
-        expires_at_s = float(int(self.now_s - 1e-9) + 1 + TTL_S) + 60.0
-        session = instance.table.find(session_id)
-        if session is not None:
-            expires_at_s = session.expires_at_s
+        expires_at_s = datetime.strptime(body["expires"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
         chat = Chat(session_id, instance.number, possible, expires_at_s, durable)
         self.chats.append(chat)
         if request.key is not None:
@@ -861,7 +860,8 @@ class World:
         self.demand(reason in ("stop", "length") or reason == "shutdown", f"finish_reason {reason}")
         durable = body.get("durable", False)
         if chat.is_ended and not self._is_retry(chat, request.question, made):
-            self.demand(not durable and self.store is not None and self.store.has_failed, "an ended session answered")
+            # A removal that fails counts as done. The session is then still stored, until it is tried again.
+            self.demand(self.store is not None and self.store.has_failed, "an ended session answered")
         possible = set()
         for whole in chat.possible:
             stored = whole.stored(request.question)

@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 from ..text.chat_template import OpenedOn, Opening
 
 _SHORT_ID_CHARS = 8
+_ANSWERS_KEPT = 8
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -128,9 +129,13 @@ class Transcript:
         return None if self._turns else OpenedOn(self.opening.kind, len(self.opening.pictures))
 
     def find_answer(self, retry_key: str) -> int | None:
-        """Return the index of the latest turn with this retry key, or None."""
-        indices = range(len(self._turns) - 1, -1, -1)
-        return next((index for index in indices if self._turns[index].retry_key == retry_key), None)
+        """Return the index of the turn with this retry key, among the latest turns with any; None if there is none.
+
+        A client may use one Inference-Id for a whole chat, so a question that is repeated much later is a new turn.
+        """
+        keyed = [index for index, turn in enumerate(self._turns) if turn.retry_key is not None]
+        latest = reversed(keyed[-_ANSWERS_KEPT:])
+        return next((index for index in latest if self._turns[index].retry_key == retry_key), None)
 
 
 def short_id(identity: str) -> str:

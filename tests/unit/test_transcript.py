@@ -1,0 +1,50 @@
+"""A transcript derives lengths, spans and answers from its records."""
+
+from __future__ import annotations
+
+import pytest
+
+from llava_sessions.chat.transcript import BlobPool, OpenRecord, Transcript, TurnRecord
+from llava_sessions.text.chat_template import OpenedOn
+
+
+def turn(number: int, retry_key: str | None = None) -> TurnRecord:
+    return TurnRecord([number, number], [number + 100], (), retry_key, f"answer {number}", {})
+
+
+@pytest.fixture
+def transcript() -> Transcript:
+    picture = BlobPool().get(b"picture")
+    return Transcript(OpenRecord("s", 0.0, 60.0, None, "image", (picture, picture), [1, 2, 2], 2))
+
+
+def test_lengths_and_spans_follow_from_the_records(transcript):
+    for number in (5, 6):
+        transcript.append(turn(number))
+    assert transcript.token_ids == [1, 2, 2, 5, 5, 105, 6, 6, 106]
+    assert transcript.token_count == len(transcript.token_ids)
+    assert [transcript.token_ids[start:end] for start, end in transcript.answer_spans] == [[105], [106]]
+
+
+def test_the_first_prompt_follows_the_pictures_and_later_ones_do_not(transcript):
+    assert transcript.opened_on == OpenedOn("image", 2)
+    transcript.append(turn(5))
+    assert transcript.opened_on is None
+
+
+def test_records_are_a_snapshot(transcript):
+    before = transcript.records()
+    transcript.append(turn(5))
+    assert before == (transcript.opening,)
+    assert transcript.records() == (transcript.opening, turn(5))
+
+
+def test_a_retry_finds_the_latest_eight_keyed_turns(transcript):
+    for number in range(9):
+        transcript.append(turn(number, f"key {number}"))
+        transcript.append(turn(number))
+    assert transcript.find_answer("key 0") is None
+    assert [transcript.find_answer(f"key {number}") for number in range(1, 9)] == list(range(2, 18, 2))
+    transcript.append(turn(50, "key 8"))
+    assert transcript.find_answer("key 8") == 18
+    assert transcript.find_answer("key 1") is None

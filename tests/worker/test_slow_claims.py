@@ -1,17 +1,18 @@
-"""A journal whose reads are slow: what clients do while a session is being claimed after a restart of the worker."""
+"""A slow or unreadable journal after a restart of the worker: claims that overlap, and recovery that is repeated."""
 
 from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from llava_sessions.journal.journal import Journal
-from llava_sessions.journal.stores import DirectoryStore
-from tests.support.pump_frontend import PATIENCE_S, QUESTIONS, Frontend, model, png, tokens
+from llava_sessions.journal.stores import DirectoryStore, StoreError
+from tests.support.pump_frontend import PATIENCE_S, QUESTIONS, Frontend, code, model, png, tokens
 
 __all__ = ["model", "tokens"]  # fixtures
 
@@ -93,3 +94,47 @@ def test_a_retried_ask_is_answered_from_the_journal_although_another_request_has
     ((answer,),) = front.settle(ask)
     assert json.loads(answer.body)["session_id"] == session
     assert front.pump.metric_values().turns_total == 0
+
+
+class FailingStore(DirectoryStore):
+    """A directory that cannot be read while `fails` is set: as a whole, or in the records of each session."""
+
+    def __init__(self, path: Path, as_a_whole: bool) -> None:
+        super().__init__(str(path))
+        self.fails = threading.Event()
+        self.fails.set()
+        self._as_a_whole = as_a_whole
+
+    def keys(self) -> list[str]:
+        if self._as_a_whole and self.fails.is_set():
+            raise StoreError("cannot read: Input/output error")
+        return super().keys()
+
+    def read(self, key: str, name: str) -> object:
+        if self.fails.is_set():
+            raise StoreError("cannot read: Input/output error")
+        return super().read(key, name)
+
+
+@pytest.mark.parametrize("as_a_whole", [True, False])
+def test_a_journal_that_cannot_be_read_at_start_is_read_later_and_loses_no_session(model, tokens, tmp_path, as_a_whole):
+    before = Frontend(model, tokens, journal=Journal([DirectoryStore(str(tmp_path))]))
+    before.now_s = time.time()  # unreadable records are kept for a day after their file's time
+    session = before.open()
+    first = before.ask(session)
+    store = FailingStore(tmp_path, as_a_whole)
+    after = Frontend(model, tokens, journal=Journal([store]), first_row=100)
+    after.now_s = time.time()
+    after.pump.recover()
+    for row in (after.ask_row(session), after.close_row(session), after.cancel_row(session)):
+        reply = after.answer(row)
+        assert (reply.status, code(reply), "Retry-After" in reply.headers) == (503, "journal_unavailable", True)
+    store.fails.clear()
+    until = time.monotonic() + PATIENCE_S
+    while not len(after.table) and time.monotonic() < until:
+        after.pump.sweep()
+        time.sleep(0.01)
+    second = after.ask(session)
+    assert second["usage"]["prompt_tokens"] > first["usage"]["prompt_tokens"], second
+    unknown = after.answer(after.ask_row("unknown"))
+    assert (unknown.status, code(unknown)) == (404, "session_not_found")

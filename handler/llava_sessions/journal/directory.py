@@ -42,17 +42,28 @@ class SessionDirectory:
         """Return whether the directory can be written; log if not."""
         return self._writer.check(self._store.check)
 
-    def recover(self) -> list[tuple[StoredSession, Owner]]:
-        """Return all sessions and their owners. A damaged session is logged and left out.
+    def recover(self) -> tuple[list[tuple[StoredSession, Owner]], bool]:
+        """Return all sessions with their owners, and whether every session could be read. Blocks.
 
-        A session whose turns can't be read now is returned, if its first record can be read. Blocks.
+        A damaged session is logged and left out. A session whose turns can't be read now is returned, if its first
+        record can be read.
         """
         try:
             keys = self._store.keys()
         except StoreError as error:
             log.warning("journal_unreadable store=%s session=all reason=%s", self._store.name, error)
-            return []
-        return [found for found in map(self._recover, keys) if found is not None]
+            return [], False
+        found = []
+        complete = True
+        for key in keys:
+            try:
+                session = self._recover(key)
+            except StoreError:
+                complete = False
+                continue
+            if session is not None:
+                found.append(session)
+        return found, complete
 
     def sweep(self, now_s: float) -> Future[bool]:
         """Remove the left-overs of killed processes, and expired sessions of any owner. Returns at once.
@@ -65,6 +76,7 @@ class SessionDirectory:
         return self._writer.check(partial(self._store.tidy, now_s), removal=True) and self._remove_expired(now_s)
 
     def _recover(self, key: str) -> tuple[StoredSession, Owner] | None:
+        """Return a session, or None if it is damaged or empty. Raise `StoreError` if it can't be read now."""
         reader = self._writer.reader
         shown = f"key:{key[:8]}"
         try:
@@ -80,7 +92,7 @@ class SessionDirectory:
             log.warning("journal_unreadable store=%s session=%s reason=%s", self._store.name, shown, error)
         try:
             return _stored(reader.opening(key)), owners.read_owner(self._store, key).owner
-        except (Damaged, StoreError):
+        except Damaged:
             return None
 
     def _remove_expired(self, now_s: float) -> bool:

@@ -50,10 +50,14 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Recovered:
-    """The sessions in the directory at start: those to continue, and those that expired meanwhile."""
+    """The sessions in the directory at start: those to continue, and those that expired meanwhile.
+
+    `complete` is False if a session could not be read now, so that `recover` is to be called again.
+    """
 
     live: list[StoredSession] = field(default_factory=list)
     expired: list[StoredSession] = field(default_factory=list)
+    complete: bool = True
 
 
 class _Owners:
@@ -275,13 +279,14 @@ class Journal:
 
         S3 isn't searched: it holds the sessions of other instances too.
         """
-        found = [one for directory in self._directories for one in directory.recover()]
+        results = [directory.recover() for directory in self._directories]
+        found = [one for sessions, _ in results for one in sessions]
         self.sweep(now_s).result()
         live = [(stored, owner) for stored, owner in found if now_s < stored.expires_at_s]
         expired = [stored for stored, _ in found if now_s >= stored.expires_at_s]
         for stored, owner in live:
             self._owners.set(key_of(stored.session_id), owner, stored.expires_at_s)
-        return Recovered([stored for stored, _ in live], expired)
+        return Recovered([stored for stored, _ in live], expired, all(complete for _, complete in results))
 
     def sweep(self, now_s: float) -> Future[bool]:
         """Remove expired sessions of any owner from the directory, and retry failed removals.

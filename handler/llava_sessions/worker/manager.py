@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from ..chat.transcript import short_id
+from ..errors import Refused
 from ..ipc.messages import Memory, Report
 from ..metrics import MetricValues
 from ..protocol.requests import Ask, Cancel, Close, Open, Request
@@ -18,6 +19,7 @@ from .events import EngineEvents
 from .openings import Openings, unload
 from .pending import PendingRequest
 from .questions import Questions
+from .recovery import Recovery
 from .turns import Turns
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ class SessionManager:
         self._context = context
         self._monotonic = monotonic
         self._openings = Openings(context)
+        self._recovery = Recovery(context, self._openings)
         self._turns = Turns(context)
         self._questions = Questions(context, self._turns)
         self._closes = Closes(context, self._openings, self._turns)
@@ -51,29 +54,22 @@ class SessionManager:
 
     def recover(self) -> None:
         """Add the sessions that the journal holds. Call it once, before the first row. Blocks."""
-        context = self._context
-        now_s = context.clock()
-        found = context.journal.recover(now_s)
-        for stored in found.expired:
-            context.table.remember(stored.session_id, "expired")
-        for stored in found.live:
-            context.table.recover(stored.session_id, stored.expires_at_s, now_s, stored.token_digest)
-            if stored.retry_key is not None:
-                self._openings.remember(stored.retry_key, stored.session_id)
-        if found.live or found.expired:
-            log.info("journal_recovered sessions=%d expired=%d", len(found.live), len(found.expired))
+        self._recovery.run()
 
     def handle(self, pending: PendingRequest, request: Request) -> None:
         """Start the work of a request. Raise `Refused` if it is rejected at once."""
-        match request:
-            case Open():
-                self._openings.start(pending, request)
-            case Ask():
-                self._questions.start(pending, request)
-            case Close():
-                self._closes.start(pending, request)
-            case Cancel():
-                self._turns.cancel(pending, request)
+        try:
+            match request:
+                case Open():
+                    self._openings.start(pending, request)
+                case Ask():
+                    self._questions.start(pending, request)
+                case Close():
+                    self._closes.start(pending, request)
+                case Cancel():
+                    self._turns.cancel(pending, request)
+        except Refused as error:
+            raise self._recovery.error_for(error) from None
         self._follow_up()
 
     def disconnected(self, pending: PendingRequest) -> None:
@@ -115,6 +111,7 @@ class SessionManager:
                 continue  # it expires after its acknowledgement
             log.info("session_expired session=%s", short_id(session.id))
             drop(context, session, "expired")
+        self._recovery.retry()
         now_s = self._monotonic()
         if now_s - self._journal_swept_s > JOURNAL_SWEEP_S:
             self._journal_swept_s = now_s

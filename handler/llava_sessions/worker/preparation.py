@@ -17,12 +17,12 @@ from PIL import Image
 from ..chat.transcript import Blob, Transcript
 from ..config import MediaLimits
 from ..ipc.messages import OpenSession, PreparedPicture
-from ..journal.journal import Journal, NotFound
+from ..journal.journal import Journal, NotFound, Recovered
 from ..media.decoder import load_bytes
 from ..media.fetch import Fetcher
 from ..media.sources import is_remote, read_base64, read_path
 from ..protocol.requests import Ask, Open, PictureSource
-from ..text.chat_template import ChatTemplate, OpenedOn, Opening
+from ..text.chat_template import ChatTemplate, Opening
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Preparer:
         fetch: Callable[[str, MediaLimits], bytes] | None = None,
     ) -> None:
         """`clock`: seconds since the epoch. `decoding`, `waiting` and `fetch` replace threads and HTTP, for tests."""
-        self._template = template
+        self.template = template
         self._limits = limits
         self._journal = journal
         self._clock = clock
@@ -99,6 +99,10 @@ class Preparer:
         """Read a session's journal and become its owner. The future fails with a `JournalError`."""
         return self._waiting.submit(self._claim, session_id, token_digest)
 
+    def recover(self) -> Future[Recovered]:
+        """Read the sessions of the journal."""
+        return self._waiting.submit(lambda: self._journal.recover(self._clock()))
+
     def question(
         self, ask: Ask, transcript: Transcript | None, token_digest: str | None, in_engine: bool
     ) -> Future[PreparedQuestion]:
@@ -108,10 +112,6 @@ class Preparer:
         """
         executor = self._waiting if transcript is None else self._executor(ask.pictures)
         return executor.submit(self._question, ask, transcript, token_digest, in_engine)
-
-    def prompt(self, opened_on: OpenedOn | None, text: str) -> list[int]:
-        """Return the token IDs of a question without pictures, at once."""
-        return self._template.prompt(opened_on, text)
 
     def _executor(self, sources: tuple[PictureSource, ...]) -> Executor:
         remote = any(source.path is not None and is_remote(source.path) for source in sources)
@@ -125,9 +125,9 @@ class Preparer:
     def _opening(self, kind: str, blobs: tuple[Blob, ...]) -> Opening:
         pictures = self._decode(blobs)
         if kind == "image":
-            return self._template.opening(pictures)
+            return self.template.opening(pictures)
         clip_key = hashlib.sha256(" ".join(key for key, _ in pictures).encode()).hexdigest()
-        return self._template.clip_opening(clip_key, [frame for _, frame in pictures])
+        return self.template.clip_opening(clip_key, [frame for _, frame in pictures])
 
     def _resume(self, session_id: str, token_digest: str | None, transcript: Transcript | None) -> Rebuild:
         return self._rebuild(transcript or self._claim(session_id, token_digest))
@@ -141,8 +141,8 @@ class Preparer:
         transcript = transcript or self._claim(ask.session_id, token_digest)
         rebuild = None if in_engine else self._rebuild(transcript)
         blobs = self._load(ask.pictures)
-        prepared = self._template.prepare(self._decode(blobs))
-        prompt_ids = self._template.prompt(transcript.opened_on, ask.prompt_text, prepared)
+        prepared = self.template.prepare(self._decode(blobs))
+        prompt_ids = self.template.prompt(transcript.opened_on, ask.prompt_text, prepared)
         return PreparedQuestion(prompt_ids, prepared.pictures, blobs, rebuild)
 
     def _rebuild(self, transcript: Transcript) -> Rebuild:
@@ -154,7 +154,7 @@ class Preparer:
             raise NotFound(damaged=True)
         pictures = list(opening.pictures)
         for turn in transcript.turns:
-            pictures += self._template.prepare(self._decode(turn.pictures)).pictures
+            pictures += self.template.prepare(self._decode(turn.pictures)).pictures
         return Rebuild(transcript, tuple(pictures))
 
     def _load(self, sources: Iterable[PictureSource]) -> tuple[Blob, ...]:

@@ -45,7 +45,7 @@ class Questions:
         self._turns.add(turn)
         try:
             if session.in_engine and not ask.pictures:
-                prompt_ids = context.preparer.prompt(session.known_transcript.opened_on, ask.prompt_text)
+                prompt_ids = context.preparer.template.prompt(session.known_transcript.opened_on, ask.prompt_text)
                 self._submit(turn, PreparedQuestion(prompt_ids))
                 return
             self._prepare(turn)

@@ -206,14 +206,16 @@ class SessionTable:
         """Return the expiry of a session that opens now: whole seconds, rounded up."""
         return float(math.ceil(now_s + self._ttl_s))
 
-    def recover(self, session_id: str, expires_at_s: float, now_s: float, token_digest: str | None) -> Session:
-        """Add an open session that only the journal holds, even if the table is full."""
+    def recover(self, session_id: str, expires_at_s: float, now_s: float, token_digest: str | None) -> bool:
+        """Add an open session that only the journal holds, even if the table is full. Return False if it is known."""
+        if session_id in self._sessions or session_id in self._reasons:
+            return False
         session = self._sessions[session_id] = Session(session_id, self._idle_s)
         session.expires_at_s = expires_at_s
         session.used_at_s = now_s
         session.token_digest = token_digest
         session.advance(SessionState.OPEN)
-        return session
+        return True
 
     def remember(self, session_id: str, reason: str) -> None:
         """Remember why a session ended ("closed", "expired", "damaged", "moved"), for later requests on its ID."""

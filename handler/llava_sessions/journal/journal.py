@@ -26,7 +26,7 @@ from .appender import Records
 from .claims import AlreadyClaimed, JournalError, JournalUnavailable, NotFound, claim
 from .directory import SessionDirectory, StoredSession
 from .encoding import Owner, key_of
-from .owners import FIRST_EPOCH, NOBODY, Removal
+from .owners import FIRST_EPOCH, NO_OWNER, Removal
 from .stores import DirectoryStore, S3Store, Store
 from .writer import KEPT_PAST_EXPIRY_S, SaveOutcome, StoreWriter
 
@@ -266,7 +266,7 @@ class Journal:
         removed: Future[bool] = Future()
 
         def remove() -> None:
-            owner = self._owners.pop(key) or NOBODY
+            owner = self._owners.pop(key) or NO_OWNER
             done = self._remove(session_id, owner, lambda removals: Removal.FAILED not in removals)
             done.add_done_callback(lambda one: removed.set_result(not one.cancelled() and one.result()))
 

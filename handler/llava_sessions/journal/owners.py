@@ -31,7 +31,7 @@ from enum import Enum
 from .encoding import Owner, OwnerRecord, decode_owner, encode_owner, epoch_of
 from .stores import OWNER, Store, StoreError, record_name
 
-NOBODY = Owner(0, "")
+NO_OWNER = Owner(0, "")
 # Sessions start in this epoch.
 FIRST_EPOCH = 1
 
@@ -53,9 +53,9 @@ class NotOwner(Exception):
 
 
 def read_owner(store: Store, key: str) -> OwnerRecord:
-    """Return the owner record of a session; that of `NOBODY` if there is none. Raise `Damaged`, `StoreError`."""
+    """Return the owner record of a session; that of `NO_OWNER` if there is none. Raise `Damaged`, `StoreError`."""
     found = store.read(key, OWNER)
-    return OwnerRecord(NOBODY) if found is None else decode_owner(found[0], key)
+    return OwnerRecord(NO_OWNER) if found is None else decode_owner(found[0], key)
 
 
 def take(store: Store, key: str, owner: Owner) -> OwnerRecord:
@@ -85,7 +85,7 @@ def seal(store: Store, key: str, owner: Owner, start: int) -> None:
 
 
 def _swap(store: Store, key: str, owner: Owner, change: Callable[[OwnerRecord], OwnerRecord]) -> OwnerRecord:
-    record = change(OwnerRecord(NOBODY))
+    record = change(OwnerRecord(NO_OWNER))
     if store.create(key, OWNER, encode_owner(record, key)):
         return record
     found = store.read(key, OWNER)
@@ -117,7 +117,7 @@ def append(store: Store, key: str, number: int, data: bytes, epoch: int) -> None
 def check(store: Store, key: str, owner: Owner) -> bool:
     """Return whether an owner is recorded. Raise `NotOwner` if it is not `owner`; `Damaged`, `StoreError`."""
     current = read_owner(store, key)
-    if current.owner == NOBODY:
+    if current.owner == NO_OWNER:
         return False
     if current.owner != owner or current.retired:
         raise NotOwner(current.retired)

@@ -62,7 +62,7 @@ bench: env  ## measure the engine against transformers (half an hour; BENCH="--r
 bench-cuda: env  ## measure it on a CUDA device (BENCH="--preset 7b")
 	@$(PYTHON) -m bench.cuda $(BENCH)
 
-soak: java haproxy env  ## run long fault tests, half an hour (SOAK="engine-kills --times 5")
+soak: java haproxy env  ## run long fault tests, an hour or more (SOAK="engine-kills --times 5")
 	@$(PYTHON) -m tests.soak $(SOAK)
 
 image: env  ## build the image of the SageMaker container (TORCH=cuda|cpu BASE= TAG=)

@@ -1,4 +1,4 @@
-"""Runs all soaks, one after another, or one: python -m tests.soak [NAME [options]]."""
+"""Run all soaks, one after another, or one: python -m tests.soak [NAME [options]]."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ SOAKS = {
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 0 where all that must hold held."""
+    """Return 0 if every check of every soak holds."""
     if not argv:
         return max([_alone(name) for name in SOAKS])
     if argv[0] in SOAKS:
         return SOAKS[argv[0]](argv[1:])
     lines = [f"  {name:14} {soak.__doc__.splitlines()[0]}" for name, soak in SOAKS.items()]
-    print("usage: python -m tests.soak [NAME [options]]   all of them, or one; NAME --help tells its options\n")
+    print("usage: python -m tests.soak [NAME [options]]   all of them, or one; NAME --help lists its options\n")
     print("\n".join(lines))
     return 0 if argv[0] in ("-h", "--help") else 2
 
 
 def _alone(name: str) -> int:
-    """One soak in a process of its own, so that none finds what another left."""
+    """Run one soak in a process of its own, so that it finds no leftovers of another."""
     print(f"== {name}", flush=True)
     return subprocess.run([sys.executable, "-m", __package__, name], check=False).returncode
 

@@ -1,13 +1,13 @@
-"""Sessions that open, chat, vanish, expire and close for half an hour on a real server, and what is left of it.
+"""Open, use, abandon, expire and close sessions for half an hour on a real server; check for leaks.
 
     python -m tests.soak.churn --minutes 30
 
-It fails when the memory of Java, the worker or the engine grows, when threads or files do, when a session stays open,
-when an answer is not what it is undisturbed, or when any reply is one that nobody should get.
+The soak fails if memory, threads or open files of Java, the worker or the engine grow, or if a session stays open. It
+also fails if an answer differs from the undisturbed one, or if a reply is an unexpected error.
 
-Growth is told by medians, since a garbage-collected heap breathes and connections come and go: of each figure, the
-median of the last fifth of the time after the warm-up against that of the first fifth, 5 minutes each in the 30-minute
-run. Memory may grow by 3 %, threads and open files by 3 % or by two.
+Growth is the difference of two medians, because heap size and connections vary: the last fifth of the time after the
+warm-up against the first fifth, 5 minutes each in the 30-minute run. Memory may grow by 3 %, threads and open files by
+3 % or by two.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def run(minutes: float, warm_up_minutes: float, seed: int) -> tuple[dict, list[s
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Sessions that open, chat, vanish, expire and close for half an hour."""
+    """Open, use, abandon, expire and close sessions for half an hour; check for leaks."""
     parser = argparse.ArgumentParser(prog="python -m tests.soak.churn", description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=30.0, help="how long sessions come and go")
     parser.add_argument("--warm-up-minutes", type=float, default=5.0, help="before growth counts")

@@ -1,4 +1,4 @@
-"""Send thousands of malformed requests to a real server while sessions chat on.
+"""Send thousands of malformed requests to a real server while sessions chat.
 
 python -m tests.soak.fuzz --requests 20000
 """
@@ -20,7 +20,7 @@ from .report import RESULTS, write
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Twenty thousand requests that nobody sane would send."""
+    """Send 20,000 malformed requests to a real server."""
     parser = argparse.ArgumentParser(prog="python -m tests.soak.fuzz", description=__doc__.split("\n")[0])
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=1)

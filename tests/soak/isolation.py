@@ -1,5 +1,7 @@
-"""Two hundred sessions whose pictures differ in one fact each speak in random order, while most of them are parked or
-cold for want of memory and engine and worker are killed: each must be told of its own picture only.
+"""Check that each of 200 sessions receives answers about its own picture only.
+
+The pictures differ in one fact each, and the sessions ask in random order. Memory is short, so most KV caches are
+offloaded or dropped. Engine and worker are killed meanwhile.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ def pictures(count: int) -> list[Scene]:
 
 
 def isolation(argv: list[str]) -> int:
-    """Sessions with pictures that differ in one fact each are never told of another's."""
+    """Check that no session receives an answer about the picture of another session."""
     chosen = options(
         "isolation", __doc__, argv, sessions=200, at_once=16, turns=5, engine_kills=6, worker_kills=2, resident=30
     )

@@ -1,6 +1,6 @@
-"""Sixteen sessions chat without a pause while something of the server is killed again and again, or stopped.
+"""Kill or stop a process of the server repeatedly while 16 sessions chat without a pause.
 
-Before, the same sessions chat undisturbed, so that what the server holds then is the level to come back to.
+The same sessions first chat undisturbed. Afterwards the server's resources must return to the level of that run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .report import Record, check_crowd, check_level, level, options
 
 
 def engine_kills(argv: list[str]) -> int:
-    """The engine process is killed at random moments: while it computes, idles or loads."""
+    """Kill the engine process at random moments: while it computes, idles or loads."""
 
     def kill(served: Served, chats: Crowd, record: Record, rng: random.Random) -> None:
         # A few are killed before they are ready; many of those in a row would end the worker, as they should.
@@ -35,7 +35,7 @@ def engine_kills(argv: list[str]) -> int:
 
 
 def engine_stops(argv: list[str]) -> int:
-    """The engine process is stopped (SIGSTOP) for longer than engine_hang_s, which is three seconds here."""
+    """Stop the engine process (SIGSTOP) for longer than engine_hang_s, three seconds here."""
 
     def stop(served: Served, chats: Crowd, record: Record, rng: random.Random) -> None:
         _wait_random(chats, rng)
@@ -47,7 +47,7 @@ def engine_stops(argv: list[str]) -> int:
 
 
 def worker_kills(argv: list[str]) -> int:
-    """The worker process is killed; the launcher starts the server again, and it finds its sessions in journal_dir."""
+    """Kill the worker process; the restarted server recovers its sessions from journal_dir."""
 
     def kill(served: Served, chats: Crowd, record: Record, rng: random.Random) -> None:
         _wait_random(chats, rng)
@@ -58,7 +58,7 @@ def worker_kills(argv: list[str]) -> int:
 
 
 def server_kills(argv: list[str]) -> int:
-    """Frontend, worker and engine are killed together; the launcher starts them again, with all sessions."""
+    """Kill frontend, worker and engine together; the restarted server recovers all sessions."""
 
     def kill(served: Served, chats: Crowd, record: Record, rng: random.Random) -> None:
         _wait_random(chats, rng)

@@ -1,9 +1,9 @@
-"""Random lives of sessions on a fake engine, each a few milliseconds long (tests/support/lifecycles.py).
+"""Run random session lifecycles on a fake engine, a few milliseconds each (tests/support/lifecycles.py).
 
     python -m tests.soak lifecycles --sequences 100000
 
-It fails at the first life in which a request hangs, an acknowledged turn is lost, or anything is left behind. The same
-seed makes the same lives.
+It fails at the first lifecycle in which a request hangs, an acknowledged turn is lost, or a resource is left behind.
+The same seed makes the same lifecycles.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PROGRESS = 5_000
 
 
 def main(argv: list[str]) -> int:
-    """Random lives of sessions on a fake engine."""
+    """Run random session lifecycles on a fake engine."""
     record = Record("lifecycles", options("lifecycles", __doc__, argv, sequences=100_000))
     chosen = record.chosen
     broken = ""

@@ -1,4 +1,4 @@
-"""Run every benchmark, each in its own process, and update the figures of the README.
+"""Run every benchmark, each in its own process, and update the figures of bench/README.md.
 
 python -m bench [options of every bench, such as --preset, --rounds or --smoke]
 """

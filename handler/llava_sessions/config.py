@@ -98,8 +98,8 @@ class RequestLimits(_Section):
         ge=1,
         le=600_000,
         description=(
-            "Milliseconds from the arrival of a question to the end of its answer, if the answer is not streamed and "
-            "the request has no `deadline_ms`. SageMaker gives up after 60 s."
+            "Milliseconds from the arrival of a question to the end of its answer. Applies if the answer is not "
+            "streamed and the request has no `deadline_ms`. SageMaker gives up after 60 s."
         ),
     )
     max_frames: int = Field(default=32, ge=1, le=1_000, description="Frames of a clip in one request.")
@@ -196,8 +196,8 @@ class HandlerConfig(_Section):
         default=None,
         description=(
             "Bytes of device memory for vision features and KV caches. When they are full, idle KV caches are "
-            "offloaded to the host, least recently used first. `auto`: on CUDA the memory that is free after the "
-            "weights and a reserve, on CPU 30 % of the RAM."
+            "offloaded to the host, least recently used first. `auto`: on CUDA the memory left after the weights "
+            "and a reserve, on CPU 30 % of the RAM."
         ),
     )
     host_bytes: _Bytes = Field(

@@ -1,7 +1,7 @@
 """Speed of two checkouts of the project: the same bench in both, run by run in turn.
 
 Each round runs `python -m bench.NAME --rounds 1` once in each checkout, in alternating order. The ratio of a figure is
-its median over the rounds of new / old in the same round. Beside it is the ratio of the old checkout with itself, of
+its median over the rounds of new / old in the same round. Next to it is the ratio of the old checkout with itself, of
 each round with the next one: the noise of the machine. A ratio above 1 means that the new checkout takes more time.
 """
 

@@ -6,7 +6,7 @@ import httpx
 
 
 class ApiError(Exception):
-    """A refused request: the HTTP status, and the stable `code` of the error body.
+    """A rejected request: the HTTP status, and the stable `code` of the error body.
 
     `code` is "unexpected_reply" when the reply has no error body of LLaVA Sessions, as from a proxy.
     """

@@ -50,7 +50,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("limits of the platform").add_argument
     usual = PlatformLimits()
-    size = "of a request (default: %(default)s, as the API says; newer pages of AWS's guide say 25 MB)"
+    size = "of a request (default: %(default)s, the limit in the API reference; newer pages of AWS's guide have 25 MB)"
     add("--max-body-bytes", type=int, default=usual.body_bytes, metavar="N", help=size)
     add("--answer-s", type=float, default=usual.answer_s, metavar="S", help="for an answer (default: %(default)s)")
     add("--stream-s", type=float, default=usual.stream_s, metavar="S", help="for a stream (default: %(default)s)")

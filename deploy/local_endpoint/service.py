@@ -151,7 +151,7 @@ class EndpointService:
         return self._after_loss(session) if instance.gone else instance
 
     def _after_loss(self, session: str) -> Instance:
-        """Return another instance for a session whose instance is lost, or raise `Fault`, as `Corners` says."""
+        """Return another instance for a session whose instance is lost, or raise `Fault`, as `Corners` specifies."""
         if self._corners.lost_instance == "503":
             raise faults.unavailable("The instance of this session is not available.")
         if self._corners.lost_instance == "400":

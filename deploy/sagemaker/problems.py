@@ -1,4 +1,4 @@
-"""Explain errors of AWS in one line that says what to do."""
+"""Explain errors of AWS in one line, with the remedy."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     haproxy = find_haproxy()
     if haproxy is None:
-        print("HAProxy is missing (scripts/need_haproxy.sh): TorchServe is public; /ping answers 200 while it loads")
+        print("no HAProxy (scripts/need_haproxy.sh): TorchServe itself listens; /ping answers 200 while it loads")
     try:
         service = Service(
             args.model_store,

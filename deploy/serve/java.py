@@ -123,7 +123,8 @@ def find_java() -> str:
     """Return the path of Java, from JAVA_HOME or PATH. Raise `ServeError` if it is missing or older than 17."""
     java_home = os.environ.get("JAVA_HOME")
     java = str(Path(java_home, "bin", "java")) if java_home else shutil.which("java")
-    help_line = f"TorchServe needs Java {MIN_JAVA} or later; {REPO / 'scripts' / 'need_java.sh'} says how to get it"
+    script = REPO / "scripts" / "need_java.sh"
+    help_line = f"TorchServe needs Java {MIN_JAVA} or later; {script} prints how to install it"
     if not java:
         raise ServeError(f"no java found. {help_line}")
     try:

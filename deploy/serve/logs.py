@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 STARTUP_ERROR = "startup_error"  # begins the line with which the handler explains a failed start
-NOISE = (  # lines that java prints at every start, whatever the log configuration says
+NOISE = (  # lines that java prints at every start, independent of the log configuration
     "WARNING: sun.reflect.Reflection.getCallerClass",
     "nvidia-smi not available",
     "Model server started.",

@@ -53,7 +53,7 @@ class Service:
     ) -> None:
         """`haproxy` is its path, or None. `server_options` are further options of `TorchServe`."""
         if haproxy is None and host != LOOPBACK:
-            raise ServeError(f"serving on {host} needs HAProxy; scripts/need_haproxy.sh says how to get it")
+            raise ServeError(f"serving on {host} needs HAProxy; scripts/need_haproxy.sh prints how to install it")
         self._model_store = model_store
         self._name = name
         self._haproxy_path = haproxy

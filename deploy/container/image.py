@@ -69,7 +69,7 @@ def _moved(value: str, folders: dict[str, Path]) -> str:
     path = Path(unquote(url.path))
     if url.scheme not in ("", "file") or not path.is_dir():
         return value
-    # The pages of an index link to files beside its folder, so the parent folder is passed.
+    # The pages of an index link to files outside its folder, so the parent folder is passed.
     top = path.parent if url.scheme else path
     inside = next((name for name, known in folders.items() if known == top), str(FOLDERS / str(len(folders))))
     folders[inside] = top

@@ -8,7 +8,7 @@ The epoch is optional: records of version 0.1 have none and count as epoch 0. Un
 older version can read the journal of a newer one.
 
 A stale record was written by an instance that had lost the session (owners.py). It was never acknowledged, and its
-epoch tells it from the owner's records.
+epoch distinguishes it from the owner's records.
 """
 
 from __future__ import annotations

@@ -354,6 +354,23 @@ def test_two_claims_of_one_process_retire_the_session_once(make_store):
     assert [retired.result(30) for retired in retirements] == [True, False]
 
 
+@pytest.mark.parametrize("moment", ["read", "numbers", "create"])
+@pytest.mark.parametrize("claimed", [False, True], ids=["opened here", "claimed"])
+def test_a_session_that_is_retired_during_a_claim_is_not_found(make_store, moment, claimed):
+    """Whatever the claimer was about to do: the session is neither unreadable nor damaged."""
+    first = Journal([make_store()])
+    saved(first)
+    owner = Journal([make_store()]) if claimed else first
+    if claimed:
+        owner.claim("chat-1", NOW, TOKEN_DIGEST)
+    store = make_store()
+    name = {"read": record_name(0), "numbers": None, "create": "owner"}[moment]
+    during(store, moment, lambda: owner.retire("chat-1").result(30), name=name)
+    with pytest.raises(NotFound) as caught:
+        Journal([store]).claim("chat-1", NOW, TOKEN_DIGEST)
+    assert not caught.value.damaged
+
+
 def test_without_a_store_a_retirement_is_true():
     assert Journal().retire("chat-1").result(0)
     with pytest.raises(NotFound):

@@ -20,7 +20,7 @@ from . import owners
 from .encoding import Damaged, Owner, OwnerRecord, key_of
 from .owners import NotOwner
 from .reader import Found, Loaded
-from .stores import StoreError
+from .stores import Removed, StoreError
 from .writer import StoreWriter
 
 log = logging.getLogger(__name__)
@@ -168,6 +168,8 @@ class _Claim:
             except Damaged as error:
                 self._damaged.add(writer)
                 log.warning("journal_damaged store=%s session=%s reason=%s", writer.store.name, self._shown, error)
+            except Removed:
+                continue  # as if the store had never had the session
             except StoreError as error:
                 self._unavailable = True
                 log.warning("journal_unreadable store=%s session=%s reason=%s", writer.store.name, self._shown, error)

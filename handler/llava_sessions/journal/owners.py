@@ -29,7 +29,7 @@ from dataclasses import replace
 from enum import Enum
 
 from .encoding import Owner, OwnerRecord, decode_owner, encode_owner, epoch_of
-from .stores import OWNER, Store, StoreError, record_name
+from .stores import OWNER, Removed, Store, StoreError, record_name
 
 NO_OWNER = Owner(0, "")
 # Sessions start in this epoch.
@@ -90,7 +90,7 @@ def _swap(store: Store, key: str, owner: Owner, change: Callable[[OwnerRecord], 
         return record
     found = store.read(key, OWNER)
     if found is None:
-        raise StoreError("can't write: the owner record was just removed")
+        raise Removed("can't write: the owner record was just removed")
     current = decode_owner(found[0], key)
     if current.retired or (current.owner != owner and current.owner.epoch >= owner.epoch):
         raise NotOwner(current.retired)

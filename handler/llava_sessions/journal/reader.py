@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..chat.transcript import BlobPool, OpenRecord, Transcript
 from . import owners
 from .encoding import Damaged, OwnerRecord, read_transcript
-from .stores import Store, StoreError, record_name
+from .stores import Removed, Store, record_name
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,13 @@ class StoreReader:
         owned = owners.read_owner(self._store, key)
         if owned.retired:
             return Found(owned, 0)
-        count = self.count(key)
+        try:
+            count = self.count(key)
+        except Damaged:
+            latest = owners.read_owner(self._store, key)
+            if latest.retired:  # its removal has just begun
+                return Found(latest, 0)
+            raise
         return Found(owned, count) if count else None
 
     def count(self, key: str) -> int:
@@ -52,7 +58,7 @@ class StoreReader:
         """Return the bytes of a record, unverified."""
         found = self._store.read(key, record_name(number))
         if found is None:
-            raise StoreError("can't read: a record was just removed")
+            raise Removed("can't read: a record was just removed")
         return found[0]
 
     def opening(self, key: str) -> OpenRecord:
@@ -61,6 +67,9 @@ class StoreReader:
 
     def load(self, key: str, owned: OwnerRecord) -> Loaded:
         """Return the whole session. Only the records that are valid by `owned` belong to it."""
-        records = (self.record(key, number) for number in range(self.count(key)))
+        count = self.count(key)
+        if not count:
+            raise Removed("can't read: the records were just removed")
+        records = (self.record(key, number) for number in range(count))
         transcript, checksums = read_transcript(key, records, self._blobs.get, owned.since, owned.start)
         return Loaded(transcript, checksums)

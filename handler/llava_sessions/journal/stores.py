@@ -36,6 +36,10 @@ class StoreError(Exception):
     """The store could not do it now. The message gives a short reason."""
 
 
+class Removed(StoreError):
+    """Another process removed the object, and with it the session, after it had been found."""
+
+
 class Store(Protocol):
     """`pause_s`: how long no write is tried after a failed one.
 

@@ -20,6 +20,7 @@ from deploy.local_endpoint.contract import Corners
 from deploy.serve.torchserve import TorchServe
 from llava_sessions_client import read_metrics, wait_for_metrics
 from models.shapes.scenes import dialogue, make_scene
+from tests.support.chats import LONG
 from tests.support.serving import running
 
 from .conftest import NAME, Endpoint, ask, close_session, open_session, runtime, seed_of
@@ -151,8 +152,7 @@ def texts(replies: list[dict]) -> list[str]:
 
 def endless(client: BaseClient, session: str) -> Iterator[dict]:
     """A stream that goes on for seconds."""
-    body = {"type": "send_text_prompt", "prompt_text": "Tell me more.", "stream": True}
-    body |= {"max_new_tokens": 1000, "temperature": 9.0, "seed": 1}
+    body = {"type": "send_text_prompt", "prompt_text": "Tell me more.", "stream": True, **LONG}
     reply = client.invoke_endpoint_with_response_stream(
         EndpointName=NAME, ContentType="application/json", Body=json.dumps(body), SessionId=session
     )

@@ -25,13 +25,12 @@ from llava_sessions.chat.transcript import BlobPool
 from llava_sessions.journal import encoding
 from llava_sessions_client import ApiError, ChatSession, to_png
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
-from tests.support.chats import Crowd, PatientChat, Said, Tally, client, scene_scripts, undisturbed
+from tests.support.chats import LONG, Crowd, PatientChat, Said, Tally, client, scene_scripts, undisturbed
 from tests.support.serving import Served, pack
 
 FIRST, SECOND, THIRD = QUESTIONS = ("Which shapes are there?", "What is in the middle?", "How many shapes are there?")
 PICTURES = [to_png(make_scene(seed).draw()) for seed in HELD_OUT_SEEDS[700:704]]
 # As a session's first question: a thousand random tokens. They take seconds, of which a test needs the first.
-LONG = {"max_new_tokens": 1000, "temperature": 10.0, "seed": 3}
 BUCKET = "journals"
 TOKEN = "a token that nobody else knows".replace(" ", "-")
 

@@ -22,11 +22,11 @@ from deploy.serve.processes import Guard
 from deploy.serve.torchserve import TorchServe
 from llava_sessions_client import CLOSED_HEADER, SESSION_HEADER, ChatSession, to_png, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
+from tests.support.chats import LONG
 
 NEW_HEADER = "X-Amzn-SageMaker-New-Session-Id"
 SCENE = make_scene(HELD_OUT_SEEDS[0])
 QUESTION = "How many shapes are there?"
-LONG = {"max_new_tokens": 1000, "temperature": 9.0, "seed": 3}
 LIMIT = int(read_properties(CONFIG)["max_request_size"])  # HAProxy and TorchServe must agree
 
 

@@ -11,9 +11,9 @@ import pytest
 from deploy.serve.torchserve import TorchServe
 from llava_sessions_client import ApiError, ChatSession, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
+from tests.support.chats import LONG
 
 pytestmark = pytest.mark.usefixtures("same_worker")
-LONG = {"max_new_tokens": 1000, "temperature": 9.0, "seed": 3}
 SCENE = make_scene(HELD_OUT_SEEDS[0])
 
 

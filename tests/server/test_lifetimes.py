@@ -18,6 +18,7 @@ from deploy.serve.ports import choose_ports
 from deploy.serve.torchserve import TorchServe
 from llava_sessions_client import ApiError, ChatSession, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
+from tests.support.chats import LONG
 from tests.support.commands import kill_tree
 from tests.support.serving import pack, running
 
@@ -93,7 +94,7 @@ def test_closing_while_an_answer_runs_takes_nothing_from_the_frontend(short_live
     with httpx.Client(base_url=short_lived.url, timeout=20, trust_env=False) as http:
         for _ in range(40):
             chat = open_when_there_is_room(http)
-            lines = chat.stream("Say something long", max_new_tokens=200, temperature=9.0, seed=3)
+            lines = chat.stream("Say something long", **LONG)
             next(lines)
             assert chat.close().json()["success"] is True
             list(lines)

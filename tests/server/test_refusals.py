@@ -16,6 +16,7 @@ import pytest
 
 from llava_sessions_client import CLOSED_HEADER, SESSION_HEADER, ApiError, ChatSession, to_png
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
+from tests.support.chats import LONG
 
 pytestmark = pytest.mark.usefixtures("same_worker")
 SCENE = make_scene(HELD_OUT_SEEDS[0])
@@ -133,7 +134,7 @@ def test_unknown_closed_and_busy_sessions(http: httpx.Client, chat: ChatSession)
     assert code(http.post("/invocations", json=ask, headers=closed.headers)) == (404, "session_not_found")
     mixed = http.post("/invocations", json={**ask, "session_id": "another"}, headers=chat.headers)
     assert code(mixed) == (400, "invalid_request")
-    lines = chat.stream("Which shapes are there?", max_new_tokens=1000, temperature=9.0, seed=1)
+    lines = chat.stream("Which shapes are there?", **LONG)
     next(lines)
     busy = http.post("/invocations", json=ask, headers=chat.headers)
     assert code(busy) == (409, "session_busy")
@@ -145,7 +146,7 @@ def test_cancel_ends_a_running_answer_and_the_chat_goes_on_as_if_it_had_not_been
     disturbed, calm = ChatSession.open(http, SCENE.draw()), ChatSession.open(http, SCENE.draw())
     for chat in (disturbed, calm):
         chat.ask("How many shapes are there?")
-    lines = disturbed.stream("Say something long", max_new_tokens=1000, temperature=9.0, seed=1)
+    lines = disturbed.stream("Say something long", **LONG)
     next(lines)
     reply = http.post("/invocations", json={"type": "cancel"}, headers=disturbed.headers)
     assert reply.json() == {"success": True, "session_id": disturbed.session_id}
@@ -161,7 +162,7 @@ def test_cancel_ends_a_running_answer_and_the_chat_goes_on_as_if_it_had_not_been
 
 def test_closing_while_an_answer_runs_ends_both(http: httpx.Client) -> None:
     chat = ChatSession.open(http, SCENE.draw())
-    lines = chat.stream("Say something long", max_new_tokens=1000, temperature=9.0, seed=1)
+    lines = chat.stream("Say something long", **LONG)
     next(lines)
     assert chat.close().json()["success"] is True
     assert list(lines)[-1]["finish_reason"] == "cancelled"

@@ -12,11 +12,11 @@ import httpx
 from deploy.serve.ports import free_ports
 from llava_sessions_client import ChatSession
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
+from tests.support.chats import LONG
 from tests.support.commands import Command, eventually
 
 SCENE = make_scene(HELD_OUT_SEEDS[0])
 QUESTION = "How many shapes are there?"
-LONG = {"max_new_tokens": 1000, "temperature": 9.0, "seed": 3}
 
 
 def listens(port: int) -> bool:

@@ -39,7 +39,7 @@ from .report import RESULTS, write
 SESSIONS, TTL_S, IDLE_S = 64, 20, 5
 SCENES, SAMPLE_S = 200, 10.0
 QUESTIONS = ("Which shapes are there?", "How many shapes are there?", "What is in the middle?")
-LONG = {"max_new_tokens": 400, "temperature": 9.0, "seed": 3}
+LONG = {"max_new_tokens": 400, "temperature": 9.0, "seed": 3, "ignore_eos": True}
 FIGURES = {"rss_bytes": 0, "threads": 2, "files": 2}  # and how many more may be there
 SHARE_ALLOWED = 1.03
 # What a client of this soak may be told: the table is full, its old turn still runs, its time was up.

@@ -30,6 +30,8 @@ PATIENCE_S = 600.0
 # or its proxy's.
 _OURS = ("engine_restarting", "shutting_down")
 _NOT_OURS = (500, 502, 503, 504, 507)
+# An answer that lasts for as long as a test needs it, whatever tokens this machine's arithmetic draws.
+LONG = {"max_new_tokens": 1000, "temperature": 9.0, "seed": 3, "ignore_eos": True}
 T = dict
 
 

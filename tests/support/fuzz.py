@@ -123,6 +123,7 @@ _plausible = {
     "top_p": st.floats(0.1, 1),
     "seed": st.integers(0, 99),
     "stop": st.text(min_size=1, max_size=4) | st.lists(st.text(max_size=4), max_size=3),
+    "ignore_eos": st.booleans(),
     "return_token_ids": st.booleans(),
     "request_id": st.text(min_size=10, max_size=70, alphabet="abc-"),
     "deadline_ms": st.integers(1, 1000),

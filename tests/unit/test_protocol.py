@@ -493,7 +493,7 @@ def test_a_surrogate_pair_in_json_is_one_character():
     assert parse(body, {}, LIMITS).prompt_text == "😀"
 
 
-@pytest.mark.parametrize("field", ["stream", "return_token_ids"])
+@pytest.mark.parametrize("field", ["stream", "ignore_eos", "return_token_ids"])
 @pytest.mark.parametrize("value", [0, 1, "true", "", [], {}, 1.0])
 def test_a_flag_must_be_a_boolean(field, value):
     refused = refusal(ask(**{field: value}))
@@ -501,7 +501,7 @@ def test_a_flag_must_be_a_boolean(field, value):
     assert f"`{field}` must be true or false, got " in refused.message
 
 
-@pytest.mark.parametrize("field", ["stream", "return_token_ids"])
+@pytest.mark.parametrize("field", ["stream", "ignore_eos", "return_token_ids"])
 @pytest.mark.parametrize("value", [True, False])
 def test_a_flag_is_taken_as_given(field, value):
     assert getattr(parse(ask(**{field: value}), {}, LIMITS), field) is value

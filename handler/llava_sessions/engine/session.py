@@ -112,7 +112,8 @@ class EngineTurn(Stateful):
     """A question and its answer.
 
     `start_tokens` and `start_pictures` are the session's counts before the turn; a rollback restores them. Times are
-    seconds of `time.perf_counter`. `deadline_at`: when the turn is stopped, or None.
+    seconds of `time.perf_counter`. `deadline_at`: when the turn is stopped, or None. `ignore_eos`: an end-of-sequence
+    token is a token like any other.
     """
 
     id: str
@@ -125,6 +126,7 @@ class EngineTurn(Stateful):
     answer_text: AnswerText
     asked_at: float
     deadline_at: float | None
+    ignore_eos: bool = False
     state: State = EngineTurnState.QUEUED
     started_at: float = 0.0  # set with RUNNING
     first_token_at: float = 0.0  # set with the first of `answer_ids`
@@ -269,6 +271,7 @@ class EngineSession(Stateful):
             answer_text=answer_text,
             asked_at=now,
             deadline_at=None if deadline_ms is None else now + deadline_ms / 1e3,
+            ignore_eos=command.sampling.ignore_eos,
         )
         if self.state is EngineSessionState.WAITING:
             self.advance(EngineSessionState.PREFILLING)  # the turn's reservation includes the opening
@@ -286,7 +289,7 @@ class EngineSession(Stateful):
         if not turn.answer_ids:
             turn.first_token_at = time.perf_counter()
         turn.answer_ids.append(token)
-        is_eos = token in eos_token_ids
+        is_eos = token in eos_token_ids and not turn.ignore_eos
         text = ""
         if not is_eos:
             self.token_ids.append(token)

@@ -15,7 +15,8 @@ class Sampling:
     """How the tokens of a turn are chosen, and when the turn ends.
 
     `temperature` 0: greedy. `seed` None: a random seed. `stop`: strings that end the answer. `deadline_ms`: time from
-    the turn's arrival at the engine until it ends with the tokens that it has; None for no deadline.
+    the turn's arrival at the engine until it ends with the tokens that it has; None for no deadline. `ignore_eos`: an
+    end-of-sequence token does not end the answer.
     """
 
     max_new_tokens: int
@@ -24,6 +25,7 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     deadline_ms: int | None = None
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,8 @@ class Open(_RetriableRequest):
 class Ask(_RetriableRequest):
     """Run one turn.
 
-    `temperature` 0 is greedy; `seed` None draws a random one. Pictures are shown with the question. `deadline_ms`
+    `temperature` 0 is greedy; `seed` None draws a random one. With `ignore_eos` an end-of-sequence token does not end
+    the answer. Pictures are shown with the question. `deadline_ms`
     after its arrival the turn ends with the text that it has; None sets no deadline.
     """
 
@@ -118,6 +119,7 @@ class Ask(_RetriableRequest):
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     stop: Stop = ()
+    ignore_eos: bool = False
     return_token_ids: bool = False
     request_id: RequestId | None = None
     deadline_ms: Annotated[int, Field(ge=1, le=600_000)] | None
@@ -141,6 +143,7 @@ class Ask(_RetriableRequest):
             "`stop` must be a string of 1 to {limits.max_stop_chars} characters or an array of at most "
             "{limits.max_stop_strings} such strings, got {actual}"
         ),
+        "ignore_eos": "`ignore_eos` must be true or false, got {actual}",
         "return_token_ids": "`return_token_ids` must be true or false, got {actual}",
         "deadline_ms": "`deadline_ms` must be an integer from 1 to 600000, got {actual}",
     }

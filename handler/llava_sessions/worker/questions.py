@@ -121,6 +121,8 @@ class Questions:
         ask = turn.ask
         turn.prompt_ids = question.prompt_ids
         turn.blobs = question.blobs
-        sampling = Sampling(ask.max_new_tokens, ask.temperature, ask.top_p, ask.seed, ask.stop, ask.deadline_ms)
+        sampling = Sampling(
+            ask.max_new_tokens, ask.temperature, ask.top_p, ask.seed, ask.stop, ask.deadline_ms, ask.ignore_eos
+        )
         context.gate.submit(AskSession(session.id, turn.id, question.prompt_ids, sampling, question.pictures))
         turn.advance(TurnState.RUNNING)

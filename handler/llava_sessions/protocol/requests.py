@@ -16,11 +16,25 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from ..config import RequestLimits
 from ..errors import Refused, describe
-from .constants import INFERENCE_HEADER, NEW_SESSION, REQUEST_ID_PATTERN, SESSION_HEADER
-from .fields import TOO_LARGE, Frames, Images, NewTokens, Prompt, RequestId, SessionId, SessionToken, Stop
+from .constants import CONTENT_TYPE_HEADER, INFERENCE_HEADER, NEW_SESSION, REQUEST_ID_PATTERN, SESSION_HEADER
+from .fields import (
+    TOO_LARGE,
+    Frames,
+    Images,
+    NewTokens,
+    Prompt,
+    RequestId,
+    SessionId,
+    SessionToken,
+    Stop,
+    without_expiry,
+)
 
 _PICTURE_FIELDS = ("image", "images", "path")
 _ACTION_FIELDS = {"type", "requestType"}
+# Content types that do not contradict a JSON body.
+_JSON_TYPES = ("", "application/octet-stream", "application/json")
+_GZIP = b"\x1f\x8b"
 # Of the name of an action or of an unknown field, in a message.
 _NAME_MAX_CHARS = 40
 _UNKNOWN_NAMES_SHOWN = 5
@@ -192,13 +206,13 @@ class _Problem:
 def parse(
     body: object, headers: Mapping[str, object], limits: RequestLimits, max_body_bytes: int | None = None
 ) -> Request:
-    """Return the request of a body and its headers. Raise `Refused` (invalid_request, too_large).
+    """Return the request of a body and its headers. Raise `Refused` (invalid_request, too_large, unsupported_media).
 
     `body`: parsed JSON if TorchServe parsed it, else `bytes` or `str`. `headers`: names in lower case. A body longer
     than `max_body_bytes` is rejected before it is parsed. The message names every problem; the code is that of the
     first one.
     """
-    payload = _payload(body, max_body_bytes)
+    payload = _payload(body, _content_type(headers), max_body_bytes)
     model = _model(payload)
     # A null counts as an absent field.
     fields = {name: value for name, value in payload.items() if value is not None and name in model.model_fields}
@@ -220,24 +234,37 @@ def session_in_header(headers: Mapping[str, object]) -> str | None:
     """Return the session ID in the headers; None if it is absent, empty or the constant NEW_SESSION."""
     value = headers.get(SESSION_HEADER.lower())
     value = value.strip() if isinstance(value, str) else ""
+    value = str(without_expiry(value))
     return value if value and value != NEW_SESSION else None
 
 
-def _payload(body: object, max_body_bytes: int | None) -> dict[str, Any]:
+def _content_type(headers: Mapping[str, object]) -> str:
+    """Return the client's content type without parameters, in lower case; "" without one."""
+    value = headers.get(CONTENT_TYPE_HEADER.lower(), headers.get("content-type"))
+    return value.partition(";")[0].strip().lower() if isinstance(value, str) else ""
+
+
+def _payload(body: object, content_type: str, max_body_bytes: int | None) -> dict[str, Any]:
+    """Return the JSON object of a body, whatever its content type. Errors name a content type that is not JSON's."""
+    sent_as = "" if content_type in _JSON_TYPES else f" with content type {_shown(content_type)}"
+    if content_type.startswith("multipart/"):
+        raise Refused("unsupported_media", f"the body must be a JSON object, got a body{sent_as}")
     if isinstance(body, str | bytes | bytearray):
         if max_body_bytes is not None and len(body) > max_body_bytes:
             raise Refused("too_large", f"the body must be at most {max_body_bytes:,} bytes, got {len(body):,}")
         if not body.strip():
             raise Refused("invalid_request", "the body must be a JSON object, got an empty body")
+        if isinstance(body, bytes | bytearray) and body.startswith(_GZIP):
+            raise Refused("unsupported_media", "the body must be an uncompressed JSON object, got a gzip stream")
         try:
             body = json.loads(body)
         except json.JSONDecodeError as error:
-            where = f"{error.msg} at character {error.pos}"
+            where = f"{error.msg} at character {error.pos}{sent_as}"
             raise Refused("invalid_request", f"the body must be a JSON object, got malformed JSON ({where})") from None
         except (ValueError, RecursionError):  # not UTF-8, a number of too many digits, or nested too deep
-            raise Refused("invalid_request", "the body must be a JSON object, got undecodable text") from None
+            raise Refused("invalid_request", f"the body must be a JSON object, got undecodable text{sent_as}") from None
     if not isinstance(body, dict):
-        raise Refused("invalid_request", f"the body must be a JSON object, got {describe(body)}")
+        raise Refused("invalid_request", f"the body must be a JSON object, got {describe(body)}{sent_as}")
     return body
 
 
@@ -296,7 +323,7 @@ def _conflicts(model: type[Request], fields: dict[str, Any]) -> Iterator[_Proble
 def _merge_session_id(fields: dict[str, Any], headers: Mapping[str, object]) -> list[_Problem]:
     """Set the session ID of the header if the body has none. Return a problem if both have one and they differ."""
     in_header = session_in_header(headers)
-    in_body = fields.get("session_id")
+    in_body = without_expiry(fields.get("session_id"))
     if in_header is None:
         return []
     if in_body in (None, ""):

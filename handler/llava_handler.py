@@ -66,7 +66,13 @@ class LlavaHandler(BaseHandler):
         inbox = Inbox()
         settings = _engine_settings(config, checkpoint, context.system_properties.get("gpu_id"))
         # Without an engine the worker cannot serve. TorchServe restarts a worker that ends.
-        self._supervisor = EngineSupervisor(settings, inbox, config.engine_hang_s, give_up=lambda: os._exit(1))
+        self._supervisor = EngineSupervisor(
+            settings,
+            inbox,
+            config.engine_hang_s,
+            give_up=lambda: os._exit(1),
+            absence_file=_announcement("engine-absent"),
+        )
         self._supervisor.launch()
         template = _load_template(checkpoint, config.system_prompt)  # while the engine loads
         engine = self._supervisor.wait()
@@ -87,7 +93,7 @@ class LlavaHandler(BaseHandler):
         self._dimensions = [context.model_name, "Model"]
         self._metrics_lock = threading.Lock()
         self._emitted: MetricValues | None = None
-        self._drained_file = Path(os.environ.get("TEMP") or tempfile.gettempdir()) / f"drained-{os.getpid()}"
+        self._drained_file = _announcement("drained")
         signal.signal(signal.SIGUSR1, lambda *_: self._pump.drain())
         threading.Thread(target=self._sweep, name="sweeper", daemon=True).start()
         self.initialized = True
@@ -170,6 +176,11 @@ def _checked_properties() -> dict[str, str]:
     if problems:
         raise ConfigError(problems)
     return properties
+
+
+def _announcement(name: str) -> Path:
+    """Return the path of a file by which this worker announces its state to the launcher."""
+    return Path(os.environ.get("TEMP") or tempfile.gettempdir()) / f"{name}-{os.getpid()}"
 
 
 def _engine_settings(config: HandlerConfig, checkpoint: str, gpu_id: int | None) -> EngineSettings:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .engine_watch import EngineWatch
 from .haproxy import HAProxy
 from .home import ServerHome
 from .ports import choose_ports
@@ -66,6 +67,7 @@ class Service:
         self._stopped_by = ""
         self._deaths = 0  # since the server last ran for STEADY_S
         self._failed_starts = 0  # in a row
+        self._engine = EngineWatch()
         self.ready = False
         self.haproxy: HAProxy | None = None
         self.server: TorchServe | None = None
@@ -170,6 +172,7 @@ class Service:
         while not self._stopped_by:
             if (reason := server.death()) is not None:
                 return reason
+            self._watch_engine(server)
             self._pause(POLL_S)
         return None
 
@@ -185,7 +188,13 @@ class Service:
         self.ready = ready
         if self.haproxy is not None:
             with contextlib.suppress(OSError):  # HAProxy has died: `_keep_haproxy` sets the state of the next one
+                self.haproxy.set_engine_absent(self._engine.is_avoided)
                 self.haproxy.open() if ready else self.haproxy.shut()
+
+    def _watch_engine(self, server: TorchServe) -> None:
+        """Have /ping answer 503 while the worker has no engine, and for a while after an engine that was lost again."""
+        if self._engine.observe(server.engine_is_absent(), time.monotonic()):
+            self._set_ready(self.ready)
 
     def _pause(self, seconds: float) -> None:
         """Wait. Meanwhile restart HAProxy if it dies; return at once after `stop`."""

@@ -26,7 +26,7 @@ from llava_sessions.journal.journal import open_journal
 from llava_sessions.metrics import COUNTERS, GAUGES, MetricValues
 from llava_sessions.protocol.constants import SESSION_HEADER
 from llava_sessions.text.chat_template import ChatTemplate
-from llava_sessions.torchserve import headers
+from llava_sessions.torchserve import headers, receiving
 from llava_sessions.torchserve.batch import Reply, Row
 from llava_sessions.torchserve.sequences import EndRequestSender
 from llava_sessions.worker.assembly import make_pump
@@ -59,6 +59,7 @@ class LlavaHandler(BaseHandler):
 
     def _start(self, context: Any) -> None:
         began_s = time.monotonic()
+        os.environ[receiving.DECODE_VARIABLE] = receiving.RAW_BODIES
         config = read_config(context.model_yaml_config)
         properties = _checked_properties()
         checkpoint = _checkpoint(config, Path(context.system_properties["model_dir"]))
@@ -121,10 +122,11 @@ class LlavaHandler(BaseHandler):
 
     def _sweep(self) -> None:
         was_drained = False
+        frontend = receiving.ReceivingThread(threading.main_thread())
         while True:
             time.sleep(SWEEP_S)
             try:
-                self._pump.sweep()
+                self._pump.sweep(is_receiving=frontend.has_worked())
                 self._emit_metrics()
                 # One round later, so that the last replies have left. The launcher waits for this file.
                 if was_drained and self._pump.drained and not self._drained_file.exists():

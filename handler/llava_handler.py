@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 from ts.metrics.metric_cache_errors import MetricsCacheKeyError
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
@@ -122,11 +123,11 @@ class LlavaHandler(BaseHandler):
 
     def _sweep(self) -> None:
         was_drained = False
-        frontend = receiving.ReceivingThread(threading.main_thread())
+        transfer = receiving.BatchTransfer(threading.main_thread(), psutil.Process().parent())
         while True:
             time.sleep(SWEEP_S)
             try:
-                self._pump.sweep(is_receiving=frontend.has_worked())
+                self._pump.sweep(is_receiving=transfer.is_active())
                 self._emit_metrics()
                 # One round later, so that the last replies have left. The launcher waits for this file.
                 if was_drained and self._pump.drained and not self._drained_file.exists():

@@ -69,8 +69,8 @@ class Frontend:
         close_wait_s: float = WAIT_S,
         parsing: Executor | None = None,
     ) -> None:
-        """`parsing` parses large bodies. `deaf`: commands are only recorded, and a test tells by itself what came of them. `first_row` sets the ids
-        of two servers apart.
+        """`deaf`: commands are only recorded, and a test tells by itself what came of them. `first_row` sets the ids
+        of two servers apart. `parsing` parses large bodies.
         """
         self.now_s = NOW
         self.template_lock = tokens.lock

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import queue
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import psutil
 import pytest
 
 from llava_sessions.ipc.messages import AskSession, OutOfCapacity, StopTurn, TurnFailed
 from llava_sessions.protocol import requests
 from llava_sessions.protocol.constants import JSON_TYPE, STREAM_TYPE
-from llava_sessions.torchserve.receiving import ReceivingThread
+from llava_sessions.torchserve.receiving import BatchTransfer
 from llava_sessions.worker import arrivals, pump
 from llava_sessions.worker.pending import LARGE_BYTES
 from tests.support.manual import ManualExecutor
-from tests.support.pump_frontend import QUESTIONS, WAIT_S, Frontend, code, lines, model, png, tokens
+from tests.support.pump_frontend import QUESTIONS, Frontend, code, lines, model, png, tokens
 
 __all__ = ["model", "tokens"]
 
@@ -48,13 +52,16 @@ def threads(monkeypatch) -> Iterator[dict[str, list[str]]]:
     """The names of the threads on which bodies were parsed and hashed, in order."""
     names: dict[str, list[str]] = {"parse": [], "_retry_key": []}
     for module, name in ((arrivals, "parse"), (requests, "_retry_key")):
-
-        def spy(*args, name=name, real=getattr(module, name)):
-            names[name].append(threading.current_thread().name)
-            return real(*args)
-
-        monkeypatch.setattr(module, name, spy)
+        monkeypatch.setattr(module, name, _noted(getattr(module, name), names[name]))
     return names
+
+
+def _noted(function: Callable, names: list[str]) -> Callable:
+    def noted(*args):
+        names.append(threading.current_thread().name)
+        return function(*args)
+
+    return noted
 
 
 # --- where, and how often ---
@@ -220,35 +227,46 @@ def _started(front: Frontend, session: str):
 # --- steps while large rows are held ---
 
 
-def test_a_step_lasts_as_long_as_the_copies_of_its_held_rows(slow, parsing, monkeypatch):
-    session = slow.open()
-    stream = slow.start(session, stream=True)
-    waits: list[float] = []
-    get = slow.inbox.get
-    monkeypatch.setattr(slow.inbox, "get", lambda timeout_s=0.0: waits.append(timeout_s) or get(timeout_s))
+def test_a_step_with_large_held_rows_lasts_as_long_as_its_delivery(slow, parsing, monkeypatch):
+    stream = slow.start(slow.open(), stream=True)
+    now_s = [1e9]
+    monkeypatch.setattr(slow.pump, "_clock", lambda: now_s[0])
 
-    def longest(*rows) -> float:
-        waits.clear()
+    def get(timeout_s: float = 0.0):
+        """Return what has arrived; otherwise let the whole time pass."""
+        try:
+            return take()
+        except queue.Empty:
+            now_s[0] += timeout_s
+            raise
+
+    take = slow.inbox.get
+    monkeypatch.setattr(slow.inbox, "get", get)
+
+    def lasts(delivery_s: float, *rows) -> float:
+        """The time that a step takes in which the stream has output."""
         slow.step()
+        began_s = now_s[0] = now_s[0] + delivery_s
         slow.exchange(stream, *rows)
-        return max(waits)
+        return now_s[0] - began_s
 
-    assert longest() <= WAIT_S
-    held = [slow.row(b" " * 2_000_000) for _ in range(2)]
-    pause_s = 4_000_000 / pump.HELD_BYTES_PER_S
-    assert 0.9 * pause_s < longest(*held) <= pause_s
-    parsing.run(0)
-    slow.exchange(stream, *held)
-    assert 0.45 * pause_s < longest(held[1]) <= 0.5 * pause_s
+    slow.exchange(stream)
+    assert lasts(0.1) == 0
+    held = [slow.row(b" " * 1_000_000) for _ in range(2)]
+    assert lasts(0.1, *held) == pytest.approx(0.1)
+    # The frontend was idle before.
+    assert lasts(60.0, *held) == pytest.approx(2_000_000 / pump.SLOWEST_DELIVERY_BYTES_PER_S)
+    parsing.run_all()
+    assert lasts(60.0, *held) == 0
 
 
-def test_clients_are_not_disconnected_while_torchserve_copies_their_bodies(slow):
+def test_clients_are_not_disconnected_while_torchserve_delivers_their_bodies(slow):
     row = slow.row(b" " * 20_000_000)
     assert slow.exchange(row) == [None]
     slow.skipped_s += pump.SILENCE_S + 1.0
     _sweep(slow)
     assert slow.pump.busy
-    slow.skipped_s += 20_000_000 / pump.SLOWEST_COPY_BYTES_PER_S
+    slow.skipped_s += 20_000_000 / pump.SLOWEST_DELIVERY_BYTES_PER_S
     _sweep(slow)
     assert not slow.pump.busy
 
@@ -263,28 +281,45 @@ def test_clients_are_not_disconnected_while_a_batch_arrives(front):
     assert not front.pump.busy
 
 
-def test_a_thread_that_receives_is_told_from_one_that_waits():
-    begin, end = threading.Event(), threading.Event()
-    worked = threading.Event()
+def test_a_batch_on_its_way_is_seen_by_the_work_of_the_thread_that_receives_it():
+    begin, worked, end = threading.Event(), threading.Event(), threading.Event()
 
     def work() -> None:
         begin.wait()
         for _ in range(200):
-            bytearray(1_000_000)
-        sum(range(3_000_000))
+            sum(range(100_000))
         worked.set()
         end.wait()
 
     thread = threading.Thread(target=work)
     thread.start()
-    receiving = ReceivingThread(thread)
-    assert not receiving.has_worked()
+    transfer = BatchTransfer(thread, None)
+    assert not transfer.is_active()
     begin.set()
     worked.wait()
-    assert receiving.has_worked()
-    assert not receiving.has_worked()
+    assert transfer.is_active()
+    assert not transfer.is_active()
     end.set()
     thread.join()
+
+
+def test_a_batch_on_its_way_is_seen_by_the_work_of_the_frontend():
+    program = "import sys, time\nfor _ in sys.stdin:\n while time.process_time() < 0.5: pass\n print(flush=True)"
+    command = [sys.executable, "-c", program]
+    end = threading.Event()
+    waiting = threading.Thread(target=end.wait)
+    waiting.start()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as frontend:
+        transfer = BatchTransfer(waiting, psutil.Process(frontend.pid))
+        frontend.stdin.write("go\n")
+        frontend.stdin.flush()
+        frontend.stdout.readline()
+        assert transfer.is_active()
+        assert not transfer.is_active()
+        frontend.stdin.close()
+    assert not transfer.is_active()  # the frontend is gone
+    end.set()
+    waiting.join()
 
 
 def _sweep(front: Frontend) -> None:

@@ -1,8 +1,8 @@
 """Exchange of rows and replies with TorchServe's batches, and detection of disconnected clients.
 
 A held row gets no reply in a step. TorchServe keeps its request open and sends the row again in the next step, so the
-HTTP status stays undecided until the first output. TorchServe copies the whole body of a held row in every step, so
-steps take longer while bodies are large (docs/decisions/0005-held-rows.md, bench/held_rows.py).
+HTTP status stays undecided until the first output. TorchServe delivers the whole body of a held row in every step.
+While large bodies are held, a step lasts as long as its delivery took (docs/decisions/0005-held-rows.md).
 """
 
 from __future__ import annotations
@@ -33,14 +33,12 @@ log = logging.getLogger(__name__)
 WAIT_S = 0.02
 # How long a step waits for the engine to free a session, so that a close is answered in the step of its arrival.
 CLOSE_WAIT_S = 2.0
-# TorchServe copies so many bytes of held rows in a second. A step lasts at least as long as their copies.
-HELD_BYTES_PER_S = 200_000_000
-# At most: a chunk of a stream and a new row wait for it.
-LONGEST_PAUSE_S = 1.0
+# A step with held large rows lasts at most this long. It must be far below `responseTimeout` in model-config.yaml.
+LONGEST_PAUSE_S = 10.0
 # TorchServe calls without a pause while rows are active. After this much silence the clients count as disconnected.
 SILENCE_S = 5.0
-# On a busy machine, or one that swaps, TorchServe may copy no more bytes of held rows in a second of that silence.
-SLOWEST_COPY_BYTES_PER_S = 10_000_000
+# TorchServe delivers a batch with at least so many bytes of large bodies per second, also on a busy machine.
+SLOWEST_DELIVERY_BYTES_PER_S = 10_000_000
 # Sweeps in which the silence must be seen. They only happen while this process runs, so its own pauses do not count.
 SILENT_SWEEPS = 4
 
@@ -81,13 +79,14 @@ class Pump:
         Never raises: an error in one row becomes its reply.
         """
         with self._lock:
+            delivery_s = self._clock() - self._last_exchange_s
             self._reaper.begin_step(row.sequence_id for row in rows)
             self._take_events()  # before new rows, which may depend on the loss or the start of an engine
             for row in rows:
                 if row.request_id not in self._pending:
                     self._admit(row)
             self._drop_disconnected({row.request_id for row in rows})
-            self._wait_for_output()
+            self._wait_for_output(delivery_s)
             self._end_sequences()
             replies = [self._safe_reply(self._pending[row.request_id]) for row in rows]
             self._last_exchange_s = self._clock()
@@ -98,13 +97,13 @@ class Pump:
     def sweep(self, is_receiving: bool = False) -> None:
         """Expire sessions, and detect clients that left while TorchServe was silent. Call it about once a second.
 
-        `is_receiving`: a batch has begun to arrive, so TorchServe is not silent.
+        `is_receiving`: a batch is on its way, so TorchServe is not silent.
         """
         with self._lock:
             self._take_events()
             self._silent_sweeps = 0 if is_receiving else self._silent_sweeps + 1
             silent_s = self._clock() - self._last_exchange_s
-            limit_s = SILENCE_S + self._pending.held_bytes / SLOWEST_COPY_BYTES_PER_S
+            limit_s = SILENCE_S + self._pending.held_bytes / SLOWEST_DELIVERY_BYTES_PER_S
             if self._pending and silent_s > limit_s and self._silent_sweeps >= SILENT_SWEEPS:
                 self._drop_disconnected(set())
             self._manager.sweep()
@@ -169,15 +168,16 @@ class Pump:
 
     # --- Events ---
 
-    def _wait_for_output(self) -> None:
+    def _wait_for_output(self, delivery_s: float) -> None:
         """Take events until a request has output. Wait longer while a session is being freed for a close.
 
-        While large rows are held, wait for longer even if there is output.
+        `delivery_s`: time since the previous step, in which TorchServe delivered this one. While large rows are held,
+        wait for as long even if there is output.
         """
         self._take_events()
         began_s = self._clock()
         while True:
-            pause_s = min(self._pending.held_bytes / HELD_BYTES_PER_S, LONGEST_PAUSE_S)
+            pause_s = min(delivery_s, self._pending.held_bytes / SLOWEST_DELIVERY_BYTES_PER_S, LONGEST_PAUSE_S)
             if self._manager.freeing:
                 wait_s = self._close_wait_s
             elif self._pending.has_output:

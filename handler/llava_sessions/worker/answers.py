@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from ..chat.transcript import TurnRecord, short_id
-from ..ipc.messages import Delta, Finished
+from ..ipc.messages import Delta, Finished, TurnAdmitted
 from ..journal.journal import Journal, SaveOutcome
 from ..protocol import replies
 from .context import WorkerContext
@@ -29,6 +29,14 @@ class Answers:
     def __init__(self, context: WorkerContext, turns: Turns) -> None:
         self._context = context
         self._turns = turns
+
+    def on_admitted(self, event: TurnAdmitted) -> None:
+        """Commit the large requests of a turn that the engine has admitted to status 200."""
+        turn = self._turns.find(event.turn_id)
+        if turn is not None:
+            turn.is_admitted = True
+            for pending in turn.pending:
+                pending.commit()
 
     def on_delta(self, event: Delta) -> None:
         """Stream new text."""

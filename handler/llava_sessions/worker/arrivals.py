@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -55,17 +56,19 @@ class Arrivals:
         if pending.is_large:
             self._inbox.when_done(parsed, lambda _: None)
 
-    def take_ready(self) -> list[tuple[PendingRequest, Future[Request]]]:
-        """Return the requests to start now, with their outcome. Requests of disconnected clients are left out."""
-        ready = []
+    def start_ready(self, start: Callable[[PendingRequest, Request], None]) -> None:
+        """Start the requests whose turn it is, or reject them. Leave out those of disconnected clients."""
         for session_id, queue in list(self._waiting.items()):
             while queue and queue[0].parsed.done():
                 arrival = queue.popleft()
-                if not arrival.pending.disconnected:
-                    ready.append((arrival.pending, arrival.parsed))
+                if arrival.pending.disconnected:
+                    continue
+                try:
+                    start(arrival.pending, arrival.parsed.result())
+                except Exception as error:
+                    arrival.pending.refuse(error)
             if not queue:
                 del self._waiting[session_id]
-        return ready
 
     def disconnected(self, pending: PendingRequest) -> None:
         """Drop a request whose client has left. If it is not being parsed yet, it will not be."""

@@ -77,7 +77,7 @@ class EngineEvents:
     def _dispatch(self, event: Event) -> None:
         match event:
             case TurnAdmitted():
-                self._turns.admitted(event.turn_id)
+                self._answers.on_admitted(event)
             case Delta():
                 self._answers.on_delta(event)
             case Finished():

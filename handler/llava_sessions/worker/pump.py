@@ -144,15 +144,7 @@ class Pump:
             self._arrivals.add(pending, row.body)
         except Exception as error:
             pending.refuse(error)
-        self._start_parsed()
-
-    def _start_parsed(self) -> None:
-        """Start the work of the requests that are parsed, or reject them."""
-        for pending, parsed in self._arrivals.take_ready():
-            try:
-                self._manager.handle(pending, parsed.result())
-            except Exception as error:
-                pending.refuse(error)
+        self._arrivals.start_ready(self._manager.handle)
 
     def _drop_disconnected(self, active: set[str]) -> None:
         """Stop the work of the requests that TorchServe does not list any more."""
@@ -188,22 +180,20 @@ class Pump:
             if left_s <= 0:
                 return
             try:
-                self._on_item(self._inbox.get(left_s))
+                self._take_events(self._inbox.get(left_s))
             except queue.Empty:
                 return
-            self._take_events()
 
-    def _take_events(self) -> None:
+    def _take_events(self, item: Any = None) -> None:
+        """Apply an item of the inbox and all that follow, then start the requests that are parsed."""
         while True:
+            if item is not None:
+                self._manager.on_event(item)
             try:
                 item = self._inbox.get()
             except queue.Empty:
-                return
-            self._on_item(item)
-
-    def _on_item(self, item: Any) -> None:
-        self._manager.on_event(item)
-        self._start_parsed()
+                break
+        self._arrivals.start_ready(self._manager.handle)
 
     # --- Replies ---
 

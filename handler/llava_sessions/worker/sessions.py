@@ -185,6 +185,10 @@ class _Ended:
     reason: str
     token_digest: str | None
 
+    def fits(self, reason: str, token_digest: str | None) -> bool:
+        """Return whether the session ended for this reason and had this token."""
+        return self.reason == reason and same_token(self.token_digest, token_digest)
+
 
 class SessionTable:
     """The sessions of one worker, at most `max_sessions`.
@@ -258,7 +262,8 @@ class SessionTable:
             if session.has_expired(now_s):
                 raise session_expired()
             return session
-        if self._has_ended(session_id, "expired", token_digest):
+        past = self._past.get(session_id)
+        if past is not None and past.fits("expired", token_digest):
             raise session_expired()
         raise session_not_found()
 
@@ -268,11 +273,8 @@ class SessionTable:
 
     def was_closed(self, session_id: str, token_digest: str | None = None) -> bool:
         """Return whether the session of this ID and token was closed, among the IDs that are remembered."""
-        return self._has_ended(session_id, "closed", token_digest)
-
-    def _has_ended(self, session_id: str, reason: str, token_digest: str | None) -> bool:
         past = self._past.get(session_id)
-        return past is not None and past.reason == reason and same_token(past.token_digest, token_digest)
+        return past is not None and past.fits("closed", token_digest)
 
     def end(self, session: Session, reason: str | None) -> None:
         """Remove a session. `reason` as in `remember`; None for an open that was rejected."""

@@ -37,14 +37,6 @@ class Turns:
         """Return the turn of this ID, or None if it is done."""
         return self._turns.get(turn_id)
 
-    def admitted(self, turn_id: str) -> None:
-        """Commit the large requests of a turn that the engine has admitted to status 200."""
-        turn = self._turns.get(turn_id)
-        if turn is not None:
-            turn.is_admitted = True
-            for pending in turn.pending:
-                pending.commit()
-
     def cancel(self, pending: PendingRequest, request: Cancel) -> None:
         """Stop the session's turn. Raise `Refused`."""
         context = self._context

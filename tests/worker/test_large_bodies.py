@@ -19,7 +19,7 @@ from llava_sessions.torchserve.receiving import BatchTransfer
 from llava_sessions.worker import arrivals, pump
 from llava_sessions.worker.pending import LARGE_BYTES
 from tests.support.manual import ManualExecutor
-from tests.support.pump_frontend import QUESTIONS, Frontend, code, lines, model, png, tokens
+from tests.support.pump_frontend import PATIENCE_S, QUESTIONS, Frontend, code, lines, model, png, tokens
 
 __all__ = ["model", "tokens"]
 
@@ -135,18 +135,39 @@ def test_a_cancel_behind_a_question_cancels_it(slow, parsing):
     assert json.loads(cancelled.body)["success"] is True
 
 
-def test_a_client_that_leaves_before_its_body_is_parsed_starts_nothing(slow, parsing):
+def test_a_client_that_leaves_before_its_body_is_parsed_starts_nothing(slow, parsing, threads):
     session = slow.open()
+    threads["parse"].clear()
     started = len(slow.commands)
     ask, opened = slow.large_ask(session), slow.large({"type": "start_session", "image": png("blue")})
     assert slow.exchange(ask, opened) == [None, None]
     slow.exchange()
     parsing.run_all()
+    assert threads["parse"] == []
     assert slow.exchange() == []
     assert len(slow.commands) == started
     assert not slow.pump.busy
     assert slow.ended == [opened.sequence_id]
     assert slow.ask(session)["finish_reason"] in {"stop", "length"}
+
+
+def test_a_client_that_leaves_while_its_body_is_parsed_starts_nothing(front, monkeypatch):
+    session = front.open()
+    started = len(front.commands)
+    left = threading.Event()
+    parse = arrivals.parse
+
+    def wait_and_parse(*args):
+        left.wait(PATIENCE_S)
+        return parse(*args)
+
+    monkeypatch.setattr(arrivals, "parse", wait_and_parse)
+    assert front.exchange(front.large_ask(session)) == [None]
+    front.exchange()
+    left.set()
+    front.inbox.put(front.inbox.get(PATIENCE_S))
+    front.exchange()
+    assert len(front.commands) == started
 
 
 # --- commitment to status 200 ---
@@ -260,13 +281,29 @@ def test_a_step_with_large_held_rows_lasts_as_long_as_its_delivery(slow, parsing
     assert lasts(60.0, *held) == 0
 
 
-def test_clients_are_not_disconnected_while_torchserve_delivers_their_bodies(slow):
-    row = slow.row(b" " * 20_000_000)
-    assert slow.exchange(row) == [None]
-    slow.skipped_s += pump.SILENCE_S + 1.0
+def test_clients_are_not_disconnected_while_torchserve_delivers_large_bodies(slow, parsing):
+    stream = slow.start(slow.open(), stream=True)
+    large = slow.row(b" " * 2 * pump.LARGE_SILENCE_BYTES)
+    assert slow.exchange(stream, large) == [None, None]
+    slow.skipped_s += pump.LARGE_SILENCE_S - 1.0
+    _sweep(slow)
+    parsing.run_all()
+    assert code(slow.exchange(stream, large)[1]) == "invalid_request"
+    slow.skipped_s += pump.SILENCE_S + 0.5
+    _sweep(slow)
+    assert not slow.pump.busy  # the large row arrived a minute ago
+
+
+def test_clients_are_not_disconnected_when_large_bodies_have_just_arrived(slow, parsing):
+    stream = slow.start(slow.open(), stream=True)
+    large = slow.row(b" " * 2 * pump.LARGE_SILENCE_BYTES)
+    slow.exchange(stream, large)
+    parsing.run_all()
+    assert code(slow.exchange(stream, large)[1]) == "invalid_request"
+    slow.skipped_s += pump.SILENCE_S + 0.5
     _sweep(slow)
     assert slow.pump.busy
-    slow.skipped_s += 20_000_000 / pump.SLOWEST_DELIVERY_BYTES_PER_S
+    slow.skipped_s += pump.LARGE_SILENCE_S
     _sweep(slow)
     assert not slow.pump.busy
 

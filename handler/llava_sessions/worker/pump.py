@@ -37,6 +37,9 @@ CLOSE_WAIT_S = 2.0
 LONGEST_PAUSE_S = 10.0
 # TorchServe calls without a pause while rows are active. After this much silence the clients count as disconnected.
 SILENCE_S = 5.0
+# The same while bodies of this size are held or have just arrived: the next batch may take TorchServe so long.
+LARGE_SILENCE_S = 60.0
+LARGE_SILENCE_BYTES = 2**20
 # TorchServe delivers a batch with at least so many bytes of large bodies per second, also on a busy machine.
 SLOWEST_DELIVERY_BYTES_PER_S = 10_000_000
 # Sweeps in which the silence must be seen. They only happen while this process runs, so its own pauses do not count.
@@ -68,6 +71,7 @@ class Pump:
         self._pending = PendingTable()
         self._last_exchange_s = clock()
         self._silent_sweeps = 0
+        self._large_until_s = self._last_exchange_s
 
     def recover(self) -> None:
         """Add the sessions that the journal holds. Call it once, before the first row. Blocks."""
@@ -103,7 +107,8 @@ class Pump:
             self._take_events()
             self._silent_sweeps = 0 if is_receiving else self._silent_sweeps + 1
             silent_s = self._clock() - self._last_exchange_s
-            limit_s = SILENCE_S + self._pending.held_bytes / SLOWEST_DELIVERY_BYTES_PER_S
+            is_large = self._pending.held_bytes > LARGE_SILENCE_BYTES or self._clock() < self._large_until_s
+            limit_s = LARGE_SILENCE_S if is_large else SILENCE_S
             if self._pending and silent_s > limit_s and self._silent_sweeps >= SILENT_SWEEPS:
                 self._drop_disconnected(set())
             self._manager.sweep()
@@ -132,6 +137,8 @@ class Pump:
     def _admit(self, row: Row) -> None:
         """Parse a new row and start its work, or reject it. A large row is parsed meanwhile, and starts later."""
         pending, has_returned = self._pending.add(row)
+        if pending.body_bytes > LARGE_SILENCE_BYTES:
+            self._large_until_s = self._clock() + LARGE_SILENCE_S
         try:
             if pending.final is not None:
                 return  # the answer was known before the pause

@@ -40,7 +40,6 @@ SIDE_PX = 1866  # noise of this size is a PNG just below 10 MiB
 OPENS = 40
 ALONE, SMALL, LARGE = "alone", "next to a question with a small picture", "next to a question with 10 MiB"
 BURST_S = 0.001
-REPEATS = 2  # of each kind on one start of a server
 KINDS = (ALONE, SMALL, LARGE)
 LONG = {"max_new_tokens": 1000, "temperature": 9.0, "seed": 3, "ignore_eos": True}
 
@@ -242,9 +241,8 @@ def measure(options: Options, run: Run, checkouts: dict[str, Path]) -> dict:
         for side in harness.alternate(list(checkouts), number):
             with service(checkouts[side]) as server:
                 gaps(server, SMALL, pictures, 50)  # warms up
-                for turn in range(REPEATS):
-                    for kind in harness.alternate(list(KINDS), number + turn):
-                        taken[side]["gaps"][kind] += gaps(server, kind, pictures, options.pick(600, 100))
+                for kind in harness.alternate(list(KINDS), number):
+                    taken[side]["gaps"][kind] += gaps(server, kind, pictures, options.pick(600, 100))
                 taken[side]["opens"].append(opens(server, pictures, options.pick(OPENS, 4)))
             medians = {kind: round(median(taken[side]["gaps"][kind]), 1) for kind in KINDS}
             run.say(f"round {number + 1} of {options.rounds}, {side}: {medians} {taken[side]['opens'][-1]}")

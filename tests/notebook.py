@@ -6,7 +6,6 @@ tests/deploy/test_notebook.py executes the notebook in the same way and checks i
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 import re
@@ -22,6 +21,7 @@ import nbformat
 import papermill
 from nbformat import NotebookNode
 
+from deploy.options import Parser
 from deploy.sagemaker import images
 from deploy.serve.torchserve import TorchServe
 from tests.support import cloud
@@ -104,7 +104,7 @@ def _lasting(text: str, store: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.notebook", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m tests.notebook", description=__doc__.splitlines()[0])
     parser.parse_args(argv)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # the instances share the cores: a waiting thread must not spin
     with tempfile.TemporaryDirectory(prefix="llava-notebook-") as name:

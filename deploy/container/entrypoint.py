@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from deploy.container import metric_lines
+from deploy.options import version_line
 from deploy.serve import command
 
 MODEL = Path("/opt/ml/model")  # SageMaker mounts the model here, read-only
@@ -29,7 +30,7 @@ ALL_INTERFACES = "0.0.0.0"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 METRICS_OFFSET = 2  # from the public port to the port of the metrics page, which is on loopback
 
-USAGE = f"""usage: serve
+USAGE = f"""usage: serve [--help | --version]
 
 Serves the model in {MODEL} on port {PORT} ({PORT_VARIABLE} sets another) until SIGTERM.
 Temporary files and logs are written to the system's temporary folder (TMPDIR; default: /tmp)."""
@@ -131,8 +132,14 @@ def run_as_init(serve: Callable[[], int]) -> int:
 def main(argv: Sequence[str] | None = None, root: Path = MODEL) -> int:
     """Serve the model in `root`. Return the exit code: 2 if it cannot be served."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    if {"--help", "-h"} & set(arguments):
+        print(USAGE)
+        return 0
+    if "--version" in arguments:
+        print(version_line())
+        return 0
     if arguments != ["serve"]:
-        print(USAGE, file=sys.stderr)
+        print(f"serve: error: the argument must be serve, got {' '.join(arguments)!r}", file=sys.stderr)
         return 2
     try:
         model = find_model(root)

@@ -8,13 +8,14 @@ standard library.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
 import time
 import urllib.request
 from collections.abc import Sequence
+
+from deploy.options import Parser, decimal_number
 
 SAMPLE = re.compile(r"^llava_(\w+)\{[^}]*\} (\S+)$", re.MULTILINE)
 EVENT = "figures"  # the metric filters match this name
@@ -38,9 +39,12 @@ def metric_line(metrics: dict[str, float]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the metrics at an interval, until the process ends."""
-    parser = argparse.ArgumentParser(prog="python -m deploy.container.metric_lines", description=__doc__)
-    parser.add_argument("--url", default="http://127.0.0.1:8082/metrics", help="default: %(default)s")
-    parser.add_argument("--every", type=float, default=60.0, metavar="S", help="default: %(default)s")
+    about = "Print the metrics of a server as one JSON line, at an interval, for CloudWatch's metric filters."
+    parser = Parser(prog="python -m deploy.container.metric_lines", description=about)
+    url = "metrics page (default: %(default)s)"
+    parser.add_argument("--url", default="http://127.0.0.1:8082/metrics", help=url)
+    every = "seconds between two lines (default: %(default)s)"
+    parser.add_argument("--every", type=decimal_number(0), default=60.0, metavar="S", help=every)
     args = parser.parse_args(argv)
     while True:
         if metrics := read_metrics(args.url):

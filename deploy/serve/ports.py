@@ -9,6 +9,8 @@ import sys
 import time
 from collections import deque
 
+from deploy.options import typed
+
 from .processes import LOOPBACK, ServeError
 
 # Below the range that the kernel gives to outgoing connections, so that no connection takes a chosen port during the
@@ -30,7 +32,9 @@ def choose_ports(port: int = 0, public: str = "inference") -> dict[str, int]:
         fixed = {public: port, "management": port + 1, "metrics": port + 2}
         for use, number in fixed.items():
             if not is_free(number):
-                raise ServeError(f"port {number} ({use}) is in use; choose another: --port N takes N, N+1 and N+2")
+                raise ServeError(
+                    f"port {number} ({use}) is in use; choose another {typed('--port')}: N takes N, N+1 and N+2"
+                )
             _reserve(number)
     uses = [public, "inference", "management", "metrics", "grpc_inference", "grpc_management", "worker"]
     others = [use for use in dict.fromkeys(uses) if use not in fixed]

@@ -19,7 +19,7 @@ def recorded_plot(path: Path) -> str:
     longest = max(ms for _, _, ms in rows)
     names = list(SIDES.values())
     lines = [
-        "  Median time to first token of each turn: generate(), stateless and with a kept KV cache, and LLaVA Sessions.",
+        "  Median time to first token of each turn: generate(), stateless, with a kept KV cache, and LLaVA Sessions.",
         f"  {facts['cpu']}, {facts['cores']} cores, {record['model']['dtype']}, {facts['date']}, python -m bench.turns",
         "",
     ]

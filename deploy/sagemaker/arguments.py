@@ -92,6 +92,7 @@ def _add_up(commands: _Commands) -> None:
     add("--security-groups", metavar="ID,ID", help="with --subnets")
     add("--alarm-topic", metavar="ARN", help="an SNS topic that receives alarms")
     add("--journal", metavar="PREFIX/", help="folder of the bucket for the sessions' journal")
+    add("--force", action="store_true", help="deploy a model that does not fit the instance type by `capacity`")
     ami = "InferenceAmiVersion (default: driver 580 if the instance type has an older one)"
     add("--ami", metavar="VERSION", help=ami)
     rest = "any other parameter of deploy/sagemaker/endpoint.yaml; may be repeated"

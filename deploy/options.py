@@ -84,6 +84,14 @@ def port_number(further: int = 0) -> Callable[[str], int]:
     return whole_number(0, LAST_PORT - further)
 
 
+def port_range(text: str) -> range:
+    """Parse LOW-HIGH, both included. An argparse type."""
+    match = re.fullmatch(r"(\d{1,5})-(\d{1,5})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]) <= LAST_PORT:
+        raise argparse.ArgumentTypeError(f"must be LOW-HIGH with ports from 1 to {LAST_PORT}, got {text!r}")
+    return range(int(match[1]), int(match[2]) + 1)
+
+
 def _make() -> tuple[str, dict[str, str]]:
     """Return `make <target>` and the variable of each option; empty if `make` did not start this program."""
     target, *pairs = os.environ.get(MAKE_VARIABLE, "").split() or [""]

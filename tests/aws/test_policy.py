@@ -49,8 +49,8 @@ HANDLERS: dict[str, tuple[str, str]] = {
     ),
     "AWS::Logs::LogGroup": (
         (
-            "logs: CreateLogGroup DescribeLogGroups DeleteLogGroup PutRetentionPolicy DeleteRetentionPolicy TagResource "
-            "UntagResource ListTagsForResource"
+            "logs: CreateLogGroup DescribeLogGroups DeleteLogGroup PutRetentionPolicy DeleteRetentionPolicy "
+            "TagResource UntagResource ListTagsForResource"
         ),
         LOG_GROUP,
     ),

@@ -10,6 +10,7 @@ TORCH ?=
 BASE ?=
 TAG ?=
 IMAGE ?=
+NOTEBOOK ?=
 ENDPOINT_PORT ?= 8090
 INSTANCES ?= 2
 ENDPOINT ?=
@@ -57,8 +58,8 @@ endpoint: java env  ## run a SageMaker endpoint on this machine (INSTANCES= ENDP
 	@./build_mar.sh --model '$(MODEL)' $(if $(SESSIONS),--sessions '$(SESSIONS)') $(if $(DTYPE),--dtype '$(DTYPE)') >/dev/null
 	@exec $(PYTHON) -m deploy.local_endpoint --instances '$(INSTANCES)' --port '$(ENDPOINT_PORT)' $(ENDPOINT)
 
-notebook: java env  ## run docs/notebook.ipynb against such an endpoint and save its outputs
-	@$(PYTHON) -m tests.notebook
+notebook: java env  ## run docs/notebook.ipynb against such an endpoint (NOTEBOOK=--save stores its outputs in it)
+	@$(PYTHON) -m tests.notebook $(NOTEBOOK)
 
 lint: env  ## check code, types, imports, structure, words, Dockerfile, template and scripts
 	@scripts/lint.sh

@@ -24,6 +24,15 @@ def parameters(cloud: Cloud) -> dict[str, str]:
     return {item["ParameterKey"]: item["ParameterValue"] for item in stack["Parameters"]}
 
 
+def routing(cloud: Cloud) -> dict[str, Any]:
+    """Return the routing of the endpoint's variant, without what the template leaves out."""
+    sagemaker = cloud.client("sagemaker")
+    (config,) = sagemaker.list_endpoint_configs()["EndpointConfigs"]
+    name = config["EndpointConfigName"]
+    (variant,) = sagemaker.describe_endpoint_config(EndpointConfigName=name)["ProductionVariants"]
+    return {key: value for key, value in variant["RoutingConfig"].items() if value}
+
+
 def sent(cloud: Cloud) -> list[dict[str, Any]]:
     """Return the list to which each UpdateStack's body is appended."""
     seen: list[dict[str, Any]] = []
@@ -53,7 +62,10 @@ def test_up_keeps_what_an_earlier_set_chose(cloud: Cloud, run: Run, uploaded: st
 def test_up_sends_what_it_keeps_as_the_previous_value(cloud: Cloud, run: Run, uploaded: str) -> None:
     assert run("up", "--instance-type", TYPE).code == 0
     bodies = sent(cloud)
-    assert run("up", "--set", "RoutingStrategy=RANDOM").code == 0
+    assert "PrefixAwareRoutingConfig" not in routing(cloud)
+    assert run("up", "--set", "RoutingStrategy=PREFIX_AWARE", "--set", "PrefixLength=2048").code == 0
+    prefix = routing(cloud)["PrefixAwareRoutingConfig"]
+    assert {name: int(value) for name, value in prefix.items()} == {"PrefixLength": 2048, "ConcurrencyThreshold": 16}
     (body,) = bodies
     fields = {
         body[f"Parameters.member.{number}.ParameterKey"]: number for number in range(1, len(parameters(cloud)) + 1)
@@ -61,7 +73,7 @@ def test_up_sends_what_it_keeps_as_the_previous_value(cloud: Cloud, run: Run, up
     for name in ("InstanceType", "LogRetentionDays", "SessionsTarget"):
         start = f"Parameters.member.{fields[name]}"
         assert (body.get(f"{start}.UsePreviousValue"), f"{start}.ParameterValue" in body) == ("true", False)
-    assert body[f"Parameters.member.{fields['RoutingStrategy']}.ParameterValue"] == "RANDOM"
+    assert body[f"Parameters.member.{fields['RoutingStrategy']}.ParameterValue"] == "PREFIX_AWARE"
 
 
 def test_what_follows_from_a_change_still_follows(cloud: Cloud, run: Run, uploaded: str) -> None:

@@ -88,6 +88,10 @@ def test_the_torch_that_the_dockerfile_speaks_of_is_the_one_that_is_pinned() -> 
     assert f"torch {pinned}." in DOCKERFILE
 
 
+def test_the_dockerfile_names_no_base_that_aws_has_stopped_patching() -> None:
+    assert not re.search(r"pytorch-inference|torchserve:|-sagemaker`", DOCKERFILE)
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_that_is_served_is_compiled(family: str) -> None:
     left_out = re.compile(re.search(r"-x '(.*)'", DOCKERFILE)[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from deploy.sagemaker import capacity, fitting
 
 from .conftest import TYPE, Cloud, Run
 
+REPO = Path(__file__).resolve().parents[2]
 SMALL_GPU = "ml.g4dn.2xlarge"
 LLAVA_7B = {"model_type": "llava", "text_config": {"model_type": "llama"}, "torch_dtype": "float16"}
 TEXT_13B = {"model_type": "llama", "hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40}
@@ -138,6 +140,19 @@ def test_a_model_that_the_table_does_not_have_is_judged_by_its_weights(
 def test_a_config_is_found_in_the_table(config: dict[str, Any], name: str | None) -> None:
     shape = fitting.known_shape(config)
     assert (shape and shape.name) == name
+
+
+@pytest.mark.parametrize("page", ["docs/notebook.ipynb", "docs/sagemaker.md"])
+def test_the_pairs_of_the_pages_fit(page: str) -> None:
+    text = (REPO / page).read_text(encoding="utf-8")
+    assert "llava-hf/llava-1.5-7b-hf" in text
+    types = re.findall(r"(?:instance_type = |--instance-type )\W*(ml\.\w+\.\w+)", text)
+    assert types
+    shape = fitting.known_shape(LLAVA_7B)
+    for instance in (item for item in capacity.INSTANCES if item.name in types):
+        reserve = int(fitting.RESERVE_GIB * capacity.GIB)
+        assert capacity.fit(shape, instance, fitting.TEXT_TOKENS, reserve).on_gpu > 0
+    assert set(types) <= {item.name for item in capacity.INSTANCES}
 
 
 # --- dry runs without credentials -------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def test_up_keeps_what_an_earlier_set_chose(cloud: Cloud, run: Run, uploaded: st
     }
     options = [word for name, value in chosen.items() for word in ("--set", f"{name}={value}")]
     assert run("up", "--instance-type", TYPE, *options).code == 0
-    for again in ([], ["--set", "LogRetentionDays=30"], ["--instance-type", "ml.g6.4xlarge"], ["--instances", 2]):
+    for again in (["--set", "LogRetentionDays=30"], ["--instance-type", "ml.g6.4xlarge", "--instances", 2]):
         assert run("up", *again).code == 0
         kept = parameters(cloud)
         assert {name: kept[name] for name in chosen} == chosen, again
@@ -206,6 +206,4 @@ def test_status_shows_the_alarms_of_its_own_stack_only(cloud: Cloud, run: Run, u
     assert len(own) == 4
     for name in (own[0], other):
         watch.set_alarm_state(AlarmName=name, StateValue="ALARM", StateReason="a test")
-    for name in own[1:]:
-        watch.set_alarm_state(AlarmName=name, StateValue="OK", StateReason="a test")
     assert f"alarms     {own[0]}" in run("status").out.splitlines()

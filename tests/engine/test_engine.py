@@ -354,5 +354,5 @@ def test_a_checkpoint_that_overflows_ends_its_turns_with_an_error_and_a_log_line
     (failed,) = [event for event in chats.events if isinstance(event, TurnFailed)]
     assert "the logits are not finite" in failed.error
     assert "turn_failed session=a" in caplog.text
-    with pytest.raises(RuntimeError, match="does not answer a first question.*not finite"):
+    with pytest.raises(RuntimeError, match=r"does not answer a first question.*not finite"):
         warm_up(chats.engine, chats.tokens)

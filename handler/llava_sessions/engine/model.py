@@ -6,14 +6,15 @@ the `past_key_values` protocol.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForImageTextToText
 
 from ..ipc.messages import PreparedPicture
-from ..text.checkpoint import WEIGHTS, WEIGHTS_INDEX, UnsupportedCheckpoint
+from ..text.checkpoint import WEIGHTS, WEIGHTS_INDEX, UnsupportedCheckpoint, read_json
 from .attention import TEXT_ATTENTION, VISION_ATTENTION, PackedKV, Segment
 from .cpu import layers, linears
 from .kv import KVShape
@@ -171,8 +172,12 @@ def load_weights(checkpoint: str | Path, dtype: torch.dtype, device: str) -> Any
     if problem:
         raise UnsupportedCheckpoint(problem)
     _drop_unused_vision_layers(config)
-    made: Any = AutoModelForImageTextToText.from_pretrained(
-        checkpoint,
+    # Headers only: mapping a file into memory fails if it is larger than the machine's memory.
+    headers = _tensors_on_meta(Path(checkpoint)) if device == "meta" else None
+    auto: Any = AutoModelForImageTextToText if headers is None else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    made: Any = auto.from_pretrained(
+        checkpoint if headers is None else None,
+        state_dict=headers,
         config=config,
         dtype=dtype,
         device_map={"": device},
@@ -184,6 +189,20 @@ def load_weights(checkpoint: str | Path, dtype: torch.dtype, device: str) -> Any
     if problems:
         raise UnsupportedCheckpoint(*problems)
     return model
+
+
+def _tensors_on_meta(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a folder's weights by name, without their data."""
+    shards = {WEIGHTS}
+    if not (folder / WEIGHTS).is_file():
+        shards = set(read_json(folder / WEIGHTS_INDEX).get("weight_map", {}).values())
+    tensors = {}
+    for shard in sorted(shards):
+        with (folder / shard).open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        tensors.update({name: torch.empty(entry["shape"], device="meta") for name, entry in header.items()})
+    return tensors
 
 
 def _weight_problems(folder: Path, loaded: dict[str, Any]) -> list[str]:

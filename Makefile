@@ -55,8 +55,10 @@ serve: java env  ## serve with TorchServe behind HAProxy, in the foreground (POR
 
 endpoint: java env  ## run a SageMaker endpoint on this machine (INSTANCES= ENDPOINT_PORT= MODEL= ENDPOINT="--help")
 	@$(PYTHON) -m deploy.local_endpoint --instances '$(INSTANCES)' --port '$(ENDPOINT_PORT)' $(ENDPOINT) --check >/dev/null
-	@./build_mar.sh --model '$(MODEL)' $(if $(SESSIONS),--sessions '$(SESSIONS)') $(if $(DTYPE),--dtype '$(DTYPE)') >/dev/null
-	@exec $(PYTHON) -m deploy.local_endpoint --instances '$(INSTANCES)' --port '$(ENDPOINT_PORT)' $(ENDPOINT)
+	@./build_mar.sh --model '$(MODEL)' --output model_store/endpoint \
+		$(if $(SESSIONS),--sessions '$(SESSIONS)') $(if $(DTYPE),--dtype '$(DTYPE)') >/dev/null
+	@exec $(PYTHON) -m deploy.local_endpoint --model-store model_store/endpoint \
+		--instances '$(INSTANCES)' --port '$(ENDPOINT_PORT)' $(ENDPOINT)
 
 notebook: java env  ## run docs/notebook.ipynb against such an endpoint (NOTEBOOK=--save stores its outputs in it)
 	@$(PYTHON) -m tests.notebook $(NOTEBOOK)

@@ -81,7 +81,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def run(seed: int) -> None:
     """Pack, serve, chat, stop. Raise `DemoError`."""
     step("packing models/shapes with build_mar.sh")
-    store = ROOT / "model_store"
+    store = ROOT / "model_store" / "demo"  # not that of a server that runs here
     words = ["--model", MODEL, "--dtype", "float32", "--output", store]
     subprocess.run([ROOT / "build_mar.sh", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
     step("starting TorchServe")

@@ -20,6 +20,8 @@ INNER = ("inference", "management", "metrics", "grpc_inference", "grpc_managemen
 # Java binds its ports within this time of their choice, on a busy machine too.
 RESERVED_S = 120.0
 _reserved: deque[tuple[float, socket.socket]] = deque()
+# Ports that the user chose, by number. They are reserved apart from the others, until this process ends.
+_reserved_fixed: dict[int, socket.socket] = {}
 
 
 def choose_ports(port: int = 0, public: str = "inference", within: range | None = None) -> dict[str, int]:
@@ -27,13 +29,15 @@ def choose_ports(port: int = 0, public: str = "inference", within: range | None 
 
     `port` is for the `public` listener, and the next two for management and metrics. The other listeners get free
     ports; with `port` 0, all of them do. With `within`, all except the public one are from this range. Raise
-    `ServeError` if a fixed port is in use.
+    `ServeError` if a fixed port is in use, or if a server that starts now has chosen it.
     """
     fixed = fixed_ports(port, public, within)
     for use, number in fixed.items():
         if not is_free(number):
             option = typed("--port")
             raise ServeError(f"port {number} ({use}) is in use; choose another {option}: N takes N, N+1 and N+2")
+        if not _reserve_fixed(number):
+            raise ServeError(f"port {number} ({use}) is taken by another server that is starting; choose another")
         _reserve(number)
     others = [use for use in dict.fromkeys((public, *INNER)) if use not in fixed]
     return {**fixed, **dict(zip(others, free_ports(len(others), set(fixed.values())), strict=True))}
@@ -77,14 +81,32 @@ def _reserve(number: int) -> bool:
         _reserved.popleft()[1].close()
     if sys.platform != "linux":
         return True
+    reservation = _bind_name(f"llava-sessions-port-{number}")
+    if reservation is not None:
+        _reserved.append((time.monotonic(), reservation))
+    return reservation is not None
+
+
+def _reserve_fixed(number: int) -> bool:
+    """Reserve a port that the user chose. Return False if another launcher has reserved it."""
+    if sys.platform != "linux" or number in _reserved_fixed:
+        return True
+    reservation = _bind_name(f"llava-sessions-fixed-port-{number}")
+    if reservation is not None:
+        _reserved_fixed[number] = reservation
+    return reservation is not None
+
+
+def _bind_name(name: str) -> socket.socket | None:
+    """Return a socket with this name in the abstract namespace, or None if another socket has it."""
     reservation = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
-        reservation.bind(f"\0llava-sessions-port-{number}")
+        reservation.bind(f"\0{name}")
     except OSError as error:
-        reservation.close()
-        return error.errno != errno.EADDRINUSE
-    _reserved.append((time.monotonic(), reservation))
-    return True
+        if error.errno == errno.EADDRINUSE:
+            reservation.close()
+            return None
+    return reservation
 
 
 def is_free(port: int) -> bool:

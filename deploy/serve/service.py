@@ -15,6 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from deploy.versions import HeldArchive
+
+from .configuration import hold_archive
 from .haproxy import HAProxy
 from .home import ServerHome
 from .ports import choose_ports
@@ -89,11 +92,14 @@ class Service:
         """Serve. Return the exit code: 0 after `stop`, 1 if the model does not start, or not again."""
         home = ServerHome.make(self._requested_home)
         guard = Guard(home.folder if home.is_temporary else None)
+        archive: HeldArchive | None = None
         try:
-            print(f"starting TorchServe with {Path(self._model_store).resolve() / self._name} ...", flush=True)
+            # Held until the end: a server that is restarted serves the same model, whatever is packed meanwhile.
+            archive = hold_archive(Path(self._model_store), self._name)
+            print(f"starting TorchServe with {archive.path} ...", flush=True)
             self._start_haproxy(home, guard)
             while not self._stopped_by:
-                self._run_server_once()
+                self._run_server_once(archive.path.parent)
             began = time.monotonic()
             print(f"\n{self._stopped_by}: stopping ...", flush=True)
             self._shut_down(home)
@@ -108,7 +114,9 @@ class Service:
                     process.kill()
                     process.stop()
             guard.release()
-            home.remove()
+            home.remove(keep_logs=self.server is not None and self.server.has_failed)
+            if archive is not None:
+                archive.release()
 
     def _start_haproxy(self, home: ServerHome, guard: Guard) -> None:
         public = "front" if self._haproxy_path else "inference"
@@ -128,13 +136,13 @@ class Service:
 
     # --- starts and deaths --------------------------------------------------------------------------------------------
 
-    def _run_server_once(self) -> None:
+    def _run_server_once(self, model_store: Path) -> None:
         """Run TorchServe from its start to its death or to `stop`. Raise `ServeError` if a restart is useless."""
         if self._deaths:
             self._pause(self._delays_s[min(self._deaths, len(self._delays_s)) - 1])
         if self._stopped_by:
             return
-        server = self.server = TorchServe(self._model_store, self._name, **self._server_options)
+        server = self.server = TorchServe(model_store, self._name, **self._server_options)
         try:
             server.start()
             seconds = self._wait_ready(server)

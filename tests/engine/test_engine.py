@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
 from llava_sessions.engine.engine import Engine
@@ -336,3 +337,24 @@ def test_decodes_always_run_and_prefills_share_the_chunk_in_order() -> None:
 
 def _finished(chats: Chats) -> list[Finished]:
     return [event for event in chats.events if isinstance(event, Finished)]
+
+
+def test_a_checkpoint_that_overflows_ends_its_turns_with_an_error_and_a_log_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As float16 checkpoints do, whose activations exceed 65504: the NaN has no argmax but token 0, for ever."""
+    checkpoint = make_checkpoint(tmp_path)
+    scaled = load_file(checkpoint / "model.safetensors")
+    for name in scaled:
+        if name.endswith(("mlp.up_proj.weight", "mlp.down_proj.weight")):
+            scaled[name] *= 1e25  # their product exceeds float32
+    save_file(scaled, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    chats = Chats(checkpoint)
+    chats.open("a", 1)
+    chats.ask("a", QUESTIONS[0], Sampling(8))
+    assert chats.run() == {}
+    (failed,) = [event for event in chats.events if isinstance(event, TurnFailed)]
+    assert "the logits are not finite" in failed.error
+    assert "turn_failed session=a" in caplog.text
+    with pytest.raises(RuntimeError, match=r"does not answer a first question.*not finite"):
+        warm_up(chats.engine, chats.tokens)

@@ -22,12 +22,14 @@ import psutil
 import pytest
 from moto.server import ThreadedMotoServer
 
+from deploy.versions import VERSIONS
 from llava_sessions.chat.transcript import BlobPool
 from llava_sessions.journal import encoding
 from llava_sessions_client import ApiError, ChatSession, to_png
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.support.chats import LONG, Crowd, PatientChat, Said, Tally, client, scene_scripts, undisturbed
 from tests.support.serving import Served, pack
+from tests.support.variants import COLOURS, make_variant, says
 
 FIRST, SECOND, THIRD = QUESTIONS = ("Which shapes are there?", "What is in the middle?", "How many shapes are there?")
 PICTURES = [to_png(make_scene(seed).draw()) for seed in HELD_OUT_SEEDS[700:704]]
@@ -59,10 +61,21 @@ def journal(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, journal: Path, aws: dict[str, str]) -> Iterator[Served]:
-    """A server that takes an engine for hung after three seconds, and whose sessions outlive it."""
+    """A server that takes an engine for hung after three seconds, and whose sessions outlive it.
+
+    Once it runs, another model is packed under its name, as `make serve` in another terminal does: each engine and
+    worker that is started again must serve the model of the first ones.
+    """
     where = {"journal_dir": journal, "journal_s3_prefix": f"s3://{BUCKET}/faults"}
-    store = pack(tmp_path_factory.mktemp("faults"), sessions=16, engine_hang_s=3, **where)
+    folder = tmp_path_factory.mktemp("faults")
+    store = pack(folder, sessions=16, engine_hang_s=3, **where)
+    first = (store / "llava").resolve()
     with Served(store, env=aws) as served:
+        other = make_variant(folder / "other", says({f" {colour}": f" dark-{colour}" for colour in COLOURS}))
+        for _ in range(2):
+            pack(folder, sessions=16, model=other)
+        kept = {path.parent.name for path in (store / VERSIONS / "llava").glob("*/llava")}
+        assert kept == {first.parent.name, (store / "llava").resolve().parent.name}
         yield served
 
 

@@ -5,6 +5,8 @@ The only file that imports `ts`. TorchServe accepts one class in it. All other c
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
 import os
 import signal
@@ -13,20 +15,22 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import psutil
 from ts.metrics.metric_cache_errors import MetricsCacheKeyError
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 
 from llava_sessions.config import ConfigError, HandlerConfig, read_config
-from llava_sessions.errors import reason_phrase
+from llava_sessions.errors import error_line, reason_phrase
 from llava_sessions.ipc.messages import EngineSettings
 from llava_sessions.journal.journal import open_journal
 from llava_sessions.metrics import COUNTERS, GAUGES, MetricValues
 from llava_sessions.protocol.constants import SESSION_HEADER
 from llava_sessions.text.chat_template import ChatTemplate
-from llava_sessions.torchserve import headers
+from llava_sessions.text.checkpoint import find_checkpoint
+from llava_sessions.torchserve import headers, receiving
 from llava_sessions.torchserve.batch import Reply, Row
 from llava_sessions.torchserve.sequences import EndRequestSender
 from llava_sessions.worker.assembly import make_pump
@@ -53,15 +57,18 @@ class LlavaHandler(BaseHandler):
         try:
             self._start(context)
         except Exception as error:
-            for line in error.problems if isinstance(error, ConfigError) else [f"{type(error).__name__}: {error}"]:
+            for line in error.problems if isinstance(error, ConfigError) else [error_line(error)]:
                 log.error("startup_error %s", line)
             raise RuntimeError(f"the model does not start: {error}") from error
 
     def _start(self, context: Any) -> None:
         began_s = time.monotonic()
+        os.environ[receiving.DECODE_VARIABLE] = receiving.RAW_BODIES
         config = read_config(context.model_yaml_config)
         properties = _checked_properties()
-        checkpoint = _checkpoint(config, Path(context.system_properties["model_dir"]))
+        model_dir = Path(context.system_properties["model_dir"])
+        self._version_lock = _hold_version(model_dir)
+        checkpoint = _checkpoint(config, model_dir)
         journal = open_journal(config.journal_dir, config.journal_s3_prefix)
         inbox = Inbox()
         settings = _engine_settings(config, checkpoint, context.system_properties.get("gpu_id"))
@@ -127,10 +134,11 @@ class LlavaHandler(BaseHandler):
 
     def _sweep(self) -> None:
         was_drained = False
+        transfer = receiving.BatchTransfer(threading.main_thread(), psutil.Process().parent())
         while True:
             time.sleep(SWEEP_S)
             try:
-                self._pump.sweep()
+                self._pump.sweep(is_receiving=transfer.is_active())
                 self._emit_metrics()
                 # One round later, so that the last replies have left. The launcher waits for this file.
                 if was_drained and self._pump.drained and not self._drained_file.exists():
@@ -197,9 +205,22 @@ def _engine_settings(config: HandlerConfig, checkpoint: str, gpu_id: int | None)
 
 
 def _checkpoint(config: HandlerConfig, model_dir: Path) -> str:
-    """Return the checkpoint's folder in the archive, or else the configured path or hub ID."""
+    """Return the checkpoint's folder: in the archive, or the configured path, or of the configured hub ID.
+
+    Symbolic links are resolved once. An engine that is started again later then loads the same checkpoint, even if
+    another model has been packed meanwhile.
+    """
     packed = model_dir / config.checkpoint
-    return str(packed) if packed.is_dir() else config.checkpoint
+    return str(packed.resolve() if packed.is_dir() else find_checkpoint(config.checkpoint))
+
+
+def _hold_version(model_dir: Path) -> IO[bytes] | None:
+    """Keep packing from removing this version of the archive while the worker runs, see deploy/versions.py."""
+    with contextlib.suppress(OSError):
+        lock = (model_dir.resolve().parent / "lock").open("rb")
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return lock
+    return None
 
 
 def _load_template(checkpoint: str, system_prompt: str) -> ChatTemplate:

@@ -1,4 +1,4 @@
-"""Build an archive from a checkpoint and the handler, verify it, and replace the previous archive by it."""
+"""Build an archive from a checkpoint and the handler, verify it, and make it the current version of its name."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from deploy import versions
+
 from .checkpoint import checkpoint_files, weight_files
 from .errors import PackError, say
 from .job import SUFFIXES, PackedModel, PackJob, format_mib, size_bytes
-from .model_config import CONFIG_FILE, render_config
+from .model_config import CONFIG_FILE, render_config, system_prompt
 from .source import find_checkpoint
 
 ENTRY_FILE = "llava_handler.py"
@@ -30,23 +31,22 @@ _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 def pack_model(job: PackJob) -> PackedModel:
-    """Check, stage, archive and verify a model, then replace the previous archive. Raise `PackError`.
+    """Check, stage, archive and verify a model, then make it the current one of its name. Raise `PackError`.
 
-    The previous archive stays as it is if a step before the last fails.
+    The previous archive stays current if a step before the last fails, and on the disk while a server uses it.
     """
     _check_job(job)
-    folder = find_checkpoint(job.model, job.weights)
+    template = _read_text(job.config)
+    folder = find_checkpoint(job, system_prompt(template))
     inside = folder if job.weights == "inside" else None
     checkpoint = CHECKPOINT_DIR if inside else str(folder or job.model)
     llava = {"checkpoint": checkpoint, "dtype": job.dtype, "device": job.device}
     given = {key: value for key, value in llava.items() if value is not None}
-    config_text, sessions = render_config(_read_text(job.config), given, job.sessions)
+    config_text, sessions = render_config(template, given, job.sessions)
 
-    job.output.mkdir(parents=True, exist_ok=True)
-    # In the model store, not in /tmp: on one file system, hard links and the last rename work.
-    with tempfile.TemporaryDirectory(prefix=".packing-", dir=job.output) as scratch:
+    with versions.scratch(job.output) as scratch:
         plain = replace(job, format="no-archive") if job.sagemaker else job
-        made, expected = _build(plain, Path(scratch).resolve(), inside, config_text)
+        made, expected = _build(plain, scratch, inside, config_text)
         verify(made, plain.format, job.name, expected)
         if job.sagemaker:
             made = _for_sagemaker(made, job.format)
@@ -237,18 +237,9 @@ def _owned_by_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def _swap_in(made: Path, job: PackJob) -> tuple[Path, ...]:
-    """Move the new archive to its place. Remove archives of its name in other formats: TorchServe would serve either.
-
-    Return the archives in other formats that were removed.
-    """
-    removed = []
-    for number, old in enumerate(job.replaced):
-        if not old.exists():
-            continue
-        aside = made.parent.parent / f"old-{number}"
-        old.rename(aside)  # a rename is instant; the folder is deleted later with the scratch folder
-        if old != job.archive:
-            removed.append(old)
-            say(f"removed {old.name}: two archives of one name are ambiguous")
-    made.rename(job.archive)
+    """Make the new archive the current one. Return the archives of its name in other formats that were removed."""
+    removed = [old for old in job.replaced if old != job.archive and old.exists()]
+    versions.publish(made, job.archive, removed)
+    for old in removed:
+        say(f"removed {old.name}: two archives of one name are ambiguous")
     return tuple(removed)

@@ -30,6 +30,7 @@ class PackJob:
     version: str = "1.0"
     sagemaker: bool = False
     handler: Path = HANDLER_DIR
+    try_loading: bool = True  # as a server would, without weights; takes seconds
 
     @property
     def archive(self) -> Path:

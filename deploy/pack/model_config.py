@@ -45,6 +45,11 @@ def render_config(template: str, llava: Mapping[str, object], sessions: int | No
     return text, sessions
 
 
+def system_prompt(template: str) -> str:
+    """Return the operator's text before each conversation; empty if there is none."""
+    return str(_parse_config(template)["llava"].get("system_prompt") or "")
+
+
 def _parse_config(text: str) -> dict[str, Any]:
     try:
         config = yaml.safe_load(text)

@@ -7,25 +7,33 @@ from pathlib import Path
 
 from .checkpoint import SMALL_FILES, WEIGHTS_INDEX, checkpoint_problems
 from .errors import PackError, say
+from .job import PackJob
+from .loading import loading_problems
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
-def find_checkpoint(model: str, weights: str) -> Path | None:
-    """Return the checked folder of `model`, or None for a hub ID that the server loads itself.
+def find_checkpoint(job: PackJob, system_prompt: str) -> Path | None:
+    """Return the checked folder of the job's model, or None for a hub ID that the server loads itself.
 
-    A hub ID is downloaded, except with `weights` "beside". Raise `PackError` for an incomplete checkpoint.
+    A hub ID is downloaded, except with `weights` "beside". `system_prompt`: the chat template must take it. Raise
+    `PackError` for a checkpoint that can't be served.
     """
+    model = job.model
     path = Path(model).expanduser()
     if path.exists() or not _HUB_ID.fullmatch(model):
         folder = path.resolve()
-    elif weights == "beside":
+    elif job.weights == "beside":
         say(f"{model} is no folder: it is used as a hub ID, which the server loads when it starts")
         return None
     else:
         folder = _download(model)
     say(f"checking {folder} ...")
-    if problems := checkpoint_problems(folder):
+    # In this order: a kind that is not served is named, and not the files that it does not have.
+    problems = loading_problems(job.handler, folder, "files") or checkpoint_problems(folder)
+    if not problems and job.try_loading:
+        problems = loading_problems(job.handler, folder, "load", system_prompt)
+    if problems:
         raise PackError(f"{model} is not a checkpoint that can be served", problems)
     return folder
 

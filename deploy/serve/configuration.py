@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from deploy.versions import HeldArchive, hold
+
 from .home import ServerHome
 from .processes import LOOPBACK, ServeError
 
@@ -72,14 +74,14 @@ def check_headers(properties: Mapping[str, str], env: Mapping[str, str]) -> None
             )
 
 
-def models_argument(model_store: Path, name: str) -> str:
-    """Return TorchServe's --models value for the archive of that name, in any format. Raise `ServeError`."""
+def hold_archive(model_store: Path, name: str) -> HeldArchive:
+    """Find the archive of that name, in any format, and keep its version on the disk. Raise `ServeError`."""
     found = [name + suffix for suffix in ("", ".mar", ".tar.gz") if (model_store / (name + suffix)).exists()]
     if not found:
         raise ServeError(f"no archive {name!r} in {model_store}; pack one: ./build_mar.sh --model models/shapes")
     if len(found) > 1:
         raise ServeError(f"{' and '.join(found)} are both in {model_store}; remove one")
-    return f"{name}={found[0]}"
+    return hold(model_store / found[0])
 
 
 def read_properties(path: Path) -> dict[str, str]:

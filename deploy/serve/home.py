@@ -48,7 +48,13 @@ class ServerHome:
         shutil.rmtree(self.temp, ignore_errors=True)
         self.temp.mkdir()
 
-    def remove(self) -> None:
-        """Delete a temporary home."""
-        if self.is_temporary:
+    def remove(self, keep_logs: bool = False) -> None:
+        """Delete a temporary home, or only the folders in it that hold no logs."""
+        if not self.is_temporary:
+            return
+        if not keep_logs:
             shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        for path in self.folder.iterdir():
+            if path.is_dir() and path != self.logs:
+                shutil.rmtree(path, ignore_errors=True)

@@ -115,14 +115,18 @@ class JavaProcess:
 
 
 def java_command(
-    home: ServerHome, config: Path, model_store: Path, models: str, *, options: Sequence[str], log_level: str
+    home: ServerHome, config: Path, archive: Path, name: str, *, options: Sequence[str], log_level: str
 ) -> list[str]:
-    """Return the command line of TorchServe's frontend. Raise `ServeError` without Java or TorchServe."""
+    """Return the command line of TorchServe's frontend. Raise `ServeError` without Java or TorchServe.
+
+    The model store that TorchServe sees is the folder of the archive's version, so that it serves no other version.
+    """
     site = _torchserve_site()
     command = [find_java(), f"-Dmodel_server_home={site}", f"-Dlog4j.configurationFile=file://{LOG_CONFIG}"]
     command += [f"-Djava.io.tmpdir={home.temp}", f"-Dllava.log.level={log_level}", *heap_options(), *options]
     command += ["-cp", str(site / "ts" / "frontend" / "*"), "org.pytorch.serve.ModelServer"]
-    command += ["--python", sys.executable, "-f", str(config), "-s", str(model_store), "-ncs", "-m", models]
+    command += ["--python", sys.executable, "-f", str(config), "-s", str(archive.parent), "-ncs"]
+    command += ["-m", f"{name}={archive.name}"]
     return command
 
 

@@ -15,6 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from deploy.versions import HeldArchive
+
+from .configuration import hold_archive
 from .engine_watch import EngineWatch
 from .haproxy import HAProxy
 from .home import ServerHome
@@ -47,12 +50,16 @@ class Service:
         haproxy: str | None,
         port: int = 0,
         host: str = LOOPBACK,
+        safe_ports: range | None = None,
         home: Path | None = None,
         ready_timeout_s: float = 600,
         delays_s: Sequence[float] = DELAYS_S,
         **server_options: Any,
     ) -> None:
-        """`haproxy` is its path, or None. `server_options` are further options of `TorchServe`."""
+        """`haproxy` is its path, or None. All ports but the public one are from `safe_ports`, if it is given.
+
+        `server_options` are further options of `TorchServe`.
+        """
         if haproxy is None and host != LOOPBACK:
             raise ServeError(f"serving on {host} needs HAProxy; scripts/need_haproxy.sh prints how to install it")
         self._model_store = model_store
@@ -60,6 +67,7 @@ class Service:
         self._haproxy_path = haproxy
         self._port = port
         self._host = host
+        self._safe_ports = safe_ports
         self._requested_home = home
         self._ready_timeout_s = ready_timeout_s
         self._delays_s = delays_s
@@ -86,11 +94,14 @@ class Service:
         """Serve. Return the exit code: 0 after `stop`, 1 if the model does not start, or not again."""
         home = ServerHome.make(self._requested_home)
         guard = Guard(home.folder if home.is_temporary else None)
+        archive: HeldArchive | None = None
         try:
-            print(f"starting TorchServe with {Path(self._model_store).resolve() / self._name} ...", flush=True)
+            # Held until the end: a server that is restarted serves the same model, whatever is packed meanwhile.
+            archive = hold_archive(Path(self._model_store), self._name)
+            print(f"starting TorchServe with {archive.path} ...", flush=True)
             self._start_haproxy(home, guard)
             while not self._stopped_by:
-                self._run_server_once()
+                self._run_server_once(archive.path.parent)
             began = time.monotonic()
             print(f"\n{self._stopped_by}: stopping ...", flush=True)
             self._shut_down(home)
@@ -105,11 +116,13 @@ class Service:
                     process.kill()
                     process.stop()
             guard.release()
-            home.remove()
+            home.remove(keep_logs=self.server is not None and self.server.has_failed)
+            if archive is not None:
+                archive.release()
 
     def _start_haproxy(self, home: ServerHome, guard: Guard) -> None:
         public = "front" if self._haproxy_path else "inference"
-        ports = choose_ports(self._port, public)
+        ports = choose_ports(self._port, public, self._safe_ports)
         self.url = f"http://{LOOPBACK}:{ports[public]}"
         self._server_options |= {"ports": ports, "home": home.folder, "guard": guard}
         if self._haproxy_path:
@@ -125,13 +138,13 @@ class Service:
 
     # --- starts and deaths --------------------------------------------------------------------------------------------
 
-    def _run_server_once(self) -> None:
+    def _run_server_once(self, model_store: Path) -> None:
         """Run TorchServe from its start to its death or to `stop`. Raise `ServeError` if a restart is useless."""
         if self._deaths:
             self._pause(self._delays_s[min(self._deaths, len(self._delays_s)) - 1])
         if self._stopped_by:
             return
-        server = self.server = TorchServe(self._model_store, self._name, **self._server_options)
+        server = self.server = TorchServe(model_store, self._name, **self._server_options)
         try:
             server.start()
             seconds = self._wait_ready(server)

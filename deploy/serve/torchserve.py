@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from .configuration import CONFIG, check_headers, models_argument, render_properties, worker_env
+from deploy.versions import HeldArchive
+
+from .configuration import CONFIG, check_headers, hold_archive, render_properties, worker_env
 from .home import ServerHome
 from .java import JavaProcess, java_command
 from .logs import ServerLogs
@@ -21,6 +23,7 @@ from .workers import Workers
 class _Running:
     """The parts of a started server."""
 
+    archive: HeldArchive
     home: ServerHome
     logs: ServerLogs
     java: JavaProcess
@@ -67,6 +70,7 @@ class TorchServe:
         self._java_options = list(java_options)
         self._log_level = log_level
         self._running: _Running | None = None
+        self.has_failed = False  # to become ready; its logs are kept
 
     @property
     def pid(self) -> int:
@@ -91,13 +95,13 @@ class TorchServe:
         """Start the processes and return at once; `wait_ready` waits for the model. Raise `ServeError`."""
         if self._running is not None:
             raise ServeError("the server is already started")
-        models = models_argument(self.model_store, self.name)
+        archive = hold_archive(self.model_store, self.name)
         home = ServerHome.make(self._requested_home)
         home.clear_temp()
         logs = ServerLogs(home.logs)
         java = JavaProcess(home, self._guard, quiet=self._quiet)
         workers = Workers(self.name, self.ports["management"], java, logs)
-        self._running = _Running(home=home, logs=logs, java=java, workers=workers, started_at=time.monotonic())
+        self._running = _Running(archive, home, logs, java, workers, started_at=time.monotonic())
         try:
             env = worker_env(home, self._env)
             properties = render_properties(self._config, self.ports, self._properties)
@@ -105,7 +109,7 @@ class TorchServe:
             config = home.folder / "config.properties"
             config.write_text("".join(f"{key}={value}\n" for key, value in properties.items()), encoding="utf-8")
             command = java_command(
-                home, config, self.model_store, models, options=self._java_options, log_level=self._log_level
+                home, config, archive.path, self.name, options=self._java_options, log_level=self._log_level
             )
             java.start(command, env)
         except BaseException:
@@ -118,9 +122,13 @@ class TorchServe:
         Raise `ServeError` if the model will not become ready.
         """
         running = self._require_started()
-        if (code := running.java.exit_code()) is not None:
-            raise ServeError(f"TorchServe stopped while starting (exit code {code})\n{running.logs.reason()}")
-        return time.monotonic() - running.started_at if running.workers.poll_ready() else None
+        try:
+            if (code := running.java.exit_code()) is not None:
+                raise ServeError(f"TorchServe stopped while starting (exit code {code})\n{running.logs.reason()}")
+            return time.monotonic() - running.started_at if running.workers.poll_ready() else None
+        except ServeError as error:
+            self.has_failed = True
+            raise _with_logs(str(error), running.logs) from error
 
     def wait_ready(self, timeout_s: float = 120) -> float:
         """Wait until the model is ready. Return the seconds since the start. Raise `ServeError`."""
@@ -133,8 +141,9 @@ class TorchServe:
 
     def timeout_error(self, timeout_s: float) -> ServeError:
         """Return the error for a model that is not ready after this time."""
-        reason = self._require_started().logs.reason()
-        return ServeError(f"the model {self.name!r} was not ready after {timeout_s:.0f} s\n{reason}")
+        logs = self._require_started().logs
+        self.has_failed = True
+        return _with_logs(f"the model {self.name!r} was not ready after {timeout_s:.0f} s\n{logs.reason()}", logs)
 
     def death(self) -> str | None:
         """Return why a server that was ready can no longer serve, or None while it can.
@@ -156,11 +165,12 @@ class TorchServe:
     def stop(self, timeout_s: float = 30) -> None:
         """Stop java and its workers; kill them after `timeout_s`. Delete a temporary home.
 
-        May be called again, and for a server that never started or has died.
+        The logs of a failed start are kept. May be called again, and for a server that never started or has died.
         """
         if self._running is not None:
             self._running.java.stop(timeout_s)
-            self._running.home.remove()
+            self._running.home.remove(keep_logs=self.has_failed)
+            self._running.archive.release()
 
     def kill(self) -> None:
         """Kill every process of the group, without waiting for it. Safe in a signal handler; `stop` cleans up."""
@@ -183,3 +193,8 @@ class TorchServe:
         if self._running is None:
             raise ServeError("the server is not started")
         return self._running
+
+
+def _with_logs(reason: str, logs: ServerLogs) -> ServeError:
+    """Return the error of a failed start. Its last line names the folder of the logs, which `stop` keeps."""
+    return ServeError(f"{reason}\nlogs: {logs.model.parent}")

@@ -110,3 +110,8 @@ def _describe_array(value: list[object] | tuple[object, ...]) -> str:
         return "an empty array"
     kinds = sorted({json_type(item) for item in value[:_ITEMS_DESCRIBED]})
     return f"an array of length {len(value):,} ({', '.join(kinds)})"
+
+
+def error_line(error: BaseException) -> str:
+    """Return an error's type and its whole message in one line, for a log that is read by lines."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"

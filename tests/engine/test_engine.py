@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
 from llava_sessions.engine.engine import Engine
@@ -36,6 +37,7 @@ from llava_sessions.ipc.messages import (
     PreparedPicture,
     Sampling,
     StopTurn,
+    TurnAdmitted,
     TurnFailed,
 )
 from llava_sessions.text.chat_template import ChatTemplate
@@ -223,7 +225,8 @@ def test_an_encoding_error_fails_its_own_session_only(tiny: Path) -> None:
     chats.engine.apply(AskSession("bad", "turn-bad", [5], Sampling(4)))
     chats.ask("a", QUESTIONS[0], Sampling(4))
     assert chats.run()["a"].reason == "length"
-    assert {type(event) for event in chats.events if "bad" in str(vars(event))} == {Admitted, OpenFailed, TurnFailed}
+    kinds = {type(event) for event in chats.events if "bad" in str(vars(event))}
+    assert kinds == {Admitted, TurnAdmitted, OpenFailed, TurnFailed}
     assert chats.engine.memory().sessions == 1
 
 
@@ -334,3 +337,24 @@ def test_decodes_always_run_and_prefills_share_the_chunk_in_order() -> None:
 
 def _finished(chats: Chats) -> list[Finished]:
     return [event for event in chats.events if isinstance(event, Finished)]
+
+
+def test_a_checkpoint_that_overflows_ends_its_turns_with_an_error_and_a_log_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As float16 checkpoints do, whose activations exceed 65504: the NaN has no argmax but token 0, for ever."""
+    checkpoint = make_checkpoint(tmp_path)
+    scaled = load_file(checkpoint / "model.safetensors")
+    for name in scaled:
+        if name.endswith(("mlp.up_proj.weight", "mlp.down_proj.weight")):
+            scaled[name] *= 1e25  # their product exceeds float32
+    save_file(scaled, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    chats = Chats(checkpoint)
+    chats.open("a", 1)
+    chats.ask("a", QUESTIONS[0], Sampling(8))
+    assert chats.run() == {}
+    (failed,) = [event for event in chats.events if isinstance(event, TurnFailed)]
+    assert "the logits are not finite" in failed.error
+    assert "turn_failed session=a" in caplog.text
+    with pytest.raises(RuntimeError, match=r"does not answer a first question.*not finite"):
+        warm_up(chats.engine, chats.tokens)

@@ -6,6 +6,7 @@ tests/soak.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import signal
@@ -22,6 +23,7 @@ import psutil
 import pytest
 from moto.server import ThreadedMotoServer
 
+from deploy.versions import VERSIONS
 from llava_sessions.chat.transcript import BlobPool
 from llava_sessions.journal import encoding
 from llava_sessions_client import ApiError, ChatSession, to_png
@@ -29,6 +31,7 @@ from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.support.chats import LONG, Crowd, PatientChat, Said, Tally, client, scene_scripts, undisturbed
 from tests.support.commands import eventually
 from tests.support.serving import Served, pack
+from tests.support.variants import COLOURS, make_variant, says
 
 FIRST, SECOND, THIRD = QUESTIONS = ("Which shapes are there?", "What is in the middle?", "How many shapes are there?")
 PICTURES = [to_png(make_scene(seed).draw()) for seed in HELD_OUT_SEEDS[700:704]]
@@ -60,10 +63,21 @@ def journal(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, journal: Path, aws: dict[str, str]) -> Iterator[Served]:
-    """A server that takes an engine for hung after three seconds, and whose sessions outlive it."""
+    """A server that takes an engine for hung after three seconds, and whose sessions outlive it.
+
+    Once it runs, another model is packed under its name, as `make serve` in another terminal does: each engine and
+    worker that is started again must serve the model of the first ones.
+    """
     where = {"journal_dir": journal, "journal_s3_prefix": f"s3://{BUCKET}/faults"}
-    store = pack(tmp_path_factory.mktemp("faults"), sessions=16, engine_hang_s=3, **where)
+    folder = tmp_path_factory.mktemp("faults")
+    store = pack(folder, sessions=16, engine_hang_s=3, **where)
+    first = (store / "llava").resolve()
     with Served(store, env=aws) as served:
+        other = make_variant(folder / "other", says({f" {colour}": f" dark-{colour}" for colour in COLOURS}))
+        for _ in range(2):
+            pack(folder, sessions=16, model=other)
+        kept = {path.parent.name for path in (store / VERSIONS / "llava").glob("*/llava")}
+        assert kept == {first.parent.name, (store / "llava").resolve().parent.name}
         yield served
 
 
@@ -150,6 +164,23 @@ def test_an_engine_killed_in_mid_stream(served: Served, http: httpx.Client, calm
     assert (refusal.status_code, refusal.json()["error"]["code"]) == (503, "engine_restarting")
     assert int(refusal.headers["Retry-After"]) >= 1
     assert [chat.ask(FIRST), chat.ask(SECOND, stream=True), chat.ask(THIRD)] == calm[0]
+    chat.close()
+
+
+def test_an_engine_killed_after_a_large_question_has_its_status(served: Served, http: httpx.Client) -> None:
+    chat = PatientChat(http).open(PICTURES[0])
+    ask = {"type": "send_text_prompt", "prompt_text": "Say something long", "request_id": str(uuid.uuid4()), **LONG}
+    large = {
+        "content": json.dumps(ask) + " " * 100_000,
+        "headers": {**chat.headers, "Content-Type": "application/json"},
+    }
+    with http.stream("POST", "/invocations", **large) as reply:
+        assert (reply.status_code, reply.headers["Transfer-Encoding"]) == (200, "chunked")
+        served.signal_engine(signal.SIGKILL)
+        assert json.loads(reply.read())["error"]["code"] == "engine_restarting"
+    assert chat.ask(FIRST).finish_reason == "stop"  # by the next engine
+    with http.stream("POST", "/invocations", json={**ask, "stream": True}, headers=chat.headers) as retry:
+        assert set(json.loads(next(retry.iter_lines()))) == {"delta"}  # a stored answer would be one line
     chat.close()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -135,6 +136,9 @@ def test_a_model_that_cannot_load_ends_the_command_with_its_reason(command: Call
     assert code == 1
     assert "error: the model 'stand-in' failed to load" in text
     assert "startup_error problem=llava.dtype is 'bananas'" in text
+    logs = Path(re.search(r"^logs: (.*)$", text, re.MULTILINE)[1])
+    assert "bananas" in (logs / "model_log.log").read_text(), "what the command printed can be read again"
+    shutil.rmtree(logs.parent)
     assert "restarting" not in text, "nothing has changed since: a second start would tell the same"
 
 
@@ -155,7 +159,9 @@ def test_it_gives_up_when_the_server_does_not_come_back(
         assert codes == [1]
         said = capfd.readouterr().err
         assert said.count("restarting TorchServe") == 2
-        assert said.rstrip().endswith("startup_error problem=llava.dtype is 'bananas'")
+        *_, reason, logs = said.rstrip().splitlines()
+        assert reason == "startup_error problem=llava.dtype is 'bananas'"
+        shutil.rmtree(Path(logs.removeprefix("logs: ")).parent)
     finally:
         service.stop("test")
         running.join(60)

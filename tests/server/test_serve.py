@@ -10,14 +10,16 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import shutil
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from deploy.serve.configuration import LOG_CONFIG, models_argument
+from deploy.serve.configuration import LOG_CONFIG, hold_archive
 from deploy.serve.ports import choose_ports, free_ports
 from deploy.serve.processes import ServeError
 from deploy.serve.torchserve import TorchServe
@@ -108,26 +110,31 @@ def test_failed_start_shows_the_handlers_reason_fast(store: Path) -> None:
         crashing.start()
         with pytest.raises(ServeError) as raised:
             refusing.wait_ready(120)
-        assert str(raised.value).splitlines()[1:] == ["startup_error problem=llava.dtype is 'bananas'"]
+        reason, logs = str(raised.value).splitlines()[1:]
+        assert reason == "startup_error problem=llava.dtype is 'bananas'"
+        assert logs == f"logs: {refusing.log_path.parent}"
         with pytest.raises(ServeError, match="ZeroDivisionError: a bug at start"):
             crashing.wait_ready(120)
     finally:
         stop(refusing, crashing)
     assert time.monotonic() - began < 100, "nobody waited for the time to be up"
-    assert not refusing.home.exists()
+    for failed in (refusing, crashing):
+        assert [path for path in failed.home.iterdir() if path.is_dir()] == [failed.log_path.parent]
+        assert "Error" in failed.log_path.read_text()
+        shutil.rmtree(failed.home)
 
 
 # --- what stops a start before java -----------------------------------------------------------------------------------
 
 
 def test_one_name_means_one_archive(store: Path, tmp_path: Path) -> None:
-    assert models_argument(store, "stand-in") == "stand-in=stand-in"
+    assert hold_archive(store, "stand-in").path == store / "stand-in"
     with pytest.raises(ServeError, match="no archive 'llava'"):
-        models_argument(store, "llava")
+        hold_archive(store, "llava")
     (tmp_path / "llava.mar").touch()
     (tmp_path / "llava.tar.gz").touch()
     with pytest.raises(ServeError, match=r"llava\.mar and llava\.tar\.gz are both"):
-        models_argument(tmp_path, "llava")
+        hold_archive(tmp_path, "llava")
 
 
 @pytest.mark.parametrize(
@@ -165,6 +172,22 @@ def test_ports_are_distinct_and_given_ones_come_in_a_row() -> None:
     ports = choose_ports(port)
     assert [ports[use] for use in ("inference", "management", "metrics")] == [port, port + 1, port + 2]
     assert len(set(ports.values())) == 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ports are reserved on Linux only")
+def test_launchers_that_race_for_a_port_are_told_so_in_one_line() -> None:
+    """Nothing listens yet: the other one has only chosen the port."""
+    port = free_ports(1)[0]
+    code = f"from deploy.serve.ports import choose_ports; choose_ports({port}); print(flush=True); input()"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout
+        other.stdout.readline()
+        with pytest.raises(ServeError) as raised:
+            choose_ports(port)
+        other.kill()
+    assert str(raised.value) == f"port {port} (inference) is taken by another server that is starting; choose another"
+    assert choose_ports(port)["inference"] == port, "the reservation has ended with the process"
 
 
 def test_the_log_configuration_is_there() -> None:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from deploy.pack import PackJob, pack_model
 from deploy.serve.haproxy import find_haproxy
 from deploy.serve.service import Service
 from deploy.serve.torchserve import TorchServe
@@ -27,18 +27,28 @@ START_S = 600
 ENGINE = "llava_sessions.engine.process"
 
 
-def pack(folder: Path, sessions: int = 64, dtype: str = "float32", **settings: object) -> Path:
-    """Pack the demo model into a model store under `folder`. `settings` are keys of the `llava:` section."""
+def pack(folder: Path, sessions: int = 64, dtype: str = "float32", model: Path = SHAPES, **settings: object) -> Path:
+    """Pack a model into a model store under `folder`. `settings` are keys of the `llava:` section.
+
+    Without trying to load it, which would take seconds each time; tests/unit/test_pack.py does.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = (ROOT / "handler" / "model-config.yaml").read_text()
     for key, value in settings.items():
         config, found = re.subn(rf"^  {key}:.*$", f"  {key}: {value}", config, flags=re.MULTILINE)
         assert found == 1, key
     (folder / "config.yaml").write_text(config)
-    options = ["--model", SHAPES, "--dtype", dtype, "--device", "cpu", "--sessions", sessions]
-    options += ["--config", folder / "config.yaml", "--output", folder / "store"]
-    subprocess.run([ROOT / "build_mar.sh", *map(str, options)], check=True, capture_output=True, text=True)
-    return folder / "store"
+    job = PackJob(
+        model=str(model),
+        dtype=dtype,
+        device="cpu",
+        sessions=sessions,
+        config=folder / "config.yaml",
+        output=folder / "store",
+        try_loading=False,
+    )
+    pack_model(job)
+    return job.output
 
 
 @contextlib.contextmanager

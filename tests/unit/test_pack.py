@@ -21,6 +21,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from deploy import pack as kit
+from deploy import versions
 from deploy.pack import PackError, PackJob
 
 REPO = Path(__file__).resolve().parents[2]
@@ -39,6 +40,15 @@ llava:
   max_sessions: 64  # open at once
 other:
   dtype: untouched
+"""
+
+
+# The stand-in's check of a checkpoint: it refuses a folder that has a file `refuse-STAGE`, in the words of that file.
+CHECK = """
+import json, pathlib, sys
+
+words = pathlib.Path(sys.argv[2]) / f"refuse-{sys.argv[1]}"
+print(json.dumps(words.read_text().splitlines() if words.exists() else []))
 """
 
 
@@ -78,6 +88,7 @@ def job(tmp_path: Path, checkpoint: Path) -> PackJob:
     (handler / "llava_handler.py").write_text("class Handler:\n    pass\n")
     (handler / "llava_sessions" / "__init__.py").write_text("")
     (handler / "llava_sessions" / "engine" / "__init__.py").write_text("")
+    (handler / "llava_sessions" / "engine" / "checkpoint.py").write_text(CHECK)
     (handler / "llava_sessions" / "engine" / "__pycache__" / "x.cpython-311.pyc").write_text("")
     (handler / "model-config.yaml").write_text(CONFIG)
     return PackJob(
@@ -92,6 +103,7 @@ TRAVELS = {
     "model-config.yaml",
     "llava_sessions/__init__.py",
     "llava_sessions/engine/__init__.py",
+    "llava_sessions/engine/checkpoint.py",
     "checkpoint/config.json",
     "checkpoint/processor_config.json",
     "checkpoint/tokenizer.json",
@@ -110,7 +122,7 @@ def test_each_format_holds_the_handler_and_the_checkpoint_and_nothing_else(
     packed = kit.pack_model(replace(job, format=kind, name="chat", version="2.1"))
 
     assert packed.archive == job.output / file_name
-    assert [path.name for path in job.output.iterdir()] == [file_name], "no scratch folder stays behind"
+    assert archives(job.output) == [file_name], "no scratch folder stays behind"
     sizes, manifest = kit.read_archive(packed.archive, kind)
     assert set(sizes) == TRAVELS
     assert sizes["checkpoint/model.safetensors"] == (checkpoint / "model.safetensors").stat().st_size
@@ -171,7 +183,8 @@ def test_another_format_of_the_name_goes_and_other_names_stay(job: PackJob) -> N
     kit.pack_model(replace(job, format="tgz", name="other"))
     packed = kit.pack_model(job)
     assert packed.removed == (job.output / "llava.mar",)
-    assert {path.name for path in job.output.iterdir()} == {"llava", "other.tar.gz"}
+    assert archives(job.output) == ["llava", "other.tar.gz"]
+    assert len(versions_of(job)) == 2, "the version of the other format went too"
 
 
 def test_a_failed_run_leaves_the_old_archive_alone(job: PackJob, checkpoint: Path) -> None:
@@ -181,7 +194,7 @@ def test_a_failed_run_leaves_the_old_archive_alone(job: PackJob, checkpoint: Pat
     with pytest.raises(PackError):
         kit.pack_model(job)
     assert sorted(path.name for path in archive.rglob("*")) == before
-    assert [path.name for path in job.output.iterdir()] == ["llava"]
+    assert archives(job.output) == ["llava"]
 
 
 def test_a_folder_named_like_the_model_in_the_temp_folder_survives(
@@ -199,6 +212,74 @@ def test_a_folder_named_like_the_model_in_the_temp_folder_survives(
 def test_model_names_are_plain(job: PackJob, name: str) -> None:
     with pytest.raises(PackError, match="letters, digits"):
         kit.pack_model(replace(job, name=name))
+
+
+# --- versions ---------------------------------------------------------------------------------------------------------
+
+
+def archives(store: Path) -> list[str]:
+    """Return the names in a model store that a server could be given."""
+    return sorted(path.name for path in store.iterdir() if path.name != versions.VERSIONS)
+
+
+def versions_of(job: PackJob) -> list[Path]:
+    return list((job.output / versions.VERSIONS).glob("*/*"))
+
+
+def test_a_server_keeps_the_version_that_it_holds_until_it_ends(job: PackJob) -> None:
+    kit.pack_model(replace(job, sessions=3))
+    held = versions.hold(job.archive)
+    for sessions in (4, 5):
+        kit.pack_model(replace(job, sessions=sessions))
+        assert "max_sessions: 3" in (held.path / "model-config.yaml").read_text()
+        assert f"max_sessions: {sessions}" in (job.archive / "model-config.yaml").read_text()
+    assert len(versions_of(job)) == 2, "that of 4 sessions was used by nobody"
+    held.release()
+    kit.pack_model(job)
+    assert len(versions_of(job)) == 1
+    assert not held.path.exists()
+
+
+def test_a_server_that_is_killed_holds_nothing(job: PackJob) -> None:
+    kit.pack_model(job)
+    code = "import pathlib, sys; from deploy import versions; held = versions.hold(pathlib.Path(sys.argv[1])); "
+    code += "print(flush=True); input()"
+    command = [sys.executable, "-c", code, str(job.archive)]
+    with subprocess.Popen(command, cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+        assert server.stdout
+        server.stdout.readline()
+        kit.pack_model(job)
+        assert len(versions_of(job)) == 2
+        server.kill()
+        server.wait()
+    kit.pack_model(job)
+    assert len(versions_of(job)) == 1
+
+
+def test_the_link_is_switched_and_never_absent(job: PackJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    kit.pack_model(job)
+    seen: list[bool] = []
+    monkeypatch.setattr(Path, "unlink", lambda path, **_: seen.append(path == job.archive))
+    kit.pack_model(job)
+    assert True not in seen
+    assert job.archive.is_symlink()
+    assert not os.path.isabs(os.readlink(job.archive)), "the store can be moved and mounted"
+
+
+def test_a_folder_of_a_release_without_versions_is_replaced(job: PackJob) -> None:
+    (job.archive / "checkpoint").mkdir(parents=True)
+    assert (kit.pack_model(job).archive / "MAR-INF").is_dir()
+    assert archives(job.output) == ["llava"]
+
+
+def test_the_scratch_folder_of_a_killed_packer_is_removed_and_that_of_a_running_one_stays(job: PackJob) -> None:
+    killed = job.output / f"{versions.SCRATCH}killed"
+    killed.mkdir(parents=True)
+    (killed / versions.LOCK).touch()
+    with versions.scratch(job.output) as running:
+        kit.pack_model(job)
+        assert running.exists()
+    assert archives(job.output) == ["llava"]
 
 
 # --- for SageMaker ----------------------------------------------------------------------------------------------------
@@ -235,7 +316,7 @@ def test_archives_for_here_and_for_sagemaker_lie_side_by_side(job: PackJob) -> N
     kit.pack_model(replace(job, format="default"))
     kit.pack_model(replace(job, sagemaker=True))
     kit.pack_model(replace(job, format="default"))
-    assert {path.name for path in job.output.iterdir()} == {"llava.mar", "llava.sagemaker"}
+    assert archives(job.output) == ["llava.mar", "llava.sagemaker"]
 
 
 @pytest.mark.parametrize(("change", "words"), [({"weights": "beside"}, "inside"), ({"format": "default"}, "tgz")])
@@ -357,6 +438,19 @@ def test_every_served_family_is_packed_and_told_from_the_others(job: PackJob, ch
     assert "must contain 'Llava" in "".join(kit.checkpoint_problems(checkpoint))
 
 
+def test_what_the_handler_can_not_load_is_refused_in_its_words(job: PackJob, checkpoint: Path) -> None:
+    (checkpoint / "refuse-load").write_text("model.safetensors lacks 4 tensors\n")
+    with pytest.raises(PackError) as refused:
+        kit.pack_model(job)
+    assert refused.value.problems == ["model.safetensors lacks 4 tensors"]
+    (checkpoint / "refuse-files").write_text("this is a LoRA adapter\n")
+    (checkpoint / "config.json").unlink()
+    with pytest.raises(PackError) as refused:
+        kit.pack_model(replace(job, weights="beside"))
+    assert refused.value.problems == ["this is a LoRA adapter"], "and not that config.json is missing"
+    assert not job.output.exists()
+
+
 def test_problems_of_shards_are_named_each(sharded: Path) -> None:
     (sharded / "model-00001-of-00002.safetensors").unlink()
     save_file({"c": np.zeros(2, np.float32)}, sharded / "model-00002-of-00002.safetensors")
@@ -411,8 +505,8 @@ def test_help_names_every_option(tmp_path: Path) -> None:
         assert option in done.stdout
 
 
-def test_the_command_packs_the_real_handler_and_says_how_to_serve_it(checkpoint: Path, tmp_path: Path) -> None:
-    done = build_mar("--model", str(checkpoint), "--output", "store", "--sessions", "3", cwd=tmp_path)
+def test_the_command_packs_the_real_handler_and_says_how_to_serve_it(tmp_path: Path) -> None:
+    done = build_mar("--model", str(REPO / "models" / "shapes"), "--output", "store", "--sessions", "3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "store/llava" in done.stdout
     assert "up to 3 sessions" in done.stdout
@@ -425,4 +519,4 @@ def test_the_command_packs_the_real_handler_and_says_how_to_serve_it(checkpoint:
         [sys.executable, "-c", code], cwd=tmp_path / "store/llava", env=env, capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.startswith(str(tmp_path / "store/llava"))
+    assert ran.stdout.startswith(str((tmp_path / "store/llava").resolve()))

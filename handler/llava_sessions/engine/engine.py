@@ -24,6 +24,7 @@ from ..ipc.messages import (
     OpenSession,
     OutOfCapacity,
     StopTurn,
+    TurnAdmitted,
     TurnFailed,
 )
 from ..text.answer_text import AnswerText
@@ -167,6 +168,7 @@ class Engine:
             ticket=next(self._tickets),
             reserved_bytes=reserved_bytes,
         )
+        self._events.append(TurnAdmitted(command.turn_id))
 
     def _stop(self, turn_id: str, reason: str, keep_answer: bool) -> None:
         """End a running turn early, see `StopTurn`. Does nothing if the turn has ended."""

@@ -6,13 +6,15 @@ the `past_key_values` protocol.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForImageTextToText
 
 from ..ipc.messages import PreparedPicture
+from ..text.checkpoint import WEIGHTS, WEIGHTS_INDEX, UnsupportedCheckpoint, read_json
 from .attention import TEXT_ATTENTION, VISION_ATTENTION, PackedKV, Segment
 from .cpu import layers, linears
 from .kv import KVShape
@@ -27,15 +29,14 @@ COMPILE_FROM_BYTES = 16 * 2**10
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
 
 
-class UnsupportedCheckpoint(Exception):
-    """The checkpoint can't be served. The message names the property found and the supported ones."""
-
-
 class Model:
     """A loaded checkpoint on one device. Not thread-safe."""
 
-    def __init__(self, model: Any) -> None:
-        """Take a transformers model for image-text-to-text and register the engine's attention with it."""
+    def __init__(self, model: Any, end_token_ids: frozenset[int] | None = None) -> None:
+        """Take a transformers model for image-text-to-text and register the engine's attention with it.
+
+        `end_token_ids` end an answer; None: those of its generation config, as in `generate`.
+        """
         text = model.config.get_text_config()
         self._model = model.eval()
         self.text: Any = model.model.language_model
@@ -49,7 +50,7 @@ class Model:
         # Width and height of a picture that takes the most work: for families that cut tiles, the most tiles.
         grids = getattr(model.config, "image_grid_pinpoints", None) or [(64, 64)]
         self.largest_picture: tuple[int, int] = max(((w, h) for h, w in grids), key=lambda side: side[0] * side[1])
-        self.eos_token_ids = _eos_token_ids(model)
+        self.eos_token_ids = _eos_token_ids(model) if end_token_ids is None else end_token_ids
         self._heads: int = text.num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // self._heads
         self.kv_shape = KVShape(text.num_hidden_layers, text.num_key_value_heads, head_dim, self.dtype, self.device)
@@ -62,30 +63,30 @@ class Model:
             )
 
     @classmethod
-    def load(cls, checkpoint: str | Path, dtype: torch.dtype | str = "auto", device: str = "auto") -> Model:
+    def load(
+        cls,
+        checkpoint: str | Path,
+        dtype: torch.dtype | str = "auto",
+        device: str = "auto",
+        end_token_ids: frozenset[int] | None = None,
+    ) -> Model:
         """Load a folder or hub ID through accelerate's device map.
 
-        `device` "auto": CUDA if available, else CPU. `dtype` "auto": see `native_dtype`. Raises
-        `UnsupportedCheckpoint`, and OSError if the checkpoint can't be found.
+        `device` "auto": CUDA if available, else CPU. `dtype` "auto": see `native_dtype`. `end_token_ids`: as in
+        `__init__`. Raises `UnsupportedCheckpoint`, and OSError if the checkpoint can't be found.
         """
-        config = AutoConfig.from_pretrained(checkpoint)
-        problem = _unsupported(config)
-        if problem:
-            raise UnsupportedCheckpoint(problem)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype == "auto":
             dtype = native_dtype(torch.device(device))
         elif isinstance(dtype, str):
             dtype = getattr(torch, dtype)
-        _drop_unused_vision_layers(config)
-        model = AutoModelForImageTextToText.from_pretrained(
-            checkpoint, config=config, dtype=dtype, device_map={"": device}
-        )
+        assert isinstance(dtype, torch.dtype)
+        model = load_weights(checkpoint, dtype, device)
         layers.fuse_layers(model.model.language_model.layers)
         if linears.pack_all(model.model) and linears.packable(model.lm_head):
             model.lm_head = linears.pack(model.lm_head)
-        return cls(model)
+        return cls(model, end_token_ids)
 
     def media_positions(self, token_ids: list[int], start: int = 0) -> list[int]:
         """Return the positions of image and video tokens, if `token_ids` begin at position `start`."""
@@ -158,6 +159,71 @@ class Model:
     def allocated_bytes(self) -> int:
         """Return the bytes that torch's allocator holds on the device. 0 on CPU, where torch does not count them."""
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+
+def load_weights(checkpoint: str | Path, dtype: torch.dtype, device: str) -> Any:
+    """Return the transformers model of a folder or hub ID.
+
+    With `device` "meta", no weights are read: the tensors of the files are compared with the model's by name and shape.
+    Raises `UnsupportedCheckpoint`, also if no file gives a tensor of the model: transformers would make it random.
+    """
+    config = AutoConfig.from_pretrained(checkpoint)
+    problem = _unsupported(config)
+    if problem:
+        raise UnsupportedCheckpoint(problem)
+    _drop_unused_vision_layers(config)
+    # Headers only: mapping a file into memory fails if it is larger than the machine's memory.
+    headers = _tensors_on_meta(Path(checkpoint)) if device == "meta" else None
+    auto: Any = AutoModelForImageTextToText if headers is None else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    made: Any = auto.from_pretrained(
+        checkpoint if headers is None else None,
+        state_dict=headers,
+        config=config,
+        dtype=dtype,
+        device_map={"": device},
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are reported below, by name
+    )
+    model, loaded = made
+    problems = _weight_problems(Path(checkpoint), loaded)
+    if problems:
+        raise UnsupportedCheckpoint(*problems)
+    return model
+
+
+def _tensors_on_meta(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a folder's weights by name, without their data."""
+    shards = {WEIGHTS}
+    if not (folder / WEIGHTS).is_file():
+        shards = set(read_json(folder / WEIGHTS_INDEX).get("weight_map", {}).values())
+    tensors = {}
+    for shard in sorted(shards):
+        with (folder / shard).open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        tensors.update({name: torch.empty(entry["shape"], device="meta") for name, entry in header.items()})
+    return tensors
+
+
+def _weight_problems(folder: Path, loaded: dict[str, Any]) -> list[str]:
+    """Return what transformers reports of tensors that are missing or have another shape than the model's."""
+    file = WEIGHTS if (folder / WEIGHTS).is_file() or not (folder / WEIGHTS_INDEX).is_file() else WEIGHTS_INDEX
+    problems = []
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        unknown = sorted(name for name in loaded["unexpected_keys"] if "vision_" not in name)
+        found = f", and {len(unknown)} that the model does not know ({_some(unknown)})" if unknown else ""
+        problems.append(f"{file} lacks {len(missing)} tensors of the model ({_some(missing)}){found}")
+    mismatched = sorted(loaded["mismatched_keys"])
+    if mismatched:
+        name, found_shape, shape = mismatched[0][:3]
+        shapes = f"{name} must be {list(shape)} by config.json, got {list(found_shape)}"
+        problems.append(f"{file} has {len(mismatched)} tensors of another shape than the model's: {shapes}")
+    return problems
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def native_dtype(device: torch.device) -> torch.dtype:

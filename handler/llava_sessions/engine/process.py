@@ -14,10 +14,12 @@ import signal
 import sys
 import threading
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import transformers
 from PIL import Image
 
+from ..errors import error_line
 from ..ipc.messages import (
     AskSession,
     CloseSession,
@@ -31,6 +33,7 @@ from ..ipc.messages import (
 )
 from ..ipc.pipe import receive, send
 from ..text.chat_template import ChatTemplate
+from ..text.checkpoint import end_token_ids
 from ..text.processors import load_processor
 from .engine import Engine
 from .loop import EngineLoop
@@ -54,7 +57,7 @@ def main() -> None:
         engine = load(settings)
     except Exception as error:
         log.debug("engine_start_failed", exc_info=error)
-        send(pipe, StartFailed(f"{type(error).__name__}: {error}"))
+        send(pipe, StartFailed(error_line(error)))
         sys.exit(1)
     send(pipe, facts(engine))
     loop = EngineLoop(engine, lambda report: send(pipe, report))
@@ -80,7 +83,8 @@ def load(settings: EngineSettings) -> Engine:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     template = ChatTemplate(load_processor(settings.checkpoint), settings.system_prompt)
-    model = Model.load(settings.checkpoint, settings.dtype, settings.device)
+    end_ids = end_token_ids(Path(settings.checkpoint), template.tokenizer.eos_token_id)
+    model = Model.load(settings.checkpoint, settings.dtype, settings.device, end_ids)
     engine = Engine(model, template.answer_text, choose_budget(model.device), settings.prefill_chunk_tokens)
     engine.device_memory.budget = choose_budget(
         model.device, settings.device_bytes, settings.host_bytes, working_bytes=warm_up(engine, template)

@@ -16,6 +16,21 @@ from ..ipc.messages import Sampling
 _MIN_TEMPERATURE = 1e-5
 
 
+# In place of the token of a row whose logits are not finite.
+_NOT_FINITE = -1
+
+
+class LogitsNotFinite(RuntimeError):
+    """The model computed NaN or infinity. The argmax of such logits would be token 0 or any other, for ever."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        kind = str(dtype).removeprefix("torch.")
+        super().__init__(
+            f"the logits are not finite: the model's activations overflow in {kind}; "
+            "pack the checkpoint with --dtype bfloat16 or float32"
+        )
+
+
 class Sampler:
     """Draws the tokens of one turn."""
 
@@ -39,7 +54,7 @@ class Sampler:
         return self._generator is None
 
     def draw(self, logits: torch.Tensor) -> int:
-        """Return a token ID from logits `[vocabulary]`, float32 on the CPU. Raises RuntimeError for NaN logits."""
+        """Return a token ID from logits `[vocabulary]`, float32 on the CPU, of which the largest is finite."""
         scores = self._warpers(None, logits[None])  # type: ignore[arg-type]  # these warpers ignore the token IDs
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
 
@@ -47,12 +62,16 @@ class Sampler:
 def next_tokens(logits: torch.Tensor, samplers: list[Sampler]) -> list[int | Exception]:
     """Return one token ID per row of `logits`, `[rows, vocabulary]`.
 
-    All greedy rows take one transfer from the device. A row from which no token can be drawn gets the error instead;
-    the other rows are not affected.
+    All greedy rows take one transfer from the device, which also tells which rows are not finite. A row from which no
+    token can be drawn gets the error instead; the other rows are not affected.
     """
-    tokens: list[int | Exception] = logits.argmax(-1).tolist()
+    likeliest = logits.argmax(-1, keepdim=True)  # of a row that contains NaN: the place of a NaN
+    is_finite = logits.gather(-1, likeliest).isfinite()
+    tokens: list[int | Exception] = likeliest.where(is_finite, _NOT_FINITE).squeeze(-1).tolist()
     for row, sampler in enumerate(samplers):
-        if not sampler.greedy:
+        if tokens[row] == _NOT_FINITE:
+            tokens[row] = LogitsNotFinite(logits.dtype)
+        elif not sampler.greedy:
             scores = logits[row].float().cpu()
             try:
                 tokens[row] = sampler.draw(scores)

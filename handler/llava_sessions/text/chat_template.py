@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import Refused
+from ..errors import Refused, error_line
 from ..ipc.messages import PreparedPicture
 from .answer_text import AnswerText
 from .tokenizer import ANSWER_END, PromptTokenizer, placeholder
@@ -97,17 +97,34 @@ class ChatTemplate:
             self._media_tokens["video"] = processor.video_token
         self._encoder = PromptTokenizer(self.tokenizer, self._image_token)
         self.lock = threading.Lock()  # held while text is tokenized
-        self._check()
+        if not getattr(processor, "chat_template", None):
+            raise TemplateError("the processor has no chat template (chat_template.jinja)")
+        # Whether the template takes a message's content as one string, as templates for text alone do.
+        self._joins_content = False
+        self._choose_content()
+
+    def _choose_content(self) -> None:
+        """Find out which form of `content` the template takes: a list of parts, else a string."""
+        try:
+            self._check()
+        except Exception as error:  # a template raises what Jinja or its own code raises
+            self._joins_content = True
+            try:
+                self._check()
+            except Exception as second:
+                refused = f"as a list: {_in_words(error)}; as a string: {_in_words(second)}"
+                raise TemplateError(f"the chat template takes `content` in neither form ({refused})") from error
 
     def _check(self) -> None:
         """Raise `TemplateError` unless the template renders pictures, a question, an answer and a second question."""
-        if not getattr(self.processor, "chat_template", None):
-            raise TemplateError("the processor has no chat template (chat_template.jinja)")
         before, after = self._render_first_turn("question")
         if "question" not in after or self._image_token in after or self._image_token not in before:
-            raise TemplateError("the chat template does not put the picture before the question")
-        if "question" not in self._render_later_turn("question"):
-            raise TemplateError("the chat template does not render a second question")
+            raise TemplateError("it does not put the picture before the question")
+        later = self._render_later_turn("question")
+        if "question" not in later:
+            raise TemplateError("it does not render a second question")
+        if self._image_token in later:
+            raise TemplateError(f"it writes {self._image_token!r} for a question without a picture")
 
     def opening(self, pictures: Sequence[tuple[str, Image.Image]]) -> Opening:
         """Prepare the pictures of a session and the prompt before its first question.
@@ -204,10 +221,21 @@ class ChatTemplate:
         return rendered.split(answer)[1]
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
-        rendered: str = self.processor.apply_chat_template(
-            self._system + messages, add_generation_prompt=True, tokenize=False
-        )
+        conversation = self._system + messages
+        if self._joins_content:
+            conversation = [{**message, "content": self._join(message["content"])} for message in conversation]
+        rendered: str = self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
         return rendered
+
+    def _join(self, parts: list[dict[str, str]]) -> str:
+        """Return the content of a message as LLaVA-1.5 was trained: each media token on a line before the text."""
+        return "".join(
+            part["text"] if part["type"] == "text" else self._media_tokens[part["type"]] + "\n" for part in parts
+        )
+
+
+def _in_words(error: Exception) -> str:
+    return str(error) if isinstance(error, TemplateError) else error_line(error)
 
 
 def _expand(rendered: str, prepared: Prepared, token: str) -> str:

@@ -31,6 +31,8 @@ from ..ipc.pipe import receive, send
 
 log = logging.getLogger(__name__)
 
+# Resolved once: another model may be packed, and a link switched to it, before an engine is started again.
+_PACKAGE_FOLDER = str(Path(__file__).resolve().parents[2])
 # A ready engine that is silent for this long is pinged. It must answer within `hang_s`.
 PING_S = 1.0
 # As `startupTimeout` in model-config.yaml: longer than the largest checkpoint takes to load from a slow disk.
@@ -156,8 +158,7 @@ class EngineProcess:
         """Start the process; the settings are its first message. Raise OSError if the system has no room for it."""
         ours, theirs = socket.socketpair()
         # The folder of the package comes first, wherever the archive was unpacked.
-        folder = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+        path = os.pathsep.join(filter(None, [_PACKAGE_FOLDER, os.environ.get("PYTHONPATH")]))
         with contextlib.ExitStack() as on_error:
             on_error.callback(ours.close)
             with theirs:

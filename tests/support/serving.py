@@ -28,11 +28,11 @@ ENGINE = "llava_sessions.engine.process"
 
 
 def pack(folder: Path, sessions: int = 64, dtype: str = "float32", **settings: object) -> Path:
-    """Pack the demo model into a model store under `folder`. `settings` are keys of the `llava:` section."""
+    """Pack the demo model into a model store under `folder`. `settings` are keys in the `llava:` section."""
     folder.mkdir(parents=True, exist_ok=True)
     config = (ROOT / "handler" / "model-config.yaml").read_text()
     for key, value in settings.items():
-        config, found = re.subn(rf"^  {key}:.*$", f"  {key}: {value}", config, flags=re.MULTILINE)
+        config, found = re.subn(rf"^( +){key}:.*$", rf"\g<1>{key}: {value}", config, flags=re.MULTILINE)
         assert found == 1, key
     (folder / "config.yaml").write_text(config)
     options = ["--model", SHAPES, "--dtype", dtype, "--device", "cpu", "--sessions", sessions]

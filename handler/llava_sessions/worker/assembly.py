@@ -50,7 +50,7 @@ def make_pump(
     `executor` runs the preparations instead of thread pools, and `fetch` replaces the HTTP client, for tests.
     """
     timing = timing or Timing()
-    preparer = Preparer(template, media_limits, journal, timing.clock, executor, executor, fetch)
+    preparer = Preparer(template, media_limits, journal, timing.clock, executor, fetch)
     context = WorkerContext(
         gate=EngineGate(client),
         table=table,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from . import churn, fuzz, isolation, kills, lifecycles
+from . import churn, fuzz, isolation, kills, lifecycles, memory
 
 SOAKS = {
     "engine-kills": kills.engine_kills,
@@ -16,6 +16,7 @@ SOAKS = {
     "churn": churn.main,
     "fuzz": fuzz.main,
     "lifecycles": lifecycles.main,
+    "memory": memory.memory,
 }
 
 

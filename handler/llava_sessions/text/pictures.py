@@ -87,5 +87,15 @@ class PicturePreparer:
         return Prepared((PreparedPicture(key, inputs),), (self._processor.replace_video_token(inputs, 0),))
 
 
+class _Pixels(np.ndarray):
+    """Pixels, uint8. A conversion to uint8 returns them as they are.
+
+    The processors convert each picture to uint8 for Pillow, which would copy 120 MB of the largest picture.
+    """
+
+    def astype(self, dtype: Any, *args: Any, **kwargs: Any) -> Any:
+        return self if np.dtype(dtype) == self.dtype else super().astype(dtype, *args, **kwargs)
+
+
 def _pixels(picture: Picture) -> np.ndarray:
-    return np.asarray(picture)
+    return np.asarray(picture).view(_Pixels)

@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 
 from llava_sessions.config import MediaLimits
 from llava_sessions.media.decoder import load_bytes, read_header
-from tests.support.pictures import BLUE, LIMITS, PNG, RED, encode, rejected, two_colours
+from tests.support.pictures import BLUE, LIMITS, PNG, RED, deep_grey_tiff, encode, png_with, rejected, two_colours
 
 Colour = tuple[float, float, float]
 HALF_RED_HALF_BLUE: Colour = (127.5, 0, 127.5)
@@ -28,50 +28,14 @@ def exif(orientation: int) -> bytes:
     return tags.tobytes()
 
 
-def png_with(*chunks: tuple[bytes, bytes], of: bytes = PNG) -> bytes:
-    """Return a PNG with further chunks behind its header."""
-    parts = [of[:33]]
-    for kind, body in chunks:
-        parts.append(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)))
-    return b"".join([*parts, of[33:]])
-
-
 def packed(megabytes: float) -> bytes:
     """Return compressed text that unpacks to this size. Random letters, so that it is large when packed too."""
     return zlib.compress(random.Random(1).randbytes(int(megabytes * 2**19)).hex().encode(), 1)
 
 
-def deep_tiff(bits: int, *, order: str = "<", white_is_zero: bool = False) -> bytes:
-    """Return an uncompressed grey TIFF of 50 x 2 pixels with the values of `STEPS`, scaled to `bits` bits."""
-    top = 2**bits - 1
-    row = [round(value * top / 255) for value in STEPS]
-    row = [top - value for value in row] if white_is_zero else row
-    if bits == 12:  # two pixels in three bytes
-        rows = b"".join(
-            (left << 12 | right).to_bytes(3, "big") for left, right in zip(row[::2], row[1::2], strict=True)
-        )
-    else:
-        rows = struct.pack(f"{order}{len(row)}H", *row)
-    rows *= 2
-    photometric = 0 if white_is_zero else 1
-    entries = [
-        (256, len(row)),
-        (257, 2),
-        (258, bits),
-        (259, 1),
-        (262, photometric),
-        (273, 8 + 2 + 12 * 9 + 4),
-        (277, 1),
-        (278, 2),
-        (279, len(rows)),
-    ]
-    directory = b"".join(
-        struct.pack(f"{order}HHI", tag, 4 if tag in (273, 279) else 3, 1)
-        + (struct.pack(f"{order}I", value) if tag in (273, 279) else struct.pack(f"{order}HH", value, 0))
-        for tag, value in entries
-    )
-    magic = b"II*\0" if order == "<" else b"MM\0*"
-    return magic + struct.pack(f"{order}IH", 8, len(entries)) + directory + bytes(4) + rows
+def steps() -> Image.Image:
+    """Return a grey picture of 50 x 2 pixels with the values of `STEPS`."""
+    return Image.frombytes("L", (50, 2), bytes(STEPS) * 2)
 
 
 def grey16_png() -> bytes:
@@ -149,10 +113,10 @@ CASES: dict[str, tuple[Callable[[], bytes], tuple[int, int], Colour]] = {
     "EXIF in WEBP": (lambda: flat("RGB", RED, "WEBP", (24, 16), exif=exif(8)), (16, 24), RED),
     # depth
     "16-bit PNG": (grey16_png, (50, 2), (122.5,) * 3),
-    "16-bit TIFF": (lambda: deep_tiff(16), (50, 2), (122.5,) * 3),
-    "16-bit TIFF, big-endian": (lambda: deep_tiff(16, order=">"), (50, 2), (122.5,) * 3),
-    "16-bit TIFF, white is zero": (lambda: deep_tiff(16, white_is_zero=True), (50, 2), (122.5,) * 3),
-    "12-bit TIFF": (lambda: deep_tiff(12), (50, 2), (122.5,) * 3),
+    "16-bit TIFF": (lambda: deep_grey_tiff(steps(), 16), (50, 2), (122.5,) * 3),
+    "16-bit TIFF, big-endian": (lambda: deep_grey_tiff(steps(), 16, order=">"), (50, 2), (122.5,) * 3),
+    "16-bit TIFF, white is zero": (lambda: deep_grey_tiff(steps(), 16, white_is_zero=True), (50, 2), (122.5,) * 3),
+    "12-bit TIFF": (lambda: deep_grey_tiff(steps(), 12), (50, 2), (122.5,) * 3),
     "1-bit PNG": (lambda: flat("1", 1, "PNG"), (8, 8), (255, 255, 255)),
     "1-bit TIFF, group 4": (lambda: flat("1", 1, "TIFF", compression="group4"), (8, 8), (255, 255, 255)),
     "1-bit BMP": (lambda: flat("1", 0, "BMP"), (8, 8), (0, 0, 0)),
@@ -196,7 +160,7 @@ def test_a_good_file_is_decoded_to_its_size_and_colour(name: str) -> None:
 
 @pytest.mark.parametrize("bits", [12, 16])
 def test_deep_grey_equals_8_bit_grey(bits: int) -> None:
-    assert load_bytes(deep_tiff(bits), LIMITS).array()[0, :, 0].tolist() == STEPS
+    assert load_bytes(deep_grey_tiff(steps(), bits), LIMITS).array()[0, :, 0].tolist() == STEPS
 
 
 def test_the_orientation_of_a_png_text_is_applied() -> None:
@@ -205,7 +169,7 @@ def test_the_orientation_of_a_png_text_is_applied() -> None:
         assert (tuple(pixels[0, 0]), tuple(pixels[-1, 0])) == (RED, BLUE)
 
 
-@pytest.mark.parametrize("data", [deep_tiff(12, order=">"), encode(Image.new("F", (8, 8)), "TIFF")])
+@pytest.mark.parametrize("data", [deep_grey_tiff(steps(), 12, order=">"), encode(Image.new("F", (8, 8)), "TIFF")])
 def test_a_good_file_of_a_rare_kind_is_unsupported_and_not_damaged(data: bytes) -> None:
     error = rejected("unsupported_media", "picture must", lambda: load_bytes(data, LIMITS))
     assert "damaged" not in error.message

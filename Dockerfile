@@ -1,9 +1,8 @@
 # The SageMaker container: Java, HAProxy, Python packages and the launcher. SageMaker mounts the model with its handler at
 # /opt/ml/model. Nothing is installed or downloaded at start. `make image` builds it.
 
-# Any image with Python 3.11 or later, pip and apt. AWS's own image follows its patch releases, but has a second torch of
-# several GB that is not used here: `pytorch-inference:2.6.0-gpu-py312-cu124-ubuntu22.04-sagemaker`. AWS's page on its
-# images has the address.
+# Any image with Python 3.11 or later, pip and apt. AWS's PyTorch images have a second torch of several GB that is not used
+# here, and AWS has not patched its images with TorchServe since 2026-06-30.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 FROM ${BASE_IMAGE}
 

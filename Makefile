@@ -9,6 +9,8 @@ SOAK ?=
 TORCH ?=
 BASE ?=
 TAG ?=
+IMAGE ?=
+NOTEBOOK ?=
 ENDPOINT_PORT ?= 8090
 INSTANCES ?= 2
 ENDPOINT ?=
@@ -24,8 +26,15 @@ PYTHON := .venv/bin/python
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+# An option's error names the variable (deploy/options.py).
+demo: export LLAVA_MAKE = demo --seed=SEED
+serve: export LLAVA_MAKE = serve --model=MODEL --sessions=SESSIONS --dtype=DTYPE --port=PORT
+endpoint: export LLAVA_MAKE = endpoint --model=MODEL --sessions=SESSIONS --dtype=DTYPE --instances=INSTANCES --port=ENDPOINT_PORT
+image: export LLAVA_MAKE = image --torch=TORCH --base=BASE --tag=TAG
+soak: export LLAVA_MAKE = soak NAME=SOAK
+
 demo: java env  ## run a five-turn picture chat through a real TorchServe (SEED= repeats one)
-	@$(PYTHON) -m demo.chat $(if $(SEED),--seed $(SEED))
+	@$(PYTHON) -m demo.chat $(if $(SEED),--seed '$(SEED)')
 
 check: env lint unit  ## lint, types and unit tests: for every save
 
@@ -40,15 +49,17 @@ coverage: env  ## measure what unit, engine and worker tests execute of the hand
 		--cov=handler/llava_sessions --cov-report=term-missing:skip-covered --cov-fail-under=94
 
 serve: java env  ## serve with TorchServe behind HAProxy, in the foreground (PORT= MODEL= SESSIONS= DTYPE=)
-	@./build_mar.sh --model $(MODEL) $(if $(SESSIONS),--sessions $(SESSIONS)) $(if $(DTYPE),--dtype $(DTYPE)) >/dev/null
-	@exec $(PYTHON) -m deploy.serve --port $(PORT)
+	@$(PYTHON) -m deploy.serve --port '$(PORT)' --check
+	@./build_mar.sh --model '$(MODEL)' $(if $(SESSIONS),--sessions '$(SESSIONS)') $(if $(DTYPE),--dtype '$(DTYPE)') >/dev/null
+	@exec $(PYTHON) -m deploy.serve --port '$(PORT)'
 
 endpoint: java env  ## run a SageMaker endpoint on this machine (INSTANCES= ENDPOINT_PORT= MODEL= ENDPOINT="--help")
-	@./build_mar.sh --model $(MODEL) $(if $(SESSIONS),--sessions $(SESSIONS)) $(if $(DTYPE),--dtype $(DTYPE)) >/dev/null
-	@exec $(PYTHON) -m deploy.local_endpoint --instances $(INSTANCES) --port $(ENDPOINT_PORT) $(ENDPOINT)
+	@$(PYTHON) -m deploy.local_endpoint --instances '$(INSTANCES)' --port '$(ENDPOINT_PORT)' $(ENDPOINT) --check >/dev/null
+	@./build_mar.sh --model '$(MODEL)' $(if $(SESSIONS),--sessions '$(SESSIONS)') $(if $(DTYPE),--dtype '$(DTYPE)') >/dev/null
+	@exec $(PYTHON) -m deploy.local_endpoint --instances '$(INSTANCES)' --port '$(ENDPOINT_PORT)' $(ENDPOINT)
 
-notebook: java env  ## run docs/notebook.ipynb against such an endpoint and save its outputs
-	@$(PYTHON) -m tests.notebook
+notebook: java env  ## run docs/notebook.ipynb against such an endpoint (NOTEBOOK=--save stores its outputs in it)
+	@$(PYTHON) -m tests.notebook $(NOTEBOOK)
 
 lint: env  ## check code, types, imports, structure, words, Dockerfile, template and scripts
 	@scripts/lint.sh
@@ -65,9 +76,9 @@ bench-cuda: env  ## measure it on a CUDA device (BENCH="--preset 7b")
 soak: java haproxy env  ## run long fault tests, an hour or more (SOAK="engine-kills --times 5")
 	@$(PYTHON) -m tests.soak $(SOAK)
 
-image: env  ## build the image of the SageMaker container (TORCH=cuda|cpu BASE= TAG=)
+image: env  ## build the image of the SageMaker container (TORCH=cuda|cpu BASE= TAG= IMAGE="--help")
 	@$(PYTHON) -m deploy.container.image \
-		$(if $(TORCH),--torch $(TORCH)) $(if $(BASE),--base $(BASE)) $(if $(TAG),--tag $(TAG))
+		$(if $(TORCH),--torch '$(TORCH)') $(if $(BASE),--base '$(BASE)') $(if $(TAG),--tag '$(TAG)') $(IMAGE)
 
 image-test: env  ## build the image with buildah, run it as SageMaker does, measure it (root; 12 GB of disk)
 	@$(PYTHON) -m tests.image

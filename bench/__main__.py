@@ -8,6 +8,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from deploy.options import version_line
+
 from . import report
 
 
@@ -21,9 +23,19 @@ def run_all(options: list[str]) -> int:
     return 0
 
 
+def asked_about(options: list[str], about: str | None) -> bool:
+    """Print the help text or the version if the options ask for one. Return whether they do."""
+    if {"-h", "--help"} & set(options):
+        print(f"{about}\n`python -m bench.turns --help` lists the options.")
+        return True
+    if "--version" in options:
+        print(version_line())
+        return True
+    return False
+
+
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv):
-        print(__doc__)
+    if asked_about(sys.argv[1:], __doc__):
         sys.exit(0)
     status = run_all(sys.argv[1:])
     if status == 0 and not {"--smoke", "--out", "--device"} & set(sys.argv):

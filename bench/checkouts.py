@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from deploy.options import Parser, whole_number
+
 from . import machine
 
 # Figures of each bench: name, side of its samples, key of the samples.
@@ -48,11 +50,13 @@ def run(checkout: Path, python: str, bench: str, options: list[str]) -> dict[str
 
 def main(words: list[str] | None = None) -> None:
     """Print the ratios, and write them to `bench/results/checkouts-NAME.json`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="python -m bench.checkouts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("old", type=Path, help="checkout with the code before the change")
     parser.add_argument("new", type=Path, help="checkout with the code after it")
     parser.add_argument("--bench", choices=FIGURES, default="turns")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=whole_number(1), default=10)
     parser.add_argument("--smoke", action="store_true", help="tiny model: shows the cost of Python code")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args(words)

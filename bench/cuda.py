@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import sys
 
-import torch
-
-from .__main__ import run_all
+from .__main__ import asked_about, run_all
 
 
 def main(argv: list[str]) -> int:
     """Run the benchmarks; return the exit status."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
+    if asked_about(argv, __doc__):
         return 0
+    import torch  # here, so that --help needs no seconds
+
     if not torch.cuda.is_available():
         print("no CUDA device: nothing was measured (`make bench` measures on the CPU)")
         return 0

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 
+from deploy.options import Parser, whole_number
 from llava_sessions.engine.model import native_dtype
 
 from . import machine
@@ -48,15 +49,15 @@ class Options:
 
 def parse(name: str, about: str | None, argv: list[str] | None, rounds: int, more: Callable | None = None) -> Options:
     """Parse the command line; build the checkpoint if it is missing. `more(parser)` adds a benchmark's own options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m bench.{name}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", choices=PRESETS, default="bench", help="the random-weight model (bench)")
     words = "of weights and KV (default: the engine's choice on this device)"
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help=words)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, help="torch threads (torch's default: all cores)")
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"number of measurements ({rounds})")
+    parser.add_argument("--threads", type=whole_number(1), help="torch threads (torch's default: all cores)")
+    parser.add_argument("--rounds", type=whole_number(1), default=rounds, help=f"number of measurements ({rounds})")
     parser.add_argument("--seed", type=int, default=0, help="of the pictures and the prompts")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON and the plot (bench/results)")
     parser.add_argument("--smoke", action="store_true", help="tiny model, float32, one round: shows that it runs")

@@ -28,6 +28,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from deploy.options import Parser
+
 CACHE = Path(__file__).parents[1] / ".cache" / "bench"
 SPECIALS = ("<s>", "</s>", "<pad>", "<image>")
 EMBEDDING_STD = 0.3
@@ -225,7 +227,8 @@ def _recipe(preset: Preset, seed: int) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m bench.make_checkpoint", description=__doc__, formatter_class=raw)
     presets = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
     parser.add_argument("--preset", choices=PRESETS, default="bench", help=presets)
     parser.add_argument("--output", type=Path, help="folder (default: .cache/bench/PRESET)")

@@ -9,6 +9,8 @@ import argparse
 import json
 from pathlib import Path
 
+from deploy.options import Parser
+
 from .bar import BAR
 from .harness import FLOAT32, RESULTS, number
 
@@ -94,7 +96,9 @@ def write(readme: Path = README, folder: Path = RESULTS) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    Parser(
+        prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(argv)
     write()
     print(bar_table(read()))
 

@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from deploy.options import Parser, whole_number
+
 from . import harness
 from .harness import Options, Result, Run, median, percentile
 
@@ -65,7 +67,7 @@ class Way:
                 pass
         return taken
 
-    def whole(self, session: str) -> float:
+    def whole_number(self, session: str) -> float:
         """Return the ms from an ask to its whole answer."""
         began = time.perf_counter()
         self._post(session, QUESTION).raise_for_status()
@@ -160,10 +162,10 @@ def paint(axes, result: Result) -> None:
 
 def parse(argv: list[str] | None) -> Options:
     """Parse the command line. The model is always the demo's."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m bench.route", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=20, help="sessions of 20 turns each (20)")
+    parser.add_argument("--rounds", type=whole_number(1), default=20, help="sessions of 20 turns each (20)")
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of the JSON and the plot")
     parser.add_argument("--smoke", action="store_true", help="one short round: shows that it runs")
     given = parser.parse_args(argv)

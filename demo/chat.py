@@ -10,26 +10,34 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 # Two processes share the cores, so that a waiting thread must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import httpx
-import torch
-import transformers
 from PIL import Image
 
+from deploy.options import Parser, whole_number
 from deploy.serve.processes import ServeError
 from deploy.serve.torchserve import TorchServe
 from llava_sessions_client import Answer, ApiError, ChatSession, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, Question, Scene, dialogue, make_scene
 
+from .recorded import recorded_plot
+from .turn import TurnResult
+
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "shapes"
+RECORD = ROOT / "bench" / "results" / "turns-float32.json"
 PICTURES = ROOT / "demo" / "pictures"
 TURNS = 5
+SMALL = """\
+  The demo model is too small to show it: its picture is 9 tokens, so that HTTP and Python take most of a turn (compare
+  the engine's part of each TTFT above). A picture of LLaVA-1.5 is 576 tokens. A stateless server encodes it again and
+  prefills it again in each turn.
+"""
 MAX_NEW_TOKENS = 64
 
 
@@ -37,61 +45,9 @@ class DemoError(Exception):
     """A step of the demo has a wrong result."""
 
 
-@dataclass(frozen=True)
-class TurnResult:
-    """The answer and the times of one turn. `engine_ms` is the engine's part of the TTFT; 0 for a stateless turn."""
-
-    text: str
-    ttft_ms: float
-    total_ms: float
-    engine_ms: float = 0.0
-
-
-class FirstToken(transformers.generation.streamers.BaseStreamer):
-    """Record the time of the first token that `generate` emits. It emits the prompt before."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.at = 0.0
-
-    def put(self, value: torch.Tensor) -> None:
-        """Count a call of `generate`."""
-        self.calls += 1
-        if self.calls == 2:
-            self.at = time.perf_counter()
-
-    def end(self) -> None:
-        """Do nothing at the end of the answer."""
-
-
-class Stateless:
-    """A server without sessions: each turn encodes the picture and prefills the whole conversation again."""
-
-    def __init__(self) -> None:
-        self._processor = transformers.AutoProcessor.from_pretrained(MODEL)
-        self._model = transformers.AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
-        self._messages: list[dict] = []
-
-    def ask(self, picture: Image.Image, text: str) -> TurnResult:
-        """Answer a question with `generate`, from the picture and the whole conversation."""
-        began = time.perf_counter()
-        image = [] if self._messages else [{"type": "image"}]
-        self._messages.append({"role": "user", "content": [*image, {"type": "text", "text": text}]})
-        prompt = self._processor.apply_chat_template(self._messages, add_generation_prompt=True)
-        inputs = self._processor(text=prompt, images=picture, return_tensors="pt")
-        first = FirstToken()
-        out = self._model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS, streamer=first)
-        new_ids = out[0, inputs["input_ids"].shape[1] :]
-        answer = self._processor.tokenizer.decode(new_ids, skip_special_tokens=True).strip()
-        self._messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        return TurnResult(answer, (first.at - began) * 1e3, (time.perf_counter() - began) * 1e3)
-
-
 def main() -> int:
     """Run the demo. Return 0 if every step succeeded."""
-    options = parse_arguments()
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    options = parse_args()
     began = time.monotonic()
     try:
         run(options.seed)
@@ -105,17 +61,20 @@ def main() -> int:
     return 0
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the options. The default seed is chosen by the clock."""
     first = HELD_OUT_SEEDS[0]
     last = HELD_OUT_SEEDS[-1]
-    parser = argparse.ArgumentParser(prog="make demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, help=f"seed of the picture ({first} to {last}; default: by the clock)")
-    options = parser.parse_args()
+    parser = Parser(
+        prog="python -m demo.chat",
+        description="Pack the demo model, serve it, hold a five-turn chat about a new picture, and compare each answer "
+        "with transformers' own generate(). `make demo` runs this command.",
+    )
+    seed = f"of the picture, from {first} to {last}: training never used these (default: chosen by the clock)"
+    parser.add_argument("--seed", type=whole_number(first, last), metavar="N", help=seed)
+    options = parser.parse_args(argv)
     if options.seed is None:
         options.seed = HELD_OUT_SEEDS[time.time_ns() // 1_000_000 % len(HELD_OUT_SEEDS)]
-    elif options.seed not in HELD_OUT_SEEDS:
-        parser.error(f"--seed must be from {first} to {last} (pictures that training never used), got {options.seed}")
     return options
 
 
@@ -162,9 +121,10 @@ def show_chat(server: TorchServe, http: httpx.Client, seed: int) -> None:
 
 def talk(chat: ChatSession, scene: Scene, picture: Image.Image, questions: list[Question]) -> None:
     """Ask each question of the server and of a stateless server. Raise `DemoError` if their answers differ."""
-    stateless = Stateless()
-    stateless.ask(picture, "warm up")  # the first call is slower and belongs to no turn
-    stateless = Stateless()
+    from .stateless import Stateless  # here, so that --help and a wrong option need no torch
+
+    Stateless(MODEL, MAX_NEW_TOKENS).ask(picture, "warm up")  # the first call is slower and belongs to no turn
+    stateless = Stateless(MODEL, MAX_NEW_TOKENS)
     step("the chat: each turn from the server, then from a stateless generate()")
     right = 0
     for number, question in enumerate(questions, 1):
@@ -180,7 +140,9 @@ def talk(chat: ChatSession, scene: Scene, picture: Image.Image, questions: list[
         if again.text != served.text:
             raise DemoError(f"the answer must be that of generate(), {again.text!r}, got {served.text!r}")
     print(f"\n  {right} of {len(questions)} answers are right; all are the same as from generate().")
-    print("  This model is so small that HTTP and Python take most of a turn. With a real one, the picture does.")
+    step("what sessions save, recorded with a larger model")
+    print(SMALL)
+    print(recorded_plot(RECORD))
 
 
 def stream(chat: ChatSession, text: str) -> TurnResult:

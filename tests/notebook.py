@@ -1,4 +1,4 @@
-"""`make notebook`: execute docs/notebook.ipynb on this machine and store its outputs in it.
+"""`make notebook`: execute docs/notebook.ipynb on this machine and store the result under .cache/, or in it (--save).
 
 SageMaker is two TorchServes behind the local endpoint; the rest of AWS is moto, with an image in its ECR.
 tests/deploy/test_notebook.py executes the notebook in the same way and checks its outputs.
@@ -22,6 +22,7 @@ import nbformat
 import papermill
 from nbformat import NotebookNode
 
+from deploy.options import Parser
 from deploy.sagemaker import images
 from deploy.serve.torchserve import TorchServe
 from tests.support import cloud
@@ -30,6 +31,7 @@ from tests.support.serving import START_S, pack, running
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "docs" / "notebook.ipynb"
+OUTPUT = ROOT / ".cache" / "notebook.ipynb"
 REPOSITORY = "llava-sessions"
 # Text that differs at each execution, and its replacement.
 PASSING = {
@@ -103,9 +105,19 @@ def _lasting(text: str, store: str) -> str:
     return text
 
 
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options. `output` is the notebook with the outputs."""
+    about = "Execute docs/notebook.ipynb on this machine. SageMaker is two local instances; the rest of AWS is moto."
+    parser = Parser(prog="python -m tests.notebook", description=about)
+    output = "notebook with the outputs (default: .cache/notebook.ipynb, which git ignores)"
+    parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FILE", help=output)
+    parser.add_argument("--save", dest="output", action="store_const", const=NOTEBOOK, help="write docs/notebook.ipynb")
+    return parser.parse_args(argv)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.notebook", description=__doc__.splitlines()[0])
-    parser.parse_args(argv)
+    """Execute the notebook. Return the exit code."""
+    args = parse_args(argv)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # the instances share the cores: a waiting thread must not spin
     with tempfile.TemporaryDirectory(prefix="llava-notebook-") as name:
         folder = Path(name)
@@ -114,8 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with running(TorchServe(store), TorchServe(store)) as servers, rehearsal(servers, folder / "home") as where:
             print("executing docs/notebook.ipynb ...", flush=True)
             done = execute(folder, **where)
-    nbformat.write(done, NOTEBOOK)
-    print("its outputs are in docs/notebook.ipynb")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(done, args.output)
+    print(f"its outputs are in {args.output}")
     return 0
 
 

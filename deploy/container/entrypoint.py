@@ -6,6 +6,7 @@ Dockerfile's exec-form entrypoint). Therefore it forwards signals to the service
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import pwd
@@ -17,21 +18,25 @@ from pathlib import Path
 from types import FrameType
 
 from deploy.container import metric_lines
+from deploy.options import port_range, version_line
 from deploy.serve import command
+from deploy.serve.ports import fixed_ports
+from deploy.serve.processes import ServeError
 
 MODEL = Path("/opt/ml/model")  # SageMaker mounts the model here, read-only
 MANIFEST = "MAR-INF/MANIFEST.json"
 USER = "llava"  # the Dockerfile makes this user
 PORT = "8080"
 PORT_VARIABLE = "SAGEMAKER_BIND_TO_PORT"  # set if the container shares its host with others
+RANGE_VARIABLE = "SAGEMAKER_SAFE_PORT_RANGE"  # then too: LOW-HIGH, for all ports but the public one
 LOAD_TIMEOUT_S = 3600  # SageMaker's longest start-up limit; below it the platform decides
 ALL_INTERFACES = "0.0.0.0"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-METRICS_OFFSET = 2  # from the public port to the port of the metrics page, which is on loopback
 
-USAGE = f"""usage: serve
+USAGE = f"""usage: serve [--help | --version]
 
 Serves the model in {MODEL} on port {PORT} ({PORT_VARIABLE} sets another) until SIGTERM.
+All other ports are from {RANGE_VARIABLE}, if that is set, such as 23000-23999.
 Temporary files and logs are written to the system's temporary folder (TMPDIR; default: /tmp)."""
 
 
@@ -66,6 +71,23 @@ def public_port() -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 65533:  # the next two ports are used too
         raise ContainerError(f"`{PORT_VARIABLE}` must be a port from 1 to 65533, got {text!r}")
     return int(text)
+
+
+def safe_ports() -> range | None:
+    """Return the range of all other ports, or None if they are free to choose. Raise `ContainerError`."""
+    text = os.environ.get(RANGE_VARIABLE)
+    try:
+        return port_range(text) if text else None
+    except argparse.ArgumentTypeError as err:
+        raise ContainerError(f"`{RANGE_VARIABLE}` {err}") from None
+
+
+def metrics_port(port: int, within: range | None) -> int:
+    """Return the port of the metrics page, which is on loopback. Raise `ContainerError` if the range is too small."""
+    try:
+        return fixed_ports(port, "front", within)["metrics"]
+    except ServeError as err:
+        raise ContainerError(f"`{RANGE_VARIABLE}`: {err}") from None
 
 
 def drop_root(model: Path) -> None:
@@ -131,22 +153,33 @@ def run_as_init(serve: Callable[[], int]) -> int:
 def main(argv: Sequence[str] | None = None, root: Path = MODEL) -> int:
     """Serve the model in `root`. Return the exit code: 2 if it cannot be served."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    if {"--help", "-h"} & set(arguments):
+        print(USAGE)
+        return 0
+    if "--version" in arguments:
+        print(version_line())
+        return 0
     if arguments != ["serve"]:
-        print(USAGE, file=sys.stderr)
+        given = " ".join(arguments) or "nothing"
+        print(f"serve: error: the argument must be serve, got {given!r}", file=sys.stderr)
         return 2
     try:
         model = find_model(root)
         port = public_port()
+        within = safe_ports()
+        metrics = metrics_port(port, within)
         drop_root(model)
     except ContainerError as err:
         print(f"serve: error: {err}", file=sys.stderr)
         return 2
-    return run_as_init(lambda: serve_model(model, port))
+    return run_as_init(lambda: serve_model(model, port, within, metrics))
 
 
-def serve_model(model: Path, port: int) -> int:
+def serve_model(model: Path, port: int, within: range | None, metrics: int) -> int:
     """Serve until a signal, and print metric lines. Return the exit code."""
-    url = f"http://127.0.0.1:{port + METRICS_OFFSET}/metrics"
+    url = f"http://127.0.0.1:{metrics}/metrics"
     threading.Thread(target=metric_lines.main, args=(["--url", url],), name="metric_lines", daemon=True).start()
     words = ["--model-store", str(model.parent), "--name", model.name, "--host", ALL_INTERFACES, "--port", str(port)]
+    if within is not None:
+        words += ["--safe-ports", f"{within.start}-{within.stop - 1}"]
     return command.main([*words, "--timeout", str(LOAD_TIMEOUT_S)])

@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import unquote, urlsplit
 
+from deploy.options import Parser, error_prefix
+
 REPO = Path(__file__).resolve().parents[2]
+PROG = "python -m deploy.container.image"
 TORCH = ("cuda", "cpu")
 PIP_SETTINGS = ("index-url", "extra-index-url", "find-links", "trusted-host", "proxy", "cert")
 SECRETS = Path("/run/secrets")  # folder of the secrets during the build
@@ -134,9 +137,10 @@ def build(builder: Sequence[str], tag: str, arguments: dict[str, str], log: IO[b
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the options of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m deploy.container.image",
-        description="Build the SageMaker container's image. The model is not in it; build_mar.sh packs that.",
+    parser = Parser(
+        prog=PROG,
+        description="Build the SageMaker container's image, without a model; build_mar.sh packs the model. pip's "
+        "settings on this machine (index, proxy, certificates) are passed to the build as secrets and are in no layer.",
     )
     add = parser.add_argument
     add(
@@ -160,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"building {tag} with {builder} ...", flush=True)
         seconds = build([builder], tag, {"TORCH": args.torch} | ({"BASE_IMAGE": args.base} if args.base else {}))
     except (ImageError, OSError) as err:
-        print(f"error: {err}", file=sys.stderr)
+        print(f"{error_prefix(PROG)}error: {err}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -2,32 +2,61 @@
 
 The container runs this in a thread; `python -m deploy.container.metric_lines` runs it alone. Metric filters in
 deploy/sagemaker/endpoint.yaml make CloudWatch metrics of the lines, which autoscaling follows. Each instance prints
-once a minute, even without a change, so that an average over the lines is an average over the instances. Uses only the
-standard library.
+once a minute, even without a change, so that an average over the lines is an average over the instances. While there
+are no metrics, the line has the reason. Uses only the standard library.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import math
 import re
 import sys
 import time
 import urllib.request
 from collections.abc import Sequence
+from http.client import HTTPException
+from typing import Any
+
+from deploy.options import Parser, decimal_number
 
 SAMPLE = re.compile(r"^llava_(\w+)\{[^}]*\} (\S+)$", re.MULTILINE)
 EVENT = "figures"  # the metric filters match this name
+BLIND_EVENT = "figures_missing"
+TIMEOUT_S = 5.0
+MAX_BYTES = 4 << 20
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the page is on loopback
+
+
+class BlindError(Exception):
+    """There are no metrics now."""
 
 
 def read_metrics(url: str) -> dict[str, float]:
-    """Return the `llava_*` metrics of a page, without that prefix; empty if the page does not answer."""
+    """Return the `llava_*` metrics of a page, without that prefix. Raise `BlindError` if there are none."""
     try:
-        with urllib.request.urlopen(url, timeout=5) as reply:
-            page = reply.read().decode()
-    except OSError:
-        return {}
-    return {name: float(value) for name, value in SAMPLE.findall(page)}
+        with _DIRECT.open(url, timeout=TIMEOUT_S) as reply:
+            page = _read(reply).decode()
+        metrics = {name: float(value) for name, value in SAMPLE.findall(page)}
+    except (OSError, HTTPException, ValueError) as error:
+        raise BlindError(f"{type(error).__name__}: {error}") from error
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    if not finite:
+        raise BlindError("the page has no llava_* metric")
+    return finite
+
+
+def _read(reply: Any) -> bytes:
+    """Return a body. Raise ValueError if it is too large, or does not end in time."""
+    body = b""
+    deadline = time.monotonic() + TIMEOUT_S
+    while chunk := reply.read1(1 << 16):
+        body += chunk
+        if len(body) > MAX_BYTES or time.monotonic() > deadline:
+            raise ValueError(f"the page must be at most {MAX_BYTES} bytes in {TIMEOUT_S:g} s, got {len(body)}")
+    if reply.length:
+        raise ValueError(f"the page ended {reply.length} bytes early")
+    return body
 
 
 def metric_line(metrics: dict[str, float]) -> str:
@@ -36,16 +65,26 @@ def metric_line(metrics: dict[str, float]) -> str:
     return json.dumps({"event": EVENT, **numbers})
 
 
+def next_line(url: str) -> str:
+    """Return the metrics as a line, or a line with the reason why there are none. No filter matches the latter."""
+    try:
+        return metric_line(read_metrics(url))
+    except BlindError as error:
+        return json.dumps({"event": BLIND_EVENT, "reason": str(error)[:200]})
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the metrics at an interval, until the process ends."""
-    parser = argparse.ArgumentParser(prog="python -m deploy.container.metric_lines", description=__doc__)
-    parser.add_argument("--url", default="http://127.0.0.1:8082/metrics", help="default: %(default)s")
-    parser.add_argument("--every", type=float, default=60.0, metavar="S", help="default: %(default)s")
+    about = "Print the metrics of a server as one JSON line, at an interval, for CloudWatch's metric filters."
+    parser = Parser(prog="python -m deploy.container.metric_lines", description=about)
+    url = "metrics page (default: %(default)s)"
+    parser.add_argument("--url", default="http://127.0.0.1:8082/metrics", help=url)
+    every = "seconds between two lines (default: %(default)s)"
+    parser.add_argument("--every", type=decimal_number(0), default=60.0, metavar="S", help=every)
     args = parser.parse_args(argv)
     while True:
-        if metrics := read_metrics(args.url):
-            print(metric_line(metrics), flush=True)
-        time.sleep(args.every)
+        time.sleep(args.every)  # first: at the start the page does not exist yet
+        print(next_line(args.url), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import uvicorn
 
+from deploy.options import Parser, decimal_number, error_prefix, port_number, typed, whole_number
 from deploy.serve.configuration import REPO
 from deploy.serve.processes import ServeError
 from deploy.serve.torchserve import TorchServe
@@ -24,36 +26,48 @@ from .contract import Corners, PlatformLimits
 from .pins import Instance
 from .service import EndpointService
 
+PROG = "python -m deploy.local_endpoint"
+
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the options of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m deploy.local_endpoint",
+    parser = Parser(
+        prog=PROG,
         description="A SageMaker endpoint with sticky sessions on this machine, for boto3, the AWS CLI and OpenAI "
         "clients, until Ctrl-C or SIGTERM. Listens on loopback only; signatures are not checked.",
     )
     add = parser.add_argument
-    add("--instances", type=int, default=2, metavar="N", help="TorchServe processes (default: %(default)s)")
-    add("--port", type=int, default=8090, help="of the endpoint (default: %(default)s; 0: a free port)")
+    add("--instances", type=whole_number(1), default=2, metavar="N", help="TorchServe processes (default: %(default)s)")
+    add("--port", type=port_number(), default=8090, help="of the endpoint (default: %(default)s; 0: a free port)")
     add("--name", default="llava", help="the endpoint's name (default: %(default)s)")
     add("--model-store", type=Path, default=REPO / "model_store", metavar="DIR", help="default: model_store")
     add("--model", default="llava", help="the packed model in the store (default: %(default)s)")
-    add("--timeout", type=float, default=600, metavar="S", help="seconds that the model may take to load")
+    add("--timeout", type=decimal_number(0), default=600, metavar="S", help="seconds that the model may take to load")
+    add("--check", action="store_true", help="check the options and the port, and exit")
     _add_limits(parser)
     _add_corners(parser)
-    args = parser.parse_args(argv)
-    if args.instances < 1:
-        parser.error(f"--instances must be at least 1, got {args.instances}")
-    return args
+    return parser.parse_args(argv)
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("limits of the platform").add_argument
     usual = PlatformLimits()
     size = "of a request (default: %(default)s, the limit in the API reference; newer pages of AWS's guide have 25 MB)"
-    add("--max-body-bytes", type=int, default=usual.body_bytes, metavar="N", help=size)
-    add("--answer-s", type=float, default=usual.answer_s, metavar="S", help="for an answer (default: %(default)s)")
-    add("--stream-s", type=float, default=usual.stream_s, metavar="S", help="for a stream (default: %(default)s)")
+    add("--max-body-bytes", type=whole_number(1), default=usual.body_bytes, metavar="N", help=size)
+    add(
+        "--answer-s",
+        type=decimal_number(0),
+        default=usual.answer_s,
+        metavar="S",
+        help="for an answer (default: %(default)s)",
+    )
+    add(
+        "--stream-s",
+        type=decimal_number(0),
+        default=usual.stream_s,
+        metavar="S",
+        help="for a stream (default: %(default)s)",
+    )
 
 
 def _add_corners(parser: argparse.ArgumentParser) -> None:
@@ -91,20 +105,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(number, _interrupt)
     servers: list[TorchServe] = []
     try:
-        run(args, servers)
+        with listener_on(args.port) as listener:
+            if args.check:
+                return 0
+            run(args, servers, listener)
     except KeyboardInterrupt:
         print("\nstopping ...", flush=True)
     except (ServeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{error_prefix(PROG)}error: {error}", file=sys.stderr)
         return 1
     finally:
-        stop(servers)
+        if servers:
+            stop(servers)
     return 0
 
 
-def run(args: argparse.Namespace, servers: list[TorchServe]) -> None:
+def listener_on(port: int) -> socket.socket:
+    """Return the endpoint's listener. Raise `ServeError` if the port is in use."""
+    try:
+        return listen(port)
+    except OSError as error:
+        raise ServeError(f"{typed('--port')}: port {port} cannot be used: {error.strerror}") from None
+
+
+def run(args: argparse.Namespace, servers: list[TorchServe], listener: socket.socket) -> None:
     """Serve until a signal. Append each started instance to `servers`; the caller stops them."""
-    listener = listen(args.port)
     url = f"http://{LOOPBACK}:{listener.getsockname()[1]}"
     print(f"starting {args.instances} TorchServe with {args.model_store / args.model} ...", flush=True)
     while len(servers) < args.instances:

@@ -7,6 +7,9 @@ import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from deploy.options import Parser, version_line, whole_number
 
 from .archive import CHECKPOINT_DIR, pack_model
 from .errors import PackError, say
@@ -18,7 +21,8 @@ INTERRUPTED = 130
 
 def parse_args(argv: Sequence[str] | None = None) -> PackJob:
     """Return the job that the command line describes."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
+        version=False,
         prog="build_mar.sh",
         description="Pack a LLaVA checkpoint and the handler into the model store. Replaces a model of the same name.",
         epilog="Example: ./build_mar.sh --model models/shapes --sessions 64",
@@ -32,22 +36,29 @@ def parse_args(argv: Sequence[str] | None = None) -> PackJob:
     add("--device", choices=["auto", "cpu", "cuda"], help="device of the model")
     weights = "inside: in the archive; beside: the archive names the folder or hub ID (default: %(default)s)"
     add("--weights", choices=["inside", "beside"], default="inside", help=weights)
-    add("--sessions", type=_positive, metavar="N", help="maximum number of open sessions")
+    add("--sessions", type=whole_number(1), metavar="N", help="maximum number of open sessions")
     config = "configuration to start from (default: handler/model-config.yaml); values without an option here are kept"
     add("--config", type=Path, default=HANDLER_DIR / CONFIG_FILE, metavar="FILE", help=config)
     add("--output", type=Path, default=REPO / "model_store", metavar="DIR", help="model store (default: model_store)")
-    add("--version", default="1.0", help="model version (default: %(default)s)")
+    add("--model-version", dest="version", default="1.0", metavar="VERSION", help="of the model (default: %(default)s)")
+    version = "print the version of LLaVA Sessions and exit; with a value, an older name of --model-version"
+    add("--version", action=_Version, nargs="?", default=argparse.SUPPRESS, help=version)
     sagemaker = "pack for a SageMaker endpoint, into DIR/NAME.sagemaker, which is uploaded to S3 as it is. With "
     sagemaker += "--format no-archive for S3DataType S3Prefix and CompressionType None; with tgz a model.tar.gz"
     add("--sagemaker", action="store_true", help=sagemaker)
     return PackJob(**vars(parser.parse_args(argv)))
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
-    return value
+class _Version(argparse.Action):
+    """`--version` prints the project's version; `--version VALUE` sets the model's, as in earlier versions."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, _option: str | None = None
+    ) -> None:
+        if values is None:
+            print(version_line())
+            parser.exit()
+        namespace.version = values
 
 
 def main(argv: Sequence[str] | None = None) -> int:

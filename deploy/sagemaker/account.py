@@ -18,11 +18,15 @@ SESSION_CALLS = Config(read_timeout=70, retries={"total_max_attempts": 1})
 
 
 class Account:
-    """An AWS account and region with the caller's credentials, and the names of the resources of one endpoint."""
+    """An AWS account and region with the caller's credentials, and the names of the resources of one endpoint.
 
-    def __init__(self, name: str, session: boto3.Session) -> None:
+    An account is offline in a dry run without credentials: no call is made, and number and region are placeholders.
+    """
+
+    def __init__(self, name: str, session: boto3.Session, *, is_dry_run: bool = False) -> None:
         self.name = name
         self.session = session
+        self.is_offline = is_dry_run and session.get_credentials() is None
 
     @cache  # noqa: B019 - an account exists as long as the command runs
     def client(self, service: str, config: Config | None = None) -> Any:
@@ -32,12 +36,14 @@ class Account:
     @cached_property
     def region(self) -> str:
         """The region of all calls."""
+        if self.is_offline:
+            return self.session.region_name or "<region>"
         return self.client("sts").meta.region_name
 
     @cached_property
     def id(self) -> str:
         """The account's number. Commands except `invoke` read it first, so that missing credentials fail at once."""
-        return self.client("sts").get_caller_identity()["Account"]
+        return "<account>" if self.is_offline else self.client("sts").get_caller_identity()["Account"]
 
     @property
     def bucket(self) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 
-from . import chats, images, models, stacks, watching
+from . import chats, fitting, images, models, stacks, watching
 from .account import Account
 from .output import format_size, say
 from .parameters import template_parameters
@@ -19,7 +20,8 @@ def push(args: argparse.Namespace, account: Account) -> None:
         images.build()
     tag = args.tag or images.local_id(tool, args.image)
     target = f"{images.repository_uri(account, args.repository)}:{tag}"
-    if pushed := images.by_digest(account, images.EcrImage.parse(target)):
+    pushed = None if account.is_offline else images.by_digest(account, images.EcrImage.parse(target))
+    if pushed:
         say(f"{target} is already in ECR")
         print(pushed)
         return
@@ -49,11 +51,16 @@ def upload(args: argparse.Namespace, account: Account) -> None:
 
 def up(args: argparse.Namespace, account: Account) -> None:
     """Make or change the endpoint, and print the command to try it."""
-    before = stacks.settle(account, _report) if not args.dry_run else stacks.state(account)
-    stacks.check_free(account, before)
+    before = None
+    if not account.is_offline:
+        before = stacks.settle(account, _report) if not args.dry_run else stacks.state(account)
+        stacks.check_free(account, before)
     parameters = template_parameters(args, account, before)
+    if not account.is_offline:
+        _check_fits(args.force, account, parameters, before)
     if args.dry_run:
-        say(f"would {'change' if before else 'make'} the stack {account.name!r} with these parameters:")
+        doing = "make or change" if account.is_offline else "change" if before else "make"
+        say(f"would {doing} the stack {account.name!r} with these parameters:")
         for name, value in parameters.items():
             print(f"{name}={value}")
         return
@@ -112,10 +119,12 @@ def logs(args: argparse.Namespace, account: Account) -> None:
 
 def down(args: argparse.Namespace, account: Account) -> None:
     """Ask, then delete the endpoint, and on request models and images."""
-    found = stacks.state(account)
+    found = None if account.is_offline else stacks.state(account)
     doomed = [f"the stack {account.name!r} with its endpoint, and every open session"] if found else []
     if found and not found.is_ours:
         raise DeployError(f"the stack {account.name!r} was not made by llava-deploy; delete it by hand")
+    if account.is_offline:
+        doomed.append(f"the stack {account.name!r} with its endpoint, if llava-deploy made it")
     if args.objects:
         prefix = f"s3://{args.bucket or account.bucket}/{account.name}/"
         doomed.append(f"everything under {prefix}, and the bucket if llava-deploy made it")
@@ -136,6 +145,20 @@ def down(args: argparse.Namespace, account: Account) -> None:
     if args.images and images.delete_repository(account, args.repository):
         say(f"deleted the ECR repository {args.repository}")
     print("deleted")
+
+
+def _check_fits(
+    is_forced: bool, account: Account, parameters: Mapping[str, str], before: stacks.StackState | None
+) -> None:
+    """Raise `DeployError` if the model does not fit the instance type, except with --force. Say what is unknown."""
+    merged = {**(before.parameters if before else {}), **parameters}
+    address = models.ModelAddress(merged["ModelBucket"], merged["ModelKey"])
+    default = stacks.template_parameters()["InstanceType"]["Default"]
+    verdict = fitting.verdict(account, address, merged.get("InstanceType", default))
+    if verdict.fits is False and not is_forced:
+        raise DeployError(f"{verdict.reason}; choose another --instance-type, or give --force")
+    if not verdict.fits:
+        say(f"warning: {verdict.reason}")
 
 
 def _report(event: stacks.StackEvent) -> None:

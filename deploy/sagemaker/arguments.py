@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
+from deploy.options import Parser, decimal_number, whole_number
+
 from . import actions, capacity
 from .account import Account
 
@@ -18,7 +20,7 @@ Action = Callable[[argparse.Namespace, Account], None]
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the options. `run` is the function of the command, or None for `capacity`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="llava-deploy",
         description="LLaVA Sessions on Amazon SageMaker. Credentials, profile and region as for the AWS CLI.",
         epilog="In this order: push, upload, up, invoke, status, logs, down. docs/sagemaker.md explains each step.",
@@ -82,14 +84,15 @@ def _add_up(commands: _Commands) -> None:
     add("--image", metavar="URI", help="in ECR (default: the newest in --repository)")
     add("--model", metavar="S3_URI", help="default: the latest upload")
     add("--instance-type", metavar="TYPE", help="see `llava-deploy capacity` (default: ml.g5.2xlarge)")
-    add("--instances", type=_positive, metavar="N", help="initial and minimum number (default: 1)")
-    add("--max-instances", type=_positive, metavar="N", help="maximum of autoscaling (default: --instances)")
-    add("--sessions", type=_positive, metavar="N", help="sessions that an instance admits (default: as packed)")
+    add("--instances", type=whole_number(1), metavar="N", help="initial and minimum number (default: 1)")
+    add("--max-instances", type=whole_number(1), metavar="N", help="maximum of autoscaling (default: --instances)")
+    add("--sessions", type=whole_number(1), metavar="N", help="sessions that an instance admits (default: as packed)")
     add("--role", metavar="ARN", help="role of the containers (default: one is made)")
     add("--subnets", metavar="ID,ID", help="of a VPC, for the containers")
     add("--security-groups", metavar="ID,ID", help="with --subnets")
     add("--alarm-topic", metavar="ARN", help="an SNS topic that receives alarms")
     add("--journal", metavar="PREFIX/", help="folder of the bucket for the sessions' journal")
+    add("--force", action="store_true", help="deploy a model that does not fit the instance type by `capacity`")
     ami = "InferenceAmiVersion (default: driver 580 if the instance type has an older one)"
     add("--ami", metavar="VERSION", help=ami)
     rest = "any other parameter of deploy/sagemaker/endpoint.yaml; may be repeated"
@@ -122,9 +125,9 @@ def _add_capacity(commands: _Commands) -> None:
     parser = commands.subparsers.add_parser("capacity", help=text.lower(), description=f"{text}. {capacity.NOTE}")
     parser.set_defaults(run=None)
     tokens = "text tokens of a conversation, without its picture (default: %(default)s)"
-    parser.add_argument("--text-tokens", type=_positive, default=1024, metavar="N", help=tokens)
+    parser.add_argument("--text-tokens", type=whole_number(1), default=1024, metavar="N", help=tokens)
     reserve = "GPU memory for CUDA itself and for temporary tensors (default: %(default)s)"
-    parser.add_argument("--reserve-gib", type=float, default=2.0, metavar="GIB", help=reserve)
+    parser.add_argument("--reserve-gib", type=decimal_number(0), default=2.0, metavar="GIB", help=reserve)
 
 
 def _name(text: str) -> str:
@@ -133,13 +136,6 @@ def _name(text: str) -> str:
             f"must be letters, digits and inner hyphens, a letter first, at most 63, got {text!r}"
         )
     return text
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
-    return value
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -32,8 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         region = args.region or os.environ.get("AWS_REGION")  # the AWS CLI reads it, but boto3 does not
-        account = Account(args.name, boto3.Session(profile_name=args.profile, region_name=region))
-        if args.run is not actions.invoke:  # `invoke` needs no account, and may use a local endpoint
+        session = boto3.Session(profile_name=args.profile, region_name=region)
+        account = Account(args.name, session, is_dry_run=getattr(args, "dry_run", False))
+        if account.is_offline:
+            say("no AWS credentials: nothing is looked up")
+        elif args.run is not actions.invoke:  # `invoke` needs no account, and may use a local endpoint
             say(f"account {account.id}, region {account.region}")
         args.run(args, account)
     except (DeployError, OSError) as error:  # OSError: a file that cannot be read

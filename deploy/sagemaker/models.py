@@ -211,6 +211,22 @@ def check_exists(account: Account, address: ModelAddress) -> None:
         raise
 
 
+def read_file(account: Account, address: ModelAddress, name: str) -> bytes | None:
+    """Return a file of a model that is a folder, or None if there is no such file."""
+    try:
+        return account.client("s3").get_object(Bucket=address.bucket, Key=address.key + name)["Body"].read()
+    except ClientError as error:
+        if code_of(error) == "NoSuchKey":
+            return None
+        raise
+
+
+def size_of(account: Account, address: ModelAddress, suffix: str) -> int:
+    """Return the size in bytes of all files of a model whose names have this ending."""
+    items = _pages(account.client("s3"), "list_objects_v2", "Contents", address.bucket, address.key)
+    return sum(item["Size"] for item in items if item["Key"].endswith(suffix))
+
+
 def delete_all(account: Account, bucket: str | None) -> int:
     """Delete all models and journals of this endpoint, and the bucket if `upload` made it and it is empty then.
 

@@ -172,11 +172,28 @@ def follow(account: Account, begun: StackState, seen: str | None, on_event: OnEv
     return found
 
 
-def _parameters(before: StackState | None, given: Mapping[str, str]) -> list[dict[str, str]]:
+def _parameters(before: StackState | None, given: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return all parameters: given ones, those of the stack before, and the template's defaults for the rest."""
     known = template_parameters()
-    values = {name: str(known[name]["Default"]) for name in known if "Default" in known[name]}
-    values |= {name: value for name, value in before.parameters.items() if name in known} if before else {}
-    return [{"ParameterKey": name, "ParameterValue": value} for name, value in {**values, **given}.items()]
+    values = {name: str(known[name]["Default"]) for name in known if "Default" in known[name]} | dict(given)
+    kept = {name for name in known if before and name in before.parameters and name not in given}
+    return [
+        {"ParameterKey": name, "UsePreviousValue": True}
+        if name in kept
+        else {"ParameterKey": name, "ParameterValue": values[name]}
+        for name in {**values, **dict.fromkeys(kept)}
+    ]
+
+
+def resource_names(account: Account, kind: str) -> list[str]:
+    """Return the names of the stack's resources of a CloudFormation type; empty if there is no stack."""
+    try:
+        found = account.client("cloudformation").describe_stack_resources(StackName=account.name)["StackResources"]
+    except ClientError as error:
+        if code_of(error) == "ValidationError" and "does not exist" in message_of(error):
+            return []
+        raise
+    return [item["PhysicalResourceId"] for item in found if item.get("ResourceType") == kind]
 
 
 def _newest_event(account: Account, found: StackState | None) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
+from . import stacks
 from .account import Account
 from .problems import DeployError, code_of
 
@@ -78,9 +79,12 @@ def open_sessions(account: Account) -> float | None:
 
 def alarms(account: Account) -> list[str]:
     """Return the names of the stack's active alarms."""
+    names = stacks.resource_names(account, "AWS::CloudWatch::Alarm")
+    if not names:
+        return []
     pages = account.client("cloudwatch").get_paginator("describe_alarms")
-    found = pages.paginate(StateValue="ALARM", AlarmNamePrefix=f"{account.name}-")
-    return [alarm["AlarmName"] for page in found for alarm in page["MetricAlarms"]]
+    found = [alarm for page in pages.paginate(AlarmNames=names) for alarm in page["MetricAlarms"]]
+    return [alarm["AlarmName"] for alarm in found if alarm["StateValue"] == "ALARM"]
 
 
 def log_lines(account: Account, since: timedelta, pattern: str, follow: bool) -> Iterator[LogLine]:

@@ -9,32 +9,46 @@ import sys
 import time
 from collections import deque
 
+from deploy.options import typed
+
 from .processes import LOOPBACK, ServeError
 
 # Below the range that the kernel gives to outgoing connections, so that no connection takes a chosen port during the
 # seconds until java binds it.
 PORTS = range(20_000, 32_000)
+INNER = ("inference", "management", "metrics", "grpc_inference", "grpc_management", "worker")  # on loopback
 # Java binds its ports within this time of their choice, on a busy machine too.
 RESERVED_S = 120.0
 _reserved: deque[tuple[float, socket.socket]] = deque()
 
 
-def choose_ports(port: int = 0, public: str = "inference") -> dict[str, int]:
+def choose_ports(port: int = 0, public: str = "inference", within: range | None = None) -> dict[str, int]:
     """Return a port for each listener.
 
     `port` is for the `public` listener, and the next two for management and metrics. The other listeners get free
-    ports; with `port` 0, all of them do. Raise `ServeError` if a fixed port is in use.
+    ports; with `port` 0, all of them do. With `within`, all except the public one are from this range. Raise
+    `ServeError` if a fixed port is in use.
     """
-    fixed = {}
-    if port:
-        fixed = {public: port, "management": port + 1, "metrics": port + 2}
-        for use, number in fixed.items():
-            if not is_free(number):
-                raise ServeError(f"port {number} ({use}) is in use; choose another: --port N takes N, N+1 and N+2")
-            _reserve(number)
-    uses = [public, "inference", "management", "metrics", "grpc_inference", "grpc_management", "worker"]
-    others = [use for use in dict.fromkeys(uses) if use not in fixed]
+    fixed = fixed_ports(port, public, within)
+    for use, number in fixed.items():
+        if not is_free(number):
+            option = typed("--port")
+            raise ServeError(f"port {number} ({use}) is in use; choose another {option}: N takes N, N+1 and N+2")
+        _reserve(number)
+    others = [use for use in dict.fromkeys((public, *INNER)) if use not in fixed]
     return {**fixed, **dict(zip(others, free_ports(len(others), set(fixed.values())), strict=True))}
+
+
+def fixed_ports(port: int, public: str, within: range | None = None) -> dict[str, int]:
+    """Return the listeners whose ports follow from these arguments. Raise `ServeError` if the range is too small."""
+    if within is None:
+        return {public: port, "management": port + 1, "metrics": port + 2} if port else {}
+    inner = [use for use in INNER if use != public]
+    numbers = [number for number in within if number != port]
+    if len(numbers) < len(inner):
+        limits = f"{within.start}-{within.stop - 1}"
+        raise ServeError(f"the range must have {len(inner)} ports besides the public one, got {limits}")
+    return {**({public: port} if port else {}), **dict(zip(inner, numbers, strict=False))}
 
 
 def free_ports(count: int, taken: set[int] | None = None) -> list[int]:
@@ -43,6 +57,8 @@ def free_ports(count: int, taken: set[int] | None = None) -> list[int]:
     Raise `ServeError` if there are too few.
     """
     ports: list[int] = []
+    if not count:
+        return ports
     for number in random.SystemRandom().sample(PORTS, 1000):
         if number not in (taken or set()) and is_free(number) and _reserve(number):
             ports.append(number)

@@ -46,12 +46,16 @@ class Service:
         haproxy: str | None,
         port: int = 0,
         host: str = LOOPBACK,
+        safe_ports: range | None = None,
         home: Path | None = None,
         ready_timeout_s: float = 600,
         delays_s: Sequence[float] = DELAYS_S,
         **server_options: Any,
     ) -> None:
-        """`haproxy` is its path, or None. `server_options` are further options of `TorchServe`."""
+        """`haproxy` is its path, or None. All ports but the public one are from `safe_ports`, if it is given.
+
+        `server_options` are further options of `TorchServe`.
+        """
         if haproxy is None and host != LOOPBACK:
             raise ServeError(f"serving on {host} needs HAProxy; scripts/need_haproxy.sh prints how to install it")
         self._model_store = model_store
@@ -59,6 +63,7 @@ class Service:
         self._haproxy_path = haproxy
         self._port = port
         self._host = host
+        self._safe_ports = safe_ports
         self._requested_home = home
         self._ready_timeout_s = ready_timeout_s
         self._delays_s = delays_s
@@ -107,7 +112,7 @@ class Service:
 
     def _start_haproxy(self, home: ServerHome, guard: Guard) -> None:
         public = "front" if self._haproxy_path else "inference"
-        ports = choose_ports(self._port, public)
+        ports = choose_ports(self._port, public, self._safe_ports)
         self.url = f"http://{LOOPBACK}:{ports[public]}"
         self._server_options |= {"ports": ports, "home": home.folder, "guard": guard}
         if self._haproxy_path:

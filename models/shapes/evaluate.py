@@ -6,7 +6,6 @@ Must not know: training.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections import Counter
@@ -21,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from deploy.options import Parser
 from models.shapes.scenes import HELD_OUT_SEEDS, QUESTION_TYPES, Question, dialogue, make_scene
 
 FOLDER = Path(__file__).resolve().parent
@@ -130,7 +130,7 @@ def evaluate(model: Model, pictures: int, turns: int, batch: int, first_seed: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="models/shapes/evaluate.py", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=FOLDER, help="folder of the model (default: beside this file)")
     parser.add_argument("--pictures", type=int, default=1_000, help="held-out pictures (default 1000)")
     parser.add_argument("--turns", type=int, default=5, help="questions about each picture (default 5)")

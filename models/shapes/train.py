@@ -10,7 +10,6 @@ gradients, which was much steadier on shared cores than one process with two thr
 
 from __future__ import annotations
 
-import argparse
 import copy
 import io
 import os
@@ -36,6 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
+from deploy.options import Parser
 from models.shapes import build
 from models.shapes.scenes import COLOURS, HELD_OUT_SEEDS, KINDS, PLACES, Question, Scene, dialogue, make_scene
 
@@ -389,7 +389,9 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: P
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(
+        prog="models/shapes/train.py", description="Train the demo model from nothing, with its committed recipe."
+    )
     parser.add_argument("--seed", type=int, default=0, help="fixes pictures, dialogues and first weights (default 0)")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the model (default: beside this file)")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full work; 0.01 is a smoke test")

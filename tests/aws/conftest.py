@@ -12,8 +12,10 @@ import boto3
 import botocore.loaders
 import pytest
 
-from tests.support.cloud import REGION, empty, serving, settings
+from deploy.sagemaker import images, models
+from tests.support.cloud import ACCOUNT, REGION, empty, put_image, serving, settings
 
+TYPE = "ml.g5.4xlarge"  # not the default of the template
 LOADER = botocore.loaders.create_loader()  # the services' descriptions, read once for all tests
 
 
@@ -99,3 +101,34 @@ def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Done]:
         return Done(code, said.out, said.err)
 
     return run
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What `build_mar.sh --sagemaker` leaves, with weights of three parts."""
+    monkeypatch.setattr(models, "PART_BYTES", 5 << 20)  # the smallest that S3 takes
+    folder = tmp_path / "llava.sagemaker"
+    for name in ("MAR-INF", "checkpoint"):
+        (folder / name).mkdir(parents=True)
+    (folder / "MAR-INF/MANIFEST.json").write_text("{}")
+    (folder / "llava_handler.py").write_text("")  # an empty file, too
+    (folder / "model-config.yaml").write_text("llava:\n  max_sessions: 20\n")
+    (folder / "checkpoint/model.safetensors").write_bytes(os.urandom((10 << 20) + 77))
+    return folder
+
+
+@pytest.fixture
+def pushed(cloud: Cloud) -> str:
+    """An image in ECR, as `push` leaves one."""
+    images.ensure_repository(images.Account("llava", boto3.session.Session(region_name=REGION)), "llava-sessions")
+    put_image(cloud.client("ecr"), "llava-sessions")
+    return f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com/llava-sessions"
+
+
+@pytest.fixture
+def uploaded(run: Run, packed: Path, pushed: str) -> str:
+    """A model in S3 and an image in ECR: all that `up` needs."""
+    return run("upload", packed).out.strip()

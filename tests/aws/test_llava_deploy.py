@@ -12,52 +12,20 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 from botocore.exceptions import ConnectionClosedError
 from moto.cloudformation.models import Stack
 
 from deploy.sagemaker import command as llava_deploy
-from deploy.sagemaker import images, models, stacks, watching
-from tests.support.cloud import ACCOUNT, REGION, answer, contents, frame, part, put_image, refusal
+from deploy.sagemaker import stacks, watching
+from tests.support.cloud import ACCOUNT, REGION, answer, contents, frame, part, refusal
 
-from .conftest import Cloud, Done
+from .conftest import TYPE, Cloud, Run
 
 BUCKET = f"llava-sessions-{ACCOUNT}-{REGION}"
-TYPE = "ml.g4dn.2xlarge"  # moto knows no newer ones
-Run = Callable[..., Done]
-
-
-@pytest.fixture
-def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What `build_mar.sh --sagemaker` leaves, with weights of three parts."""
-    monkeypatch.setattr(models, "PART_BYTES", 5 << 20)  # the smallest that S3 takes
-    folder = tmp_path / "llava.sagemaker"
-    for name in ("MAR-INF", "checkpoint"):
-        (folder / name).mkdir(parents=True)
-    (folder / "MAR-INF/MANIFEST.json").write_text("{}")
-    (folder / "llava_handler.py").write_text("")  # an empty file, too
-    (folder / "model-config.yaml").write_text("llava:\n  max_sessions: 20\n")
-    (folder / "checkpoint/model.safetensors").write_bytes(os.urandom((10 << 20) + 77))
-    return folder
-
-
-@pytest.fixture
-def pushed(cloud: Cloud) -> str:
-    """An image in ECR, as `push` leaves one."""
-    images.ensure_repository(images.Account("llava", boto3.session.Session(region_name=REGION)), "llava-sessions")
-    put_image(cloud.client("ecr"), "llava-sessions")
-    return f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com/llava-sessions"
-
-
-@pytest.fixture
-def uploaded(run: Run, packed: Path, pushed: str) -> str:
-    """A model in S3 and an image in ECR: all that `up` needs."""
-    return run("upload", packed).out.strip()
 
 
 # --- the whole way ----------------------------------------------------------------------------------------------------

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -81,8 +83,68 @@ def test_the_filters_name_figures_that_the_handler_has() -> None:
         assert f"llava_{value.removeprefix('$.')}" in metrics.GAUGES
 
 
-def test_nothing_is_told_while_nobody_listens() -> None:
-    assert metric_lines.read_metrics("http://127.0.0.1:9/metrics") == {}
+HEAD = b"HTTP/1.1 200 OK\r\n"
+SAMPLE = b'llava_open_sessions{ModelName="llava",} '
+
+
+@pytest.fixture
+def raw() -> Iterator[Callable[[bytes], str]]:
+    """Return the URL of a listener that answers with these bytes and closes the connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer(reply: bytes) -> str:
+            def serve() -> None:
+                with contextlib.suppress(OSError), listener.accept()[0] as client:
+                    client.recv(65536)
+                    client.sendall(reply)
+
+            Thread(target=serve, daemon=True).start()
+            return f"http://127.0.0.1:{listener.getsockname()[1]}/metrics"
+
+        yield answer
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"",
+        b"\xff\xfe\x00 not HTTP\r\n\r\n",
+        b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n",
+        HEAD + b"Content-Length: 100\r\n\r\n" + SAMPLE + b"3.0\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n",
+        HEAD + b"\r\n\xff\xfe" + SAMPLE + b"3.0\n",
+        HEAD + b"\r\n" + SAMPLE + b"three\n",
+        HEAD + b"\r\n" + SAMPLE + b"NaN\n",
+        HEAD + b"\r\n" + SAMPLE + b"Infinity\n",
+        HEAD + b"\r\n# no metric\n",
+        HEAD + b"\r\n" + b"#" * (metric_lines.MAX_BYTES + 1),
+        b"HTTP/1.1 302 Found\r\nLocation: ftp://x\r\n\r\n",
+        HEAD + b"X: " + b"y" * 70_000 + b"\r\n\r\n",
+    ],
+)
+def test_any_answer_of_the_page_gives_a_line_with_the_reason(raw: Callable[[bytes], str], reply: bytes) -> None:
+    line = metric_lines.next_line(raw(reply))
+    told = json.loads(line, parse_constant=pytest.fail)
+    assert told["event"] == metric_lines.BLIND_EVENT
+    assert told["reason"]
+    assert not any(matches(pattern, line) for pattern, _ in filters().values())
+
+
+def test_a_page_that_nobody_serves_gives_a_line_too() -> None:
+    told = json.loads(metric_lines.next_line("http://127.0.0.1:9/metrics"))
+    assert told["event"] == metric_lines.BLIND_EVENT
+    assert "refused" in told["reason"]
+
+
+def test_the_page_is_never_asked_for_through_a_proxy(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert metric_lines.read_metrics(page)["open_sessions"] == 3
+    code = "import sys; from deploy.container.metric_lines import read_metrics; print(read_metrics(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", code, page], cwd=REPO, capture_output=True, text=True, check=True)
+    assert "'open_sessions': 3.0" in done.stdout
 
 
 def test_code_and_template_use_the_same_names() -> None:

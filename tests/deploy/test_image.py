@@ -26,7 +26,7 @@ from deploy.container import entrypoint
 from deploy.container.entrypoint import MANIFEST, ContainerError, find_model
 from deploy.container.image import ImageError, build_command, find_builder, pip_settings
 from deploy.pack import FAMILIES
-from deploy.serve.ports import free_ports
+from deploy.serve.ports import PORTS, fixed_ports, free_ports, is_free
 from tests.support.commands import eventually
 
 REPO = Path(__file__).resolve().parents[2]
@@ -88,6 +88,10 @@ def test_the_torch_that_the_dockerfile_speaks_of_is_the_one_that_is_pinned() -> 
     assert f"torch {pinned}." in DOCKERFILE
 
 
+def test_the_dockerfile_names_no_base_that_aws_has_stopped_patching() -> None:
+    assert not re.search(r"pytorch-inference|torchserve:|-sagemaker`", DOCKERFILE)
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_that_is_served_is_compiled(family: str) -> None:
     left_out = re.compile(re.search(r"-x '(.*)'", DOCKERFILE)[1])
@@ -140,9 +144,10 @@ def test_the_entrypoint_as_the_image_starts_it_says_so_too() -> None:
 
 
 @pytest.mark.parametrize("arguments", [[], ["train"], ["serve", "--port"]])
-def test_other_arguments_get_the_usage(arguments: list[str], capsys) -> None:
+def test_other_arguments_are_refused_in_one_line(arguments: list[str], capsys) -> None:
     assert entrypoint.main(arguments) == 2
-    assert capsys.readouterr().err.startswith("usage: serve\n")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("serve: error: the argument must be serve, got ")
 
 
 @pytest.mark.parametrize("port", ["", "http", "0", "65534", "-1"])
@@ -151,6 +156,25 @@ def test_a_bad_port_is_refused(tmp_path: Path, capsys, monkeypatch: pytest.Monke
     monkeypatch.setenv("SAGEMAKER_BIND_TO_PORT", port)
     assert entrypoint.main(["serve"], tmp_path) == 2
     assert f"`SAGEMAKER_BIND_TO_PORT` must be a port from 1 to 65533, got {port!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ("9000", "`SAGEMAKER_SAFE_PORT_RANGE` must be LOW-HIGH with ports from 1 to 65535, got '9000'"),
+        ("9000-99999", "`SAGEMAKER_SAFE_PORT_RANGE` must be LOW-HIGH"),
+        ("9000-8000", "`SAGEMAKER_SAFE_PORT_RANGE` must be LOW-HIGH"),
+        ("8080-8085", "`SAGEMAKER_SAFE_PORT_RANGE`: the range must have 6 ports besides the public one, got 8080-8085"),
+    ],
+)
+def test_a_bad_range_of_ports_is_refused(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, given: str, reason: str
+) -> None:
+    pack_stand_in(tmp_path / "llava")
+    monkeypatch.setenv("SAGEMAKER_SAFE_PORT_RANGE", given)
+    assert entrypoint.main(["serve"], tmp_path) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert reason in line
 
 
 @pytest.fixture
@@ -189,10 +213,13 @@ print(os.getresuid(), os.getresgid(), os.getgroups(), os.environ["HOME"])
 
 
 def test_it_serves_what_lies_there_on_every_interface_until_sigterm(tmp_path: Path) -> None:
-    """And a killed java, whose worker is an orphan then, is replaced and leaves no zombie."""
+    """It opens no port outside of SageMaker's range. And a killed java is replaced and leaves no zombie."""
     pack_stand_in(tmp_path / "model")
     [port] = free_ports(1)
-    env = {**os.environ, "SAGEMAKER_BIND_TO_PORT": str(port), "PYTHONPATH": str(REPO)}
+    within = free_block(10)
+    limits = f"{within.start}-{within.stop - 1}"
+    variables = {"SAGEMAKER_BIND_TO_PORT": str(port), "SAGEMAKER_SAFE_PORT_RANGE": limits, "PYTHONPATH": str(REPO)}
+    env = {**os.environ, **variables}
     server = subprocess.Popen(
         [sys.executable, "-c", SERVE, tmp_path / "model"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -201,6 +228,10 @@ def test_it_serves_what_lies_there_on_every_interface_until_sigterm(tmp_path: Pa
         with httpx.Client(base_url=f"http://127.0.0.2:{port}", trust_env=False, timeout=150) as http:
             wait_ping(http)
             assert http.post("/invocations", json={}).json() == {"model": "model"}
+            opened = listening(server.pid)
+            assert port in opened
+            assert opened - {port} <= set(within)
+            assert fixed_ports(port, "front", within)["metrics"] in opened
             (java,) = [process for process in below(server.pid) if process.name() == "java"]
             java.kill()
             assert eventually(lambda: java not in below(server.pid) and not zombies(server.pid))
@@ -226,6 +257,22 @@ def test_the_launchers_end_is_the_containers(ends: str, code: int) -> None:
 def below(pid: int) -> list[psutil.Process]:
     """All descendants."""
     return psutil.Process(pid).children(recursive=True)
+
+
+def listening(pid: int) -> set[int]:
+    """Return the TCP ports on which the descendants listen."""
+    opened: set[int] = set()
+    for process in below(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found = process.net_connections("tcp")
+            opened |= {item.laddr.port for item in found if item.status == psutil.CONN_LISTEN}
+    return opened
+
+
+def free_block(count: int) -> range:
+    """Return ports in a row without listeners, outside of the range from which other servers choose."""
+    blocks = (range(low, low + count) for low in range(14_000, PORTS.start - count, count))
+    return next(block for block in blocks if all(map(is_free, block)))
 
 
 def zombies(pid: int) -> list[psutil.Process]:

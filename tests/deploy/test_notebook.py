@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+import subprocess
 from dataclasses import dataclass
 
 import boto3
@@ -17,7 +18,7 @@ from nbformat import NotebookNode
 
 from deploy.serve.torchserve import TorchServe
 from models.shapes.scenes import Ask, Subject, make_scene, true_answer
-from tests.notebook import NOTEBOOK, execute, rehearsal
+from tests.notebook import NOTEBOOK, OUTPUT, execute, parse_args, rehearsal
 from tests.support import cloud
 
 from .conftest import ROOT
@@ -84,6 +85,12 @@ def test_every_cell_ran_once_and_in_order(told: Told) -> None:
     cells = [cell for cell in told.notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert [cell.id for cell in cells for output in cell.outputs if output.output_type == "error"] == []
+
+
+def test_make_notebook_changes_no_tracked_file() -> None:
+    assert parse_args([]).output == OUTPUT
+    done = subprocess.run(["git", "check-ignore", "-q", OUTPUT], cwd=ROOT, check=False)
+    assert (done.returncode, parse_args(["--save"]).output) == (0, NOTEBOOK)
 
 
 def test_the_commands_answers_are_right(told: Told) -> None:

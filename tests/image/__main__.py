@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.container.image import ImageError
+from deploy.options import Parser
 
 from .building import IMAGE, make_image, need_tools
 from .log import CheckError, Log, run
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the options of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tests.image",
         description="Build the container's image with buildah, run it as SageMaker does, chat through it, measure it.",
     )

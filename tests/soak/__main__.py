@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from deploy.options import error_prefix, typed, version_line
+
 from . import churn, fuzz, isolation, kills, lifecycles, memory
 
 SOAKS = {
@@ -26,10 +28,17 @@ def main(argv: list[str]) -> int:
         return max([_alone(name) for name in SOAKS])
     if argv[0] in SOAKS:
         return SOAKS[argv[0]](argv[1:])
+    if argv[0] == "--version":
+        print(version_line())
+        return 0
+    if argv[0] not in ("-h", "--help"):
+        start = error_prefix("python -m tests.soak")
+        print(f"{start}error: {typed('NAME')} must be one of {', '.join(SOAKS)}, got {argv[0]!r}", file=sys.stderr)
+        return 2
     lines = [f"  {name:14} {soak.__doc__.splitlines()[0]}" for name, soak in SOAKS.items()]
     print("usage: python -m tests.soak [NAME [options]]   all of them, or one; NAME --help lists its options\n")
     print("\n".join(lines))
-    return 0 if argv[0] in ("-h", "--help") else 2
+    return 0
 
 
 def _alone(name: str) -> int:

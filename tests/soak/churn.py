@@ -12,7 +12,6 @@ warm-up against the first fifth, 5 minutes each in the 30-minute run. Memory may
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import random
 import statistics
@@ -29,6 +28,7 @@ import httpx
 import torch
 
 from bench import machine
+from deploy.options import Parser
 from deploy.serve.torchserve import TorchServe
 from llava_sessions_client import SESSION_HEADER, ApiError, ChatSession, read_metrics, to_png, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
@@ -213,7 +213,7 @@ def run(minutes: float, warm_up_minutes: float, seed: int) -> tuple[dict, list[s
 
 def main(argv: list[str] | None = None) -> int:
     """Open, use, abandon, expire and close sessions for half an hour; check for leaks."""
-    parser = argparse.ArgumentParser(prog="python -m tests.soak.churn", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m tests.soak churn", description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=30.0, help="how long sessions come and go")
     parser.add_argument("--warm-up-minutes", type=float, default=5.0, help="before growth counts")
     parser.add_argument("--seed", type=int, default=1)

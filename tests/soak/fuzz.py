@@ -5,7 +5,6 @@ python -m tests.soak.fuzz --requests 20000
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 from bench import machine
+from deploy.options import Parser
 from tests.support.fuzz import SESSIONS, THREADS, fuzz, serving
 
 from .report import RESULTS, write
@@ -21,7 +21,7 @@ from .report import RESULTS, write
 
 def main(argv: list[str] | None = None) -> int:
     """Send 20,000 malformed requests to a real server."""
-    parser = argparse.ArgumentParser(prog="python -m tests.soak.fuzz", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m tests.soak fuzz", description=__doc__.split("\n")[0])
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "soak_fuzz.json")

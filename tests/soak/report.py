@@ -17,6 +17,7 @@ import httpx
 import torch
 
 from bench import machine
+from deploy.options import Parser, whole_number
 from tests.support.chats import HANG_S, Crowd, PatientChat, Script, Tally
 from tests.support.serving import ROOT, Processes, Served
 
@@ -31,11 +32,11 @@ POOLS = 30
 
 def options(name: str, about: str | None, argv: list[str], **defaults: int) -> argparse.Namespace:
     """The command line: each of `defaults` is a whole number that may be chosen."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m tests.soak {name}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for option, default in {**defaults, "seed": 0}.items():
-        parser.add_argument(f"--{option.replace('_', '-')}", type=int, default=default, help=f"({default})")
+        parser.add_argument(f"--{option.replace('_', '-')}", type=whole_number(0), default=default, help=f"({default})")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record (bench/results)")
     return parser.parse_args(argv)
 

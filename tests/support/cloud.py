@@ -23,7 +23,7 @@ from botocore.model import Shape, StructureShape
 from moto.cloudformation.exceptions import ValidationError
 from moto.cloudformation.responses import CloudFormationResponse
 from moto.core.common_models import CloudFormationModel
-from moto.sagemaker.models import FakeEndpoint
+from moto.sagemaker.models import FakeEndpoint, FakeEndpointConfig
 from moto.server import ThreadedMotoServer
 from urllib3 import HTTPResponse
 
@@ -114,6 +114,7 @@ class _ByApi:
 
     def __init__(self, physical_id: str) -> None:
         self.physical_resource_id = physical_id
+        self.type = self.cloudformation_type()
 
     @staticmethod
     def cloudformation_name_type() -> str:
@@ -201,14 +202,19 @@ def target_of(physical_id: str) -> dict[str, str]:
     return dict(zip(("ResourceId", "ScalableDimension", "ServiceNamespace"), physical_id.split("|"), strict=True))
 
 
+# moto knows no instance type of the last years.
+FakeEndpointConfig.validate_instance_type = lambda self, instance_type: None
+
+
 # moto's stacks give endpoints a name of their own; AWS's take the one in the template.
 FakeEndpoint.cloudformation_name_type = staticmethod(lambda: "EndpointName")
 
 
 def _refuse_same_update(self, incoming, body, stack) -> None:
     """moto stumbles where an update changes nothing; AWS says so."""
-    wanted = {item["ParameterKey"]: item["ParameterValue"] for item in incoming}
-    if body == stack.template and wanted == {name: str(value) for name, value in stack.stack_parameters.items()}:
+    present = {name: str(value) for name, value in stack.stack_parameters.items()}
+    wanted = {item["ParameterKey"]: item.get("ParameterValue", present.get(item["ParameterKey"])) for item in incoming}
+    if body == stack.template and wanted == present:
         raise ValidationError(message="No updates are to be performed.")
 
 

@@ -295,7 +295,7 @@ def test_killed_in_the_middle_of_a_save_its_record_is_there_or_not(folder, caplo
 def test_what_a_killed_writer_left_is_tidied_once_no_living_one_can_own_it(journal, folder):
     story = opening(journal, expires_at_s=2.0**40)
     assert stores(journal, story, 10)
-    young, old, gone = folder / ".new-young", folder / ".new-old", folder / ".gone-half"
+    young, old, gone = folder / f".new-{1:016x}", folder / f".new-{2:016x}", folder / f".gone-{3:016x}"
     for path in (young, old):
         path.write_bytes(b"half a rec")
     now = young.stat().st_mtime
@@ -308,6 +308,32 @@ def test_what_a_killed_writer_left_is_tidied_once_no_living_one_can_own_it(journ
     journal.recover(now)
     assert (young.exists(), old.exists(), empty.exists(), gone.exists()) == (True, False, False, False)
     assert read(again(folder), "chat-1", now).records() == story.records()
+
+
+def test_tidying_leaves_what_no_store_has_made(folder):
+    store = DirectoryStore(str(folder))
+    assert store.create("a" * 40, "000000.rec", b"record")
+    foreign = {
+        name: folder / name for name in ("empty", ".new-theirs", ".gone-theirs", "0" * 39, "lost+found", "A" * 40)
+    }
+    for name, path in foreign.items():
+        path.write_bytes(b"theirs") if name.startswith(".new") else path.mkdir()
+    target = folder / "target"
+    target.mkdir()
+    link = folder / f".gone-{4:016x}"
+    link.symlink_to(target)
+    file = folder / ("b" * 40)
+    file.write_bytes(b"theirs")
+    left = folder / ("0" * 40)
+    left.mkdir()
+    now = left.stat().st_mtime
+    for path in [*foreign.values(), target, file, left]:
+        os.utime(path, (now - 10_000, now - 10_000))
+    store.tidy(now)
+    assert not left.exists()
+    assert all(path.exists() for path in [*foreign.values(), target, link, file])
+    assert store.numbers("a" * 40) == [0]
+    DirectoryStore(str(folder / "absent")).tidy(now)
 
 
 # --- damage ---

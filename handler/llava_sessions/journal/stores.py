@@ -21,6 +21,8 @@ from typing import Any, Protocol
 OWNER = "owner"
 _RECORD = re.compile(r"([0-9]{6})\.rec")
 _KEY = re.compile(r"[0-9a-f]{40}")
+_NEW = re.compile(r"\.new-[0-9a-f]{16}")  # temporary files
+_GONE = re.compile(r"\.gone-[0-9a-f]{16}")  # directories of removed sessions
 _S3_PREFIX = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/([A-Za-z0-9!_.*'()/-]*[A-Za-z0-9!_.*'()-])/?")
 # Several workers may share a directory: a temporary file younger than this may still be in use.
 _TEMPORARY_S = 600
@@ -175,20 +177,13 @@ class DirectoryStore:
             return (self._root / key).stat().st_mtime
 
     def tidy(self, now_s: float) -> None:
-        """Remove the left-overs of writes and removals that were killed."""
-        with _os_errors("remove"):
-            for path in [*self._root.glob(".new-*"), *self._root.glob(".gone-*")]:
-                try:
-                    if path.name.startswith(".gone-"):
-                        shutil.rmtree(path)
-                    elif now_s - path.stat().st_mtime > _TEMPORARY_S:
-                        path.unlink()
-                except FileNotFoundError:
-                    continue  # another worker tidies too
-            for folder in self._root.glob("*"):
-                if folder.is_dir() and now_s - folder.stat().st_mtime > _TEMPORARY_S:
-                    with contextlib.suppress(OSError):  # most are not empty
-                        folder.rmdir()
+        """Remove the left-overs of writes and removals that were killed. Leave all names that no store makes."""
+        with _os_errors("remove"), contextlib.suppress(*_NOT_THERE):
+            with os.scandir(self._root) as entries:
+                found = list(entries)
+            for entry in found:
+                with contextlib.suppress(FileNotFoundError):  # another worker tidies too
+                    _tidy_entry(entry, now_s)
 
     @contextmanager
     def _temporary(self, data: bytes) -> Iterator[Path]:
@@ -298,6 +293,20 @@ def record_name(number: int) -> str:
 
 def _numbers(names: list[str]) -> list[int]:
     return sorted(int(match[1]) for match in map(_RECORD.fullmatch, names) if match)
+
+
+def _tidy_entry(entry: os.DirEntry[str], now_s: float) -> None:
+    """Remove an entry of a directory store if it is a left-over."""
+    is_folder = entry.is_dir(follow_symlinks=False)
+    if _GONE.fullmatch(entry.name) and is_folder:
+        shutil.rmtree(entry.path)
+    elif now_s - entry.stat(follow_symlinks=False).st_mtime <= _TEMPORARY_S:
+        return
+    elif _NEW.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+        os.unlink(entry.path)
+    elif _KEY.fullmatch(entry.name) and is_folder:
+        with contextlib.suppress(OSError):  # most are not empty
+            os.rmdir(entry.path)
 
 
 def _version(data: bytes) -> str:

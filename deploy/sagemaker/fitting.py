@@ -1,0 +1,67 @@
+"""Compare an uploaded model with the table of `llava-deploy capacity`, before an instance costs money."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from . import capacity, models
+from .account import Account
+from .output import format_size
+
+CONFIG = "checkpoint/config.json"
+WEIGHTS = ".safetensors"
+TEXT_TOKENS = 1024  # the defaults of `capacity`
+RESERVE_GIB = 2.0
+# model_type -> the name of its family in the table
+FAMILIES = {"llava": "LLaVA-1.5", "llava_next": "LLaVA-NeXT", "llava_onevision": "OneVision"}
+# Hidden size, layers and KV heads of a text config that omits them: the defaults of transformers.
+USUAL = {"llama": (4096, 32, 32), "mistral": (4096, 32, 8), "qwen2": (4096, 32, 32)}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a model fits. `fits` is None if `capacity` does not know the model or the instance type."""
+
+    fits: bool | None
+    reason: str
+
+
+def verdict(account: Account, address: models.ModelAddress, instance_type: str) -> Verdict:
+    """Return whether the model at the address fits an instance of this type."""
+    instance = next((item for item in capacity.INSTANCES if item.name == instance_type), None)
+    if instance is None:
+        return Verdict(None, f"`capacity` does not list {instance_type}: whether the model fits is unknown")
+    text = None if address.is_tarball else models.read_file(account, address, CONFIG)
+    if text is None:
+        return Verdict(None, f"{address} has no readable {CONFIG}: whether it fits {instance_type} is unknown")
+    gpu = f"{instance.gpu} with {instance.gpu_mib / 1024:.1f} GiB"
+    config = json.loads(text)
+    shape = known_shape(config)
+    if shape is not None:
+        fit = capacity.fit(shape, instance, TEXT_TOKENS, int(RESERVE_GIB * capacity.GIB))
+        reason = f"{shape.name} does not fit {instance_type} ({gpu}) by `llava-deploy capacity`"
+        return Verdict(fit.on_gpu > 0, reason)
+    weights = models.size_of(account, address, WEIGHTS) * capacity.BYTES_PER_NUMBER // _stored_bytes(config)
+    reason = f"weights of {format_size(weights)} do not fit {instance_type} ({gpu})"
+    return Verdict(weights + RESERVE_GIB * capacity.GIB < instance.gpu_mib * capacity.MIB, reason)
+
+
+def known_shape(config: dict[str, Any]) -> capacity.LlavaShape | None:
+    """Return the row of the table with the sizes of this config.json, or None."""
+    text = config.get("text_config") or {}
+    usual = USUAL.get(text.get("model_type", "llama"), USUAL["llama"])
+    hidden = text.get("hidden_size", usual[0])
+    layers = text.get("num_hidden_layers", usual[1])
+    heads = text.get("num_key_value_heads", text.get("num_attention_heads", usual[2]))
+    family = FAMILIES.get(config.get("model_type", ""))
+    for shape in capacity.MODELS:
+        if family and family in shape.name and (shape.hidden, shape.layers, shape.kv_heads) == (hidden, layers, heads):
+            return shape
+    return None
+
+
+def _stored_bytes(config: dict[str, Any]) -> int:
+    dtype = config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
+    return 4 if dtype == "float32" else 2

@@ -26,6 +26,7 @@ from llava_sessions.config import ConfigError, HandlerConfig, read_config
 from llava_sessions.errors import error_line, reason_phrase
 from llava_sessions.ipc.messages import EngineSettings
 from llava_sessions.journal.journal import open_journal
+from llava_sessions.machine_memory import memory_bytes
 from llava_sessions.metrics import COUNTERS, GAUGES, MetricValues
 from llava_sessions.protocol.constants import SESSION_HEADER
 from llava_sessions.text.chat_template import ChatTemplate
@@ -69,7 +70,8 @@ class LlavaHandler(BaseHandler):
         model_dir = Path(context.system_properties["model_dir"])
         self._version_lock = _hold_version(model_dir)
         checkpoint = _checkpoint(config, model_dir)
-        journal = open_journal(config.journal_dir, config.journal_s3_prefix)
+        held_bytes = memory_bytes() // 10 if config.media.held_bytes is None else config.media.held_bytes
+        journal = open_journal(config.journal_dir, config.journal_s3_prefix, held_bytes)
         inbox = Inbox()
         settings = _engine_settings(config, checkpoint, context.system_properties.get("gpu_id"))
         # Without an engine the worker cannot serve. TorchServe restarts a worker that ends.
@@ -105,13 +107,14 @@ class LlavaHandler(BaseHandler):
         threading.Thread(target=self._sweep, name="sweeper", daemon=True).start()
         self.initialized = True
         log.info(
-            "ready device=%s dtype=%s context=%d sessions=%d device_bytes=%d host_bytes=%d seconds=%.1f",
+            "ready device=%s dtype=%s context=%d sessions=%d device_bytes=%d host_bytes=%d held_bytes=%d seconds=%.1f",
             facts.device,
             facts.dtype,
             facts.context_tokens,
             config.max_sessions,
             facts.device_bytes,
             facts.host_bytes,
+            held_bytes,
             time.monotonic() - began_s,
         )
 

@@ -29,7 +29,7 @@ from .errors import describe
 FRONTEND_MARGIN_S = 120
 # An escaped character is at most 12 bytes of JSON; base64 with line breaks and escapes is at most twice the picture.
 _JSON_BYTES_PER_CHAR = 12
-_JSON_BYTES_PER_PICTURE_BYTE = 2
+JSON_BYTES_PER_PICTURE_BYTE = 2
 _JSON_BYTES_OF_OPTIONS = 64 * 2**10
 # The largest request, as in HAProxy's rules (deploy/serve/sessions.cfg).
 MAX_REQUEST_BYTES = 32 * 2**20
@@ -114,7 +114,7 @@ class RequestLimits(_Section):
 
 
 class MediaLimits(_Section):
-    """The size of one picture, and the places from which it may come."""
+    """The sizes of pictures, and the places from which they may come."""
 
     max_bytes: int = Field(default=10 * 2**20, ge=1, le=2**31, description="Bytes of one encoded picture.")
     max_pixels: int = Field(
@@ -122,6 +122,20 @@ class MediaLimits(_Section):
         ge=1,
         le=2**31,
         description="Pixels of one decoded picture. Pillow itself rejects more than 178 million.",
+    )
+    max_request_pixels: int = Field(
+        default=200_000_000,
+        ge=1,
+        le=2**40,
+        description="Pixels of all pictures or frames of one request. Read from the headers, before any is decoded.",
+    )
+    held_bytes: _Bytes = Field(
+        default=None,
+        description=(
+            "Bytes of encoded pictures that the worker's memory holds for all sessions. Equal pictures count once. A "
+            "request that would exceed it is rejected with 429. Pictures that are read from a journal count, and are "
+            "never rejected. `auto`: 10 % of the RAM."
+        ),
     )
     fetch_timeout_s: float = Field(
         default=10.0,
@@ -199,7 +213,7 @@ class HandlerConfig(_Section):
         description=(
             "Bytes of device memory for vision features and KV caches. When they are full, idle KV caches are "
             "offloaded to the host, least recently used first. `auto`: on CUDA the memory left after the weights "
-            "and a reserve, on CPU 30 % of the RAM."
+            "and a reserve, on CPU 30 % of the RAM. A container's memory limit counts as its RAM."
         ),
     )
     host_bytes: _Bytes = Field(
@@ -230,7 +244,7 @@ def frontend_capacity(max_sessions: int) -> int:
 
 def max_body_bytes(limits: RequestLimits, media: MediaLimits) -> int:
     """Return the size of the longest body that the limits and the fronts allow, in bytes."""
-    pictures = max(limits.max_pictures, limits.max_frames) * media.max_bytes * _JSON_BYTES_PER_PICTURE_BYTE
+    pictures = max(limits.max_pictures, limits.max_frames) * media.max_bytes * JSON_BYTES_PER_PICTURE_BYTE
     longest = _JSON_BYTES_OF_OPTIONS + limits.max_prompt_chars * _JSON_BYTES_PER_CHAR + pictures
     return min(longest, MAX_REQUEST_BYTES)
 

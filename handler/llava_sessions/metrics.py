@@ -34,6 +34,7 @@ METRICS = (
         "gauge",
         "CPU: features and KV caches. CUDA: memory that torch's allocator holds, with the weights.",
     ),
+    Metric("llava_media_held_bytes", "bytes", "gauge", "Encoded pictures of all sessions in the worker's memory."),
     Metric("llava_turns_total", "count", "counter", "Turns that ended with an answer."),
     Metric("llava_refusals_total", "count", "counter", "Requests that were rejected with an error."),
     Metric("llava_rebuilds_total", "count", "counter", "Sessions that were rebuilt after the engine had lost them."),
@@ -58,6 +59,7 @@ class MetricValues:
     kv_bytes: int = 0
     parked_bytes: int = 0
     device_bytes: int = 0
+    media_held_bytes: int = 0
     turns_total: int = 0
     refusals_total: int = 0
     rebuilds_total: int = 0

@@ -184,6 +184,29 @@ def test_special_tokens_in_a_question_are_encoded_as_text(make_chat, name, text)
         conversation.commit(plain, [7])
 
 
+class OneByOne(dict):
+    """A mapping that counts look-ups and cannot be iterated over."""
+
+    looked_up = 0
+
+    def get(self, key, default=None):
+        self.looked_up += 1
+        return super().get(key, default)
+
+    def __iter__(self):
+        raise AssertionError("goes through all special tokens for one part of the text")
+
+    items = keys = values = __iter__
+
+
+def test_each_special_token_in_a_question_costs_one_look_up(make_chat):
+    chat = make_chat(MARKUP)
+    hidden, literals = chat._encoder.hide_specials("<s>" * 300 + " and <image>" * 200)
+    watched = OneByOne(literals)
+    chat._encoder.encode_after("<image>", f"{hidden} ASSISTANT:", watched)
+    assert watched.looked_up == 500
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_any_text_round_trips_through_tokens(make_chat, seed):
     chat = make_chat(MARKUP)

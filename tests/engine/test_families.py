@@ -38,7 +38,8 @@ from llava_sessions.ipc.messages import (
     StopTurn,
     TurnFailed,
 )
-from llava_sessions.text.chat_template import NOTHING, ChatTemplate, Prepared
+from llava_sessions.text.chat_template import ChatTemplate
+from llava_sessions.text.pictures import NOTHING, Prepared
 from llava_sessions.text.processors import load_processor
 from tests.support.tiny_families import FAMILIES, MISTRAL, VICUNA, make_llava, make_next_mistral, make_onevision
 
@@ -387,6 +388,23 @@ def test_pictures_are_prepared_in_several_threads_at_once(family: Family) -> Non
             assert left.key == right.key
             for name, array in left.inputs.items():
                 np.testing.assert_array_equal(array, right.inputs[name])
+
+
+# Sides from 1 to some tiles, around the multiples of a patch (7) and of a tile (28), and odd ratios of both.
+_SIDES = (1, 2, 3, 6, 13, 27, 28, 29, 55, 57, 83, 112, 200)
+ODD_SIZES = [(w, h) for w in _SIDES for h in _SIDES if max(w, h) <= 100 * min(w, h) and (w * 7 + h * 3) % 4 == 0]
+
+
+def test_features_and_image_tokens_agree_for_odd_sizes(family: Family) -> None:
+    assert len(ODD_SIZES) >= 40
+    for size in ODD_SIZES:
+        pixels = np.asarray(Image.effect_noise(size, 99).convert("RGB"))
+        (picture,) = (prepared := family.tokens.pictures.picture(f"{size}", pixels)).pictures
+        tokens = len(prepared.tokens[0]) // len("<image>")
+        assert family.model.encode(picture).shape[0] == tokens, size
+        same = family.tokens.processor(images=[Image.fromarray(pixels)], text="<image>", return_tensors="np")
+        assert same["input_ids"][0].tolist().count(family.tokens.image_token_id) == tokens, size
+        np.testing.assert_array_equal(picture.inputs["pixel_values"], same["pixel_values"], str(size))
 
 
 def test_a_prompt_without_pictures_needs_nothing_prepared(family: Family) -> None:

@@ -13,10 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from PIL import Image
 
 from llava_sessions_client import CLOSED_HEADER, SESSION_HEADER, ApiError, ChatSession, to_png
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.support.chats import LONG
+from tests.support.pictures import deep_grey_tiff, encode, png_with
 
 pytestmark = pytest.mark.usefixtures("same_worker")
 SCENE = make_scene(HELD_OUT_SEEDS[0])
@@ -203,6 +205,36 @@ def test_a_body_of_twenty_megabytes(http: httpx.Client, chat: ChatSession) -> No
     assert len(image) == 20_000_000
     reply = http.post("/invocations", json={"type": "start_session", "image": image})
     assert code(reply) == (413, "too_large")
+
+
+def test_many_large_pictures_of_a_small_request_are_refused_undecoded(http: httpx.Client, chat: ChatSession) -> None:
+    bits = base64.b64encode(encode(Image.new("1", (8000, 5000)), "PNG")).decode()
+    assert len(bits) < 10_000
+    clip = http.post("/invocations", json={"type": "start_session", "video": [bits] * 32})
+    assert code(clip) == (415, "unsupported_media")
+    pictures = http.post("/invocations", json={"type": "start_session", "images": [bits] * 8})
+    assert code(pictures) == (413, "too_large")
+    assert "at most 200000000 pixels together, got 320000000" in pictures.json()["error"]["message"]
+    spaced = http.post("/invocations", json={"type": "start_session", "image": "AA " * 8_000_000})
+    assert code(spaced) == (413, "too_large")
+    path = http.post("/invocations", json={"type": "start_session", "path": "a" * 20_000_000})
+    assert code(path) == (400, "invalid_request")
+
+
+def test_odd_files_of_a_scene_are_answered_as_the_scene(http: httpx.Client) -> None:
+    def answer(data: bytes) -> str:
+        session = ChatSession.open(http, data)
+        text: str = session.ask("Which shapes are there?")["response_text"]
+        session.close()
+        return text
+
+    picture = SCENE.draw()
+    control = to_png(picture)
+    packed = zlib.compress(bytes(range(256)) * 8192, 1)  # 2 MiB
+    for chunk in ((b"zTXt", b"workflow\0\0" + packed), (b"iCCP", b"a profile\0\0" + packed)):
+        assert answer(png_with(chunk, of=control)) == answer(control)
+    grey = picture.convert("L")
+    assert answer(deep_grey_tiff(grey, 12)) == answer(to_png(grey))
 
 
 def test_a_special_token_in_a_question_is_text(http: httpx.Client, chat: ChatSession) -> None:

@@ -7,7 +7,7 @@ import sys
 
 from deploy.options import error_prefix, typed, version_line
 
-from . import churn, fuzz, isolation, kills, lifecycles
+from . import churn, fuzz, isolation, kills, lifecycles, memory
 
 SOAKS = {
     "engine-kills": kills.engine_kills,
@@ -18,6 +18,7 @@ SOAKS = {
     "churn": churn.main,
     "fuzz": fuzz.main,
     "lifecycles": lifecycles.main,
+    "memory": memory.memory,
 }
 
 

@@ -25,7 +25,8 @@ from llava_sessions.errors import STATUS_OF_CODE
 from llava_sessions.ipc.messages import Command, OpenFailed, OutOfCapacity, Report, TurnFailed
 from llava_sessions.journal.journal import Journal
 from llava_sessions.protocol.constants import CLOSED_SESSION_HEADER, NEW_SESSION, SESSION_HEADER
-from llava_sessions.text.chat_template import NOTHING, ChatTemplate, OpenedOn
+from llava_sessions.text.chat_template import ChatTemplate, OpenedOn
+from llava_sessions.text.pictures import NOTHING
 from llava_sessions.text.processors import load_processor
 from llava_sessions.torchserve.batch import Reply, Row
 from llava_sessions.worker.assembly import Timing, make_pump

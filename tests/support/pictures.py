@@ -36,6 +36,7 @@ def two_colours() -> Image.Image:
 
 
 PNG = encode(two_colours(), "PNG")
+_PNG_HEADER_BYTES = 8 + 25  # the signature and IHDR
 
 
 def png_of(width: int, height: int, packed: bytes = b"") -> bytes:
@@ -46,6 +47,39 @@ def png_of(width: int, height: int, packed: bytes = b"") -> bytes:
 
 def _png_chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png_with(*chunks: tuple[bytes, bytes], of: bytes = PNG) -> bytes:
+    """Return a PNG with further chunks, each a (type, body), behind its header."""
+    return b"".join([of[:_PNG_HEADER_BYTES], *(_png_chunk(*chunk) for chunk in chunks), of[_PNG_HEADER_BYTES:]])
+
+
+def deep_grey_tiff(image: Image.Image, bits: int, *, order: str = "<", white_is_zero: bool = False) -> bytes:
+    """Return an 8-bit grey picture of even width as an uncompressed TIFF of 12 or 16 bits. `order`: as in struct."""
+    top = 2**bits - 1
+    values = [round(value * top / 255) for value in image.tobytes()]
+    values = [top - value for value in values] if white_is_zero else values
+    if bits == 12:  # two pixels in three bytes
+        pairs = zip(values[::2], values[1::2], strict=True)
+        pixels = b"".join((left << 12 | right).to_bytes(3, "big") for left, right in pairs)
+    else:
+        pixels = struct.pack(f"{order}{len(values)}H", *values)
+    short, long = 3, 4
+    entries = [
+        (256, short, image.width),
+        (257, short, image.height),
+        (258, short, bits),
+        (259, short, 1),  # not compressed
+        (262, short, 0 if white_is_zero else 1),
+        (273, long, 8 + 2 + 9 * 12 + 4),  # the pixels follow the directory
+        (277, short, 1),
+        (278, short, image.height),
+        (279, long, len(pixels)),
+    ]
+    values_of = {short: f"{order}Hxx", long: f"{order}I"}
+    directory = [struct.pack(f"{order}HHI", tag, kind, 1) + struct.pack(values_of[kind], n) for tag, kind, n in entries]
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(entries))
+    return b"".join([head, *directory, bytes(4), pixels])
 
 
 def load_base64(text: str, limits: MediaLimits) -> DecodedPicture:

@@ -35,7 +35,7 @@ def pack(folder: Path, sessions: int = 64, dtype: str = "float32", model: Path =
     folder.mkdir(parents=True, exist_ok=True)
     config = (ROOT / "handler" / "model-config.yaml").read_text()
     for key, value in settings.items():
-        config, found = re.subn(rf"^  {key}:.*$", f"  {key}: {value}", config, flags=re.MULTILINE)
+        config, found = re.subn(rf"^( +){key}:.*$", rf"\g<1>{key}: {value}", config, flags=re.MULTILINE)
         assert found == 1, key
     (folder / "config.yaml").write_text(config)
     job = PackJob(

@@ -84,7 +84,8 @@ def test_the_committed_file_reads_without_problems(committed):
     for name, value in section["limits"].items():
         assert getattr(config.limits, name) == value
     for name, value in section["media"].items():
-        assert getattr(config.media, name) == (tuple(value) if isinstance(value, list) else value)
+        expected = tuple(value) if isinstance(value, list) else None if value == "auto" else value
+        assert getattr(config.media, name) == expected
 
 
 def test_the_committed_file_writes_the_defaults_out(committed):

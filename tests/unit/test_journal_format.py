@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_sessions.chat.transcript import BlobPool, OpenRecord, Transcript, TurnRecord
+from llava_sessions.journal import encoding
 from llava_sessions.journal.encoding import (
     Damaged,
     Owner,
@@ -190,3 +191,19 @@ def test_a_field_that_is_not_known_is_ignored(old, folder):
     resealed(file_of(folder, "ls-clip", 0), lambda whole: whole.update(later="a field of a later version"))
     first = file_of(folder, "ls-clip", 0).read_bytes()
     assert read_transcript(key_of("ls-clip"), [first], blobs.get)[0].opening.session_id == "ls-clip"
+
+
+def test_a_record_is_the_json_of_its_fields_and_is_made_in_pieces() -> None:
+    blobs = BlobPool()
+    sizes = (0, 1, 2, 3 * 2**16, 3 * 2**16 + 1, 500_000)
+    pictures = tuple(blobs.get(bytes([size % 251]) * size) for size in sizes)
+    facts = {"pictures": [], "quoted": '"pictures":[]'}
+    turn = TurnRecord([1], [2], pictures, '"pictures":[]', '"pictures":[]', facts)
+    data, checksum = encode(turn, '"pictures":[]', 1, "before")
+    body = data.split(b"\n", 1)[1]
+    assert hashlib.sha256(body).hexdigest() == checksum == data[:64].decode()
+    record = json.loads(body)["record"]
+    assert record["pictures"] == [base64.b64encode(picture.data).decode() for picture in pictures]
+    assert (record["facts"], record["retry_key"], record["text"]) == (facts, turn.retry_key, turn.text)
+    assert body == json.dumps(json.loads(body), separators=(",", ":")).encode()
+    assert max(map(len, encoding._picture_array([one.data for one in pictures]))) <= 2**18

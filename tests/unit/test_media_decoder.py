@@ -240,7 +240,7 @@ def test_other_formats_are_unsupported(data: bytes) -> None:
 def resident_peak_mib(code: str, data: bytes) -> float:
     """Return the MiB by which `code`, with `data` as a variable, raises the peak memory of a fresh process."""
     script = (
-        "import resource, sys\n"
+        "import re, sys\n"
         "from llava_sessions.config import MediaLimits\n"
         "from llava_sessions.media.decoder import load_bytes\n"
         "from llava_sessions.media.limits import MediaError\n"
@@ -248,7 +248,9 @@ def resident_peak_mib(code: str, data: bytes) -> float:
         "Image.init()\n"
         "data = sys.stdin.buffer.read()\n"
         "load_bytes(open(sys.argv[1], 'rb').read(), MediaLimits())\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\nbefore = peak()\n"
+        # Not ru_maxrss, which begins at the size of the process that started this one.
+        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024\n"
+        "before = peak()\n"
         f"{code}\nprint(peak() - before)\n"
     )
     good = Path(os.environ["PYTEST_MEDIA_GOOD"])
@@ -272,6 +274,16 @@ def good_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PYTEST_MEDIA_GOOD", str(path))
     monkeypatch.setenv("PYTHONPATH", str(Path(decoder.__file__).parents[2]))
     return path
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("RGBA", (9, 9, 9, 99)), ("1", 1)])
+def test_decoding_takes_at_most_2_5_times_the_decoded_picture(mode: str, colour: object, good_file: Path) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    data = encode(Image.new(mode, (4000, 4000), colour), "PNG", compress_level=1, exif=turned)
+    decoded_mib = 4 * 4000 * 4000 / 2**20  # Pillow has 4 bytes per pixel
+    peak_mib = resident_peak_mib("load_bytes(data, MediaLimits()).array()", data)
+    assert decoded_mib < peak_mib < 2.5 * decoded_mib
 
 
 def many_strips() -> bytes:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -78,12 +79,73 @@ def test_urlsafe_digits_are_decoded_as_such() -> None:
 def test_the_size_is_checked_before_base64_is_decoded() -> None:
     limits = MediaLimits(max_bytes=300)
     assert len(read_base64(base64.b64encode(bytes(300)).decode(), limits)) == 300
-    for size in (301, 3_000_000):
+    for size, words in ((301, "301 bytes"), (3_000_000, "a string of length 4,000,0")):
         text = base64.b64encode(bytes(size)).decode()
-        rejected("too_large", f"{size} bytes", lambda text=text: read_base64(text, limits))
-        rejected("too_large", f"{size} bytes", lambda text=text: load_path(f"data:;base64,{text}", limits))
+        rejected("too_large", words, lambda text=text: read_base64(text, limits))
+        rejected("too_large", words, lambda text=text: load_path(f"data:;base64,{text}", limits))
     # Invalid and too long: the length is checked first.
     rejected("too_large", "bytes", lambda: read_base64("!" * 5000, limits))
+
+
+class _Unread(str):
+    """Text of which only the length and a short beginning may be read."""
+
+    def __getitem__(self, index: object) -> str:
+        assert isinstance(index, slice)
+        assert index.stop <= 10_000
+        return super().__getitem__(index)
+
+    def _read(self, *_: object) -> str:
+        raise AssertionError("the whole text was read")
+
+    strip = lstrip = split = encode = partition = replace = lower = _read
+
+
+class _Pieces(str):
+    """Text that notes the lengths of the pieces that are taken of it."""
+
+    def __new__(cls, text: str) -> _Pieces:
+        made = super().__new__(cls, text)
+        made.taken = []
+        return made
+
+    def __getitem__(self, index: slice) -> str:
+        piece = super().__getitem__(index)
+        self.taken.append(len(piece))
+        return piece
+
+    def _read(self, *_: object) -> str:
+        raise AssertionError("one call goes over the whole text")
+
+    split = encode = replace = _read
+
+
+def test_text_that_is_too_long_is_rejected_by_its_length_alone() -> None:
+    spaced = _Unread("AA " * 1_000_000)
+    limits = MediaLimits(max_bytes=300_000)
+    rejected("too_large", "a string of length 3,000,000", lambda: read_base64(spaced, limits))
+    for path in ("a" * 40_000, " " * 40_000, "https://x.example/" + "a" * 40_000):
+        assert is_remote(_Unread(path)) is path.startswith("https")
+        rejected("invalid_request", "at most 8192 characters", lambda path=path: load_path(_Unread(path), LIMITS))
+    rejected("too_large", "characters of base64", lambda: load_path(_Unread("data:;base64," + spaced), limits))
+
+
+# A call of C code over the whole text would hold the GIL to its end.
+@pytest.mark.parametrize("pattern", ["AA ", "AAAA", "-_A\n"])
+def test_base64_is_decoded_in_pieces(pattern: str) -> None:
+    watched = _Pieces(pattern * 100_000)
+    digits = "".join((pattern * 100_000).split())
+    assert sources._decode_base64(watched, LIMITS) == base64.urlsafe_b64decode(digits + "=" * (-len(digits) % 4))
+    assert sum(watched.taken) == len(watched)
+    assert max(watched.taken) <= 2**16
+
+
+@pytest.mark.parametrize("pattern", ["%41", "AAA%2B", "A%4", "%", "-_%2B/%0A%"])
+def test_per_cent_escapes_are_decoded_in_pieces(pattern: str) -> None:
+    watched = _Pieces(pattern * 100_000)
+    assert "".join(sources._unquoted(watched)) == unquote(pattern * 100_000, "latin-1")
+    assert sum(watched.taken) == len(watched)
+    assert max(watched.taken) <= 2**16
 
 
 def test_text_in_base64_is_no_picture() -> None:

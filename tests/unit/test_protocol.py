@@ -292,6 +292,12 @@ def test_what_a_request_derives_is_no_field_of_a_payload(field):
     assert f"got unknown field '{field}'" in refusal(ask(**{field: "x"})).message
 
 
+def test_many_unknown_fields_are_counted_and_the_first_five_are_named():
+    fields = {f"x{number:06}": 1 for number in reversed(range(50_000))}
+    message = refusal(ask(**fields)).message
+    assert "got unknown field 'x000000', 'x000001', 'x000002', 'x000003', 'x000004' and 49,995 more" in message
+
+
 @pytest.mark.parametrize(
     "field",
     ["prompt_text", "image", "path", "request_id", "session_token", "session_id", "resume", "video", "stop", "seed"],

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from llava_sessions.chat.transcript import BlobPool, OpenRecord, Transcript, TurnRecord
+from llava_sessions.errors import Refused
 from llava_sessions.text.chat_template import OpenedOn
 
 
@@ -48,3 +51,37 @@ def test_a_retry_finds_the_latest_eight_keyed_turns(transcript):
     transcript.append(turn(50, "key 8"))
     assert transcript.find_answer("key 8") == 18
     assert transcript.find_answer("key 1") is None
+
+
+def test_held_bytes_follow_the_blobs_that_are_alive() -> None:
+    pool = BlobPool(max_bytes=10)
+    first = pool.get(b"aaaa")
+    assert pool.get(b"aaaa") is first
+    second = pool.get(b"bbbbbb")
+    assert (pool.held_bytes, len(pool)) == (10, 2)
+    with pytest.raises(Refused) as caught:
+        pool.get(b"c")
+    assert (caught.value.code, caught.value.status) == ("capacity", 429)
+    assert pool.restore(b"cc").data == b"cc"  # it counts while it is alive
+    assert pool.held_bytes == 10
+    stored = pool.restore(b"cc")
+    assert pool.held_bytes == 12
+    del second, stored
+    assert (pool.held_bytes, len(pool)) == (4, 1)
+    again = pool.get(b"bbbbbb")
+    assert pool.held_bytes == 10
+    del first, again
+    assert (pool.held_bytes, len(pool)) == (0, 0)
+
+
+def test_blobs_are_counted_right_in_many_threads() -> None:
+    pool = BlobPool()
+
+    def use(number: int) -> None:
+        for round_ in range(200):
+            assert pool.get(bytes([number % 3, round_ % 5])).data
+            assert pool.held_bytes % 2 == 0
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(use, range(8)))
+    assert (pool.held_bytes, len(pool)) == (0, 0)

@@ -67,6 +67,19 @@ def test_1_a_close_that_meets_open_failed_is_answered(lives: World) -> None:
     lives.finish()
 
 
+def test_a_long_question_is_tokenized_off_the_pumps_thread(lives: World) -> None:
+    chat = opened(lives)
+    lives.settle()
+    instance = lives.instances[0]
+    for prompt, jobs in (("a " * 512, 0), ("a " * 513, 1)):
+        asked = lives.ask(chat, Question(prompt, None, None), is_stream=False)
+        lives.exchange(instance)
+        assert instance.preparations.waiting == jobs
+        lives.settle()
+        assert status(asked) == 200
+    lives.finish()
+
+
 def test_2_a_failed_prefill_keeps_a_resumed_session_that_was_acknowledged(lives: World) -> None:
     chat = opened(lives)
     lives.settle()

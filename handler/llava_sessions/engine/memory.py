@@ -7,7 +7,6 @@ two turns; the least recently used cache goes first. The cache of an active sess
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..ipc.messages import Memory, PreparedPicture
+from ..machine_memory import memory_bytes
 from .faults import first_line, is_out_of_memory, raise_if_device_lost, release_unused
 from .kv import KVShape
 from .session import EngineSession, EngineSessionState, FeatureStore
@@ -40,9 +40,9 @@ def choose_budget(
 
     On CUDA the device's part is the free memory after loading the weights, minus a reserve for forwards: twice the
     measured `working_bytes`, at least 512 MiB. On a CPU both parts are RAM: 30 % for the device's and 20 % for the
-    host's.
+    host's. A container's memory limit counts as its RAM.
     """
-    ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    ram = memory_bytes()
     if device_bytes is None and device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         device_bytes = max(free - max(2 * working_bytes, 512 * 2**20), 0)

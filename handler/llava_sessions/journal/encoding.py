@@ -14,18 +14,21 @@ epoch distinguishes it from the owner's records.
 from __future__ import annotations
 
 import base64
+import binascii
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ..chat.transcript import Blob, OpenRecord, Transcript, TurnRecord
 
 SCHEMA = 1
 _DIGEST_CHARS = 64
+_NO_PICTURES = b'"pictures":[]'
+_PIECE_BYTES = 3 * 2**16  # a multiple of 3, so that no base64 in the middle is padded
 # Times above this many seconds are not exact in a float.
 _MAX_TIME_S = 2**53
 
@@ -61,11 +64,7 @@ def _from_base64(text: object) -> bytes:
     return base64.b64decode(text, validate=True)  # its error is a ValueError
 
 
-def _to_base64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
-
-
-_Picture = Annotated[bytes, BeforeValidator(_from_base64), PlainSerializer(_to_base64)]
+_Picture = Annotated[bytes, BeforeValidator(_from_base64)]
 _Count = Annotated[int, Field(ge=0)]
 _Time = Annotated[float, Field(ge=0, le=_MAX_TIME_S)]
 
@@ -129,12 +128,11 @@ def encode(
     `number` counts the records of the session from 0. `after` is the checksum of the previous record, or "".
     """
     model = _OpenFields if isinstance(record, OpenRecord) else _TurnFields
-    pictures = [picture.data for picture in record.pictures]
-    fields = model.model_construct(**{**vars(record), "pictures": pictures})
+    fields = model.model_construct(**{**vars(record), "pictures": []})
     whole: dict[str, Any] = {"schema": SCHEMA, "session_id": session_id, "number": number, "after": after}
     if epoch:
         whole["epoch"] = epoch
-    return _seal({**whole, "record": fields.model_dump()})
+    return _seal({**whole, "record": fields.model_dump()}, [picture.data for picture in record.pictures])
 
 
 def read_transcript(
@@ -195,10 +193,28 @@ def decode_owner(data: bytes, key: str) -> OwnerRecord:
     return OwnerRecord(Owner(fields.epoch, fields.instance), fields.since, fields.start, fields.retired)
 
 
-def _seal(whole: dict[str, Any]) -> tuple[bytes, str]:
+def _seal(whole: dict[str, Any], pictures: Sequence[bytes] = ()) -> tuple[bytes, str]:
+    """Return the bytes of a record, with `pictures` in place of its empty array of pictures, and their checksum."""
     body = json.dumps(whole, separators=(",", ":"), allow_nan=False).encode("ascii")
-    checksum = hashlib.sha256(body).hexdigest()
-    return checksum.encode("ascii") + b"\n" + body, checksum
+    # The first one is that of the record: no field before it can have it, since quotes in strings are escaped.
+    head, place, tail = body.partition(_NO_PICTURES) if pictures else (body, b"", b"")
+    parts = [head, *(_picture_array(pictures) if place else ()), tail]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    checksum = digest.hexdigest()
+    return b"".join([checksum.encode("ascii"), b"\n", *parts]), checksum
+
+
+def _picture_array(pictures: Sequence[bytes]) -> Iterator[bytes]:
+    """Yield the JSON of the pictures, piece by piece: one call over 80 MB of pictures would hold the GIL for long."""
+    yield _NO_PICTURES[:-1]
+    for index, data in enumerate(pictures):
+        yield b',"' if index else b'"'
+        for start in range(0, len(data), _PIECE_BYTES):
+            yield binascii.b2a_base64(data[start : start + _PIECE_BYTES], newline=False)
+        yield b'"'
+    yield b"]"
 
 
 def _unseal(data: bytes, name: str) -> tuple[dict[str, Any], str]:

@@ -136,8 +136,8 @@ class _RunningClaims:
         work()
 
 
-def open_journal(journal_dir: str | None, journal_s3_prefix: str | None) -> Journal:
-    """Return the configured journal. Raise `ConfigError` with every problem.
+def open_journal(journal_dir: str | None, journal_s3_prefix: str | None, held_bytes: int | None = None) -> Journal:
+    """Return the configured journal. `held_bytes`: as in `Journal`. Raise `ConfigError` with every problem.
 
     A directory that can't be written now is only a warning: it is tried again with every turn.
     """
@@ -157,7 +157,7 @@ def open_journal(journal_dir: str | None, journal_s3_prefix: str | None) -> Jour
             problems.append(f"`llava.journal_s3_prefix` needs usable AWS settings: {error}")
     if problems:
         raise ConfigError(problems)
-    journal = Journal(stores)
+    journal = Journal(stores, held_bytes=held_bytes)
     journal.check()
     return journal
 
@@ -173,9 +173,13 @@ class Journal:
         stores: Sequence[Store] = (),
         clock: Callable[[], float] = time.monotonic,
         pool: Executor | None = None,
+        held_bytes: int | None = None,
     ) -> None:
-        """`clock`: seconds, for the pauses after a failure. `pool` replaces the stores' threads, for tests."""
-        self.blobs = BlobPool()
+        """`clock`: seconds, for the pauses after a failure. `pool` replaces the stores' threads, for tests.
+
+        `held_bytes`: of all sessions' pictures in memory; None for no limit.
+        """
+        self.blobs = BlobPool(held_bytes)
         self._instance = secrets.token_hex(16)
         self._owners = _Owners()
         self._claims = _RunningClaims()

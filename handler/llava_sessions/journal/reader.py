@@ -63,7 +63,7 @@ class StoreReader:
 
     def opening(self, key: str) -> OpenRecord:
         """Return the first record."""
-        return read_transcript(key, [self.record(key, 0)], self._blobs.get)[0].opening
+        return read_transcript(key, [self.record(key, 0)], self._blobs.restore)[0].opening
 
     def load(self, key: str, owned: OwnerRecord) -> Loaded:
         """Return the whole session. Only the records that are valid by `owned` belong to it."""
@@ -71,5 +71,5 @@ class StoreReader:
         if not count:
             raise Removed("can't read: the records were just removed")
         records = (self.record(key, number) for number in range(count))
-        transcript, checksums = read_transcript(key, records, self._blobs.get, owned.since, owned.start)
+        transcript, checksums = read_transcript(key, records, self._blobs.restore, owned.since, owned.start)
         return Loaded(transcript, checksums)

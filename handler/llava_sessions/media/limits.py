@@ -11,6 +11,8 @@ TOO_LARGE = "too_large"
 UNSUPPORTED_MEDIA = "unsupported_media"
 
 MAX_URL_CHARS = 8192
+# The longest scheme that matters is "https". Longer text is not searched for one.
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,31}):")
 
 
 class MediaError(Exception):
@@ -31,8 +33,15 @@ class MediaError(Exception):
 
 def scheme_of(source: str) -> str:
     """Return the URL scheme of `source` in lower case, or "" if `source` has none."""
-    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", source)
+    match = _SCHEME.match(source)
     return match[1].lower() if match else ""
+
+
+def check_request_pixels(pixels: int, limits: MediaLimits) -> None:
+    """Raise `MediaError` if the pictures of one request have more than `limits.max_request_pixels` together."""
+    if pixels > limits.max_request_pixels:
+        most = limits.max_request_pixels
+        raise MediaError(TOO_LARGE, f"the pictures of a request must have at most {most} pixels together, got {pixels}")
 
 
 def check_size(size_bytes: int, limits: MediaLimits) -> None:

@@ -11,13 +11,13 @@ import binascii
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from urllib.parse import unquote, unquote_to_bytes
 
-from ..config import MediaLimits
+from ..config import JSON_BYTES_PER_PICTURE_BYTE, MediaLimits
 from ..errors import describe
 from .fetch import Fetcher
-from .limits import INVALID_REQUEST, MAX_URL_CHARS, MediaError, check_size, scheme_of
+from .limits import INVALID_REQUEST, MAX_URL_CHARS, TOO_LARGE, MediaError, check_size, scheme_of
 
 Fetch = Callable[[str, MediaLimits], bytes]
 
@@ -29,6 +29,8 @@ def read_base64(text: str, limits: MediaLimits) -> bytes:
     """
     if not isinstance(text, str):
         raise MediaError(INVALID_REQUEST, f"the picture must be base64 or a data URL, got {describe(text)}")
+    if len(text) > (most := _max_encoded_chars(limits)):
+        raise MediaError(TOO_LARGE, f"the picture must be at most {most} characters of base64, got {describe(text)}")
     payload = text.lstrip()
     if payload[:5].lower() == "data:":
         payload = _data_url_payload(payload)
@@ -43,16 +45,16 @@ def read_path(source: str, limits: MediaLimits, fetch: Fetch | None = None) -> b
     """
     if not isinstance(source, str):
         raise MediaError(INVALID_REQUEST, f"the path must be an https, s3 or data URL, got {describe(source)}")
-    source = source.strip()
-    if not source:
-        raise MediaError(INVALID_REQUEST, "the path must be an https, s3 or data URL, got an empty string")
-    scheme = scheme_of(source)
-    if scheme == "data":
+    if _scheme_at_start(source) == "data":
         return read_base64(source, limits)
     if len(source) > MAX_URL_CHARS:
         raise MediaError(
             INVALID_REQUEST, f"the path must be at most {MAX_URL_CHARS} characters, got {describe(source)}"
         )
+    source = source.strip()
+    if not source:
+        raise MediaError(INVALID_REQUEST, "the path must be an https, s3 or data URL, got an empty string")
+    scheme = scheme_of(source)
     if is_remote(source):
         return (fetch or Fetcher())(source, limits)
     if scheme in ("", "file"):
@@ -62,7 +64,17 @@ def read_path(source: str, limits: MediaLimits, fetch: Fetch | None = None) -> b
 
 def is_remote(source: str) -> bool:
     """Return whether `source` is read over the network (https or s3), which may block for seconds."""
-    return isinstance(source, str) and scheme_of(source.strip()) in ("https", "s3")
+    return isinstance(source, str) and _scheme_at_start(source) in ("https", "s3")
+
+
+def _scheme_at_start(source: str) -> str:
+    """Return the scheme of `source` behind white space. Read only the beginning: the rest may be megabytes."""
+    return scheme_of(source[:MAX_URL_CHARS].lstrip())
+
+
+def _max_encoded_chars(limits: MediaLimits) -> int:
+    """Return the most characters of an encoded picture: base64 with line breaks and escapes, and a data URL's head."""
+    return JSON_BYTES_PER_PICTURE_BYTE * limits.max_bytes + MAX_URL_CHARS
 
 
 def _data_url_payload(url: str) -> str:
@@ -72,18 +84,45 @@ def _data_url_payload(url: str) -> str:
         raise MediaError(INVALID_REQUEST, "the data URL must be data:<type>;base64,<data>, got no comma")
     if head.rpartition(";")[2].strip().lower() != "base64":
         raise MediaError(INVALID_REQUEST, "the data URL must be data:<type>;base64,<data>, got another encoding")
-    return unquote_to_bytes(payload).decode("latin-1") if "%" in payload else payload
+    return "".join(_unquoted(payload)) if "%" in payload else payload
+
+
+# Text is converted in pieces: one call of C code over megabytes would hold the GIL until its end.
+_PIECE_CHARS = 2**16
+_WHITE_SPACE = b" \t\n\r\v\f\x1c\x1d\x1e\x1f"
+_TO_STANDARD = bytes.maketrans(b"-_", b"+/")
+
+
+def _unquoted(text: str) -> Iterator[str]:
+    """Yield the pieces of `text` with its per cent escapes decoded."""
+    start = 0
+    while start < len(text):
+        end = start + _PIECE_CHARS
+        escape = text.rfind("%", end - 2, end)  # an escape is not cut in two
+        end = escape if escape > start and end < len(text) else end
+        yield unquote_to_bytes(text[start:end]).decode("latin-1")
+        start = end
 
 
 def _decode_base64(text: str, limits: MediaLimits) -> bytes:
-    digits = "".join(text.split()).rstrip("=")
-    # A single digit encodes no byte. It is passed as 1 byte, since "empty" would be the wrong error.
-    check_size(1 if len(digits) == 1 else len(digits) * 3 // 4, limits)
     try:
-        standard = digits.encode("ascii").translate(bytes.maketrans(b"-_", b"+/"))
-        return base64.b64decode(standard + b"=" * (-len(standard) % 4), validate=True)
+        digits = bytearray().join(_digits(text)).rstrip(b"=")
+        # A single digit encodes no byte. It is passed as 1 byte, since "empty" would be the wrong error.
+        check_size(1 if len(digits) == 1 else len(digits) * 3 // 4, limits)
+        if b"=" in digits:
+            raise binascii.Error("padding before the end")
+        digits += b"=" * (-len(digits) % 4)
+        pieces = (digits[start : start + _PIECE_CHARS] for start in range(0, len(digits), _PIECE_CHARS))
+        return b"".join(base64.b64decode(piece, validate=True) for piece in pieces)
     except (UnicodeEncodeError, binascii.Error):
         raise MediaError(INVALID_REQUEST, f"the picture must be valid base64, got {describe(text)}") from None
+
+
+def _digits(text: str) -> Iterator[bytes]:
+    """Yield the base64 digits of `text` in the standard alphabet, without white space. Raise UnicodeEncodeError."""
+    for start in range(0, len(text), _PIECE_CHARS):
+        piece = text[start : start + _PIECE_CHARS].encode("ascii")
+        yield piece.translate(_TO_STANDARD, _WHITE_SPACE)
 
 
 def _read_local(source: str, limits: MediaLimits) -> bytes:

@@ -7,40 +7,21 @@ again, because BPE may merge its text differently.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-from PIL import Image
+import jinja2
 
 from ..errors import Refused, error_line
 from ..ipc.messages import PreparedPicture
 from .answer_text import AnswerText
+from .pictures import NOTHING, Picture, PicturePreparer, Prepared, joined
 from .tokenizer import ANSWER_END, PromptTokenizer, placeholder
-
-# Arrays that the families' processors make for the vision tower; their first dimension counts pictures.
-_PICTURE_ARRAYS = ("pixel_values", "image_sizes", "pixel_values_videos")
-# LLaVA-OneVision's count of the pictures of one request. A single picture is cut into tiles, several are not.
-_REQUEST_COUNTS = "batch_num_images"
 
 
 class TemplateError(Exception):
     """The checkpoint's chat template or tokenizer can't be used for chats about pictures. The message names why."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """The pictures of one request, prepared for the vision tower and for the prompt.
-
-    `tokens`: per picture, the text with which the processor replaces its single image token.
-    """
-
-    pictures: tuple[PreparedPicture, ...] = ()
-    tokens: tuple[str, ...] = ()
-
-
-NOTHING = Prepared()
 
 
 @dataclass(frozen=True)
@@ -95,6 +76,7 @@ class ChatTemplate:
         self._media_tokens = {"image": self._image_token}
         if hasattr(processor, "video_processor"):
             self._media_tokens["video"] = processor.video_token
+        self.pictures = PicturePreparer(processor)
         self._encoder = PromptTokenizer(self.tokenizer, self._image_token)
         self.lock = threading.Lock()  # held while text is tokenized
         if not getattr(processor, "chat_template", None):
@@ -126,23 +108,48 @@ class ChatTemplate:
         if self._image_token in later:
             raise TemplateError(f"it writes {self._image_token!r} for a question without a picture")
 
-    def opening(self, pictures: Sequence[tuple[str, Image.Image]]) -> Opening:
+    def check_opening(self, kind: str, pictures: int) -> None:
+        """Raise `Refused` if no session can be opened on this many pictures, or on a clip if `kind` is "video".
+
+        Needs no picture, so it comes before any is decoded.
+        """
+        if kind not in self._media_tokens:
+            message = f"The media must be pictures for this model, got a clip of {pictures} frames."
+            raise Refused("unsupported_media", message)
+        with self.lock:
+            try:
+                before, after = self._render_first_turn("question", kind, 1 if kind == "video" else pictures)
+            except (TemplateError, jinja2.TemplateError):
+                raise _no_place(pictures, 0) from None
+        token = self._media_tokens[kind]
+        if token in after:
+            raise _no_place(pictures, before.count(token) + after.count(token))
+
+    def check_question(self, opened_on: OpenedOn | None, pictures: int) -> None:
+        """Raise `Refused` if the next turn cannot show this many pictures. `opened_on`: as in `prompt`."""
+        with self.lock:
+            try:
+                rendered = self._render_turn(opened_on, "question", pictures)
+            except (TemplateError, jinja2.TemplateError):
+                raise _no_place(pictures, 0) from None
+        if (places := rendered.count(self._image_token)) != pictures:
+            raise _no_place(pictures, places)
+
+    def opening(self, pictures: Sequence[tuple[str, Picture]]) -> Opening:
         """Prepare the pictures of a session and the prompt before its first question.
 
         `pictures`: (key that identifies the content, RGB picture). The token IDs end with the last image token, so they
         can be prefilled before the question is known.
         """
-        return self._opening(self.prepare(pictures), "image")
+        return self.opening_on(self.prepare(pictures))
 
-    def clip_opening(self, key: str, frames: Sequence[Image.Image]) -> Opening:
+    def clip_opening(self, key: str, frames: Sequence[Picture]) -> Opening:
         """As `opening`, with one clip of RGB frames. Raises `Refused` (unsupported_media) if the model has no video."""
-        if "video" not in self._media_tokens:
-            message = f"The media must be pictures for this model, got a clip of {len(frames)} frames."
-            raise Refused("unsupported_media", message)
-        arrays = self.processor(videos=[list(frames)], return_tensors="np")
-        return self._opening(_split_by_picture([key], arrays, self.processor.replace_video_token), "video")
+        self.check_opening("video", len(frames))
+        return self.opening_on(self.pictures.clip(key, [self.pictures.frame(frame) for frame in frames]), "video")
 
-    def _opening(self, prepared: Prepared, kind: str) -> Opening:
+    def opening_on(self, prepared: Prepared, kind: str = "image") -> Opening:
+        """Return the start of a session on prepared pictures, or on a prepared clip if `kind` is "video"."""
         media_token = self._media_tokens[kind]
         with self.lock:
             before, _ = self._render_first_turn("question", kind, len(prepared.pictures))
@@ -152,22 +159,9 @@ class ChatTemplate:
             ids.pop()  # some tokenizers append an end token to their input
         return Opening(ids, prepared.pictures, ids.count(media_id), kind)
 
-    def prepare(self, pictures: Sequence[tuple[str, Image.Image]]) -> Prepared:
-        """Prepare the pictures of one request, each a (key that identifies the content, RGB picture).
-
-        Runs without the lock: it reads no text, and many tiles take long enough to delay running answers.
-
-        In some families the tokens of a picture depend on the other pictures of its request: LLaVA-OneVision cuts one
-        picture into tiles, and gives each of several pictures a single tile. Pictures are therefore grouped by request:
-        a picture of a later turn is tiled, and earlier pictures keep their tokens. This equals `generate` on the whole
-        conversation with `batch_num_images` counting the pictures per request, for example `[1, 1]`.
-        `apply_chat_template` on the whole conversation would count one group, `[2]`: the first picture's tokens would
-        change in the second turn, and no KV cache of the session would be valid any more.
-        """
-        if not pictures:
-            return NOTHING
-        arrays = self.processor(images=[[image for _, image in pictures]], return_tensors="np")
-        return _split_by_picture([key for key, _ in pictures], arrays, self.processor.replace_image_token)
+    def prepare(self, pictures: Sequence[tuple[str, Picture]]) -> Prepared:
+        """Prepare the pictures of one request, each a (key that identifies the content, RGB picture)."""
+        return joined(self.pictures.picture(key, picture, len(pictures)) for key, picture in pictures)
 
     def prompt(self, opened_on: OpenedOn | None, text: str, prepared: Prepared = NOTHING) -> list[int]:
         """Return the token IDs of the next turn, from the end of the last answer to the start of the next one.
@@ -178,18 +172,19 @@ class ChatTemplate:
         """
         with self.lock:
             hidden_text, literals = self._encoder.hide_specials(text)
-            pictures = len(prepared.pictures)
-            if opened_on is not None:
-                _, rendered = self._render_first_turn(hidden_text, opened_on.kind, opened_on.pictures, pictures)
-                anchor = self._media_tokens[opened_on.kind]
-            else:
-                rendered = self._render_later_turn(hidden_text, pictures)
-                anchor = ANSWER_END
+            rendered = self._render_turn(opened_on, hidden_text, len(prepared.pictures))
+            anchor = ANSWER_END if opened_on is None else self._media_tokens[opened_on.kind]
             return self._encoder.encode_after(anchor, _expand(rendered, prepared, self._image_token), literals)
 
     def answer_text(self, stop: tuple[str, ...] = ()) -> AnswerText:
         """Return a detokenizer for one answer. `stop`: strings that end the answer."""
         return AnswerText(self.tokenizer, stop)
+
+    def _render_turn(self, opened_on: OpenedOn | None, text: str, pictures: int) -> str:
+        """Render what follows the opening's pictures, or the last answer if `opened_on` is None."""
+        if opened_on is None:
+            return self._render_later_turn(text, pictures)
+        return self._render_first_turn(text, opened_on.kind, opened_on.pictures, pictures)[1]
 
     def _render_first_turn(
         self, text: str, kind: str = "image", opened_pictures: int = 1, more_pictures: int = 0
@@ -244,24 +239,10 @@ def _expand(rendered: str, prepared: Prepared, token: str) -> str:
     places = len(parts) - 1
     pictures = len(prepared.tokens)
     if places != pictures:
-        message = f"The pictures must fit the model's chat template: it has {places} places here, got {pictures}."
-        raise Refused("invalid_request", message)
+        raise _no_place(pictures, places)
     return "".join(part + tokens for part, tokens in zip(parts, [*prepared.tokens, ""], strict=True))
 
 
-def _split_by_picture(keys: list[str], arrays: Any, replace_token: Callable[[Any, int], str]) -> Prepared:
-    """Split the processor's arrays for one request into pictures.
-
-    `replace_token(arrays, index)`: the processor's own; returns the text that replaces that picture's media token.
-    """
-    by_name = {name: np.asarray(arrays[name]) for name in _PICTURE_ARRAYS if name in arrays}
-    counts = np.asarray(arrays[_REQUEST_COUNTS]) if _REQUEST_COUNTS in arrays else None
-    pictures = []
-    for index, key in enumerate(keys):
-        inputs = {name: array[index : index + 1] for name, array in by_name.items()}
-        if counts is not None:
-            inputs[_REQUEST_COUNTS] = counts
-            # An untiled picture has other features than the same picture tiled, so it needs another key.
-            key = key if len(keys) == 1 else f"{key}:untiled"
-        pictures.append(PreparedPicture(key, inputs))
-    return Prepared(tuple(pictures), tuple(replace_token(arrays, index) for index in range(len(keys))))
+def _no_place(pictures: int, places: int) -> Refused:
+    message = f"The pictures must fit the model's chat template: it has {places} places here, got {pictures}."
+    return Refused("invalid_request", message)

@@ -109,16 +109,20 @@ class PillowOnevisionProcessor(LlavaOnevisionProcessor):
         )
         self.video_processor = None  # `ProcessorMixin` calls `_process_videos` if the attribute exists
 
-    def _process_videos(self, videos: Any, **_: Any) -> tuple[BatchFeature, list[str]]:
+    def _process_videos(
+        self, videos: Any, input_data_format: str | None = None, **_: Any
+    ) -> tuple[BatchFeature, list[str]]:
         """Return `pixel_values_videos` `[clips, frames, 3, height, width]`, and the text that replaces each token."""
-        clips = np.stack([np.stack([self._frame(frame) for frame in clip]) for clip in videos])
+        clips = np.stack([np.stack([self._frame(frame, input_data_format) for frame in clip]) for clip in videos])
         inputs = BatchFeature({"pixel_values_videos": clips})
         return inputs, [self.replace_video_token(inputs.data, video_idx=index) for index in range(len(clips))]
 
-    def _frame(self, frame: Any) -> np.ndarray:
+    def _frame(self, frame: Any, input_data_format: str | None) -> np.ndarray:
         """Return one frame, `[3, height, width]`: the first tile of a picture is the whole picture, resized."""
         size = self.image_processor.size
         one_tile = [[size["height"], size["width"]]]
-        tiles = self.image_processor([frame], image_grid_pinpoints=one_tile, return_tensors="np")
+        tiles = self.image_processor(
+            [frame], image_grid_pinpoints=one_tile, return_tensors="np", input_data_format=input_data_format
+        )
         pixels: np.ndarray = tiles["pixel_values"][0, 0]
         return pixels

@@ -7,6 +7,9 @@ import re
 import secrets
 from typing import Any
 
+_PLACEHOLDER_BYTES = 8
+_PLACEHOLDER = re.compile(rf"\ue000[0-9a-f]{{{2 * _PLACEHOLDER_BYTES}}}\ue001")
+
 # Anchor for text that follows an answer: no tokenizer joins a newline with the text after it.
 ANSWER_END = "\n"
 
@@ -70,8 +73,7 @@ class PromptTokenizer:
             if self._specials.fullmatch(part):
                 ids.append(self.token_id(part))
                 continue
-            for hidden, token in literals.items():
-                part = part.replace(hidden, token)
+            part = _PLACEHOLDER.sub(lambda match: literals.get(match.group(), match.group()), part)
             follows_text = not ids and anchor == ANSWER_END
             part_anchor = ANSWER_END if follows_text or not self._restarts_after_special else ""
             ids += self._ids_after(self._literal, part_anchor, part)
@@ -100,4 +102,4 @@ def _pattern_of_specials(tokenizer: Any) -> re.Pattern[str]:
 
 def placeholder() -> str:
     """Return a random string that no user's text contains and no template changes."""
-    return f"\ue000{secrets.token_hex(8)}\ue001"
+    return f"\ue000{secrets.token_hex(_PLACEHOLDER_BYTES)}\ue001"

@@ -53,7 +53,7 @@ def make_pump(
     client. All three are for tests.
     """
     timing = timing or Timing()
-    preparer = Preparer(template, media_limits, journal, timing.clock, executor, executor, fetch)
+    preparer = Preparer(template, media_limits, journal, timing.clock, executor, fetch)
     context = WorkerContext(
         gate=EngineGate(client),
         table=table,

@@ -158,6 +158,7 @@ class SessionManager:
             kv_bytes=memory.kv_bytes,
             parked_bytes=memory.offloaded_bytes,
             device_bytes=memory.allocated_bytes or memory.features_bytes + memory.kv_bytes,
+            media_held_bytes=context.journal.blobs.held_bytes,
             turns_total=counters.turns,
             refusals_total=counters.refusals,
             rebuilds_total=counters.rebuilds,

@@ -16,7 +16,7 @@ from .answers import answer_facts
 from .context import WorkerContext
 from .openings import check_context, digest_of
 from .pending import PendingRequest
-from .preparation import PreparedQuestion
+from .preparation import INLINE_PROMPT_CHARS, PreparedQuestion
 from .sessions import MAX_ENGINE_LOSSES, Residency, Session, Turn, TurnState
 from .turns import Turns
 
@@ -44,7 +44,7 @@ class Questions:
         turn = Turn(session, ask, pending)
         self._turns.add(turn)
         try:
-            if session.in_engine and not ask.pictures:
+            if session.in_engine and not ask.pictures and len(ask.prompt_text) <= INLINE_PROMPT_CHARS:
                 prompt_ids = context.preparer.template.prompt(session.known_transcript.opened_on, ask.prompt_text)
                 self._submit(turn, PreparedQuestion(prompt_ids))
                 return

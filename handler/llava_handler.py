@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import signal
@@ -74,14 +75,7 @@ class LlavaHandler(BaseHandler):
         journal = open_journal(config.journal_dir, config.journal_s3_prefix, held_bytes)
         inbox = Inbox()
         settings = _engine_settings(config, checkpoint, context.system_properties.get("gpu_id"))
-        # Without an engine the worker cannot serve. TorchServe restarts a worker that ends.
-        self._supervisor = EngineSupervisor(
-            settings,
-            inbox,
-            config.engine_hang_s,
-            give_up=lambda: os._exit(1),
-            absence_file=_announcement("engine-absent"),
-        )
+        self._supervisor = _engine_supervisor(settings, inbox, config.engine_hang_s)
         self._supervisor.launch()
         template = _load_template(checkpoint, config.system_prompt)  # while the engine loads
         engine = self._supervisor.wait()
@@ -192,6 +186,12 @@ def _checked_properties() -> dict[str, str]:
 def _announcement(name: str) -> Path:
     """Return the path of a file by which this worker announces its state to the launcher."""
     return Path(os.environ.get("TEMP") or tempfile.gettempdir()) / f"{name}-{os.getpid()}"
+
+
+def _engine_supervisor(settings: EngineSettings, inbox: Inbox, hang_s: float) -> EngineSupervisor:
+    # Without an engine the worker cannot serve. TorchServe restarts a worker that ends.
+    give_up = functools.partial(os._exit, 1)
+    return EngineSupervisor(settings, inbox, hang_s, give_up, absence_file=_announcement("engine-absent"))
 
 
 def _engine_settings(config: HandlerConfig, checkpoint: str, gpu_id: int | None) -> EngineSettings:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 # Seconds for which a new engine must serve before it gets new sessions, by the number of losses.
 HOLD_S = (0.0, 5.0, 15.0, 60.0)
 FORGET_S = 120.0  # after this time of service the losses are counted from the first again
+
+
+def engine_is_absent(temp: Path) -> bool:
+    """Return whether a worker has no engine. It keeps a file in its temporary folder for that time."""
+    return any(temp.glob("engine-absent-*"))
 
 
 class EngineWatch:

@@ -18,7 +18,7 @@ from typing import Any
 from deploy.versions import HeldArchive
 
 from .configuration import hold_archive
-from .engine_watch import EngineWatch
+from .engine_watch import EngineWatch, engine_is_absent
 from .haproxy import HAProxy
 from .home import ServerHome
 from .ports import choose_ports
@@ -185,7 +185,9 @@ class Service:
         while not self._stopped_by:
             if (reason := server.death()) is not None:
                 return reason
-            self._watch_engine(server)
+            # While the worker has no engine, and for a while after an engine that was lost again, /ping is 503.
+            if self._engine.observe(engine_is_absent(server.home / "tmp"), time.monotonic()):
+                self._set_ready(self.ready)
             self._pause(POLL_S)
         return None
 
@@ -203,11 +205,6 @@ class Service:
             with contextlib.suppress(OSError):  # HAProxy has died: `_keep_haproxy` sets the state of the next one
                 self.haproxy.set_engine_absent(self._engine.is_avoided)
                 self.haproxy.open() if ready else self.haproxy.shut()
-
-    def _watch_engine(self, server: TorchServe) -> None:
-        """Have /ping answer 503 while the worker has no engine, and for a while after an engine that was lost again."""
-        if self._engine.observe(server.engine_is_absent(), time.monotonic()):
-            self._set_ready(self.ready)
 
     def _pause(self, seconds: float) -> None:
         """Wait. Meanwhile restart HAProxy if it dies; return at once after `stop`."""

@@ -158,10 +158,6 @@ class TorchServe:
             return f"the worker died\n{running.logs.reason()}"
         return None
 
-    def engine_is_absent(self) -> bool:
-        """Return whether a worker has no engine. It keeps a file in its temporary folder for that time."""
-        return any(self._require_started().home.temp.glob("engine-absent-*"))
-
     def stop(self, timeout_s: float = 30) -> None:
         """Stop java and its workers; kill them after `timeout_s`. Delete a temporary home.
 

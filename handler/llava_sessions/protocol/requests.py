@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from ..config import RequestLimits
 from ..errors import Refused, describe
-from .constants import CONTENT_TYPE_HEADER, INFERENCE_HEADER, NEW_SESSION, REQUEST_ID_PATTERN, SESSION_HEADER
+from .bodies import read_object, shown
+from .constants import INFERENCE_HEADER, NEW_SESSION, REQUEST_ID_PATTERN, SESSION_HEADER
 from .fields import (
     TOO_LARGE,
     Frames,
@@ -33,11 +34,6 @@ from .fields import (
 
 _PICTURE_FIELDS = ("image", "images", "path")
 _ACTION_FIELDS = {"type", "requestType"}
-# Content types that do not contradict a JSON body.
-_JSON_TYPES = ("", "application/octet-stream", "application/json")
-_GZIP = b"\x1f\x8b"
-# Of the name of an action or of an unknown field, in a message.
-_NAME_MAX_CHARS = 40
 _UNKNOWN_NAMES_SHOWN = 5
 
 
@@ -220,7 +216,7 @@ def parse(
     than `max_body_bytes` is rejected before it is parsed. The message names every problem; the code is that of the
     first one.
     """
-    payload = _payload(body, _content_type(headers), max_body_bytes)
+    payload = read_object(body, headers, max_body_bytes)
     model = _model(payload)
     # A null counts as an absent field.
     fields = {name: value for name, value in payload.items() if value is not None and name in model.model_fields}
@@ -247,36 +243,6 @@ def session_in_header(headers: Mapping[str, object]) -> str | None:
     return value if value and value != NEW_SESSION else None
 
 
-def _content_type(headers: Mapping[str, object]) -> str:
-    """Return the client's content type without parameters, in lower case; "" without one."""
-    value = headers.get(CONTENT_TYPE_HEADER.lower(), headers.get("content-type"))
-    return value.partition(";")[0].strip().lower() if isinstance(value, str) else ""
-
-
-def _payload(body: object, content_type: str, max_body_bytes: int | None) -> dict[str, Any]:
-    """Return the JSON object of a body, whatever its content type. Errors name a content type that is not JSON's."""
-    sent_as = "" if content_type in _JSON_TYPES else f" with content type {_shown(content_type)}"
-    if content_type.startswith("multipart/"):
-        raise Refused("unsupported_media", f"the body must be a JSON object, got a body{sent_as}")
-    if isinstance(body, str | bytes | bytearray):
-        if max_body_bytes is not None and len(body) > max_body_bytes:
-            raise Refused("too_large", f"the body must be at most {max_body_bytes:,} bytes, got {len(body):,}")
-        if not body.strip():
-            raise Refused("invalid_request", "the body must be a JSON object, got an empty body")
-        if isinstance(body, bytes | bytearray) and body.startswith(_GZIP):
-            raise Refused("unsupported_media", "the body must be an uncompressed JSON object, got a gzip stream")
-        try:
-            body = json.loads(body)
-        except json.JSONDecodeError as error:
-            where = f"{error.msg} at character {error.pos}{sent_as}"
-            raise Refused("invalid_request", f"the body must be a JSON object, got malformed JSON ({where})") from None
-        except (ValueError, RecursionError):  # not UTF-8, a number of too many digits, or nested too deep
-            raise Refused("invalid_request", f"the body must be a JSON object, got undecodable text{sent_as}") from None
-    if not isinstance(body, dict):
-        raise Refused("invalid_request", f"the body must be a JSON object, got {describe(body)}{sent_as}")
-    return body
-
-
 def _model(payload: dict[str, Any]) -> type[Request]:
     """Return the model that the payload's `type` or `requestType` names."""
     action = payload.get("type")
@@ -286,11 +252,11 @@ def _model(payload: dict[str, Any]) -> type[Request]:
     model: type[Request] | None
     if standard is not None:
         model = _REQUEST_TYPES.get(standard) if isinstance(standard, str) else None
-        message = f"`requestType` must be 'NEW_SESSION' or 'CLOSE', got {_shown(standard)}"
+        message = f"`requestType` must be 'NEW_SESSION' or 'CLOSE', got {shown(standard)}"
     else:
         model = _TYPES.get(action) if isinstance(action, str) else None
         known = "'start_session', 'send_text_prompt', 'close_session' or 'cancel'"
-        message = f"`type` must be {known}, got {'nothing' if action is None else _shown(action)}"
+        message = f"`type` must be {known}, got {'nothing' if action is None else shown(action)}"
     if model is None:
         raise Refused("invalid_request", message)
     return model
@@ -302,7 +268,7 @@ def _unknown_fields(payload: dict[str, Any], model: type[Request]) -> list[_Prob
     if not unknown:
         return []
     # Not sorted: a call over millions of names would hold the GIL for a second.
-    got = ", ".join(_shown(name) for name in heapq.nsmallest(_UNKNOWN_NAMES_SHOWN, unknown))
+    got = ", ".join(shown(name) for name in heapq.nsmallest(_UNKNOWN_NAMES_SHOWN, unknown))
     if len(unknown) > _UNKNOWN_NAMES_SHOWN:
         got += f" and {len(unknown) - _UNKNOWN_NAMES_SHOWN:,} more"
     message = f"the fields must be among {', '.join(sorted(known))}, got unknown field {got}"
@@ -403,11 +369,3 @@ def _sources(image: str | None, images: tuple[str, ...] | None, path: str | None
     if path is not None:
         return (PictureSource(path=path),)
     return tuple(PictureSource(image=image) for image in images or ())
-
-
-def _shown(name: object) -> str:
-    """Return a short ASCII form of the name of an action or a field."""
-    if not isinstance(name, str):
-        return describe(name)
-    text = ascii(name[:_NAME_MAX_CHARS])
-    return text if len(text) <= _NAME_MAX_CHARS else f"{text[:_NAME_MAX_CHARS]}..."

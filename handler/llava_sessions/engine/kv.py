@@ -35,17 +35,23 @@ class KVShape:
         """Return the bytes that a cache of `tokens` tokens takes on the device, rounded up to a growth step."""
         return _rounded_up(tokens) * self.token_bytes
 
+    def exact_bytes(self, tokens: int) -> int:
+        """Return the bytes of `tokens` tokens: those of a cache whose `most_tokens` they are."""
+        return tokens * self.token_bytes
+
 
 class SessionKV:
     """Keys and values of one session in one contiguous tensor `[layers, 2, kv_heads, capacity, head_dim]`.
 
-    The capacity grows in steps of `GROWTH_TOKENS`, so most forwards allocate nothing.
+    The capacity grows in steps of `GROWTH_TOKENS`, so most forwards allocate nothing. It does not grow beyond
+    `most_tokens`, the tokens for which the running turn has reserved memory; None outside turns.
     """
 
     def __init__(self, shape: KVShape) -> None:
         """Make a cold cache."""
         self.shape = shape
         self.length = 0
+        self.most_tokens: int | None = None
         # Written by the methods below only; public so that a test can check where the memory is.
         self.on_device = self._allocate(0)
         self.on_host: torch.Tensor | None = None
@@ -84,7 +90,7 @@ class SessionKV:
         """
         if tokens <= self.capacity:
             return
-        grown = self._allocate(_rounded_up(tokens))
+        grown = self._allocate(_capacity_for(tokens, self.most_tokens))
         grown[:, :, :, : self.length].copy_(self.on_device[:, :, :, : self.length])
         self.on_device = grown
 
@@ -128,7 +134,7 @@ class SessionKV:
         """
         if self.on_host is None:
             return
-        device = self._allocate(_rounded_up(self.length))
+        device = self._allocate(_capacity_for(self.length, self.most_tokens))
         device[:, :, :, : self.length].copy_(self.on_host[:, :, :, : self.length], non_blocking=True)
         self.on_device = device
         self.on_host = None
@@ -148,3 +154,9 @@ class SessionKV:
 def _rounded_up(tokens: int) -> int:
     """Return the smallest multiple of `GROWTH_TOKENS` that is at least `tokens`."""
     return -(-tokens // GROWTH_TOKENS) * GROWTH_TOKENS
+
+
+def _capacity_for(tokens: int, most_tokens: int | None) -> int:
+    """Return the capacity of a cache that grows to at least `tokens` tokens and, if possible, not beyond the most."""
+    capacity = _rounded_up(tokens)
+    return capacity if most_tokens is None else max(tokens, min(capacity, most_tokens))

@@ -92,7 +92,7 @@ class Admission:
         if waiting_turns >= MAX_WAITING_TURNS:
             return [OutOfCapacity(session.id, turn.id, 0, 0, len(self._sessions), waiting_turns)]
         try:
-            self._memory.admit(self._model.kv_shape.exact_bytes(turn.most_tokens), turn.new_image_tokens)
+            self._memory.admit(self._model.kv_shape.turn_bytes(turn.most_tokens), turn.new_image_tokens)
         except MemoryExceeded as error:
             return [self._rejection(session, turn, error)]
         session.turn = turn
@@ -124,13 +124,13 @@ class Admission:
                 self._memory.place(session, session.opening_bytes)
                 session.advance(EngineSessionState.PREFILLING)
                 return True
-            needed_bytes = self._model.kv_shape.exact_bytes(turn.most_tokens)
+            needed_bytes = self._model.kv_shape.turn_bytes(turn.most_tokens)
             self._memory.place(session, needed_bytes, turn.new_image_tokens)
         except MemoryExceeded:
             if any(other.active for other in self._sessions.values() if other is not session):
                 return False
             raise
-        session.kv.most_tokens = turn.most_tokens
+        session.kv.most_tokens = self._model.kv_shape.most_tokens(turn.most_tokens)
         self._memory.restore(session)
         session.admit_turn()
         return True

@@ -35,9 +35,16 @@ class KVShape:
         """Return the bytes that a cache of `tokens` tokens takes on the device, rounded up to a growth step."""
         return _rounded_up(tokens) * self.token_bytes
 
-    def exact_bytes(self, tokens: int) -> int:
-        """Return the bytes of `tokens` tokens: those of a cache whose `most_tokens` they are."""
-        return tokens * self.token_bytes
+    def most_tokens(self, tokens: int) -> int:
+        """Return the capacity that a turn of at most `tokens` tokens reserves.
+
+        On a GPU a cache always has whole growth steps, because offloading copies whole steps.
+        """
+        return tokens if self.device.type == "cpu" else _rounded_up(tokens)
+
+    def turn_bytes(self, tokens: int) -> int:
+        """Return the bytes that a turn of at most `tokens` tokens reserves."""
+        return self.most_tokens(tokens) * self.token_bytes
 
 
 class SessionKV:

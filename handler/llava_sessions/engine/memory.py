@@ -116,7 +116,7 @@ class DeviceMemory:
         most_bytes = kv_bytes
         if new_bytes:
             openings = (s for s in self._sessions.values() if s.state is EngineSessionState.WAITING)
-            turns = (self._kv_shape.exact_bytes(turn.most_tokens) for turn in waiting_turns)
+            turns = (self._kv_shape.turn_bytes(turn.most_tokens) for turn in waiting_turns)
             most_bytes = max([kv_bytes, *(s.opening_bytes for s in openings), *turns])
         if features_bytes + new_bytes + most_bytes > self.budget.device_bytes:
             raise MemoryExceeded(new_bytes + most_bytes, max(self.budget.device_bytes - features_bytes, 0))

@@ -56,7 +56,7 @@ class Answers:
         self._context.inbox.when_done(saved, partial(self._saved, turn, record, turns))
 
     def overdue(self, turn: Turn) -> None:
-        """Reply to a turn that is still being stored at its deadline: it is not durable yet."""
+        """Reply to a turn that is still being stored when its time is over: it is not durable yet."""
         if turn.record is not None:
             self._reply(turn, turn.record, durable=False)
 

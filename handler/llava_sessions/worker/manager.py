@@ -26,8 +26,13 @@ log = logging.getLogger(__name__)
 
 # How often expired journals are searched for. The journals of sessions in the table are removed with the session.
 JOURNAL_SWEEP_S = 60.0
-# A platform that stops a container gives it 30 s. Turns may run for this long; the rest is for their last lines.
-DRAIN_S = 25.0
+# A platform that stops a container gives it 30 s. The launcher waits 26 s for the last lines of the answers
+# (deploy/serve/service.py); they are to leave before that, so many seconds after the drain began.
+LAST_LINES_S = 25.0
+# Time for storing answers, and between two sweeps.
+_CUT_MARGIN_S = 1.5
+# Running turns may go on for at least so long, however long the engine's steps are.
+_SHORTEST_DRAIN_S = 5.0
 
 
 class SessionManager:
@@ -49,6 +54,7 @@ class SessionManager:
             closes=self._closes,
         )
         self._memory = Memory()
+        self._longest_step_s = 0.0
         self._journal_swept_s = context.monotonic()
 
     def recover(self) -> None:
@@ -83,6 +89,7 @@ class SessionManager:
             match item:
                 case Report():
                     self._memory = item.memory
+                    self._longest_step_s = item.longest_step_s
                     for event in item.events:
                         self._events.apply(event)
                 case EngineLost():
@@ -129,9 +136,13 @@ class SessionManager:
             self._journal_swept_s = now_s
             context.journal.sweep(context.clock())
         draining_since_s = context.gate.draining_since_s
-        if draining_since_s is not None and now_s - draining_since_s > DRAIN_S:
-            for turn in self._turns.all():
+        if draining_since_s is None:
+            return
+        for turn in self._turns.all():
+            if now_s - draining_since_s >= _cut_s(self._longest_step_s):
                 self._turns.stop(turn, "shutdown", keep_answer=True)
+            if now_s - draining_since_s >= LAST_LINES_S and turn.is_in(TurnState.STORING):
+                self._answers.overdue(turn)  # the journal is slow
 
     def drain(self) -> None:
         """Take no new work from now on. Takes no lock, so a signal handler may call it."""
@@ -197,3 +208,8 @@ class SessionManager:
                 self._questions.start(pending, ask)
             except Exception as error:
                 pending.refuse(error)
+
+
+def _cut_s(longest_step_s: float) -> float:
+    """Return the time from the beginning of a drain until turns are stopped: a step that runs then must end."""
+    return max(LAST_LINES_S - _CUT_MARGIN_S - longest_step_s, _SHORTEST_DRAIN_S)

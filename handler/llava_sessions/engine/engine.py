@@ -27,9 +27,10 @@ from ..ipc.messages import (
     TurnFailed,
 )
 from ..text.answer_text import AnswerText
+from .budget import DeviceBudget
 from .faults import first_line, is_out_of_memory, raise_if_device_lost
 from .kv import SessionKV
-from .memory import DeviceBudget, DeviceMemory, MemoryExceeded
+from .memory import DeviceMemory, MemoryExceeded
 from .model import Model
 from .sampling import next_tokens
 from .scheduler import plan
@@ -150,12 +151,13 @@ class Engine:
         start = len(session.token_ids)
         prompt_tokens = start + len(command.token_ids)
         max_new_tokens = min(command.sampling.max_new_tokens, self.model.context_tokens - prompt_tokens)
-        needed_bytes = self.model.kv_shape.device_bytes(prompt_tokens + max_new_tokens)
+        most_tokens = prompt_tokens + max_new_tokens
+        needed_bytes = self.model.kv_shape.device_bytes(most_tokens)
         reserved_bytes = max(needed_bytes, session.kv.device_bytes)  # more if the cache was grown ahead
         positions = self.model.media_positions(command.token_ids, start)
         try:
             self.device_memory.admit(session, reserved_bytes, len(positions), command.pictures)
-            self.device_memory.restore(session)
+            self.device_memory.restore(session, most_tokens)
         except MemoryExceeded as error:
             self._events.append(_rejection(session.id, command.turn_id, error, len(self.sessions)))
             return
@@ -268,7 +270,12 @@ class Engine:
                 if segment.sample and session.turn is not None
             ]
             logits = self.model.forward(segments)
-            tokens = next_tokens(logits, [turn.sampler for _, turn in sampled])
+            try:
+                tokens = next_tokens(logits, [turn.sampler for _, turn in sampled])
+            except Exception:
+                for session, count in steps:
+                    session.kv.crop(session.kv.length - count)
+                raise
         except Exception as error:
             raise_if_device_lost(error, self.model.device)
             if is_out_of_memory(error):
@@ -334,12 +341,17 @@ class Engine:
 
     @contextlib.contextmanager
     def _isolated(self, session: EngineSession) -> Iterator[None]:
-        """Remove the session after an `IllegalTransition` in this block."""
+        """Remove the session after an `IllegalTransition` in this block. Retry or reject it if memory runs out."""
         try:
             yield
         except IllegalTransition as error:
             log.exception("session_broken session=%s", session.id[:12])
             self._fail(session, error)
+        except Exception as error:
+            raise_if_device_lost(error, self.model.device)
+            if not is_out_of_memory(error):
+                raise
+            self._retry_or_reject(session, error)
 
 
 def _ask_problem(session: EngineSession, command: AskSession, model: Model) -> str | None:

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 import transformers
@@ -26,15 +27,16 @@ from ..ipc.messages import (
     Event,
     Finished,
     OpenSession,
+    OutOfCapacity,
     Sampling,
     StartFailed,
 )
 from ..ipc.pipe import receive, send
 from ..text.chat_template import ChatTemplate
 from ..text.processors import load_processor
+from .budget import InsufficientMemory, choose_budget
 from .engine import Engine
 from .loop import EngineLoop
-from .memory import choose_budget
 from .model import Model
 
 log = logging.getLogger("llava_sessions")
@@ -82,20 +84,31 @@ def load(settings: EngineSettings) -> Engine:
     template = ChatTemplate(load_processor(settings.checkpoint), settings.system_prompt)
     model = Model.load(settings.checkpoint, settings.dtype, settings.device)
     engine = Engine(model, template.answer_text, choose_budget(model.device), settings.prefill_chunk_tokens)
-    engine.device_memory.budget = choose_budget(
-        model.device, settings.device_bytes, settings.host_bytes, working_bytes=warm_up(engine, template)
-    )
+    found = warm_up(engine, template)
+    budget = choose_budget(model.device, settings.device_bytes, settings.host_bytes, working_bytes=found.working_bytes)
+    if settings.device_bytes is None and budget.device_bytes < found.session_bytes:
+        raise InsufficientMemory(_too_small(budget.device_bytes, found.session_bytes))
+    engine.device_memory.budget = budget
     return engine
 
 
-def warm_up(engine: Engine, template: ChatTemplate) -> int:
+@dataclass(frozen=True)
+class WarmUp:
+    """Device bytes of a first chat: `working_bytes` of temporary tensors, `session_bytes` of features and KV cache.
+
+    On a CPU `working_bytes` is 0.
+    """
+
+    working_bytes: int
+    session_bytes: int
+
+
+def warm_up(engine: Engine, template: ChatTemplate) -> WarmUp:
     """Run one short chat, so that the first user waits for no initialization and a broken checkpoint is found at start.
 
-    Returns the device bytes that the forwards took at their peak (0 on CPU). Raises RuntimeError if the chat gets no
-    answer.
+    Raises `InsufficientMemory` if the device can't hold the chat, and RuntimeError if the chat gets no answer.
     """
     model = engine.model
-    model.peak_bytes()
     held_bytes = model.allocated_bytes()
     # On CUDA the peak of the largest picture sizes the budget. On a CPU it is not measured, and a small one is faster.
     size = model.largest_picture if model.device.type == "cuda" else (64, 64)
@@ -104,13 +117,34 @@ def warm_up(engine: Engine, template: ChatTemplate) -> int:
     engine.apply(OpenSession("warm-up", opening.token_ids, opening.pictures))
     engine.apply(AskSession("warm-up", "warm-up", prompt_ids, Sampling(max_new_tokens=4)))
     events: list[Event] = []
+    session_bytes = _session_bytes(engine)
+    working_bytes = 0
+    model.peak_bytes()
     while engine.has_work:
         events += engine.step()
+        # What the session held before the step is certainly in the peak; what the step added may be missing there.
+        working_bytes = max(working_bytes, model.peak_bytes() - held_bytes - session_bytes)
+        session_bytes = _session_bytes(engine)
     engine.apply(CloseSession("warm-up"))
     engine.step()
+    for event in events:
+        if isinstance(event, OutOfCapacity):
+            raise InsufficientMemory(_too_small(event.free_bytes, event.needed_bytes))
     if not any(isinstance(event, Finished) for event in events):
         raise RuntimeError(f"the checkpoint does not answer a first question: {events}")
-    return model.peak_bytes() - held_bytes
+    return WarmUp(working_bytes, session_bytes)
+
+
+def _session_bytes(engine: Engine) -> int:
+    memory = engine.memory()
+    return memory.features_bytes + memory.kv_bytes
+
+
+def _too_small(free_bytes: int, needed_bytes: int) -> str:
+    return (
+        f"the device has {free_bytes} bytes for sessions after the weights and a reserve, but a session with the "
+        f"largest picture needs {needed_bytes}: use a larger device or a smaller checkpoint"
+    )
 
 
 def facts(engine: Engine) -> EngineFacts:

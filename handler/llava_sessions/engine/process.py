@@ -16,6 +16,7 @@ import threading
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
+import torch
 import transformers
 from PIL import Image
 
@@ -34,7 +35,7 @@ from ..ipc.messages import (
 from ..ipc.pipe import receive, send
 from ..text.chat_template import ChatTemplate
 from ..text.processors import load_processor
-from .budget import InsufficientMemory, choose_budget
+from .budget import DeviceBudget, InsufficientMemory, choose_budget
 from .engine import Engine
 from .loop import EngineLoop
 from .model import Model
@@ -85,10 +86,7 @@ def load(settings: EngineSettings) -> Engine:
     model = Model.load(settings.checkpoint, settings.dtype, settings.device)
     engine = Engine(model, template.answer_text, choose_budget(model.device), settings.prefill_chunk_tokens)
     found = warm_up(engine, template)
-    budget = choose_budget(model.device, settings.device_bytes, settings.host_bytes, working_bytes=found.working_bytes)
-    if settings.device_bytes is None and budget.device_bytes < found.session_bytes:
-        raise InsufficientMemory(_too_small(budget.device_bytes, found.session_bytes))
-    engine.device_memory.budget = budget
+    engine.device_memory.budget = final_budget(model.device, settings.device_bytes, settings.host_bytes, found)
     return engine
 
 
@@ -117,14 +115,14 @@ def warm_up(engine: Engine, template: ChatTemplate) -> WarmUp:
     engine.apply(OpenSession("warm-up", opening.token_ids, opening.pictures))
     engine.apply(AskSession("warm-up", "warm-up", prompt_ids, Sampling(max_new_tokens=4)))
     events: list[Event] = []
-    session_bytes = _session_bytes(engine)
     working_bytes = 0
     model.peak_bytes()
     while engine.has_work:
+        features_bytes = engine.memory().features_bytes
         events += engine.step()
-        # What the session held before the step is certainly in the peak; what the step added may be missing there.
-        working_bytes = max(working_bytes, model.peak_bytes() - held_bytes - session_bytes)
-        session_bytes = _session_bytes(engine)
+        # A step allocates the cache before the forward, and features after it.
+        memory = engine.memory()
+        working_bytes = max(working_bytes, model.peak_bytes() - held_bytes - memory.kv_bytes - features_bytes)
     engine.apply(CloseSession("warm-up"))
     engine.step()
     for event in events:
@@ -132,12 +130,15 @@ def warm_up(engine: Engine, template: ChatTemplate) -> WarmUp:
             raise InsufficientMemory(_too_small(event.free_bytes, event.needed_bytes))
     if not any(isinstance(event, Finished) for event in events):
         raise RuntimeError(f"the checkpoint does not answer a first question: {events}")
-    return WarmUp(working_bytes, session_bytes)
+    return WarmUp(working_bytes, memory.kv_bytes + memory.features_bytes)
 
 
-def _session_bytes(engine: Engine) -> int:
-    memory = engine.memory()
-    return memory.features_bytes + memory.kv_bytes
+def final_budget(device: torch.device, device_bytes: int | None, host_bytes: int | None, found: WarmUp) -> DeviceBudget:
+    """Return the budget after the warm-up. Raises `InsufficientMemory` if a derived one holds no session."""
+    budget = choose_budget(device, device_bytes, host_bytes, working_bytes=found.working_bytes)
+    if device_bytes is None and budget.device_bytes < found.session_bytes:
+        raise InsufficientMemory(_too_small(budget.device_bytes, found.session_bytes))
+    return budget
 
 
 def _too_small(free_bytes: int, needed_bytes: int) -> str:

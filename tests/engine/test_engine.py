@@ -15,9 +15,9 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
+from llava_sessions.engine.budget import choose_budget
 from llava_sessions.engine.engine import Engine
 from llava_sessions.engine.kv import GROWTH_TOKENS, KVShape, SessionKV
-from llava_sessions.engine.memory import choose_budget
 from llava_sessions.engine.model import Model, UnsupportedCheckpoint
 from llava_sessions.engine.process import warm_up
 from llava_sessions.engine.scheduler import plan

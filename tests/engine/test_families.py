@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from deploy import pack
 from llava_sessions.chat.transcript import Conversation
+from llava_sessions.engine.budget import DeviceBudget
 from llava_sessions.engine.engine import Engine
-from llava_sessions.engine.memory import DeviceBudget
 from llava_sessions.engine.model import SUPPORTED_MODEL_TYPES, Model, UnsupportedCheckpoint
 from llava_sessions.engine.process import warm_up
 from llava_sessions.errors import Refused

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from llava_sessions.engine.budget import DeviceBudget
 from llava_sessions.engine.loop import EngineLoop, StepTimes
-from llava_sessions.engine.memory import DeviceBudget
 from llava_sessions.ipc.messages import (
     AskSession,
     Cancelled,

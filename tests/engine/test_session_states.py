@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llava_sessions.engine import session as session_module
-from llava_sessions.engine.memory import DeviceBudget
+from llava_sessions.engine.budget import DeviceBudget
 from llava_sessions.engine.session import (
     TRANSITIONS,
     EngineSessionState,

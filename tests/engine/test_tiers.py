@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from llava_sessions.chat.transcript import Conversation
+from llava_sessions.engine.budget import DeviceBudget
 from llava_sessions.engine.kv import GROWTH_TOKENS, SessionKV
-from llava_sessions.engine.memory import DeviceBudget
 from llava_sessions.ipc.messages import (
     Admitted,
     AskSession,

@@ -20,8 +20,8 @@ import transformers
 from PIL import Image
 
 from llava_sessions.config import MediaLimits, RequestLimits
+from llava_sessions.engine.budget import choose_budget
 from llava_sessions.engine.engine import Engine
-from llava_sessions.engine.memory import choose_budget
 from llava_sessions.engine.model import Model
 from llava_sessions.ipc.messages import Admitted, AskSession, CloseSession, OpenSession, Report
 from llava_sessions.journal.journal import Journal

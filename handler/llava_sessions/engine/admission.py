@@ -131,7 +131,7 @@ class Admission:
                 return False
             raise
         session.kv.most_tokens = self._model.kv_shape.most_tokens(turn.most_tokens)
-        self._memory.restore(session)
+        self._memory.restore(session, turn.most_tokens)
         session.admit_turn()
         return True
 

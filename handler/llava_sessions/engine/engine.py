@@ -26,8 +26,9 @@ from ..ipc.messages import (
 )
 from ..text.answer_text import AnswerText
 from .admission import Admission
+from .budget import DeviceBudget
 from .faults import first_line, is_out_of_memory, raise_if_device_lost
-from .memory import DeviceBudget, DeviceMemory, MemoryExceeded
+from .memory import DeviceMemory, MemoryExceeded
 from .model import Model
 from .sampling import next_tokens
 from .scheduler import plan
@@ -168,6 +169,9 @@ class Engine:
                 self._events += self._admission.reject(waiting, error)
             except Exception as error:
                 raise_if_device_lost(error, self.model.device)
+                if is_out_of_memory(error):
+                    self._retry_or_reject(waiting.session, error)
+                    return
                 log.exception("admission_failed session=%s", waiting.session.id[:12])
                 self._fail(waiting.session, error, ends_opening=waiting.turn is None)
 
@@ -233,7 +237,12 @@ class Engine:
                 if segment.sample and session.turn is not None
             ]
             logits = self.model.forward(segments)
-            tokens = next_tokens(logits, [turn.sampler for _, turn in sampled])
+            try:
+                tokens = next_tokens(logits, [turn.sampler for _, turn in sampled])
+            except Exception:
+                for session, count in steps:
+                    session.kv.crop(session.kv.length - count)
+                raise
         except Exception as error:
             raise_if_device_lost(error, self.model.device)
             if is_out_of_memory(error):
@@ -299,12 +308,17 @@ class Engine:
 
     @contextlib.contextmanager
     def _isolated(self, session: EngineSession) -> Iterator[None]:
-        """Remove the session after an `IllegalTransition` in this block."""
+        """Remove the session after an `IllegalTransition` in this block. Retry or reject it if memory runs out."""
         try:
             yield
         except IllegalTransition as error:
             log.exception("session_broken session=%s", session.id[:12])
             self._fail(session, error)
+        except Exception as error:
+            raise_if_device_lost(error, self.model.device)
+            if not is_out_of_memory(error):
+                raise
+            self._retry_or_reject(session, error)
 
 
 def _check_feature_count(session: EngineSession) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from ..ipc.messages import PreparedPicture
 from .attention import TEXT_ATTENTION, VISION_ATTENTION, PackedKV, Segment
 from .cpu import layers, linears
+from .device import native_dtype, prepare
 from .kv import KVShape
 
 SUPPORTED_MODEL_TYPES = ("llava", "llava_next", "llava_onevision")
@@ -74,8 +75,9 @@ class Model:
             raise UnsupportedCheckpoint(problem)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        prepare(torch.device(device))
         if dtype == "auto":
-            dtype = native_dtype(torch.device(device))
+            dtype = native_dtype(torch.device(device), config.dtype or config.get_text_config().dtype)
         elif isinstance(dtype, str):
             dtype = getattr(torch, dtype)
         _drop_unused_vision_layers(config)
@@ -158,14 +160,6 @@ class Model:
     def allocated_bytes(self) -> int:
         """Return the bytes that torch's allocator holds on the device. 0 on CPU, where torch does not count them."""
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
-
-
-def native_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16 if the device has instructions for it, else float16 on CUDA and float32 on a CPU."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    found = torch.cpu.get_capabilities()
-    return torch.bfloat16 if found.get("avx512_bf16") or found.get("amx_bf16") else torch.float32
 
 
 def _unsupported(config: Any) -> str | None:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..ipc.messages import Admitted, AskSession, Event, OpenSession, OutOfCapacity, TurnFailed
+from ..ipc.messages import Admitted, AskSession, Event, OpenSession, OutOfCapacity, TurnAdmitted, TurnFailed
 from ..text.answer_text import AnswerText
 from .kv import SessionKV, rounded_up
 from .memory import DeviceMemory, MemoryExceeded
@@ -80,7 +80,7 @@ class Admission:
         return Admitted(session.id)
 
     def ask(self, command: AskSession, arrived_at: float) -> list[Event]:
-        """Queue a turn, or reject it. Any failure leaves the session unchanged."""
+        """Admit a turn, or reject it. Any failure leaves the session unchanged."""
         session = self._sessions.get(command.session_id)
         if session is None:
             return [TurnFailed(command.turn_id, "the session is not open in the engine")]
@@ -96,7 +96,7 @@ class Admission:
         except MemoryExceeded as error:
             return [self._rejection(session, turn, error)]
         session.turn = turn
-        return []
+        return [TurnAdmitted(turn.id)]
 
     def waiting(self) -> list[Waiting]:
         """Return the requests that wait for memory, in order of arrival."""

@@ -31,6 +31,7 @@ from llava_sessions.ipc.messages import (
     Prefilled,
     PreparedPicture,
     Sampling,
+    TurnAdmitted,
     TurnFailed,
 )
 from tests.support.engine_chats import QUESTIONS, Chats, noise
@@ -182,6 +183,6 @@ def test_a_sampling_error_in_the_step_that_completes_the_opening_fails_the_turn_
     with monkeypatch.context() as patch:
         patch.setattr("llava_sessions.engine.engine.next_tokens", lambda *_: [RuntimeError("not a number")])
         chats.run(steps=1)
-    assert [type(event) for event in chats.events] == [Admitted, Prefilled, TurnFailed]
+    assert [type(event) for event in chats.events] == [Admitted, TurnAdmitted, Prefilled, TurnFailed]
     chats.ask("a", QUESTIONS[0], Sampling(4))
     assert chats.run()["a"].reason == "length"

@@ -143,10 +143,10 @@ class Chat:
             self.ask("b", "two green stars?", Sampling(2)),
         ]
         assert self.engine.sessions.keys() == {"a", "b", "c"}
-        self.engine.apply(CloseSession("a"))  # leaves room for the old and the grown cache of b
-        answers.append(self.ask("b", LONG_QUESTION, Sampling(2)))
-        for name in "bc":
+        for name in "ac":  # leaves room for the old and the grown cache of b
             self.engine.apply(CloseSession(name))
+        answers.append(self.ask("b", LONG_QUESTION, Sampling(2)))
+        self.engine.apply(CloseSession("b"))
         assert self.engine.memory() == Memory()
         return answers
 

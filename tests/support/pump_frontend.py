@@ -72,6 +72,7 @@ class Frontend:
         self.now_s = NOW
         self.template_lock = tokens.lock
         self.skipped_s = 0.0
+        self.longest_step_s = 0.0
         self.commands: list = []
         self.inbox = Inbox()
         self._new_engine = lambda: Engine(model, tokens.answer_text, choose_budget(model.device))
@@ -125,7 +126,7 @@ class Frontend:
             self.tell(*self.engine.step())
 
     def tell(self, *events) -> None:
-        self.inbox.put(Report(list(events), self.engine.memory()))
+        self.inbox.put(Report(list(events), self.engine.memory(), self.longest_step_s))
 
     def lose_engine(self) -> None:
         """The engine dies with all that it holds."""

@@ -51,17 +51,30 @@ class KVShape:
         block_bytes = self.device_bytes(1)
         return -(-tokens // GROWTH_TOKENS) * (1 << (block_bytes - 1).bit_length())
 
+    def most_tokens(self, tokens: int) -> int:
+        """Return the capacity that a turn of at most `tokens` tokens reserves.
+
+        On a GPU a cache always has whole growth steps, because offloading copies whole steps.
+        """
+        return tokens if self.device.type == "cpu" else _rounded_up(tokens)
+
+    def turn_bytes(self, tokens: int) -> int:
+        """Return the bytes that a turn of at most `tokens` tokens reserves."""
+        return self.most_tokens(tokens) * self.token_bytes
+
 
 class SessionKV:
     """Keys and values of one session in one contiguous tensor `[layers, 2, kv_heads, capacity, head_dim]`.
 
-    The capacity grows in steps of `GROWTH_TOKENS`, so most forwards allocate nothing.
+    The capacity grows in steps of `GROWTH_TOKENS`, so most forwards allocate nothing. It does not grow beyond
+    `most_tokens`, the tokens for which the running turn has reserved memory; None outside turns.
     """
 
     def __init__(self, shape: KVShape) -> None:
         """Make a cold cache."""
         self.shape = shape
         self.length = 0
+        self.most_tokens: int | None = None
         # Written by the methods below only; public so that a test can check where the memory is.
         self.on_device = self._allocate(0)
         # Blocks `[layers, 2, kv_heads, tokens, head_dim]` of consecutive tokens, or None unless offloaded.
@@ -101,7 +114,9 @@ class SessionKV:
         """
         if tokens <= self.capacity:
             return
-        grown = self._allocate(_rounded_up(tokens))
+        if not self.length:
+            self.on_device = self._allocate(0)  # nothing to copy: free it first
+        grown = self._allocate(_capacity_for(tokens, self.most_tokens))
         grown[:, :, :, : self.length].copy_(self.on_device[:, :, :, : self.length])
         self.on_device = grown
 
@@ -161,7 +176,7 @@ class SessionKV:
         """
         if self.on_host is None:
             return
-        device = self._allocate(_rounded_up(max(tokens, self.length)))
+        device = self._allocate(_capacity_for(max(tokens, self.length), self.most_tokens))
         _copy_to_device(self.on_host, device, self.length)
         self.on_device = device
         self.on_host = None
@@ -193,3 +208,9 @@ def _copy_to_device(blocks: list[torch.Tensor], device: torch.Tensor, tokens: in
         for layer, values in enumerate(block):
             device[layer, :, :, start:end].copy_(values, non_blocking=True)
         start = end
+
+
+def _capacity_for(tokens: int, most_tokens: int | None) -> int:
+    """Return the capacity of a cache that grows to at least `tokens` tokens and, if possible, not beyond the most."""
+    capacity = _rounded_up(tokens)
+    return capacity if most_tokens is None else max(tokens, min(capacity, most_tokens))

@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from ..ipc.messages import Memory, PreparedPicture
+from ..ipc.messages import Memory
 from .budget import DeviceBudget
 from .faults import first_line, is_out_of_memory, raise_if_device_lost, release_unused
 from .kv import KVShape
@@ -73,40 +73,36 @@ class DeviceMemory:
             allocated_bytes=allocated_bytes,
         )
 
-    def admit(
-        self, session: EngineSession, kv_bytes: int, image_tokens: int, pictures: Iterable[PreparedPicture]
-    ) -> None:
-        """Make room for a new session or a new turn, before any work on it.
+    def admit(self, kv_bytes: int, new_image_tokens: int) -> None:
+        """Raise `MemoryExceeded` if a request could not run even if no other session was active.
 
-        `kv_bytes`: upper bound of the session's KV on the device. `image_tokens`: tokens of the request's `pictures`.
-        Raises `MemoryExceeded` if the active sessions leave too little; nothing is offloaded then.
+        `kv_bytes`: upper bound of the session's KV on the device. `new_image_tokens`: tokens of the request's pictures
+        that are not encoded. A request that is admitted waits until `place` has reserved its memory.
 
-        Waiting sessions hold no KV, so any number of them is admitted. Features are never offloaded, so the features of
-        all sessions must leave room for the KV of the largest waiting one.
+        Features are never offloaded, so the features of all sessions and of all waiting turns must leave room for the
+        KV of the largest waiting request.
         """
-        known = all(picture.key in self._features for picture in pictures)
-        new_features_bytes = 0 if known else image_tokens * self._feature_bytes
-        features_bytes = self._features_bytes()
-        waiting = (s for s in self._sessions.values() if s.state is EngineSessionState.WAITING)
-        waiting_bytes = max((s.opening_bytes for s in waiting), default=0)
-        if new_features_bytes and features_bytes + new_features_bytes + waiting_bytes > self.budget.device_bytes:
-            free_bytes = max(self.budget.device_bytes - features_bytes, 0)
-            raise MemoryExceeded(new_features_bytes + waiting_bytes, free_bytes)
-        self._make_room(session, kv_bytes + new_features_bytes)
+        new_bytes = new_image_tokens * self._feature_bytes
+        waiting_turns = [s.waiting_turn for s in self._sessions.values() if s.waiting_turn is not None]
+        features_bytes = self._features_bytes() + sum(
+            turn.new_image_tokens * self._feature_bytes for turn in waiting_turns
+        )
+        most_bytes = kv_bytes
+        if new_bytes:
+            openings = (s for s in self._sessions.values() if s.state is EngineSessionState.WAITING)
+            turns = (self._kv_shape.turn_bytes(turn.most_tokens) for turn in waiting_turns)
+            most_bytes = max([kv_bytes, *(s.opening_bytes for s in openings), *turns])
+        if features_bytes + new_bytes + most_bytes > self.budget.device_bytes:
+            raise MemoryExceeded(new_bytes + most_bytes, max(self.budget.device_bytes - features_bytes, 0))
 
-    def place(self, session: EngineSession) -> bool:
-        """Reserve room for the KV of a waiting session. Return False if the active sessions leave too little now.
+    def place(self, session: EngineSession, kv_bytes: int, new_image_tokens: int = 0) -> None:
+        """Reserve room for the work of a session: its KV, and the features of `new_image_tokens`.
 
-        Raises torch's out-of-memory error; the session then still waits.
+        Raises `MemoryExceeded`, with nothing offloaded, if the active sessions leave too little now.
         """
-        try:
-            self._make_room(session, session.opening_bytes)
-        except MemoryExceeded:
-            return False
-        if not self.grows_in_steps:
-            session.kv.reserve(session.opening_tokens)
-        session.reserved_bytes = session.opening_bytes
-        return True
+        kv_bytes = max(kv_bytes, session.kv.device_bytes)  # more if the cache was grown ahead
+        self._make_room(session, kv_bytes + new_image_tokens * self._feature_bytes)
+        session.reserved_bytes = kv_bytes
 
     def restore(self, session: EngineSession, tokens: int) -> None:
         """Make an admitted session's cache resident, on a GPU with room for all `tokens` tokens of the turn.
@@ -138,7 +134,7 @@ class DeviceMemory:
         if self.grows_in_steps:
             kv.restore()
             return
-        grown_bytes = self._kv_shape.device_bytes(tokens)
+        grown_bytes = self._kv_shape.turn_bytes(tokens)
         grows = kv.tier == "resident" and kv.device_bytes < grown_bytes
         if grows and self._used_bytes() + grown_bytes > self.budget.device_bytes:
             self._offload(session)
@@ -231,8 +227,11 @@ class DeviceMemory:
 
     @staticmethod
     def _idle(sessions: Iterable[EngineSession]) -> list[EngineSession]:
-        """Return the idle sessions with KV on the device, least recently used first."""
-        return sorted((s for s in sessions if not s.active and s.kv.device_bytes), key=lambda s: s.ticket)
+        """Return the idle sessions with KV on the device, least recently used first.
+
+        Those with a waiting turn come last, and of those the next one to run comes last.
+        """
+        return sorted((s for s in sessions if not s.active and s.kv.device_bytes), key=_use)
 
     def _offload(self, session: EngineSession, kept: EngineSession | None = None) -> None:
         """Move a cache to the host. If the host's part is full, drop less recently used caches there, or this one.
@@ -265,3 +264,9 @@ class DeviceMemory:
             free_bytes += other.kv.host_bytes
             other.kv.drop()
         return needed_bytes <= free_bytes
+
+
+def _use(session: EngineSession) -> tuple[bool, int]:
+    """Return the sort key of idle sessions: a smaller key is offloaded earlier."""
+    turn = session.waiting_turn
+    return (False, session.ticket) if turn is None else (True, -turn.ticket)

@@ -82,6 +82,7 @@ class Pump:
                 if row.request_id not in self._pending:
                     self._admit(row)
             self._drop_disconnected({row.request_id for row in rows})
+            self._manager.end_overdue()
             self._wait_for_output()
             self._end_sequences()
             replies = [self._safe_reply(self._pending[row.request_id]) for row in rows]
@@ -124,6 +125,7 @@ class Pump:
     def _admit(self, row: Row) -> None:
         """Parse a new row and start its work, or reject it."""
         pending, has_returned = self._pending.add(row)
+        pending.arrived_s = self._clock()
         try:
             if pending.final is not None:
                 return  # the answer was known before the pause

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from llava_sessions.engine.budget import DeviceBudget
 from llava_sessions.engine.loop import EngineLoop, StepTimes
-from llava_sessions.engine.memory import DeviceBudget
 from llava_sessions.ipc.messages import (
     AskSession,
+    Cancelled,
     CloseSession,
     Command,
     OpenFailed,
@@ -103,6 +105,31 @@ def test_a_picture_that_fails_is_reported_before_the_forward_of_others(
     bad = OpenSession("bad", chats.conversations["a"].opening.token_ids, (PreparedPicture("empty", {}),))
     calls = Recording(chats, monkeypatch).run(bad, until=OpenFailed)
     assert calls[:4] == ["Admitted", "encode", "OpenFailed", "forward"]
+
+
+def test_the_time_in_the_queue_of_commands_counts(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question that arrives during a long step waits for its end."""
+    chats = Chats(tiny)
+    chats.open("a", 1)
+    chats.run()
+    prompt_ids = chats.tokens.prompt(chats.conversations["a"].opened_on, QUESTIONS[0])
+    arrivals: list[float] = []
+    apply = chats.engine.apply
+
+    def delayed(command: Command, arrived_at: float) -> None:
+        arrivals.append(arrived_at)
+        apply(command, arrived_at - 10.0)
+
+    monkeypatch.setattr(chats.engine, "apply", delayed)
+    recording = Recording(chats, monkeypatch)
+    recording.loop.submit(AskSession("a", "turn-a", prompt_ids, Sampling(4, deadline_ms=9_000)))
+    submitted_at = time.perf_counter()
+    calls = recording.run(until=Cancelled)
+    assert arrivals[0] <= submitted_at
+    assert calls == ["Cancelled"]
+    (cancelled,) = recording.reports[0].events
+    assert cancelled == Cancelled("turn-a", "deadline")
+    assert cancelled.timings.total_ms >= 10_000
 
 
 def test_reports_carry_the_duration_of_the_longest_recent_step(tiny: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from llava_sessions.engine import admission
-from llava_sessions.engine.kv import GROWTH_TOKENS
-from llava_sessions.engine.memory import DeviceBudget, MemoryExceeded
+from llava_sessions.engine.budget import DeviceBudget
+from llava_sessions.engine.kv import GROWTH_TOKENS, KVShape, SessionKV
+from llava_sessions.engine.memory import MemoryExceeded
 from llava_sessions.engine.session import EngineSessionState
 from llava_sessions.ipc.messages import (
     AskSession,
@@ -259,7 +261,7 @@ def test_an_error_while_memory_is_reserved_fails_its_own_turn_only(
 def test_memory_that_runs_out_while_a_waiting_turn_is_restored_rejects_it(
     crowded: Chats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def restore(session) -> None:
+    def restore(session, tokens) -> None:
         raise MemoryExceeded(5, 0)
 
     monkeypatch.setattr(crowded.engine.device_memory, "restore", restore)
@@ -268,3 +270,18 @@ def test_memory_that_runs_out_while_a_waiting_turn_is_restored_rejects_it(
     assert [event for event in crowded.events if isinstance(event, OutOfCapacity)] == [
         OutOfCapacity("b", "turn-b", 5, 0, 2)
     ]
+
+
+def test_a_cache_with_a_limit_copies_a_prefix_of_a_longer_offloaded_one() -> None:
+    shape = KVShape(2, 2, 4, torch.float32, torch.device("cpu"))
+    donor = SessionKV(shape)
+    donor.reserve(300)
+    donor.on_device.copy_(torch.arange(donor.on_device.numel()).view(donor.on_device.shape))
+    donor.length = 300
+    expected = donor.on_device[:, :, :, :40].clone()
+    donor.offload()
+    kv = SessionKV(shape)
+    kv.most_tokens = 60
+    kv.fork(donor, 40)
+    assert (kv.length, kv.capacity) == (40, 60)
+    assert torch.equal(kv.on_device[:, :, :, :40], expected)

@@ -169,6 +169,9 @@ class Engine:
                 self._events += self._admission.reject(waiting, error)
             except Exception as error:
                 raise_if_device_lost(error, self.model.device)
+                if is_out_of_memory(error):
+                    self._retry_or_reject(waiting.session, error)
+                    return
                 log.exception("admission_failed session=%s", waiting.session.id[:12])
                 self._fail(waiting.session, error, ends_opening=waiting.turn is None)
 

@@ -199,14 +199,17 @@ def _rounded_up(tokens: int) -> int:
 
 
 def _copy_to_device(blocks: list[torch.Tensor], device: torch.Tensor, tokens: int) -> None:
-    """Copy the blocks that hold the first `tokens` tokens, one layer at a time. The last block is copied whole."""
+    """Copy the blocks that hold the first `tokens` tokens, one layer at a time.
+
+    The last block is copied whole, or as far as the device's tensor reaches.
+    """
     start = 0
     for block in blocks:
         if start >= tokens:
             return
-        end = start + block.shape[3]
+        end = min(start + block.shape[3], device.shape[3])
         for layer, values in enumerate(block):
-            device[layer, :, :, start:end].copy_(values, non_blocking=True)
+            device[layer, :, :, start:end].copy_(values[:, :, : end - start], non_blocking=True)
         start = end
 
 

@@ -98,7 +98,8 @@ class DeviceMemory:
     def place(self, session: EngineSession, kv_bytes: int, new_image_tokens: int = 0) -> None:
         """Reserve room for the work of a session: its KV, and the features of `new_image_tokens`.
 
-        Raises `MemoryExceeded`, with nothing offloaded, if the active sessions leave too little now.
+        Raises `MemoryExceeded`, with nothing offloaded, if the active sessions leave too little now. Raises torch's
+        out-of-memory error; the session then still waits.
         """
         kv_bytes = max(kv_bytes, session.kv.device_bytes)  # more if the cache was grown ahead
         self._make_room(session, kv_bytes + new_image_tokens * self._feature_bytes)
@@ -122,7 +123,7 @@ class DeviceMemory:
                 if not is_out_of_memory(again):
                     raise
                 log.warning("restore_failed session=%s error=%s", session.id[:12], first_line(again))
-                raise MemoryExceeded(self._kv_shape.device_bytes(tokens), 0) from again
+                raise MemoryExceeded(self._kv_shape.turn_bytes(tokens), 0) from again
 
     def _allocate(self, session: EngineSession, tokens: int) -> None:
         """As `restore`, without the retry.

@@ -35,6 +35,17 @@ class KVShape:
         """Return the bytes that a cache of `tokens` tokens takes on the device, rounded up to a growth step."""
         return _rounded_up(tokens) * self.token_bytes
 
+    def most_tokens(self, tokens: int) -> int:
+        """Return the capacity that a turn of at most `tokens` tokens reserves.
+
+        On a GPU a cache always has whole growth steps, because offloading copies whole steps.
+        """
+        return tokens if self.device.type == "cpu" else _rounded_up(tokens)
+
+    def turn_bytes(self, tokens: int) -> int:
+        """Return the bytes that a turn of at most `tokens` tokens reserves."""
+        return self.most_tokens(tokens) * self.token_bytes
+
     @property
     def pins_host_memory(self) -> bool:
         """Whether offloaded caches are in pinned memory."""
@@ -50,17 +61,6 @@ class KVShape:
             return tokens * self.token_bytes
         block_bytes = self.device_bytes(1)
         return -(-tokens // GROWTH_TOKENS) * (1 << (block_bytes - 1).bit_length())
-
-    def most_tokens(self, tokens: int) -> int:
-        """Return the capacity that a turn of at most `tokens` tokens reserves.
-
-        On a GPU a cache always has whole growth steps, because offloading copies whole steps.
-        """
-        return tokens if self.device.type == "cpu" else _rounded_up(tokens)
-
-    def turn_bytes(self, tokens: int) -> int:
-        """Return the bytes that a turn of at most `tokens` tokens reserves."""
-        return self.most_tokens(tokens) * self.token_bytes
 
 
 class SessionKV:
@@ -198,6 +198,12 @@ def _rounded_up(tokens: int) -> int:
     return -(-tokens // GROWTH_TOKENS) * GROWTH_TOKENS
 
 
+def _capacity_for(tokens: int, most_tokens: int | None) -> int:
+    """Return the capacity of a cache that grows to at least `tokens` tokens and, if possible, not beyond the most."""
+    capacity = _rounded_up(tokens)
+    return capacity if most_tokens is None else max(tokens, min(capacity, most_tokens))
+
+
 def _copy_to_device(blocks: list[torch.Tensor], device: torch.Tensor, tokens: int) -> None:
     """Copy the blocks that hold the first `tokens` tokens, one layer at a time.
 
@@ -211,9 +217,3 @@ def _copy_to_device(blocks: list[torch.Tensor], device: torch.Tensor, tokens: in
         for layer, values in enumerate(block):
             device[layer, :, :, start:end].copy_(values[:, :, : end - start], non_blocking=True)
         start = end
-
-
-def _capacity_for(tokens: int, most_tokens: int | None) -> int:
-    """Return the capacity of a cache that grows to at least `tokens` tokens and, if possible, not beyond the most."""
-    capacity = _rounded_up(tokens)
-    return capacity if most_tokens is None else max(tokens, min(capacity, most_tokens))

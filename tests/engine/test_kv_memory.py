@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,7 @@ class Caches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        # A cache on the host has the same form, but its last block of tokens is allocated with `pin_memory`.
-        if func is torch.ops.aten.empty.memory_format and out.ndim == 5 and "pin_memory" not in (kwargs or {}):
+        if func is torch.ops.aten.empty.memory_format and _is_on_device():
             size = out.nbytes
             self.live += size
             self.peak = max(self.peak, self.live)
@@ -86,6 +86,14 @@ class Caches(TorchDispatchMode):
 
     def _free(self, size: int) -> None:
         self.live -= size
+
+
+def _is_on_device() -> bool:
+    """Return whether the running call allocates a cache on the device: here that is the host's memory too."""
+    frame = sys._getframe(2)
+    while frame is not None and "llava_sessions" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    return frame is not None and frame.f_code is SessionKV._allocate.__code__
 
 
 @pytest.mark.parametrize("host_bytes", [2**40, 0], ids=["over the host", "rebuilt"])
@@ -109,5 +117,5 @@ def test_the_old_and_the_grown_cache_fit_the_budget_together(tiny: Path, host_by
             assert chats.run()["a"].answer_ids == expected
             assert kv.capacity == capacity, "the cache grew while its answer ran"
     assert kv.device_bytes > device_bytes / 2
-    assert caches.peak <= device_bytes
+    assert kv.device_bytes <= caches.peak <= device_bytes
     assert not [event for event in chats.events if isinstance(event, OutOfCapacity)]

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 from ts.metrics.metric_cache_errors import MetricsCacheKeyError
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
@@ -26,7 +27,7 @@ from llava_sessions.journal.journal import open_journal
 from llava_sessions.metrics import COUNTERS, GAUGES, MetricValues
 from llava_sessions.protocol.constants import SESSION_HEADER
 from llava_sessions.text.chat_template import ChatTemplate
-from llava_sessions.torchserve import headers
+from llava_sessions.torchserve import headers, receiving
 from llava_sessions.torchserve.batch import Reply, Row
 from llava_sessions.torchserve.sequences import EndRequestSender
 from llava_sessions.worker.assembly import make_pump
@@ -59,6 +60,7 @@ class LlavaHandler(BaseHandler):
 
     def _start(self, context: Any) -> None:
         began_s = time.monotonic()
+        os.environ[receiving.DECODE_VARIABLE] = receiving.RAW_BODIES
         config = read_config(context.model_yaml_config)
         properties = _checked_properties()
         checkpoint = _checkpoint(config, Path(context.system_properties["model_dir"]))
@@ -121,10 +123,11 @@ class LlavaHandler(BaseHandler):
 
     def _sweep(self) -> None:
         was_drained = False
+        transfer = receiving.BatchTransfer(threading.main_thread(), psutil.Process().parent())
         while True:
             time.sleep(SWEEP_S)
             try:
-                self._pump.sweep()
+                self._pump.sweep(is_receiving=transfer.is_active())
                 self._emit_metrics()
                 # One round later, so that the last replies have left. The launcher waits for this file.
                 if was_drained and self._pump.drained and not self._drained_file.exists():

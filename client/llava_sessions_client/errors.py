@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import httpx
 
 
@@ -27,3 +29,9 @@ def raise_for_error(reply: httpx.Response) -> httpx.Response:
     except (ValueError, KeyError, TypeError):
         refusal = ApiError(reply.status_code, "unexpected_reply", reply.text[:200])
     raise refusal
+
+
+def raise_for_late_error(body: dict[str, Any]) -> None:
+    """Raise `ApiError` if a body, or a line of a stream, is an error that occurred after status 200 was sent."""
+    if "error" in body:
+        raise ApiError(200, body["error"]["code"], body["error"]["message"])

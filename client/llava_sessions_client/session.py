@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from .errors import ApiError, raise_for_error
+from .errors import raise_for_error, raise_for_late_error
 from .pictures import to_base64
 
 SESSION_HEADER = "X-Amzn-SageMaker-Session-Id"
@@ -55,11 +55,12 @@ class ChatSession:
     def ask(self, text: str, **options: Any) -> dict[str, Any]:
         """Ask a question and return the body of the reply. `options` are further fields of the request.
 
-        Raise `ApiError` if the server refuses.
+        Raise `ApiError` if the server refuses, or if it fails after it has sent status 200.
         """
         body = {"type": "send_text_prompt", "prompt_text": text, **options}
         reply = raise_for_error(self.http.post("/invocations", json=body, headers=self.headers))
         answer: dict[str, Any] = reply.json()
+        raise_for_late_error(answer)
         return answer
 
     def stream(self, text: str, **options: Any) -> Iterator[dict[str, Any]]:
@@ -83,8 +84,7 @@ class ChatSession:
         answer = Answer()
         asked_at = time.perf_counter()
         for line in self.stream(text, **options):
-            if "error" in line:
-                raise ApiError(200, line["error"]["code"], line["error"]["message"])
+            raise_for_late_error(line)
             answer.total_s = time.perf_counter() - asked_at
             answer.ttft_s = answer.ttft_s or answer.total_s
             answer.text += line["delta"]

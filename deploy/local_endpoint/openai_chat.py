@@ -280,7 +280,11 @@ class Conversations:
     # --- the native protocol ---
 
     async def _whole(self, session: str, question: UserMessage, options: dict[str, Any]) -> dict[str, Any]:
-        return json.loads((await self._invoke(session, _prompt(question, options))).body)
+        answer: dict[str, Any] = json.loads((await self._invoke(session, _prompt(question, options))).body)
+        if "error" in answer:  # the question is large, and failed after its status was sent
+            error = answer["error"]
+            raise Fault(500, "ModelError", error["message"], OriginalStatusCode=500, OriginalMessage=json.dumps(answer))
+        return answer
 
     async def _streamed(self, session: str, question: UserMessage, options: dict[str, Any]) -> StreamedReply:
         body = {**_prompt(question, options), "stream": True}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import random
 import re
 import threading
@@ -178,11 +179,10 @@ def test_a_new_session_opens_whatever_the_header_says(http: httpx.Client, header
 
 
 def test_a_retry_gets_the_same_answer_and_runs_once(http: httpx.Client, server: TorchServe) -> None:
-    """As boto3 repeats a request that timed out: the same body, and SageMaker's id of the inference."""
-    once = {"X-Amzn-SageMaker-Inference-Id": str(uuid.uuid4())}
-    body = {"type": "start_session", "image": _data_url(FIRST)}
+    """As boto3 repeats a request that timed out: the same body."""
+    body = {"type": "start_session", "image": _data_url(FIRST), "request_id": str(uuid.uuid4())}
     with ThreadPoolExecutor(3) as pool:
-        opened = list(pool.map(lambda _: http.post("/invocations", json=body, headers=once).json(), range(3)))
+        opened = list(pool.map(lambda _: http.post("/invocations", json=body).json(), range(3)))
     assert len({reply["session_id"] for reply in opened}) == 1
     chat = ChatSession(http, opened[0]["session_id"], opened[0]["expires"])
     ask = {"type": "send_text_prompt", "prompt_text": "Which shapes are there?", "request_id": str(uuid.uuid4())}
@@ -193,6 +193,27 @@ def test_a_retry_gets_the_same_answer_and_runs_once(http: httpx.Client, server: 
     after = chat.ask("How many shapes are there?")
     assert after["usage"]["cached_tokens"] == answers[0]["usage"]["prompt_tokens"] + _kept(answers[0])
     chat.close()
+
+
+def test_a_large_question_has_status_200_before_its_answer_and_its_own_status_if_it_is_wrong(
+    http: httpx.Client,
+) -> None:
+    """Only a body that the worker gets as bytes is large, so this also shows that TorchServe does not parse it."""
+    chat = ChatSession.open(http, make_scene(FIRST).draw())
+    small = {"type": "send_text_prompt", "prompt_text": "Which shapes are there?", "image": _data_url(FIRST + 1)}
+    expected = http.post("/invocations", json=small, headers=chat.headers)
+    chat.close()
+    chat = ChatSession.open(http, make_scene(FIRST).draw())
+    padded = json.dumps(small) + " " * 100_000
+    typed = {**chat.headers, "Content-Type": "application/json"}
+    wrong = http.post("/invocations", content=padded.replace(_data_url(FIRST + 1), "bm8gcGljdHVyZQ=="), headers=typed)
+    large = http.post("/invocations", content=padded, headers=typed)
+    chat.close()
+    assert (wrong.status_code, wrong.json()["error"]["code"]) == (415, "unsupported_media")
+    assert large.json()["response_text"] == expected.json()["response_text"]
+    assert "Content-Length" in expected.headers
+    assert large.headers["Transfer-Encoding"] == "chunked"
+    assert large.headers["Content-Type"] == "application/json"
 
 
 def _kept(answer: dict) -> int:

@@ -5,6 +5,7 @@ tests/soak.
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -125,6 +126,23 @@ def test_an_engine_killed_in_mid_stream(served: Served, http: httpx.Client, calm
     assert (refusal.status_code, refusal.json()["error"]["code"]) == (503, "engine_restarting")
     assert int(refusal.headers["Retry-After"]) >= 1
     assert [chat.ask(FIRST), chat.ask(SECOND, stream=True), chat.ask(THIRD)] == calm[0]
+    chat.close()
+
+
+def test_an_engine_killed_after_a_large_question_has_its_status(served: Served, http: httpx.Client) -> None:
+    chat = PatientChat(http).open(PICTURES[0])
+    ask = {"type": "send_text_prompt", "prompt_text": "Say something long", "request_id": str(uuid.uuid4()), **LONG}
+    large = {
+        "content": json.dumps(ask) + " " * 100_000,
+        "headers": {**chat.headers, "Content-Type": "application/json"},
+    }
+    with http.stream("POST", "/invocations", **large) as reply:
+        assert (reply.status_code, reply.headers["Transfer-Encoding"]) == (200, "chunked")
+        served.signal_engine(signal.SIGKILL)
+        assert json.loads(reply.read())["error"]["code"] == "engine_restarting"
+    assert chat.ask(FIRST).finish_reason == "stop"  # by the next engine
+    with http.stream("POST", "/invocations", json={**ask, "stream": True}, headers=chat.headers) as retry:
+        assert set(json.loads(next(retry.iter_lines()))) == {"delta"}  # a stored answer would be one line
     chat.close()
 
 

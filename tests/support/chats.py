@@ -152,7 +152,10 @@ class PatientChat:
             time.sleep(pause_s * random.uniform(0.5, 1.0))
 
     def _post(self, body: dict) -> dict:
-        return _checked(self._http.post("/invocations", json=body, headers=self.headers)).json()
+        told = _checked(self._http.post("/invocations", json=body, headers=self.headers)).json()
+        if "error" in told:  # the request was large, and failed after its status was sent
+            raise _problem(200, told["error"], 1.0)
+        return told
 
     def _stream(self, body: dict) -> Said:
         text = ""

@@ -28,6 +28,7 @@ from llava_sessions.ipc.messages import (
     Sampling,
     StopTurn,
     Timings,
+    TurnAdmitted,
     TurnFailed,
     Usage,
 )
@@ -180,6 +181,7 @@ class FakeEngine:
         session.keys += [picture.key for picture in command.pictures]
         answer = answer_of(session.token_ids, session.keys, command.sampling.max_new_tokens)
         session.turn = _Turn(command.turn_id, next(self._numbers), answer, command.sampling, start_tokens, start_keys)
+        self._events.append(TurnAdmitted(command.turn_id))
 
     def _stop(self, command: StopTurn) -> None:
         for session in self.sessions.values():

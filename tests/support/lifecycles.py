@@ -31,6 +31,7 @@ from llava_sessions.torchserve.batch import Reply, Row
 from llava_sessions.worker.assembly import Timing, make_pump
 from llava_sessions.worker.engines import EngineLost, EngineUp
 from llava_sessions.worker.inbox import Inbox
+from llava_sessions.worker.pending import LARGE_BYTES
 from llava_sessions.worker.pump import SILENCE_S, SILENT_SWEEPS
 from llava_sessions.worker.sessions import GRACE_S, MAX_ENGINE_LOSSES, SessionTable
 from tests.support.fake_engine import END_TOKEN, FakeEngine, answer_of, text_of
@@ -188,6 +189,7 @@ class Request:
     colour: str | None = None
     key: str | None = None
     is_stream: bool = False
+    is_large: bool = False
     began_ended: bool = False
     was_seen: bool = False
     was_dropped: bool = False
@@ -250,6 +252,7 @@ class Instance:
         self.inbox = Inbox()
         self.journal_jobs = ManualExecutor()
         self.preparations = ManualExecutor()
+        self.parsing = ManualExecutor()
         self.table = SessionTable(MAX_SESSIONS, TTL_S)
         self.journal = Journal(
             [] if self.store is None else [self.store], clock=lambda: self.world.monotonic_s, pool=self.journal_jobs
@@ -266,6 +269,7 @@ class Instance:
             journal=self.journal,
             timing=Timing(lambda: self.world.now_s, lambda: self.world.monotonic_s, wait_s=0.0, close_wait_s=0.0),
             executor=self.preparations,
+            parsing=self.parsing,
             fetch=_no_fetch,
         )
         with self.journal_jobs.live():
@@ -313,7 +317,9 @@ class Instance:
             self.inbox.put(EngineUp(_Client(self, self.engine), None))
 
     def prepare(self, index: int = 0) -> None:
-        """Run one preparation, in any order."""
+        """Parse one large body and run one preparation, in any order."""
+        if self.parsing.waiting:
+            self.parsing.run(index)
         if self.preparations.waiting:
             with self.journal_jobs.live():
                 self.preparations.run(index)
@@ -322,7 +328,8 @@ class Instance:
     def is_idle(self) -> bool:
         """Whether only new requests can change anything."""
         works = self.engine is not None and (self.engine.has_work or self.commands)
-        jobs = self.preparations.waiting + self.journal_jobs.waiting + len(self.reports) + len(self.to_end)
+        jobs = self.parsing.waiting + self.preparations.waiting + self.journal_jobs.waiting
+        jobs += len(self.reports) + len(self.to_end)
         return not (works or jobs or self.active)
 
 
@@ -337,6 +344,7 @@ class World:
         self.trace: list[str] = []
         self.faults = 0
         self._rows = 0
+        self._is_large = False
         self._opens: list[dict[str, object]] = []
         self._questions: list[tuple[Chat, Question]] = []
         self._by_key: dict[str, Chat] = {}
@@ -463,6 +471,13 @@ class World:
     def op_settle(self, n: int) -> None:
         """Do everything that waits, at all instances."""
         self.settle()
+
+    def op_large(self, n: int) -> None:
+        """Send the next request with a large body, which is parsed later, and a small one behind it."""
+        self._is_large = True
+        (self.op_ask, self.op_open, self.op_close, self.op_repeat, self.op_cancel, self.op_resume)[n % 6](n)
+        self._is_large = False
+        (self.op_cancel, self.op_close, self.op_ask, self.op_repeat)[n // 6 % 4](n)
 
     def op_tick(self, n: int) -> None:
         """Let time pass: sometimes past a session's expiry."""
@@ -611,8 +626,11 @@ class World:
         self._rows += 1
         own = f"ts-seq-{uuid.UUID(int=self._rows)}"
         headers = {SESSION_HEADER.lower(): session} if session else {}
-        row = Row(f"request-{self._rows}", session or own, session is None, headers, body)
-        request = Request(row, kind, sent_s=self.monotonic_s, **facts)
+        is_large = self._is_large
+        self._is_large = False
+        sent = json.dumps(body).encode() + b" " * LARGE_BYTES if is_large else body
+        row = Row(f"request-{self._rows}", session or own, session is None, headers, sent)
+        request = Request(row, kind, sent_s=self.monotonic_s, is_large=is_large, **facts)
         if request.chat is not None:
             request.stops = request.chat.stops
             request.began_ended = request.chat.is_ended is True
@@ -742,7 +760,8 @@ class World:
         request.last = reply
         request.text += reply.body
         if reply.more:
-            self.demand(request.is_stream and not request.was_dropped, f"a chunk for {request.kind}")
+            may_begin = request.is_stream or (request.is_large and request.kind == "ask")
+            self.demand(may_begin and not request.was_dropped, f"a chunk for {request.kind}")
             return True
         self.demand((reply.more is False) == (request.head is not reply), "the last chunk of a stream, and only that")
         self._finish(instance, request, request.head.status)
@@ -1021,6 +1040,7 @@ OPERATIONS: dict[str, int] = {
     "turn_fault": 2,
     "fail": 2,
     "store_fault": 3,
+    "large": 4,
     "stall": 2,
     "tick": 2,
     "reopen": 2,

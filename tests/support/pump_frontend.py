@@ -11,6 +11,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from llava_sessions.torchserve.batch import Reply, Row
 from llava_sessions.worker.assembly import Timing, make_pump
 from llava_sessions.worker.engines import EngineLost, EngineUp
 from llava_sessions.worker.inbox import Inbox
+from llava_sessions.worker.pending import LARGE_BYTES
 from llava_sessions.worker.sessions import SessionTable
 
 NOW = 1_800_000_000.0
@@ -65,9 +67,10 @@ class Frontend:
         idle_s: float | None = None,
         first_row: int = 0,
         close_wait_s: float = WAIT_S,
+        parsing: Executor | None = None,
     ) -> None:
         """`deaf`: commands are only recorded, and a test tells by itself what came of them. `first_row` sets the ids
-        of two servers apart.
+        of two servers apart. `parsing` parses large bodies.
         """
         self.now_s = NOW
         self.template_lock = tokens.lock
@@ -94,6 +97,7 @@ class Frontend:
             media_limits=MediaLimits(),
             ender=self,
             journal=journal or Journal(),
+            parsing=parsing,
             timing=Timing(
                 clock=lambda: self.now_s,
                 monotonic=lambda: time.monotonic() + self.skipped_s,
@@ -148,6 +152,15 @@ class Frontend:
         body = {"type": "send_text_prompt", "prompt_text": prompt, "max_new_tokens": 6, **fields}
         return self.row(body, session)
 
+    def large(self, body: dict, session: str | None = None) -> Row:
+        """A request whose body is too long to be parsed on the pump's thread."""
+        return self.row(json.dumps(body).encode() + b" " * LARGE_BYTES, session)
+
+    def large_ask(self, session: str, **fields: Any) -> Row:
+        return self.large(
+            {"type": "send_text_prompt", "prompt_text": QUESTIONS[0], "max_new_tokens": 6, **fields}, session
+        )
+
     def exchange(self, *rows: Row) -> list[Reply | None]:
         return self.pump.exchange(list(rows))
 
@@ -176,6 +189,17 @@ class Frontend:
         held, reply = self.exchange(running, row)
         assert held is None
         return reply
+
+    def settle_with(self, row: Row, *held: Row) -> Reply:
+        """The reply of a row that is answered as a whole while the engine steps and other rows stay held."""
+        until = time.monotonic() + PATIENCE_S
+        while time.monotonic() < until:
+            reply, *others = self.exchange(row, *held)
+            assert others == [None] * len(held)
+            if reply is not None:
+                return reply
+            self.step()
+        raise AssertionError("the row was never answered")
 
     def settle_beside(self, held: Row, row: Row) -> Reply:
         """The last reply of a row, while another row stays held."""

@@ -80,6 +80,12 @@ def test_a_streamed_answer_grows_and_ends_with_its_facts() -> None:
     assert 0 < answer.ttft_s <= answer.total_s
 
 
+def test_an_error_after_status_200_is_raised() -> None:
+    late = httpx.Response(200, json={"error": {"code": "internal", "message": "cause"}})
+    with pytest.raises(ApiError, match="200 internal: cause"):
+        session(lambda _: late).ask("Which shapes?")
+
+
 def test_an_error_line_in_a_stream_is_raised() -> None:
     chat = session(lambda _: lines({"delta": "A"}, {"error": {"code": "engine_restarting", "message": "Ask again."}}))
     with pytest.raises(ApiError, match="engine_restarting: Ask again"):

@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..ipc.messages import Admitted, AskSession, Event, OpenSession, OutOfCapacity, TurnFailed
+from ..ipc.messages import Admitted, AskSession, Event, OpenSession, OutOfCapacity, TurnAdmitted, TurnFailed
 from ..text.answer_text import AnswerText
-from .kv import SessionKV
+from .kv import SessionKV, rounded_up
 from .memory import DeviceMemory, MemoryExceeded
 from .model import Model
 from .sampling import Sampler
@@ -80,7 +80,7 @@ class Admission:
         return Admitted(session.id)
 
     def ask(self, command: AskSession, arrived_at: float) -> list[Event]:
-        """Queue a turn, or reject it. Any failure leaves the session unchanged."""
+        """Admit a turn, or reject it. Any failure leaves the session unchanged."""
         session = self._sessions.get(command.session_id)
         if session is None:
             return [TurnFailed(command.turn_id, "the session is not open in the engine")]
@@ -92,11 +92,11 @@ class Admission:
         if waiting_turns >= MAX_WAITING_TURNS:
             return [OutOfCapacity(session.id, turn.id, 0, 0, len(self._sessions), waiting_turns)]
         try:
-            self._memory.admit(self._model.kv_shape.turn_bytes(turn.most_tokens), turn.new_image_tokens)
+            self._memory.admit(turn.reserved_tokens * self._model.kv_shape.token_bytes, turn.new_image_tokens)
         except MemoryExceeded as error:
             return [self._rejection(session, turn, error)]
         session.turn = turn
-        return []
+        return [TurnAdmitted(turn.id)]
 
     def waiting(self) -> list[Waiting]:
         """Return the requests that wait for memory, in order of arrival."""
@@ -125,14 +125,14 @@ class Admission:
                 self._memory.restore(session, session.opening_tokens)
                 session.advance(EngineSessionState.PREFILLING)
                 return True
-            needed_bytes = self._model.kv_shape.turn_bytes(turn.most_tokens)
-            self._memory.place(session, needed_bytes, turn.new_image_tokens)
+            reserved_bytes = turn.reserved_tokens * self._model.kv_shape.token_bytes
+            self._memory.place(session, reserved_bytes, turn.new_image_tokens)
         except MemoryExceeded:
             if any(other.active for other in self._sessions.values() if other is not session):
                 return False
             raise
-        session.kv.most_tokens = self._model.kv_shape.most_tokens(turn.most_tokens)
-        self._memory.restore(session, session.kv.most_tokens)
+        session.kv.most_tokens = turn.reserved_tokens
+        self._memory.restore(session, turn.most_tokens)
         session.admit_turn()
         return True
 
@@ -152,6 +152,7 @@ class Admission:
     def _new_turn(self, session: EngineSession, command: AskSession, arrived_at: float) -> EngineTurn:
         start = len(session.token_ids)
         prompt_tokens = start + len(command.token_ids)
+        most_tokens = min(prompt_tokens + command.sampling.max_new_tokens, self._model.context_tokens)
         deadline_ms = command.sampling.deadline_ms
         turn = EngineTurn(
             id=command.turn_id,
@@ -162,7 +163,9 @@ class Admission:
             start_tokens=start,
             start_pictures=len(session.pictures),
             cached_tokens=session.kv.length,
-            most_tokens=min(prompt_tokens + command.sampling.max_new_tokens, self._model.context_tokens),
+            most_tokens=most_tokens,
+            # On a GPU a cache has whole growth steps, because offloading copies whole steps.
+            reserved_tokens=most_tokens if self._memory.grows_in_steps else rounded_up(most_tokens),
             sampler=Sampler(command.sampling),
             answer_text=self._answer_text(command.sampling.stop),
             asked_at=arrived_at,

@@ -33,18 +33,7 @@ class KVShape:
 
     def device_bytes(self, tokens: int) -> int:
         """Return the bytes that a cache of `tokens` tokens takes on the device, rounded up to a growth step."""
-        return _rounded_up(tokens) * self.token_bytes
-
-    def most_tokens(self, tokens: int) -> int:
-        """Return the capacity that a turn of at most `tokens` tokens reserves.
-
-        On a GPU a cache always has whole growth steps, because offloading copies whole steps.
-        """
-        return tokens if self.device.type == "cpu" else _rounded_up(tokens)
-
-    def turn_bytes(self, tokens: int) -> int:
-        """Return the bytes that a turn of at most `tokens` tokens reserves."""
-        return self.most_tokens(tokens) * self.token_bytes
+        return rounded_up(tokens) * self.token_bytes
 
     @property
     def pins_host_memory(self) -> bool:
@@ -193,14 +182,14 @@ class SessionKV:
         return torch.empty(size, dtype=shape.dtype, device=shape.device)
 
 
-def _rounded_up(tokens: int) -> int:
+def rounded_up(tokens: int) -> int:
     """Return the smallest multiple of `GROWTH_TOKENS` that is at least `tokens`."""
     return -(-tokens // GROWTH_TOKENS) * GROWTH_TOKENS
 
 
 def _capacity_for(tokens: int, most_tokens: int | None) -> int:
     """Return the capacity of a cache that grows to at least `tokens` tokens and, if possible, not beyond the most."""
-    capacity = _rounded_up(tokens)
+    capacity = rounded_up(tokens)
     return capacity if most_tokens is None else max(tokens, min(capacity, most_tokens))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from ..ipc.messages import Memory
 from .budget import DeviceBudget
 from .faults import first_line, is_out_of_memory, raise_if_device_lost, release_unused
-from .kv import KVShape
+from .kv import KVShape, SessionKV
 from .session import EngineSession, EngineSessionState, FeatureStore
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class DeviceMemory:
         most_bytes = kv_bytes
         if new_bytes:
             openings = (s for s in self._sessions.values() if s.state is EngineSessionState.WAITING)
-            turns = (self._kv_shape.turn_bytes(turn.most_tokens) for turn in waiting_turns)
+            turns = (turn.reserved_tokens * self._kv_shape.token_bytes for turn in waiting_turns)
             most_bytes = max([kv_bytes, *(s.opening_bytes for s in openings), *turns])
         if features_bytes + new_bytes + most_bytes > self.budget.device_bytes:
             raise MemoryExceeded(new_bytes + most_bytes, max(self.budget.device_bytes - features_bytes, 0))
@@ -122,7 +122,7 @@ class DeviceMemory:
                 if not is_out_of_memory(again):
                     raise
                 log.warning("restore_failed session=%s error=%s", session.id[:12], first_line(again))
-                raise MemoryExceeded(self._kv_shape.turn_bytes(tokens), 0) from again
+                raise MemoryExceeded(self._kv_shape.device_bytes(tokens), 0) from again
 
     def _allocate(self, session: EngineSession, tokens: int) -> None:
         """As `restore`, without the retry.
@@ -134,7 +134,7 @@ class DeviceMemory:
         if self.grows_in_steps:
             kv.restore()
             return
-        grown_bytes = self._kv_shape.turn_bytes(tokens)
+        grown_bytes = self._kv_shape.device_bytes(tokens)
         grows = kv.tier == "resident" and kv.device_bytes < grown_bytes
         if grows and self._used_bytes() + grown_bytes > self.budget.device_bytes:
             self._offload(session)
@@ -165,16 +165,14 @@ class DeviceMemory:
         """
         if not self.grows_in_steps:
             return None
-        waiting = (s for s in self._sessions.values() if not s.short_of_memory and self._is_nearly_full(s))
+        waiting = (
+            s for s in self._sessions.values() if not s.short_of_memory and _is_nearly_full(s.kv, self._context_tokens)
+        )
         session = min(waiting, key=lambda s: s.ticket, default=None)
         if session is None:
             return None
         grown_bytes = self._used_bytes() + self._kv_shape.device_bytes(1)
         return session if grown_bytes <= self.budget.device_bytes else None
-
-    def _is_nearly_full(self, session: EngineSession) -> bool:
-        kv = session.kv
-        return kv.tier == "resident" and kv.capacity < min(kv.length + _TURN_TOKENS, self._context_tokens)
 
     def grow_ahead(self) -> None:
         """Grow the cache of `next_to_grow` by one step, so that its next turn's first token does not wait for it.
@@ -193,7 +191,7 @@ class DeviceMemory:
 
     def relieve(self) -> None:
         """Free device memory after an out-of-memory error: offload all idle caches, or drop those that don't fit."""
-        for session in self._idle(self._sessions.values()):
+        for session in _idle(self._sessions.values()):
             self._offload(session)
         release_unused(self._kv_shape.device)
 
@@ -217,21 +215,13 @@ class DeviceMemory:
         free_bytes = self.budget.device_bytes - self._features_bytes() - active_bytes
         if needed_bytes > free_bytes:
             raise MemoryExceeded(needed_bytes, max(free_bytes, 0))
-        idle = self._idle(others)
+        idle = _idle(others)
         idle_bytes = sum(s.kv.device_bytes for s in idle)
         for other in idle:
             if idle_bytes + needed_bytes <= free_bytes:
                 return
             idle_bytes -= other.kv.device_bytes
             self._offload(other, kept=session)
-
-    @staticmethod
-    def _idle(sessions: Iterable[EngineSession]) -> list[EngineSession]:
-        """Return the idle sessions with KV on the device, least recently used first.
-
-        Those with a waiting turn come last, and of those the next one to run comes last.
-        """
-        return sorted((s for s in sessions if not s.active and s.kv.device_bytes), key=_use)
 
     def _offload(self, session: EngineSession, kept: EngineSession | None = None) -> None:
         """Move a cache to the host. If the host's part is full, drop less recently used caches there, or this one.
@@ -264,6 +254,19 @@ class DeviceMemory:
             free_bytes += other.kv.host_bytes
             other.kv.drop()
         return needed_bytes <= free_bytes
+
+
+def _is_nearly_full(kv: SessionKV, context_tokens: int) -> bool:
+    """Return whether a resident cache has too little room for the next turn."""
+    return kv.tier == "resident" and kv.capacity < min(kv.length + _TURN_TOKENS, context_tokens)
+
+
+def _idle(sessions: Iterable[EngineSession]) -> list[EngineSession]:
+    """Return the idle sessions with KV on the device, least recently used first.
+
+    Those with a waiting turn come last, and of those the next one to run comes last.
+    """
+    return sorted((s for s in sessions if not s.active and s.kv.device_bytes), key=_use)
 
 
 def _use(session: EngineSession) -> tuple[bool, int]:

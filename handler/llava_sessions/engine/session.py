@@ -122,7 +122,8 @@ class EngineTurn(Stateful):
 
     `ticket`: order of arrival. `token_ids`, `image_positions` and `pictures` join the session's when room is reserved
     for the turn. `start_tokens` and `start_pictures` are the session's counts before the turn; a rollback restores
-    them. `most_tokens`: the longest conversation that the turn may make. Times are seconds of `time.perf_counter`.
+    them. `most_tokens`: the longest conversation that the turn may make. `reserved_tokens`: the tokens for which it
+    reserves memory. Times are seconds of `time.perf_counter`.
     `deadline_at`: when the turn is stopped, or None. `ignore_eos`: an end-of-sequence token is a token like any other.
     """
 
@@ -135,6 +136,7 @@ class EngineTurn(Stateful):
     start_pictures: int
     cached_tokens: int
     most_tokens: int
+    reserved_tokens: int
     sampler: Sampler
     answer_text: AnswerText
     asked_at: float

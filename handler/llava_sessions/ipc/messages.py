@@ -60,8 +60,8 @@ class OpenSession:
 class AskSession:
     """Run one turn: append `token_ids` to the session and generate an answer.
 
-    `token_ids` contain the image tokens of `pictures` in the same order. Answered by `Delta`s and one of `Finished`,
-    `Cancelled`, `TurnFailed` and `OutOfCapacity`.
+    `token_ids` contain the image tokens of `pictures` in the same order. Answered by `TurnAdmitted`, `Delta`s and
+    one of `Finished`, `Cancelled`, `TurnFailed` and `OutOfCapacity`. A turn that the budget rejects has no `TurnAdmitted`.
     """
 
     session_id: str
@@ -104,6 +104,13 @@ class Admitted:
     """The session is open: the budget can hold it. Its pictures are not encoded yet."""
 
     session_id: str
+
+
+@dataclass(frozen=True)
+class TurnAdmitted:
+    """The turn is accepted: the budget can hold it, now or when others have finished. Nothing of it has run yet."""
+
+    turn_id: str
 
 
 @dataclass(frozen=True)
@@ -221,7 +228,18 @@ class Closed:
     session_id: str
 
 
-Event = Admitted | Prefilled | OpenFailed | Delta | Finished | TurnFailed | OutOfCapacity | Cancelled | Closed
+Event = (
+    Admitted
+    | TurnAdmitted
+    | Prefilled
+    | OpenFailed
+    | Delta
+    | Finished
+    | TurnFailed
+    | OutOfCapacity
+    | Cancelled
+    | Closed
+)
 
 
 @dataclass(frozen=True)

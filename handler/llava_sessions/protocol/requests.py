@@ -58,15 +58,22 @@ class _Request(BaseModel):
 class _RetriableRequest(_Request):
     """A request that brings pictures and may be sent again.
 
-    `retry_key` identifies the request: a digest of its request ID and its body. None if it has no request ID.
+    `retry_key` is a digest of the body and of its request ID, or else of SageMaker's Inference-Id. None without either.
+    An Inference-Id may label a whole chat: it identifies a retry for a short time only, and never that of an open.
     """
 
     _retry_key: str | None = PrivateAttr(default=None)
+    _has_request_id: bool = PrivateAttr(default=False)
 
     @property
     def retry_key(self) -> str | None:
         """Return the digest that a retry of this request has too."""
         return self._retry_key
+
+    @property
+    def stored_key(self) -> str | None:
+        """Return the retry key if the body has a request ID, so that the key identifies a retry at any later time."""
+        return self._retry_key if self._has_request_id else None
 
 
 class Open(_RetriableRequest):
@@ -212,6 +219,7 @@ def parse(
     if problems or request is None:
         raise _refusal(problems, model)
     if isinstance(request, _RetriableRequest):
+        request._has_request_id = request.request_id is not None
         request._retry_key = _retry_key(request.request_id or _inference_id(headers), payload)
     return request
 
@@ -351,9 +359,8 @@ def _inference_id(headers: Mapping[str, object]) -> str | None:
 def _retry_key(request_id: str | None, payload: dict[str, Any]) -> str | None:
     """Return a digest of the request ID and the body.
 
-    With the body in the digest, another client with the same ID doesn't get this client's session. SageMaker allows
-    one Inference-Id for a whole chat: then each question has its own key. `stream` is left out: it changes the form of
-    an answer only.
+    With the body in the digest, another client with the same ID doesn't get this client's session. `stream` is left
+    out: it changes the form of an answer only.
     """
     if request_id is None:
         return None

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from ..chat.transcript import TurnRecord, short_id
-from ..ipc.messages import Delta, Finished
+from ..ipc.messages import Delta, Finished, TurnAdmitted
 from ..journal.journal import Journal, SaveOutcome
 from ..protocol import replies
 from .context import WorkerContext
@@ -29,6 +29,14 @@ class Answers:
     def __init__(self, context: WorkerContext, turns: Turns) -> None:
         self._context = context
         self._turns = turns
+
+    def on_admitted(self, event: TurnAdmitted) -> None:
+        """Commit the large requests of a turn that the engine has admitted to status 200."""
+        turn = self._turns.find(event.turn_id)
+        if turn is not None:
+            turn.is_admitted = True
+            for pending in turn.pending:
+                pending.commit()
 
     def on_delta(self, event: Delta) -> None:
         """Stream new text."""
@@ -48,7 +56,7 @@ class Answers:
         session.engine_losses = 0
         token_ids = event.answer_ids if turn.ask.return_token_ids else None
         facts = replies.answer_facts(session.id, event.reason, event.usage, event.timings, token_ids)
-        record = TurnRecord(turn.prompt_ids, event.kept_ids, turn.blobs, turn.ask.retry_key, event.text, facts)
+        record = TurnRecord(turn.prompt_ids, event.kept_ids, turn.blobs, turn.ask.stored_key, event.text, facts)
         turn.record = record
         session.known_transcript.append(record)
         saved = self._context.journal.save(session.known_transcript)
@@ -79,6 +87,8 @@ class Answers:
 
     def _reply(self, turn: Turn, record: TurnRecord, durable: bool) -> None:
         session = turn.session
+        if turn.ask.retry_key is not None and turn.ask.stored_key is None:
+            session.add_labelled(turn.ask.retry_key, len(session.known_transcript.turns) - 1, self._context.clock())
         self._context.counters.turns += 1
         facts = answer_facts(self._context.journal, record, durable)
         self._turns.end(turn)

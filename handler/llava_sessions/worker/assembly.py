@@ -11,6 +11,7 @@ from ..config import MediaLimits, RequestLimits, frontend_capacity, max_body_byt
 from ..journal.journal import Journal
 from ..text.chat_template import ChatTemplate
 from ..torchserve.sequences import SequenceEnder, SequenceReaper
+from .arrivals import Arrivals
 from .context import WorkerContext
 from .engines import CommandSink, EngineGate
 from .inbox import Inbox
@@ -43,11 +44,13 @@ def make_pump(
     journal: Journal,
     timing: Timing | None = None,
     executor: Executor | None = None,
+    parsing: Executor | None = None,
     fetch: Callable[[str, MediaLimits], bytes] | None = None,
 ) -> Pump:
     """Build a pump. Call its `recover` before the first row.
 
-    `executor` runs the preparations instead of thread pools, and `fetch` replaces the HTTP client, for tests.
+    `executor` runs the preparations and `parsing` parses large bodies, instead of threads. `fetch` replaces the HTTP
+    client. All three are for tests.
     """
     timing = timing or Timing()
     preparer = Preparer(template, media_limits, journal, timing.clock, executor, executor, fetch)
@@ -69,8 +72,7 @@ def make_pump(
         manager,
         inbox,
         reaper,
-        limits,
-        max_body_bytes(limits, media_limits),
+        Arrivals(inbox, limits, max_body_bytes(limits, media_limits), parsing),
         wait_s=timing.wait_s,
         close_wait_s=timing.close_wait_s,
         clock=timing.monotonic,

@@ -16,7 +16,7 @@ from ..protocol.requests import Close
 from .context import WorkerContext
 from .openings import Openings, digest_of, unload
 from .pending import PendingRequest
-from .sessions import Session, SessionState, TurnState, session_not_found
+from .sessions import Session, SessionState, TurnState, same_token, session_not_found
 from .turns import Turns
 
 log = logging.getLogger(__name__)
@@ -35,13 +35,15 @@ class Closes:
         """Start a close, or attach to the one that runs. Raise `Refused`."""
         session_id = request.session_id
         table = self._context.table
-        if session_id in self._pending:
+        token_digest = digest_of(request.session_token)
+        closing = table.find(session_id) if session_id in self._pending else None
+        if closing is not None and same_token(closing.token_digest, token_digest):
             self._pending[session_id].append(pending)
             return
-        if table.was_closed(session_id):
+        if table.was_closed(session_id, token_digest):
             acknowledge_close(pending, session_id)
             return
-        session = table.get(session_id, self._context.clock(), digest_of(request.session_token))
+        session = table.get(session_id, self._context.clock(), token_digest)
         if self._openings.failed(session, session_not_found()):
             acknowledge_close(pending, session_id)
             return

@@ -19,6 +19,7 @@ from ..ipc.messages import (
     OpenFailed,
     OutOfCapacity,
     Prefilled,
+    TurnAdmitted,
     TurnFailed,
 )
 from .answers import Answers
@@ -75,6 +76,8 @@ class EngineEvents:
 
     def _dispatch(self, event: Event) -> None:
         match event:
+            case TurnAdmitted():
+                self._answers.on_admitted(event)
             case Delta():
                 self._answers.on_delta(event)
             case Finished():

@@ -68,7 +68,7 @@ class Openings:
         if session_in_header(pending.row.headers):
             message = f"A new session gets its ID from the server; `{SESSION_HEADER}` must be absent or {NEW_SESSION}."
             raise Refused("invalid_request", message)
-        if request.retry_key is not None and self._attach(pending, request.retry_key):
+        if request.stored_key is not None and self._attach(pending, request.stored_key):
             return
         self._context.gate.check()
         session = self._context.table.reserve(_session_id(pending))
@@ -79,8 +79,8 @@ class Openings:
             self._context.table.release(session)
             raise
         self._openings[session.id] = opening
-        if request.retry_key is not None:
-            self.remember(request.retry_key, session.id)
+        if request.stored_key is not None:
+            self.remember(request.stored_key, session.id)
         self._context.inbox.when_done(prepared, partial(self._prepared, opening))
 
     def remember(self, retry_key: str, session_id: str) -> None:
@@ -155,7 +155,7 @@ class Openings:
         request = opening.request
         context = self._context
         if request.resume is None:
-            return context.preparer.open(request)
+            return context.preparer.open(request, digest_of(request.session_token))
         token_digest = digest_of(request.session_token)
         transcript = None
         if context.table.find(request.resume) is not None:
@@ -166,7 +166,7 @@ class Openings:
             resumed.advance(SessionState.CLOSING)
             opening.resumed = resumed
             transcript = resumed.transcript
-        elif context.table.was_closed(request.resume):
+        elif context.table.was_closed(request.resume, token_digest):
             context.table.get(request.resume, context.clock(), token_digest)
         return context.preparer.resume(request.resume, token_digest, transcript)
 
@@ -276,7 +276,7 @@ def _new_transcript(opening: _Opening, prepared: PreparedOpen | Rebuild, context
         pictures=blobs,
         token_ids=source.token_ids,
         image_tokens=source.image_tokens,
-        retry_key=opening.request.retry_key,
+        retry_key=opening.request.stored_key,
     )
     return Rebuild(Transcript(record, turns), pictures)
 

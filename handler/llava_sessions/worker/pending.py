@@ -6,32 +6,36 @@ import json
 import logging
 import uuid
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import Refused
 from ..journal.journal import AlreadyClaimed, JournalUnavailable, NotFound
 from ..media.limits import MediaError
 from ..protocol import replies
-from ..protocol.constants import STREAM_TYPE
+from ..protocol.constants import JSON_TYPE, STREAM_TYPE
 from ..torchserve.batch import Reply, Row
 
 log = logging.getLogger(__name__)
 
+# A longer body is parsed on a thread of its own.
+LARGE_BYTES = 65_536
 _RETRY_AFTER_S = 2
 _DROPPED_KEPT = 10_000
 
 
 @dataclass(eq=False)
 class PendingRequest:
-    """An active row. Its client receives chunks of a stream, then exactly one last reply.
+    """An active row, without its body. Its client receives chunks, then exactly one last reply.
 
-    `steps` counts the steps that ended without the last reply. `head_sent`: the status line of a stream has been sent.
+    TorchServe sends a held row again in every step, with its whole body of `body_bytes`. Its first chunk ends that.
+    `steps` counts the steps that ended without the last reply. `head_sent`: the status line has been sent.
     `disconnected`: the client has left, so no reply reaches it. `arrived_s`: arrival by the pump's clock. `final` is
     the last reply, once it is known.
     """
 
     row: Row
+    body_bytes: int = 0
     steps: int = 0
     streamed: bool = False
     head_sent: bool = False
@@ -40,11 +44,31 @@ class PendingRequest:
     refusal: Refused | None = None
     final: Reply | None = None
     _chunks: list[str] = field(default_factory=list)
+    _is_committed: bool = False
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the body is too long to be parsed on the pump's thread, or to be sent again in every step."""
+        return self.body_bytes > LARGE_BYTES
+
+    @property
+    def must_begin(self) -> bool:
+        """Whether the next step must send the head, although no text is known."""
+        return self._is_committed and not self.head_sent
 
     @property
     def has_output(self) -> bool:
         """Whether the next step has something to send."""
-        return bool(self._chunks) or self.final is not None
+        return bool(self._chunks) or self.final is not None or self.must_begin
+
+    @property
+    def content_type(self) -> str:
+        """The content type of a reply that begins with a chunk."""
+        return STREAM_TYPE if self.streamed else JSON_TYPE
+
+    def commit(self) -> None:
+        """Commit a large request to status 200: from now on an error is a body, not a status."""
+        self._is_committed = self.is_large
 
     def take_chunks(self) -> str:
         """Return the chunks that have not been sent, and clear them."""
@@ -74,7 +98,7 @@ class PendingRequest:
             self.reply({"response_text": text, **facts})
 
     def refuse(self, error: Exception) -> None:
-        """Set the last reply to an error: with its own status, or as the last line of a stream that has begun."""
+        """Set the last reply to an error: with its own status, or as the last line if the status has been sent."""
         self.refusal = refusal_of(error)
         if self.head_sent:
             self._end_stream(self.refusal.body())
@@ -97,6 +121,7 @@ class PendingRequest:
 class _Dropped:
     """The state of the reply to a request that was dropped, without its row, whose body may be large."""
 
+    body_bytes: int
     steps: int
     streamed: bool
     head_sent: bool
@@ -125,9 +150,11 @@ class PendingTable:
 
         A last reply that was known when the request was dropped is known again.
         """
-        pending = self._pending[row.request_id] = PendingRequest(row)
+        body_bytes = len(row.body) if isinstance(row.body, str | bytes | bytearray) else 0
+        pending = self._pending[row.request_id] = PendingRequest(replace(row, body=b""), body_bytes)
         dropped = self._dropped.pop(row.request_id, None)
         if dropped is not None:
+            pending.body_bytes = dropped.body_bytes
             pending.steps = dropped.steps
             pending.streamed = dropped.streamed
             pending.head_sent = dropped.head_sent
@@ -143,6 +170,7 @@ class PendingTable:
         missing = [self._pending.pop(request_id) for request_id in self._pending.keys() - active]
         for pending in missing:
             self._dropped[pending.row.request_id] = _Dropped(
+                body_bytes=pending.body_bytes,
                 steps=pending.steps,
                 streamed=pending.streamed,
                 head_sent=pending.head_sent,
@@ -157,6 +185,12 @@ class PendingTable:
     def has_output(self) -> bool:
         """Whether any request has something to send."""
         return any(pending.has_output for pending in self._pending.values())
+
+    @property
+    def held_bytes(self) -> int:
+        """The bytes that TorchServe copies again in the next step: bodies of rows that have nothing to send."""
+        held = (pending for pending in self._pending.values() if not pending.head_sent and not pending.has_output)
+        return sum(pending.body_bytes for pending in held if pending.is_large)
 
     @property
     def sequence_ids(self) -> list[str]:

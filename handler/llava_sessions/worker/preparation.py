@@ -84,9 +84,9 @@ class Preparer:
         self._decoding = decoding or ThreadPoolExecutor(_DECODING_THREADS, thread_name_prefix="decode")
         self._waiting = waiting or ThreadPoolExecutor(_WAITING_THREADS, thread_name_prefix="fetch")
 
-    def open(self, request: Open) -> Future[PreparedOpen]:
+    def open(self, request: Open, token_digest: str | None) -> Future[PreparedOpen]:
         """Prepare a new session."""
-        return self._executor(request.pictures).submit(self._open, request)
+        return self._executor(request.pictures).submit(self._open, request, token_digest)
 
     def resume(self, session_id: str, token_digest: str | None, transcript: Transcript | None) -> Future[Rebuild]:
         """Prepare another session's conversation, from its transcript or else from its journal.
@@ -117,13 +117,13 @@ class Preparer:
         remote = any(source.path is not None and is_remote(source.path) for source in sources)
         return self._waiting if remote else self._decoding
 
-    def _open(self, request: Open) -> PreparedOpen:
+    def _open(self, request: Open, token_digest: str | None) -> PreparedOpen:
         kind = "video" if request.frames else "image"
         blobs = self._load(request.frames or request.pictures)
-        return PreparedOpen(self._opening(kind, blobs), blobs)
+        return PreparedOpen(self._opening(kind, blobs, token_digest), blobs)
 
-    def _opening(self, kind: str, blobs: tuple[Blob, ...]) -> Opening:
-        pictures = self._decode(blobs)
+    def _opening(self, kind: str, blobs: tuple[Blob, ...], token_digest: str | None) -> Opening:
+        pictures = self._decode(blobs, token_digest)
         if kind == "image":
             return self.template.opening(pictures)
         clip_key = hashlib.sha256(" ".join(key for key, _ in pictures).encode()).hexdigest()
@@ -141,28 +141,36 @@ class Preparer:
         transcript = transcript or self._claim(ask.session_id, token_digest)
         rebuild = None if in_engine else self._rebuild(transcript)
         blobs = self._load(ask.pictures)
-        prepared = self.template.prepare(self._decode(blobs))
+        prepared = self.template.prepare(self._decode(blobs, token_digest))
         prompt_ids = self.template.prompt(transcript.opened_on, ask.prompt_text, prepared)
         return PreparedQuestion(prompt_ids, prepared.pictures, blobs, rebuild)
 
     def _rebuild(self, transcript: Transcript) -> Rebuild:
         """Prepare a transcript's pictures. Raise `NotFound` if another model wrote the transcript."""
         record = transcript.opening
-        opening = self._opening(record.kind, record.pictures)
+        opening = self._opening(record.kind, record.pictures, record.token_digest)
         if opening.token_ids != record.token_ids:
             log.error("journal_unfit reason=the checkpoint makes another prompt of the stored pictures")
             raise NotFound(damaged=True)
         pictures = list(opening.pictures)
         for turn in transcript.turns:
-            pictures += self.template.prepare(self._decode(turn.pictures)).pictures
+            pictures += self.template.prepare(self._decode(turn.pictures, record.token_digest)).pictures
         return Rebuild(transcript, tuple(pictures))
 
     def _load(self, sources: Iterable[PictureSource]) -> tuple[Blob, ...]:
         return tuple(self._journal.blobs.get(_read(source, self._limits, self._fetch)) for source in sources)
 
-    def _decode(self, blobs: tuple[Blob, ...]) -> list[tuple[str, Image.Image]]:
+    def _decode(self, blobs: tuple[Blob, ...], token_digest: str | None) -> list[tuple[str, Image.Image]]:
         pictures = (load_bytes(blob.data, self._limits) for blob in blobs)
-        return [(picture.sha256, picture.image) for picture in pictures]
+        return [(picture_key(picture.sha256, token_digest), picture.image) for picture in pictures]
+
+
+def picture_key(sha256: str, token_digest: str | None) -> str:
+    """Return the key by which sessions share a picture's features and prefix: only sessions of the same token do.
+
+    Otherwise the time of an open would tell a caller whether another caller has shown the same picture.
+    """
+    return sha256 if token_digest is None else hashlib.sha256(f"{token_digest} {sha256}".encode()).hexdigest()
 
 
 def _read(source: PictureSource, limits: MediaLimits, fetch: Callable[[str, MediaLimits], bytes]) -> bytes:

@@ -1,7 +1,8 @@
 """Exchange of rows and replies with TorchServe's batches, and detection of disconnected clients.
 
 A held row gets no reply in a step. TorchServe keeps its request open and sends the row again in the next step, so the
-HTTP status stays undecided until the first output.
+HTTP status stays undecided until the first output. TorchServe delivers the whole body of a held row in every step.
+While large bodies are held, a step lasts as long as its delivery took (docs/decisions/0005-held-rows.md).
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from ..chat.transcript import short_id
-from ..config import RequestLimits
 from ..errors import Refused
 from ..metrics import MetricValues
-from ..protocol.constants import NEW_SESSION, STREAM_TYPE
-from ..protocol.requests import parse
+from ..protocol.constants import NEW_SESSION
 from ..torchserve.batch import Reply, Row
 from ..torchserve.sequences import SequenceReaper
+from .arrivals import Arrivals
 from .closes import acknowledge_close
 from .inbox import Inbox
 from .manager import SessionManager
@@ -32,8 +33,12 @@ log = logging.getLogger(__name__)
 WAIT_S = 0.02
 # How long a step waits for the engine to free a session, so that a close is answered in the step of its arrival.
 CLOSE_WAIT_S = 2.0
+# A step with held large rows lasts at most this long. It must be far below `responseTimeout` in model-config.yaml.
+LONGEST_PAUSE_S = 10.0
 # TorchServe calls without a pause while rows are active. After this much silence the clients count as disconnected.
 SILENCE_S = 5.0
+# TorchServe delivers a batch with at least so many bytes of large bodies per second, also on a busy machine.
+SLOWEST_DELIVERY_BYTES_PER_S = 10_000_000
 # Sweeps in which the silence must be seen. They only happen while this process runs, so its own pauses do not count.
 SILENT_SWEEPS = 4
 
@@ -46,18 +51,16 @@ class Pump:
         manager: SessionManager,
         inbox: Inbox,
         reaper: SequenceReaper,
-        limits: RequestLimits,
-        max_body_bytes: int,
+        arrivals: Arrivals,
         wait_s: float = WAIT_S,
         close_wait_s: float = CLOSE_WAIT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`max_body_bytes`: a longer body is rejected unread. `clock`: seconds, for the waits and for silence."""
+        """`clock`: seconds, for the waits and for silence."""
         self._manager = manager
         self._inbox = inbox
         self._reaper = reaper
-        self._limits = limits
-        self._max_body_bytes = max_body_bytes
+        self._arrivals = arrivals
         self._wait_s = wait_s
         self._close_wait_s = close_wait_s
         self._clock = clock
@@ -76,6 +79,7 @@ class Pump:
         Never raises: an error in one row becomes its reply.
         """
         with self._lock:
+            delivery_s = self._clock() - self._last_exchange_s
             self._reaper.begin_step(row.sequence_id for row in rows)
             self._take_events()  # before new rows, which may depend on the loss or the start of an engine
             for row in rows:
@@ -83,7 +87,7 @@ class Pump:
                     self._admit(row)
             self._drop_disconnected({row.request_id for row in rows})
             self._manager.end_overdue()
-            self._wait_for_output()
+            self._wait_for_output(delivery_s)
             self._end_sequences()
             replies = [self._safe_reply(self._pending[row.request_id]) for row in rows]
             self._last_exchange_s = self._clock()
@@ -91,13 +95,17 @@ class Pump:
             self._reaper.end_step()
             return replies
 
-    def sweep(self) -> None:
-        """Expire sessions, and detect clients that left while TorchServe was silent. Call it about once a second."""
+    def sweep(self, is_receiving: bool = False) -> None:
+        """Expire sessions, and detect clients that left while TorchServe was silent. Call it about once a second.
+
+        `is_receiving`: a batch is on its way, so TorchServe is not silent.
+        """
         with self._lock:
             self._take_events()
-            self._silent_sweeps += 1
+            self._silent_sweeps = 0 if is_receiving else self._silent_sweeps + 1
             silent_s = self._clock() - self._last_exchange_s
-            if self._pending and silent_s > SILENCE_S and self._silent_sweeps >= SILENT_SWEEPS:
+            limit_s = SILENCE_S + self._pending.held_bytes / SLOWEST_DELIVERY_BYTES_PER_S
+            if self._pending and silent_s > limit_s and self._silent_sweeps >= SILENT_SWEEPS:
                 self._drop_disconnected(set())
             self._manager.sweep()
             self._end_sequences()
@@ -123,7 +131,7 @@ class Pump:
             return self._manager.metric_values()
 
     def _admit(self, row: Row) -> None:
-        """Parse a new row and start its work, or reject it."""
+        """Parse a new row and start its work, or reject it. A large row is parsed meanwhile, and starts later."""
         pending, has_returned = self._pending.add(row)
         pending.arrived_s = self._clock()
         try:
@@ -135,14 +143,16 @@ class Pump:
             if self._reaper.is_ours(row) and not self._manager.has_session(row.sequence_id):
                 acknowledge_close(pending, row.sequence_id)  # it only ends its sequence
                 return
-            self._manager.handle(pending, parse(row.body, row.headers, self._limits, self._max_body_bytes))
+            self._arrivals.add(pending, row.body)
         except Exception as error:
             pending.refuse(error)
+        self._arrivals.start_ready(self._manager.handle)
 
     def _drop_disconnected(self, active: set[str]) -> None:
         """Stop the work of the requests that TorchServe does not list any more."""
         for pending in self._pending.drop_missing(active):
             self._manager.disconnected(pending)
+            self._arrivals.disconnected(pending)
             if _may_end(pending.row, self._manager):
                 self._reaper.end(pending.row.sequence_id)
 
@@ -152,27 +162,40 @@ class Pump:
 
     # --- Events ---
 
-    def _wait_for_output(self) -> None:
-        """Take events until a request has output. Wait longer while a session is being freed for a close."""
+    def _wait_for_output(self, delivery_s: float) -> None:
+        """Take events until a request has output. Wait longer while a session is being freed for a close.
+
+        `delivery_s`: time since the previous step, in which TorchServe delivered this one. While large rows are held,
+        wait for as long even if there is output.
+        """
         self._take_events()
         began_s = self._clock()
-        while (freeing := self._manager.freeing) or not self._pending.has_output:
-            left_s = began_s + (self._close_wait_s if freeing else self._wait_s) - self._clock()
+        while True:
+            pause_s = min(delivery_s, self._pending.held_bytes / SLOWEST_DELIVERY_BYTES_PER_S, LONGEST_PAUSE_S)
+            if self._manager.freeing:
+                wait_s = self._close_wait_s
+            elif self._pending.has_output:
+                wait_s = pause_s
+            else:
+                wait_s = max(pause_s, self._wait_s)
+            left_s = began_s + wait_s - self._clock()
             if left_s <= 0:
                 return
             try:
-                self._manager.on_event(self._inbox.get(left_s))
+                self._take_events(self._inbox.get(left_s))
             except queue.Empty:
                 return
-            self._take_events()
 
-    def _take_events(self) -> None:
+    def _take_events(self, item: Any = None) -> None:
+        """Apply an item of the inbox and all that follow, then start the requests that are parsed."""
         while True:
+            if item is not None:
+                self._manager.on_event(item)
             try:
                 item = self._inbox.get()
             except queue.Empty:
-                return
-            self._manager.on_event(item)
+                break
+        self._arrivals.start_ready(self._manager.handle)
 
     # --- Replies ---
 
@@ -190,18 +213,18 @@ class Pump:
         final = pending.final
         if final is None:
             pending.steps += 1
-            if not text and not pending.head_sent:
+            if not text and not pending.head_sent and not pending.must_begin:
                 return None
-            # TorchServe notices a disconnected streaming client only when it sends, so an empty chunk is sent too.
+            # TorchServe notices a disconnected client of chunks only when it sends, so an empty chunk is sent too.
             pending.head_sent = True
-            return Reply(text, more=True, content_type=STREAM_TYPE)
+            return Reply(text, more=True, content_type=pending.content_type)
         self._pending.remove(pending)
         if pending.refusal is not None:
             self._manager.count_refusal()
             log.info("refused request=%s code=%s", short_id(pending.row.request_id), pending.refusal.code)
         final.body = text + final.body
-        if final.more is False and not pending.head_sent:
-            final.more = None  # a last chunk that is also the first one sends no head: make it a whole reply
+        # A last chunk that is also the first one sends no head: it must be a whole reply.
+        final.more = False if pending.head_sent else None
         alone = pending.row.sequence_id not in self._pending.sequence_ids
         self._reaper.release(pending.row, pending.steps, final, _may_end(pending.row, self._manager), alone)
         return final

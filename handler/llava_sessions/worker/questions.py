@@ -65,6 +65,8 @@ class Questions:
                 turn.retries.append((pending, ask))
             else:
                 turn.pending.append(pending)
+                if turn.is_admitted:
+                    pending.commit()
                 pending.stream(turn.text)
             return True
         return self._answer_from_transcript([pending], session, ask)
@@ -73,7 +75,10 @@ class Questions:
         transcript = session.transcript
         if transcript is None or ask.retry_key is None:
             return False
-        index = transcript.find_answer(ask.retry_key)
+        if ask.stored_key is None:
+            index = session.find_labelled(ask.retry_key, self._context.clock())
+        else:
+            index = transcript.find_answer(ask.stored_key)
         if index is None:
             return False
         record = transcript.turns[index]

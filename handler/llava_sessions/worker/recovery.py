@@ -47,7 +47,7 @@ class Recovery:
         context = self._context
         self._is_complete = found.complete
         for stored in found.expired:
-            context.table.remember(stored.session_id, "expired")
+            context.table.remember(stored.session_id, "expired", stored.token_digest)
         added = 0
         for stored in found.live:
             now_s = context.clock()

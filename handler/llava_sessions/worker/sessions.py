@@ -9,6 +9,7 @@ import hmac
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum, auto
 
@@ -20,6 +21,8 @@ from .pending import PendingRequest
 _REMEMBERED = 10_000
 # A request that was sent just before the announced expiry arrives a moment later: the session is kept for so long.
 GRACE_S = 2.0
+# For so long after an answer an Inference-Id identifies a retry of its question. It may label further questions too.
+LABEL_S = 10.0
 # Engines that may die in a row while a session is answering. Its next turns are rejected, to protect other sessions.
 MAX_ENGINE_LOSSES = 5
 
@@ -106,6 +109,7 @@ class Turn(_Stateful):
         self.cancels: list[PendingRequest] = []
         # Retries that arrive while the turn is being stopped. They run as a new turn once this turn is done.
         self.retries: list[tuple[PendingRequest, Ask]] = []
+        self.is_admitted = False
         self.prompt_ids: list[int] = []
         self.blobs: tuple[Blob, ...] = ()
         self.chunks: list[str] = []
@@ -146,6 +150,17 @@ class Session(_Stateful):
         self.turn: Turn | None = None
         self.stored_turns = 0
         self.engine_losses = 0
+        self._labelled: dict[str, tuple[int, float]] = {}  # retry key: index of the turn, end of the turn
+
+    def add_labelled(self, retry_key: str, index: int, now_s: float) -> None:
+        """Remember the turn of a question that only an Inference-Id identifies, for `LABEL_S`."""
+        recent = {key: (turn, at_s) for key, (turn, at_s) in self._labelled.items() if now_s - at_s < LABEL_S}
+        self._labelled = {**recent, retry_key: (index, now_s)}
+
+    def find_labelled(self, retry_key: str, now_s: float) -> int | None:
+        """Return the index of the turn that a retry by Inference-Id repeats, or None if it is too old."""
+        index, at_s = self._labelled.get(retry_key, (None, -math.inf))
+        return index if now_s - at_s < LABEL_S else None
 
     @property
     def known_transcript(self) -> Transcript:
@@ -174,6 +189,18 @@ class Session(_Stateful):
             self.advance(Residency.COLD)
 
 
+@dataclass(frozen=True)
+class _Ended:
+    """Why a session ended, and the digest of its token."""
+
+    reason: str
+    token_digest: str | None
+
+    def fits(self, reason: str, token_digest: str | None) -> bool:
+        """Return whether the session ended for this reason and had this token."""
+        return self.reason == reason and same_token(self.token_digest, token_digest)
+
+
 class SessionTable:
     """The sessions of one worker, at most `max_sessions`.
 
@@ -186,7 +213,7 @@ class SessionTable:
         self._ttl_s = ttl_s
         self._idle_s = math.inf if idle_s is None else idle_s
         self._sessions: dict[str, Session] = {}
-        self._reasons: OrderedDict[str, str] = OrderedDict()
+        self._past: OrderedDict[str, _Ended] = OrderedDict()
         self._ended: list[str] = []
 
     def __len__(self) -> int:
@@ -219,7 +246,7 @@ class SessionTable:
 
     def recover(self, session_id: str, expires_at_s: float, now_s: float, token_digest: str | None) -> bool:
         """Add an open session that only the journal holds, even if the table is full. Return False if it is known."""
-        if session_id in self._sessions or session_id in self._reasons:
+        if session_id in self._sessions or session_id in self._past:
             return False
         session = self._sessions[session_id] = Session(session_id, self._idle_s)
         session.expires_at_s = expires_at_s
@@ -228,11 +255,11 @@ class SessionTable:
         session.advance(SessionState.OPEN)
         return True
 
-    def remember(self, session_id: str, reason: str) -> None:
+    def remember(self, session_id: str, reason: str, token_digest: str | None = None) -> None:
         """Remember why a session ended ("closed", "expired", "damaged", "moved"), for later requests on its ID."""
-        self._reasons[session_id] = reason
-        while len(self._reasons) > _REMEMBERED:
-            self._reasons.popitem(last=False)
+        self._past[session_id] = _Ended(reason, token_digest)
+        while len(self._past) > _REMEMBERED:
+            self._past.popitem(last=False)
 
     def get(self, session_id: str, now_s: float, token_digest: str | None = None) -> Session:
         """Return the open session of this ID. Raise `Refused` (session_expired, session_not_found).
@@ -241,12 +268,13 @@ class SessionTable:
         """
         session = self._sessions.get(session_id)
         if session is not None and session.is_in(SessionState.OPEN):
-            if not hmac.compare_digest(session.token_digest or "", token_digest or ""):
+            if not same_token(session.token_digest, token_digest):
                 raise session_not_found()
             if session.has_expired(now_s):
                 raise session_expired()
             return session
-        if self._reasons.get(session_id) == "expired":
+        past = self._past.get(session_id)
+        if past is not None and past.fits("expired", token_digest):
             raise session_expired()
         raise session_not_found()
 
@@ -254,16 +282,17 @@ class SessionTable:
         """Return the session of this ID in any state, or None."""
         return self._sessions.get(session_id)
 
-    def was_closed(self, session_id: str) -> bool:
-        """Return whether the session of this ID was closed, among the IDs that are remembered."""
-        return self._reasons.get(session_id) == "closed"
+    def was_closed(self, session_id: str, token_digest: str | None = None) -> bool:
+        """Return whether the session of this ID and token was closed, among the IDs that are remembered."""
+        past = self._past.get(session_id)
+        return past is not None and past.fits("closed", token_digest)
 
     def end(self, session: Session, reason: str | None) -> None:
         """Remove a session. `reason` as in `remember`; None for an open that was rejected."""
         del self._sessions[session.id]
         self._ended.append(session.id)
         if reason is not None:
-            self.remember(session.id, reason)
+            self.remember(session.id, reason, session.token_digest)
 
     def take_ended(self) -> list[str]:
         """Return the IDs of the sessions that have ended since the last call."""
@@ -278,6 +307,11 @@ class SessionTable:
             for session in self._sessions.values()
             if session.is_in(SessionState.OPEN) and session.turn is None and session.has_expired(now_s - GRACE_S)
         ]
+
+
+def same_token(expected: str | None, given: str | None) -> bool:
+    """Compare the digests of two session tokens in constant time. None: no token."""
+    return hmac.compare_digest(expected or "", given or "")
 
 
 def session_not_found() -> Refused:

@@ -61,7 +61,8 @@ class AskSession:
     """Run one turn: append `token_ids` to the session and generate an answer.
 
     `token_ids` contain the image tokens of `pictures` in the same order. Answered by `TurnAdmitted`, `Delta`s and
-    one of `Finished`, `Cancelled`, `TurnFailed` and `OutOfCapacity`. A turn that the budget rejects has no `TurnAdmitted`.
+    one of `Finished`, `Cancelled`, `TurnFailed` and `OutOfCapacity`. A turn that the budget rejects has no
+    `TurnAdmitted`.
     """
 
     session_id: str

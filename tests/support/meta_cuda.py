@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ class Card:
         self.live_bytes = 0
         self.peak_bytes = 0
         self.reserved_bytes = 0
+        self.pinned_bytes = 0
 
     def allocate(self, size: int) -> None:
         """Take memory. What was freed is not reused: the worst case of fragments."""
@@ -53,6 +55,7 @@ class Card:
         patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _=None: self._reset_peak())
         patch.setattr(torch.cuda, "empty_cache", self._empty_cache)
         patch.setattr(torch.cuda, "synchronize", lambda _=None: None)
+        patch.setattr(torch.cuda, "current_stream", lambda _=None: SimpleNamespace(synchronize=lambda: None))
         patch.setattr(attention, "causal_lower_right", _uncounted(causal_lower_right))
         patch.setattr(torch.cuda, "mem_get_info", lambda _=None: (self._free_bytes(), self.total_bytes))
 
@@ -80,12 +83,24 @@ class _Storages(TorchDispatchMode):
             out = torch.empty_like(query)  # flash attention makes no scores
         elif func is torch.ops.aten.argmax.default and args[0].device == META:
             return torch.zeros(args[0].shape[:-1], dtype=torch.int64)  # tokens, which leave the device
+        elif func is torch.ops.aten.copy_.default and args[0].device != args[1].device:
+            return self._copy(args[0], args[1])
         else:
             out = func(*args, **(kwargs or {}))
         for part in out if isinstance(out, tuple | list) else [out]:
             if isinstance(part, torch.Tensor) and part.device == META:
                 self._count(part.untyped_storage())
         return out
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        """Copy between host and device: with gaps on the device torch makes a copy without gaps there."""
+        on_device = target if target.device == META else source
+        on_host = source if target.device == META else target
+        assert on_host.is_contiguous(), "torch would copy in pageable memory"
+        if not on_device.is_contiguous():
+            self._card.allocate(on_device.nbytes)
+            self._card.free(on_device.nbytes)
+        return target
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         if storage in self._known or not storage.nbytes():
@@ -97,15 +112,23 @@ class _Storages(TorchDispatchMode):
 
 
 class _CudaIsMeta(TorchFunctionMode):
-    """Replaces CUDA devices by the meta device in torch's calls."""
+    """Replaces CUDA devices by the meta device in torch's calls, and counts pinned memory."""
+
+    def __init__(self, card: Card) -> None:
+        super().__init__()
+        self._card = card
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.pin_memory:  # token IDs and positions
             return args[0].to(META)
         if func is torch.Tensor.to and not args[0].is_floating_point() and args[0].device.type == "cpu":
             return args[0]  # sizes of pictures, which transformers reads again on the host
-        args = tuple(_replaced(value) for value in args)
-        return func(*args, **{name: _replaced(value) for name, value in (kwargs or {}).items()})
+        options = {name: _replaced(value) for name, value in (kwargs or {}).items()}
+        is_pinned = options.pop("pin_memory", False)
+        out = func(*map(_replaced, args), **options)
+        if is_pinned:
+            self._card.pinned_bytes += 1 << (out.nbytes - 1).bit_length()
+        return out
 
 
 def _uncounted(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -125,5 +148,5 @@ def _replaced(value: Any) -> Any:
 @contextmanager
 def meta_cuda(card: Card) -> Iterator[None]:
     """Run torch's calls for a CUDA device on the meta device, and count their memory on the card."""
-    with _CudaIsMeta(), _Storages(card):
+    with _CudaIsMeta(card), _Storages(card):
         yield

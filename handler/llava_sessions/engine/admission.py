@@ -122,6 +122,7 @@ class Admission:
         try:
             if turn is None:
                 self._memory.place(session, session.opening_bytes)
+                self._memory.restore(session, session.opening_tokens)
                 session.advance(EngineSessionState.PREFILLING)
                 return True
             reserved_bytes = turn.reserved_tokens * self._model.kv_shape.token_bytes

@@ -308,17 +308,12 @@ class Engine:
 
     @contextlib.contextmanager
     def _isolated(self, session: EngineSession) -> Iterator[None]:
-        """Remove the session after an `IllegalTransition` in this block. Retry or reject it if memory runs out."""
+        """Remove the session after an `IllegalTransition` in this block."""
         try:
             yield
         except IllegalTransition as error:
             log.exception("session_broken session=%s", session.id[:12])
             self._fail(session, error)
-        except Exception as error:
-            raise_if_device_lost(error, self.model.device)
-            if not is_out_of_memory(error):
-                raise
-            self._retry_or_reject(session, error)
 
 
 def _check_feature_count(session: EngineSession) -> None:

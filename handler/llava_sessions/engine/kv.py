@@ -103,6 +103,8 @@ class SessionKV:
         """
         if tokens <= self.capacity:
             return
+        if not self.length:
+            self.on_device = self._allocate(0)  # nothing to copy: free it first
         grown = self._allocate(_capacity_for(tokens, self.most_tokens))
         grown[:, :, :, : self.length].copy_(self.on_device[:, :, :, : self.length])
         self.on_device = grown

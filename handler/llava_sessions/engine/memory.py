@@ -98,17 +98,14 @@ class DeviceMemory:
     def place(self, session: EngineSession, kv_bytes: int, new_image_tokens: int = 0) -> None:
         """Reserve room for the work of a session: its KV, and the features of `new_image_tokens`.
 
-        Raises `MemoryExceeded`, with nothing offloaded, if the active sessions leave too little now. Raises torch's
-        out-of-memory error; the session then still waits.
+        Raises `MemoryExceeded`, with nothing offloaded, if the active sessions leave too little now.
         """
         kv_bytes = max(kv_bytes, session.kv.device_bytes)  # more if the cache was grown ahead
         self._make_room(session, kv_bytes + new_image_tokens * self._feature_bytes)
-        if session.state is EngineSessionState.WAITING and not self.grows_in_steps:
-            session.kv.reserve(session.opening_tokens)
         session.reserved_bytes = kv_bytes
 
     def restore(self, session: EngineSession, tokens: int) -> None:
-        """Make an admitted session's cache resident, on a GPU with room for all `tokens` tokens of the turn.
+        """Make an admitted session's cache resident, on a GPU with room for all `tokens` tokens of the request.
 
         If the device is out of memory, offload idle caches and retry. Raises `MemoryExceeded` if memory runs out again;
         the stored tokens are then unchanged, or dropped.
@@ -166,7 +163,7 @@ class DeviceMemory:
         Growing ahead is for CPUs only. There it takes as long as the time to the first token, mostly for page faults;
         on a GPU it takes almost no time. No cache is offloaded for it, so None is returned if the budget is full.
         """
-        if self._kv_shape.device.type != "cpu":
+        if not self.grows_in_steps:
             return None
         waiting = (
             s for s in self._sessions.values() if not s.short_of_memory and _is_nearly_full(s.kv, self._context_tokens)

@@ -81,8 +81,6 @@ class _Storages(TorchDispatchMode):
         if func is torch.ops.aten.scaled_dot_product_attention.default:
             query = args[0]
             out = torch.empty_like(query)  # flash attention makes no scores
-        elif func is torch.ops.aten.argmax.default and args[0].device == META:
-            return torch.zeros(args[0].shape[:-1], dtype=torch.int64)  # tokens, which leave the device
         elif func is torch.ops.aten.copy_.default and args[0].device != args[1].device:
             return self._copy(args[0], args[1])
         else:
@@ -123,6 +121,8 @@ class _CudaIsMeta(TorchFunctionMode):
             return args[0].to(META)
         if func is torch.Tensor.to and not args[0].is_floating_point() and args[0].device.type == "cpu":
             return args[0]  # sizes of pictures, which transformers reads again on the host
+        if func is torch.Tensor.tolist and args[0].device == META:
+            return [0] * len(args[0])  # tokens, which leave the device
         options = {name: _replaced(value) for name, value in (kwargs or {}).items()}
         is_pinned = options.pop("pin_memory", False)
         out = func(*map(_replaced, args), **options)

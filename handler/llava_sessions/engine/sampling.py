@@ -89,7 +89,7 @@ def next_tokens(logits: torch.Tensor, samplers: list[Sampler]) -> list[int | Exc
 def _draw_all(logits: torch.Tensor, samplers: list[Sampler]) -> list[int | Exception]:
     likeliest = logits.argmax(-1, keepdim=True)  # of a row that contains NaN: the place of a NaN
     is_finite = logits.gather(-1, likeliest).isfinite()
-    tokens: list[int | Exception] = likeliest.where(is_finite, _NOT_FINITE).squeeze(-1).tolist()
+    tokens: list[int | Exception] = likeliest.masked_fill(~is_finite, _NOT_FINITE).squeeze(-1).tolist()
     for row, sampler in enumerate(samplers):
         if tokens[row] == _NOT_FINITE:
             tokens[row] = LogitsNotFinite(logits.dtype)

@@ -16,8 +16,8 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from llava_sessions.chat.transcript import Conversation
+from llava_sessions.engine.budget import DeviceBudget, choose_budget
 from llava_sessions.engine.engine import Engine
-from llava_sessions.engine.memory import DeviceBudget, choose_budget
 from llava_sessions.engine.model import Model
 from llava_sessions.engine.process import warm_up
 from llava_sessions.ipc.messages import (

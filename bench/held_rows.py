@@ -31,6 +31,8 @@ import psutil
 import torch
 from PIL import Image
 
+from deploy.options import Parser, whole_number
+
 from . import harness
 from .harness import Options, Result, Run, median, percentile
 
@@ -279,11 +281,11 @@ def paint(axes, result: Result) -> None:
 
 def parse(argv: list[str] | None) -> tuple[Options, dict[str, Path]]:
     """Parse the command line. The model is always the demo's."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m bench.held_rows", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--old", type=Path, help="another checkout to measure in the same run")
-    parser.add_argument("--rounds", type=int, default=3, help="starts of each server (3)")
+    parser.add_argument("--rounds", type=whole_number(1), default=3, help="starts of each server (3)")
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of the JSON and the plot")
     parser.add_argument("--smoke", action="store_true", help="one short round: shows that it runs")
     given = parser.parse_args(argv)

@@ -15,7 +15,7 @@ import gc
 import random
 import time
 
-from llava_sessions.engine.memory import DeviceBudget
+from llava_sessions.engine.budget import DeviceBudget
 from llava_sessions.text.chat_template import Opening
 
 from . import harness

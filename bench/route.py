@@ -94,13 +94,13 @@ KINDS: dict[str, Callable[[Way, str], float]] = {
 
 
 @contextlib.contextmanager
-def service() -> Iterator[tuple[str, str]]:
-    """Start the service with the demo model; yield the addresses of TorchServe and of HAProxy."""
+def service(root: Path = ROOT, model: Path = MODEL, dtype: str = "float32") -> Iterator[tuple[str, str]]:
+    """Start the service of the checkout `root` with a model; yield the addresses of TorchServe and of HAProxy."""
     with tempfile.TemporaryDirectory() as store:
-        pack = [ROOT / "build_mar.sh", "--model", MODEL, "--dtype", "float32", "--device", "cpu", "--output", store]
-        subprocess.run(pack, check=True, capture_output=True)
+        pack = [root / "build_mar.sh", "--model", model, "--dtype", dtype, "--device", "cpu", "--output", store]
+        subprocess.run([*pack, "--weights", "beside"], cwd=root, check=True, capture_output=True)
         command = [sys.executable, "-m", "deploy.serve", "--model-store", store, "--port", "0"]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
             text = ""
             for line in process.stdout:

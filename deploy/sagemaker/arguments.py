@@ -126,8 +126,8 @@ def _add_capacity(commands: _Commands) -> None:
     parser.set_defaults(run=None)
     tokens = "text tokens of a conversation, without its picture (default: %(default)s)"
     parser.add_argument("--text-tokens", type=whole_number(1), default=1024, metavar="N", help=tokens)
-    reserve = "GPU memory for CUDA itself and for temporary tensors (default: %(default)s)"
-    parser.add_argument("--reserve-gib", type=decimal_number(0), default=2.0, metavar="GIB", help=reserve)
+    reserve = "GPU memory for CUDA itself and for temporary tensors (default: as the engine reserves for the model)"
+    parser.add_argument("--reserve-gib", type=decimal_number(0), metavar="GIB", help=reserve)
 
 
 def _name(text: str) -> str:

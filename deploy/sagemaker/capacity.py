@@ -14,16 +14,30 @@ KV_STEP_TOKENS = 256  # step in which the engine's KV caches grow
 HOST_SHARE = 0.2  # share of the RAM for offloaded KV caches, as with `host_bytes: auto`
 BYTES_PER_NUMBER = 2  # bfloat16, and float16 where the GPU has no other
 
+# The engine's reserve for forwards (engine/budget.py of the handler): temporary tensors times a factor, and fragments.
+WORKING_FACTOR = 1.25
+FRAGMENTS_BYTES = 256 * MIB
+CONTEXT_BYTES = 448 * MIB  # CUDA's context and the kernels that it loads; 400 to 450 MiB with CUDA 12 and 13
+# Part of the GPU memory in EC2's description that CUDA reports as its total, at least. Torch's messages have 22.06 GiB
+# for A10G, 44.4 for L40S, 79.1 for H100, and 14.56 for T4, whose error correction takes memory.
+CUDA_SHARE = 0.985
+CUDA_SHARE_T4 = 0.91
+
 NOTE = "Computed from published sizes, not measured."
 
 FORMULA = f"""\
-  free      = GPU memory - weights - reserve
+  free      = GPU memory that CUDA reports - weights - reserve, where
+    GPU memory that CUDA reports = {CUDA_SHARE:.1%} of the type's memory, {CUDA_SHARE_T4:.0%} on a T4
+    reserve = {CONTEXT_BYTES // MIB} MiB of CUDA itself + {WORKING_FACTOR} x temporary tensors
+              + {FRAGMENTS_BYTES // MIB} MiB
+    With `--reserve-gib X`, free = memory of the type - weights - X GiB
   session   = features + KV, where
     features  = picture tokens x hidden size x {BYTES_PER_NUMBER} bytes
     KV        = (picture tokens + text tokens, rounded up to {KV_STEP_TOKENS}) x KV bytes per token
     KV bytes per token = layers x 2 x KV heads x head size x {BYTES_PER_NUMBER} bytes
   on the GPU  = free / session: sessions that answer at once
-  in RAM      = {HOST_SHARE:.0%} of the RAM / (tokens x KV bytes per token): idle sessions, restored for their next turn
+  in RAM      = {HOST_SHARE:.0%} of the RAM / pinned KV: idle sessions, restored for their next turn. Pinned
+                memory is taken in steps of {KV_STEP_TOKENS} tokens, each rounded up to a power of two of bytes
   open        = on the GPU + in RAM, if the features of all of them leave room for one running session: the most that
                 `build_mar.sh --sessions` may be
 More sessions may be open: their features stay on the GPU, and a prefill rebuilds their KV. Their time to first token
@@ -31,10 +45,36 @@ is then that of a new conversation."""
 
 
 @dataclass(frozen=True)
+class Tower:
+    """The sizes of a vision tower: a transformer over the patches of a picture, with biases."""
+
+    width: int
+    layers: int
+    inner: int
+    patches: int
+    is_clip: bool
+
+    @property
+    def parameters(self) -> int:
+        """Its parameters. CLIP has a class token and a norm before the layers; SigLIP has a bias of its patches."""
+        patch = 3 * 14 * 14 * self.width
+        embeddings = patch + self.patches * self.width + (2 if self.is_clip else 1) * self.width
+        attention = 4 * (self.width * self.width + self.width)
+        layer = attention + 2 * self.width * self.inner + self.inner + self.width + 2 * 2 * self.width
+        return embeddings + self.layers * layer + (4 if self.is_clip else 2) * self.width
+
+
+# Sources: config.json of openai/clip-vit-large-patch14-336, and of google/siglip-so400m-patch14-384 with 26 of its 27
+# layers, as in LLaVA-OneVision.
+CLIP = Tower(width=1024, layers=24, inner=4096, patches=576, is_clip=True)
+SIGLIP = Tower(width=1152, layers=26, inner=4304, patches=729, is_clip=False)
+
+
+@dataclass(frozen=True)
 class LlavaShape:
     """The sizes of a LLaVA checkpoint, from the `config.json` that its authors publish.
 
-    The vision tower is CLIP ViT-L/14 at 336 pixels in all of them: 24 layers of 1024, 576 patches.
+    `picture_tokens`: of the largest picture. `working_mib`: temporary tensors of a forward at their peak.
     """
 
     name: str
@@ -44,8 +84,11 @@ class LlavaShape:
     kv_heads: int
     intermediate: int
     picture_tokens: int
+    working_mib: int
     newline: bool = False
     vocabulary: int = 32064
+    tower: Tower = CLIP
+    text: str = "llama"
 
     @property
     def head_dim(self) -> int:
@@ -64,12 +107,14 @@ class LlavaShape:
 
     @property
     def parameters(self) -> int:
-        """The parameters of language model (as Llama or Mistral), vision tower and projector."""
-        attention = 2 * self.hidden**2 + 2 * self.hidden * self.kv_heads * self.head_dim
+        """The parameters of language model, vision tower and projector. Qwen2's attention has biases."""
+        kv_width = self.kv_heads * self.head_dim
+        biases = self.hidden + 2 * kv_width if self.text == "qwen2" else 0
+        attention = 2 * self.hidden**2 + 2 * self.hidden * kv_width + biases
         layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
         language = 2 * self.vocabulary * self.hidden + self.layers * layer + self.hidden
-        projector = 1024 * self.hidden + self.hidden + self.hidden**2 + self.hidden
-        return language + _clip_parameters() + projector + (self.hidden if self.newline else 0)
+        projector = self.tower.width * self.hidden + self.hidden + self.hidden**2 + self.hidden
+        return language + self.tower.parameters + projector + (self.hidden if self.newline else 0)
 
     @property
     def weights_bytes(self) -> int:
@@ -80,27 +125,49 @@ class LlavaShape:
         """Return the size of the KV cache of a conversation with so many tokens."""
         return -(-tokens // KV_STEP_TOKENS) * KV_STEP_TOKENS * self.kv_token_bytes
 
+    def host_bytes(self, tokens: int) -> int:
+        """Return the size of the KV cache in pinned RAM, whose blocks are powers of two."""
+        step_bytes = KV_STEP_TOKENS * self.kv_token_bytes
+        return -(-tokens // KV_STEP_TOKENS) * (1 << (step_bytes - 1).bit_length())
 
-def _clip_parameters(
-    width: int = 1024, layers: int = 24, inner: int = 4096, patches: int = 576, patch: int = 14
-) -> int:
-    embeddings = 3 * patch * patch * width + width + (patches + 1) * width
-    attention = 4 * (width * width + width)
-    layer = attention + 2 * width * inner + inner + width + 2 * 2 * width
-    return embeddings + layers * layer + 2 * 2 * width
+    @property
+    def reserve_bytes(self) -> int:
+        """The GPU memory that the engine leaves to CUDA and to forwards."""
+        return CONTEXT_BYTES + int(WORKING_FACTOR * self.working_mib * MIB) + FRAGMENTS_BYTES
 
 
-# Sources: config.json of llava-hf/llava-1.5-7b-hf and -13b-hf, llava-hf/llava-v1.6-vicuna-7b-hf, -mistral-7b-hf and
-# -vicuna-13b-hf. Language models: Vicuna 7B and 13B have Llama 2's shapes ("Llama 2", table of model sizes), Mistral 7B
-# has grouped-query attention with 8 KV heads and an inner size of 14336 ("Mistral 7B", table 1).
+# Sources: config.json of llava-hf/llava-1.5-7b-hf and -13b-hf, llava-hf/llava-v1.6-vicuna-7b-hf, -mistral-7b-hf,
+# -vicuna-13b-hf and -34b-hf, llava-hf/llama3-llava-next-8b-hf, llava-hf/llava-onevision-qwen2-7b-ov-hf.
+# Language models: Vicuna 7B and 13B have Llama 2's shapes ("Llama 2", table of model sizes), Mistral 7B has
+# grouped-query attention with 8 KV heads and an inner size of 14336 ("Mistral 7B", table 1). The others: "Yi" (34B),
+# "The Llama 3 Herd of Models" (8B) and "Qwen2 Technical Report" (7B), each in its table of model sizes.
 # Tokens of a picture: 336/14 squared = 576 in LLaVA-1.5. LLaVA-NeXT encodes a picture whole and in up to four tiles
-# (image_grid_pinpoints): 576 + 48 x 48 + 48 ends of line = 2928 at 672 x 672, its most.
+# (image_grid_pinpoints): 576 + 48 x 48 + 48 ends of line = 2928 at 672 x 672, its most. LLaVA-OneVision encodes a
+# picture in up to 36 tiles and keeps at most 9 x 729 of their tokens (anyres_max_9): 729 + 81 x 81 + 81 ends of
+# line = 7371.
+# Temporary tensors: counted in the engine's first chat with the largest picture (tests/engine/test_budget.py).
 MODELS = (
-    LlavaShape("LLaVA-1.5-7B", 4096, 32, 32, 32, 11008, 576),
-    LlavaShape("LLaVA-1.5-13B", 5120, 40, 40, 40, 13824, 576),
-    LlavaShape("LLaVA-NeXT-7B (Vicuna)", 4096, 32, 32, 32, 11008, 2928, newline=True),
-    LlavaShape("LLaVA-NeXT-7B (Mistral)", 4096, 32, 32, 8, 14336, 2928, newline=True),
-    LlavaShape("LLaVA-NeXT-13B (Vicuna)", 5120, 40, 40, 40, 13824, 2928, newline=True),
+    LlavaShape("LLaVA-1.5-7B", 4096, 32, 32, 32, 11008, 576, 29),
+    LlavaShape("LLaVA-1.5-13B", 5120, 40, 40, 40, 13824, 576, 37),
+    LlavaShape("LLaVA-NeXT-7B (Vicuna)", 4096, 32, 32, 32, 11008, 2928, 97, newline=True),
+    LlavaShape("LLaVA-NeXT-7B (Mistral)", 4096, 32, 32, 8, 14336, 2928, 97, newline=True, text="mistral"),
+    LlavaShape("LLaVA-NeXT-8B (Llama 3)", 4096, 32, 32, 8, 14336, 2928, 97, newline=True, vocabulary=128320),
+    LlavaShape("LLaVA-NeXT-13B (Vicuna)", 5120, 40, 40, 40, 13824, 2928, 98, newline=True),
+    LlavaShape("LLaVA-NeXT-34B (Yi)", 7168, 60, 56, 8, 20480, 2928, 130, newline=True, vocabulary=64064),
+    LlavaShape(
+        "LLaVA-OneVision-7B",
+        3584,
+        28,
+        28,
+        4,
+        18944,
+        7371,
+        743,
+        newline=True,
+        vocabulary=152000,
+        tower=SIGLIP,
+        text="qwen2",
+    ),
 )
 
 
@@ -113,6 +180,11 @@ class InstanceType:
     gpu_mib: int
     ram_gib: int
 
+    @property
+    def cuda_bytes(self) -> int:
+        """The memory that CUDA reports for the GPU."""
+        return int(self.gpu_mib * MIB * (CUDA_SHARE_T4 if self.gpu == "T4" else CUDA_SHARE))
+
 
 # Source: EC2's DescribeInstanceTypes of the type without "ml.": GpuInfo.TotalGpuMemoryInMiB and MemoryInfo.SizeInMiB.
 INSTANCES = (
@@ -122,11 +194,19 @@ INSTANCES = (
     InstanceType("ml.g5.2xlarge", "A10G", 22888, 32),
     InstanceType("ml.g5.4xlarge", "A10G", 22888, 64),
     InstanceType("ml.g5.8xlarge", "A10G", 22888, 128),
+    InstanceType("ml.g6.xlarge", "L4", 22888, 16),
     InstanceType("ml.g6.2xlarge", "L4", 22888, 32),
     InstanceType("ml.g6.4xlarge", "L4", 22888, 64),
+    InstanceType("ml.g6.8xlarge", "L4", 22888, 128),
     InstanceType("ml.g6e.xlarge", "L40S", 45776, 32),
     InstanceType("ml.g6e.2xlarge", "L40S", 45776, 64),
     InstanceType("ml.g6e.4xlarge", "L40S", 45776, 128),
+    InstanceType("ml.g7.2xlarge", "RTX PRO 4500", 32768, 32),
+    InstanceType("ml.g7.4xlarge", "RTX PRO 4500", 32768, 64),
+    InstanceType("ml.g7.8xlarge", "RTX PRO 4500", 32768, 128),
+    InstanceType("ml.g7e.2xlarge", "RTX PRO Server 6000", 98304, 64),
+    InstanceType("ml.g7e.4xlarge", "RTX PRO Server 6000", 98304, 128),
+    InstanceType("ml.g7e.8xlarge", "RTX PRO Server 6000", 98304, 256),
     InstanceType("ml.p5.4xlarge", "H100", 81920, 256),
 )
 
@@ -140,15 +220,22 @@ class Fit:
     open: int
 
 
-def fit(model: LlavaShape, instance: InstanceType, text_tokens: int, reserve_bytes: int) -> Fit:
+def free_bytes(model: LlavaShape, instance: InstanceType, reserve_bytes: int | None = None) -> int:
+    """Return the bytes for sessions on the GPU, 0 or less if there are none: the engine's `device_bytes: auto`."""
+    if reserve_bytes is None:
+        return instance.cuda_bytes - model.weights_bytes - model.reserve_bytes
+    return instance.gpu_mib * MIB - model.weights_bytes - reserve_bytes
+
+
+def fit(model: LlavaShape, instance: InstanceType, text_tokens: int, reserve_bytes: int | None = None) -> Fit:
     """Apply the formula. `text_tokens` is the length of a conversation without its picture."""
     tokens = model.picture_tokens + text_tokens
-    free = instance.gpu_mib * MIB - model.weights_bytes - reserve_bytes
+    free = free_bytes(model, instance, reserve_bytes)
     session = model.features_bytes + model.kv_bytes(tokens)
     on_gpu = max(free, 0) // session
     if not on_gpu:
         return Fit(0, 0, 0)
-    in_ram = int(HOST_SHARE * instance.ram_gib * GIB) // (tokens * model.kv_token_bytes)
+    in_ram = int(HOST_SHARE * instance.ram_gib * GIB) // model.host_bytes(tokens)
     by_features = (free - model.kv_bytes(tokens)) // model.features_bytes
     return Fit(on_gpu, in_ram, min(_shared(free, model, tokens, in_ram), by_features))
 
@@ -159,7 +246,7 @@ def _shared(free: int, model: LlavaShape, tokens: int, in_ram: int) -> int:
     return max(left, 0) // (model.features_bytes + model.kv_bytes(tokens)) + in_ram
 
 
-def table(text_tokens: int, reserve_bytes: int, models: Sequence[LlavaShape] = MODELS) -> str:
+def table(text_tokens: int, reserve_bytes: int | None = None, models: Sequence[LlavaShape] = MODELS) -> str:
     """Return Markdown: the sizes of the models, then a row for each instance type."""
     lines = ["| model | weights | KV a token | features | one session |", "|---|---|---|---|---|"]
     for model in models:
@@ -175,11 +262,13 @@ def table(text_tokens: int, reserve_bytes: int, models: Sequence[LlavaShape] = M
     return "\n".join(lines)
 
 
-def report(text_tokens: int, reserve_gib: float) -> str:
-    """Return the output of `llava-deploy capacity`."""
-    head = f"A session: one picture, {text_tokens} tokens of text. Reserve: {reserve_gib:g} GiB. {NOTE}"
+def report(text_tokens: int, reserve_gib: float | None = None) -> str:
+    """Return the output of `llava-deploy capacity`. Without `reserve_gib` the reserve is the engine's."""
+    reserve = "the engine's" if reserve_gib is None else f"{reserve_gib:g} GiB"
+    head = f"A session: one picture, {text_tokens} tokens of text. Reserve: {reserve}. {NOTE}"
     cells = "Each cell: sessions open (of these with their KV on the GPU); - if the weights leave no room for one."
-    return f"{head}\n{cells}\n\n{table(text_tokens, int(reserve_gib * GIB))}\n\n{FORMULA}"
+    reserve_bytes = None if reserve_gib is None else int(reserve_gib * GIB)
+    return f"{head}\n{cells}\n\n{table(text_tokens, reserve_bytes)}\n\n{FORMULA}"
 
 
 def _cell(fits: Fit) -> str:

@@ -12,8 +12,8 @@ from .output import format_size
 
 CONFIG = "checkpoint/config.json"
 WEIGHTS = ".safetensors"
-TEXT_TOKENS = 1024  # the defaults of `capacity`
-RESERVE_GIB = 2.0
+TEXT_TOKENS = 1024  # the default of `capacity`
+RESERVE_GIB = 2.0  # of a model that is not in the table: more than the engine's reserve for any that is
 # model_type -> the name of its family in the table
 FAMILIES = {"llava": "LLaVA-1.5", "llava_next": "LLaVA-NeXT", "llava_onevision": "OneVision"}
 # Hidden size, layers and KV heads of a text config that omits them: the defaults of transformers.
@@ -40,7 +40,7 @@ def verdict(account: Account, address: models.ModelAddress, instance_type: str) 
     config = json.loads(text)
     shape = known_shape(config)
     if shape is not None:
-        fit = capacity.fit(shape, instance, TEXT_TOKENS, int(RESERVE_GIB * capacity.GIB))
+        fit = capacity.fit(shape, instance, TEXT_TOKENS)
         reason = f"{shape.name} does not fit {instance_type} ({gpu}) by `llava-deploy capacity`"
         return Verdict(fit.on_gpu > 0, reason)
     weights = models.size_of(account, address, WEIGHTS) * capacity.BYTES_PER_NUMBER // _stored_bytes(config)
@@ -51,13 +51,15 @@ def verdict(account: Account, address: models.ModelAddress, instance_type: str) 
 def known_shape(config: dict[str, Any]) -> capacity.LlavaShape | None:
     """Return the row of the table with the sizes of this config.json, or None."""
     text = config.get("text_config") or {}
-    usual = USUAL.get(text.get("model_type", "llama"), USUAL["llama"])
+    kind = text.get("model_type", "llama")
+    usual = USUAL.get(kind, USUAL["llama"])
     hidden = text.get("hidden_size", usual[0])
     layers = text.get("num_hidden_layers", usual[1])
     heads = text.get("num_key_value_heads", text.get("num_attention_heads", usual[2]))
     family = FAMILIES.get(config.get("model_type", ""))
     for shape in capacity.MODELS:
-        if family and family in shape.name and (shape.hidden, shape.layers, shape.kv_heads) == (hidden, layers, heads):
+        sizes = (shape.text, shape.hidden, shape.layers, shape.kv_heads)
+        if family and family in shape.name and sizes == (kind, hidden, layers, heads):
             return shape
     return None
 

@@ -29,7 +29,8 @@ POLL_S = 0.1
 # Seconds before each restart. Device memory of a killed process can take a while to be free again.
 DELAYS_S = (0.0, 1.0, 2.0, 5.0, 10.0)
 STEADY_S = 60.0  # after this time of service the delays start again from the first
-# SageMaker kills a container 30 s after SIGTERM. The worker stops running turns at 25 s.
+# SageMaker kills a container 30 s after SIGTERM. The worker stops running turns so early that their last lines leave
+# after 25 s (LAST_LINES_S in handler/llava_sessions/worker/manager.py).
 DRAIN_S = 26.0
 JAVA_STOP_S = 2.0
 ANSWERS_OUT_S = 1.0

@@ -161,7 +161,11 @@ class HandlerConfig(_Section):
 
     checkpoint: str = Field(min_length=1, description="Folder in the archive, absolute path, or Hugging Face Hub ID.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Type of the weights. `auto`: bfloat16 if the device supports it."
+        default="auto",
+        description=(
+            "Type of the weights. `auto` on CUDA: float16 for a float16 checkpoint, else bfloat16 if the device "
+            "supports it, else float16. `auto` on a CPU: bfloat16 if it has instructions for it, else float32."
+        ),
     )
     device: str = Field(
         default="auto", description="`cpu`, `cuda`, `cuda:1` ... `auto`: the GPU that TorchServe assigns, else the CPU."
@@ -213,14 +217,15 @@ class HandlerConfig(_Section):
         description=(
             "Bytes of device memory for vision features and KV caches. When they are full, idle KV caches are "
             "offloaded to the host, least recently used first. `auto`: on CUDA the memory left after the weights "
-            "and a reserve, on CPU 30 % of the RAM. A container's memory limit counts as its RAM."
+            "and a reserve (docs/operations.md), on CPU 30 % of the RAM. A container's memory limit counts as its RAM."
         ),
     )
     host_bytes: _Bytes = Field(
         default=None,
         description=(
             "Bytes of host memory for offloaded KV caches. When they are full, the least recently used are dropped; a "
-            "prefill rebuilds them. `auto`: 20 % of the RAM."
+            "prefill rebuilds them. On CUDA the memory is pinned and counted as it is taken, in powers of two. `auto`: "
+            "20 % of the RAM."
         ),
     )
     system_prompt: str = Field(

@@ -15,7 +15,10 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaNextConfig,
+    LlavaOnevisionConfig,
     MistralConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
 )
 
 from deploy.sagemaker import capacity
@@ -26,7 +29,7 @@ from llava_sessions.engine.kv import GROWTH_TOKENS, KVShape, SessionKV
 LLAVA_7B = MODELS[0]
 
 
-def config_of(model: LlavaShape) -> LlavaConfig | LlavaNextConfig:
+def config_of(model: LlavaShape) -> LlavaConfig | LlavaNextConfig | LlavaOnevisionConfig:
     """The configuration that transformers would read from the checkpoint."""
     sizes = {
         "hidden_size": model.hidden,
@@ -36,7 +39,11 @@ def config_of(model: LlavaShape) -> LlavaConfig | LlavaNextConfig:
         "num_key_value_heads": model.kv_heads,
         "vocab_size": model.vocabulary,
     }
-    text = MistralConfig(**sizes) if model.kv_heads < model.heads else LlamaConfig(**sizes)
+    text = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}[model.text](**sizes)
+    if model.tower is capacity.SIGLIP:
+        tower = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 26, "num_attention_heads": 16}
+        siglip = SiglipVisionConfig(**tower, image_size=384, patch_size=14, vision_use_head=False)
+        return LlavaOnevisionConfig(vision_config=siglip, text_config=text, tie_word_embeddings=False)
     tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     vision = CLIPVisionConfig(**tower, image_size=336, patch_size=14, projection_dim=768)
     kind = LlavaNextConfig if model.newline else LlavaConfig
@@ -53,7 +60,8 @@ def test_weights_are_those_that_transformers_makes(model: LlavaShape) -> None:
 def test_a_next_picture_is_at_most_as_long_as_assumed() -> None:
     """576 tokens of the whole picture; of its tiles 24 x 24 each and an end of line to every row."""
     tiles = [(height // 14) * (width // 14) + height // 14 for height, width in LlavaNextConfig().image_grid_pinpoints]
-    assert {model.picture_tokens for model in MODELS if model.newline} == {576 + max(tiles)} == {2928}
+    next_models = {model.picture_tokens for model in MODELS if "NeXT" in model.name}
+    assert next_models == {576 + max(tiles)} == {2928}
 
 
 @pytest.mark.parametrize("tokens", [1, 255, 256, 257, 1600, 3952])
@@ -73,11 +81,28 @@ def test_the_formula_by_hand() -> None:
     assert LLAVA_7B.features_bytes == 4.5 * MIB
     assert LLAVA_7B.kv_bytes(1600) == 896 * MIB
     # Weights of 7,063,427,072 numbers are 14,126,854,144 bytes. A GPU of 22,888 MiB less those and 2 GiB has
-    # 7,367.5 MiB: 8 sessions of 900.5 MiB. 20 % of 32 GiB hold 8 more, each 1600 x 512 KiB = 800 MiB; their 8 pictures
-    # take 36 MiB of the GPU, and 8 whole sessions still fit.
+    # 7,367.5 MiB: 8 sessions of 900.5 MiB. 20 % of 32 GiB hold 7 more, each 7 steps of 128 MiB, a power of two; their 7
+    # pictures take 31.5 MiB of the GPU, and 8 whole sessions still fit.
     assert LLAVA_7B.parameters == 7_063_427_072
-    fits = capacity.fit(LLAVA_7B, InstanceType("ml.g5.2xlarge", "A10G", 22888, 32), 1024, 2 * GIB)
-    assert (fits.on_gpu, fits.in_ram, fits.open) == (8, 8, 16)
+    instance = InstanceType("ml.g5.2xlarge", "A10G", 22888, 32)
+    fits = capacity.fit(LLAVA_7B, instance, 1024, 2 * GIB)
+    assert (fits.on_gpu, fits.in_ram, fits.open) == (8, 7, 15)
+    # The engine's own reserve: 98.5 % of 22,888 MiB is 22,544.68; less 13,472.4 of weights, 448 of CUDA, 256 and
+    # 1.25 x 29 = 36.25: 8,332.0 MiB.
+    assert round(capacity.free_bytes(LLAVA_7B, instance) / MIB, 1) == 8332.0
+    assert capacity.fit(LLAVA_7B, instance, 1024).on_gpu == 9
+
+
+def test_pinned_steps_are_rounded_up_to_a_power_of_two() -> None:
+    device = torch.device("cuda")
+    for model in MODELS:
+        shape = KVShape(model.layers, model.kv_heads, model.head_dim, torch.float16, device)
+        for tokens in (1, 256, 257, 4096):
+            assert model.host_bytes(tokens) == shape.host_bytes(tokens)
+    by_hand = {model.name: model.host_bytes(257) // MIB for model in MODELS}
+    assert by_hand["LLaVA-1.5-7B"] == 2 * 128  # 256 x 512 KiB
+    assert by_hand["LLaVA-1.5-13B"] == 2 * 256  # 256 x 800 KiB = 200 MiB
+    assert by_hand["LLaVA-OneVision-7B"] == 2 * 16  # 256 x 56 KiB = 14 MiB
 
 
 def test_where_the_weights_leave_no_room_nothing_is_open() -> None:

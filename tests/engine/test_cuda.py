@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava_sessions.chat.transcript import Conversation
+from llava_sessions.engine.budget import DeviceBudget, choose_budget
 from llava_sessions.engine.engine import Engine
-from llava_sessions.engine.memory import DeviceBudget, choose_budget
 from llava_sessions.engine.model import Model
-from llava_sessions.ipc.messages import AskSession, CloseSession, Finished, OpenSession, Sampling
+from llava_sessions.engine.process import load
+from llava_sessions.ipc.messages import AskSession, CloseSession, EngineSettings, Finished, OpenSession, Sampling
 from llava_sessions.text.chat_template import ChatTemplate
 
 pytestmark = [
@@ -30,9 +32,9 @@ QUESTIONS = ["what is the red circle doing?", "and the blue square near it?", "t
 class Chats:
     """An engine on the device, its conversations, and the answers of `generate` on the device."""
 
-    def __init__(self, checkpoint: Path, budget: DeviceBudget | None = None) -> None:
+    def __init__(self, checkpoint: Path, budget: DeviceBudget | None = None, dtype: str = "float32") -> None:
         self.tokens = ChatTemplate(AutoProcessor.from_pretrained(checkpoint))
-        model = Model.load(checkpoint, "float32", "cuda")
+        model = Model.load(checkpoint, dtype, "cuda")
         self.engine = Engine(model, self.tokens.answer_text, budget or choose_budget(model.device), 16)
         self.reference = AutoModelForImageTextToText.from_pretrained(
             checkpoint, dtype=torch.float32, device_map={"": "cuda"}
@@ -107,7 +109,7 @@ def test_offloaded_kv_is_in_pinned_memory(tiny: Path) -> None:
     kv.offload()
     assert kv.tier == "offloaded"
     assert kv.on_host is not None
-    assert kv.on_host.is_pinned()
+    assert all(block.is_pinned() for block in kv.on_host)
 
 
 def test_closing_frees_the_device_memory(tiny: Path) -> None:
@@ -121,3 +123,48 @@ def test_closing_frees_the_device_memory(tiny: Path) -> None:
         chats.engine.apply(CloseSession(f"s{index}"))
     chats.run()
     assert torch.cuda.memory_allocated() == before
+
+
+def test_a_cache_moves_and_grows_within_its_budget(tiny: Path) -> None:
+    chats = Chats(tiny)
+    chats.open("a", 1)
+    chats.run()
+    kv = chats.engine.sessions["a"].kv
+    kv.reserve(64 * 256)
+    kv.length = 60 * 256
+    cache_bytes = kv.device_bytes
+    for move in (kv.offload, kv.restore):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        move()
+        torch.cuda.synchronize()
+        added = cache_bytes if move == kv.restore else 0
+        layers = chats.engine.model.kv_shape.layers
+        assert torch.cuda.max_memory_allocated() <= before + added + cache_bytes / layers + 2**20
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0), reason="flash attention needs sm80"
+)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_all_attention_of_an_answer_is_flash_attention(tiny: Path, dtype: str) -> None:
+    """With fewer KV heads than query heads, in the first and in later chunks, and without cuDNN's plans."""
+    chats = Chats(tiny, dtype=dtype)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # another backend is an error
+        chats.open("a", 1)
+        prompt = chats.tokens.prompt(chats.conversations["a"].opened_on, QUESTIONS[0] * 4)
+        chats.engine.apply(AskSession("a", "a", prompt, Sampling(8)))
+        finished = []
+        while chats.engine.has_work:
+            finished += [event for event in chats.engine.step() if isinstance(event, Finished)]
+    assert len(finished) == 1
+
+
+def test_the_derived_budget_is_most_of_the_free_memory(tiny: Path) -> None:
+    settings = EngineSettings(str(tiny), system_prompt="", dtype="auto", device="cuda", prefill_chunk_tokens=256)
+    engine = load(settings)
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    assert engine.device_memory.budget.device_bytes >= 0.9 * free - 2**30

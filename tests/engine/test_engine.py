@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
+from llava_sessions.engine.budget import choose_budget
 from llava_sessions.engine.engine import Engine
 from llava_sessions.engine.kv import GROWTH_TOKENS, KVShape, SessionKV
-from llava_sessions.engine.memory import choose_budget
 from llava_sessions.engine.model import Model, UnsupportedCheckpoint
 from llava_sessions.engine.process import warm_up
 from llava_sessions.engine.scheduler import plan

@@ -19,6 +19,12 @@ UNSUPPORTED = "could not create a primitive descriptor for the matmul primitive.
         RuntimeError("could not create a memory object"),
         RuntimeError("could not create a primitive"),
         RuntimeError("std::bad_alloc"),
+        RuntimeError("CUDA error: out of memory"),  # of pinned memory
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
     ],
     ids=str,
 )
@@ -27,7 +33,15 @@ def test_an_out_of_memory_error_is_recognized(error: Exception) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError(UNSUPPORTED), RuntimeError("shape mismatch"), ValueError("out of memory")], ids=str
+    "error",
+    [
+        RuntimeError(UNSUPPORTED),
+        RuntimeError("shape mismatch"),
+        ValueError("out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
+    ],
+    ids=str,
 )
 def test_other_errors_are_not_out_of_memory(error: Exception) -> None:
     assert not is_out_of_memory(error)

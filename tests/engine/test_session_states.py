@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llava_sessions.engine import session as session_module
-from llava_sessions.engine.memory import DeviceBudget
+from llava_sessions.engine.budget import DeviceBudget
 from llava_sessions.engine.session import (
     TRANSITIONS,
     EngineSessionState,
@@ -76,8 +76,11 @@ def test_a_session_and_its_turn_pass_through_their_states(tiny: Path) -> None:
     chats.ask("a", QUESTIONS[0], Sampling(4))
     turn = session.turn
     assert turn is not None
+    assert turn.state is EngineTurnState.WAITING
+    phases = chats.engine.phases()
+    next(phases)
     assert turn.state is EngineTurnState.QUEUED
-    chats.run(steps=1)
+    list(phases)
     assert turn.state is EngineTurnState.RUNNING
     chats.run()
     assert (turn.state, session.turn) == (EngineTurnState.FINISHED, None)

@@ -6,6 +6,8 @@ tests/worker/test_fake_engine.py compares its events with those of the real engi
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from llava_sessions.ipc.messages import (
@@ -52,9 +54,13 @@ def text_of(answer_ids: list[int]) -> str:
 
 @dataclass
 class _Turn:
-    """`made` of the `answer` exist. The session is rolled back to `start_tokens` and `start_keys`."""
+    """`made` of the `answer` exist. The session is rolled back to `start_tokens` and `start_keys`.
+
+    `number`: order of arrival.
+    """
 
     id: str
+    number: int
     answer: list[int]
     sampling: Sampling
     start_tokens: int
@@ -83,6 +89,8 @@ class FakeEngine:
     prefill_steps: int = 1
     open_fault: type[Event] | None = None
     turn_fault: type[Event] | None = None
+    turns_at_once: int | None = None
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
     _events: list[Event] = field(default_factory=list)
 
     @property
@@ -111,14 +119,27 @@ class FakeEngine:
                 self._events.append(Closed(command.session_id))
 
     def step(self) -> list[Event]:
-        """Prefill a part of each new session, make a token of each turn, and return the events since the last step."""
+        """Run one step; return the events since the last one."""
+        return [event for events in self.phases() for event in events]
+
+    def phases(self) -> Iterator[list[Event]]:
+        """Prefill a part of each new session, and make a token of each turn. Yield what is known before, then the rest.
+
+        As if memory was full, only the first `turns_at_once` turns in order of arrival advance.
+        """
+        yield self._taken()
+        waiting = sorted((one.turn.number, one) for one in self.sessions.values() if one.turn is not None)
+        running = [one for _, one in waiting[: self.turns_at_once]]
         for session_id, session in self.sessions.items():
-            if session.turn is not None and session.steps_left <= 1:
+            if session.turn is not None and session in running and session.steps_left <= 1:
                 self._advance(session, session.turn)
             if session.steps_left:
                 session.steps_left -= 1
                 if not session.steps_left:
                     self._events.append(Prefilled(session_id, 1.0, 1.0))
+        yield self._taken()
+
+    def _taken(self) -> list[Event]:
         events = self._events
         self._events = []
         return events
@@ -159,7 +180,7 @@ class FakeEngine:
         session.token_ids += command.token_ids
         session.keys += [picture.key for picture in command.pictures]
         answer = answer_of(session.token_ids, session.keys, command.sampling.max_new_tokens)
-        session.turn = _Turn(command.turn_id, answer, command.sampling, start_tokens, start_keys)
+        session.turn = _Turn(command.turn_id, next(self._numbers), answer, command.sampling, start_tokens, start_keys)
         self._events.append(TurnAdmitted(command.turn_id))
 
     def _stop(self, command: StopTurn) -> None:

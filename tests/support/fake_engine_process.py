@@ -47,7 +47,8 @@ def main() -> None:
                     send(pipe, Report([], engine.memory()))
                 else:
                     engine.apply(command)
-            send(pipe, Report(engine.step(), engine.memory()))
+            for events in engine.phases():
+                send(pipe, Report(events, engine.memory()))
         except (EOFError, OSError):
             os._exit(0)
 

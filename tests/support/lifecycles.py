@@ -43,9 +43,11 @@ TTL_S = 500.0
 MAX_SESSIONS = 4
 MAX_NEW_TOKENS = 4
 PREFILL_STEPS = 3
+TURNS_AT_ONCE = 2
 PROMPTS = ("Which shapes?", "How many?", "Where is it?")
 COLOURS = ("red", "blue")
 CONTEXT_TOKENS = 4096
+DEADLINE_S = RequestLimits().default_deadline_ms / 1e3
 # Rounds in which everything is done that waits. No request may need more.
 ROUNDS = 60
 INSTANCES = 2
@@ -193,6 +195,7 @@ class Request:
     was_seen: bool = False
     was_dropped: bool = False
     stops: int = 0
+    sent_s: float = 0.0
     head: Reply | None = None
     last: Reply | None = None
     text: str = ""
@@ -239,7 +242,7 @@ class Instance:
 
     def start(self) -> None:
         """Start the worker process, after a kill too."""
-        self.engine: FakeEngine | None = FakeEngine(prefill_steps=PREFILL_STEPS)
+        self.engine: FakeEngine | None = FakeEngine(prefill_steps=PREFILL_STEPS, turns_at_once=TURNS_AT_ONCE)
         self.commands: list[Command] = []
         self.reports: list[Report] = []
         self.to_end: list[str] = []
@@ -290,8 +293,8 @@ class Instance:
             self.engine.apply(command)
         self.commands.clear()
         if self.engine.has_work:
-            events = self.engine.step()
-            self.reports.append(Report(events, self.engine.memory()))
+            for events in self.engine.phases():
+                self.reports.append(Report(events, self.engine.memory()))
 
     def deliver(self) -> None:
         """Let the engine's reports arrive."""
@@ -311,7 +314,7 @@ class Instance:
     def bring_engine(self) -> None:
         """Start another engine."""
         if self.engine is None:
-            self.engine = FakeEngine(prefill_steps=PREFILL_STEPS)
+            self.engine = FakeEngine(prefill_steps=PREFILL_STEPS, turns_at_once=TURNS_AT_ONCE)
             self.inbox.put(EngineUp(_Client(self, self.engine), None))
 
     def prepare(self, index: int = 0) -> None:
@@ -628,7 +631,7 @@ class World:
         self._is_large = False
         sent = json.dumps(body).encode() + b" " * LARGE_BYTES if is_large else body
         row = Row(f"request-{self._rows}", session or own, session is None, headers, sent)
-        request = Request(row, kind, is_large=is_large, **facts)
+        request = Request(row, kind, sent_s=self.monotonic_s, is_large=is_large, **facts)
         if request.chat is not None:
             request.stops = request.chat.stops
             request.began_ended = request.chat.is_ended is True
@@ -871,9 +874,14 @@ class World:
         body = lines[-1]
         reason = body["finish_reason"]
         text = "".join(line["delta"] for line in lines) if request.is_stream else body["response_text"]
-        if "usage" not in body:
-            was_stopped = chat.stops > request.stops if reason == "cancelled" else instance.is_draining
-            self.demand(was_stopped, f"an answer was {reason} without a reason")
+        self.demand({"usage", "timings"} <= set(body), f"an answer that was {reason} without usage or timings")
+        if "token_ids" not in body:
+            was_stopped = {
+                "cancelled": chat.stops > request.stops,
+                "shutdown": instance.is_draining,
+                "deadline": not request.is_stream and self.monotonic_s - request.sent_s >= DEADLINE_S,
+            }
+            self.demand(was_stopped.get(reason, False), f"an answer was {reason} without a reason")
             return
         made = tuple(body["token_ids"])
         self.demand(text == text_of(list(made)), "the text is not that of the tokens")

@@ -21,8 +21,8 @@ import transformers
 from PIL import Image
 
 from llava_sessions.config import MediaLimits, RequestLimits
+from llava_sessions.engine.budget import choose_budget
 from llava_sessions.engine.engine import Engine
-from llava_sessions.engine.memory import choose_budget
 from llava_sessions.engine.model import Model
 from llava_sessions.ipc.messages import Admitted, AskSession, CloseSession, OpenSession, Report
 from llava_sessions.journal.journal import Journal
@@ -75,6 +75,7 @@ class Frontend:
         self.now_s = NOW
         self.template_lock = tokens.lock
         self.skipped_s = 0.0
+        self.longest_step_s = 0.0
         self.commands: list = []
         self.inbox = Inbox()
         self._new_engine = lambda: Engine(model, tokens.answer_text, choose_budget(model.device))
@@ -129,7 +130,7 @@ class Frontend:
             self.tell(*self.engine.step())
 
     def tell(self, *events) -> None:
-        self.inbox.put(Report(list(events), self.engine.memory()))
+        self.inbox.put(Report(list(events), self.engine.memory(), self.longest_step_s))
 
     def lose_engine(self) -> None:
         """The engine dies with all that it holds."""

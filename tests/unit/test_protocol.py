@@ -12,6 +12,7 @@ import pytest
 
 from llava_sessions.config import RequestLimits
 from llava_sessions.errors import STATUS_OF_CODE, Refused, describe, reason_phrase
+from llava_sessions.ipc.messages import Timings, Usage
 from llava_sessions.protocol import replies
 from llava_sessions.protocol.constants import SESSION_HEADER, SESSION_ID_MAX_CHARS
 from llava_sessions.protocol.requests import (
@@ -755,9 +756,15 @@ def test_bodies_of_the_replies_say_what_the_protocol_says():
 
 
 def test_token_ids_are_told_only_when_asked_for():
-    facts = replies.answer_facts("s", "stop", {}, {}, None)
-    assert facts == {"session_id": "s", "finish_reason": "stop", "usage": {}, "timings": {}}
-    assert replies.answer_facts("s", "stop", {}, {}, [])["token_ids"] == []
+    ended = ("s", "stop", Usage(7, 3, 2), Timings(0.04, 1.26, 2.0))
+    facts = {
+        "session_id": "s",
+        "finish_reason": "stop",
+        "usage": {"prompt_tokens": 7, "cached_tokens": 3, "completion_tokens": 2},
+        "timings": {"queue_ms": 0.0, "ttft_ms": 1.3, "total_ms": 2.0},
+    }
+    assert replies.answer_facts(*ended, None) == facts
+    assert replies.answer_facts(*ended, []) == {**facts, "token_ids": []}
 
 
 def test_a_streamed_line_is_one_line_of_json_whatever_the_text_holds():

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from llava_sessions.engine.budget import choose_budget
 from llava_sessions.engine.engine import Engine
-from llava_sessions.engine.memory import choose_budget
 from llava_sessions.engine.model import Model
 from llava_sessions.ipc.messages import AskSession, CloseSession, Delta, OpenSession, Sampling, StopTurn
 from llava_sessions.text.chat_template import ChatTemplate

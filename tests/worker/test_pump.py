@@ -430,7 +430,10 @@ def test_a_cancelled_stream_ends_with_a_last_line(front):
     assert first.more is True
     replies, _ = front.settle(turn, front.cancel_row(session))
     assert replies[-1].more is False
-    assert lines(replies)[-1] == {"delta": "", "session_id": session, "finish_reason": "cancelled"}
+    last = lines(replies)[-1]
+    assert (last["delta"], last["session_id"], last["finish_reason"]) == ("", session, "cancelled")
+    assert last["usage"]["completion_tokens"] > 0
+    assert 0 < last["timings"]["ttft_ms"] <= last["timings"]["total_ms"]
 
 
 # --- clients that leave ---
@@ -1064,11 +1067,13 @@ def test_a_closed_session_is_no_answer_to_a_repeated_open(front):
 
 def test_the_deadline_reaches_the_engine_and_its_end_the_client(deaf):
     session = opened(deaf)
-    row = deaf.start(session, deadline_ms=1234)
-    assert deaf.commands[-1].sampling.deadline_ms == 1234
-    deaf.tell(Cancelled(row.request_id, "deadline"))
+    row = deaf.start(session, deadline_ms=60_000)
+    assert 0 < deaf.commands[-1].sampling.deadline_ms <= 60_000
+    deaf.tell(Cancelled(row.request_id, "deadline", Usage(30, 19, 0), Timings(1.0, 2.0, 2.0)))
     told = json.loads(deaf.exchange(row)[0].body)
     assert (told["response_text"], told["finish_reason"]) == ("", "deadline")
+    assert told["usage"] == {"prompt_tokens": 30, "cached_tokens": 19, "completion_tokens": 0}
+    assert told["timings"] == {"queue_ms": 1.0, "ttft_ms": 2.0, "total_ms": 2.0}
 
 
 def test_a_clip_is_refused_by_a_model_that_takes_none(front):

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from deploy.serve import service
 from llava_sessions.chat.transcript import TurnRecord
 from llava_sessions.engine.model import Model
 from llava_sessions.ipc.messages import AskSession, CloseSession, OpenFailed, OpenSession, OutOfCapacity, StopTurn
 from llava_sessions.journal.journal import Journal, open_journal
 from llava_sessions.text.chat_template import ChatTemplate
-from llava_sessions.worker.manager import DRAIN_S
+from llava_sessions.torchserve.batch import Reply
+from llava_sessions.worker.manager import LAST_LINES_S
 from llava_sessions.worker.preparation import Rebuild
 from llava_sessions.worker.sessions import GRACE_S, MAX_ENGINE_LOSSES
 from tests.support.pump_frontend import NOW, QUESTIONS, TTL, Frontend, code, lines, model, png, tokens
@@ -514,7 +516,7 @@ def test_turns_that_are_still_running_at_the_end_are_cut_with_a_last_line(front)
         words = [reply for reply in front.exchange(row) if reply is not None]
         front.step()
     front.pump.drain()
-    front.skipped_s += DRAIN_S + 1
+    front.skipped_s += LAST_LINES_S
     front.pump.sweep()
     assert isinstance(front.commands[-1], StopTurn)
     (told,) = front.settle(row)
@@ -522,3 +524,26 @@ def test_turns_that_are_still_running_at_the_end_are_cut_with_a_last_line(front)
     assert last["finish_reason"] == "shutdown"
     assert last["usage"]["completion_tokens"] < 200
     assert front.pump.drained
+
+
+@pytest.mark.parametrize("step_s", [1, 6, 12])
+def test_the_cut_leaves_time_for_a_long_step_that_runs_then(front, step_s):
+    """The engine's steps take so long on the clock. Sweeps come once a second meanwhile."""
+    session = front.open()
+    row = front.ask_row(session, stream=True, max_new_tokens=100, ignore_eos=True)
+    front.longest_step_s = float(step_s)
+    while not any(reply is not None for reply in front.exchange(row)):
+        front.step()
+    front.pump.drain()
+    drained_s = 0
+    replies: list[Reply] = []
+    while not replies or replies[-1].more:
+        for _ in range(step_s):
+            front.skipped_s += 1
+            drained_s += 1
+            front.pump.sweep()
+            replies += [reply for reply in front.exchange(row) if reply is not None]
+        front.step()
+        replies += [reply for reply in front.exchange(row) if reply is not None]
+    assert lines(replies)[-1]["finish_reason"] == "shutdown"
+    assert step_s <= drained_s < service.DRAIN_S

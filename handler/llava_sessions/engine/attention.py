@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
 from .cpu import attention as cpu_attention
+from .device import takes_grouped_heads
 from .kv import SessionKV
 
 if TYPE_CHECKING:
@@ -44,8 +46,8 @@ class Segment:
 class _Span:
     """Rows `start` to `end` of the pack, which belong to one session, with the inputs of their attention.
 
-    `stored`: tokens in the cache before them. `mask`: bool `[rows, stored + rows]`, True where a token is visible;
-    None if nothing is hidden or if `is_causal` describes it.
+    `stored`: tokens in the cache before them. `mask`: see `causal_mask`; None if nothing is hidden or if `is_causal`
+    describes it.
     """
 
     kv: SessionKV
@@ -81,7 +83,7 @@ class PackedKV:
             if token_attention is not None and rows == 1:
                 places.append((start, kv.address, kv.capacity, kv.length))
             else:
-                mask = _causal_mask(kv.length, rows, kv.shape.device) if kv.length and rows > 1 else None
+                mask = causal_mask(kv.length, rows, kv.shape.device) if kv.length and rows > 1 else None
                 self.spans.append(_Span(kv, kv.length, start, start + rows, mask, not kv.length and rows > 1))
             start += rows
             self.ends.append(start)
@@ -128,8 +130,14 @@ class PackedKV:
         out[rows] = attended[0].transpose(0, 1).flatten(1)
 
 
-def _causal_mask(stored: int, new: int, device: torch.device) -> torch.Tensor:
-    """Return bool `[new, stored + new]`: a new token sees all stored tokens, itself and the new tokens before it."""
+def causal_mask(stored: int, new: int, device: torch.device) -> torch.Tensor:
+    """Return `[new, stored + new]`: a new token sees all stored tokens, itself and the new tokens before it.
+
+    On a CPU a bool tensor, True where a token is visible. On CUDA torch's description of it, with which flash attention
+    runs. With a bool tensor and fewer KV heads than query heads torch 2.13 has only its slow float32 computation.
+    """
+    if device.type == "cuda":
+        return causal_lower_right(new, stored + new)
     return torch.ones((new, stored + new), dtype=torch.bool, device=device).tril(stored)
 
 
@@ -151,6 +159,10 @@ def _packed_attention(
     for span in packed.spans:
         keys, values = span.kv.read(module.layer_idx, span.stored + span.end - span.start)
         rows = query[:, :, span.start : span.end]
+        groups = query.shape[1] // keys.shape[1]
+        if groups > 1 and not takes_grouped_heads(query.device, query.dtype):
+            keys = keys.repeat_interleave(groups, 1)
+            values = values.repeat_interleave(groups, 1)
         attended = cpu_attention.attention(rows, keys, values, scaling, span.mask, span.is_causal)
         out[:, span.start : span.end] = attended.transpose(1, 2)
     return out, None

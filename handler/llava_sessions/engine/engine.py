@@ -6,13 +6,11 @@ A step encodes at most one picture and runs one forward over new tokens of all s
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import time
 from collections.abc import Callable, Hashable, Iterator
 
 from ..ipc.messages import (
-    Admitted,
     AskSession,
     Cancelled,
     Closed,
@@ -24,13 +22,13 @@ from ..ipc.messages import (
     OpenSession,
     OutOfCapacity,
     StopTurn,
-    TurnAdmitted,
     TurnFailed,
 )
 from ..text.answer_text import AnswerText
+from .admission import Admission
+from .budget import DeviceBudget
 from .faults import first_line, is_out_of_memory, raise_if_device_lost
-from .kv import SessionKV
-from .memory import DeviceBudget, DeviceMemory, MemoryExceeded
+from .memory import DeviceMemory, MemoryExceeded
 from .model import Model
 from .sampling import next_tokens
 from .scheduler import plan
@@ -40,7 +38,6 @@ from .session import (
     Features,
     FeatureStore,
     IllegalTransition,
-    SessionPicture,
     elapsed_ms,
     next_to_encode,
 )
@@ -77,29 +74,38 @@ class Engine:
             feature_bytes=model.feature_bytes,
             context_tokens=model.context_tokens,
         )
-        self._answer_text = answer_text
+        self._admission = Admission(
+            model,
+            answer_text,
+            sessions=self.sessions,
+            features=self._features,
+            device_memory=self.device_memory,
+        )
         self._chunk_tokens = prefill_chunk_tokens
-        self._tickets = itertools.count(1)
         self._events: list[Event] = []
 
     @property
     def has_work(self) -> bool:
         """Whether `step` would do any work or return an event."""
-        active = any(session.active for session in self.sessions.values())
-        return bool(self._events) or active or self.device_memory.next_to_grow() is not None
+        has_work = any(session.has_work for session in self.sessions.values())
+        return bool(self._events) or has_work or self.device_memory.next_to_grow() is not None
 
     def memory(self) -> Memory:
         """Return what the open sessions hold now."""
         return self.device_memory.usage(self.model.allocated_bytes())
 
-    def apply(self, command: Command) -> None:
-        """Apply one command. Its results, including errors, are events of the following steps."""
+    def apply(self, command: Command, arrived_at: float | None = None) -> None:
+        """Apply one command. Its results, including errors, are events of the following steps.
+
+        `arrived_at`: its arrival in seconds of `time.perf_counter`; None for now.
+        """
+        arrived_at = time.perf_counter() if arrived_at is None else arrived_at
         try:
             match command:
                 case OpenSession():
-                    self._open(command)
+                    self._events.append(self._admission.open(command, arrived_at))
                 case AskSession():
-                    self._ask(command)
+                    self._events += self._admission.ask(command, arrived_at)
                 case StopTurn():
                     self._stop(command.turn_id, command.reason, command.keep_answer)
                 case CloseSession():
@@ -113,63 +119,6 @@ class Engine:
             elif isinstance(command, AskSession):
                 self._events.append(TurnFailed(command.turn_id, message))
 
-    def _open(self, command: OpenSession) -> None:
-        """Admit a new session, or reject it if memory is insufficient. The following steps encode and prefill."""
-        if command.session_id in self.sessions:
-            raise ValueError("the session is open already")
-        positions = self.model.media_positions(command.token_ids)
-        session = EngineSession(
-            id=command.session_id,
-            token_ids=list(command.token_ids),
-            image_positions=_outside(positions, command.answer_spans),
-            kv=SessionKV(self.model.kv_shape),
-            pictures=[SessionPicture(picture.key, picture) for picture in command.pictures],
-            ticket=next(self._tickets),
-            opened_at=time.perf_counter(),
-            opening_tokens=len(command.token_ids),
-            opening_bytes=self.model.kv_shape.device_bytes(len(command.token_ids)),
-            prefix=(tuple(command.token_ids), tuple(picture.key for picture in command.pictures)),
-        )
-        try:
-            self.device_memory.admit(session, session.opening_bytes, len(positions), command.pictures)
-        except MemoryExceeded as error:
-            self._events.append(_rejection(session.id, None, error, len(self.sessions)))
-            return
-        self.sessions[session.id] = session
-        self._events.append(Admitted(session.id))
-
-    def _ask(self, command: AskSession) -> None:
-        """Start a turn, or reject it if memory is insufficient. Any failure leaves the session unchanged."""
-        session = self.sessions.get(command.session_id)
-        if session is None:
-            self._events.append(TurnFailed(command.turn_id, "the session is not open in the engine"))
-            return
-        problem = _ask_problem(session, command, self.model)
-        if problem is not None:
-            self._events.append(TurnFailed(command.turn_id, problem))
-            return
-        start = len(session.token_ids)
-        prompt_tokens = start + len(command.token_ids)
-        max_new_tokens = min(command.sampling.max_new_tokens, self.model.context_tokens - prompt_tokens)
-        needed_bytes = self.model.kv_shape.device_bytes(prompt_tokens + max_new_tokens)
-        reserved_bytes = max(needed_bytes, session.kv.device_bytes)  # more if the cache was grown ahead
-        positions = self.model.media_positions(command.token_ids, start)
-        try:
-            self.device_memory.admit(session, reserved_bytes, len(positions), command.pictures)
-            self.device_memory.restore(session)
-        except MemoryExceeded as error:
-            self._events.append(_rejection(session.id, command.turn_id, error, len(self.sessions)))
-            return
-        session.begin_turn(
-            command,
-            image_positions=positions,
-            max_new_tokens=max_new_tokens,
-            answer_text=self._answer_text(command.sampling.stop),
-            ticket=next(self._tickets),
-            reserved_bytes=reserved_bytes,
-        )
-        self._events.append(TurnAdmitted(command.turn_id))
-
     def _stop(self, turn_id: str, reason: str, keep_answer: bool) -> None:
         """End a running turn early, see `StopTurn`. Does nothing if the turn has ended."""
         for session in list(self.sessions.values()):
@@ -181,31 +130,56 @@ class Engine:
         """Free a session in any state. `Closed` follows in any case, also for an unknown session."""
         session = self.sessions.pop(session_id, None)
         if session is not None and session.turn is not None:
-            self._events.append(Cancelled(session.turn.id))
+            turn = session.turn
+            self._events.append(Cancelled(turn.id, usage=turn.usage, timings=turn.timings))
         self._events.append(Closed(session_id))
 
     def step(self) -> list[Event]:
-        """Encode one picture, run one packed forward and sample; return all events since the last step.
+        """Run one step; return all events since the last one."""
+        return [event for events in self.phases() for event in events]
 
+    def phases(self) -> Iterator[list[Event]]:
+        """Run one step: admit what waits, encode one picture, run one packed forward and sample.
+
+        Yields the new events before each of the two long parts and at the end, so that they can be reported at once.
         If no session has work, one KV cache is grown ahead instead.
         """
         now = time.perf_counter()
         for session in list(self.sessions.values()):
             if session.turn is not None and session.turn.is_overdue(now):
                 self._stop(session.turn.id, "deadline", keep_answer=True)
+        self._admit_waiting()
+        yield _taken(self._events)
         self._encode_next()
         steps = plan(self._ready(), self._chunk_tokens)
+        yield _taken(self._events)
         if steps:
             self._forward(steps)
-        elif not any(session.active for session in self.sessions.values()):
+        elif not any(session.has_work for session in self.sessions.values()):
             self.device_memory.grow_ahead()
-        events = self._events
-        self._events = []
-        return events
+        yield _taken(self._events)
+
+    def _admit_waiting(self) -> None:
+        """Reserve memory for waiting openings and turns in order of arrival, until one of them has to wait."""
+        for waiting in self._admission.waiting():
+            try:
+                if not self._admission.place(waiting):
+                    return
+            except MemoryExceeded as error:
+                self._events += self._admission.reject(waiting, error)
+            except Exception as error:
+                raise_if_device_lost(error, self.model.device)
+                if is_out_of_memory(error):
+                    self._retry_or_reject(waiting.session, error)
+                    return
+                log.exception("admission_failed session=%s", waiting.session.id[:12])
+                self._fail(waiting.session, error, ends_opening=waiting.turn is None)
 
     def _encode_next(self) -> None:
         """Encode the picture that has waited longest. A failure ends the turn that shows it, or the opening."""
-        session = next_to_encode(self.sessions.values(), self._features)
+        for each in self.sessions.values():
+            each.attach_features(self._features)
+        session = next_to_encode(self.sessions.values())
         if session is None:
             return
         index = next(at for at, picture in enumerate(session.pictures) if picture.features is None)
@@ -232,21 +206,14 @@ class Engine:
     def _ready(self) -> list[EngineSession]:
         """Return the sessions whose tokens can run in this step, in order of arrival.
 
-        Sessions with the same opening prefill it once: the first one runs, the others wait and copy its KV. A waiting
-        opening gets room on the device only after all that arrived before it.
+        Sessions with the same opening prefill it once: the first one runs, the others wait and copy its KV.
         """
         ready: list[EngineSession] = []
         prefilling: set[Hashable] = set()
-        is_full = False
         for session in sorted((s for s in self.sessions.values() if s.active), key=lambda s: s.ticket):
             if not session.encoded:
                 continue
             with self._isolated(session):
-                if session.state is EngineSessionState.WAITING:
-                    is_full = is_full or not self.device_memory.place(session)
-                    if is_full:
-                        continue
-                    session.advance(EngineSessionState.PREFILLING)
                 if session.kv.length == 0:
                     self.device_memory.copy_prefix(session)
                 if session.kv.length < session.opening_tokens:
@@ -270,7 +237,12 @@ class Engine:
                 if segment.sample and session.turn is not None
             ]
             logits = self.model.forward(segments)
-            tokens = next_tokens(logits, [turn.sampler for _, turn in sampled])
+            try:
+                tokens = next_tokens(logits, [turn.sampler for _, turn in sampled])
+            except Exception:
+                for session, count in steps:
+                    session.kv.crop(session.kv.length - count)
+                raise
         except Exception as error:
             raise_if_device_lost(error, self.model.device)
             if is_out_of_memory(error):
@@ -344,28 +316,16 @@ class Engine:
             self._fail(session, error)
 
 
-def _ask_problem(session: EngineSession, command: AskSession, model: Model) -> str | None:
-    """Return why a turn can't start, or None if it can."""
-    if session.turn is not None:
-        return "the session is still answering"
-    if model.media_positions(command.token_ids) and not command.pictures:
-        return "a prompt without a picture must not hold image tokens"
-    if len(session.token_ids) + len(command.token_ids) >= model.context_tokens:
-        return f"the conversation is longer than the model's {model.context_tokens} tokens"
-    return None
-
-
-def _rejection(session_id: str, turn_id: str | None, error: MemoryExceeded, open_sessions: int) -> OutOfCapacity:
-    return OutOfCapacity(session_id, turn_id, error.needed_bytes, error.free_bytes, open_sessions)
-
-
 def _check_feature_count(session: EngineSession) -> None:
     """Raise ValueError if all pictures are encoded and do not have one feature per image token."""
-    if session.encoded and session.feature_rows != len(session.image_positions):
-        found = f"{session.feature_rows} features for {len(session.image_positions)} image tokens"
+    if session.encoded and session.unencoded_tokens:
+        image_tokens = len(session.image_positions)
+        found = f"{image_tokens - session.unencoded_tokens} features for {image_tokens} image tokens"
         raise ValueError(f"the checkpoint's processor and vision tower disagree: {found}")
 
 
-def _outside(positions: list[int], spans: tuple[tuple[int, int], ...]) -> list[int]:
-    """Return the positions that are in none of the `(start, end)` spans."""
-    return [at for at in positions if not any(start <= at < end for start, end in spans)]
+def _taken(events: list[Event]) -> list[Event]:
+    """Return the events and empty the list."""
+    taken = list(events)
+    events.clear()
+    return taken

@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import torch
 
-# Messages of torch's CPU allocator, oneDNN and C++, which raise RuntimeError when memory runs out.
-_OUT_OF_MEMORY = ("can't allocate memory", "could not create a memory", "bad_alloc", "out of memory")
+# Parts of messages, in lower case, with which a RuntimeError is raised when memory runs out: by torch's CPU allocator,
+# oneDNN and C++; by CUDA's calls outside torch's allocator, e.g. for pinned memory; by cuBLAS and cuDNN for their own
+# memory. cuBLAS reports "not initialized" if there is no memory for a handle.
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "could not create a memory",
+    "bad_alloc",
+    "out of memory",
+    "cublas_status_alloc_failed",
+    "cublas_status_not_initialized",
+    "cudnn_status_alloc_failed",
+    "cudnn_status_internal_error_device_allocation_failed",
+    "cudnn_status_internal_error_host_allocation_failed",
+)
 # The whole message of oneDNN when memory for generated code, or for its execution, runs out. For an unsupported
 # operation the message is longer: "... primitive descriptor for the matmul primitive".
 _NO_MEMORY_FOR_CODE = ("could not create a primitive", "could not execute a primitive")

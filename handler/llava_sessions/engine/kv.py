@@ -33,22 +33,41 @@ class KVShape:
 
     def device_bytes(self, tokens: int) -> int:
         """Return the bytes that a cache of `tokens` tokens takes on the device, rounded up to a growth step."""
-        return _rounded_up(tokens) * self.token_bytes
+        return rounded_up(tokens) * self.token_bytes
+
+    @property
+    def pins_host_memory(self) -> bool:
+        """Whether offloaded caches are in pinned memory."""
+        return self.device.type == "cuda"
+
+    def host_bytes(self, tokens: int) -> int:
+        """Return the bytes that a cache of `tokens` tokens takes on the host.
+
+        Torch rounds each pinned block up to a power of two and keeps it for reuse when it is freed. All blocks have the
+        same size, one growth step. Therefore the pinned memory never exceeds the most that was in use at one time.
+        """
+        if not self.pins_host_memory:
+            return tokens * self.token_bytes
+        block_bytes = self.device_bytes(1)
+        return -(-tokens // GROWTH_TOKENS) * (1 << (block_bytes - 1).bit_length())
 
 
 class SessionKV:
     """Keys and values of one session in one contiguous tensor `[layers, 2, kv_heads, capacity, head_dim]`.
 
-    The capacity grows in steps of `GROWTH_TOKENS`, so most forwards allocate nothing.
+    The capacity grows in steps of `GROWTH_TOKENS`, so most forwards allocate nothing. It does not grow beyond
+    `most_tokens`, the tokens for which the running turn has reserved memory; None outside turns.
     """
 
     def __init__(self, shape: KVShape) -> None:
         """Make a cold cache."""
         self.shape = shape
         self.length = 0
+        self.most_tokens: int | None = None
         # Written by the methods below only; public so that a test can check where the memory is.
         self.on_device = self._allocate(0)
-        self.on_host: torch.Tensor | None = None
+        # Blocks `[layers, 2, kv_heads, tokens, head_dim]` of consecutive tokens, or None unless offloaded.
+        self.on_host: list[torch.Tensor] | None = None
 
     @property
     def device_bytes(self) -> int:
@@ -68,7 +87,7 @@ class SessionKV:
     @property
     def host_bytes(self) -> int:
         """Bytes on the host. 0 unless the cache is offloaded."""
-        return 0 if self.on_host is None else self.on_host.nbytes
+        return 0 if self.on_host is None else self.shape.host_bytes(self.length)
 
     @property
     def tier(self) -> Tier:
@@ -84,7 +103,9 @@ class SessionKV:
         """
         if tokens <= self.capacity:
             return
-        grown = self._allocate(_rounded_up(tokens))
+        if not self.length:
+            self.on_device = self._allocate(0)  # nothing to copy: free it first
+        grown = self._allocate(_capacity_for(tokens, self.most_tokens))
         grown[:, :, :, : self.length].copy_(self.on_device[:, :, :, : self.length])
         self.on_device = grown
 
@@ -108,28 +129,44 @@ class SessionKV:
 
         Raises torch's out-of-memory error; this cache is then still cold.
         """
-        source = donor.on_device if donor.on_host is None else donor.on_host
         self.reserve(tokens)
-        self.on_device[:, :, :, :tokens].copy_(source[:, :, :, :tokens])
+        if donor.on_host is None:
+            self.on_device[:, :, :, :tokens].copy_(donor.on_device[:, :, :, :tokens])
+        else:
+            _copy_to_device(donor.on_host, self.on_device, tokens)
         self.length = tokens
 
     def offload(self) -> None:
-        """Move the used part to the host, in pinned memory if the device is a GPU."""
-        used = self.on_device[:, :, :, : self.length]
-        pin = self.shape.device.type == "cuda"
-        host = torch.empty(used.shape, dtype=used.dtype, device="cpu", pin_memory=pin)
-        self.on_host = host.copy_(used)
+        """Move the used part to the host, in pinned memory if the device is a GPU.
+
+        Raises torch's out-of-memory error; the cache is then still resident. The copy runs layer by layer: a copy from
+        memory with gaps makes a copy without gaps on the device first.
+        """
+        pin = self.shape.pins_host_memory
+        blocks = []
+        for start in range(0, self.length, GROWTH_TOKENS):
+            # A pinned block is filled whole. With gaps in the target as well, torch would copy in pageable memory.
+            tokens = GROWTH_TOKENS if pin else min(self.length - start, GROWTH_TOKENS)
+            source = self.on_device[:, :, :, start : start + tokens]
+            block = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=pin)
+            for layer, values in enumerate(source):
+                block[layer].copy_(values, non_blocking=pin)
+            blocks.append(block)
+        if pin:
+            torch.cuda.current_stream(self.shape.device).synchronize()
+        self.on_host = blocks
         self.on_device = self._allocate(0)
 
-    def restore(self) -> None:
-        """Copy an offloaded cache back to the device. Does nothing for a resident or cold one.
+    def restore(self, tokens: int = 0) -> None:
+        """Copy an offloaded cache back, with room for `tokens` tokens. Does nothing for a resident or cold one.
 
-        Raises torch's out-of-memory error; the cache is then still offloaded.
+        Raises torch's out-of-memory error; the cache is then still offloaded. The copy runs layer by layer, as in
+        `offload`.
         """
         if self.on_host is None:
             return
-        device = self._allocate(_rounded_up(self.length))
-        device[:, :, :, : self.length].copy_(self.on_host[:, :, :, : self.length], non_blocking=True)
+        device = self._allocate(_capacity_for(max(tokens, self.length), self.most_tokens))
+        _copy_to_device(self.on_host, device, self.length)
         self.on_device = device
         self.on_host = None
 
@@ -145,6 +182,27 @@ class SessionKV:
         return torch.empty(size, dtype=shape.dtype, device=shape.device)
 
 
-def _rounded_up(tokens: int) -> int:
+def rounded_up(tokens: int) -> int:
     """Return the smallest multiple of `GROWTH_TOKENS` that is at least `tokens`."""
     return -(-tokens // GROWTH_TOKENS) * GROWTH_TOKENS
+
+
+def _capacity_for(tokens: int, most_tokens: int | None) -> int:
+    """Return the capacity of a cache that grows to at least `tokens` tokens and, if possible, not beyond the most."""
+    capacity = rounded_up(tokens)
+    return capacity if most_tokens is None else max(tokens, min(capacity, most_tokens))
+
+
+def _copy_to_device(blocks: list[torch.Tensor], device: torch.Tensor, tokens: int) -> None:
+    """Copy the blocks that hold the first `tokens` tokens, one layer at a time.
+
+    The last block is copied whole, or as far as the device's tensor reaches.
+    """
+    start = 0
+    for block in blocks:
+        if start >= tokens:
+            return
+        end = min(start + block.shape[3], device.shape[3])
+        for layer, values in enumerate(block):
+            device[layer, :, :, start:end].copy_(values[:, :, : end - start], non_blocking=True)
+        start = end

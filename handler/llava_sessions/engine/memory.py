@@ -9,47 +9,17 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
-import torch
-
-from ..ipc.messages import Memory, PreparedPicture
-from ..machine_memory import memory_bytes
+from ..ipc.messages import Memory
+from .budget import DeviceBudget
 from .faults import first_line, is_out_of_memory, raise_if_device_lost, release_unused
-from .kv import KVShape
+from .kv import KVShape, SessionKV
 from .session import EngineSession, EngineSessionState, FeatureStore
 
 log = logging.getLogger(__name__)
 
 # A cache with fewer free tokens is grown ahead of the next turn: a short question and the beginning of its answer.
 _TURN_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class DeviceBudget:
-    """Bytes for features and KV on the device, and for offloaded KV on the host."""
-
-    device_bytes: int
-    host_bytes: int
-
-
-def choose_budget(
-    device: torch.device, device_bytes: int | None = None, host_bytes: int | None = None, working_bytes: int = 0
-) -> DeviceBudget:
-    """Return a budget of the given sizes. A size of None is derived from the machine's memory.
-
-    On CUDA the device's part is the free memory after loading the weights, minus a reserve for forwards: twice the
-    measured `working_bytes`, at least 512 MiB. On a CPU both parts are RAM: 30 % for the device's and 20 % for the
-    host's. A container's memory limit counts as its RAM.
-    """
-    ram = memory_bytes()
-    if device_bytes is None and device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        device_bytes = max(free - max(2 * working_bytes, 512 * 2**20), 0)
-    return DeviceBudget(
-        device_bytes=int(0.3 * ram) if device_bytes is None else device_bytes,
-        host_bytes=int(0.2 * ram) if host_bytes is None else host_bytes,
-    )
 
 
 class MemoryExceeded(Exception):
@@ -84,6 +54,10 @@ class DeviceMemory:
         self._kv_shape = kv_shape
         self._feature_bytes = feature_bytes
         self._context_tokens = context_tokens
+        # On a CPU a cache grows while its answer runs: the first touch of new memory takes time, but no copy of the
+        # cache has to fit a budget. On a GPU an admitted turn gets its whole reservation before its first token.
+        # Tests set it to False to run the GPU's way on a CPU.
+        self.grows_in_steps = kv_shape.device.type == "cpu"
 
     def usage(self, allocated_bytes: int) -> Memory:
         """Return what the open sessions hold. `allocated_bytes`: the count of torch's allocator."""
@@ -99,54 +73,73 @@ class DeviceMemory:
             allocated_bytes=allocated_bytes,
         )
 
-    def admit(
-        self, session: EngineSession, kv_bytes: int, image_tokens: int, pictures: Iterable[PreparedPicture]
-    ) -> None:
-        """Make room for a new session or a new turn, before any work on it.
+    def admit(self, kv_bytes: int, new_image_tokens: int) -> None:
+        """Raise `MemoryExceeded` if a request could not run even if no other session was active.
 
-        `kv_bytes`: upper bound of the session's KV on the device. `image_tokens`: tokens of the request's `pictures`.
-        Raises `MemoryExceeded` if the active sessions leave too little; nothing is offloaded then.
+        `kv_bytes`: upper bound of the session's KV on the device. `new_image_tokens`: tokens of the request's pictures
+        that are not encoded. A request that is admitted waits until `place` has reserved its memory.
 
-        Waiting sessions hold no KV, so any number of them is admitted. Features are never offloaded, so the features of
-        all sessions must leave room for the KV of the largest waiting one.
+        Features are never offloaded, so the features of all sessions and of all waiting turns must leave room for the
+        KV of the largest waiting request.
         """
-        known = all(picture.key in self._features for picture in pictures)
-        new_features_bytes = 0 if known else image_tokens * self._feature_bytes
-        features_bytes = self._features_bytes()
-        waiting = (s for s in self._sessions.values() if s.state is EngineSessionState.WAITING)
-        waiting_bytes = max((s.opening_bytes for s in waiting), default=0)
-        if new_features_bytes and features_bytes + new_features_bytes + waiting_bytes > self.budget.device_bytes:
-            free_bytes = max(self.budget.device_bytes - features_bytes, 0)
-            raise MemoryExceeded(new_features_bytes + waiting_bytes, free_bytes)
-        self._make_room(session, kv_bytes + new_features_bytes)
+        new_bytes = new_image_tokens * self._feature_bytes
+        waiting_turns = [s.waiting_turn for s in self._sessions.values() if s.waiting_turn is not None]
+        features_bytes = self._features_bytes() + sum(
+            turn.new_image_tokens * self._feature_bytes for turn in waiting_turns
+        )
+        most_bytes = kv_bytes
+        if new_bytes:
+            openings = (s for s in self._sessions.values() if s.state is EngineSessionState.WAITING)
+            turns = (turn.reserved_tokens * self._kv_shape.token_bytes for turn in waiting_turns)
+            most_bytes = max([kv_bytes, *(s.opening_bytes for s in openings), *turns])
+        if features_bytes + new_bytes + most_bytes > self.budget.device_bytes:
+            raise MemoryExceeded(new_bytes + most_bytes, max(self.budget.device_bytes - features_bytes, 0))
 
-    def place(self, session: EngineSession) -> bool:
-        """Reserve room for the KV of a waiting session. Return False if the active sessions leave too little now."""
-        try:
-            self._make_room(session, session.opening_bytes)
-        except MemoryExceeded:
-            return False
-        session.reserved_bytes = session.opening_bytes
-        return True
+    def place(self, session: EngineSession, kv_bytes: int, new_image_tokens: int = 0) -> None:
+        """Reserve room for the work of a session: its KV, and the features of `new_image_tokens`.
 
-    def restore(self, session: EngineSession) -> None:
-        """Copy an offloaded cache back to the device. If the device is out of memory, offload idle caches and retry.
+        Raises `MemoryExceeded`, with nothing offloaded, if the active sessions leave too little now.
+        """
+        kv_bytes = max(kv_bytes, session.kv.device_bytes)  # more if the cache was grown ahead
+        self._make_room(session, kv_bytes + new_image_tokens * self._feature_bytes)
+        session.reserved_bytes = kv_bytes
 
-        Raises `MemoryExceeded` if memory runs out again; the cache is then still offloaded.
+    def restore(self, session: EngineSession, tokens: int) -> None:
+        """Make an admitted session's cache resident, on a GPU with room for all `tokens` tokens of the request.
+
+        If the device is out of memory, offload idle caches and retry. Raises `MemoryExceeded` if memory runs out again;
+        the stored tokens are then unchanged, or dropped.
         """
         try:
-            session.kv.restore()
+            self._allocate(session, tokens)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             self.relieve()
             try:
-                session.kv.restore()
+                self._allocate(session, tokens)
             except Exception as again:
                 if not is_out_of_memory(again):
                     raise
                 log.warning("restore_failed session=%s error=%s", session.id[:12], first_line(again))
-                raise MemoryExceeded(session.kv.host_bytes, 0) from again
+                raise MemoryExceeded(self._kv_shape.device_bytes(tokens), 0) from again
+
+    def _allocate(self, session: EngineSession, tokens: int) -> None:
+        """As `restore`, without the retry.
+
+        Admission counts the grown cache only. If the budget has no room for the old one and the grown one together, the
+        tokens move over the host.
+        """
+        kv = session.kv
+        if self.grows_in_steps:
+            kv.restore()
+            return
+        grown_bytes = self._kv_shape.device_bytes(tokens)
+        grows = kv.tier == "resident" and kv.device_bytes < grown_bytes
+        if grows and self._used_bytes() + grown_bytes > self.budget.device_bytes:
+            self._offload(session)
+        kv.restore(tokens)
+        kv.reserve(tokens)
 
     def copy_prefix(self, session: EngineSession) -> None:
         """Copy the opening's KV from a session with the same opening, if there is one.
@@ -170,19 +163,16 @@ class DeviceMemory:
         Growing ahead is for CPUs only. There it takes as long as the time to the first token, mostly for page faults;
         on a GPU it takes almost no time. No cache is offloaded for it, so None is returned if the budget is full.
         """
-        if self._kv_shape.device.type != "cpu":
+        if not self.grows_in_steps:
             return None
-        waiting = (s for s in self._sessions.values() if not s.short_of_memory and self._is_nearly_full(s))
+        waiting = (
+            s for s in self._sessions.values() if not s.short_of_memory and _is_nearly_full(s.kv, self._context_tokens)
+        )
         session = min(waiting, key=lambda s: s.ticket, default=None)
         if session is None:
             return None
-        used_bytes = self._features.device_bytes + sum(s.kv.device_bytes for s in self._sessions.values())
-        grown_bytes = used_bytes + self._kv_shape.device_bytes(1)
+        grown_bytes = self._used_bytes() + self._kv_shape.device_bytes(1)
         return session if grown_bytes <= self.budget.device_bytes else None
-
-    def _is_nearly_full(self, session: EngineSession) -> bool:
-        kv = session.kv
-        return kv.tier == "resident" and kv.capacity < min(kv.length + _TURN_TOKENS, self._context_tokens)
 
     def grow_ahead(self) -> None:
         """Grow the cache of `next_to_grow` by one step, so that its next turn's first token does not wait for it.
@@ -201,17 +191,18 @@ class DeviceMemory:
 
     def relieve(self) -> None:
         """Free device memory after an out-of-memory error: offload all idle caches, or drop those that don't fit."""
-        for session in self._idle(self._sessions.values()):
-            try:
-                self._offload(session)
-            except (RuntimeError, MemoryError):
-                session.kv.drop()
+        for session in _idle(self._sessions.values()):
+            self._offload(session)
         release_unused(self._kv_shape.device)
 
     def _features_bytes(self) -> int:
         """Bytes of all features on the device, and of those still to be encoded."""
         unencoded = sum(s.unencoded_tokens for s in self._sessions.values() if not s.encoded)
         return self._features.device_bytes + unencoded * self._feature_bytes
+
+    def _used_bytes(self) -> int:
+        """Bytes of all caches on the device, and of all features there or still to be encoded."""
+        return self._features_bytes() + sum(s.kv.device_bytes for s in self._sessions.values())
 
     def _make_room(self, session: EngineSession, needed_bytes: int) -> None:
         """Offload idle caches, least recently used first, until `needed_bytes` are free on the device.
@@ -224,7 +215,7 @@ class DeviceMemory:
         free_bytes = self.budget.device_bytes - self._features_bytes() - active_bytes
         if needed_bytes > free_bytes:
             raise MemoryExceeded(needed_bytes, max(free_bytes, 0))
-        idle = self._idle(others)
+        idle = _idle(others)
         idle_bytes = sum(s.kv.device_bytes for s in idle)
         for other in idle:
             if idle_bytes + needed_bytes <= free_bytes:
@@ -232,27 +223,53 @@ class DeviceMemory:
             idle_bytes -= other.kv.device_bytes
             self._offload(other, kept=session)
 
-    @staticmethod
-    def _idle(sessions: Iterable[EngineSession]) -> list[EngineSession]:
-        """Return the idle sessions with KV on the device, least recently used first."""
-        return sorted((s for s in sessions if not s.active and s.kv.device_bytes), key=lambda s: s.ticket)
-
     def _offload(self, session: EngineSession, kept: EngineSession | None = None) -> None:
         """Move a cache to the host. If the host's part is full, drop less recently used caches there, or this one.
 
-        The cache of `kept` is neither dropped nor counted.
+        The cache of `kept` is neither dropped nor counted. A cache that can't be copied because memory ran out is
+        dropped. Raises an error only if the device is lost.
         """
-        used_bytes = session.kv.length * session.kv.shape.token_bytes
+        if not self._fits_host(session, kept):
+            session.kv.drop()
+            return
+        try:
+            session.kv.offload()
+        except Exception as error:
+            raise_if_device_lost(error, self._kv_shape.device)
+            log.warning("offload_failed session=%s error=%s", session.id[:12], first_line(error))
+            session.kv.drop()
+
+    def _fits_host(self, session: EngineSession, kept: EngineSession | None) -> bool:
+        """Drop less recently used caches on the host until the one of `session` fits. Return whether it does."""
+        if not session.kv.length:
+            return False
+        needed_bytes = self._kv_shape.host_bytes(session.kv.length)
         on_host = sorted(
             (s for s in self._sessions.values() if s.kv.host_bytes and s is not kept), key=lambda s: s.ticket
         )
-        host_bytes = sum(s.kv.host_bytes for s in on_host)
+        free_bytes = self.budget.host_bytes - sum(s.kv.host_bytes for s in on_host)
         for other in on_host:
-            if host_bytes + used_bytes <= self.budget.host_bytes or other.ticket > session.ticket:
+            if needed_bytes <= free_bytes or other.ticket > session.ticket:
                 break
-            host_bytes -= other.kv.host_bytes
+            free_bytes += other.kv.host_bytes
             other.kv.drop()
-        if host_bytes + used_bytes <= self.budget.host_bytes:
-            session.kv.offload()
-        else:
-            session.kv.drop()
+        return needed_bytes <= free_bytes
+
+
+def _is_nearly_full(kv: SessionKV, context_tokens: int) -> bool:
+    """Return whether a resident cache has too little room for the next turn."""
+    return kv.tier == "resident" and kv.capacity < min(kv.length + _TURN_TOKENS, context_tokens)
+
+
+def _idle(sessions: Iterable[EngineSession]) -> list[EngineSession]:
+    """Return the idle sessions with KV on the device, least recently used first.
+
+    Those with a waiting turn come last, and of those the next one to run comes last.
+    """
+    return sorted((s for s in sessions if not s.active and s.kv.device_bytes), key=_use)
+
+
+def _use(session: EngineSession) -> tuple[bool, int]:
+    """Return the sort key of idle sessions: a smaller key is offloaded earlier."""
+    turn = session.waiting_turn
+    return (False, session.ticket) if turn is None else (True, -turn.ticket)

@@ -17,6 +17,7 @@ from ..ipc.messages import PreparedPicture
 from ..text.checkpoint import WEIGHTS, WEIGHTS_INDEX, UnsupportedCheckpoint, read_json
 from .attention import TEXT_ATTENTION, VISION_ATTENTION, PackedKV, Segment
 from .cpu import layers, linears
+from .device import native_dtype, prepare
 from .kv import KVShape
 
 SUPPORTED_MODEL_TYPES = ("llava", "llava_next", "llava_onevision")
@@ -77,8 +78,10 @@ class Model:
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        prepare(torch.device(device))
+        config = AutoConfig.from_pretrained(checkpoint)
         if dtype == "auto":
-            dtype = native_dtype(torch.device(device))
+            dtype = native_dtype(torch.device(device), config.dtype or config.get_text_config().dtype)
         elif isinstance(dtype, str):
             dtype = getattr(torch, dtype)
         assert isinstance(dtype, torch.dtype)
@@ -224,14 +227,6 @@ def _weight_problems(folder: Path, loaded: dict[str, Any]) -> list[str]:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def native_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16 if the device has instructions for it, else float16 on CUDA and float32 on a CPU."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    found = torch.cpu.get_capabilities()
-    return torch.bfloat16 if found.get("avx512_bf16") or found.get("amx_bf16") else torch.float32
 
 
 def _unsupported(config: Any) -> str | None:

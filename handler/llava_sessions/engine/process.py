@@ -13,9 +13,11 @@ import os
 import signal
 import sys
 import threading
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import torch
 import transformers
 from PIL import Image
 
@@ -28,6 +30,7 @@ from ..ipc.messages import (
     Event,
     Finished,
     OpenSession,
+    OutOfCapacity,
     Sampling,
     StartFailed,
 )
@@ -35,9 +38,9 @@ from ..ipc.pipe import receive, send
 from ..text.chat_template import ChatTemplate
 from ..text.checkpoint import end_token_ids
 from ..text.processors import load_processor
+from .budget import DeviceBudget, InsufficientMemory, choose_budget
 from .engine import Engine
 from .loop import EngineLoop
-from .memory import choose_budget
 from .model import Model
 
 log = logging.getLogger("llava_sessions")
@@ -86,20 +89,28 @@ def load(settings: EngineSettings) -> Engine:
     end_ids = end_token_ids(Path(settings.checkpoint), template.tokenizer.eos_token_id)
     model = Model.load(settings.checkpoint, settings.dtype, settings.device, end_ids)
     engine = Engine(model, template.answer_text, choose_budget(model.device), settings.prefill_chunk_tokens)
-    engine.device_memory.budget = choose_budget(
-        model.device, settings.device_bytes, settings.host_bytes, working_bytes=warm_up(engine, template)
-    )
+    found = warm_up(engine, template)
+    engine.device_memory.budget = final_budget(model.device, settings.device_bytes, settings.host_bytes, found)
     return engine
 
 
-def warm_up(engine: Engine, template: ChatTemplate) -> int:
+@dataclass(frozen=True)
+class WarmUp:
+    """Device bytes of a first chat: `working_bytes` of temporary tensors, `session_bytes` of features and KV cache.
+
+    On a CPU `working_bytes` is 0.
+    """
+
+    working_bytes: int
+    session_bytes: int
+
+
+def warm_up(engine: Engine, template: ChatTemplate) -> WarmUp:
     """Run one short chat, so that the first user waits for no initialization and a broken checkpoint is found at start.
 
-    Returns the device bytes that the forwards took at their peak (0 on CPU). Raises RuntimeError if the chat gets no
-    answer.
+    Raises `InsufficientMemory` if the device can't hold the chat, and RuntimeError if the chat gets no answer.
     """
     model = engine.model
-    model.peak_bytes()
     held_bytes = model.allocated_bytes()
     # On CUDA the peak of the largest picture sizes the budget. On a CPU it is not measured, and a small one is faster.
     size = model.largest_picture if model.device.type == "cuda" else (64, 64)
@@ -108,13 +119,37 @@ def warm_up(engine: Engine, template: ChatTemplate) -> int:
     engine.apply(OpenSession("warm-up", opening.token_ids, opening.pictures))
     engine.apply(AskSession("warm-up", "warm-up", prompt_ids, Sampling(max_new_tokens=4)))
     events: list[Event] = []
+    working_bytes = 0
+    model.peak_bytes()
     while engine.has_work:
+        features_bytes = engine.memory().features_bytes
         events += engine.step()
+        # A step allocates the cache before the forward, and features after it.
+        memory = engine.memory()
+        working_bytes = max(working_bytes, model.peak_bytes() - held_bytes - memory.kv_bytes - features_bytes)
     engine.apply(CloseSession("warm-up"))
     engine.step()
+    for event in events:
+        if isinstance(event, OutOfCapacity):
+            raise InsufficientMemory(_too_small(event.free_bytes, event.needed_bytes))
     if not any(isinstance(event, Finished) for event in events):
         raise RuntimeError(f"the checkpoint does not answer a first question: {events}")
-    return model.peak_bytes() - held_bytes
+    return WarmUp(working_bytes, memory.kv_bytes + memory.features_bytes)
+
+
+def final_budget(device: torch.device, device_bytes: int | None, host_bytes: int | None, found: WarmUp) -> DeviceBudget:
+    """Return the budget after the warm-up. Raises `InsufficientMemory` if a derived one holds no session."""
+    budget = choose_budget(device, device_bytes, host_bytes, working_bytes=found.working_bytes)
+    if device_bytes is None and budget.device_bytes < found.session_bytes:
+        raise InsufficientMemory(_too_small(budget.device_bytes, found.session_bytes))
+    return budget
+
+
+def _too_small(free_bytes: int, needed_bytes: int) -> str:
+    return (
+        f"the device has {free_bytes} bytes for sessions after the weights and a reserve, but a session with the "
+        f"largest picture needs {needed_bytes}: use a larger device or a smaller checkpoint"
+    )
 
 
 def facts(engine: Engine) -> EngineFacts:

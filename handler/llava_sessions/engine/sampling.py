@@ -10,6 +10,7 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from ..ipc.messages import Sampling
+from .faults import is_out_of_memory
 
 # Below this temperature sampling would choose the most likely token as well; logits divided by a much smaller number
 # overflow.
@@ -53,6 +54,16 @@ class Sampler:
         """Whether the most likely token is always chosen."""
         return self._generator is None
 
+    @property
+    def generator_state(self) -> torch.Tensor | None:
+        """State of the random generator. A draw after setting it is repeated."""
+        return None if self._generator is None else self._generator.get_state()
+
+    @generator_state.setter
+    def generator_state(self, state: torch.Tensor | None) -> None:
+        if self._generator is not None and state is not None:
+            self._generator.set_state(state)
+
     def draw(self, logits: torch.Tensor) -> int:
         """Return a token ID from logits `[vocabulary]`, float32 on the CPU, of which the largest is finite."""
         scores = self._warpers(None, logits[None])  # type: ignore[arg-type]  # these warpers ignore the token IDs
@@ -63,11 +74,22 @@ def next_tokens(logits: torch.Tensor, samplers: list[Sampler]) -> list[int | Exc
     """Return one token ID per row of `logits`, `[rows, vocabulary]`.
 
     All greedy rows take one transfer from the device, which also tells which rows are not finite. A row from which no
-    token can be drawn gets the error instead; the other rows are not affected.
+    token can be drawn gets the error instead; the other rows are not affected. Raises an out-of-memory error; no
+    sampler has then advanced.
     """
+    states = [sampler.generator_state for sampler in samplers]
+    try:
+        return _draw_all(logits, samplers)
+    except Exception:
+        for sampler, state in zip(samplers, states, strict=True):
+            sampler.generator_state = state
+        raise
+
+
+def _draw_all(logits: torch.Tensor, samplers: list[Sampler]) -> list[int | Exception]:
     likeliest = logits.argmax(-1, keepdim=True)  # of a row that contains NaN: the place of a NaN
     is_finite = logits.gather(-1, likeliest).isfinite()
-    tokens: list[int | Exception] = likeliest.where(is_finite, _NOT_FINITE).squeeze(-1).tolist()
+    tokens: list[int | Exception] = likeliest.masked_fill(~is_finite, _NOT_FINITE).squeeze(-1).tolist()
     for row, sampler in enumerate(samplers):
         if tokens[row] == _NOT_FINITE:
             tokens[row] = LogitsNotFinite(logits.dtype)
@@ -76,5 +98,7 @@ def next_tokens(logits: torch.Tensor, samplers: list[Sampler]) -> list[int | Exc
             try:
                 tokens[row] = sampler.draw(scores)
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 tokens[row] = error
     return tokens

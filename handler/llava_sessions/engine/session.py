@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from ..ipc.messages import AskSession, Cancelled, Delta, Event, Finished, Prefilled, PreparedPicture, Timings, Usage
+from ..ipc.messages import Cancelled, Delta, Event, Finished, Prefilled, PreparedPicture, Timings, Usage
 from ..text.answer_text import AnswerText
 from .attention import Segment
 from .kv import SessionKV
@@ -32,7 +32,8 @@ class EngineSessionState(Enum):
 class EngineTurnState(Enum):
     """Life of a turn."""
 
-    QUEUED = "queued"  # no token of it has run
+    WAITING = "waiting"  # no room on the device is reserved for it; its tokens are not part of the session yet
+    QUEUED = "queued"  # room is reserved; no token of it has run
     RUNNING = "running"  # in prefill or decode
     FINISHED = "finished"  # its tokens are part of the session
     ROLLED_BACK = "rolled back"  # the session is as it was before the turn
@@ -45,6 +46,7 @@ TRANSITIONS: Mapping[State, frozenset[State]] = {
     EngineSessionState.WAITING: frozenset({EngineSessionState.PREFILLING}),
     EngineSessionState.PREFILLING: frozenset({EngineSessionState.READY}),
     EngineSessionState.READY: frozenset(),
+    EngineTurnState.WAITING: frozenset({EngineTurnState.QUEUED, EngineTurnState.ROLLED_BACK}),
     EngineTurnState.QUEUED: frozenset({EngineTurnState.RUNNING, EngineTurnState.ROLLED_BACK}),
     EngineTurnState.RUNNING: frozenset({EngineTurnState.FINISHED, EngineTurnState.ROLLED_BACK}),
     EngineTurnState.FINISHED: frozenset(),
@@ -106,32 +108,81 @@ class SessionPicture:
     prepared: PreparedPicture | None
     features: Features | None = None
 
+    def attach(self, store: FeatureStore) -> None:
+        """Take the features if another session has them; release the prepared arrays of an encoded picture."""
+        if self.features is None:
+            self.features = store.get(self.key)
+        if self.features is not None:
+            self.prepared = None
+
 
 @dataclass
 class EngineTurn(Stateful):
     """A question and its answer.
 
-    `start_tokens` and `start_pictures` are the session's counts before the turn; a rollback restores them. Times are
-    seconds of `time.perf_counter`. `deadline_at`: when the turn is stopped, or None. `ignore_eos`: an end-of-sequence
-    token is a token like any other.
+    `ticket`: order of arrival. `token_ids`, `image_positions` and `pictures` join the session's when room is reserved
+    for the turn. `start_tokens` and `start_pictures` are the session's counts before the turn; a rollback restores
+    them. `most_tokens`: the longest conversation that the turn may make. `reserved_tokens`: the tokens for which it
+    reserves memory. Times are seconds of `time.perf_counter`.
+    `deadline_at`: when the turn is stopped, or None. `ignore_eos`: an end-of-sequence token is a token like any other.
     """
 
     id: str
+    ticket: int
+    token_ids: list[int]
+    image_positions: list[int]
+    pictures: list[SessionPicture]
     start_tokens: int
     start_pictures: int
     cached_tokens: int
-    prompt_tokens: int
-    max_new_tokens: int
+    most_tokens: int
+    reserved_tokens: int
     sampler: Sampler
     answer_text: AnswerText
     asked_at: float
     deadline_at: float | None
     ignore_eos: bool = False
-    state: State = EngineTurnState.QUEUED
+    state: State = EngineTurnState.WAITING
     started_at: float = 0.0  # set with RUNNING
     first_token_at: float = 0.0  # set with the first of `answer_ids`
     answer_ids: list[int] = field(default_factory=list)
     text: str = ""
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether no room on the device is reserved yet."""
+        return self.state is EngineTurnState.WAITING
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the conversation before the answer."""
+        return self.start_tokens + len(self.token_ids)
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Most tokens of the answer."""
+        return self.most_tokens - self.prompt_tokens
+
+    @property
+    def new_image_tokens(self) -> int:
+        """Image tokens of the turn's pictures; 0 if all of them have features."""
+        known = all(picture.features is not None for picture in self.pictures)
+        return 0 if known else len(self.image_positions)
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens of the turn so far."""
+        return Usage(self.prompt_tokens, self.cached_tokens, len(self.answer_ids))
+
+    @property
+    def timings(self) -> Timings:
+        """Times of a turn that ends now. A step or a token that never came counts as coming now."""
+        now = time.perf_counter()
+        return Timings(
+            queue_ms=((self.started_at or now) - self.asked_at) * 1e3,
+            ttft_ms=((self.first_token_at or now) - self.asked_at) * 1e3,
+            total_ms=(now - self.asked_at) * 1e3,
+        )
 
     def start(self) -> None:
         """Enter RUNNING in the first step that runs tokens of the turn. Does nothing in later steps."""
@@ -156,7 +207,8 @@ class EngineSession(Stateful):
     """One open session: its token IDs, pictures, KV cache and running turn.
 
     `image_positions`: sorted indices in `token_ids` whose embeddings are features. `ticket`: order of arrival of the
-    latest request; both the schedule and least-recently-used eviction sort by it. `opening_tokens`, `opening_bytes`:
+    latest request for which room was reserved, or of the opening; both the schedule and least-recently-used eviction
+    sort by it. `opening_tokens`, `opening_bytes`:
     the prompt up to the last picture, and its KV on the device. `prefix`: equal for sessions with the same opening,
     which share its prefill. `reserved_bytes`: upper bound of the KV on the device during the current work.
     `short_of_memory`: memory ran out for the session since its latest request.
@@ -179,9 +231,20 @@ class EngineSession(Stateful):
     turn: EngineTurn | None = None
 
     @property
-    def active(self) -> bool:
-        """Whether the session has work. The KV cache of an active session never moves."""
+    def has_work(self) -> bool:
+        """Whether the session has an opening or a turn that is not done."""
         return self.turn is not None or self.state is not EngineSessionState.READY
+
+    @property
+    def waiting_turn(self) -> EngineTurn | None:
+        """The turn for which no room is reserved yet."""
+        return self.turn if self.turn is not None and self.turn.is_waiting else None
+
+    @property
+    def active(self) -> bool:
+        """Whether room is reserved for the session's work. The KV cache of an active session never moves."""
+        has_room = self.turn is not None and not self.turn.is_waiting
+        return has_room or self.state is EngineSessionState.PREFILLING
 
     @property
     def pending_tokens(self) -> int:
@@ -196,20 +259,14 @@ class EngineSession(Stateful):
     @property
     def unencoded_tokens(self) -> int:
         """Image tokens of the pictures without features."""
-        return len(self.image_positions) - self.feature_rows
-
-    @property
-    def feature_rows(self) -> int:
-        """Rows of the features of all encoded pictures."""
-        return sum(len(picture.features.rows) for picture in self.pictures if picture.features is not None)
+        rows = sum(len(picture.features.rows) for picture in self.pictures if picture.features is not None)
+        return len(self.image_positions) - rows
 
     def attach_features(self, store: FeatureStore) -> None:
-        """Take features that other sessions have; release the prepared arrays of encoded pictures."""
-        for picture in self.pictures:
-            if picture.features is None:
-                picture.features = store.get(picture.key)
-            if picture.features is not None:
-                picture.prepared = None
+        """Take features that other sessions have, also for a waiting turn."""
+        waiting = self.waiting_turn
+        for picture in self.pictures if waiting is None else [*self.pictures, *waiting.pictures]:
+            picture.attach(store)
 
     def segment(self, tokens: int) -> Segment:
         """Return the next `tokens` pending tokens with the features that belong to them."""
@@ -218,24 +275,8 @@ class EngineSession(Stateful):
         first = bisect_left(self.image_positions, start)
         last = bisect_left(self.image_positions, end)
         places = [position - start for position in self.image_positions[first:last]]
-        sample = self.turn is not None and end == len(self.token_ids)
-        return Segment(self.kv, self.token_ids[start:end], self._features(first, last), places, sample)
-
-    def _features(self, first: int, last: int) -> torch.Tensor | None:
-        """Return rows `first` to `last` of the concatenated features of all pictures, or None if there are none."""
-        parts = []
-        offset = 0
-        for picture in self.pictures:
-            if picture.features is None:
-                raise RuntimeError("a session runs before its pictures are encoded")
-            rows = picture.features.rows
-            part = rows[max(first - offset, 0) : max(last - offset, 0)]
-            offset += len(rows)
-            if len(part):
-                parts.append(part)
-        if not parts:
-            return None
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        sample = self.turn is not None and not self.turn.is_waiting and end == len(self.token_ids)
+        return Segment(self.kv, self.token_ids[start:end], _rows(self.pictures, first, last), places, sample)
 
     def mark_prefilled(self) -> list[Event]:
         """Enter READY once the prompt up to the last picture is in the KV cache; return `Prefilled` that one time."""
@@ -244,48 +285,20 @@ class EngineSession(Stateful):
         self.advance(EngineSessionState.READY)
         return [Prefilled(self.id, self.encode_ms, elapsed_ms(self.opened_at))]
 
-    def begin_turn(
-        self,
-        command: AskSession,
-        *,
-        image_positions: list[int],
-        max_new_tokens: int,
-        answer_text: AnswerText,
-        ticket: int,
-        reserved_bytes: int,
-    ) -> None:
-        """Append the command's tokens and pictures and queue its turn.
-
-        `image_positions` are indices in the session's `token_ids`. An error leaves the session unchanged.
-        """
-        now = time.perf_counter()
-        deadline_ms = command.sampling.deadline_ms
-        turn = EngineTurn(
-            id=command.turn_id,
-            start_tokens=len(self.token_ids),
-            start_pictures=len(self.pictures),
-            cached_tokens=self.kv.length,
-            prompt_tokens=len(self.token_ids) + len(command.token_ids),
-            max_new_tokens=max_new_tokens,
-            sampler=Sampler(command.sampling),
-            answer_text=answer_text,
-            asked_at=now,
-            deadline_at=None if deadline_ms is None else now + deadline_ms / 1e3,
-            ignore_eos=command.sampling.ignore_eos,
-        )
-        if self.state is EngineSessionState.WAITING:
-            self.advance(EngineSessionState.PREFILLING)  # the turn's reservation includes the opening
-        self.turn = turn
-        self.ticket = ticket
-        self.reserved_bytes = reserved_bytes
+    def admit_turn(self) -> None:
+        """Append the waiting turn's tokens and pictures: room on the device is reserved for it."""
+        turn = self._current_turn()
+        turn.advance(EngineTurnState.QUEUED)
+        turn.cached_tokens = self.kv.length
+        self.ticket = turn.ticket
         self.short_of_memory = False
-        self.image_positions += image_positions
-        self.token_ids += command.token_ids
-        self.pictures += [SessionPicture(picture.key, picture) for picture in command.pictures]
+        self.image_positions += turn.image_positions
+        self.token_ids += turn.token_ids
+        self.pictures += turn.pictures
 
     def accept_token(self, token: int, eos_token_ids: frozenset[int]) -> list[Event]:
         """Append a sampled token to the running answer; return its text, and `Finished` after the last token."""
-        turn = self._running_turn()
+        turn = self._current_turn()
         if not turn.answer_ids:
             turn.first_token_at = time.perf_counter()
         turn.answer_ids.append(token)
@@ -309,52 +322,59 @@ class EngineSession(Stateful):
 
         With `keep_answer` the turn finishes with its tokens. Without it, or without tokens, it is rolled back.
         """
-        turn = self._running_turn()
+        turn = self._current_turn()
         if keep_answer and turn.answer_ids:
             return [*turn.emit(turn.answer_text.finish()), self._finish_turn(reason)]
         self.roll_back_turn()
-        return [Cancelled(turn.id, reason)]
+        return [Cancelled(turn.id, reason, turn.usage, turn.timings)]
 
     def _finish_turn(self, reason: str) -> Finished:
-        turn = self._running_turn()
+        turn = self._current_turn()
         turn.advance(EngineTurnState.FINISHED)
         self.turn = None
+        self.kv.most_tokens = None
         # Without the end-of-sequence token, which the chat template writes where a conversation has one.
         kept_ids = self.token_ids[turn.prompt_tokens :]
-        timings = Timings(
-            queue_ms=(turn.started_at - turn.asked_at) * 1e3,
-            ttft_ms=(turn.first_token_at - turn.asked_at) * 1e3,
-            total_ms=elapsed_ms(turn.asked_at),
-        )
-        usage = Usage(turn.prompt_tokens, turn.cached_tokens, len(turn.answer_ids))
-        return Finished(turn.id, reason, turn.text, turn.answer_ids, kept_ids, usage, timings)
+        return Finished(turn.id, reason, turn.text, turn.answer_ids, kept_ids, turn.usage, turn.timings)
 
     def roll_back_turn(self) -> None:
         """Remove the turn's tokens, pictures and KV: the session is as it was before the turn."""
-        turn = self._running_turn()
+        turn = self._current_turn()
         turn.advance(EngineTurnState.ROLLED_BACK)
         self.turn = None
+        self.kv.most_tokens = None
         del self.token_ids[turn.start_tokens :]
         del self.pictures[turn.start_pictures :]
         del self.image_positions[bisect_left(self.image_positions, turn.start_tokens) :]
         self.kv.crop(turn.start_tokens)
 
-    def _running_turn(self) -> EngineTurn:
+    def _current_turn(self) -> EngineTurn:
         if self.turn is None:
             raise RuntimeError("the session has no turn")
         return self.turn
 
 
-def next_to_encode(sessions: Iterable[EngineSession], store: FeatureStore) -> EngineSession | None:
-    """Return the session whose unencoded picture has waited longest, or None.
+def _rows(pictures: Iterable[SessionPicture], first: int, last: int) -> torch.Tensor | None:
+    """Return rows `first` to `last` of the concatenated features of the pictures, or None if there are none."""
+    parts = []
+    offset = 0
+    for picture in pictures:
+        if picture.features is None:
+            raise RuntimeError("a session runs before its pictures are encoded")
+        rows = picture.features.rows
+        part = rows[max(first - offset, 0) : max(last - offset, 0)]
+        offset += len(rows)
+        if len(part):
+            parts.append(part)
+    if not parts:
+        return None
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    Sessions before it whose pictures another session has encoded get those features.
-    """
-    for session in sorted((s for s in sessions if not s.encoded), key=lambda s: s.ticket):
-        session.attach_features(store)
-        if not session.encoded:
-            return session
-    return None
+
+def next_to_encode(sessions: Iterable[EngineSession]) -> EngineSession | None:
+    """Return the active session whose unencoded picture has waited longest, or None."""
+    waiting = (session for session in sessions if session.active and not session.encoded)
+    return min(waiting, key=lambda session: session.ticket, default=None)
 
 
 def elapsed_ms(since: float) -> float:

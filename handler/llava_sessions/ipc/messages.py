@@ -15,8 +15,9 @@ class Sampling:
     """How the tokens of a turn are chosen, and when the turn ends.
 
     `temperature` 0: greedy. `seed` None: a random seed. `stop`: strings that end the answer. `deadline_ms`: time from
-    the turn's arrival at the engine until it ends with the tokens that it has; None for no deadline. `ignore_eos`: an
-    end-of-sequence token does not end the answer.
+    the turn's arrival at the engine until it ends with the tokens that it has; None for no deadline. The worker
+    subtracts the time that has passed since the question arrived. `ignore_eos`: an end-of-sequence token does not end
+    the answer.
     """
 
     max_new_tokens: int
@@ -60,7 +61,8 @@ class AskSession:
     """Run one turn: append `token_ids` to the session and generate an answer.
 
     `token_ids` contain the image tokens of `pictures` in the same order. Answered by `TurnAdmitted`, `Delta`s and
-    one of `Finished`, `Cancelled`, `TurnFailed` and `OutOfCapacity`. A rejected turn has no `TurnAdmitted`.
+    one of `Finished`, `Cancelled`, `TurnFailed` and `OutOfCapacity`. A turn that the budget rejects has no
+    `TurnAdmitted`.
     """
 
     session_id: str
@@ -107,7 +109,7 @@ class Admitted:
 
 @dataclass(frozen=True)
 class TurnAdmitted:
-    """The turn has begun: the budget can hold it. Its pictures are not encoded yet."""
+    """The turn is accepted: the budget can hold it, now or when others have finished. Nothing of it has run yet."""
 
     turn_id: str
 
@@ -154,7 +156,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timings:
-    """Time from a turn's arrival at the engine to its first step, to its first token and to its end."""
+    """Time from a turn's arrival at the engine to its first step, to its first token and to its end.
+
+    A step or a token that never came counts as coming at the end.
+    """
 
     queue_ms: float
     ttft_ms: float
@@ -187,10 +192,11 @@ class TurnFailed:
 
 @dataclass(frozen=True)
 class OutOfCapacity:
-    """Memory is insufficient for a turn, or for an opening if `turn_id` is None, next to the active sessions.
+    """Memory is insufficient for a turn, or for an opening if `turn_id` is None.
 
-    Usually the budget rejects the request before any work. If the device has less memory than the budget assumes, the
-    request is rejected when its work runs out of memory for the second time; `free_bytes` is then 0. After a rejected
+    Usually the budget rejects a request that it could not hold even without other work. If the device has less memory
+    than the budget assumes, the request is rejected when its work runs out of memory for the second time; `free_bytes`
+    is then 0. If `waiting_turns` is not 0, so many turns wait for memory that the queue is full. After a rejected
     opening the engine holds nothing of the session. After a rejected turn the session is as it was before the turn.
     """
 
@@ -199,17 +205,21 @@ class OutOfCapacity:
     needed_bytes: int
     free_bytes: int
     open_sessions: int
+    waiting_turns: int = 0
 
 
 @dataclass(frozen=True)
 class Cancelled:
     """A turn was rolled back by a `StopTurn` or a close, or by its deadline before the first token.
 
-    Its session is as it was before the turn.
+    Its session is as it was before the turn. `usage` and `timings` count what the turn did until then; they are not
+    compared.
     """
 
     turn_id: str
     reason: str = "cancelled"
+    usage: Usage = field(default=Usage(0, 0, 0), compare=False)
+    timings: Timings = field(default=Timings(0.0, 0.0, 0.0), compare=False)
 
 
 @dataclass(frozen=True)
@@ -257,10 +267,14 @@ class Memory:
 
 @dataclass(frozen=True)
 class Report:
-    """The events of one step of the engine, and the memory after it."""
+    """The events of one phase of a step of the engine, and the memory after it.
+
+    `longest_step_s`: duration of the longest recent step.
+    """
 
     events: list[Event] = field(default_factory=list)
     memory: Memory = Memory()
+    longest_step_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ..ipc.messages import Timings, Usage
 from .constants import NEW_SESSION_HEADER, SESSION_HEADER
 
 Body = dict[str, Any]
@@ -41,12 +42,20 @@ def cancelled(session_id: str, had_turn: bool) -> Body:
     return {"success": had_turn, "session_id": session_id}
 
 
-def answer_facts(session_id: str, finish_reason: str, usage: Body, timings: Body, token_ids: list[int] | None) -> Body:
-    """Return the fields of a finished turn: the last line of a stream, and a part of a whole answer's body.
+def answer_facts(
+    session_id: str, finish_reason: str, usage: Usage, timings: Timings, token_ids: list[int] | None
+) -> Body:
+    """Return the fields of a turn that has ended: the last line of a stream, and a part of a whole answer's body.
 
     `token_ids` None adds no such field.
     """
-    facts: Body = {"session_id": session_id, "finish_reason": finish_reason, "usage": usage, "timings": timings}
+    rounded = {name: round(value_ms, 1) for name, value_ms in vars(timings).items()}
+    facts: Body = {
+        "session_id": session_id,
+        "finish_reason": finish_reason,
+        "usage": dict(vars(usage)),
+        "timings": rounded,
+    }
     return facts if token_ids is None else {**facts, "token_ids": token_ids}
 
 

@@ -54,31 +54,43 @@ class Answers:
         turn.advance(TurnState.STORING)
         session = turn.session
         session.engine_losses = 0
-        usage = vars(event.usage)
-        timings = {name: round(value_ms, 1) for name, value_ms in vars(event.timings).items()}
         token_ids = event.answer_ids if turn.ask.return_token_ids else None
-        facts = replies.answer_facts(session.id, event.reason, usage, timings, token_ids)
+        facts = replies.answer_facts(session.id, event.reason, event.usage, event.timings, token_ids)
         record = TurnRecord(turn.prompt_ids, event.kept_ids, turn.blobs, turn.ask.stored_key, event.text, facts)
+        turn.record = record
         session.known_transcript.append(record)
         saved = self._context.journal.save(session.known_transcript)
-        self._context.inbox.when_done(saved, partial(self._saved, turn, record))
+        turns = len(session.known_transcript.turns)
+        self._context.inbox.when_done(saved, partial(self._saved, turn, record, turns))
 
-    def _saved(self, turn: Turn, record: TurnRecord, saved: Future[SaveOutcome]) -> None:
-        """Reply to a turn that is stored, or could not be stored."""
-        if turn.is_in(TurnState.DONE):
-            return
+    def overdue(self, turn: Turn) -> None:
+        """Reply to a turn that is still being stored when its time is over: it is not durable yet."""
+        if turn.record is not None:
+            self._reply(turn, turn.record, durable=False)
+
+    def _saved(self, turn: Turn, record: TurnRecord, turns: int, saved: Future[SaveOutcome]) -> None:
+        """Reply to a turn that is stored, or could not be stored. `turns`: those that the save covers.
+
+        A turn that is done already was answered at its deadline, or has failed.
+        """
         session = turn.session
         outcome = outcome_of(saved)
         if outcome is SaveOutcome.NOT_OWNER:
             self._turns.lose_session(session, "moved")
-            self._turns.fail(turn, session_moved())
+            if not turn.is_in(TurnState.DONE):
+                self._turns.fail(turn, session_moved())
             return
         if outcome is SaveOutcome.STORED:
-            session.stored_turns = len(session.known_transcript.turns)
+            session.stored_turns = max(session.stored_turns, turns)
+        if not turn.is_in(TurnState.DONE):
+            self._reply(turn, record, durable=outcome is SaveOutcome.STORED)
+
+    def _reply(self, turn: Turn, record: TurnRecord, durable: bool) -> None:
+        session = turn.session
         if turn.ask.retry_key is not None and turn.ask.stored_key is None:
             session.add_labelled(turn.ask.retry_key, len(session.known_transcript.turns) - 1, self._context.clock())
         self._context.counters.turns += 1
-        facts = answer_facts(self._context.journal, record, durable=outcome is SaveOutcome.STORED)
+        facts = answer_facts(self._context.journal, record, durable)
         self._turns.end(turn)
         for pending in turn.pending:
             pending.answer(record.text, facts)

@@ -62,8 +62,9 @@ def make_pump(
         inbox=inbox,
         context_tokens=context_tokens,
         clock=timing.clock,
+        monotonic=timing.monotonic,
     )
-    manager = SessionManager(context, timing.monotonic)
+    manager = SessionManager(context)
     # The frontend has more places than sessions. At most half of the others may wait for the end of their sequence.
     places_left = frontend_capacity(table.max_sessions) - table.max_sessions
     reaper = SequenceReaper(ender, max_waiting=places_left // 2, clock=timing.monotonic)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -24,7 +25,7 @@ class Counters:
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """`gate` sends commands to the current engine. `clock`: seconds since the epoch.
+    """`gate` sends commands to the current engine. `clock`: seconds since the epoch. `monotonic`: seconds.
 
     `context_tokens` is the model's context length.
     """
@@ -36,4 +37,5 @@ class WorkerContext:
     inbox: Inbox
     context_tokens: int
     clock: Callable[[], float]
+    monotonic: Callable[[], float] = time.monotonic
     counters: Counters = field(default_factory=Counters)

@@ -96,7 +96,7 @@ class EngineEvents:
         if turn is None:
             return
         if isinstance(event, Cancelled):
-            self._turns.cancelled(turn, event.reason)
+            self._turns.cancelled(turn, event.reason, event)
         else:
             self._turns.fail(turn, RuntimeError(event.error))
 
@@ -122,6 +122,8 @@ class EngineEvents:
             f"The device's memory cannot hold the session: {event.needed_bytes:,} bytes are needed, "
             f"{event.free_bytes:,} are free, {event.open_sessions} sessions are open."
         )
+        if event.waiting_turns:
+            message = f"{event.waiting_turns} questions wait for device memory already; try again later."
         error = Refused("capacity", message)
         if event.turn_id is not None:
             turn = self._turns.find(event.turn_id)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 
 from ..chat.transcript import short_id
@@ -20,37 +19,43 @@ from .openings import Openings, unload
 from .pending import PendingRequest
 from .questions import Questions
 from .recovery import Recovery
+from .sessions import TurnState
 from .turns import Turns
 
 log = logging.getLogger(__name__)
 
 # How often expired journals are searched for. The journals of sessions in the table are removed with the session.
 JOURNAL_SWEEP_S = 60.0
-# A platform that stops a container gives it 30 s. Turns may run for this long; the rest is for their last lines.
-DRAIN_S = 25.0
+# A platform that stops a container gives it 30 s. The launcher waits 26 s for the last lines of the answers
+# (deploy/serve/service.py); they are to leave before that, so many seconds after the drain began.
+LAST_LINES_S = 25.0
+# Time for storing answers, and between two sweeps.
+_CUT_MARGIN_S = 1.5
+# Running turns may go on for at least so long, however long the engine's steps are.
+_SHORTEST_DRAIN_S = 5.0
 
 
 class SessionManager:
     """Owns all sessions of one worker. All methods run on the pump's thread, under its lock, except `drain`."""
 
-    def __init__(self, context: WorkerContext, monotonic: Callable[[], float] = time.monotonic) -> None:
-        """`monotonic`: seconds, for the drain and for the journal's sweep."""
+    def __init__(self, context: WorkerContext) -> None:
         self._context = context
-        self._monotonic = monotonic
         self._openings = Openings(context)
         self._recovery = Recovery(context, self._openings)
         self._turns = Turns(context)
         self._questions = Questions(context, self._turns)
         self._closes = Closes(context, self._openings, self._turns)
+        self._answers = Answers(context, self._turns)
         self._events = EngineEvents(
             context,
             openings=self._openings,
             turns=self._turns,
-            answers=Answers(context, self._turns),
+            answers=self._answers,
             closes=self._closes,
         )
         self._memory = Memory()
-        self._journal_swept_s = monotonic()
+        self._longest_step_s = 0.0
+        self._journal_swept_s = context.monotonic()
 
     def recover(self) -> None:
         """Add the sessions that the journal holds. Call it once, before the first row. Blocks."""
@@ -81,27 +86,40 @@ class SessionManager:
     def on_event(self, item: Report | EngineLost | EngineUp | Callable[[], None]) -> None:
         """Apply an item of the inbox. Never raises: an error is logged."""
         try:
-            self._apply(item)
+            match item:
+                case Report():
+                    self._memory = item.memory
+                    self._longest_step_s = item.longest_step_s
+                    for event in item.events:
+                        self._events.apply(event)
+                case EngineLost():
+                    self._context.gate.disconnect(item.retry_after_s)
+                    self._context.counters.engine_restarts += 1
+                    self._memory = Memory()
+                    self._events.engine_lost()
+                case EngineUp():
+                    self._context.gate.connect(item.client)
+                    log.info("engine_up sessions=%d", len(self._context.table))
+                case _:
+                    item()
         except Exception:
             log.exception("item_failed item=%s", type(item).__name__)
         self._follow_up()
 
-    def _apply(self, item: Report | EngineLost | EngineUp | Callable[[], None]) -> None:
-        match item:
-            case Report():
-                self._memory = item.memory
-                for event in item.events:
-                    self._events.apply(event)
-            case EngineLost():
-                self._context.gate.disconnect(item.retry_after_s)
-                self._context.counters.engine_restarts += 1
-                self._memory = Memory()
-                self._events.engine_lost()
-            case EngineUp():
-                self._context.gate.connect(item.client)
-                log.info("engine_up sessions=%d", len(self._context.table))
-            case _:
-                item()
+    def end_overdue(self) -> None:
+        """End the turns whose deadline passed before the engine got them, or while their answer is being stored.
+
+        The engine ends those that it works on.
+        """
+        now_s = self._context.monotonic()
+        for turn in self._turns.all():
+            if not turn.is_overdue(now_s):
+                continue
+            if turn.is_in(TurnState.PREPARING):
+                self._turns.cancelled(turn, "deadline")
+            elif turn.is_in(TurnState.STORING):
+                self._answers.overdue(turn)
+        self._follow_up()
 
     def sweep(self) -> None:
         """Expire sessions, sweep the journal, and end turns that outlast the drain. Call it about once a second."""
@@ -112,18 +130,24 @@ class SessionManager:
             log.info("session_expired session=%s", short_id(session.id))
             drop(context, session, "expired")
         self._recovery.retry()
-        now_s = self._monotonic()
+        self.end_overdue()
+        now_s = context.monotonic()
         if now_s - self._journal_swept_s > JOURNAL_SWEEP_S:
             self._journal_swept_s = now_s
             context.journal.sweep(context.clock())
         draining_since_s = context.gate.draining_since_s
-        if draining_since_s is not None and now_s - draining_since_s > DRAIN_S:
-            self._turns.stop_all("shutdown")
+        if draining_since_s is None:
+            return
+        for turn in self._turns.all():
+            if now_s - draining_since_s >= _cut_s(self._longest_step_s):
+                self._turns.stop(turn, "shutdown", keep_answer=True)
+            if now_s - draining_since_s >= LAST_LINES_S and turn.is_in(TurnState.STORING):
+                self._answers.overdue(turn)  # the journal is slow
 
     def drain(self) -> None:
         """Take no new work from now on. Takes no lock, so a signal handler may call it."""
         if not self._context.gate.draining:
-            self._context.gate.draining_since_s = self._monotonic()
+            self._context.gate.draining_since_s = self._context.monotonic()
 
     @property
     def drained(self) -> bool:
@@ -185,3 +209,8 @@ class SessionManager:
                 self._questions.start(pending, ask)
             except Exception as error:
                 pending.refuse(error)
+
+
+def _cut_s(longest_step_s: float) -> float:
+    """Return the time from the beginning of a drain until turns are stopped: a step that runs then must end."""
+    return max(LAST_LINES_S - _CUT_MARGIN_S - longest_step_s, _SHORTEST_DRAIN_S)

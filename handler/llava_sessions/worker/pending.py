@@ -30,7 +30,8 @@ class PendingRequest:
 
     TorchServe sends a held row again in every step, with its whole body of `body_bytes`. Its first chunk ends that.
     `steps` counts the steps that ended without the last reply. `head_sent`: the status line has been sent.
-    `disconnected`: the client has left, so no reply reaches it. `final` is the last reply, once it is known.
+    `disconnected`: the client has left, so no reply reaches it. `arrived_s`: arrival by the pump's clock. `final` is
+    the last reply, once it is known.
     """
 
     row: Row
@@ -39,6 +40,7 @@ class PendingRequest:
     streamed: bool = False
     head_sent: bool = False
     disconnected: bool = False
+    arrived_s: float = 0.0
     refusal: Refused | None = None
     final: Reply | None = None
     _chunks: list[str] = field(default_factory=list)

@@ -90,6 +90,7 @@ class Pump:
                 if row.request_id not in self._pending:
                     self._admit(row)
             self._drop_disconnected({row.request_id for row in rows})
+            self._manager.end_overdue()
             self._wait_for_output(delivery_s)
             self._end_sequences()
             replies = [self._safe_reply(self._pending[row.request_id]) for row in rows]
@@ -137,8 +138,9 @@ class Pump:
     def _admit(self, row: Row) -> None:
         """Parse a new row and start its work, or reject it. A large row is parsed meanwhile, and starts later."""
         pending, has_returned = self._pending.add(row)
+        pending.arrived_s = self._clock()
         if pending.body_bytes > LARGE_SILENCE_BYTES:
-            self._large_until_s = self._clock() + LARGE_SILENCE_S
+            self._large_until_s = pending.arrived_s + LARGE_SILENCE_S
         try:
             if pending.final is not None:
                 return  # the answer was known before the pause

@@ -20,6 +20,10 @@ from .preparation import INLINE_PROMPT_CHARS, PreparedQuestion
 from .sessions import MAX_ENGINE_LOSSES, Residency, Session, Turn, TurnState
 from .turns import Turns
 
+# Of the time until the deadline, the part that the journal may take to store the answer.
+_STORING_SHARE = 0.1
+_STORING_MS = 500
+
 
 class Questions:
     """Starts turns, and answers retried requests from the transcript."""
@@ -112,9 +116,16 @@ class Questions:
             self._turns.fail(turn, error)
 
     def _submit(self, turn: Turn, question: PreparedQuestion) -> None:
-        """Send a turn to the engine, with its session before it if the engine does not hold that."""
+        """Send a turn to the engine, with its session before it if the engine does not hold that.
+
+        A turn whose deadline has passed ends instead.
+        """
         context = self._context
         session = turn.session
+        deadline_ms = self._ms_left(turn)
+        if deadline_ms is not None and deadline_ms <= 0:
+            self._turns.cancelled(turn, "deadline")
+            return
         check_context(session.known_transcript.token_count + len(question.prompt_ids) + 1, context.context_tokens)
         if not session.in_engine:
             if question.rebuild is None:  # the engine lost the session during the preparation
@@ -127,7 +138,15 @@ class Questions:
         turn.prompt_ids = question.prompt_ids
         turn.blobs = question.blobs
         sampling = Sampling(
-            ask.max_new_tokens, ask.temperature, ask.top_p, ask.seed, ask.stop, ask.deadline_ms, ask.ignore_eos
+            ask.max_new_tokens, ask.temperature, ask.top_p, ask.seed, ask.stop, deadline_ms, ask.ignore_eos
         )
         context.gate.submit(AskSession(session.id, turn.id, question.prompt_ids, sampling, question.pictures))
         turn.advance(TurnState.RUNNING)
+
+    def _ms_left(self, turn: Turn) -> int | None:
+        """Return the milliseconds that the engine may take for a turn: the rest is for the journal. None: any time."""
+        if turn.deadline_s is None:
+            return None
+        left_ms = (turn.deadline_s - self._context.monotonic()) * 1e3
+        storing_ms = min(_STORING_SHARE * left_ms, _STORING_MS) if self._context.journal.durable else 0.0
+        return int(left_ms - storing_ms)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum, auto
 
-from ..chat.transcript import Blob, Transcript
+from ..chat.transcript import Blob, Transcript, TurnRecord
 from ..errors import Refused
 from ..protocol.requests import Ask
 from .pending import PendingRequest
@@ -95,7 +95,11 @@ class _Stateful:
 
 
 class Turn(_Stateful):
-    """A question and its answer. `pending`: the requests that wait for the answer, several after a retry."""
+    """A question and its answer. `pending`: the requests that wait for the answer, several after a retry.
+
+    `arrived_s` and `deadline_s` are times of the pump's clock; `deadline_s` is None without a deadline. `record`: the
+    answer, from STORING on.
+    """
 
     def __init__(self, session: Session, ask: Ask, pending: PendingRequest) -> None:
         super().__init__(pending.row.request_id, TurnState.PREPARING)
@@ -109,6 +113,13 @@ class Turn(_Stateful):
         self.prompt_ids: list[int] = []
         self.blobs: tuple[Blob, ...] = ()
         self.chunks: list[str] = []
+        self.arrived_s = pending.arrived_s
+        self.deadline_s = None if ask.deadline_ms is None else pending.arrived_s + ask.deadline_ms / 1e3
+        self.record: TurnRecord | None = None
+
+    def is_overdue(self, now_s: float) -> bool:
+        """Return whether the deadline has passed."""
+        return self.deadline_s is not None and now_s >= self.deadline_s
 
     @property
     def text(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 
 from ..chat.transcript import short_id
-from ..ipc.messages import StopTurn
+from ..ipc.messages import Cancelled, StopTurn, Timings, Usage
 from ..protocol import replies
 from ..protocol.requests import Ask, Cancel
 from .context import WorkerContext
@@ -65,10 +65,9 @@ class Turns:
             turn.advance(TurnState.STOPPING)
             self._context.gate.submit_if_connected(StopTurn(turn.id, reason, keep_answer))
 
-    def stop_all(self, reason: str) -> None:
-        """End all turns early, with the tokens that they have."""
-        for turn in list(self._turns.values()):
-            self.stop(turn, reason, keep_answer=True)
+    def all(self) -> list[Turn]:
+        """Return all turns that are not done."""
+        return list(self._turns.values())
 
     def unloaded(self, session: Session, error: Exception) -> None:
         """Fail the turn of a session that the engine does not hold any more. An answer that is being stored stays."""
@@ -85,11 +84,15 @@ class Turns:
                     log.error("session_rejected session=%s engines_lost=%d", short_id(session.id), MAX_ENGINE_LOSSES)
                 self.fail(turn, self._context.gate.restarting())
 
-    def cancelled(self, turn: Turn, reason: str) -> None:
-        """End a turn that leaves its session unchanged."""
+    def cancelled(self, turn: Turn, reason: str, event: Cancelled | None = None) -> None:
+        """End a turn that leaves its session unchanged. `event` is None if the engine did not know the turn."""
+        if event is None:
+            waited_ms = (self._context.monotonic() - turn.arrived_s) * 1e3
+            event = Cancelled(turn.id, reason, Usage(0, 0, 0), Timings(waited_ms, waited_ms, waited_ms))
+        facts = replies.answer_facts(turn.session.id, reason, event.usage, event.timings, token_ids=None)
         self.end(turn, was_cancelled=True)
         for pending in turn.pending:
-            pending.answer(turn.text, {"session_id": turn.session.id, "finish_reason": reason})
+            pending.answer(turn.text, facts)
 
     def fail(self, turn: Turn, error: Exception) -> None:
         """End a turn with an error."""

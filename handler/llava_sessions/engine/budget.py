@@ -1,0 +1,47 @@
+"""The byte budget of all sessions, from the memory that is free once the weights are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..machine_memory import memory_bytes
+from .faults import release_unused
+
+# Kept free for forwards on CUDA: the working memory that the warm-up measured, times this factor, and a fixed part for
+# fragments of the allocator. deploy/sagemaker/capacity.py has the same numbers.
+WORKING_FACTOR = 1.25
+FRAGMENTS_BYTES = 256 * 2**20
+
+
+class InsufficientMemory(Exception):
+    """The device's memory can't hold one session next to the weights. The message has both sizes."""
+
+
+@dataclass(frozen=True)
+class DeviceBudget:
+    """Bytes for features and KV on the device, and for offloaded KV on the host."""
+
+    device_bytes: int
+    host_bytes: int
+
+
+def choose_budget(
+    device: torch.device, device_bytes: int | None = None, host_bytes: int | None = None, working_bytes: int = 0
+) -> DeviceBudget:
+    """Return a budget of the given sizes. A size of None is derived from the machine's memory.
+
+    On CUDA the device's part is the free memory after loading the weights, minus a reserve for forwards: 1.25 times
+    the measured `working_bytes`, and 256 MiB. Memory that torch caches counts as free: it is released first. On a CPU
+    both parts are RAM: 30 % for the device's and 20 % for the host's. A container's memory limit counts as its RAM.
+    """
+    ram = memory_bytes()
+    if device_bytes is None and device.type == "cuda":
+        release_unused(device)
+        free, _ = torch.cuda.mem_get_info(device)
+        device_bytes = max(free - int(WORKING_FACTOR * working_bytes) - FRAGMENTS_BYTES, 0)
+    return DeviceBudget(
+        device_bytes=int(0.3 * ram) if device_bytes is None else device_bytes,
+        host_bytes=int(0.2 * ram) if host_bytes is None else host_bytes,
+    )

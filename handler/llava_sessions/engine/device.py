@@ -1,0 +1,46 @@
+"""Settings of this process for its CUDA device, and what the device's attention kernels take."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+
+def prepare(device: torch.device) -> None:
+    """Make a CUDA device the current one and choose its attention kernels. Does nothing for a CPU.
+
+    A call that names no device, such as a question about bfloat16 or a compiled kernel, uses the current one.
+    cuDNN's attention is turned off: it builds an execution plan for each length of a cache, 23 to 37 ms each on an
+    H100, and torch would prefer it there. Flash attention has no plans.
+    """
+    if device.type != "cuda":
+        return
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def native_dtype(device: torch.device, stored: torch.dtype | None = None) -> torch.dtype:
+    """Return the best precision of a device for a checkpoint whose weights are `stored`, or unknown for None.
+
+    On CUDA float16 weights stay float16, because bfloat16 has 3 bits less. Others become bfloat16 if the device has
+    instructions for it, else float16. A CPU has bfloat16 if it has instructions for it, else float32.
+    """
+    if device.type == "cuda":
+        keeps = stored == torch.float16 or not torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.float16 if keeps else torch.bfloat16
+    found = torch.cpu.get_capabilities()
+    return torch.bfloat16 if found.get("avx512_bf16") or found.get("amx_bf16") else torch.float32
+
+
+@functools.cache
+def takes_grouped_heads(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether torch has a fast attention kernel for fewer KV heads than query heads.
+
+    On CUDA only flash attention takes them, which needs 16-bit numbers and compute capability 8. Without it torch 2.13
+    computes in float32 from repeated keys and values.
+    """
+    if device.type != "cuda":
+        return True
+    return dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,0 +1,174 @@
+"""`device_bytes: auto` on CUDA: what a first chat with real shapes leaves for sessions, and what `capacity` promises.
+
+Models run on torch's meta device and have two language layers: temporary tensors do not grow with more. KV
+caches and weights have the sizes of all layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionImageProcessor,
+    LlavaProcessor,
+    MistralConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+
+from deploy.sagemaker import capacity
+from deploy.sagemaker.capacity import CLIP, CONTEXT_BYTES, GIB, INSTANCES, MIB, MODELS, InstanceType, LlavaShape
+from llava_sessions.engine.budget import DeviceBudget, InsufficientMemory, choose_budget
+from llava_sessions.engine.engine import Engine
+from llava_sessions.engine.model import Model
+from llava_sessions.engine.process import WarmUp, final_budget, warm_up
+from llava_sessions.text.chat_template import ChatTemplate
+from llava_sessions.text.processors import PillowOnevisionProcessor
+from tests.support import tiny_families
+from tests.support.meta_cuda import Card, meta_cuda
+
+CUDA = torch.device("cuda")
+ONEVISION_GRID = [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)]
+LAYERS = 2
+TEXT_TOKENS = 1024
+# A10G and L4, L40S, A100, H100: one of each, and the A100 that no type has alone.
+NAMES = ("ml.g5.xlarge", "ml.g6.xlarge", "ml.g6e.xlarge", "ml.p5.4xlarge")
+CARDS = [*(item for item in INSTANCES if item.name in NAMES), InstanceType("ml.p4d.24xlarge", "A100", 40960, 1152)]
+
+
+def config_of(shape: LlavaShape, tokenizer: Any, layers: int) -> Any:
+    """Return the configuration of a checkpoint, with `layers` language layers."""
+    kinds = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+    text = kinds[shape.text](
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=32768,
+        eos_token_id=None,
+    )
+    tower = {
+        "hidden_size": shape.tower.width,
+        "intermediate_size": shape.tower.inner,
+        "num_hidden_layers": shape.tower.layers,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+    }
+    ids = {"image_token_index": tokenizer.convert_tokens_to_ids("<image>"), "tie_word_embeddings": False}
+    if shape.tower is not CLIP:
+        vision: Any = SiglipVisionConfig(**tower, image_size=384, vision_use_head=False)
+        ids["video_token_index"] = tokenizer.convert_tokens_to_ids("<video>")
+        return LlavaOnevisionConfig(vision_config=vision, text_config=text, image_grid_pinpoints=ONEVISION_GRID, **ids)
+    vision = CLIPVisionConfig(**tower, image_size=336, projection_dim=768)
+    return (LlavaNextConfig if shape.newline else LlavaConfig)(vision_config=vision, text_config=text, **ids)
+
+
+def processor_of(shape: LlavaShape, tokenizer: Any) -> Any:
+    """Return the processor of a checkpoint, with a small tokenizer."""
+    if shape.tower is not CLIP:
+        images = LlavaOnevisionImageProcessor(size={"height": 384, "width": 384}, image_grid_pinpoints=ONEVISION_GRID)
+        return PillowOnevisionProcessor(
+            images,
+            tokenizer,
+            num_image_tokens=729,
+            vision_feature_select_strategy="full",
+            chat_template=tiny_families.QWEN,
+        )
+    options = {
+        "patch_size": 14,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+        "chat_template": tiny_families.VICUNA,
+    }
+    size: dict[str, Any] = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+    if shape.newline:
+        grid = LlavaNextConfig().image_grid_pinpoints
+        return LlavaNextProcessor(LlavaNextImageProcessor(**size, image_grid_pinpoints=grid), tokenizer, **options)
+    return LlavaProcessor(CLIPImageProcessor(**size), tokenizer, **options)
+
+
+def chat_on(card: Card, shape: LlavaShape, patch: pytest.MonkeyPatch) -> WarmUp:
+    """Run the engine's first chat with a model on a card."""
+    tokenizer = tiny_families._qwen_tokenizer() if shape.text == "qwen2" else tiny_families._llama_tokenizer()
+    with torch.device("meta"):
+        made = AutoModelForImageTextToText.from_config(config_of(shape, tokenizer, LAYERS), dtype=torch.float16)
+    model = Model(made)
+    model.device = CUDA
+    model.kv_shape = replace(model.kv_shape, device=CUDA, layers=shape.layers)
+    template = ChatTemplate(processor_of(shape, tokenizer))
+    card.patch(patch)
+    with meta_cuda(card):
+        return warm_up(Engine(model, template.answer_text, choose_budget(CUDA)), template)
+
+
+@pytest.mark.parametrize("shape", MODELS, ids=lambda shape: shape.name)
+def test_the_budget_is_what_fits_and_what_capacity_promises(shape: LlavaShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = [card for card in CARDS if capacity.fit(shape, card, TEXT_TOKENS).on_gpu]
+    small = cards[0]  # its first chat must be admitted too
+    found = chat_on(Card(small.cuda_bytes, shape.weights_bytes + CONTEXT_BYTES), shape, monkeypatch)
+    assert shape.working_mib == -(-found.working_bytes // MIB)
+    for instance in CARDS:
+        used = shape.weights_bytes + CONTEXT_BYTES
+        card = Card(instance.cuda_bytes, used)
+        card.reserved_bytes = max(instance.cuda_bytes - used, 0)  # what torch may keep of the first chat
+        card.patch(monkeypatch)
+        if instance not in cards:
+            with pytest.raises(InsufficientMemory, match="use a larger device"):
+                final_budget(CUDA, None, None, found)
+            continue
+        device_bytes = final_budget(CUDA, None, None, found).device_bytes
+        assert device_bytes >= 0.9 * possible_bytes(instance.cuda_bytes, shape)
+        # The table rounds the temporary tensors up to a MiB.
+        promised = capacity.free_bytes(shape, instance)
+        assert promised <= device_bytes <= promised + 2 * MIB
+        session_bytes = shape.features_bytes + shape.kv_bytes(shape.picture_tokens + TEXT_TOKENS)
+        assert device_bytes // session_bytes == capacity.fit(shape, instance, TEXT_TOKENS).on_gpu
+
+
+def possible_bytes(total_bytes: int, shape: LlavaShape) -> float:
+    """Return what fits: all but weights, CUDA's 0.4 GiB, temporary tensors with a margin, and 0.5 GiB."""
+    return total_bytes - shape.weights_bytes - 0.9 * GIB - 1.25 * shape.working_mib * MIB
+
+
+@pytest.mark.parametrize(
+    ("name", "possible_gib"),
+    [
+        ("LLaVA-1.5-7B", 8.2),
+        ("LLaVA-NeXT-7B (Vicuna)", 8.1),
+        ("LLaVA-NeXT-7B (Mistral)", 6.8),
+        ("LLaVA-OneVision-7B", 5.4),
+    ],
+)
+def test_the_budget_on_24_gb(name: str, possible_gib: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against sums done by hand for a card of 22.3 GiB. Twice the peak of the first chat left 0 for two of them."""
+    (shape,) = (shape for shape in MODELS if shape.name == name)
+    card = Card(int(22.3 * GIB), shape.weights_bytes + int(0.4 * GIB))
+    card.reserved_bytes = 6 * GIB
+    card.patch(monkeypatch)
+    budget = choose_budget(CUDA, working_bytes=shape.working_mib * MIB)
+    assert budget.device_bytes >= 0.9 * possible_gib * GIB
+
+
+def test_a_first_chat_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = MODELS[0]
+    with pytest.raises(InsufficientMemory, match="use a larger device"):
+        chat_on(Card(shape.weights_bytes + 600 * MIB, shape.weights_bytes), shape, monkeypatch)
+
+
+def test_a_configured_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    Card(GIB, GIB).patch(monkeypatch)
+    assert final_budget(CUDA, 5, 7, WarmUp(1, GIB)) == DeviceBudget(5, 7)

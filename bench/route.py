@@ -67,7 +67,7 @@ class Way:
                 pass
         return taken
 
-    def whole_number(self, session: str) -> float:
+    def whole(self, session: str) -> float:
         """Return the ms from an ask to its whole answer."""
         began = time.perf_counter()
         self._post(session, QUESTION).raise_for_status()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import signal
@@ -74,8 +75,7 @@ class LlavaHandler(BaseHandler):
         journal = open_journal(config.journal_dir, config.journal_s3_prefix, held_bytes)
         inbox = Inbox()
         settings = _engine_settings(config, checkpoint, context.system_properties.get("gpu_id"))
-        # Without an engine the worker cannot serve. TorchServe restarts a worker that ends.
-        self._supervisor = EngineSupervisor(settings, inbox, config.engine_hang_s, give_up=lambda: os._exit(1))
+        self._supervisor = _engine_supervisor(settings, inbox, config.engine_hang_s)
         self._supervisor.launch()
         template = _load_template(checkpoint, config.system_prompt)  # while the engine loads
         engine = self._supervisor.wait()
@@ -96,7 +96,7 @@ class LlavaHandler(BaseHandler):
         self._dimensions = [context.model_name, "Model"]
         self._metrics_lock = threading.Lock()
         self._emitted: MetricValues | None = None
-        self._drained_file = Path(os.environ.get("TEMP") or tempfile.gettempdir()) / f"drained-{os.getpid()}"
+        self._drained_file = _announcement("drained")
         signal.signal(signal.SIGUSR1, lambda *_: self._pump.drain())
         threading.Thread(target=self._sweep, name="sweeper", daemon=True).start()
         self.initialized = True
@@ -181,6 +181,17 @@ def _checked_properties() -> dict[str, str]:
     if problems:
         raise ConfigError(problems)
     return properties
+
+
+def _announcement(name: str) -> Path:
+    """Return the path of a file by which this worker announces its state to the launcher."""
+    return Path(os.environ.get("TEMP") or tempfile.gettempdir()) / f"{name}-{os.getpid()}"
+
+
+def _engine_supervisor(settings: EngineSettings, inbox: Inbox, hang_s: float) -> EngineSupervisor:
+    # Without an engine the worker cannot serve. TorchServe restarts a worker that ends.
+    give_up = functools.partial(os._exit, 1)
+    return EngineSupervisor(settings, inbox, hang_s, give_up, absence_file=_announcement("engine-absent"))
 
 
 def _engine_settings(config: HandlerConfig, checkpoint: str, gpu_id: int | None) -> EngineSettings:

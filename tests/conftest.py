@@ -29,6 +29,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Java's quick compiler alone: a start takes half the CPU time, and no test runs long enough to earn the rest back.
 os.environ.setdefault("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
 
+# Servers of the tests are on loopback, which no proxy reaches.
+for variable in ("NO_PROXY", "no_proxy"):
+    os.environ[variable] = ",".join(filter(None, ["127.0.0.1,localhost", os.environ.get(variable)]))
+
 # A shell starts background jobs with Ctrl-C ignored, which their children inherit. Tests send it to processes.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -12,6 +12,7 @@ import httpx
 from PIL import Image
 
 from .errors import raise_for_error, raise_for_late_error
+from .lines import split_lines
 from .pictures import to_base64
 
 SESSION_HEADER = "X-Amzn-SageMaker-Session-Id"
@@ -73,7 +74,7 @@ class ChatSession:
             if reply.status_code != httpx.codes.OK:
                 reply.read()
             raise_for_error(reply)
-            for line in reply.iter_lines():
+            for line in split_lines(reply.iter_bytes()):
                 yield json.loads(line)
 
     def stream_answer(self, text: str, **options: Any) -> Iterator[tuple[str, Answer]]:

@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import socket
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -23,10 +25,11 @@ from .service import EndpointService
 LOOPBACK = "127.0.0.1"
 # Other names are refused: a web page could resolve its own name to this machine.
 HOSTS = [LOOPBACK, "localhost"]
+EXPOSED = ["Retry-After", contract.NEW_SESSION_HEADER, contract.CLOSED_SESSION_HEADER, contract.ERROR_TYPE_HEADER]
 
 
-def make_app(service: EndpointService) -> Starlette:
-    """Return the endpoint as an ASGI application."""
+def make_app(service: EndpointService, origins: Sequence[str] = ()) -> Starlette:
+    """Return the endpoint as an ASGI application. Web pages of `origins` may call it."""
     conversations = openai_chat.Conversations(service)
 
     async def invoke(request: Request) -> Response:
@@ -48,7 +51,7 @@ def make_app(service: EndpointService) -> Starlette:
             return JSONResponse(error.body, error.status)
         except Fault as fault:
             refusal = openai_chat.OpenAIError.of(fault)
-            return JSONResponse(refusal.body, refusal.status)
+            return JSONResponse(refusal.body, refusal.status, _retry_after(fault))
 
     async def ping(_: Request) -> Response:
         return Response()
@@ -68,8 +71,18 @@ def make_app(service: EndpointService) -> Starlette:
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/ping", ping),
     ]
-    guard = Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)
-    return Starlette(routes=routes, lifespan=lifespan, middleware=[guard], exception_handlers={Fault: _refusal})
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)]
+    if origins:
+        cors = {"allow_origins": origins, "allow_methods": ["POST"], "allow_headers": ["*"], "expose_headers": EXPOSED}
+        middleware.append(Middleware(CORSMiddleware, **cors))
+    return Starlette(routes=routes, lifespan=lifespan, middleware=middleware, exception_handlers={Fault: _refusal})
+
+
+def server_config(app: Starlette, *, log_level: str, timeout_graceful_shutdown: int) -> uvicorn.Config:
+    """Return uvicorn's configuration. Its other parser, httptools, loses the body of a request that offers HTTP/2."""
+    return uvicorn.Config(
+        app, http="h11", log_level=log_level, access_log=False, timeout_graceful_shutdown=timeout_graceful_shutdown
+    )
 
 
 def listen(port: int) -> socket.socket:
@@ -121,6 +134,10 @@ async def _refusal(_: Request, fault: Exception) -> Response:
 
 def _request_id() -> dict[str, str]:
     return {contract.REQUEST_ID_HEADER: str(uuid.uuid4())}
+
+
+def _retry_after(fault: Fault) -> dict[str, str]:
+    return {} if fault.retry_after is None else {"Retry-After": fault.retry_after}
 
 
 async def _frames(answer: StreamedReply) -> AsyncIterator[bytes]:

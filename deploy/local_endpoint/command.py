@@ -16,12 +16,12 @@ from pathlib import Path
 import uvicorn
 
 from deploy.options import Parser, decimal_number, error_prefix, port_number, typed, whole_number
-from deploy.serve.configuration import REPO
+from deploy.serve.configuration import REPO, cors_origins
 from deploy.serve.processes import ServeError
 from deploy.serve.torchserve import TorchServe
 
 from . import contract
-from .app import LOOPBACK, listen, make_app
+from .app import LOOPBACK, listen, make_app, server_config
 from .contract import Corners, PlatformLimits
 from .pins import Instance
 from .service import EndpointService
@@ -44,6 +44,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", default="llava", help="the packed model in the store (default: %(default)s)")
     add("--timeout", type=decimal_number(0), default=600, metavar="S", help="seconds that the model may take to load")
     add("--check", action="store_true", help="check the options and the port, and exit")
+    add("--cut-parts", action="store_true", help="cut streamed replies at odd bytes, as SageMaker may")
     _add_limits(parser)
     _add_corners(parser)
     return parser.parse_args(argv)
@@ -141,10 +142,10 @@ def run(args: argparse.Namespace, servers: list[TorchServe], listener: socket.so
         print(f"  instance {number}: {server.url}, ready in {seconds:.1f} s, logs in {server.log_path.parent}")
     corners = Corners(args.new_session, args.lost_instance, args.create_header)
     limits = PlatformLimits(args.max_body_bytes, args.answer_s, args.stream_s)
-    service = EndpointService(args.name, instances, corners, limits)
+    service = EndpointService(args.name, instances, corners, limits, cut_parts=args.cut_parts)
     print(usage(url, args.name), flush=True)
-    config = uvicorn.Config(make_app(service), log_level="warning", access_log=False, timeout_graceful_shutdown=5)
-    uvicorn.Server(config).run(sockets=[listener])
+    app = make_app(service, cors_origins(os.environ))
+    uvicorn.Server(server_config(app, log_level="warning", timeout_graceful_shutdown=5)).run(sockets=[listener])
 
 
 def start_instance(model_store: Path, model: str) -> TorchServe:
@@ -172,7 +173,7 @@ def usage(url: str, name: str) -> str:
 In another terminal:
 
   export AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME={url}
-  export AWS_ACCESS_KEY_ID=any AWS_SECRET_ACCESS_KEY=any AWS_DEFAULT_REGION={contract.REGION}
+  export AWS_ACCESS_KEY_ID=any AWS_SECRET_ACCESS_KEY=any AWS_DEFAULT_REGION={contract.REGION} NO_PROXY={LOOPBACK}
 
 and then boto3 or the AWS CLI as on SageMaker (README.md has both). Ctrl-C here stops everything."""
 

@@ -1,4 +1,7 @@
-"""HTTP traffic with the containers: filtered headers, and an error as soon as an instance is lost."""
+"""HTTP traffic with the containers: filtered headers, and an error as soon as an instance is lost.
+
+The instances have no HAProxy, so that its rule for content types is applied here (deploy/serve/sessions.cfg).
+"""
 
 from __future__ import annotations
 
@@ -73,6 +76,9 @@ class ContainerClient:
 
     def _request(self, instance: Instance, call: ApiCall, session: str | None) -> httpx.Request:
         headers = {name: call.headers[name] for name in contract.TO_CONTAINER if name in call.headers}
+        if "Content-Type" in headers:
+            headers[contract.CONTENT_TYPE_HEADER] = headers["Content-Type"]
+        headers["Content-Type"] = contract.JSON_TYPE
         headers.setdefault(contract.INFERENCE_HEADER, str(uuid.uuid4()))
         headers[contract.FORWARDED_API_HEADER] = call.api
         if call.api == contract.INVOKE_STREAM:

@@ -21,6 +21,9 @@ STREAM_TYPE_HEADER = "X-Amzn-SageMaker-Content-Type"
 VARIANT_HEADER = "x-Amzn-Invoked-Production-Variant"
 REQUEST_ID_HEADER = "x-amzn-RequestId"
 ERROR_TYPE_HEADER = "x-amzn-ErrorType"
+# In the container HAProxy sends each body to TorchServe as JSON, and its content type in this header.
+CONTENT_TYPE_HEADER = "X-Llava-Content-Type"
+JSON_TYPE = "application/json"
 
 NEW_SESSION = "NEW_SESSION"
 VARIANT = "AllTraffic"

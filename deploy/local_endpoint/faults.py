@@ -8,7 +8,12 @@ from .contract import ACCOUNT, MESSAGE_MAX_CHARS, REGION
 
 
 class Fault(Exception):
-    """An error reply to a call. `kind` is the class that botocore raises; `fields` are its members."""
+    """An error reply to a call. `kind` is the class that botocore raises; `fields` are its members.
+
+    `retry_after` is the container's header, which SageMaker does not pass on; the OpenAI route does.
+    """
+
+    retry_after: str | None = None
 
     def __init__(self, status: int, kind: str, message: str, **fields: str | int) -> None:
         super().__init__(message)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 PING_EVERY_S = 0.5
+# Sizes of parts that end inside lines and characters.
+ODD_SIZES = (1, 5, 3, 17, 2, 61)
 _TIMED_OUT = "Your invocation timed out while waiting for a response from container primary."
 
 
@@ -38,12 +41,15 @@ class EndpointService:
         corners: Corners | None = None,
         limits: PlatformLimits | None = None,
         clock: Callable[[], float] = time.time,
+        *,
+        cut_parts: bool = False,
     ) -> None:
-        """`clock` returns seconds since the epoch; sessions expire by it."""
+        """`clock` returns seconds since the epoch; sessions expire by it. `cut_parts`: cut streams at odd bytes."""
         self.name = name
         self.pins = SessionPins(instances, clock)
         self.limits = limits or PlatformLimits()
         self._corners = corners or Corners()
+        self._cut_parts = cut_parts
         self._containers = ContainerClient(self._corners)
 
     async def close(self) -> None:
@@ -120,7 +126,8 @@ class EndpointService:
             await reply.aclose()
             raise
         headers = self._headers(reply, instance, contract.STREAM_TYPE_HEADER)
-        return StreamedReply(headers, self._parts(reply, instance, deadline))
+        parts = self._parts(reply, instance, deadline)
+        return StreamedReply(headers, cut_at_odd_bytes(parts) if self._cut_parts else parts)
 
     async def _parts(self, reply: httpx.Response, instance: Instance, deadline: float) -> AsyncGenerator[bytes, None]:
         chunks = reply.aiter_raw()
@@ -199,9 +206,27 @@ class EndpointService:
         return faults.no_answer(self.name, logs, message)
 
 
+async def cut_at_odd_bytes(parts: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """Cut a body that arrives in parts into parts of `ODD_SIZES`, as SageMaker may cut it anywhere."""
+    sizes = itertools.cycle(ODD_SIZES)
+    size = next(sizes)
+    held = b""
+    async with contextlib.aclosing(parts):
+        async for part in parts:
+            held += part
+            while len(held) > size:
+                yield held[:size]
+                held = held[size:]
+                size = next(sizes)
+    if held:
+        yield held
+
+
 def _model_error(endpoint: str, instance: Instance, reply: httpx.Response, body: bytes) -> faults.Fault:
     """Return the error for an error reply of a container."""
-    return faults.model_error(endpoint, instance.logs, reply.status_code, body.decode(errors="replace"))
+    fault = faults.model_error(endpoint, instance.logs, reply.status_code, body.decode(errors="replace"))
+    fault.retry_after = reply.headers.get("Retry-After")
+    return fault
 
 
 def _place(pins: SessionPins) -> Instance:

@@ -19,6 +19,9 @@ WORKER_ENV = HERE / "local.env"
 LOG_CONFIG = HERE / "log4j2.xml"
 METRICS_CONFIG = HERE / "metrics.yaml"
 
+CORS_VARIABLE = "CORS_ORIGINS"
+_ORIGIN = re.compile(r"\*|null|https?://[A-Za-z0-9.:\[\]-]+")
+
 HEADER_KEYS = {  # the frontend's property and the worker's variable for one header must agree
     "ts_header_key_sequence_id": "TS_REQUEST_SEQUENCE_ID",
     "ts_header_key_sequence_end": "TS_REQUEST_SEQUENCE_END",
@@ -50,6 +53,15 @@ def worker_env(home: ServerHome, changes: Mapping[str, str]) -> dict[str, str]:
     logs = str(home.logs)
     env |= {"TMPDIR": temp, "TEMP": temp, "LOG_LOCATION": logs, "METRICS_LOCATION": logs}
     return {**env, **changes}
+
+
+def cors_origins(env: Mapping[str, str]) -> list[str]:
+    """Return the origins whose web pages may call the server, `*` for all. Raise `ServeError` for any other word."""
+    origins = env.get(CORS_VARIABLE, "").split()
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise ServeError(f"{CORS_VARIABLE} must be origins such as https://example.com, or *, got {origin!r}")
+    return origins
 
 
 def check_headers(properties: Mapping[str, str], env: Mapping[str, str]) -> None:

@@ -17,11 +17,13 @@ import subprocess
 import time
 from pathlib import Path
 
+from .configuration import CORS_VARIABLE, cors_origins
 from .logs import tail
 from .processes import LOOPBACK, Guard, ServeError, kill_group
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = (HERE / "sessions.cfg", HERE / "front.cfg")
+BODY_LIMIT = HERE / "body_limit.lua"
 MIN_HAPROXY = (2, 6)
 SERVER = "torchserve/local"  # backend and server in front.cfg
 START_TIMEOUT_S = 10.0
@@ -35,7 +37,13 @@ class HAProxy:
         self._home = home
         self._log = home / "logs" / "haproxy.log"
         self._guard = guard
-        self._address = {"FRONT_HOST": host, "FRONT_PORT": str(port), "FRONT_TARGET": str(target)}
+        self._variables = {
+            "FRONT_HOST": host,
+            "FRONT_PORT": str(port),
+            "FRONT_TARGET": str(target),
+            "BODY_LIMIT": str(BODY_LIMIT),
+            "SESSIONS_RUN": str(home),
+        }
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -53,6 +61,9 @@ class HAProxy:
     def start(self) -> None:
         """Start or restart HAProxy. Return when it answers. Raise `ServeError`."""
         self.stop(timeout_s=0)
+        env = dict(os.environ)
+        if not cors_origins(env):
+            env.pop(CORS_VARIABLE, None)
         command = [self._haproxy, "-db", "-q"]
         for config in CONFIGS:
             command += ["-f", str(config)]
@@ -62,7 +73,7 @@ class HAProxy:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self._address, "SESSIONS_RUN": str(self._home)},
+                env={**env, **self._variables},
                 start_new_session=True,
             )
         self._guard.watch(self._process.pid)
@@ -83,6 +94,10 @@ class HAProxy:
     def drain(self) -> None:
         """Answer /ping with 404, so that a balancer sends no new sessions. Requests still pass."""
         self._command("experimental-mode on; set var proc.draining bool(true)")
+
+    def set_engine_absent(self, absent: bool) -> None:
+        """While the engine is absent answer /ping with 503. Requests still pass."""
+        self._command(f"experimental-mode on; set var proc.engine_absent bool({str(absent).lower()})")
 
     def in_flight(self) -> int:
         """Return the number of requests whose answer the client has not yet received in full."""

@@ -19,14 +19,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 from .configuration import LOG_CONFIG, REPO
 from .home import ServerHome
 from .logs import NOISE
 from .processes import Guard, ServeError, kill_group
 
 MIN_JAVA = 17
-# The frontend's heap is allocated at start: its memory is constant from then on, so that a leak is visible.
-HEAP = ("-Xms384m", "-XX:+AlwaysPreTouch")
+# The first part of the heap is allocated at start: memory is constant in common use, so that a leak is visible.
+FIRST_HEAP_MIB = 384
+# The whole heap: an eighth of the memory, within these limits. A request takes about three times its body.
+MIN_HEAP_MIB = 512
+MAX_HEAP_MIB = 2048
+# The memory limit of the container, in the files of cgroup v2 and v1.
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 class JavaProcess:
@@ -116,11 +123,26 @@ def java_command(
     """
     site = _torchserve_site()
     command = [find_java(), f"-Dmodel_server_home={site}", f"-Dlog4j.configurationFile=file://{LOG_CONFIG}"]
-    command += [f"-Djava.io.tmpdir={home.temp}", f"-Dllava.log.level={log_level}", *HEAP, *options]
+    command += [f"-Djava.io.tmpdir={home.temp}", f"-Dllava.log.level={log_level}", *heap_options(), *options]
     command += ["-cp", str(site / "ts" / "frontend" / "*"), "org.pytorch.serve.ModelServer"]
     command += ["--python", sys.executable, "-f", str(config), "-s", str(archive.parent), "-ncs"]
     command += ["-m", f"{name}={archive.name}"]
     return command
+
+
+def heap_options(cgroup_limits: Sequence[Path] = CGROUP_LIMITS) -> list[str]:
+    """Return the JVM's options for the heap. An operator's option of the same name follows them and wins."""
+    heap_mib = min(max(_memory_bytes(cgroup_limits) // 8 >> 20, MIN_HEAP_MIB), MAX_HEAP_MIB)
+    return [f"-Xms{FIRST_HEAP_MIB}m", f"-Xmx{heap_mib}m", "-XX:+AlwaysPreTouch"]
+
+
+def _memory_bytes(cgroup_limits: Sequence[Path]) -> int:
+    """Return the memory of the container, or of the machine if it is less (cgroup v1 writes a huge number for none)."""
+    sizes = [psutil.virtual_memory().total]
+    for path in cgroup_limits:
+        with contextlib.suppress(OSError, ValueError):  # no such cgroup version; "max"
+            sizes.append(int(path.read_text()))
+    return min(sizes)
 
 
 def find_java() -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from deploy.versions import HeldArchive
 
 from .configuration import hold_archive
+from .engine_watch import EngineWatch, engine_is_absent
 from .haproxy import HAProxy
 from .home import ServerHome
 from .ports import choose_ports
@@ -75,6 +76,7 @@ class Service:
         self._stopped_by = ""
         self._deaths = 0  # since the server last ran for STEADY_S
         self._failed_starts = 0  # in a row
+        self._engine = EngineWatch()
         self.ready = False
         self.haproxy: HAProxy | None = None
         self.server: TorchServe | None = None
@@ -184,6 +186,9 @@ class Service:
         while not self._stopped_by:
             if (reason := server.death()) is not None:
                 return reason
+            # While the worker has no engine, and for a while after an engine that was lost again, /ping is 503.
+            if self._engine.observe(engine_is_absent(server.home / "tmp"), time.monotonic()):
+                self._set_ready(self.ready)
             self._pause(POLL_S)
         return None
 
@@ -199,6 +204,7 @@ class Service:
         self.ready = ready
         if self.haproxy is not None:
             with contextlib.suppress(OSError):  # HAProxy has died: `_keep_haproxy` sets the state of the next one
+                self.haproxy.set_engine_absent(self._engine.is_avoided)
                 self.haproxy.open() if ready else self.haproxy.shut()
 
     def _pause(self, seconds: float) -> None:

@@ -31,6 +31,8 @@ FRONTEND_MARGIN_S = 120
 _JSON_BYTES_PER_CHAR = 12
 JSON_BYTES_PER_PICTURE_BYTE = 2
 _JSON_BYTES_OF_OPTIONS = 64 * 2**10
+# The largest request, as in HAProxy's rules (deploy/serve/sessions.cfg).
+MAX_REQUEST_BYTES = 32 * 2**20
 _TEXT_MAX_CHARS = 40
 # A validator's error type: its message is complete.
 _DEFAULT_ABOVE_MAX = "default_above_max"
@@ -246,9 +248,10 @@ def frontend_capacity(max_sessions: int) -> int:
 
 
 def max_body_bytes(limits: RequestLimits, media: MediaLimits) -> int:
-    """Return the size of the longest body that the limits allow, in bytes."""
+    """Return the size of the longest body that the limits and the fronts allow, in bytes."""
     pictures = max(limits.max_pictures, limits.max_frames) * media.max_bytes * JSON_BYTES_PER_PICTURE_BYTE
-    return _JSON_BYTES_OF_OPTIONS + limits.max_prompt_chars * _JSON_BYTES_PER_CHAR + pictures
+    longest = _JSON_BYTES_OF_OPTIONS + limits.max_prompt_chars * _JSON_BYTES_PER_CHAR + pictures
+    return min(longest, MAX_REQUEST_BYTES)
 
 
 def read_config(model_yaml: Mapping[str, Any]) -> HandlerConfig:

@@ -12,6 +12,7 @@ from botocore.client import BaseClient
 from botocore.exceptions import ClientError
 
 from deploy.serve.torchserve import TorchServe
+from llava_sessions_client import split_lines
 
 from .conftest import NAME, Endpoint, ask, close_session, invoke, open_session, picture, runtime, under_one_corner
 
@@ -29,7 +30,7 @@ def stream(client: BaseClient, session: str, text: str) -> list[dict]:
         EndpointName=NAME, ContentType="application/json", Body=json.dumps(body), SessionId=session
     )
     wire = b"".join(event["PayloadPart"]["Bytes"] for event in reply["Body"])
-    return [json.loads(line) for line in wire.splitlines()]
+    return [json.loads(line) for line in split_lines([wire])]
 
 
 def refused(client: BaseClient, session: str, body: dict) -> dict:
@@ -94,7 +95,9 @@ def test_a_session_that_the_container_has_forgotten(endpoint: Endpoint, client: 
     session = open_session(client, 4)
     instance = endpoint.service.pins.find(session)
     behind = {"X-Amzn-SageMaker-Session-Id": session}
-    httpx.post(f"{instance.url}/invocations", json={"type": "close_session"}, headers=behind).raise_for_status()
+    httpx.post(
+        f"{instance.url}/invocations", json={"type": "close_session"}, headers=behind, trust_env=False
+    ).raise_for_status()
     response = refused(client, session, {"type": "send_text_prompt", "prompt_text": SHAPES})
     assert response["OriginalStatusCode"] == 404
     assert json.loads(response["OriginalMessage"])["error"]["code"] == "session_not_found"

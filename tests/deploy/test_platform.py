@@ -4,7 +4,9 @@ tells what it got and answers as it is told to.
 
 from __future__ import annotations
 
+import http.server
 import json
+import threading
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -70,6 +72,7 @@ def test_the_container_sees_what_the_api_knows_and_nothing_else(front: Endpoint,
     own = {name: value for name, value in told.items() if not name.startswith("ts_")}
     assert {name: value for name, value in own.items() if name.lower() not in ("host", "content-length", "body")} == {
         "Content-Type": "application/json",
+        "X-Llava-Content-Type": "application/json",
         "Accept": "application/json",
         "X-Amzn-SageMaker-Custom-Attributes": "tenant=7",
         "X-Amzn-SageMaker-Target-Variant": "AllTraffic",
@@ -77,8 +80,78 @@ def test_the_container_sees_what_the_api_knows_and_nothing_else(front: Endpoint,
         "X-Amzn-SageMaker-Session-Id": "seen-1",
         "X-Amzn-SageMaker-Forwarded-Api": "InvokeEndpoint",
     }
-    raw = httpx.post(f"{front.url}/endpoints/{NAME}/invocations", json={}, headers={"X-Mine": "1", "Cookie": "a=b"})
+    raw = httpx.post(
+        f"{front.url}/endpoints/{NAME}/invocations", json={}, headers={"X-Mine": "1", "Cookie": "a=b"}, trust_env=False
+    )
     assert not {"x-mine", "cookie", "user-agent"} & {name.lower() for name in raw.json()["headers"]}
+
+
+def test_a_forgotten_content_type_reaches_the_container_as_json(front: Endpoint) -> None:
+    url = f"{front.url}/endpoints/{NAME}/invocations"
+    for content_type in ("application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        reply = httpx.post(url, content=b'{"a": "=50%"}', headers={"Content-Type": content_type}, trust_env=False)
+        told = {name.lower(): value for name, value in reply.json()["headers"].items()}
+        assert (told["content-type"], told["x-llava-content-type"]) == ("application/json", content_type)
+
+
+@pytest.mark.parametrize("path", [f"/endpoints/{NAME}/invocations", "/v1/chat/completions"])
+def test_an_offer_of_http_2_is_ignored(front: Endpoint, path: str) -> None:
+    """As each request of Java's HttpClient makes it."""
+    offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAEAAEAAAAIAAAAA"}
+    with httpx.Client(base_url=front.url, trust_env=False) as http:
+        plain, offered = (http.post(path, json={"messages": []}, headers=headers) for headers in ({}, offer))
+        assert plain.status_code == offered.status_code
+        assert "not JSON" not in offered.text
+        assert "must be JSON" not in offered.text
+        assert http.head("/ping").status_code == 200
+
+
+def test_only_pages_of_allowed_origins_may_call(front: Endpoint, stand_in: TorchServe) -> None:
+    origin = "https://a.example"
+    asks = {
+        "Origin": origin,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization",
+    }
+    with Endpoint([stand_in], origins=[origin]) as allowing:
+        for endpoint, allowed in ((allowing, origin), (front, None)):
+            reply = httpx.options(f"{endpoint.url}/v1/chat/completions", headers=asks, trust_env=False)
+            assert reply.headers.get("Access-Control-Allow-Origin") == allowed
+            assert reply.is_success == (allowed is not None)
+
+
+class Busy(http.server.BaseHTTPRequestHandler):
+    """A container that has no room."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._reply(429, b'{"error": {"code": "capacity", "message": "All sessions are taken."}}')
+
+    def do_GET(self) -> None:
+        self._reply(200, b"{}")
+
+    def _reply(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Retry-After", "7")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Print nothing."""
+
+
+def test_the_openai_route_passes_on_when_to_try_again() -> None:
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    message = {"role": "user", "content": [picture, {"type": "text", "text": "Hm?"}]}
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Busy) as busy:
+        threading.Thread(target=busy.serve_forever, daemon=True).start()
+        instance = SimpleNamespace(url=f"http://127.0.0.1:{busy.server_address[1]}", log_path="log")
+        with Endpoint([instance]) as endpoint:
+            url = f"{endpoint.url}/v1/chat/completions"
+            reply = httpx.post(url, json={"model": "m", "messages": [message]}, trust_env=False)
+        busy.shutdown()
+    assert (reply.status_code, reply.headers["Retry-After"]) == (429, "7")
 
 
 def test_a_request_without_an_inference_id_gets_one(platform: BaseClient) -> None:
@@ -169,7 +242,9 @@ def test_another_endpoints_name_is_refused(platform: BaseClient) -> None:
 
 
 def test_a_name_that_was_pointed_here_is_refused(front: Endpoint) -> None:
-    reply = httpx.post(f"{front.url}/endpoints/{NAME}/invocations", json={}, headers={"Host": "evil.example"})
+    reply = httpx.post(
+        f"{front.url}/endpoints/{NAME}/invocations", json={}, headers={"Host": "evil.example"}, trust_env=False
+    )
     assert reply.status_code == 400
 
 

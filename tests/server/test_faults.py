@@ -5,6 +5,7 @@ tests/soak.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -28,6 +29,7 @@ from llava_sessions.journal import encoding
 from llava_sessions_client import ApiError, ChatSession, to_png
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.support.chats import LONG, Crowd, PatientChat, Said, Tally, client, scene_scripts, undisturbed
+from tests.support.commands import eventually
 from tests.support.serving import Served, pack
 from tests.support.variants import COLOURS, make_variant, says
 
@@ -124,6 +126,29 @@ def test_memory_that_runs_out_refuses_one_turn_and_harms_none(
     assert served.engine_pid == engine.pid
     for chat in chats:
         chat.close()
+
+
+def test_no_new_sessions_are_invited_while_the_engine_is_replaced(served: Served, http: httpx.Client) -> None:
+    """/ping is 503 from the loss to the next engine. The next one is stopped while it loads, to take a while."""
+    chat = PatientChat(http).open(PICTURES[0])
+    answer = chat.ask(FIRST)
+    assert http.get("/ping").status_code == 200
+    killed = served.signal_engine(signal.SIGKILL)
+    assert eventually(lambda: served.engine_pid not in (None, killed))
+    stopped = served.signal_engine(signal.SIGSTOP)
+    try:
+        assert eventually(lambda: http.get("/ping").status_code == httpx.codes.SERVICE_UNAVAILABLE)
+        reply = http.get("/ping")
+        assert reply.json()["error"]["code"] == "engine_restarting"
+        assert int(reply.headers["Retry-After"]) >= 1
+        ask = {"type": "send_text_prompt", "prompt_text": SECOND}
+        assert http.post("/invocations", json=ask, headers=chat.headers).json()["error"]["code"] == "engine_restarting"
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # it was taken for hung
+            os.kill(stopped, signal.SIGCONT)
+    assert chat.ask(FIRST).prompt_tokens > answer.prompt_tokens
+    assert eventually(lambda: http.get("/ping").is_success)
+    chat.close()
 
 
 def test_an_engine_killed_in_mid_stream(served: Served, http: httpx.Client, calm: list[list[Said]]) -> None:

@@ -120,9 +120,9 @@ def test_other_content_types_are_read_as_json_or_refused(http: httpx.Client) -> 
         assert reply.status_code == 200, content_type
         ChatSession(http, reply.json()["session_id"], "").close()
     form = http.post("/invocations", files={"body": ("a.txt", b"hello", "text/plain")})
-    assert code(form) == (400, "invalid_request")
+    assert code(form) == (415, "unsupported_media")
     smuggled = http.post("/invocations", files={SESSION_HEADER: ("a.txt", b"hello", "text/plain")})
-    assert code(smuggled) == (400, "invalid_request")
+    assert code(smuggled) == (415, "unsupported_media")
 
 
 def test_unknown_closed_and_busy_sessions(http: httpx.Client, chat: ChatSession) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from llava_sessions_client import SESSION_HEADER, ApiError, to_png
+from llava_sessions_client import SESSION_HEADER, ApiError, split_lines, to_png
 from models.shapes.scenes import HELD_OUT_SEEDS, dialogue, make_scene
 
 # No request may hang longer; a client waits for a reply's next bytes as long.
@@ -162,7 +162,7 @@ class PatientChat:
         with self._http.stream("POST", "/invocations", json=body, headers=self.headers) as reply:
             if reply.status_code != httpx.codes.OK:
                 reply.read()
-            for line in map(json.loads, _checked(reply).iter_lines()):
+            for line in map(json.loads, split_lines(_checked(reply).iter_bytes())):
                 if "error" in line:
                     raise _problem(200, line["error"], 1.0)
                 text += line["delta"]

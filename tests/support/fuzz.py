@@ -1,7 +1,8 @@
-"""Send malformed requests to a real server while sessions chat on, and judge every reply.
+"""Send malformed requests to HAProxy and a real server while sessions chat on, and judge every reply.
 
 Requests are structures by hypothesis, real payloads and pictures with flipped bits and cut ends, decompression bombs,
-random headers, and slow, half-closed and broken connections; some name sessions of others. A run fails if
+random headers, forms, multipart bodies, odd content types, offers of HTTP/2, bodies that cost memory or time, and slow,
+half-closed and broken connections; some name sessions of others. A run fails if
 
 - a process was replaced,
 - a complete request gets no reply, or one that is not documented,
@@ -30,7 +31,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,6 +39,9 @@ import httpx
 import hypothesis
 from hypothesis import strategies as st
 
+from deploy.serve.haproxy import HAProxy, find_haproxy
+from deploy.serve.ports import free_ports
+from deploy.serve.processes import Guard
 from deploy.serve.torchserve import TorchServe
 from llava_sessions.errors import STATUS_OF_CODE
 from llava_sessions_client import SESSION_HEADER, ApiError, ChatSession, to_png, wait_for_metrics
@@ -49,20 +53,24 @@ THREADS, CONTROLS = 12, 3
 ANSWER_S = 60.0  # a whole request must be answered by then
 MOST_UNANSWERED = 0.0005  # of all requests, see above
 MINE, THEIRS = "@mine@", "@theirs@"
-# What TorchServe's frontend answers by itself: to malformed HTTP (400), unknown paths (404) and methods (405), bodies
-# over max_request_size (413), an Expect that it does not know (417) and when its queues are full (503).
-FRONTEND = {
-    (400, "BadRequestException"),
-    (404, "ResourceNotFoundException"),
-    (404, "ModelNotFoundException"),
-    (404, "ModelVersionNotFoundException"),
-    (405, "MethodNotAllowedException"),
-    (413, ""),
-    (417, ""),
-    (503, "ServiceUnavailableException"),
-}
+# What HAProxy answers by itself. TorchServe's own errors reach no client.
+HAPROXY = {"not_found": 404, "method_not_allowed": 405, "request_timeout": 408}
+PAGE = b"<html>"  # of HAProxy 2.6, for what it cannot parse as HTTP; no configuration replaces it
+PAGE_STATUSES = {400, 413, 422, 501}
 # No engine dies and nothing stops here, and no request may be our fault.
 UNWANTED = {"internal", "engine_restarting", "shutting_down"}
+FORM, MULTIPART = "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"
+CONTENT_TYPES = (FORM, MULTIPART, "text/plain", "text/csv", "image/png", "application/xml", "*/*", ";", "x" * 300, "")
+H2C = {"Connection": "Upgrade, HTTP2-Settings, close", "Upgrade": "h2c", "HTTP2-Settings": "AAEAAEAAAAIAAAAA"}
+# Bodies whose cost is out of proportion to what they say.
+HEAVY = (
+    b"a=&" * (1 << 21),
+    b'{"type": "start_session", "image": "' + b"AA " * (1 << 20) + b'"}',
+    b'{"type": "send_text_prompt", "session_id": "nobody", "prompt_text": "' + b"<s>" * 10_922 + b'"}',
+    b'{"type": "start_session", "path": "' + b"a" * (1 << 22) + b'"}',
+    b'{"type": "start_session", "images": [' + b'"AAAA",' * 100_000 + b'"AAAA"]}',
+    b"[" * (1 << 20),
+)
 QUESTIONS = ("Which shapes are there?", "How many shapes are there?", "What is in the middle?")
 
 
@@ -192,10 +200,11 @@ def mutated(data: bytes, chance: random.Random) -> bytes:
 class Fuzz:
     """What all threads share: where the server is, whose sessions are chatting beside, and the books."""
 
-    def __init__(self, server: TorchServe) -> None:
-        host, port = server.url.removeprefix("http://").split(":")
+    def __init__(self, url: str) -> None:
+        host, port = url.removeprefix("http://").split(":")
         self.address = (host, int(port))
-        self.url = server.url
+        self.url = url
+        self.memory: dict[str, dict[str, int]] = {}
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.unanswered: list[str] = []
@@ -282,7 +291,7 @@ class _Attacker:
 
     def send(self, text: str) -> None:
         """One request."""
-        kinds: list[tuple[int, Callable[[str], None]]] = [
+        kinds: list[tuple[float, Callable[[str], None]]] = [
             (50, self._structure),
             (15, self._payload),
             (15, self._picture),
@@ -290,6 +299,11 @@ class _Attacker:
             (5, self._slow),
             (4, self._half_closed),
             (3, self._broken_http),
+            (5, self._odd_type),
+            (3, self._form),
+            (3, self._multipart),
+            (3, self._upgrade),
+            (0.5, self._heavy),
         ]
         (kind,) = self._chance.choices([kind for _, kind in kinds], [weight for weight, _ in kinds])
         kind(text)
@@ -347,6 +361,28 @@ class _Attacker:
         ]
         picked = {self._chance.choice(names): self._chance.choice(values) for _ in range(self._chance.randrange(1, 4))}
         self._ask(self._filled(text), "headers", picked, strict=False)
+
+    def _odd_type(self, text: str) -> None:
+        headers = {"Content-Type": self._chance.choice(CONTENT_TYPES)}
+        if self._chance.random() < 0.2:
+            headers["Content-Encoding"] = self._chance.choice(("gzip", "br", "identity", "é"))
+        self._ask(self._filled(text), "odd type", {**self._session(), **headers})
+
+    def _form(self, text: str) -> None:
+        pairs = "&".join(f"{number}={text[:20]}%" for number in range(self._chance.randrange(50)))
+        body = self._chance.choice((self._filled(text), pairs.encode("utf-8", "replace"), b"=" * 99, b"%", b"a=%zz"))
+        self._ask(body, "form", {**self._session(), "Content-Type": FORM})
+
+    def _multipart(self, text: str) -> None:
+        part = b'--x\r\nContent-Disposition: form-data; name="body"\r\n\r\n' + self._filled(text)
+        body = self._chance.choice((part, part + b"\r\n--x--\r\n", b"--x--", mutated(part, self._chance)))
+        self._ask(body, "multipart", {**self._session(), "Content-Type": MULTIPART})
+
+    def _upgrade(self, text: str) -> None:
+        self._ask(self._filled(text), "upgrade", {**self._session(), **H2C})
+
+    def _heavy(self, _: str) -> None:
+        self._ask(self._chance.choice(HEAVY), "heavy", {"Content-Type": self._chance.choice(CONTENT_TYPES)})
 
     def _slow(self, text: str) -> None:
         self._ask(self._filled(text), "slow", self._session(), pieces=self._chance.randrange(2, 6))
@@ -444,7 +480,7 @@ def _request(body: bytes, headers: dict[str, str]) -> bytes:
 
 
 def _outcome(status: int, body: bytes) -> str:
-    """What a reply is, in words; one that is neither ours nor known of TorchServe is undocumented."""
+    """What a reply is, in words; one that is neither ours nor HAProxy's is undocumented."""
     told: object = None
     with contextlib.suppress(ValueError):
         told = json.loads(body.splitlines()[-1] if body.strip() else b"null")
@@ -454,18 +490,38 @@ def _outcome(status: int, body: bytes) -> str:
         return "200" if code is None else f"200 {code}" if code not in UNWANTED else f"undocumented 200 {code}"
     if isinstance(told, dict) and isinstance(told.get("error"), dict):
         code = told["error"].get("code")
-        known = STATUS_OF_CODE.get(code) == status and code not in UNWANTED
+        known = {**STATUS_OF_CODE, **HAPROXY}.get(code) == status and code not in UNWANTED
         return f"{status} {code}" if known else f"undocumented {status} {code}"
-    whole: object = None
-    with contextlib.suppress(ValueError):
-        whole = json.loads(body) if body.strip() else {}
-    kind = whole.get("type", "") if isinstance(whole, dict) else "?"
-    return f"{status} TorchServe {kind}".strip() if (status, kind) in FRONTEND else f"undocumented {status} {kind}"
+    is_page = body.startswith(PAGE) and status in PAGE_STATUSES
+    return f"{status} HAProxy's page" if is_page else f"undocumented {status}"
 
 
-def fuzz(server: TorchServe, requests: int, seed: int, threads: int = THREADS) -> Fuzz:
-    """The run on a server with sessions that idle out soon; `wrong` of the result is what must not have happened."""
-    run, processes = Fuzz(server), Processes.of(server)
+def fuzz(server: TorchServe, url: str, requests: int, seed: int, threads: int = THREADS, warm_up: int = 0) -> Fuzz:
+    """The run on a server with sessions that idle out soon, and HAProxy at `url`.
+
+    `wrong` of the result is what must not have happened. `memory` is what each process held before and after, in bytes;
+    the first figures are those after `warm_up` other requests, when all code has run once.
+    """
+    warm = _run(server, url, warm_up, seed + 1_000_000, threads).wrong if warm_up else []
+    before = _rss(server)
+    run = _run(server, url, requests, seed, threads)
+    run.wrong[:0] = warm
+    run.memory = {"before": before, "after": _rss(server)}
+    return run
+
+
+def grown(memory: Mapping[str, Mapping[str, int]], share: float = 0.1) -> list[str]:
+    """The processes of the worker and Java that hold more than before by over a share."""
+    before, after = memory["before"], memory["after"]
+    return [role for role in ("java", "worker") if after[role] > before[role] * (1 + share)]
+
+
+def _rss(server: TorchServe) -> dict[str, int]:
+    return {role: figures["rss_bytes"] for role, figures in Processes.of(server).sample().items()}
+
+
+def _run(server: TorchServe, url: str, requests: int, seed: int, threads: int) -> Fuzz:
+    run, processes = Fuzz(url), Processes.of(server)
     sessions = max(CONTROLS + threads, SESSIONS) if threads == THREADS else CONTROLS + threads
     with ThreadPoolExecutor(CONTROLS + threads) as pool:
         controls = [pool.submit(run.control, number) for number in range(CONTROLS)]
@@ -517,8 +573,17 @@ def _open_when_there_is_room(own: httpx.Client, picture: bytes) -> ChatSession:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, sessions: int, idle_s: int = IDLE_S) -> Iterator[TorchServe]:
-    """Run a server whose sessions expire soon after their last answer."""
+def serving(folder: Path, sessions: int, idle_s: int = IDLE_S) -> Iterator[tuple[TorchServe, str]]:
+    """Run a server whose sessions expire soon after their last answer, and HAProxy in front. Yield it and the URL."""
     store = pack(folder, sessions, session_ttl_s=TTL_S, session_idle_s=idle_s)
-    with running(TorchServe(store)) as (server,):
-        yield server
+    home, port = folder / "front", free_ports(1)[0]
+    (home / "logs").mkdir(parents=True)
+    with contextlib.ExitStack() as stack:
+        (server,) = stack.enter_context(running(TorchServe(store)))
+        guard = Guard()
+        stack.callback(guard.release)
+        front = HAProxy(find_haproxy(), home, guard, port=port, target=server.ports["inference"])
+        stack.callback(front.stop)
+        front.start()
+        front.open()
+        yield server, f"http://127.0.0.1:{port}"

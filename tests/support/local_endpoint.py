@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import uvicorn
 
-from deploy.local_endpoint.app import listen, make_app
+from deploy.local_endpoint.app import listen, make_app, server_config
 from deploy.local_endpoint.contract import Corners, PlatformLimits
 from deploy.local_endpoint.pins import Instance
 from deploy.local_endpoint.service import EndpointService
@@ -26,14 +26,16 @@ class Endpoint:
         corners: Corners | None = None,
         limits: PlatformLimits | None = None,
         clock: Callable[[], float] = time.time,
+        origins: Sequence[str] = (),
+        cut_parts: bool = False,
     ) -> None:
         self.corners = corners or Corners()
         instances = [Instance(number, server.url, str(server.log_path)) for number, server in enumerate(servers, 1)]
-        self.service = EndpointService(NAME, instances, corners, limits, clock)
+        self.service = EndpointService(NAME, instances, corners, limits, clock, cut_parts=cut_parts)
         self._listener = listen(0)
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        app = make_app(self.service)
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+        app = make_app(self.service, origins)
+        self._server = uvicorn.Server(server_config(app, log_level="error", timeout_graceful_shutdown=1))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._listener]}, daemon=True)
 
     def __enter__(self) -> Endpoint:

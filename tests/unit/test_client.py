@@ -30,6 +30,15 @@ def lines(*events: dict) -> httpx.Response:
     return httpx.Response(200, text="".join(f"{json.dumps(event)}\n" for event in events))
 
 
+def test_lines_end_at_lf_only_and_parts_may_end_anywhere() -> None:
+    events = [{"delta": word} for word in ("Es ", "grün", " 🟩", "a\u2028b\u2029c\x85d\x0be", ".")]
+    data = "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events).encode()
+    for cut in range(len(data) + 1):
+        assert [json.loads(line) for line in client.split_lines([data[:cut], data[cut:]])] == events
+    assert list(session(lambda _: httpx.Response(200, content=data)).stream("Hm?")) == events
+    assert list(client.split_lines([data[:-1]]))[-1] == b'{"delta": "."}', "a body that ends without LF"
+
+
 def test_the_public_names_exist() -> None:
     assert [name for name in client.__all__ if not hasattr(client, name)] == []
 
@@ -115,7 +124,7 @@ def test_metrics_are_read_from_the_prometheus_page(monkeypatch: pytest.MonkeyPat
     values = iter([1, 1, 2])
     urls: list[str] = []
 
-    def get(url: str) -> httpx.Response:
+    def get(url: str, **_: object) -> httpx.Response:
         urls.append(url)
         text = (
             f'# TYPE llava_open_sessions gauge\nllava_open_sessions{{Level="Model"}} {next(values)}\nother{{a="b"}} 5\n'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import re
@@ -154,6 +155,41 @@ def test_undecodable_and_very_deep_bodies_are_refused(body):
     refused = refusal(body)
     assert refused.code == "invalid_request"
     assert re.search("got (malformed JSON|undecodable text)", refused.message)
+
+
+@pytest.mark.parametrize("header", ["x-llava-content-type", "content-type"])
+def test_a_body_is_read_as_json_and_an_error_names_its_content_type(header):
+    body = b'{"type": "close_session", "session_id": "s1"}'
+    for content_type in ("application/x-www-form-urlencoded", "text/plain; charset=utf-8", "application/json", ""):
+        assert parse(body, {header: content_type}, LIMITS) == Close(session_id="s1")
+    for wrong in (b"a=1", b"[]", b"\xff"):
+        refused = refusal(wrong, {header: "Application/X-WWW-form-urlencoded; a=b"})
+        assert (refused.code, refused.status) == ("invalid_request", 400)
+        assert (
+            refused.message.endswith("with content type 'application/x-www-form-urlencoded'") or ")" in refused.message
+        )
+        assert "application/x-www-form-urlencoded" in refused.message
+        assert "content type" not in refusal(wrong, {header: "application/json"}).message
+    refused = refusal(b"--x", {header: "multipart/form-data; boundary=x"})
+    assert (refused.code, refused.status) == ("unsupported_media", 415)
+    assert "multipart/form-data" in refused.message
+
+
+def test_a_compressed_body_is_refused_as_such():
+    refused = refusal(gzip.compress(b"{}"))
+    assert (refused.code, refused.status) == ("unsupported_media", 415)
+
+
+def test_the_value_that_announces_a_session_names_it():
+    announced = "ls-1; Expires=2026-01-01T00:00:00Z"
+    for body, headers in (
+        ({"type": "close_session"}, {HEADER: announced}),
+        ({"type": "close_session", "session_id": announced}, {}),
+        ({"type": "close_session", "session_id": announced}, {HEADER: "ls-1"}),
+        ({"type": "close_session", "session_id": "ls-1"}, {HEADER: announced}),
+    ):
+        assert parse(body, headers, LIMITS).session_id == "ls-1"
+    assert refusal({"type": "close_session", "session_id": "ls-1; x"}).code == "invalid_request"
 
 
 def test_an_integer_with_too_many_digits_to_convert_is_refused():

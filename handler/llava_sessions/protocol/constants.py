@@ -12,6 +12,10 @@ INFERENCE_HEADER = "X-Amzn-SageMaker-Inference-Id"
 NEW_SESSION = "NEW_SESSION"
 SESSION_ID_PATTERN = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9])*")
 SESSION_ID_MAX_CHARS = 226
+# The value with which a session is announced, sent back as its ID.
+ANNOUNCED_ID_PATTERN = re.compile(rf"({SESSION_ID_PATTERN.pattern}); *Expires=[0-9TZ:-]*")
+# The fronts send each body as JSON, and its content type in this header.
+CONTENT_TYPE_HEADER = "X-Llava-Content-Type"
 
 # At least 16 characters, so that a token can't be guessed.
 SESSION_TOKEN_PATTERN = re.compile(r"[!-~]{16,256}")

@@ -9,7 +9,13 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from ..config import RequestLimits
-from .constants import REQUEST_ID_PATTERN, SESSION_ID_MAX_CHARS, SESSION_ID_PATTERN, SESSION_TOKEN_PATTERN
+from .constants import (
+    ANNOUNCED_ID_PATTERN,
+    REQUEST_ID_PATTERN,
+    SESSION_ID_MAX_CHARS,
+    SESSION_ID_PATTERN,
+    SESSION_TOKEN_PATTERN,
+)
 
 # The error type of a value that has the right form but exceeds a limit.
 TOO_LARGE = "too_large"
@@ -71,7 +77,17 @@ def _at_most(limit: str) -> Callable[[object, ValidationInfo], object]:
     return check
 
 
-SessionId = Annotated[str, Field(max_length=SESSION_ID_MAX_CHARS, pattern=f"^{SESSION_ID_PATTERN.pattern}$")]
+def without_expiry(value: object) -> object:
+    """Return the session ID of a value "ID; Expires=...", which announces a session. Return other values unchanged."""
+    announced = ANNOUNCED_ID_PATTERN.fullmatch(value) if isinstance(value, str) else None
+    return announced[1] if announced else value
+
+
+SessionId = Annotated[
+    str,
+    BeforeValidator(without_expiry),
+    Field(max_length=SESSION_ID_MAX_CHARS, pattern=f"^{SESSION_ID_PATTERN.pattern}$"),
+]
 SessionToken = Annotated[str, Field(pattern=f"^{SESSION_TOKEN_PATTERN.pattern}$")]
 RequestId = Annotated[str, Field(pattern=f"^{REQUEST_ID_PATTERN.pattern}$")]
 Prompt = Annotated[str, AfterValidator(_check_prompt)]

@@ -17,13 +17,23 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from ..config import RequestLimits
 from ..errors import Refused, describe
+from .bodies import read_object, shown
 from .constants import INFERENCE_HEADER, NEW_SESSION, REQUEST_ID_PATTERN, SESSION_HEADER
-from .fields import TOO_LARGE, Frames, Images, NewTokens, Prompt, RequestId, SessionId, SessionToken, Stop
+from .fields import (
+    TOO_LARGE,
+    Frames,
+    Images,
+    NewTokens,
+    Prompt,
+    RequestId,
+    SessionId,
+    SessionToken,
+    Stop,
+    without_expiry,
+)
 
 _PICTURE_FIELDS = ("image", "images", "path")
 _ACTION_FIELDS = {"type", "requestType"}
-# Of the name of an action or of an unknown field, in a message.
-_NAME_MAX_CHARS = 40
 _UNKNOWN_NAMES_SHOWN = 5
 
 
@@ -200,13 +210,13 @@ class _Problem:
 def parse(
     body: object, headers: Mapping[str, object], limits: RequestLimits, max_body_bytes: int | None = None
 ) -> Request:
-    """Return the request of a body and its headers. Raise `Refused` (invalid_request, too_large).
+    """Return the request of a body and its headers. Raise `Refused` (invalid_request, too_large, unsupported_media).
 
     `body`: parsed JSON if TorchServe parsed it, else `bytes` or `str`. `headers`: names in lower case. A body longer
     than `max_body_bytes` is rejected before it is parsed. The message names every problem; the code is that of the
     first one.
     """
-    payload = _payload(body, max_body_bytes)
+    payload = read_object(body, headers, max_body_bytes)
     model = _model(payload)
     # A null counts as an absent field.
     fields = {name: value for name, value in payload.items() if value is not None and name in model.model_fields}
@@ -229,25 +239,8 @@ def session_in_header(headers: Mapping[str, object]) -> str | None:
     """Return the session ID in the headers; None if it is absent, empty or the constant NEW_SESSION."""
     value = headers.get(SESSION_HEADER.lower())
     value = value.strip() if isinstance(value, str) else ""
+    value = str(without_expiry(value))
     return value if value and value != NEW_SESSION else None
-
-
-def _payload(body: object, max_body_bytes: int | None) -> dict[str, Any]:
-    if isinstance(body, str | bytes | bytearray):
-        if max_body_bytes is not None and len(body) > max_body_bytes:
-            raise Refused("too_large", f"the body must be at most {max_body_bytes:,} bytes, got {len(body):,}")
-        if not body.strip():
-            raise Refused("invalid_request", "the body must be a JSON object, got an empty body")
-        try:
-            body = json.loads(body)
-        except json.JSONDecodeError as error:
-            where = f"{error.msg} at character {error.pos}"
-            raise Refused("invalid_request", f"the body must be a JSON object, got malformed JSON ({where})") from None
-        except (ValueError, RecursionError):  # not UTF-8, a number of too many digits, or nested too deep
-            raise Refused("invalid_request", "the body must be a JSON object, got undecodable text") from None
-    if not isinstance(body, dict):
-        raise Refused("invalid_request", f"the body must be a JSON object, got {describe(body)}")
-    return body
 
 
 def _model(payload: dict[str, Any]) -> type[Request]:
@@ -259,11 +252,11 @@ def _model(payload: dict[str, Any]) -> type[Request]:
     model: type[Request] | None
     if standard is not None:
         model = _REQUEST_TYPES.get(standard) if isinstance(standard, str) else None
-        message = f"`requestType` must be 'NEW_SESSION' or 'CLOSE', got {_shown(standard)}"
+        message = f"`requestType` must be 'NEW_SESSION' or 'CLOSE', got {shown(standard)}"
     else:
         model = _TYPES.get(action) if isinstance(action, str) else None
         known = "'start_session', 'send_text_prompt', 'close_session' or 'cancel'"
-        message = f"`type` must be {known}, got {'nothing' if action is None else _shown(action)}"
+        message = f"`type` must be {known}, got {'nothing' if action is None else shown(action)}"
     if model is None:
         raise Refused("invalid_request", message)
     return model
@@ -275,7 +268,7 @@ def _unknown_fields(payload: dict[str, Any], model: type[Request]) -> list[_Prob
     if not unknown:
         return []
     # Not sorted: a call over millions of names would hold the GIL for a second.
-    got = ", ".join(_shown(name) for name in heapq.nsmallest(_UNKNOWN_NAMES_SHOWN, unknown))
+    got = ", ".join(shown(name) for name in heapq.nsmallest(_UNKNOWN_NAMES_SHOWN, unknown))
     if len(unknown) > _UNKNOWN_NAMES_SHOWN:
         got += f" and {len(unknown) - _UNKNOWN_NAMES_SHOWN:,} more"
     message = f"the fields must be among {', '.join(sorted(known))}, got unknown field {got}"
@@ -306,7 +299,7 @@ def _conflicts(model: type[Request], fields: dict[str, Any]) -> Iterator[_Proble
 def _merge_session_id(fields: dict[str, Any], headers: Mapping[str, object]) -> list[_Problem]:
     """Set the session ID of the header if the body has none. Return a problem if both have one and they differ."""
     in_header = session_in_header(headers)
-    in_body = fields.get("session_id")
+    in_body = without_expiry(fields.get("session_id"))
     if in_header is None:
         return []
     if in_body in (None, ""):
@@ -376,11 +369,3 @@ def _sources(image: str | None, images: tuple[str, ...] | None, path: str | None
     if path is not None:
         return (PictureSource(path=path),)
     return tuple(PictureSource(image=image) for image in images or ())
-
-
-def _shown(name: object) -> str:
-    """Return a short ASCII form of the name of an action or a field."""
-    if not isinstance(name, str):
-        return describe(name)
-    text = ascii(name[:_NAME_MAX_CHARS])
-    return text if len(text) <= _NAME_MAX_CHARS else f"{text[:_NAME_MAX_CHARS]}..."

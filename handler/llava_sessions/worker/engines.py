@@ -214,16 +214,19 @@ class EngineSupervisor:
         hang_s: float,
         give_up: Callable[[], None],
         spawn: Callable[[EngineSettings], EngineProcess] = EngineProcess,
+        absence_file: Path | None = None,
     ) -> None:
         """`hang_s`: silence after which an engine is killed; it must be longer than the longest step.
 
-        `give_up` is called when no engine can be started any more. `spawn` starts a process, for tests.
+        `give_up` is called when no engine can be started any more. `spawn` starts a process, for tests. `absence_file`
+        exists while a lost engine is replaced; the launcher watches it.
         """
         self._settings = settings
         self._inbox = inbox
         self._hang_s = hang_s
         self._give_up = give_up
         self._spawn = spawn
+        self._absence_file = absence_file
         self._process: EngineProcess | None = None
         self._client: EngineClient | None = None
         self._has_reported = False
@@ -277,6 +280,7 @@ class EngineSupervisor:
         while not self._is_stopping:
             started = self._start_engine()
             if isinstance(started, EngineUp):
+                self._mark(absent=False)
                 (self._first if first else self._inbox).put(started)
                 first = False
                 failed = 0
@@ -293,6 +297,18 @@ class EngineSupervisor:
                 return
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _mark(self, *, absent: bool) -> None:
+        """Create or delete the file that announces the absence of the engine."""
+        if self._absence_file is None:
+            return
+        try:
+            if absent:
+                self._absence_file.touch()
+            else:
+                self._absence_file.unlink(missing_ok=True)
+        except OSError as error:  # a full disk costs the announcement, not the engine
+            log.warning("engine_absence_unmarked reason=%s", error)
 
     def _start_engine(self) -> EngineUp | str:
         """Start a process and wait until it is ready. Return the reason if it is not."""
@@ -347,6 +363,7 @@ class EngineSupervisor:
         if not self._is_stopping:
             reason = f"no answer for {self._hang_s:g} s" if self._is_hung else process.exit_reason()
             log.error("engine_lost reason=%s", reason)
+            self._mark(absent=True)
             self._inbox.put(EngineLost(reason, math.ceil(self._start_s) + 1))
 
     def _forward_reports(self, process: EngineProcess) -> None:

@@ -1,0 +1,82 @@
+"""Parts of the launcher that need no server: Java's heap, CORS origins, and when a lost engine keeps sessions away."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from deploy.local_endpoint import contract
+from deploy.serve.configuration import CONFIG, cors_origins, read_properties
+from deploy.serve.engine_watch import FORGET_S, HOLD_S, EngineWatch
+from deploy.serve.haproxy import BODY_LIMIT, CONFIGS
+from deploy.serve.java import MAX_HEAP_MIB, MIN_HEAP_MIB, heap_options
+from deploy.serve.processes import ServeError
+from llava_sessions.config import MAX_REQUEST_BYTES
+from llava_sessions.protocol import constants
+
+
+@pytest.mark.parametrize(
+    ("limit", "heap_mib"),
+    [(str(1 << 30), MIN_HEAP_MIB), (str(8 << 30), 1024), (str(1 << 50), None), ("max\n", None), (None, None)],
+)
+def test_the_heap_of_java_follows_the_memory_of_the_container(
+    tmp_path: Path, limit: str | None, heap_mib: int | None
+) -> None:
+    path = tmp_path / "memory.max"
+    if limit is not None:
+        path.write_text(limit)
+    (heap,) = [int(found[1]) for option in heap_options([path]) if (found := re.fullmatch(r"-Xmx(\d+)m", option))]
+    if heap_mib is None:
+        assert heap == int(re.search(r"-Xmx(\d+)m", " ".join(heap_options([])))[1]), "as without a container"
+        assert MIN_HEAP_MIB <= heap <= MAX_HEAP_MIB
+    else:
+        assert heap <= heap_mib
+        assert heap in (heap_mib, int(re.search(r"-Xmx(\d+)m", " ".join(heap_options([])))[1]))
+
+
+def test_origins_are_a_list_of_origins() -> None:
+    assert cors_origins({}) == cors_origins({"CORS_ORIGINS": " "}) == []
+    given = "https://a.example http://localhost:3000 *"
+    assert cors_origins({"CORS_ORIGINS": given}) == given.split()
+    for wrong in ("a.example", "https://a/b", 'http://a" }', "ftp://a"):
+        with pytest.raises(ServeError, match="CORS_ORIGINS must be"):
+            cors_origins({"CORS_ORIGINS": wrong})
+
+
+def test_a_lost_engine_keeps_new_sessions_away_until_it_is_back() -> None:
+    watch = EngineWatch()
+    assert not watch.observe(False, 1000.0)
+    assert watch.observe(True, 1001.0)
+    assert watch.is_avoided
+    assert watch.observe(False, 1005.0)
+    assert not watch.is_avoided, "after one loss in a while the engine serves at once"
+
+
+def test_an_engine_that_flaps_gets_no_new_sessions_for_longer_each_time() -> None:
+    watch = EngineWatch()
+    now_s = 1000.0
+    for hold_s in (*HOLD_S, HOLD_S[-1]):
+        watch.observe(True, now_s)
+        watch.observe(False, now_s + 1)
+        assert watch.is_avoided == (hold_s > 0)
+        watch.observe(False, now_s + 1 + hold_s)
+        assert not watch.is_avoided
+        now_s += 1 + hold_s + 1
+    watch.observe(True, now_s + FORGET_S + 1)
+    watch.observe(False, now_s + FORGET_S + 2)
+    assert not watch.is_avoided, "the losses of long ago are forgotten"
+
+
+def test_all_files_have_the_same_limit_of_a_request() -> None:
+    rules = CONFIGS[0].read_text()
+    assert f"req.body_size gt {MAX_REQUEST_BYTES} }}" in rules
+    assert f"LIMIT = {MAX_REQUEST_BYTES} " in BODY_LIMIT.read_text()
+    buffer_bytes = int(re.search(r"tune.bufsize (\d+)", rules)[1])
+    assert int(read_properties(CONFIG)["max_request_size"]) == MAX_REQUEST_BYTES + 4 * buffer_bytes
+
+
+def test_the_fronts_and_the_worker_name_the_content_type_in_one_header() -> None:
+    assert contract.CONTENT_TYPE_HEADER == constants.CONTENT_TYPE_HEADER
+    assert f"set-header {constants.CONTENT_TYPE_HEADER.lower()} " in CONFIGS[0].read_text()

@@ -218,15 +218,14 @@ class ChatTemplate:
     def _render(self, messages: list[dict[str, Any]]) -> str:
         conversation = self._system + messages
         if self._joins_content:
-            conversation = [{**message, "content": self._join(message["content"])} for message in conversation]
+            conversation = [{**one, "content": _joined(one["content"], self._media_tokens)} for one in conversation]
         rendered: str = self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
         return rendered
 
-    def _join(self, parts: list[dict[str, str]]) -> str:
-        """Return the content of a message as LLaVA-1.5 was trained: each media token on a line before the text."""
-        return "".join(
-            part["text"] if part["type"] == "text" else self._media_tokens[part["type"]] + "\n" for part in parts
-        )
+
+def _joined(parts: list[dict[str, str]], media_tokens: dict[str, str]) -> str:
+    """Return the content of a message as LLaVA-1.5 was trained: each media token on a line before the text."""
+    return "".join(part["text"] if part["type"] == "text" else media_tokens[part["type"]] + "\n" for part in parts)
 
 
 def _in_words(error: Exception) -> str:

@@ -73,7 +73,7 @@ class Picture:
 
 @dataclass
 class Server:
-    """A running server: the address of TorchServe without HAProxy, and the launcher's process."""
+    """A running server: its port, and the launcher's process."""
 
     port: int
     pid: int
@@ -172,7 +172,7 @@ def service(checkout: Path) -> Iterator[Server]:
                 text += line
                 if "Ctrl-C here stops" in line:
                     break
-            found = re.search(r"TorchServe http://[^:]+:(\d+)", text) or re.search(r"on http://[^:]+:(\d+)", text)
+            found = re.search(r"on http://[^:]+:(\d+)", text)
             if found is None:
                 raise RuntimeError(f"the service does not run:\n{text}")
             threading.Thread(target=process.stdout.read, daemon=True).start()

@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 CONFIGS = (HERE / "sessions.cfg", HERE / "front.cfg")
 BODY_LIMIT = HERE / "body_limit.lua"
 MIN_HAPROXY = (2, 6)
-SERVER = "torchserve/local"  # backend and server in front.cfg
+SERVERS = ("torchserve/local", "large/local")  # backends and servers in front.cfg
 START_TIMEOUT_S = 10.0
 
 
@@ -85,11 +85,11 @@ class HAProxy:
 
     def open(self) -> None:
         """Let requests pass to the server."""
-        self._command(f"set server {SERVER} state ready")
+        self._set_state("ready")
 
     def shut(self) -> None:
         """Answer /ping and all requests with 503."""
-        self._command(f"set server {SERVER} state maint")
+        self._set_state("maint")
 
     def drain(self) -> None:
         """Answer /ping with 404, so that a balancer sends no new sessions. Requests still pass."""
@@ -102,7 +102,8 @@ class HAProxy:
     def in_flight(self) -> int:
         """Return the number of requests whose answer the client has not yet received in full."""
         rows = csv.DictReader(self._command("show stat").removeprefix("# ").splitlines())
-        return sum(int(row["scur"]) for row in rows if f"{row['pxname']}/{row['svname']}" == SERVER)
+        backends = {server.split("/")[0] for server in SERVERS}
+        return sum(int(row["scur"]) for row in rows if row["svname"] == "BACKEND" and row["pxname"] in backends)
 
     def stop(self, timeout_s: float = 1) -> None:
         """Stop HAProxy; answers in flight have `timeout_s` to reach their clients. May be called again."""
@@ -122,6 +123,9 @@ class HAProxy:
         """Kill HAProxy. Safe in a signal handler; `stop` cleans up."""
         if self._process is not None:
             kill_group(self._process.pid)
+
+    def _set_state(self, state: str) -> None:
+        self._command("; ".join(f"set server {server} state {state}" for server in SERVERS))
 
     def _answers(self) -> bool:
         try:

@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -341,11 +342,12 @@ def test_ctrl_c_leaves_the_stack_to_itself_and_up_again_follows_it(
 
     finish = Stack.create_resources
     monkeypatch.setattr(Stack, "create_resources", create_slowly)
-    monkeypatch.setattr(stacks.time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    # Only the module's own pauses: other threads of this process sleep too.
+    monkeypatch.setattr(stacks, "time", SimpleNamespace(sleep=lambda _: os.kill(os.getpid(), signal.SIGINT)))
     first = run("up", "--instance-type", TYPE)
     assert first.code == 130
 
-    monkeypatch.setattr(stacks.time, "sleep", lambda _: finish(made[0]))
+    monkeypatch.setattr(stacks, "time", SimpleNamespace(sleep=lambda _: finish(made[0])))
     second = run("up", "--instance-type", TYPE)
     assert second.code == 0, second.err
     assert "the stack is unchanged" in second.err
@@ -438,7 +440,7 @@ def test_logs_follow_until_ctrl_c(cloud: Cloud, run: Run, uploaded: str, monkeyp
         event = {"timestamp": int(time.time() * 1000), "message": line}
         logs.put_log_events(logGroupName=group, logStreamName="all/i-0123", logEvents=[event])
 
-    monkeypatch.setattr(watching.time, "sleep", next_line)
+    monkeypatch.setattr(watching, "time", SimpleNamespace(sleep=next_line))
     done = run("logs", "--follow")
     assert done.code == 130
     assert [line.rpartition(" ")[2] for line in done.out.splitlines()] == ["first", "second"], "each once"

@@ -6,10 +6,12 @@ Headers that only a handler sees are looked at in test_launch.py.
 from __future__ import annotations
 
 import base64
+import csv
 import gzip
 import json
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -34,10 +36,16 @@ FORM = "application/x-www-form-urlencoded"
 
 
 @pytest.fixture(scope="module")
-def url(server: TorchServe, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Run HAProxy in front of the shared server."""
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """HAProxy's folder for its sockets and its log."""
     home = tmp_path_factory.mktemp("f")
     (home / "logs").mkdir()
+    return home
+
+
+@pytest.fixture(scope="module")
+def url(server: TorchServe, home: Path) -> Iterator[str]:
+    """Run HAProxy in front of the shared server."""
     guard = Guard()
     port = free_ports(1)[0]
     front = HAProxy(find_haproxy(), home, guard, port=port, target=int(server.url.rsplit(":", 1)[1]))
@@ -91,6 +99,30 @@ def test_a_session_is_the_same_in_any_spelling_of_its_header(url: str, chat: Cha
         assert status == 200
         assert answer["usage"]["prompt_tokens"] > seen, "a later turn of one chat"
         seen = answer["usage"]["prompt_tokens"]
+
+
+def statistics(home: Path) -> dict[str, dict[str, str]]:
+    """HAProxy's figures of each backend and server."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(home / "admin.sock"))
+        connection.sendall(b"show stat\n")
+        text = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+    rows = csv.DictReader(text.removeprefix("# ").splitlines())
+    return {f"{row['pxname']}/{row['svname']}": row for row in rows}
+
+
+def test_a_few_large_bodies_run_at_a_time_and_the_others_wait(http: httpx.Client, home: Path) -> None:
+    padded = to_png(SCENE.draw()) + bytes(1_500_000)
+    body = {"type": "start_session", "image": base64.b64encode(padded).decode()}
+    before = statistics(home)["large/local"]
+    with ThreadPoolExecutor(12) as pool:
+        replies = list(pool.map(lambda _: http.post("/invocations", json=body), range(12)))
+    assert [reply.status_code for reply in replies] == [200] * 12
+    after = statistics(home)["large/local"]
+    assert int(after["stot"]) - int(before["stot"]) == 12, "no other request took this way"
+    assert int(after["smax"]) <= int(after["slim"]) == 8
+    for reply in replies:
+        ChatSession(http, reply.json()["session_id"], "").close()
 
 
 @pytest.mark.parametrize("header", ["", ": NEW_SESSION", ":", "lower: NEW_SESSION"])

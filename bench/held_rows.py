@@ -140,7 +140,7 @@ class Stream:
         Chunks that this client reads in one burst count once.
         """
         pairs = zip(self.times, self.times[1:], strict=False)
-        return [(b - a) * 1e3 for a, b in pairs if began < b <= ended and b - a > BURST_S]
+        return [round((b - a) * 1e3, 2) for a, b in pairs if began < b <= ended and b - a > BURST_S]
 
     def _read(self) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=300)

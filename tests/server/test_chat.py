@@ -204,7 +204,7 @@ def test_a_large_question_has_status_200_before_its_answer_and_its_own_status_if
     """
     chat = ChatSession.open(http, make_scene(FIRST).draw())
     small = {"type": "send_text_prompt", "prompt_text": "Which shapes are there?", "image": _data_url(FIRST + 1)}
-    small |= {"max_new_tokens": 100, "ignore_eos": True}
+    small |= {"max_new_tokens": 300, "ignore_eos": True}
     expected = http.post("/invocations", json=small, headers=chat.headers)
     chat.close()
     chat = ChatSession.open(http, make_scene(FIRST).draw())

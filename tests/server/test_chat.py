@@ -198,9 +198,13 @@ def test_a_retry_gets_the_same_answer_and_runs_once(http: httpx.Client, server: 
 def test_a_large_question_has_status_200_before_its_answer_and_its_own_status_if_it_is_wrong(
     http: httpx.Client,
 ) -> None:
-    """Only a body that the worker gets as bytes is large, so this also shows that TorchServe does not parse it."""
+    """Only a body that the worker gets as bytes is large, so this also shows that TorchServe does not parse it.
+
+    The answer is long: one that is known in the step in which the worker learns of the admission is sent as a whole.
+    """
     chat = ChatSession.open(http, make_scene(FIRST).draw())
     small = {"type": "send_text_prompt", "prompt_text": "Which shapes are there?", "image": _data_url(FIRST + 1)}
+    small |= {"max_new_tokens": 300, "ignore_eos": True}
     expected = http.post("/invocations", json=small, headers=chat.headers)
     chat.close()
     chat = ChatSession.open(http, make_scene(FIRST).draw())

@@ -35,7 +35,6 @@ from tests.support.variants import COLOURS, make_variant, says
 
 FIRST, SECOND, THIRD = QUESTIONS = ("Which shapes are there?", "What is in the middle?", "How many shapes are there?")
 PICTURES = [to_png(make_scene(seed).draw()) for seed in HELD_OUT_SEEDS[700:704]]
-# As a session's first question: a thousand random tokens. They take seconds, of which a test needs the first.
 BUCKET = "journals"
 TOKEN = "a token that nobody else knows".replace(" ", "-")
 

@@ -21,10 +21,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deploy.serve.ports import free_ports
 from deploy.serve.processes import ServeError
 from deploy.serve.service import Service
-from tests.support.commands import REPO, Command, alive, eventually
+from tests.support.commands import REPO, Command, alive, eventually, free_row
 from tests.support.stand_in import NAME, make_store
 
 SESSION = "X-Amzn-SageMaker-Session-Id"
@@ -68,7 +67,7 @@ def ask(url: str, body: dict | None = None) -> httpx.Response:
 
 
 def test_sigterm_to_the_command_stops_all_of_it(command: Callable[..., Command]) -> None:
-    port = free_ports(1)[0]
+    port = free_row()
     serving = command(port)
     serving.wait_ready()
     assert re.search(rf"ready in \d+\.\d s on http://127\.0\.0\.1:{port}", serving.text)

@@ -20,10 +20,10 @@ from pathlib import Path
 import pytest
 
 from deploy.serve.configuration import LOG_CONFIG, hold_archive
-from deploy.serve.ports import choose_ports, free_ports
+from deploy.serve.ports import choose_ports
 from deploy.serve.processes import ServeError
 from deploy.serve.torchserve import TorchServe
-from tests.support.commands import alive
+from tests.support.commands import alive, free_row
 from tests.support.stand_in import make_store
 
 REPO = Path(__file__).resolve().parents[2]
@@ -168,7 +168,7 @@ def test_java_too_old_or_absent_is_said(store: Path, tmp_path: Path, monkeypatch
 
 
 def test_ports_are_distinct_and_given_ones_come_in_a_row() -> None:
-    port = free_ports(1)[0]
+    port = free_row()
     ports = choose_ports(port)
     assert [ports[use] for use in ("inference", "management", "metrics")] == [port, port + 1, port + 2]
     assert len(set(ports.values())) == 6
@@ -177,7 +177,7 @@ def test_ports_are_distinct_and_given_ones_come_in_a_row() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="ports are reserved on Linux only")
 def test_launchers_that_race_for_a_port_are_told_so_in_one_line() -> None:
     """Nothing listens yet: the other one has only chosen the port."""
-    port = free_ports(1)[0]
+    port = free_row()
     code = f"from deploy.serve.ports import choose_ports; choose_ports({port}); print(flush=True); input()"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import httpx
 
-from deploy.serve.ports import free_ports
 from llava_sessions_client import ChatSession
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.support.chats import LONG
-from tests.support.commands import Command, eventually
+from tests.support.commands import Command, eventually, free_row
 
 SCENE = make_scene(HELD_OUT_SEEDS[0])
 QUESTION = "How many shapes are there?"
@@ -36,7 +35,7 @@ def opening(http: httpx.Client) -> int | None:
 
 def test_the_service_is_ready_when_its_model_is_and_ends_when_its_answers_have(model_store: Path) -> None:
     """Follow `make serve` with the real handler from its first moment to its last."""
-    port = free_ports(1)[0]
+    port = free_row()
     url = f"http://127.0.0.1:{port}"
     command = Command(model_store, "llava", port)
     try:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from deploy.serve.ports import free_ports, is_free
+
 REPO = Path(__file__).resolve().parents[2]
 
 
@@ -36,6 +38,11 @@ def eventually(condition: Callable[[], bool], timeout_s: float = 60) -> bool:
             return False
         time.sleep(0.03)
     return True
+
+
+def free_row() -> int:
+    """Return a port that is free together with the next two: `--port N` takes all three."""
+    return next(number for number in free_ports(20) if is_free(number + 1) and is_free(number + 2))
 
 
 def kill_tree(process: subprocess.Popen) -> None:

@@ -154,15 +154,17 @@ def test_a_client_that_leaves_before_its_body_is_parsed_starts_nothing(slow, par
 def test_a_client_that_leaves_while_its_body_is_parsed_starts_nothing(front, monkeypatch):
     session = front.open()
     started = len(front.commands)
-    left = threading.Event()
+    begun, left = threading.Event(), threading.Event()
     parse = arrivals.parse
 
     def wait_and_parse(*args):
+        begun.set()
         left.wait(PATIENCE_S)
         return parse(*args)
 
     monkeypatch.setattr(arrivals, "parse", wait_and_parse)
     assert front.exchange(front.large_ask(session)) == [None]
+    assert begun.wait(PATIENCE_S)
     front.exchange()
     left.set()
     front.inbox.put(front.inbox.get(PATIENCE_S))
@@ -285,7 +287,7 @@ def test_clients_are_not_disconnected_while_torchserve_delivers_large_bodies(slo
     stream = slow.start(slow.open(), stream=True)
     large = slow.row(b" " * 2 * pump.LARGE_SILENCE_BYTES)
     assert slow.exchange(stream, large) == [None, None]
-    slow.skipped_s += pump.LARGE_SILENCE_S - 1.0
+    slow.skipped_s += pump.LARGE_SILENCE_S - pump.SILENCE_S
     _sweep(slow)
     parsing.run_all()
     assert code(slow.exchange(stream, large)[1]) == "invalid_request"
@@ -328,7 +330,7 @@ def test_a_batch_on_its_way_is_seen_by_the_work_of_the_thread_that_receives_it()
         worked.set()
         end.wait()
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     transfer = BatchTransfer(thread, None)
     assert not transfer.is_active()
@@ -341,12 +343,17 @@ def test_a_batch_on_its_way_is_seen_by_the_work_of_the_thread_that_receives_it()
 
 
 def test_a_batch_on_its_way_is_seen_by_the_work_of_the_frontend():
-    program = "import sys, time\nfor _ in sys.stdin:\n while time.process_time() < 0.5: pass\n print(flush=True)"
+    # 0.5 s more than its start took, which is over when it prints for the first time.
+    program = (
+        "import sys, time\nprint(flush=True)\nfor _ in sys.stdin:\n end_s = time.process_time() + 0.5\n"
+        " while time.process_time() < end_s: pass\n print(flush=True)"
+    )
     command = [sys.executable, "-c", program]
     end = threading.Event()
-    waiting = threading.Thread(target=end.wait)
+    waiting = threading.Thread(target=end.wait, daemon=True)
     waiting.start()
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as frontend:
+        frontend.stdout.readline()
         transfer = BatchTransfer(waiting, psutil.Process(frontend.pid))
         frontend.stdin.write("go\n")
         frontend.stdin.flush()

@@ -52,6 +52,37 @@ def nested(depth: int) -> list:
     return value
 
 
+# --- bodies of many values ---
+
+
+@pytest.mark.parametrize("value", ["[],", "0,", '{"":0,"a":0},'])
+@pytest.mark.parametrize("encoding", [None, "utf-8-sig", "utf-16", "utf-16-be"])
+def test_a_body_of_millions_of_values_is_refused_before_it_is_parsed(value, encoding, monkeypatch):
+    text = '{"stop":[' + value * 1_000_000 + "0]}"
+    monkeypatch.setattr(json, "loads", pytest.fail)
+    refused = refusal(text if encoding is None else text.encode(encoding))
+    assert (refused.code, refused.message) == ("too_large", "the body must have at most 98,304 commas, got more")
+
+
+@pytest.mark.parametrize("value", ["[" * 500 + "]" * 500 + ",", '{"":' * 500 + "0" + "}" * 500 + ","])
+def test_a_body_of_millions_of_nested_values_is_refused_before_it_is_parsed(value, monkeypatch):
+    monkeypatch.setattr(json, "loads", pytest.fail)
+    refused = refusal(f"[{value * 1_000}0]".encode())
+    assert (refused.code, refused.status) == ("invalid_request", 400)
+    assert refused.message == "the body must have at most 98,304 opening brackets, got more"
+
+
+def test_a_picture_in_place_of_json_is_not_json_however_many_commas_it_has():
+    refused = refusal(b"\x89PNG\r\n\x1a\n" + b",[" * 200_000, {"content-type": "image/png"})
+    assert refused.code == "invalid_request"
+    assert "with content type 'image/png'" in refused.message
+
+
+def test_the_longest_question_may_consist_of_commas():
+    body = json.dumps(ask(prompt_text="," * LIMITS.max_prompt_chars)).encode()
+    assert len(parse(body, {}, LIMITS).prompt_text) == LIMITS.max_prompt_chars
+
+
 # --- the container standard's dialect ---
 
 
@@ -149,7 +180,7 @@ def test_malformed_json_is_refused_with_the_place(body, position):
 
 
 @pytest.mark.parametrize(
-    "body", [b'{"type": "\xff"}', b"\x89PNG\r\n\x1a\n\x00", b"\xff\xfe", b"\x00", "[" * 200_000, '{"a":' * 200_000]
+    "body", [b'{"type": "\xff"}', b"\x89PNG\r\n\x1a\n\x00", b"\xff\xfe", b"\x00", "[" * 50_000, '{"a":' * 50_000]
 )
 def test_undecodable_and_very_deep_bodies_are_refused(body):
     refused = refusal(body)

@@ -89,10 +89,11 @@ class Questions:
         return True
 
     def _prepare(self, turn: Turn) -> None:
-        """Prepare a question in the background."""
+        """Prepare a question in the background. The end of the turn cancels a preparation that has not begun."""
         session = turn.session
         preparer = self._context.preparer
         prepared = preparer.question(turn.ask, session.transcript, session.token_digest, session.in_engine)
+        turn.prepared = prepared
         self._context.inbox.when_done(prepared, partial(self._prepared, turn))
 
     def _prepared(self, turn: Turn, prepared: Future[PreparedQuestion]) -> None:

@@ -173,6 +173,10 @@ class Ask(_RetriableRequest):
         """Return the pictures in the order in which they were sent."""
         return _sources(self.image, self.images, self.path)
 
+    def without_pictures(self) -> Ask:
+        """Return a copy without the pictures, which may take 32 MiB. It has the same retry key."""
+        return self.model_copy(update=dict.fromkeys(_PICTURE_FIELDS))
+
 
 class Close(_Request):
     """End a session and free its memory."""

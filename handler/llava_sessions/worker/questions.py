@@ -100,6 +100,7 @@ class Questions:
         """Submit a question that is prepared, or reject it."""
         if not turn.is_in(TurnState.PREPARING):
             return  # it was cancelled, or its client has left
+        turn.prepared = None  # it refers to the prepared pictures
         try:
             question = prepared.result()
             session = turn.session
@@ -142,6 +143,7 @@ class Questions:
             ask.max_new_tokens, ask.temperature, ask.top_p, ask.seed, ask.stop, deadline_ms, ask.ignore_eos
         )
         context.gate.submit(AskSession(session.id, turn.id, question.prompt_ids, sampling, question.pictures))
+        turn.ask = ask.without_pictures()
         turn.advance(TurnState.RUNNING)
 
     def _ms_left(self, turn: Turn) -> int | None:

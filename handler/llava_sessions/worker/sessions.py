@@ -100,7 +100,7 @@ class Turn(_Stateful):
     """A question and its answer. `pending`: the requests that wait for the answer, several after a retry.
 
     `arrived_s` and `deadline_s` are times of the pump's clock; `deadline_s` is None without a deadline. `prepared`: the
-    latest preparation, if the turn needs one. `record`: the answer, from STORING on.
+    preparation, until it is done. `ask` has no pictures from RUNNING on. `record`: the answer, from STORING on.
     """
 
     def __init__(self, session: Session, ask: Ask, pending: PendingRequest) -> None:

@@ -13,6 +13,7 @@ import pytest
 from llava_sessions.config import RequestLimits
 from llava_sessions.errors import STATUS_OF_CODE, Refused, describe, reason_phrase
 from llava_sessions.ipc.messages import Timings, Usage
+from llava_sessions.protocol import fields as protocol_fields
 from llava_sessions.protocol import replies
 from llava_sessions.protocol.constants import SESSION_HEADER, SESSION_ID_MAX_CHARS
 from llava_sessions.protocol.requests import (
@@ -50,6 +51,24 @@ def nested(depth: int) -> list:
     for _ in range(depth):
         value = [value]
     return value
+
+
+# --- values that are too long ---
+
+
+def test_a_long_session_id_is_refused_without_comparing_it_with_a_pattern(monkeypatch):
+    compared: list[int] = []
+
+    class Pattern:
+        def fullmatch(self, text: str) -> None:
+            compared.append(len(text))
+
+    monkeypatch.setattr(protocol_fields, "ANNOUNCED_ID_PATTERN", Pattern())
+    for body in ({"type": "close_session", "session_id": "a" * 9_999}, ask(session_id="a" * 9_999)):
+        for headers in ({}, {HEADER: "b" * 9_999}):
+            assert "session ID" in refusal(body, headers).message or "at most 226" in refusal(body, headers).message
+    assert "`resume` must be at most 226" in refusal({"type": "start_session", "resume": "a" * 9_999}).message
+    assert max(compared) < 500
 
 
 # --- bodies of many values ---

@@ -370,6 +370,11 @@ def _rows(pictures: Iterable[SessionPicture], first: int, last: int) -> torch.Te
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def unencoded_keys(session: EngineSession) -> tuple[str, ...]:
+    """Return the keys of the session's pictures without features, in order."""
+    return tuple(picture.key for picture in session.pictures if picture.features is None)
+
+
 def next_to_encode(sessions: Iterable[EngineSession]) -> EngineSession | None:
     """Return the active session whose unencoded picture has waited longest, or None."""
     waiting = (session for session in sessions if session.active and not session.encoded)

@@ -134,6 +134,19 @@ def test_openings_and_questions_share_one_order_of_arrival(tiny: Path) -> None:
     assert order == ["c", "d", "b"]
 
 
+def test_a_burst_of_openings_of_one_picture_needs_room_for_its_features_once(tiny: Path) -> None:
+    chats = Chats(tiny, budget=DeviceBudget(STEP_BYTES + FEATURES_BYTES, PLENTY))
+    for name in NAMES:
+        chats.open(name, 1)
+    chats.run(steps=1)
+    chats.open("later", 1)
+    chats.engine.apply(CloseSession(NAMES[0]))
+    chats.run()
+    assert not [event for event in chats.events if isinstance(event, OutOfCapacity)]
+    prefilled = [event.session_id for event in chats.events if isinstance(event, Prefilled)]
+    assert prefilled[-len(NAMES) :] == [*NAMES[1:], "later"]
+
+
 def test_a_question_to_a_session_that_waits_for_its_opening_is_answered_after_it(tiny: Path) -> None:
     chats = Chats(tiny, budget=DeviceBudget(2 * STEP_BYTES + 3 * FEATURES_BYTES, PLENTY))
     free = Chats(tiny)

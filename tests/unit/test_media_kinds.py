@@ -13,6 +13,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from llava_sessions.config import MediaLimits
+from llava_sessions.media import png
 from llava_sessions.media.decoder import load_bytes, read_header
 from tests.support.pictures import BLUE, LIMITS, PNG, RED, deep_grey_tiff, encode, png_with, rejected, two_colours
 
@@ -188,6 +189,15 @@ def test_very_many_parts_of_a_file_are_too_large() -> None:
     rejected("too_large", "chunks", lambda: read_header(PNG[:33] + chunk * 100_001 + PNG[33:], LIMITS))
     assert read_header(PNG[:33] + chunk * 1_000 + PNG[33:], LIMITS).width == 24
     rejected("too_large", "markers", lambda: read_header(b"\xff\xd8" + b"\xff\x01" * 100_001, LIMITS))
+
+
+def test_a_few_texts_of_a_png_are_unpacked_however_many_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    unpacked: list[int] = []
+    whole = png._text_bytes
+    monkeypatch.setattr(png, "_text_bytes", lambda kind, body: unpacked.append(len(body)) or whole(kind, body))
+    text = (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(bytes(2**19)))
+    assert load_bytes(png_with(*[text] * 200), LIMITS).width == 24
+    assert len(unpacked) == png._MAX_UNPACKED
 
 
 def test_a_header_is_read_without_its_pixels() -> None:

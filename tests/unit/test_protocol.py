@@ -13,6 +13,7 @@ import pytest
 from llava_sessions.config import RequestLimits
 from llava_sessions.errors import STATUS_OF_CODE, Refused, describe, reason_phrase
 from llava_sessions.ipc.messages import Timings, Usage
+from llava_sessions.protocol import fields as protocol_fields
 from llava_sessions.protocol import replies
 from llava_sessions.protocol.constants import SESSION_HEADER, SESSION_ID_MAX_CHARS
 from llava_sessions.protocol.requests import (
@@ -50,6 +51,55 @@ def nested(depth: int) -> list:
     for _ in range(depth):
         value = [value]
     return value
+
+
+# --- values that are too long ---
+
+
+def test_a_long_session_id_is_refused_without_comparing_it_with_a_pattern(monkeypatch):
+    compared: list[int] = []
+
+    class Pattern:
+        def fullmatch(self, text: str) -> None:
+            compared.append(len(text))
+
+    monkeypatch.setattr(protocol_fields, "ANNOUNCED_ID_PATTERN", Pattern())
+    for body in ({"type": "close_session", "session_id": "a" * 9_999}, ask(session_id="a" * 9_999)):
+        for headers in ({}, {HEADER: "b" * 9_999}):
+            assert "session ID" in refusal(body, headers).message or "at most 226" in refusal(body, headers).message
+    assert "`resume` must be at most 226" in refusal({"type": "start_session", "resume": "a" * 9_999}).message
+    assert max(compared) < 500
+
+
+# --- bodies of many values ---
+
+
+@pytest.mark.parametrize("value", ["[],", "0,", '{"":0,"a":0},'])
+@pytest.mark.parametrize("encoding", [None, "utf-8-sig", "utf-16", "utf-16-be"])
+def test_a_body_of_millions_of_values_is_refused_before_it_is_parsed(value, encoding, monkeypatch):
+    text = '{"stop":[' + value * 1_000_000 + "0]}"
+    monkeypatch.setattr(json, "loads", pytest.fail)
+    refused = refusal(text if encoding is None else text.encode(encoding))
+    assert (refused.code, refused.message) == ("too_large", "the body must have at most 98,304 commas, got more")
+
+
+@pytest.mark.parametrize("value", ["[" * 500 + "]" * 500 + ",", '{"":' * 500 + "0" + "}" * 500 + ","])
+def test_a_body_of_millions_of_nested_values_is_refused_before_it_is_parsed(value, monkeypatch):
+    monkeypatch.setattr(json, "loads", pytest.fail)
+    refused = refusal(f"[{value * 1_000}0]".encode())
+    assert (refused.code, refused.status) == ("invalid_request", 400)
+    assert refused.message == "the body must have at most 98,304 opening brackets, got more"
+
+
+def test_a_picture_in_place_of_json_is_not_json_however_many_commas_it_has():
+    refused = refusal(b"\x89PNG\r\n\x1a\n" + b",[" * 200_000, {"content-type": "image/png"})
+    assert refused.code == "invalid_request"
+    assert "with content type 'image/png'" in refused.message
+
+
+def test_the_longest_question_may_consist_of_commas():
+    body = json.dumps(ask(prompt_text="," * LIMITS.max_prompt_chars)).encode()
+    assert len(parse(body, {}, LIMITS).prompt_text) == LIMITS.max_prompt_chars
 
 
 # --- the container standard's dialect ---
@@ -149,7 +199,7 @@ def test_malformed_json_is_refused_with_the_place(body, position):
 
 
 @pytest.mark.parametrize(
-    "body", [b'{"type": "\xff"}', b"\x89PNG\r\n\x1a\n\x00", b"\xff\xfe", b"\x00", "[" * 200_000, '{"a":' * 200_000]
+    "body", [b'{"type": "\xff"}', b"\x89PNG\r\n\x1a\n\x00", b"\xff\xfe", b"\x00", "[" * 50_000, '{"a":' * 50_000]
 )
 def test_undecodable_and_very_deep_bodies_are_refused(body):
     refused = refusal(body)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from llava_sessions.ipc.messages import AskSession
+from llava_sessions.worker import pictures
 from llava_sessions.worker.manager import LAST_LINES_S
 from tests.support.lifecycles import COLOURS, DEADLINE_S, PROMPTS, Chat, Instance, Question, Request, World, world
 
@@ -84,6 +85,22 @@ def test_a_question_whose_time_is_over_before_the_engine_has_it_ends_as_deadline
     assert body(again)["finish_reason"] in ("stop", "length")
 
 
+def test_a_question_that_has_ended_is_not_prepared(lives: World, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a short deadline would let one session queue any number of pictures before those of others."""
+    home = lives.instances[chat.home]
+    decoded: list[bytes] = []
+    decode = pictures.load_bytes
+    monkeypatch.setattr(pictures, "load_bytes", lambda data, limits: decoded.append(data) or decode(data, limits))
+    for _ in range(3):
+        ask(lives, chat, COLOURS[1])
+        lives.exchange(home)
+        wait(lives, DEADLINE_S)
+        lives.exchange(home)
+    assert home.preparations.waiting == 3
+    lives.settle()
+    assert not decoded
+
+
 def test_a_sweep_ends_a_question_while_no_row_arrives(lives: World, chat: Chat) -> None:
     home = lives.instances[chat.home]
     ask(lives, chat, COLOURS[1])
@@ -122,3 +139,34 @@ def test_an_answer_whose_storing_outlasts_its_time_is_not_durable_yet(limit: str
         again = lives.ask(chat, question, is_stream=False)
         lives.settle()
         assert body(again) == {**answer, "durable": True}
+
+
+@pytest.mark.parametrize("state", ["preparing", "running"])
+def test_a_question_behind_an_unstored_answer_ends_with_its_moved_session(state: str) -> None:
+    with world() as lives:
+        chat = lives.acknowledge()
+        lives.settle()
+        home, other = lives.instances
+        assert chat.home == home.number
+        ask(lives, chat)
+        lives.exchange(home)
+        while home.engine.has_work or home.commands:
+            home.step()
+        home.deliver()
+        lives.exchange(home)
+        wait(lives, DEADLINE_S)
+        lives.exchange(home)  # the answer is sent, and is not stored yet
+        second = ask(lives, chat, COLOURS[1])
+        lives.exchange(home)
+        if state == "running":
+            home.preparations.run()
+            lives.exchange(home)
+        chat.claimed = True
+        with other.journal_jobs.live():
+            other.journal.claim(chat.session_id, lives.now_s, None)
+        home.journal_jobs.run_all()
+        lives.exchange(home)
+        assert second.last is not None
+        assert (second.last.status, json.loads(second.text)["error"]["code"]) == (503, "session_moved")
+        lives.settle()
+        assert not home.engine.sessions

@@ -77,6 +77,17 @@ def test_a_large_body_is_parsed_and_hashed_once_and_never_on_the_pumps_thread(fr
     assert threads == {"parse": ["parse_0"], "_retry_key": ["parse_0"]}
 
 
+def test_a_turn_in_the_engine_holds_neither_the_text_nor_the_arrays_of_its_pictures(front):
+    session = front.open()
+    row = front.start(session, image=png("blue"), request_id=RETRY)
+    turn = front.table.find(session).turn
+    assert turn.ask.pictures == ()
+    assert turn.prepared is None
+    retry = front.row(row.body, session)
+    ((*_, first), (*_, second)) = front.settle(row, retry)
+    assert json.loads(first.body) == json.loads(second.body)
+
+
 def test_a_small_body_is_parsed_on_the_pumps_thread_in_the_step_of_its_arrival(front, threads):
     session = front.open()
     threads["parse"].clear()

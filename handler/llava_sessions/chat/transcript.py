@@ -195,7 +195,7 @@ class Transcript:
     def find_answer(self, retry_key: str) -> int | None:
         """Return the index of the turn with this retry key, among the latest turns with any; None if there is none.
 
-        A client may use one Inference-Id for a whole chat, so a question that is repeated much later is a new turn.
+        A question that is repeated much later with the same key is a new turn.
         """
         keyed = [index for index, turn in enumerate(self._turns) if turn.retry_key is not None]
         latest = reversed(keyed[-_ANSWERS_KEPT:])

@@ -12,7 +12,7 @@ from .kv import SessionKV, rounded_up
 from .memory import DeviceMemory, MemoryExceeded
 from .model import Model
 from .sampling import Sampler
-from .session import EngineSession, EngineSessionState, EngineTurn, FeatureStore, SessionPicture
+from .session import EngineSession, EngineSessionState, EngineTurn, FeatureStore, SessionPicture, unencoded_keys
 
 # More turns do not wait for memory: the next one is rejected. `max_sessions` bounds the openings.
 MAX_WAITING_TURNS = 256
@@ -73,7 +73,7 @@ class Admission:
         )
         session.attach_features(self._features)
         try:
-            self._memory.admit(session.opening_bytes, session.unencoded_tokens)
+            self._memory.admit(session.opening_bytes, self._new_image_tokens(session))
         except MemoryExceeded as error:
             return self._rejection(session, None, error)
         self._sessions[session.id] = session
@@ -148,6 +148,12 @@ class Admission:
             del self._sessions[session.id]
             events.append(self._rejection(session, None, error))
         return events
+
+    def _new_image_tokens(self, session: EngineSession) -> int:
+        """Return the image tokens of a new session's pictures; 0 if another session waits for the same features."""
+        keys = unencoded_keys(session)
+        is_shared = any(unencoded_keys(other) == keys for other in self._sessions.values())
+        return 0 if is_shared else session.unencoded_tokens
 
     def _new_turn(self, session: EngineSession, command: AskSession, arrived_at: float) -> EngineTurn:
         start = len(session.token_ids)

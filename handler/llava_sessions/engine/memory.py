@@ -14,7 +14,7 @@ from ..ipc.messages import Memory
 from .budget import DeviceBudget
 from .faults import first_line, is_out_of_memory, raise_if_device_lost, release_unused
 from .kv import KVShape, SessionKV
-from .session import EngineSession, EngineSessionState, FeatureStore
+from .session import EngineSession, EngineSessionState, FeatureStore, unencoded_keys
 
 log = logging.getLogger(__name__)
 
@@ -196,8 +196,9 @@ class DeviceMemory:
         release_unused(self._kv_shape.device)
 
     def _features_bytes(self) -> int:
-        """Bytes of all features on the device, and of those still to be encoded."""
-        unencoded = sum(s.unencoded_tokens for s in self._sessions.values() if not s.encoded)
+        """Bytes of all features on the device, and of those still to be encoded. Equal pictures are encoded once."""
+        tokens = {unencoded_keys(s): s.unencoded_tokens for s in self._sessions.values() if not s.encoded}
+        unencoded = sum(count for keys, count in tokens.items() if any(key not in self._features for key in keys))
         return self._features.device_bytes + unencoded * self._feature_bytes
 
     def _used_bytes(self) -> int:

@@ -73,7 +73,7 @@ class Sampler:
 def next_tokens(logits: torch.Tensor, samplers: list[Sampler]) -> list[int | Exception]:
     """Return one token ID per row of `logits`, `[rows, vocabulary]`.
 
-    All greedy rows take one transfer from the device, which also tells which rows are not finite. A row from which no
+    All greedy rows take one transfer from the device, which also has the rows that are not finite. A row from which no
     token can be drawn gets the error instead; the other rows are not affected. Raises an out-of-memory error; no
     sampler has then advanced.
     """

@@ -123,8 +123,8 @@ class EngineTurn(Stateful):
     `ticket`: order of arrival. `token_ids`, `image_positions` and `pictures` join the session's when room is reserved
     for the turn. `start_tokens` and `start_pictures` are the session's counts before the turn; a rollback restores
     them. `most_tokens`: the longest conversation that the turn may make. `reserved_tokens`: the tokens for which it
-    reserves memory. Times are seconds of `time.perf_counter`.
-    `deadline_at`: when the turn is stopped, or None. `ignore_eos`: an end-of-sequence token is a token like any other.
+    reserves memory. Times are seconds of `time.perf_counter`. `deadline_at`: when the turn is stopped, or None.
+    `ignore_eos`: an end-of-sequence token is a token like any other.
     """
 
     id: str
@@ -208,10 +208,9 @@ class EngineSession(Stateful):
 
     `image_positions`: sorted indices in `token_ids` whose embeddings are features. `ticket`: order of arrival of the
     latest request for which room was reserved, or of the opening; both the schedule and least-recently-used eviction
-    sort by it. `opening_tokens`, `opening_bytes`:
-    the prompt up to the last picture, and its KV on the device. `prefix`: equal for sessions with the same opening,
-    which share its prefill. `reserved_bytes`: upper bound of the KV on the device during the current work.
-    `short_of_memory`: memory ran out for the session since its latest request.
+    sort by it. `opening_tokens`, `opening_bytes`: the prompt up to the last picture, and its KV on the device.
+    `prefix`: equal for sessions with the same opening, which share its prefill. `reserved_bytes`: upper bound of the KV
+    on the device during the current work. `short_of_memory`: memory ran out for the session since its latest request.
     """
 
     id: str
@@ -369,6 +368,11 @@ def _rows(pictures: Iterable[SessionPicture], first: int, last: int) -> torch.Te
     if not parts:
         return None
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def unencoded_keys(session: EngineSession) -> tuple[str, ...]:
+    """Return the keys of the session's pictures without features, in order."""
+    return tuple(picture.key for picture in session.pictures if picture.features is None)
 
 
 def next_to_encode(sessions: Iterable[EngineSession]) -> EngineSession | None:

@@ -6,6 +6,7 @@ is needed: the only text that changes how a picture is shown is its orientation.
 
 from __future__ import annotations
 
+import itertools
 import struct
 import zlib
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ _PROFILE = b"iCCP"
 _WITH_ORIENTATION = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 _MAX_TEXT_BYTES = 2**20  # as Pillow
 _MAX_CHUNKS = 100_000  # encoders write one for 8 KiB or more
+# Texts of a file that are unpacked to see their sizes; further ones are removed. 10,000 of 1 MiB take 16 s.
+_MAX_UNPACKED = 4
 
 
 def without_texts(data: bytes) -> bytes:
@@ -27,7 +30,8 @@ def without_texts(data: bytes) -> bytes:
 
     Raise `MediaError` for very many chunks: Pillow takes 2 s for a million empty ones.
     """
-    removed = [(start, end) for start, end, kind in _chunks(data) if _is_needless(kind, data, start, end)]
+    texts = itertools.count(1)
+    removed = [(start, end) for start, end, kind in _chunks(data) if _is_needless(kind, data, start, end, texts)]
     if not removed:
         return data
     kept = []
@@ -55,13 +59,16 @@ def _chunks(data: bytes) -> Iterator[tuple[int, int, bytes]]:
         start = end
 
 
-def _is_needless(kind: bytes, data: bytes, start: int, end: int) -> bool:
+def _is_needless(kind: bytes, data: bytes, start: int, end: int, texts: Iterator[int]) -> bool:
+    """Return whether a chunk can be removed. `texts` counts the texts of the file that are unpacked for it."""
     if kind == _PROFILE:
         return True
     if kind not in _TEXTS:
         return False
     body = start + 8
-    return not data.startswith(_WITH_ORIENTATION, body) or _text_bytes(kind, data[body : end - 4]) > _MAX_TEXT_BYTES
+    if not data.startswith(_WITH_ORIENTATION, body) or next(texts) > _MAX_UNPACKED:
+        return True
+    return _text_bytes(kind, data[body : end - 4]) > _MAX_TEXT_BYTES
 
 
 def _text_bytes(kind: bytes, body: bytes) -> int:

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from ..config import RequestLimits
 from .constants import (
+    ANNOUNCED_ID_MAX_CHARS,
     ANNOUNCED_ID_PATTERN,
     REQUEST_ID_PATTERN,
     SESSION_ID_MAX_CHARS,
@@ -79,7 +80,9 @@ def _at_most(limit: str) -> Callable[[object, ValidationInfo], object]:
 
 def without_expiry(value: object) -> object:
     """Return the session ID of a value "ID; Expires=...", which announces a session. Return other values unchanged."""
-    announced = ANNOUNCED_ID_PATTERN.fullmatch(value) if isinstance(value, str) else None
+    if not isinstance(value, str) or len(value) > ANNOUNCED_ID_MAX_CHARS:
+        return value
+    announced = ANNOUNCED_ID_PATTERN.fullmatch(value)
     return announced[1] if announced else value
 
 

@@ -35,6 +35,8 @@ from .fields import (
 _PICTURE_FIELDS = ("image", "images", "path")
 _ACTION_FIELDS = {"type", "requestType"}
 _UNKNOWN_NAMES_SHOWN = 5
+# Commas, and opening brackets, outside of a question: 1,000 pictures, a URL and unknown fields have fewer.
+_OTHER_VALUES = 2**16
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,8 @@ class Ask(_RetriableRequest):
     """Run one turn.
 
     `temperature` 0 is greedy; `seed` None draws a random one. With `ignore_eos` an end-of-sequence token does not end
-    the answer. Pictures are shown with the question. `deadline_ms`
-    after its arrival the turn ends with the text that it has; None sets no deadline.
+    the answer. Pictures are shown with the question. `deadline_ms` after its arrival the turn ends with the text that
+    it has; None sets no deadline.
     """
 
     session_id: SessionId
@@ -171,6 +173,10 @@ class Ask(_RetriableRequest):
         """Return the pictures in the order in which they were sent."""
         return _sources(self.image, self.images, self.path)
 
+    def without_pictures(self) -> Ask:
+        """Return a copy without the pictures, which may take 32 MiB. It has the same retry key."""
+        return self.model_copy(update=dict.fromkeys(_PICTURE_FIELDS))
+
 
 class Close(_Request):
     """End a session and free its memory."""
@@ -212,11 +218,11 @@ def parse(
 ) -> Request:
     """Return the request of a body and its headers. Raise `Refused` (invalid_request, too_large, unsupported_media).
 
-    `body`: parsed JSON if TorchServe parsed it, else `bytes` or `str`. `headers`: names in lower case. A body longer
-    than `max_body_bytes` is rejected before it is parsed. The message names every problem; the code is that of the
-    first one.
+    `body`: parsed JSON if TorchServe parsed it, else `bytes` or `str`. `headers`: names in lower case. A body that is
+    longer than `max_body_bytes`, or has very many values, is rejected before it is parsed. The message names every
+    problem; the code is that of the first one.
     """
-    payload = read_object(body, headers, max_body_bytes)
+    payload = read_object(body, headers, max_body_bytes, limits.max_prompt_chars + _OTHER_VALUES)
     model = _model(payload)
     # A null counts as an absent field.
     fields = {name: value for name, value in payload.items() if value is not None and name in model.model_fields}

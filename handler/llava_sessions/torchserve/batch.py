@@ -15,7 +15,7 @@ class Row:
 
     `sequence_id` is TorchServe's ID of the session. `fresh` is true if the frontend made that ID for this request.
     `headers` are the client's headers, with names in lower case. `body` is as TorchServe delivers it: bytes, text, or
-    decoded JSON; from a request's second batch on it is empty.
+    decoded JSON. A held row has its body in every batch; after the first chunk of its reply the body is empty.
     """
 
     request_id: str

@@ -16,7 +16,7 @@ from .context import WorkerContext
 from .engines import EngineLost, EngineUp
 from .events import EngineEvents
 from .openings import Openings, unload
-from .pending import PendingRequest
+from .pending import PendingRequest, session_moved
 from .questions import Questions
 from .recovery import Recovery
 from .sessions import TurnState
@@ -199,6 +199,9 @@ class SessionManager:
         for session, reason in self._turns.take_lost():
             if session.id in self._context.table:
                 log.warning("session_lost session=%s reason=%s", short_id(session.id), reason)
+                # A turn may run here if the answer before it was not stored at its deadline.
+                if session.turn is not None and not session.turn.is_in(TurnState.STORING):
+                    self._turns.fail(session.turn, session_moved())
                 unload(self._context, session)
                 self._context.table.end(session, reason)
                 self._closes.lost(session)

@@ -89,16 +89,18 @@ class Questions:
         return True
 
     def _prepare(self, turn: Turn) -> None:
-        """Prepare a question in the background."""
+        """Prepare a question in the background. The end of the turn cancels a preparation that has not begun."""
         session = turn.session
         preparer = self._context.preparer
         prepared = preparer.question(turn.ask, session.transcript, session.token_digest, session.in_engine)
+        turn.prepared = prepared
         self._context.inbox.when_done(prepared, partial(self._prepared, turn))
 
     def _prepared(self, turn: Turn, prepared: Future[PreparedQuestion]) -> None:
         """Submit a question that is prepared, or reject it."""
         if not turn.is_in(TurnState.PREPARING):
             return  # it was cancelled, or its client has left
+        turn.prepared = None  # it refers to the prepared pictures
         try:
             question = prepared.result()
             session = turn.session
@@ -141,6 +143,7 @@ class Questions:
             ask.max_new_tokens, ask.temperature, ask.top_p, ask.seed, ask.stop, deadline_ms, ask.ignore_eos
         )
         context.gate.submit(AskSession(session.id, turn.id, question.prompt_ids, sampling, question.pictures))
+        turn.ask = ask.without_pictures()
         turn.advance(TurnState.RUNNING)
 
     def _ms_left(self, turn: Turn) -> int | None:

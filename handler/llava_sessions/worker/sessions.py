@@ -9,6 +9,7 @@ import hmac
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum, auto
@@ -17,6 +18,7 @@ from ..chat.transcript import Blob, Transcript, TurnRecord
 from ..errors import Refused
 from ..protocol.requests import Ask
 from .pending import PendingRequest
+from .preparation import PreparedQuestion
 
 _REMEMBERED = 10_000
 # A request that was sent just before the announced expiry arrives a moment later: the session is kept for so long.
@@ -97,8 +99,8 @@ class _Stateful:
 class Turn(_Stateful):
     """A question and its answer. `pending`: the requests that wait for the answer, several after a retry.
 
-    `arrived_s` and `deadline_s` are times of the pump's clock; `deadline_s` is None without a deadline. `record`: the
-    answer, from STORING on.
+    `arrived_s` and `deadline_s` are times of the pump's clock; `deadline_s` is None without a deadline. `prepared`: the
+    preparation, until it is done. `ask` has no pictures from RUNNING on. `record`: the answer, from STORING on.
     """
 
     def __init__(self, session: Session, ask: Ask, pending: PendingRequest) -> None:
@@ -115,6 +117,7 @@ class Turn(_Stateful):
         self.chunks: list[str] = []
         self.arrived_s = pending.arrived_s
         self.deadline_s = None if ask.deadline_ms is None else pending.arrived_s + ask.deadline_ms / 1e3
+        self.prepared: Future[PreparedQuestion] | None = None
         self.record: TurnRecord | None = None
 
     def is_overdue(self, now_s: float) -> bool:

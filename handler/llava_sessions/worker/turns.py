@@ -106,6 +106,8 @@ class Turns:
         del self._turns[turn.id]
         turn.session.turn = None
         turn.session.used_at_s = self._context.clock()
+        if turn.prepared is not None:
+            turn.prepared.cancel()  # no effect if it has begun
         self._retries += turn.retries
         for pending in turn.cancels:
             pending.reply(replies.cancelled(turn.session.id, was_cancelled))

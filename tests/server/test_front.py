@@ -21,7 +21,7 @@ from bench import harness, route
 from deploy.serve.configuration import CORS_VARIABLE
 from deploy.serve.haproxy import HAProxy, find_haproxy
 from deploy.serve.ports import free_ports
-from deploy.serve.processes import Guard
+from deploy.serve.processes import Guard, ServeError
 from deploy.serve.torchserve import TorchServe
 from llava_sessions.config import MAX_REQUEST_BYTES as LIMIT
 from llava_sessions_client import CLOSED_HEADER, SESSION_HEADER, ChatSession, to_png, wait_for_metrics
@@ -69,6 +69,16 @@ def chat(http: httpx.Client) -> Iterator[ChatSession]:
     chat = ChatSession.open(http, SCENE.draw())
     yield chat
     chat.close()
+
+
+def test_the_reason_why_haproxy_does_not_start_is_printed(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    guard = Guard()
+    front = HAProxy(find_haproxy(), tmp_path, guard, port=free_ports(1)[0], target=1, host="192.0.2.1")
+    with pytest.raises(ServeError, match="cannot bind socket"):
+        front.start()
+    front.stop()
+    guard.release()
 
 
 def raw(url: str, request: bytes) -> tuple[int, list[str], bytes]:

@@ -64,7 +64,7 @@ class HAProxy:
         env = dict(os.environ)
         if not cors_origins(env):
             env.pop(CORS_VARIABLE, None)
-        command = [self._haproxy, "-db", "-q"]
+        command = [self._haproxy, "-db"]
         for config in CONFIGS:
             command += ["-f", str(config)]
         with self._log.open("ab") as log:

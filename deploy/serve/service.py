@@ -93,7 +93,11 @@ class Service:
 
     def run(self) -> int:
         """Serve. Return the exit code: 0 after `stop`, 1 if the model does not start, or not again."""
-        home = ServerHome.make(self._requested_home)
+        try:
+            home = ServerHome.make(self._requested_home)
+        except (ServeError, OSError) as err:
+            print(f"error: --home: {err}", file=sys.stderr, flush=True)
+            return 1
         guard = Guard(home.folder if home.is_temporary else None)
         archive: HeldArchive | None = None
         try:

@@ -21,7 +21,7 @@ from bench import harness, route
 from deploy.serve.configuration import CORS_VARIABLE
 from deploy.serve.haproxy import HAProxy, find_haproxy
 from deploy.serve.ports import free_ports
-from deploy.serve.processes import Guard
+from deploy.serve.processes import Guard, ServeError
 from deploy.serve.torchserve import TorchServe
 from llava_sessions.config import MAX_REQUEST_BYTES as LIMIT
 from llava_sessions_client import CLOSED_HEADER, SESSION_HEADER, ChatSession, to_png, wait_for_metrics
@@ -71,6 +71,16 @@ def chat(http: httpx.Client) -> Iterator[ChatSession]:
     chat.close()
 
 
+def test_the_reason_why_haproxy_does_not_start_is_printed(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    guard = Guard()
+    front = HAProxy(find_haproxy(), tmp_path, guard, port=free_ports(1)[0], target=1, host="192.0.2.1")
+    with pytest.raises(ServeError, match="cannot bind socket"):
+        front.start()
+    front.stop()
+    guard.release()
+
+
 def raw(url: str, request: bytes) -> tuple[int, list[str], bytes]:
     """Status, header lines and body of the answer to a request that is sent as it stands."""
     host, port = url.removeprefix("http://").split(":")
@@ -117,12 +127,24 @@ def test_a_few_large_bodies_run_at_a_time_and_the_others_wait(http: httpx.Client
     before = statistics(home)["large/local"]
     with ThreadPoolExecutor(12) as pool:
         replies = list(pool.map(lambda _: http.post("/invocations", json=body), range(12)))
-    assert [reply.status_code for reply in replies] == [200] * 12
+    assert [reply.status_code for reply in replies] == [200] * 12, replies[0].text
     after = statistics(home)["large/local"]
     assert int(after["stot"]) - int(before["stot"]) == 12, "no other request took this way"
     assert int(after["smax"]) <= int(after["slim"]) == 8
     for reply in replies:
         ChatSession(http, reply.json()["session_id"], "").close()
+
+
+def test_a_small_chunked_body_takes_no_place_of_the_large_ones(http: httpx.Client, home: Path) -> None:
+    """Many clients send each body in chunks. Eight streams would hold all places until their last lines."""
+
+    def passed_as_large(size: int) -> int:
+        before = int(statistics(home)["large/local"]["stot"])
+        reply = http.post("/invocations", content=iter([b"{", b" " * size, b"}"]))
+        assert reply.status_code == 400
+        return int(statistics(home)["large/local"]["stot"]) - before
+
+    assert [passed_as_large(size) for size in (10, 32_000, 70_000, 1 << 20)] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("header", ["", ": NEW_SESSION", ":", "lower: NEW_SESSION"])

@@ -200,6 +200,13 @@ def test_a_few_texts_of_a_png_are_unpacked_however_many_it_has(monkeypatch: pyte
     assert len(unpacked) == png._MAX_UNPACKED
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("more", [b"\0", b"\xff"])
+def test_padding_after_a_picture_is_no_part_of_it(kind: str, more: bytes) -> None:
+    padded = encode(two_colours(), kind) + more * 1_500_000
+    assert load_bytes(padded, LIMITS).width == two_colours().width
+
+
 def test_a_header_is_read_without_its_pixels() -> None:
     data = encode(Image.effect_noise((300, 200), 50), "PNG")
     header = read_header(data[:200], LIMITS)

@@ -1,4 +1,4 @@
-"""docs/operations.md names every log event at its level, and docs/protocol.md names every error code."""
+"""docs/operations.md and the console name every log event at its level, and docs/protocol.md names every error code."""
 
 from __future__ import annotations
 
@@ -35,6 +35,14 @@ def test_operations_names_every_log_event_at_its_level(level: str) -> None:
     first_cells = [line.split("|")[1] for line in table.splitlines()]
     named = {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)}
     assert named == set(events(LEVELS[level]))
+
+
+def test_the_console_names_the_level_of_every_error() -> None:
+    """TorchServe logs what the worker prints at INFO. `logs --filter ERROR` must find the worker's errors too."""
+    layout = (REPO / "deploy" / "serve" / "log4j2.xml").read_text(encoding="utf-8")
+    named = re.search(r"\{\^INFO  \(([a-z_|]+)\) \}\{ERROR \$1 \}", layout)
+    assert named is not None
+    assert set(named[1].split("|")) == set(events(LEVELS["ERROR"]))
 
 
 def test_protocol_names_every_error_code_with_its_status() -> None:

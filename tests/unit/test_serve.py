@@ -13,6 +13,7 @@ from deploy.serve.engine_watch import FORGET_S, HOLD_S, EngineWatch
 from deploy.serve.haproxy import BODY_LIMIT, CONFIGS
 from deploy.serve.java import MAX_HEAP_MIB, MIN_HEAP_MIB, heap_options
 from deploy.serve.processes import ServeError
+from deploy.serve.service import Service
 from llava_sessions.config import MAX_REQUEST_BYTES
 from llava_sessions.protocol import constants
 
@@ -80,3 +81,12 @@ def test_all_files_have_the_same_limit_of_a_request() -> None:
 def test_the_fronts_and_the_worker_name_the_content_type_in_one_header() -> None:
     assert contract.CONTENT_TYPE_HEADER == constants.CONTENT_TYPE_HEADER
     assert f"set-header {constants.CONTENT_TYPE_HEADER.lower()} " in CONFIGS[0].read_text()
+
+
+def test_a_home_that_cannot_be_made_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for home, reason in ((tmp_path / ("deep" * 30), "too long for unix sockets"), (tmp_path / "file" / "x", "Not a")):
+        assert Service(tmp_path, haproxy=None, home=home).run() == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: --home: ")
+        assert reason in line

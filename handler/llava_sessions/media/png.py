@@ -17,6 +17,7 @@ _SIGNATURE_BYTES = 8
 _FRAME_BYTES = 12  # length, type and checksum of a chunk
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _PROFILE = b"iCCP"
+_END = b"IEND"
 # Keywords of texts that may have the EXIF orientation.
 _WITH_ORIENTATION = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 _MAX_TEXT_BYTES = 2**20  # as Pillow
@@ -44,7 +45,7 @@ def without_texts(data: bytes) -> bytes:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """Yield (start, end, type) of each chunk that is whole."""
+    """Yield (start, end, type) of each chunk that is whole, up to the picture's end. Files may have padding after it."""
     start = _SIGNATURE_BYTES
     chunks = 0
     while start + _FRAME_BYTES <= len(data):
@@ -56,6 +57,8 @@ def _chunks(data: bytes) -> Iterator[tuple[int, int, bytes]]:
         if end > len(data):
             return
         yield start, end, kind
+        if kind == _END:
+            return
         start = end
 
 

@@ -41,7 +41,7 @@ def without_texts(data: bytes) -> bytes:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """Yield (start, end, type) of each chunk that is whole, up to the picture's end. Files may have padding after it."""
+    """Yield (start, end, type) of each chunk that is whole, up to the end of the picture. Padding may follow it."""
     start = _SIGNATURE_BYTES
     chunks = 0
     while start + _FRAME_BYTES <= len(data):

@@ -587,3 +587,6 @@ def serving(folder: Path, sessions: int, idle_s: int = IDLE_S) -> Iterator[tuple
         front.start()
         front.open()
         yield server, f"http://127.0.0.1:{port}"
+        # With one Lua state for all threads HAProxy 2.6.12 logged "attempt to index a number value" here.
+        alerts = [line for line in (home / "logs" / "haproxy.log").read_text().splitlines() if "ALERT" in line]
+        assert not alerts, alerts[:3]

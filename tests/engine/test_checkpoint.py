@@ -195,24 +195,24 @@ def answers(engine: Engine, template: ChatTemplate) -> list[tuple[str, str]]:
     """Return text and finish reason of each answer of one chat."""
     opening = template.opening([("scene", make_scene(HELD_OUT_SEEDS[0]).draw())])
     engine.apply(OpenSession("chat", opening.token_ids, opening.pictures))
-    told = []
+    found = []
     opened_on = opening.opened_on
     for question in QUESTIONS:
         engine.apply(AskSession("chat", question, template.prompt(opened_on, question), Sampling(64)))
         events: list[Event] = []
         while engine.has_work:
             events += engine.step()
-        told += [(event.text, event.reason) for event in events if isinstance(event, Finished)]
+        found += [(event.text, event.reason) for event in events if isinstance(event, Finished)]
         opened_on = None
-    return told
+    return found
 
 
 @pytest.fixture(scope="module")
 def expected() -> Iterator[list[tuple[str, str]]]:
-    told = answers(load(settings(v.SHAPES)), ChatTemplate(load_processor(v.SHAPES)))
-    assert [reason for _, reason in told] == ["stop", "stop"]
-    assert all(text for text, _ in told)
-    return told
+    found = answers(load(settings(v.SHAPES)), ChatTemplate(load_processor(v.SHAPES)))
+    assert [reason for _, reason in found] == ["stop", "stop"]
+    assert all(text for text, _ in found)
+    return found
 
 
 @pytest.mark.parametrize("case", SERVED)
@@ -230,9 +230,9 @@ def test_odd_characters_of_answers_are_no_reason_to_refuse(
 ) -> None:
     folder = v.make_variant(tmp_path / "checkpoint", v.says(words))
     assert packing_problems(folder, capsys) == []
-    told = answers(load(settings(folder)), ChatTemplate(load_processor(folder)))
-    assert told != expected
-    assert [reason for _, reason in told] == ["stop", "stop"]
+    found = answers(load(settings(folder)), ChatTemplate(load_processor(folder)))
+    assert found != expected
+    assert [reason for _, reason in found] == ["stop", "stop"]
 
 
 def test_a_checkpoint_without_end_tokens_of_its_own_stops_as_generate_does() -> None:

@@ -60,7 +60,7 @@ class Answers:
         turn.record = record
         session.known_transcript.append(record)
         saved = self._context.journal.save(session.known_transcript)
-        turns = len(session.known_transcript.turns)
+        turns = len(session.known_transcript.log)
         self._context.inbox.when_done(saved, partial(self._saved, turn, record, turns))
 
     def overdue(self, turn: Turn) -> None:
@@ -88,7 +88,7 @@ class Answers:
     def _reply(self, turn: Turn, record: TurnRecord, durable: bool) -> None:
         session = turn.session
         if turn.ask.retry_key is not None and turn.ask.stored_key is None:
-            session.add_labelled(turn.ask.retry_key, len(session.known_transcript.turns) - 1, self._context.clock())
+            session.add_labelled(turn.ask.retry_key, len(session.known_transcript.log) - 1, self._context.clock())
         self._context.counters.turns += 1
         facts = answer_facts(self._context.journal, record, durable)
         self._turns.end(turn)

@@ -147,7 +147,7 @@ class Openings:
             return
         if session.transcript is None:
             session.transcript = transcript
-            session.stored_turns = len(transcript.turns)
+            session.stored_turns = len(transcript.log)
         _acknowledge(pending, session)
 
     def _prepare(self, opening: _Opening) -> Future[Any]:
@@ -218,7 +218,7 @@ class Openings:
         session = opening.session
         transcript = session.known_transcript
         if durable:
-            session.stored_turns = len(transcript.turns)
+            session.stored_turns = len(transcript.log)
         if opening.resumed is not None:
             unload(self._context, opening.resumed)
             self._context.table.end(opening.resumed, "closed")

@@ -81,7 +81,7 @@ class Questions:
             index = transcript.find_answer(ask.stored_key)
         if index is None:
             return False
-        record = transcript.turns[index]
+        record = transcript.log[index]
         facts = answer_facts(self._context.journal, record, durable=index < session.stored_turns)
         for pending in waiting:
             pending.stream(record.text)
@@ -106,7 +106,7 @@ class Questions:
             session = turn.session
             if session.transcript is None and question.rebuild is not None:
                 session.transcript = question.rebuild.transcript
-                session.stored_turns = len(question.rebuild.transcript.turns)
+                session.stored_turns = len(question.rebuild.transcript.log)
             if self._answer_from_transcript(turn.pending, session, turn.ask):
                 self._turns.end(turn)
                 return

@@ -236,6 +236,20 @@ class Transcript:
             spans.append((start, end))
         return tuple(spans)
 
+    def base_of(self, kept_tokens: int) -> tuple[int, int]:
+        """Return `TurnRecord.base_turns` for a turn behind the first tokens, and the token at which its base ends."""
+        end = len(self.opening_ids)
+        if kept_tokens < end:
+            return BEFORE_OPENING, 0
+        for turns, (_, answer_end) in enumerate(self.answer_spans):
+            if answer_end > kept_tokens:
+                return self._base(turns), end
+            end = answer_end
+        return self._base(len(self._turns)), end
+
+    def _base(self, turns: int) -> int:
+        return turns if turns or self._opening_counts else BEFORE_OPENING
+
     @property
     def opened_on(self) -> OpenedOn | None:
         """The pictures that the next prompt follows directly; None after the first turn."""

@@ -46,14 +46,15 @@ def make_pump(
     executor: Executor | None = None,
     parsing: Executor | None = None,
     fetch: Callable[[str, MediaLimits], bytes] | None = None,
+    share_pictures: bool = True,
 ) -> Pump:
     """Build a pump. Call its `recover` before the first row.
 
     `executor` runs the preparations and `parsing` parses large bodies, instead of threads. `fetch` replaces the HTTP
-    client. All three are for tests.
+    client. All three are for tests. `share_pictures`: as in `Preparer`.
     """
     timing = timing or Timing()
-    preparer = Preparer(template, media_limits, journal, timing.clock, executor, fetch)
+    preparer = Preparer(template, media_limits, journal, timing.clock, executor, fetch, share_pictures)
     context = WorkerContext(
         gate=EngineGate(client),
         table=table,

@@ -9,10 +9,13 @@ from ..chat.transcript import short_id
 from ..errors import Refused
 from ..ipc.messages import Memory, Report
 from ..metrics import MetricValues
+from ..protocol.openai import Chat
 from ..protocol.requests import Ask, Cancel, Close, Open, Request
 from .answers import Answers
+from .chats import Chats
 from .closes import Closes, drop
 from .context import WorkerContext
+from .conversations import Conversations
 from .engines import EngineLost, EngineUp
 from .events import EngineEvents
 from .openings import Openings, unload
@@ -43,15 +46,18 @@ class SessionManager:
         self._openings = Openings(context)
         self._recovery = Recovery(context, self._openings)
         self._turns = Turns(context)
-        self._questions = Questions(context, self._turns)
+        self._conversations = Conversations(context)
+        self._questions = Questions(context, self._turns, self._conversations)
+        self._chats = Chats(context, self._turns, self._conversations)
         self._closes = Closes(context, self._openings, self._turns)
-        self._answers = Answers(context, self._turns)
+        self._answers = Answers(context, self._turns, self._conversations)
         self._events = EngineEvents(
             context,
             openings=self._openings,
             turns=self._turns,
             answers=self._answers,
             closes=self._closes,
+            conversations=self._conversations,
         )
         self._memory = Memory()
         self._longest_step_s = 0.0
@@ -67,7 +73,9 @@ class SessionManager:
             match request:
                 case Open():
                     self._openings.start(pending, request)
-                case Ask():
+                case Chat(session_id=None):
+                    self._chats.start(pending, request)
+                case Ask() | Chat():
                     self._questions.start(pending, request)
                 case Close():
                     self._closes.start(pending, request)
@@ -128,7 +136,10 @@ class SessionManager:
             if self._openings.holds(session):
                 continue  # it expires after its acknowledgement
             log.info("session_expired session=%s", short_id(session.id))
-            drop(context, session, "expired")
+            if session.conversation is not None:
+                self._conversations.drop(session)
+            else:
+                drop(context, session, "expired")
         self._recovery.retry()
         self.end_overdue()
         now_s = context.monotonic()
@@ -205,6 +216,8 @@ class SessionManager:
                 unload(self._context, session)
                 self._context.table.end(session, reason)
                 self._closes.lost(session)
+        for session, kept_tokens in self._turns.take_unfinished():
+            self._conversations.unfinished(session, kept_tokens)
         for pending, ask in self._turns.take_retries():
             if pending.disconnected:
                 continue

@@ -121,8 +121,23 @@ class SessionKV:
         return keys[None], values[None]
 
     def crop(self, length: int) -> None:
-        """Discard all tokens after the first `length`."""
-        self.length = min(self.length, length)
+        """Discard all tokens after the first `length`.
+
+        Memory on the host is freed, but not on the device: its next use needs it.
+        """
+        if length >= self.length:
+            return
+        self.length = length
+        if self.on_host is not None:
+            self._crop_host()
+
+    def _crop_host(self) -> None:
+        """Free what an offloaded cache has after its tokens: whole pinned blocks, or also a part of the last block."""
+        blocks = (self.on_host or [])[: -(-self.length // GROWTH_TOKENS)]
+        used = self.length - (len(blocks) - 1) * GROWTH_TOKENS
+        if blocks and not self.shape.pins_host_memory and used < blocks[-1].shape[3]:
+            blocks[-1] = blocks[-1][:, :, :, :used].clone()
+        self.on_host = blocks or None
 
     def fork(self, donor: SessionKV, tokens: int) -> None:
         """Copy the first `tokens` tokens of a resident or offloaded cache into this cold one.

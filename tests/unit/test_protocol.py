@@ -16,16 +16,8 @@ from llava_sessions.ipc.messages import Timings, Usage
 from llava_sessions.protocol import fields as protocol_fields
 from llava_sessions.protocol import replies
 from llava_sessions.protocol.constants import SESSION_HEADER, SESSION_ID_MAX_CHARS
-from llava_sessions.protocol.requests import (
-    Ask,
-    Cancel,
-    Close,
-    Open,
-    PictureSource,
-    Request,
-    parse,
-    session_in_header,
-)
+from llava_sessions.protocol.parsing import Request, parse
+from llava_sessions.protocol.requests import Ask, Cancel, Close, Open, PictureSource, session_in_header
 
 LIMITS = RequestLimits()
 HEADER = SESSION_HEADER.lower()

@@ -46,11 +46,12 @@ def make_pump(
     executor: Executor | None = None,
     parsing: Executor | None = None,
     fetch: Callable[[str, MediaLimits], bytes] | None = None,
+    allow_system: bool = True,
 ) -> Pump:
     """Build a pump. Call its `recover` before the first row.
 
     `executor` runs the preparations and `parsing` parses large bodies, instead of threads. `fetch` replaces the HTTP
-    client. All three are for tests.
+    client. All three are for tests. `allow_system`: whether a client may send system messages.
     """
     timing = timing or Timing()
     preparer = Preparer(template, media_limits, journal, timing.clock, executor, fetch)
@@ -72,7 +73,7 @@ def make_pump(
         manager,
         inbox,
         reaper,
-        Arrivals(inbox, limits, max_body_bytes(limits, media_limits), parsing),
+        Arrivals(inbox, limits, max_body_bytes(limits, media_limits), parsing, allow_system),
         wait_s=timing.wait_s,
         close_wait_s=timing.close_wait_s,
         clock=timing.monotonic,

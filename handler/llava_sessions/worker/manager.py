@@ -9,7 +9,9 @@ from ..chat.transcript import short_id
 from ..errors import Refused
 from ..ipc.messages import Memory, Report
 from ..metrics import MetricValues
-from ..protocol.requests import Ask, Cancel, Close, Open, Request
+from ..protocol.openai import Chat, Models, RefusedChat
+from ..protocol.parsing import Request
+from ..protocol.requests import Ask, Cancel, Close, Open
 from .answers import Answers
 from .closes import Closes, drop
 from .context import WorkerContext
@@ -73,6 +75,8 @@ class SessionManager:
                     self._closes.start(pending, request)
                 case Cancel():
                     self._turns.cancel(pending, request)
+                case Chat() | Models():
+                    raise RefusedChat("invalid_request", "Requests in OpenAI's words are not answered yet.")
         except Refused as error:
             raise self._recovery.error_for(error) from None
         self._follow_up()

@@ -47,10 +47,12 @@ _NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "best_of": (1,),
     "cache_salt": ("",),
     "chat_template": ("",),
+    "chat_template_kwargs": ({}, {"enable_thinking": False}, {"thinking": False}),
     "continue_final_message": (False,),
     "documents": ([],),
     "dry_multiplier": (0,),
     "echo": (False,),
+    "enable_thinking": (False,),
     "grammar": ("",),
     "guided_choice": ([],),
     "guided_grammar": ("",),
@@ -61,6 +63,7 @@ _NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "length_penalty": (1,),
     "logits_processors": ([],),
     "min_p": (0,),
+    "mm_processor_kwargs": ({},),
     "mirostat": (0,),
     "prompt_logprobs": (),
     "reasoning": ({}, {"effort": "none"}, {"enabled": False}),
@@ -100,6 +103,8 @@ _NAMES: dict[str, tuple[str, ...]] = {
         )
     },
 }
+# Fields of `Chat` that change the form of an answer only.
+_FORM_FIELDS = ("stream", "include_usage", "is_sse", "model")
 _MINUS_ONE_IS_ABSENT = ("max_new_tokens", "seed")
 
 
@@ -132,8 +137,22 @@ def parse_chat(
         raise
     except Refused as error:
         raise RefusedChat(error.code, error.message, param=error.param) from None
-    add_retry_key(chat, payload, headers)
+    add_retry_key(chat, headers, lambda: _content(chat))
     return chat
+
+
+def _content(chat: Chat) -> dict[str, Any]:
+    """Return what decides the answer, with the pictures as digests: their text takes megabytes."""
+    content: dict[str, Any] = {name: getattr(chat, name) for name in Chat.model_fields if name not in _FORM_FIELDS}
+    content["messages"] = [
+        (message.role, message.text, [_digest(picture.path or "") for picture in message.pictures])
+        for message in chat.messages
+    ]
+    return content
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _unsupported(payload: Mapping[str, Any]) -> Iterator[Problem]:
@@ -216,7 +235,7 @@ def _label(payload: Mapping[str, Any]) -> str | None:
     label = [payload.get("user"), payload.get("prompt_cache_key")]
     if label == [None, None] or not all(isinstance(value, str | None) for value in label):
         return None
-    return hashlib.sha256(json.dumps(label).encode()).hexdigest()
+    return _digest(json.dumps(label))
 
 
 def _equal(value: object, other: object) -> bool:

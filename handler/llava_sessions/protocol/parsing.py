@@ -25,7 +25,8 @@ Request = Native | Chat | Models
 
 _ACTION_FIELDS = {"type", "requestType"}
 _UNKNOWN_NAMES_SHOWN = 5
-# Commas, and opening brackets, outside of texts: 1,000 pictures, a URL and unknown fields have fewer.
+# Commas, and opening brackets, outside of a question: 1,000 pictures, a URL and unknown fields have fewer. A history with
+# more of them exceeds every model's context.
 _OTHER_VALUES = 2**16
 _TYPES: dict[str, type[Native]] = {
     "start_session": Open,
@@ -52,7 +53,7 @@ def parse(
     names every problem; the code is that of the first one. `allow_system`: whether a client may send system messages.
     """
     path = openai_path(headers)
-    max_values = limits.max_prompt_chars + limits.max_history_chars + _OTHER_VALUES
+    max_values = limits.max_prompt_chars + _OTHER_VALUES
     if path is None:
         payload = read_object(body, headers, max_body_bytes, max_values)
         if payload.get("messages") is None:
@@ -92,7 +93,8 @@ def _parse_native(payload: dict[str, Any], headers: Mapping[str, object], limits
     if problems or request is None:
         raise refusal(problems, model)
     if isinstance(request, Open | Ask):
-        add_retry_key(request, payload, headers)
+        # `stream` changes the form of an answer only.
+        add_retry_key(request, headers, lambda: {name: value for name, value in payload.items() if name != "stream"})
     return request
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,6 +17,8 @@ from .fields import TOO_LARGE
 from .requests import BaseRequest, PastTurn, RetriableRequest
 
 Model = TypeVar("Model", bound=BaseRequest)
+
+_LAST = "session_token"
 
 
 @dataclass(frozen=True)
@@ -76,17 +78,23 @@ def _described(
 
 
 def refusal(problems: Sequence[Problem], model: type[BaseRequest]) -> Refused:
-    """Return one refusal for all problems, in the order of the fields."""
-    order = ["", *model.first, *model.model_fields]
+    """Return one refusal for all problems, in the order of the fields. The session token, which all have, is last."""
+    fields = [name for name in model.model_fields if name != _LAST]
+    order = ["", *model.first, *fields, _LAST]
     ordered = sorted(problems, key=lambda problem: order.index(problem.field))
     message = "; ".join(problem.message for problem in ordered)
     return Refused(ordered[0].code, message, param=ordered[0].param or ordered[0].field or None)
 
 
-def add_retry_key(request: RetriableRequest, payload: Mapping[str, Any], headers: Mapping[str, object]) -> None:
-    """Set the key by which a retry of the request is recognised."""
+def add_retry_key(
+    request: RetriableRequest, headers: Mapping[str, object], content: Callable[[], Mapping[str, Any]]
+) -> None:
+    """Set the key by which a retry of the request is recognised. `content` returns what both have in common.
+
+    With the content in the digest, another client with the same ID doesn't get this client's session.
+    """
     request_id: str | None = getattr(request, "request_id", None)
-    request.set_retry_key(_retry_key(request_id or _inference_id(headers), payload), request_id is not None)
+    request.set_retry_key(_retry_key(request_id or _inference_id(headers), content), request_id is not None)
 
 
 def _inference_id(headers: Mapping[str, object]) -> str | None:
@@ -95,13 +103,9 @@ def _inference_id(headers: Mapping[str, object]) -> str | None:
     return value if isinstance(value, str) and REQUEST_ID_PATTERN.fullmatch(value) else None
 
 
-def _retry_key(request_id: str | None, payload: Mapping[str, Any]) -> str | None:
-    """Return a digest of the request ID and the body.
-
-    With the body in the digest, another client with the same ID doesn't get this client's session. `stream` is left
-    out: it changes the form of an answer only.
-    """
+def _retry_key(request_id: str | None, content: Callable[[], Mapping[str, Any]]) -> str | None:
+    """Return a digest of the request ID and the content; None without an ID."""
     if request_id is None:
         return None
-    body = json.dumps({name: value for name, value in payload.items() if name != "stream"}, sort_keys=True)
+    body = json.dumps(content(), sort_keys=True)
     return hashlib.sha256(f"{request_id} {body}".encode()).hexdigest()

@@ -109,6 +109,19 @@ class RequestLimits(_Section):
         default=8, ge=1, le=1_000, description="Pictures in one request, at open or with a question."
     )
 
+    max_history_messages: int = Field(
+        default=256,
+        ge=1,
+        le=100_000,
+        description="Messages of a conversation that a client sends, as `messages` or as `history`.",
+    )
+    max_history_chars: int = Field(
+        default=262_144, ge=1, le=10_000_000, description="Characters of all texts of such a conversation."
+    )
+    max_history_pictures: int = Field(
+        default=32, ge=1, le=1_000, description="Pictures of all messages of such a conversation."
+    )
+
     max_stop_strings: ClassVar[int] = 8
     max_stop_chars: ClassVar[int] = 64
 
@@ -176,6 +189,15 @@ class HandlerConfig(_Section):
         le=4096,
         description="Sessions that are open at once on one worker. The next open is rejected with 429.",
     )
+    max_implicit_sessions: int = Field(
+        default=64,
+        ge=0,
+        le=4096,
+        description=(
+            "Conversations without a session header whose state is kept at once. They are counted apart from "
+            "`max_sessions`; the least recently used idle one is closed to admit a new one."
+        ),
+    )
     session_ttl_s: float = Field(
         default=1200.0,
         ge=1,
@@ -231,6 +253,21 @@ class HandlerConfig(_Section):
     system_prompt: str = Field(
         default="", description="Text before each conversation, if the chat template has a place for it."
     )
+    allow_system: bool = Field(
+        default=True,
+        description=(
+            "Whether a client's `messages` may contain system messages. They follow `system_prompt`. `false`: such a "
+            "request is rejected with 400."
+        ),
+    )
+    share_pictures: bool = Field(
+        default=True,
+        description=(
+            "Whether requests of different sessions share picture features and prefilled prompts, and may continue "
+            "conversations without a session header. `false`: nothing is shared or searched, so no client can measure "
+            "what another one has shown."
+        ),
+    )
     limits: RequestLimits = Field(default_factory=RequestLimits, description="Limits of requests.")
     media: MediaLimits = Field(default_factory=MediaLimits, description="Limits of pictures.")
 
@@ -249,8 +286,10 @@ def frontend_capacity(max_sessions: int) -> int:
 
 def max_body_bytes(limits: RequestLimits, media: MediaLimits) -> int:
     """Return the size of the longest body that the limits and the fronts allow, in bytes."""
-    pictures = max(limits.max_pictures, limits.max_frames) * media.max_bytes * JSON_BYTES_PER_PICTURE_BYTE
-    longest = _JSON_BYTES_OF_OPTIONS + limits.max_prompt_chars * _JSON_BYTES_PER_CHAR + pictures
+    most_pictures = max(limits.max_pictures, limits.max_frames, limits.max_history_pictures)
+    pictures = most_pictures * media.max_bytes * JSON_BYTES_PER_PICTURE_BYTE
+    chars = limits.max_prompt_chars + limits.max_history_chars
+    longest = _JSON_BYTES_OF_OPTIONS + chars * _JSON_BYTES_PER_CHAR + pictures
     return min(longest, MAX_REQUEST_BYTES)
 
 
@@ -288,6 +327,8 @@ def expected(field: FieldInfo) -> str:
     if get_origin(kind) is tuple:
         return "a list of non-empty strings"
     kinds = get_args(kind) or (kind,)
+    if kind is bool:
+        return "true or false"
     if str in kinds:
         return "a non-empty string" if field.is_required() else "a string"
     low = next(limit.ge for limit in field.metadata if isinstance(limit, Ge))

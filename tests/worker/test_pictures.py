@@ -20,7 +20,8 @@ from llava_sessions.errors import Refused
 from llava_sessions.journal.journal import Journal
 from llava_sessions.media.budget import PixelBudget
 from llava_sessions.media.limits import MediaError
-from llava_sessions.protocol.requests import Ask, Open, parse
+from llava_sessions.protocol.parsing import parse
+from llava_sessions.protocol.requests import Ask, Open
 from llava_sessions.text.chat_template import ChatTemplate
 from llava_sessions.text.pictures import PicturePreparer, Prepared
 from llava_sessions.text.processors import load_processor

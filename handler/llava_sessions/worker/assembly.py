@@ -12,7 +12,7 @@ from ..journal.journal import Journal
 from ..text.chat_template import ChatTemplate
 from ..torchserve.sequences import SequenceEnder, SequenceReaper
 from .arrivals import Arrivals
-from .context import WorkerContext
+from .context import ServedModel, WorkerContext
 from .engines import CommandSink, EngineGate
 from .inbox import Inbox
 from .manager import SessionManager
@@ -47,11 +47,14 @@ def make_pump(
     parsing: Executor | None = None,
     fetch: Callable[[str, MediaLimits], bytes] | None = None,
     share_pictures: bool = True,
+    allow_system: bool = True,
+    served: ServedModel | None = None,
 ) -> Pump:
     """Build a pump. Call its `recover` before the first row.
 
     `executor` runs the preparations and `parsing` parses large bodies, instead of threads. `fetch` replaces the HTTP
-    client. All three are for tests. `share_pictures`: as in `Preparer`.
+    client. All three are for tests. `share_pictures`: as in `Preparer`. `allow_system`: whether a client may send system
+    messages.
     """
     timing = timing or Timing()
     preparer = Preparer(template, media_limits, journal, timing.clock, executor, fetch, share_pictures)
@@ -64,6 +67,7 @@ def make_pump(
         context_tokens=context_tokens,
         clock=timing.clock,
         monotonic=timing.monotonic,
+        served=served or ServedModel(),
     )
     manager = SessionManager(context)
     # The frontend has more places than sessions. At most half of the others may wait for the end of their sequence.
@@ -73,7 +77,7 @@ def make_pump(
         manager,
         inbox,
         reaper,
-        Arrivals(inbox, limits, max_body_bytes(limits, media_limits), parsing),
+        Arrivals(inbox, limits, max_body_bytes(limits, media_limits), parsing, allow_system),
         wait_s=timing.wait_s,
         close_wait_s=timing.close_wait_s,
         clock=timing.monotonic,

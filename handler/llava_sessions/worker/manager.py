@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Callable
 
 from ..chat.transcript import short_id
 from ..errors import Refused
 from ..ipc.messages import Memory, Report
 from ..metrics import MetricValues
-from ..protocol.openai import Chat
-from ..protocol.requests import Ask, Cancel, Close, Open, Request
+from ..protocol.openai import Chat, Models, OpenAIForm
+from ..protocol.parsing import Request
+from ..protocol.requests import Ask, Cancel, Close, Open
 from .answers import Answers
 from .chats import Chats
 from .closes import Closes, drop
@@ -73,10 +75,12 @@ class SessionManager:
             match request:
                 case Open():
                     self._openings.start(pending, request)
-                case Chat(session_id=None):
-                    self._chats.start(pending, request)
-                case Ask() | Chat():
+                case Ask():
                     self._questions.start(pending, request)
+                case Chat():
+                    self._start_chat(pending, request)
+                case Models():
+                    pending.reply(request.body(self._context.served.name, self._context.served.since_s))
                 case Close():
                     self._closes.start(pending, request)
                 case Cancel():
@@ -84,6 +88,17 @@ class SessionManager:
         except Refused as error:
             raise self._recovery.error_for(error) from None
         self._follow_up()
+
+    def _start_chat(self, pending: PendingRequest, chat: Chat) -> None:
+        """Start a turn of a conversation that the client has sent whole."""
+        served = self._context.served
+        completion_id = f"chatcmpl-{uuid.uuid4().hex}"
+        pending.form = OpenAIForm.of(chat, completion_id, self._context.clock(), served.name, served.fingerprint)
+        pending.streamed = chat.stream
+        if chat.session_id is None:
+            self._chats.start(pending, chat)
+        else:
+            self._questions.start(pending, chat)
 
     def disconnected(self, pending: PendingRequest) -> None:
         """Stop the work that only this request's client waited for."""

@@ -219,7 +219,7 @@ class Preparer:
         spans = []
         for one in prepared:
             for picture, tokens in zip(one.pictures, one.tokens, strict=True):
-                count = self.template.image_tokens(tokens)
+                count = tokens.count(self.template.processor.image_token)
                 spans.append(PictureSpan(positions[0], positions[count - 1] + 1, picture.key))
                 del positions[:count]
         return tuple(spans)

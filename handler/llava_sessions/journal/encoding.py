@@ -142,7 +142,9 @@ def encode(
     if epoch:
         whole["epoch"] = epoch
     # Fields of later versions are left out at their defaults, so that those records are as in earlier versions.
-    return _seal({**whole, "record": fields.model_dump(exclude_defaults=True)}, [picture.data for picture in record.pictures])
+    return _seal(
+        {**whole, "record": fields.model_dump(exclude_defaults=True)}, [picture.data for picture in record.pictures]
+    )
 
 
 def read_transcript(

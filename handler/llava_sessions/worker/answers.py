@@ -73,7 +73,7 @@ class Answers:
         )
         turn.record = record
         if turn.prompt is not None:
-            self._conversations.finished(session, turn.prompt, event.kept_ids)
+            self._conversations.finished(session, turn.prompt, turn.kept_tokens, event.kept_ids)
             self._reply(turn, record, durable=False)
             return
         session.known_transcript.append(record)

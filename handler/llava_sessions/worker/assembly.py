@@ -49,6 +49,7 @@ def make_pump(
     share_pictures: bool = True,
     allow_system: bool = True,
     served: ServedModel | None = None,
+    places: int | None = None,
 ) -> Pump:
     """Build a pump. Call its `recover` before the first row.
 
@@ -71,7 +72,7 @@ def make_pump(
     )
     manager = SessionManager(context)
     # The frontend has more places than sessions. At most half of the others may wait for the end of their sequence.
-    places_left = frontend_capacity(table.max_sessions) - table.max_sessions
+    places_left = (places or frontend_capacity(table.max_sessions)) - table.max_sessions
     reaper = SequenceReaper(ender, max_waiting=places_left // 2, clock=timing.monotonic)
     return Pump(
         manager,

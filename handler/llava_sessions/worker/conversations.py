@@ -88,11 +88,12 @@ class Conversations:
         table.add_implicit(session)
         session.conversation = HeldConversation(label_root, fork_base=place.base)
 
-    def finished(self, session: Session, prompt: Prompt, answer_ids: Sequence[int]) -> None:
-        """Note what a session holds after an answer."""
+    def finished(self, session: Session, prompt: Prompt, kept: int, answer_ids: Sequence[int]) -> None:
+        """Note what a session holds after an answer. `kept`: the tokens that it held before and that were kept."""
         held = session.held_conversation
         self._unlink(session)
-        if not held.turns:
+        if not held.turns or kept < held.first_prompt_tokens:
+            held.turns = 0
             held.first_prompt_tokens = len(prompt.token_ids)
         held.turns += 1
         held.token_ids = np.concatenate([prompt.token_ids, np.asarray(answer_ids, dtype=prompt.token_ids.dtype)])

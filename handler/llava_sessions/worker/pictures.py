@@ -85,7 +85,9 @@ class PictureLoader:
 
         Raise `MediaError`.
         """
-        groups = tuple(tuple(self._blobs.get(_read(one, self._limits, self._fetch)) for one in group) for group in messages)
+        groups = tuple(
+            tuple(self._blobs.get(_read(one, self._limits, self._fetch)) for one in group) for group in messages
+        )
         new = {
             blob.sha256: read_header(blob.data, self._limits).pixels
             for group in groups
@@ -117,9 +119,7 @@ class PictureLoader:
         """Prepare the frames of a clip. `scope`: as in `picture_key`."""
         pictures = self._pictures
         frames = [self._with_decoded(blob, lambda _, pixels: pictures.frame(pixels)) for blob in blobs]
-        clip_key = hashlib.sha256(
-            " ".join(picture_key(blob.sha256, scope) for blob in blobs).encode()
-        ).hexdigest()
+        clip_key = hashlib.sha256(" ".join(picture_key(blob.sha256, scope) for blob in blobs).encode()).hexdigest()
         return pictures.clip(clip_key, frames)
 
     def _with_decoded(self, blob: Blob, prepare: Callable[[str, np.ndarray], T]) -> T:

@@ -291,7 +291,7 @@ CONVERSATIONS: list[tuple[list[Any], list[tuple[str, str, int]]]] = [
     ([user([{"type": "image_url", "image_url": URL}])], [("user", "", 1)]),
     ([user([{**IMAGE, "cache_control": {}}])], [("user", "", 1)]),
     ([user("a"), user([IMAGE]), user("b")], [("user", "a\nb", 1)]),
-    ([user("a"), said(), said("No."), user("b")], [("user", "a", 0), ("assistant", "A circle.\nNo.", 0), ("user", "b", 0)]),
+    ([user("a"), said("b"), said("c"), user("d")], [("user", "a", 0), ("assistant", "b\nc", 0), ("user", "d", 0)]),
     ([said("Hi."), user([IMAGE])], [("assistant", "Hi.", 0), ("user", "", 1)]),
     ([user("a"), said(None), user("b")], [("user", "a", 0), ("assistant", "", 0), ("user", "b", 0)]),
     ([user("a"), said(""), said("x"), user("b")], [("user", "a", 0), ("assistant", "x", 0), ("user", "b", 0)]),

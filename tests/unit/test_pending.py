@@ -39,14 +39,11 @@ def objects(text: str) -> list[Any]:
 
 def text_of(objects: list[Any]) -> str:
     """Return the text of a stream of any form."""
-    pieces = []
-    for one in objects:
-        if one != "[DONE]":
-            pieces.append(one["delta"] if "delta" in one else one["choices"][0]["delta"].get("content", ""))
-    return "".join(pieces)
+    sent = [one for one in objects if one != "[DONE]"]
+    return "".join(one["delta"] if "delta" in one else one["choices"][0]["delta"].get("content", "") for one in sent)
 
 
-@pytest.mark.parametrize(("form", "content_type"), zip(FORMS, CONTENT_TYPES, strict=True))
+@pytest.mark.parametrize(("form", "content_type"), list(zip(FORMS, CONTENT_TYPES, strict=True)))
 def test_the_pieces_of_all_steps_are_the_answer(form: ReplyForm, content_type: str) -> None:
     request = pending(form)
     assert (request.content_type, request.has_output, request.take_chunk()) == (content_type, False, "")

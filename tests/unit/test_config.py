@@ -13,15 +13,13 @@ import yaml
 
 from llava_sessions.config import (
     SECTIONS,
-    ConfigError,
     HandlerConfig,
     MediaLimits,
     RequestLimits,
-    expected,
     frontend_capacity,
     max_body_bytes,
-    read_config,
 )
+from llava_sessions.config_file import ConfigError, expected, read_config
 from llava_sessions.errors import describe
 from scripts import configuration_page
 

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 
+from llava_sessions.config import RequestLimits
 from llava_sessions.errors import Refused
 from llava_sessions.ipc.messages import Timings, Usage
 from llava_sessions.protocol import replies
 from llava_sessions.protocol.openai import OpenAIForm, RefusedChat
 from llava_sessions.protocol.replies import NativeForm, ReplyForm
 from llava_sessions.torchserve.batch import Reply, Row
+from llava_sessions.worker.arrivals import Arrivals
+from llava_sessions.worker.inbox import Inbox
 from llava_sessions.worker.pending import PendingRequest, PendingTable
 
 FACTS = replies.answer_facts("s1", "stop", Usage(5, 4, 2), Timings(0.1, 1.0, 2.0), None)
@@ -156,6 +159,26 @@ def test_the_form_of_an_error_is_known_by_the_path_or_by_the_body() -> None:
             "param": None,
             "code": "invalid_request",
         }
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ({"messages": [{"role": "user", "content": "x"}]}, "invalid_request_error"),
+        ({"messages": []}, "invalid_request_error"),
+        ({"type": "close_session", "session_id": "s1"}, None),
+    ],
+)
+def test_an_error_of_a_request_that_was_read_has_the_form_of_its_words(body: dict, error: str | None) -> None:
+    arrivals = Arrivals(Inbox(), RequestLimits(), 10_000)
+    request = PendingTable().add(row())[0]
+    arrivals.add(request, json.dumps(body).encode())
+
+    def start(*_: object) -> None:
+        raise Refused("session_not_found", "x")
+
+    arrivals.start_ready(start)
+    assert json.loads(request.take_final().body)["error"].get("type") == error
 
 
 def test_a_client_that_was_dropped_receives_the_known_end_in_its_form() -> None:

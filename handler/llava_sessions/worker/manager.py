@@ -9,7 +9,7 @@ from ..chat.transcript import short_id
 from ..errors import Refused
 from ..ipc.messages import Memory, Report
 from ..metrics import MetricValues
-from ..protocol.openai import Chat, Models, RefusedChat
+from ..protocol.openai import Chat, Models
 from ..protocol.parsing import Request
 from ..protocol.requests import Ask, Cancel, Close, Open
 from .answers import Answers
@@ -67,6 +67,8 @@ class SessionManager:
         """Start the work of a request. Raise `Refused` if it is rejected at once."""
         try:
             match request:
+                case Open() if request.history or not (request.pictures or request.frames or request.resume):
+                    raise Refused("invalid_request", "An open without a picture, or with a history, is not served yet.")
                 case Open():
                     self._openings.start(pending, request)
                 case Ask():
@@ -76,7 +78,7 @@ class SessionManager:
                 case Cancel():
                     self._turns.cancel(pending, request)
                 case Chat() | Models():
-                    raise RefusedChat("invalid_request", "Requests in OpenAI's words are not answered yet.")
+                    raise Refused("invalid_request", "Requests in OpenAI's words are not served yet.")
         except Refused as error:
             raise self._recovery.error_for(error) from None
         self._follow_up()

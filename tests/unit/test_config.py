@@ -293,8 +293,8 @@ def test_the_longest_body_has_room_for_a_whole_conversation():
     text = {"type": "text", "text": "\U0001f600" * 2_000}
     body = {"messages": [{"role": "user", "content": [text, *[picture] * 4]}]}
     assert len(json.dumps(body)) < max_body_bytes(limits, MediaLimits(max_bytes=1_000))
-    more = limits.model_copy(update={"max_history_pictures": 5, "max_history_chars": 1})
-    assert max_body_bytes(more, MediaLimits(max_bytes=10_000)) > max_body_bytes(limits, MediaLimits(max_bytes=10_000))
+    more = limits.model_copy(update={"max_history_pictures": 5})
+    assert max_body_bytes(more, MediaLimits(max_bytes=1_000)) > max_body_bytes(limits, MediaLimits(max_bytes=1_000))
 
 
 @pytest.mark.parametrize("key", ["allow_system", "share_pictures"])

@@ -23,7 +23,8 @@ from ts.metrics.metric_cache_errors import MetricsCacheKeyError
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 
-from llava_sessions.config import ConfigError, HandlerConfig, read_config
+from llava_sessions.config import HandlerConfig
+from llava_sessions.config_file import ConfigError, read_config
 from llava_sessions.errors import error_line, reason_phrase
 from llava_sessions.ipc.messages import EngineSettings
 from llava_sessions.journal.journal import open_journal

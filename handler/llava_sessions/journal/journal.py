@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..chat.transcript import BlobPool, Transcript
-from ..config import ConfigError
+from ..config_file import ConfigError
 from ..errors import describe
 from .appender import Records
 from .claims import AlreadyClaimed, JournalError, JournalUnavailable, NotFound, claim

@@ -103,8 +103,8 @@ _NAMES: dict[str, tuple[str, ...]] = {
         )
     },
 }
-# Fields of `Chat` that change the form of an answer only.
-_FORM_FIELDS = ("stream", "include_usage", "is_sse", "model")
+# Fields of `Chat` that change the form of an answer only, and the deadline, whose default depends on the form.
+_FORM_FIELDS = ("stream", "include_usage", "is_sse", "model", "deadline_ms")
 _MINUS_ONE_IS_ABSENT = ("max_new_tokens", "seed")
 
 

@@ -25,8 +25,8 @@ Request = Native | Chat | Models
 
 _ACTION_FIELDS = {"type", "requestType"}
 _UNKNOWN_NAMES_SHOWN = 5
-# Commas, and opening brackets, outside of a question: 1,000 pictures, a URL and unknown fields have fewer. A history with
-# more of them exceeds every model's context.
+# Commas, and opening brackets, outside of a question: 1,000 pictures, a URL and unknown fields have fewer. A history
+# with more of them exceeds the context of every model.
 _OTHER_VALUES = 2**16
 _TYPES: dict[str, type[Native]] = {
     "start_session": Open,

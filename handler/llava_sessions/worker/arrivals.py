@@ -11,6 +11,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from ..config import RequestLimits
+from ..protocol.openai import Chat, OpenAIForm
 from ..protocol.parsing import Request, parse
 from ..protocol.requests import Ask, Cancel, Close, Open, session_in_header
 from .inbox import Inbox
@@ -74,7 +75,12 @@ class Arrivals:
                 if arrival.pending.disconnected:
                     continue
                 try:
-                    start(arrival.pending, arrival.parsed.result())
+                    request = arrival.parsed.result()
+                    if isinstance(request, Chat):
+                        arrival.pending.form = OpenAIForm(
+                            is_sse=request.is_sse
+                        )  # of an error, until the answer's is set
+                    start(arrival.pending, request)
                 except Exception as error:
                     arrival.pending.refuse(error)
             if not queue:

@@ -54,8 +54,8 @@ def make_pump(
     """Build a pump. Call its `recover` before the first row.
 
     `executor` runs the preparations and `parsing` parses large bodies, instead of threads. `fetch` replaces the HTTP
-    client. All three are for tests. `share_pictures`: as in `Preparer`. `allow_system`: whether a client may send system
-    messages.
+    client. All three are for tests. `share_pictures`: as in `Preparer`. `allow_system`: whether a client may
+    send system messages. `places`: sequences that the frontend can hold.
     """
     timing = timing or Timing()
     preparer = Preparer(template, media_limits, journal, timing.clock, executor, fetch, share_pictures)

@@ -25,7 +25,7 @@ class Counters:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The model in the words of OpenAI's clients. `fingerprint`: of the checkpoint. `since_s`: Unix time of the start."""
+    """The model as OpenAI's clients see it. `fingerprint`: of the checkpoint. `since_s`: Unix time of the start."""
 
     name: str = "llava"
     fingerprint: str = ""

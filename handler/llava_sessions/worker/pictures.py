@@ -12,12 +12,12 @@ import numpy as np
 
 from ..chat.transcript import Blob, BlobPool
 from ..config import MediaLimits
+from ..ipc.messages import PreparedPicture
 from ..media.budget import PixelBudget
 from ..media.decoder import load_bytes, read_header
 from ..media.limits import check_request_pixels
 from ..media.sources import read_base64, read_path
 from ..protocol.requests import PictureSource
-from ..ipc.messages import PreparedPicture
 from ..text.pictures import PicturePreparer, Prepared, joined
 
 T = TypeVar("T")

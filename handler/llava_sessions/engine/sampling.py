@@ -79,6 +79,7 @@ class Ban:
     rows: list[int]
     token_ids: frozenset[int]
 
+    @torch.inference_mode()
     def apply(self, logits: torch.Tensor) -> None:
         """Set the logits of the tokens to minus infinity, in place."""
         rows = torch.tensor(self.rows, device=logits.device)

@@ -101,7 +101,7 @@ class RequestLimits(Section):
         description="Messages of a conversation that a client sends, as `messages` or as `history`.",
     )
     max_history_chars: int = Field(
-        default=262_144, ge=1, le=10_000_000, description="Characters of all texts of such a conversation."
+        default=131_072, ge=1, le=10_000_000, description="Characters of all texts of such a conversation."
     )
     max_history_pictures: int = Field(
         default=32, ge=1, le=1_000, description="Pictures of all messages of such a conversation."

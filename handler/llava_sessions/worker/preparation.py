@@ -207,9 +207,10 @@ class Preparer:
     def _conversation(
         self, messages: Sequence[ChatMessage], scope: str | None, with_arrays: bool, opened_on: OpenedOn | None = None
     ) -> _Conversation:
+        rendered = [Message(one.role, one.text, len(one.pictures)) for one in messages]
+        self.template.check_conversation(rendered, opened_on)  # before any picture is read
         groups = self._loader.load_conversation([one.pictures for one in messages if one.pictures], scope)
         prepared = [self._loader.prepare(group, scope, with_arrays) for group in groups]
-        rendered = [Message(one.role, one.text, len(one.pictures)) for one in messages]
         return _Conversation(self.template.conversation(rendered, prepared, opened_on), tuple(prepared), groups)
 
     def _spans(self, token_ids: list[int], prepared: Sequence[Prepared], start: int = 0) -> tuple[PictureSpan, ...]:

@@ -104,7 +104,7 @@ class SequenceReaper:
         return row.headers.get(name) == value
 
     def end(self, sequence_id: str, fresh: bool = False) -> None:
-        """End the sequence once no row uses it. `fresh`: the frontend made it for one request, and no client knows it."""
+        """End the sequence once no row uses it. `fresh`: the frontend made its ID, which no client knows."""
         self._waiting[sequence_id] = self._quiet_s if fresh else self._linger_s
 
     def begin_step(self, sequence_ids: Iterable[str]) -> None:

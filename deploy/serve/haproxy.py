@@ -17,7 +17,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from .configuration import CORS_VARIABLE, cors_origins
+from .configuration import CORS_VARIABLE, cors_origins, has_public_metrics
 from .logs import tail
 from .processes import LOOPBACK, Guard, ServeError, kill_group
 
@@ -26,13 +26,27 @@ CONFIGS = (HERE / "sessions.cfg", HERE / "front.cfg")
 BODY_LIMIT = HERE / "body_limit.lua"
 MIN_HAPROXY = (2, 6)
 SERVERS = ("torchserve/local", "large/local")  # backends and servers in front.cfg
+METRICS_TARGET = "METRICS_TARGET"  # variable in front.cfg: the port of the worker's page, if /metrics is public
 START_TIMEOUT_S = 10.0
 
 
 class HAProxy:
-    """One HAProxy on `host`:`port`, which passes requests to TorchServe's inference port `target` on loopback."""
+    """One HAProxy on `host`:`port`, which passes requests to TorchServe's inference port `target` on loopback.
 
-    def __init__(self, haproxy: str, home: Path, guard: Guard, *, port: int, target: int, host: str = LOOPBACK) -> None:
+    /metrics is the worker's page at its loopback port `metrics`, if the environment makes it public.
+    """
+
+    def __init__(
+        self,
+        haproxy: str,
+        home: Path,
+        guard: Guard,
+        *,
+        port: int,
+        target: int,
+        metrics: int | None = None,
+        host: str = LOOPBACK,
+    ) -> None:
         self._haproxy = haproxy
         self._home = home
         self._log = home / "logs" / "haproxy.log"
@@ -44,6 +58,7 @@ class HAProxy:
             "BODY_LIMIT": str(BODY_LIMIT),
             "SESSIONS_RUN": str(home),
         }
+        self._metrics = metrics
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -64,6 +79,9 @@ class HAProxy:
         env = dict(os.environ)
         if not cors_origins(env):
             env.pop(CORS_VARIABLE, None)
+        env.pop(METRICS_TARGET, None)
+        if self._metrics is not None and has_public_metrics(env):
+            env[METRICS_TARGET] = str(self._metrics)
         command = [self._haproxy, "-db"]
         for config in CONFIGS:
             command += ["-f", str(config)]

@@ -28,7 +28,7 @@ from llava_sessions.errors import error_line, reason_phrase
 from llava_sessions.ipc.messages import EngineSettings
 from llava_sessions.journal.journal import open_journal
 from llava_sessions.machine_memory import memory_bytes
-from llava_sessions.metrics import COUNTERS, GAUGES, MetricValues
+from llava_sessions.metrics import COUNTERS, GAUGES, PORT_VARIABLE, MetricValues
 from llava_sessions.protocol.constants import SESSION_HEADER
 from llava_sessions.text.chat_template import ChatTemplate
 from llava_sessions.text.checkpoint import find_checkpoint
@@ -37,6 +37,7 @@ from llava_sessions.torchserve.batch import Reply, Row
 from llava_sessions.torchserve.sequences import EndRequestSender
 from llava_sessions.worker.assembly import make_pump
 from llava_sessions.worker.engines import EngineSupervisor
+from llava_sessions.worker.exporter import Exporter, Histograms
 from llava_sessions.worker.inbox import Inbox
 from llava_sessions.worker.sessions import SessionTable
 
@@ -80,6 +81,8 @@ class LlavaHandler(BaseHandler):
         template = _load_template(checkpoint, config.system_prompt)  # while the engine loads
         engine = self._supervisor.wait()
         facts = engine.facts
+        histograms = Histograms()
+        self._exporter = Exporter(histograms, context.model_name, config.compat_metrics)
         self._pump = make_pump(
             client=engine.client,
             inbox=inbox,
@@ -90,12 +93,16 @@ class LlavaHandler(BaseHandler):
             media_limits=config.media,
             ender=EndRequestSender(properties.get("inference_address", DEFAULT_ADDRESS), context.model_name),
             journal=journal,
+            histograms=histograms,
         )
         self._pump.recover()
         self._metric_cache = context.metrics
         self._dimensions = [context.model_name, "Model"]
         self._metrics_lock = threading.Lock()
         self._emitted: MetricValues | None = None
+        self._metrics_port = _metrics_port()
+        self._emit_metrics()
+        self._exporter.serve(self._metrics_port)
         self._drained_file = _announcement("drained")
         signal.signal(signal.SIGUSR1, lambda *_: self._pump.drain())
         threading.Thread(target=self._sweep, name="sweeper", daemon=True).start()
@@ -137,6 +144,7 @@ class LlavaHandler(BaseHandler):
             try:
                 self._pump.sweep(is_receiving=transfer.is_active())
                 self._emit_metrics()
+                self._exporter.serve(self._metrics_port)
                 # One round later, so that the last replies have left. The launcher waits for this file.
                 if was_drained and self._pump.drained and not self._drained_file.exists():
                     log.info("drained")
@@ -146,12 +154,14 @@ class LlavaHandler(BaseHandler):
                 log.exception("sweep_failed")
 
     def _emit_metrics(self) -> None:
-        """Emit all gauges, and the increase of each counter, if any value has changed. Thread-safe.
+        """Publish all values on the worker's page; emit those of TorchServe's page if any has changed. Thread-safe.
 
-        Each metric travels to the frontend as a line of this process's output.
+        Emitted are the gauges, and the increase of each counter. Each metric travels to the frontend as a line of this
+        process's output.
         """
         with self._metrics_lock:
             values = self._pump.metric_values()
+            self._exporter.publish(values)
             before = self._emitted
             if values == before:
                 return
@@ -186,6 +196,16 @@ def _checked_properties() -> dict[str, str]:
 def _announcement(name: str) -> Path:
     """Return the path of a file by which this worker announces its state to the launcher."""
     return Path(os.environ.get("TEMP") or tempfile.gettempdir()) / f"{name}-{os.getpid()}"
+
+
+def _metrics_port() -> int | None:
+    """Return the loopback port of the worker's metrics page, or None for no page. Raise `ConfigError`."""
+    text = os.environ.get(PORT_VARIABLE)
+    if not text:
+        return None
+    if not text.isdecimal() or not 1 <= int(text) <= 65_535:
+        raise ConfigError([f"`{PORT_VARIABLE}` must be a port from 1 to 65535, got {text!r}"])
+    return int(text)
 
 
 def _engine_supervisor(settings: EngineSettings, inbox: Inbox, hang_s: float) -> EngineSupervisor:

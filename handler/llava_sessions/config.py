@@ -231,6 +231,13 @@ class HandlerConfig(_Section):
     system_prompt: str = Field(
         default="", description="Text before each conversation, if the chat template has a place for it."
     )
+    compat_metrics: Literal["none", "vllm"] = Field(
+        default="none",
+        description=(
+            "`vllm`: the metrics page has eight metrics under vLLM's names too, which SageMaker's dashboards read "
+            "(docs/operations.md)."
+        ),
+    )
     limits: RequestLimits = Field(default_factory=RequestLimits, description="Limits of requests.")
     media: MediaLimits = Field(default_factory=MediaLimits, description="Limits of pictures.")
 

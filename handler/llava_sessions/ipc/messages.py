@@ -245,10 +245,16 @@ Event = (
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of the open sessions.
+    """Memory and turns of the open sessions, and counts since the engine's start.
 
     `resident`, `offloaded`, `cold`: sessions whose KV is on the device, on the host, or not stored. `kv_bytes`: KV on
     the device. `offloaded_bytes`: KV on the host. `allocated_bytes`: torch's count on the device (0 on CPU).
+    `waiting_turns`: turns for which no memory is reserved yet. `running_turns`: all other turns that have not ended.
+    `device_budget_bytes`: the budget of features and KV on the device.
+
+    Counts of KV caches: `offloads` to the host, `restores` from it, `drops`: freed, so that a prefill rebuilds them.
+    Counts of pictures: `pictures_encoded`; `picture_hits`: those of requests whose features existed already. A new
+    engine process counts from 0. Budget and counts are not compared.
     """
 
     resident: int = 0
@@ -258,6 +264,14 @@ class Memory:
     kv_bytes: int = 0
     offloaded_bytes: int = 0
     allocated_bytes: int = 0
+    waiting_turns: int = 0
+    running_turns: int = 0
+    device_budget_bytes: int = field(default=0, compare=False)
+    offloads: int = field(default=0, compare=False)
+    restores: int = field(default=0, compare=False)
+    drops: int = field(default=0, compare=False)
+    pictures_encoded: int = field(default=0, compare=False)
+    picture_hits: int = field(default=0, compare=False)
 
     @property
     def sessions(self) -> int:

@@ -54,6 +54,8 @@ class Answers:
         turn.advance(TurnState.STORING)
         session = turn.session
         session.engine_losses = 0
+        self._context.counters.add_tokens(event.usage)
+        self._context.counters.add_times(event.usage, event.timings, turn.submitted_s - turn.arrived_s)
         token_ids = event.answer_ids if turn.ask.return_token_ids else None
         facts = replies.answer_facts(session.id, event.reason, event.usage, event.timings, token_ids)
         record = TurnRecord(turn.prompt_ids, event.kept_ids, turn.blobs, turn.ask.stored_key, event.text, facts)
@@ -89,7 +91,7 @@ class Answers:
         session = turn.session
         if turn.ask.retry_key is not None and turn.ask.stored_key is None:
             session.add_labelled(turn.ask.retry_key, len(session.known_transcript.turns) - 1, self._context.clock())
-        self._context.counters.turns += 1
+        self._context.counters.add_answer(self._context.monotonic() - turn.arrived_s)
         facts = answer_facts(self._context.journal, record, durable)
         self._turns.end(turn)
         for pending in turn.pending:

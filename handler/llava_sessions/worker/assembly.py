@@ -13,7 +13,9 @@ from ..text.chat_template import ChatTemplate
 from ..torchserve.sequences import SequenceEnder, SequenceReaper
 from .arrivals import Arrivals
 from .context import WorkerContext
+from .counters import Counters
 from .engines import CommandSink, EngineGate
+from .exporter import Histograms
 from .inbox import Inbox
 from .manager import SessionManager
 from .preparation import Preparer
@@ -42,12 +44,13 @@ def make_pump(
     media_limits: MediaLimits,
     ender: SequenceEnder,
     journal: Journal,
+    histograms: Histograms | None = None,
     timing: Timing | None = None,
     executor: Executor | None = None,
     parsing: Executor | None = None,
     fetch: Callable[[str, MediaLimits], bytes] | None = None,
 ) -> Pump:
-    """Build a pump. Call its `recover` before the first row.
+    """Build a pump. Call its `recover` before the first row. `histograms` observe the turns.
 
     `executor` runs the preparations and `parsing` parses large bodies, instead of threads. `fetch` replaces the HTTP
     client. All three are for tests.
@@ -63,6 +66,7 @@ def make_pump(
         context_tokens=context_tokens,
         clock=timing.clock,
         monotonic=timing.monotonic,
+        counters=Counters(histograms=histograms or Histograms()),
     )
     manager = SessionManager(context)
     # The frontend has more places than sessions. At most half of the others may wait for the end of their sequence.

@@ -227,7 +227,7 @@ class Pump:
             return Reply(text, more=True, content_type=pending.content_type)
         self._pending.remove(pending)
         if pending.refusal is not None:
-            self._manager.count_refusal()
+            self._manager.count_refusal(pending.refusal.code)
             log.info("refused request=%s code=%s", short_id(pending.row.request_id), pending.refusal.code)
         final.body = text + final.body
         # A last chunk that is also the first one sends no head: it must be a whole reply.

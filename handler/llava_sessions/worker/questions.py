@@ -144,6 +144,7 @@ class Questions:
         )
         context.gate.submit(AskSession(session.id, turn.id, question.prompt_ids, sampling, question.pictures))
         turn.ask = ask.without_pictures()
+        turn.submitted_s = context.monotonic()
         turn.advance(TurnState.RUNNING)
 
     def _ms_left(self, turn: Turn) -> int | None:

@@ -91,11 +91,12 @@ class Answers:
         session = turn.session
         if turn.ask.retry_key is not None and turn.ask.stored_key is None:
             session.add_labelled(turn.ask.retry_key, len(session.known_transcript.turns) - 1, self._context.clock())
-        self._context.counters.add_answer(self._context.monotonic() - turn.arrived_s)
+        self._context.counters.turns += 1
         facts = answer_facts(self._context.journal, record, durable)
         self._turns.end(turn)
         for pending in turn.pending:
             pending.answer(record.text, facts)
+        self._context.counters.add_duration(self._context.monotonic() - turn.arrived_s)
         usage = facts["usage"]
         timings = facts["timings"]
         log.info(

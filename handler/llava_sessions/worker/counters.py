@@ -40,9 +40,8 @@ class Counters:
             decode_s = (timings.total_ms - timings.ttft_ms) / 1e3
             observe("llava_inter_token_latency_seconds", decode_s / (usage.completion_tokens - 1))
 
-    def add_answer(self, duration_s: float) -> None:
-        """Count a turn that has its answer, `duration_s` after its arrival."""
-        self.turns += 1
+    def add_duration(self, duration_s: float) -> None:
+        """Observe the time of a turn from its arrival to its answer."""
         self.histograms.observe("llava_e2e_request_latency_seconds", duration_s)
 
 

@@ -47,6 +47,7 @@ class HAProxy:
         metrics: int | None = None,
         host: str = LOOPBACK,
     ) -> None:
+        self.url = f"http://{LOOPBACK}:{port}"
         self._haproxy = haproxy
         self._home = home
         self._log = home / "logs" / "haproxy.log"

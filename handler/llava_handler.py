@@ -69,6 +69,7 @@ class LlavaHandler(BaseHandler):
         os.environ[receiving.DECODE_VARIABLE] = receiving.RAW_BODIES
         config = read_config(context.model_yaml_config)
         properties = _checked_properties()
+        metrics_port = _metrics_port()
         model_dir = Path(context.system_properties["model_dir"])
         self._version_lock = _hold_version(model_dir)
         checkpoint = _checkpoint(config, model_dir)
@@ -82,7 +83,6 @@ class LlavaHandler(BaseHandler):
         engine = self._supervisor.wait()
         facts = engine.facts
         histograms = Histograms()
-        self._exporter = Exporter(histograms, context.model_name, config.compat_metrics)
         self._pump = make_pump(
             client=engine.client,
             inbox=inbox,
@@ -96,13 +96,7 @@ class LlavaHandler(BaseHandler):
             histograms=histograms,
         )
         self._pump.recover()
-        self._metric_cache = context.metrics
-        self._dimensions = [context.model_name, "Model"]
-        self._metrics_lock = threading.Lock()
-        self._emitted: MetricValues | None = None
-        self._metrics_port = _metrics_port()
-        self._emit_metrics()
-        self._exporter.serve(self._metrics_port)
+        self._start_metrics(context, Exporter(histograms, metrics_port, context.model_name, config.compat_metrics))
         self._drained_file = _announcement("drained")
         signal.signal(signal.SIGUSR1, lambda *_: self._pump.drain())
         threading.Thread(target=self._sweep, name="sweeper", daemon=True).start()
@@ -118,6 +112,15 @@ class LlavaHandler(BaseHandler):
             held_bytes,
             time.monotonic() - began_s,
         )
+
+    def _start_metrics(self, context: Any, exporter: Exporter) -> None:
+        self._metric_cache = context.metrics
+        self._dimensions = [context.model_name, "Model"]
+        self._metrics_lock = threading.Lock()
+        self._emitted: MetricValues | None = None
+        self._exporter = exporter
+        self._exporter.publish(self._pump.metric_values())
+        self._exporter.serve()
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
         """Run one step over all active requests. Never raises: an exception would fail every one of them."""
@@ -144,7 +147,7 @@ class LlavaHandler(BaseHandler):
             try:
                 self._pump.sweep(is_receiving=transfer.is_active())
                 self._emit_metrics()
-                self._exporter.serve(self._metrics_port)
+                self._exporter.serve()
                 # One round later, so that the last replies have left. The launcher waits for this file.
                 if was_drained and self._pump.drained and not self._drained_file.exists():
                     log.info("drained")

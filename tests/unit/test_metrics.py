@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import urllib.request
 from dataclasses import fields
 from pathlib import Path
@@ -82,10 +83,15 @@ def test_the_page_is_public_only_if_the_operator_says_so() -> None:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def read(exporter: Exporter) -> tuple[str, dict[str, float]]:
-    """Return the content type of the page, and its samples by name and labels."""
+def make(histograms: Histograms | None = None, model: str = "llava", compat: str = "none") -> tuple[Exporter, int]:
+    """Return an exporter and its port."""
     [port] = free_ports(1)
-    exporter.serve(port)
+    return Exporter(histograms or Histograms(), port, model, compat), port
+
+
+def read(exporter: Exporter, port: int) -> tuple[str, dict[str, float]]:
+    """Return the content type of the page, and its samples by name and labels."""
+    exporter.serve()
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with direct.open(f"http://127.0.0.1:{port}/metrics", timeout=30) as reply:
         text = reply.read().decode()
@@ -96,10 +102,10 @@ def read(exporter: Exporter) -> tuple[str, dict[str, float]]:
 
 
 def test_the_page_has_every_metric_of_the_table_and_no_other() -> None:
-    exporter = Exporter(Histograms(), "llava")
+    exporter, port = make()
     counters = Counters()
     exporter.publish(MetricValues(refusals_total=counters.refusals, evictions_total={"offload": 1, "drop": 2}))
-    content_type, samples = read(exporter)
+    content_type, samples = read(exporter, port)
     assert content_type.startswith("text/plain; version=")
     for metric in METRICS:
         if metric.kind == "histogram":
@@ -115,13 +121,13 @@ def test_the_page_has_every_metric_of_the_table_and_no_other() -> None:
 
 def test_a_turn_is_observed_in_seconds() -> None:
     counters = Counters()
-    exporter = Exporter(counters.histograms, "llava")
+    exporter, port = make(counters.histograms)
     counters.add_tokens(Usage(40, 30, 5))
     counters.add_times(Usage(40, 30, 5), Timings(queue_ms=20, ttft_ms=300, total_ms=1100), prepared_s=0.5)
     counters.add_times(Usage(40, 30, 1), Timings(queue_ms=0, ttft_ms=100, total_ms=100), prepared_s=0)
     counters.add_duration(119.0)
     assert (counters.prompt_tokens, counters.cached_tokens, counters.generation_tokens) == (40, 30, 5)
-    _, samples = read(exporter)
+    _, samples = read(exporter, port)
     sums = {metric.name: samples[f"{metric.name}_sum"] for metric in HISTOGRAMS}
     counts = {metric.name: samples[f"{metric.name}_count"] for metric in HISTOGRAMS}
     assert sums["llava_time_to_first_token_seconds"] == pytest.approx(0.9)
@@ -138,10 +144,10 @@ def test_vllms_names_have_the_values_of_ours() -> None:
     for index, metric in enumerate(HISTOGRAMS):
         histograms.observe(metric.name, 0.5 * index)
         histograms.observe(metric.name, 3.0)
-    exporter = Exporter(histograms, "shapes", "vllm")
+    exporter, port = make(histograms, "shapes", "vllm")
     plain = [ours.removeprefix("llava_") for ours in VLLM_NAMES.values() if not ours.endswith("_seconds")]
     exporter.publish(MetricValues(**{name: 7 * index + 1 for index, name in enumerate(plain)}))
-    _, samples = read(exporter)
+    _, samples = read(exporter, port)
     theirs = {name: value for name, value in samples.items() if name.startswith("vllm:")}
     label = ("model_name", "shapes")
     expected: dict[str, float] = {}
@@ -155,19 +161,17 @@ def test_vllms_names_have_the_values_of_ours() -> None:
             expected[f"{name}{[label]}"] = samples[ours]
     assert theirs == expected
     assert len(VLLM_NAMES) == 8
-    _, samples = read(Exporter(histograms, "shapes"))
+    _, samples = read(*make(histograms, "shapes"))
     assert not [name for name in samples if name.startswith("vllm:")]
 
 
 def test_a_port_in_use_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
-    first = Exporter(Histograms(), "first")
-    second = Exporter(Histograms(), "second", "vllm")
-    [port] = free_ports(1)
-    first.serve(port)
-    second.serve(port)
-    second.serve(port)
+    exporter, port = make(model="second", compat="vllm")
+    with socket.create_server(("127.0.0.1", port)):
+        exporter.serve()
+        exporter.serve()
     assert caplog.text.count("metrics_page_failed") == 1
-    _, samples = read(second)
+    _, samples = read(exporter, port)
     assert "vllm:num_requests_running[('model_name', 'second')]" in samples
 
 

@@ -42,8 +42,9 @@ class Histograms:
 class Exporter(Collector):
     """Serves the page. `collect` and `publish` may run on any thread."""
 
-    def __init__(self, histograms: Histograms, model: str, compat: str = "none") -> None:
-        """`compat` "vllm": also use vLLM's names, with the label `model_name`."""
+    def __init__(self, histograms: Histograms, port: int | None, model: str, compat: str = "none") -> None:
+        """`port` None: there is no page. `compat` "vllm": also use vLLM's names, with the label `model_name`."""
+        self._port = port
         self._model = model
         self._compat = VLLM_NAMES if compat == "vllm" else {}
         self._values = MetricValues()
@@ -57,18 +58,18 @@ class Exporter(Collector):
         """Replace the values of gauges and counters. They must not change any more."""
         self._values = values
 
-    def serve(self, port: int | None) -> None:
-        """Serve the page on a port of loopback, if it is not served yet. Without a port there is no page.
+    def serve(self) -> None:
+        """Serve the page on its port of loopback, if it is not served yet.
 
         The port of a worker that has died may be in use for a moment: call `serve` again until it succeeds.
         """
-        if port is None or self._is_served:
+        if self._port is None or self._is_served:
             return
         try:
-            start_http_server(port, LOOPBACK, self._registry)
+            start_http_server(self._port, LOOPBACK, self._registry)
         except OSError as error:
             if not self._port_failed:
-                log.warning("metrics_page_failed port=%d reason=%s", port, error)
+                log.warning("metrics_page_failed port=%d reason=%s", self._port, error)
             self._port_failed = True
             return
         self._is_served = True

@@ -228,6 +228,8 @@ def test_it_serves_what_lies_there_on_every_interface_until_sigterm(tmp_path: Pa
         with httpx.Client(base_url=f"http://127.0.0.2:{port}", trust_env=False, timeout=150) as http:
             wait_ping(http)
             assert http.post("/invocations", json={}).json() == {"model": "model"}
+            # /metrics is on in the container. This model has no page, so HAProxy reaches nothing behind it.
+            assert http.get("/metrics").status_code == 503
             opened = listening(server.pid)
             assert port in opened
             assert opened - {port} <= set(within)

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 from .configuration import CORS_VARIABLE, cors_origins, has_public_metrics
 from .logs import tail
@@ -33,7 +34,8 @@ START_TIMEOUT_S = 10.0
 class HAProxy:
     """One HAProxy on `host`:`port`, which passes requests to TorchServe's inference port `target` on loopback.
 
-    /metrics is the worker's page at its loopback port `metrics`, if the environment makes it public.
+    OpenAI's paths (/v1/...) go to the model `name` of this `version`. /metrics is the worker's page at its loopback
+    port `metrics`, if the environment makes it public.
     """
 
     def __init__(
@@ -45,6 +47,8 @@ class HAProxy:
         port: int,
         target: int,
         metrics: int | None = None,
+        name: str = "llava",
+        version: str = "1.0",
         host: str = LOOPBACK,
     ) -> None:
         self.url = f"http://{LOOPBACK}:{port}"
@@ -56,6 +60,8 @@ class HAProxy:
             "FRONT_HOST": host,
             "FRONT_PORT": str(port),
             "FRONT_TARGET": str(target),
+            "MODEL_NAME": quote(name, safe=""),
+            "MODEL_VERSION": quote(version, safe=""),
             "BODY_LIMIT": str(BODY_LIMIT),
             "SESSIONS_RUN": str(home),
         }

@@ -17,7 +17,7 @@ from typing import Any
 
 from deploy.versions import HeldArchive
 
-from .configuration import hold_archive
+from .configuration import hold_archive, model_version
 from .engine_watch import EngineWatch, engine_is_absent
 from .haproxy import HAProxy
 from .home import ServerHome
@@ -104,7 +104,7 @@ class Service:
             # Held until the end: a server that is restarted serves the same model, whatever is packed meanwhile.
             archive = hold_archive(Path(self._model_store), self._name)
             print(f"starting TorchServe with {archive.path} ...", flush=True)
-            self._start_haproxy(home, guard)
+            self._start_haproxy(home, guard, model_version(archive.path))
             while not self._stopped_by:
                 self._run_server_once(archive.path.parent)
             began = time.monotonic()
@@ -125,7 +125,7 @@ class Service:
             if archive is not None:
                 archive.release()
 
-    def _start_haproxy(self, home: ServerHome, guard: Guard) -> None:
+    def _start_haproxy(self, home: ServerHome, guard: Guard, version: str) -> None:
         public = "front" if self._haproxy_path else "inference"
         ports = choose_ports(self._port, public, self._safe_ports)
         self.url = f"http://{LOOPBACK}:{ports[public]}"
@@ -138,6 +138,8 @@ class Service:
                 port=ports["front"],
                 target=ports["inference"],
                 metrics=ports["worker_metrics"],
+                name=self._name,
+                version=version,
                 host=self._host,
             )
             self.haproxy.start()

@@ -208,6 +208,15 @@ def test_the_front_keeps_headers_between_torchserve_and_the_handler_to_them(comm
         assert got["session"] == "s1"
         assert not {name.lower() for name in got["headers"]} & {name.lower() for name in forged if name != SESSION}
 
+        # OpenAI's paths reach the model that is served, and only they choose the worker's protocol.
+        for method, path in (("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", f"/v1/models/{NAME}")):
+            for prefix in ("", f"/predictions/{NAME}/1.0"):
+                headers = {SESSION: "s1", "Authorization": "Bearer any", "url_path": "v1/models"}
+                got = client.request(method, f"{prefix}{path}?x=1", headers=headers).json()
+                assert (got["session"], got["headers"]["url_path"]) == ("s1", path.removeprefix("/")), prefix
+        got = client.post("/invocations", json={}, headers={"url_path": "v1/chat/completions"}).json()
+        assert not got["headers"].get("url_path")
+
         opened = client.post("/invocations", json={"open": "abc"})
         assert opened.headers[SESSION] == "abc; Expires=2030-01-01T00:00:00Z"
         assert opened.headers["X-Amzn-SageMaker-New-Session-Id"] == opened.headers[SESSION]

@@ -161,7 +161,7 @@ class Pump:
             self._manager.disconnected(pending)
             self._arrivals.disconnected(pending)
             if _may_end(pending.row, self._manager):
-                self._reaper.end(pending.row.sequence_id)
+                self._reaper.end(pending.row.sequence_id, fresh=pending.row.fresh)
 
     def _end_sequences(self) -> None:
         for session_id in self._manager.take_ended_sequences():

@@ -276,11 +276,12 @@ class Service:
         if self.haproxy is not None:
             print(f"  TorchServe {server.url}", flush=True)
         print(f"  management {server.management_url}\n  metrics    {server.metrics_url}, {server.worker_metrics_url}")
-        print(f"  logs       {server.log_path.parent}\n\n{usage(self.url)}", flush=True)
+        openai_url = f"{self.url}/v1" if self.haproxy is not None else server.openai_url
+        print(f"  logs       {server.log_path.parent}\n\n{usage(self.url, openai_url)}", flush=True)
 
 
-def usage(url: str) -> str:
-    """Return commands to paste: open a session with a picture, ask, close."""
+def usage(url: str, openai_url: str) -> str:
+    """Return commands to paste (open a session with a picture, ask, close), and the base URL of OpenAI clients."""
     curl = "curl -sN $URL -H 'Content-Type: application/json'"
     session = '-H "X-Amzn-SageMaker-Session-Id: $ID"'
     return f"""In another terminal, with any picture.png:
@@ -294,5 +295,7 @@ def usage(url: str) -> str:
     -d '{{"type":"send_text_prompt","prompt_text":"What is in the picture?","stream":true}}'
   # close the session
   {curl} {session} -d '{{"type":"close_session"}}'
+
+OpenAI clients: base_url {openai_url}, any key
 
 Ctrl-C here stops the server."""

@@ -72,6 +72,7 @@ def test_sigterm_to_the_command_stops_all_of_it(command: Callable[..., Command])
     serving.wait_ready()
     assert re.search(rf"ready in \d+\.\d s on http://127\.0\.0\.1:{port}", serving.text)
     assert serving.text.count("curl -sN $URL") == 3
+    assert f"base_url http://127.0.0.1:{port}/v1," in serving.text
     assert "getCallerClass" not in serving.text
     started = serving.children()
     assert len(started) >= 4, "HAProxy, java, its worker and the guard"

@@ -94,7 +94,8 @@ class SequenceReaper:
         self._quiet_s = QUIET_S if quiet_s is None else quiet_s
         self._linger_s = LINGER_S if linger_s is None else linger_s
         self._clock = clock
-        self._waiting: dict[str, float] = {}  # sequences to end, in this order, and for how long each must be idle
+        self._waiting: dict[str, None] = {}  # sequences to end, in this order
+        self._fresh: set[str] = set()  # those of them that no client knows
         self._in_step: set[str] = set()  # sequences with a row in the current step
         self._last_used_s: dict[str, float] = {}  # end of the latest earlier step with a row of it; oldest first
 
@@ -105,7 +106,9 @@ class SequenceReaper:
 
     def end(self, sequence_id: str, fresh: bool = False) -> None:
         """End the sequence once no row uses it. `fresh`: the frontend made its ID, which no client knows."""
-        self._waiting[sequence_id] = self._quiet_s if fresh else self._linger_s
+        self._waiting[sequence_id] = None
+        if fresh:
+            self._fresh.add(sequence_id)
 
     def begin_step(self, sequence_ids: Iterable[str]) -> None:
         """Begin a step whose rows belong to these sequences."""
@@ -126,13 +129,12 @@ class SequenceReaper:
         `pending` are the sequences of rows that have no final reply yet: they take part in further steps.
         """
         self._forget_idle()
-        in_use = set(pending)
-        now_s = self._clock()
-        for sequence, idle_s in list(self._waiting.items()):
-            is_idle = now_s - self._last_used_s.get(sequence, -math.inf) >= idle_s
-            if is_idle and sequence not in in_use:
-                del self._waiting[sequence]
-                self._ender.end(sequence)
+        recent = {one for one in self._last_used_s if one not in self._fresh or not self._is_quiet(one)}
+        in_use = {*recent, *pending}
+        for sequence in [waiting for waiting in self._waiting if waiting not in in_use]:
+            del self._waiting[sequence]
+            self._fresh.discard(sequence)
+            self._ender.end(sequence)
 
     def release(self, row: Row, steps: int, final: Reply, own: bool, alone: bool) -> None:
         """End the sequences that the row's last reply closes: now by the header in `final`, or later.
@@ -150,6 +152,7 @@ class SequenceReaper:
         if may_end_now and self._prefers_now(row):
             final.headers[CLOSED_SESSION_HEADER] = sequence
             self._waiting.pop(sequence, None)
+            self._fresh.discard(sequence)
             return
         if closed is not None:
             final.headers[_CLOSED_HEADER_FOR_CLIENTS] = closed

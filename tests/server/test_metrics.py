@@ -56,9 +56,14 @@ def test_prometheus_answers_a_query_for_every_metric(front: HAProxy, http: httpx
         prometheus.wait_for("llava_session_ttl_seconds", at_least(1200))
         refused = 'llava_refusals_total{code="session_not_found"}'
         names = ("llava_turns_total", "llava_prompt_tokens_total", "llava_generation_tokens_total", refused)
+        names += ("llava_opens_total", "llava_picture_hits_total")
         before = {name: sum(prometheus.query(name)) for name in names}
         chat = ChatSession.open(http, SCENE.draw())
         usages = [chat.ask(question)["usage"] for question in QUESTIONS]
+        second = ChatSession.open(http, SCENE.draw())  # the same picture
+        prometheus.wait_for("llava_open_sessions", at_least(2))
+        prometheus.wait_for("llava_kv_cache_usage_ratio", lambda value: 0 < value < 1)
+        second.close()
         chat.close()
         asked = {"type": "send_text_prompt", "prompt_text": QUESTIONS[0]}
         assert http.post("/invocations", json=asked, headers=chat.headers).status_code == 404
@@ -66,6 +71,8 @@ def test_prometheus_answers_a_query_for_every_metric(front: HAProxy, http: httpx
             len(usages),
             sum(usage["prompt_tokens"] for usage in usages),
             sum(usage["completion_tokens"] for usage in usages),
+            1,
+            2,
             1,
         )
         for name, increase in zip(names, more, strict=True):

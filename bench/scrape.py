@@ -2,7 +2,8 @@
 
 Starts the whole service (`python -m deploy.serve`) with the demo model and public metrics. Each round streams answers
 of fixed length on several sessions at once, without scrapes and with ten scrapes a second, in alternating order.
-SageMaker's collector scrapes once a minute.
+SageMaker's collector scrapes once a minute. Then the CPU time that the worker process takes for a scrape is measured
+while no answer runs; it hardly depends on the machine's load.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import psutil
 import torch
 
 from deploy.options import Parser, whole_number
@@ -90,7 +92,30 @@ def measure(options: Options, run: Run, url: str) -> tuple[dict[str, list[float]
     return rates, taken_ms
 
 
-def report(rates: dict[str, list[float]], taken_ms: list[float]) -> Result:
+def cpu_ms(options: Options, url: str) -> float:
+    """Return the CPU time of the worker process for one scrape, less what it takes in the same time without scrapes."""
+    (worker,) = (
+        process
+        for process in psutil.Process().children(recursive=True)
+        if any(part.endswith("model_service_worker.py") for part in process.cmdline())
+    )
+    scrapes = options.pick(500, 5)
+    used = []
+    with httpx.Client(base_url=url, timeout=60, trust_env=False) as http:
+        for side in SIDES[::-1]:
+            began, before = time.perf_counter(), worker.cpu_times()
+            if side == SIDES[1]:
+                for _ in range(scrapes):
+                    http.get("/metrics").raise_for_status()
+                lasted_s = time.perf_counter() - began
+            else:
+                time.sleep(lasted_s)
+            after = worker.cpu_times()
+            used.append(after.user + after.system - before.user - before.system)
+    return (used[0] - used[1]) / scrapes * 1e3
+
+
+def report(rates: dict[str, list[float]], taken_ms: list[float], scrape_cpu_ms: float) -> Result:
     """Return the table, and the ratio of the rates: the median over pairs."""
     result = Result(["side", "tokens/s", "best tokens/s", "scrape p50 ms", "scrape p99 ms", "scrapes"])
     for side in SIDES:
@@ -101,6 +126,8 @@ def report(rates: dict[str, list[float]], taken_ms: list[float]) -> Result:
         result.rows.append(row)
     pairs = zip(*(rates[side] for side in SIDES), strict=True)
     result.ratios["tokens/s with scrapes / without (median of pairs)"] = median(b / a for a, b in pairs)
+    result.ratios["CPU ms of the worker process for a scrape"] = scrape_cpu_ms
+    result.ratios["CPU of the worker at a scrape a minute, parts of a million"] = scrape_cpu_ms / 60e3 * 1e6
     result.samples = {**rates, "scrape ms": taken_ms}
     return result
 
@@ -143,7 +170,8 @@ def main(argv: list[str] | None = None) -> Result:
     run = Run(options)
     with service() as (_, url):
         rates, taken_ms = measure(options, run, url)
-    return run.finish(report(rates, taken_ms), paint)
+        scrape_cpu_ms = cpu_ms(options, url)
+    return run.finish(report(rates, taken_ms, scrape_cpu_ms), paint)
 
 
 if __name__ == "__main__":

@@ -164,7 +164,9 @@ def run(args: argparse.Namespace, servers: list[TorchServe], listener: socket.so
     instances = []
     for number, server in enumerate(servers, 1):
         seconds = server.wait_ready(args.timeout)
-        instances.append(Instance(number, server.url, str(server.log_path), server.openai_url))
+        instances.append(
+            Instance(number, server.url, str(server.log_path), server.openai_url, server.worker_metrics_url)
+        )
         print(f"  instance {number}: {server.url}, ready in {seconds:.1f} s, logs in {server.log_path.parent}")
     corners = Corners(args.new_session, args.lost_instance, args.create_header)
     limits = PlatformLimits(args.max_body_bytes, args.answer_s, args.stream_s)

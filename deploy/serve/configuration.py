@@ -25,6 +25,8 @@ METRICS_CONFIG = HERE / "metrics.yaml"
 MANIFEST = "MAR-INF/MANIFEST.json"
 
 CORS_VARIABLE = "CORS_ORIGINS"
+PUBLIC_METRICS_VARIABLE = "PUBLIC_METRICS"  # whether HAProxy serves the worker's page of metrics at /metrics
+METRICS_PORT_VARIABLE = "LLAVA_METRICS_PORT"  # the port of that page on loopback, for the worker
 _ORIGIN = re.compile(r"\*|null|https?://[A-Za-z0-9.:\[\]-]+")
 
 HEADER_KEYS = {  # the frontend's property and the worker's variable for one header must agree
@@ -67,6 +69,14 @@ def cors_origins(env: Mapping[str, str]) -> list[str]:
         if not _ORIGIN.fullmatch(origin):
             raise ServeError(f"{CORS_VARIABLE} must be origins such as https://example.com, or *, got {origin!r}")
     return origins
+
+
+def has_public_metrics(env: Mapping[str, str]) -> bool:
+    """Return whether /metrics is public; by default it is not. Raise `ServeError` for any word but on and off."""
+    word = env.get(PUBLIC_METRICS_VARIABLE) or "off"
+    if word not in ("on", "off"):
+        raise ServeError(f"{PUBLIC_METRICS_VARIABLE} must be on or off, got {word!r}")
+    return word == "on"
 
 
 def check_headers(properties: Mapping[str, str], env: Mapping[str, str]) -> None:

@@ -137,6 +137,7 @@ class Service:
                 guard,
                 port=ports["front"],
                 target=ports["inference"],
+                metrics=ports["worker_metrics"],
                 name=self._name,
                 version=version,
                 host=self._host,
@@ -274,7 +275,7 @@ class Service:
         print(f"ready in {seconds:.1f} s on {self.url}", flush=True)
         if self.haproxy is not None:
             print(f"  TorchServe {server.url}", flush=True)
-        print(f"  management {server.management_url}\n  metrics    {server.metrics_url}")
+        print(f"  management {server.management_url}\n  metrics    {server.metrics_url}, {server.worker_metrics_url}")
         openai_url = f"{self.url}/v1" if self.haproxy is not None else server.openai_url
         print(f"  logs       {server.log_path.parent}\n\n{usage(self.url, openai_url)}", flush=True)
 

@@ -253,6 +253,13 @@ class HandlerConfig(Section):
             "what another one has shown."
         ),
     )
+    compat_metrics: Literal["none", "vllm"] = Field(
+        default="none",
+        description=(
+            "`vllm`: the metrics page has eight metrics under vLLM's names too, which SageMaker's dashboards read "
+            "(docs/operations.md)."
+        ),
+    )
     limits: RequestLimits = Field(default_factory=RequestLimits, description="Limits of requests.")
     media: MediaLimits = Field(default_factory=MediaLimits, description="Limits of pictures.")
 

@@ -33,7 +33,13 @@ class Endpoint:
     ) -> None:
         self.corners = corners or Corners()
         instances = [
-            Instance(number, server.url, str(server.log_path), getattr(server, "openai_url", ""))
+            Instance(
+                number,
+                server.url,
+                str(server.log_path),
+                getattr(server, "openai_url", ""),
+                getattr(server, "worker_metrics_url", ""),
+            )
             for number, server in enumerate(servers, 1)
         ]
         self.service = EndpointService(NAME, instances, corners, limits, clock, cut_parts=cut_parts, router=router)

@@ -58,6 +58,8 @@ class Answers:
         session = turn.session
         session.picture_keys = turn.picture_keys
         session.engine_losses = 0
+        self._context.counters.add_tokens(event.usage)
+        self._context.counters.add_times(event.usage, event.timings, turn.submitted_s - turn.arrived_s)
         wants_ids = isinstance(turn.ask, Ask) and turn.ask.return_token_ids
         token_ids = event.answer_ids if wants_ids else None
         facts = replies.answer_facts(session.id, event.reason, event.usage, event.timings, token_ids)
@@ -113,6 +115,7 @@ class Answers:
         self._turns.end(turn)
         for pending in turn.pending:
             pending.answer(record.text, facts)
+        self._context.counters.add_duration(self._context.monotonic() - turn.arrived_s)
         usage = facts["usage"]
         timings = facts["timings"]
         log.info(

@@ -13,7 +13,9 @@ from ..text.chat_template import ChatTemplate
 from ..torchserve.sequences import SequenceEnder, SequenceReaper
 from .arrivals import Arrivals
 from .context import ServedModel, WorkerContext
+from .counters import Counters
 from .engines import CommandSink, EngineGate
+from .exporter import Histograms
 from .inbox import Inbox
 from .manager import SessionManager
 from .preparation import Preparer
@@ -42,6 +44,7 @@ def make_pump(
     media_limits: MediaLimits,
     ender: SequenceEnder,
     journal: Journal,
+    histograms: Histograms | None = None,
     timing: Timing | None = None,
     executor: Executor | None = None,
     parsing: Executor | None = None,
@@ -51,7 +54,7 @@ def make_pump(
     served: ServedModel | None = None,
     places: int | None = None,
 ) -> Pump:
-    """Build a pump. Call its `recover` before the first row.
+    """Build a pump. Call its `recover` before the first row. `histograms` observe the turns.
 
     `executor` runs the preparations and `parsing` parses large bodies, instead of threads. `fetch` replaces the HTTP
     client. All three are for tests. `share_pictures`: as in `Preparer`. `allow_system`: whether a client may
@@ -69,6 +72,7 @@ def make_pump(
         clock=timing.clock,
         monotonic=timing.monotonic,
         served=served or ServedModel(),
+        counters=Counters(histograms=histograms or Histograms()),
     )
     manager = SessionManager(context)
     # The frontend has more places than sessions. At most half of the others may wait for the end of their sequence.

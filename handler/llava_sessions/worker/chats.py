@@ -93,6 +93,7 @@ class Chats:
             AskSession(session.id, turn.id, sent_ids, sampling, prepared.pictures[first:], kept_tokens=place.kept)
         )
         turn.ask = chat.without_pictures()
+        turn.submitted_s = context.monotonic()
         turn.advance(TurnState.RUNNING)
 
     def _open(self, session: Session, place: Place, prepared: PreparedChat) -> None:

@@ -7,20 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..journal.journal import Journal
+from .counters import Counters
 from .engines import EngineGate
 from .inbox import Inbox
 from .preparation import Preparer
 from .sessions import SessionTable
-
-
-@dataclass
-class Counters:
-    """Counts since the worker started."""
-
-    turns: int = 0
-    refusals: int = 0
-    rebuilds: int = 0
-    engine_restarts: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from ..chat.transcript import short_id
 from ..errors import Refused
-from ..ipc.messages import Memory, Report
+from ..ipc.messages import Report
 from ..metrics import MetricValues
 from ..protocol.openai import Chat, Models, OpenAIForm
 from ..protocol.parsing import Request
@@ -18,6 +18,7 @@ from .chats import Chats
 from .closes import Closes, drop
 from .context import WorkerContext
 from .conversations import Conversations
+from .counters import EngineMemory
 from .engines import EngineLost, EngineUp
 from .events import EngineEvents
 from .openings import Openings, unload
@@ -61,7 +62,7 @@ class SessionManager:
             closes=self._closes,
             conversations=self._conversations,
         )
-        self._memory = Memory()
+        self._memory = EngineMemory()
         self._longest_step_s = 0.0
         self._journal_swept_s = context.monotonic()
 
@@ -111,14 +112,14 @@ class SessionManager:
         try:
             match item:
                 case Report():
-                    self._memory = item.memory
+                    self._memory.report(item.memory)
                     self._longest_step_s = item.longest_step_s
                     for event in item.events:
                         self._events.apply(event)
                 case EngineLost():
                     self._context.gate.disconnect(item.retry_after_s)
                     self._context.counters.engine_restarts += 1
-                    self._memory = Memory()
+                    self._memory.lost()
                     self._events.engine_lost()
                 case EngineUp():
                     self._context.gate.connect(item.client)
@@ -195,30 +196,44 @@ class SessionManager:
 
     def metric_values(self) -> MetricValues:
         """Return all gauges and counters as of now."""
-        memory = self._memory
+        engine = self._memory
+        memory = engine.now
         context = self._context
         counters = context.counters
+        turns = self._turns.all()
         return MetricValues(
             open_sessions=len(context.table),
-            running_turns=sum(session.turn is not None for session in context.table),
+            running_turns=len(turns),
+            num_requests_running=memory.running_turns,
+            num_requests_waiting=memory.waiting_turns + sum(turn.is_in(TurnState.PREPARING) for turn in turns),
             resident_sessions=memory.resident,
-            parked_sessions=memory.offloaded,
+            offloaded_sessions=memory.offloaded,
             cold_sessions=memory.cold,
+            session_ttl_seconds=context.table.ttl_s,
             features_bytes=memory.features_bytes,
             kv_bytes=memory.kv_bytes,
-            parked_bytes=memory.offloaded_bytes,
+            kv_cache_usage_ratio=engine.kv_usage,
+            offloaded_bytes=memory.offloaded_bytes,
             device_bytes=memory.allocated_bytes or memory.features_bytes + memory.kv_bytes,
             media_held_bytes=context.journal.blobs.held_bytes,
+            opens_total=counters.opens,
             turns_total=counters.turns,
-            refusals_total=counters.refusals,
+            prompt_tokens_total=counters.prompt_tokens,
+            cached_tokens_total=counters.cached_tokens,
+            generation_tokens_total=counters.generation_tokens,
+            refusals_total=dict(counters.refusals),
+            evictions_total={"offload": engine.count("offloads"), "drop": engine.count("drops")},
+            restores_total=engine.count("restores"),
             rebuilds_total=counters.rebuilds,
+            pictures_encoded_total=engine.count("pictures_encoded"),
+            picture_hits_total=engine.count("picture_hits"),
             engine_restarts_total=counters.engine_restarts,
             journal_failures_total=context.journal.failures_total,
         )
 
-    def count_refusal(self) -> None:
+    def count_refusal(self, code: str) -> None:
         """Count a request that was answered with an error."""
-        self._context.counters.refusals += 1
+        self._context.counters.refusals[code] += 1
 
     def _follow_up(self) -> None:
         """Drop sessions that the journal cannot give back, and start retries whose stopped turn is done."""

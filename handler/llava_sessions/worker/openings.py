@@ -218,6 +218,7 @@ class Openings:
         del self._openings[opening.session.id]
         session = opening.session
         transcript = session.known_transcript
+        self._context.counters.opens += 1
         if durable:
             session.stored_turns = len(transcript.log)
         if opening.resumed is not None:

@@ -229,7 +229,7 @@ class Pump:
         final = pending.take_final()
         self._pending.remove(pending)
         if pending.refusal is not None:
-            self._manager.count_refusal()
+            self._manager.count_refusal(pending.refusal.code)
             log.info("refused request=%s code=%s", short_id(pending.row.request_id), pending.refusal.code)
         # A last chunk that is also the first one sends no head: it must be a whole reply.
         final.more = False if pending.head_sent else None

@@ -167,6 +167,7 @@ class Questions:
         kept = None if rewrite is None else kept_tokens
         context.gate.submit(AskSession(session.id, turn.id, sent_ids, sampling, question.pictures, kept))
         turn.ask = turn.ask.without_pictures()
+        turn.submitted_s = context.monotonic()
         turn.advance(TurnState.RUNNING)
 
 

@@ -101,11 +101,11 @@ class _Stateful:
 class Turn(_Stateful):
     """A question and its answer. `pending`: the requests that wait for the answer, several after a retry.
 
-    `arrived_s` and `deadline_s` are times of the pump's clock; `deadline_s` is None without a deadline. `prepared`: the
-    preparation, until it is done. `ask` has no pictures from RUNNING on. `record`: the answer, from STORING on.
-    `groups`, `base_turns`: as in `TurnRecord`. `picture_keys`: of the whole conversation. `prompt`: that of a
-    conversation without a session header. `kept_tokens`: tokens of the session that the turn follows; `crops`: the
-    engine drops all others.
+    `arrived_s`, `submitted_s` (to the engine) and `deadline_s` are times of the pump's clock; `deadline_s` is None
+    without a deadline. `prepared`: the preparation, until it is done. `ask` has no pictures from RUNNING on. `record`:
+    the answer, from STORING on. `groups`, `base_turns`: as in `TurnRecord`. `picture_keys`: of the whole conversation.
+    `prompt`: that of a conversation without a session header. `kept_tokens`: tokens of the session that the turn
+    follows; `crops`: the engine drops all others.
     """
 
     def __init__(self, session: Session, ask: Ask | Chat, pending: PendingRequest) -> None:
@@ -127,6 +127,7 @@ class Turn(_Stateful):
         self.blobs: tuple[Blob, ...] = ()
         self.chunks: list[str] = []
         self.arrived_s = pending.arrived_s
+        self.submitted_s = pending.arrived_s
         self.deadline_s = None if ask.deadline_ms is None else pending.arrived_s + ask.deadline_ms / 1e3
         self.prepared: Future[PreparedQuestion] | Future[PreparedChat] | None = None
         self.record: TurnRecord | None = None
@@ -240,7 +241,7 @@ class SessionTable:
     def __init__(self, max_sessions: int, ttl_s: float, idle_s: float | None = None, max_implicit: int = 64) -> None:
         self.max_sessions = max_sessions
         self.max_implicit = max_implicit
-        self._ttl_s = ttl_s
+        self.ttl_s = ttl_s
         self._idle_s = math.inf if idle_s is None else idle_s
         self._sessions: dict[str, Session] = {}
         self._implicit: dict[str, Session] = {}  # also in `_sessions`
@@ -299,7 +300,7 @@ class SessionTable:
 
     def expiry_of_open(self, now_s: float) -> float:
         """Return the expiry of a session that opens now: whole seconds, rounded up."""
-        return float(math.ceil(now_s + self._ttl_s))
+        return float(math.ceil(now_s + self.ttl_s))
 
     def recover(self, session_id: str, expires_at_s: float, now_s: float, token_digest: str | None) -> bool:
         """Add an open session that only the journal holds, even if the table is full. Return False if it is known."""

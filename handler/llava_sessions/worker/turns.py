@@ -92,6 +92,7 @@ class Turns:
         if event is None:
             waited_ms = (self._context.monotonic() - turn.arrived_s) * 1e3
             event = Cancelled(turn.id, reason, Usage(0, 0, 0), Timings(waited_ms, waited_ms, waited_ms))
+        self._context.counters.add_tokens(event.usage)
         facts = replies.answer_facts(turn.session.id, reason, event.usage, event.timings, token_ids=None)
         self.end(turn, was_cancelled=True)
         for pending in turn.pending:

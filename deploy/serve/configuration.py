@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import tarfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +21,8 @@ CONFIG = REPO / "config.properties"
 WORKER_ENV = HERE / "local.env"
 LOG_CONFIG = HERE / "log4j2.xml"
 METRICS_CONFIG = HERE / "metrics.yaml"
+
+MANIFEST = "MAR-INF/MANIFEST.json"
 
 CORS_VARIABLE = "CORS_ORIGINS"
 _ORIGIN = re.compile(r"\*|null|https?://[A-Za-z0-9.:\[\]-]+")
@@ -82,6 +87,26 @@ def hold_archive(model_store: Path, name: str) -> HeldArchive:
     if len(found) > 1:
         raise ServeError(f"{' and '.join(found)} are both in {model_store}; remove one")
     return hold(model_store / found[0])
+
+
+def model_version(archive: Path) -> str:
+    """Return the version in an archive's manifest, which is a part of the model's path. Raise `ServeError`."""
+    try:
+        version = json.loads(_manifest(archive))["model"]["modelVersion"]
+    except (OSError, ValueError, KeyError, TypeError, tarfile.TarError, zipfile.BadZipFile) as err:
+        raise ServeError(f"{archive} has no readable {MANIFEST} with a model version: {type(err).__name__}") from None
+    return str(version)
+
+
+def _manifest(archive: Path) -> bytes:
+    if archive.is_dir():
+        return (archive / MANIFEST).read_bytes()
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as mar:
+            return mar.read(MANIFEST)
+    with tarfile.open(archive) as tarball:
+        member = tarball.extractfile(f"{archive.name.removesuffix('.tar.gz')}/{MANIFEST}")
+        return member.read() if member else b""
 
 
 def read_properties(path: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 from .configuration import CORS_VARIABLE, cors_origins
 from .logs import tail
@@ -30,9 +31,23 @@ START_TIMEOUT_S = 10.0
 
 
 class HAProxy:
-    """One HAProxy on `host`:`port`, which passes requests to TorchServe's inference port `target` on loopback."""
+    """One HAProxy on `host`:`port`, which passes requests to TorchServe's inference port `target` on loopback.
 
-    def __init__(self, haproxy: str, home: Path, guard: Guard, *, port: int, target: int, host: str = LOOPBACK) -> None:
+    OpenAI's paths (/v1/...) go to the model `name` of this `version`.
+    """
+
+    def __init__(
+        self,
+        haproxy: str,
+        home: Path,
+        guard: Guard,
+        *,
+        port: int,
+        target: int,
+        name: str = "llava",
+        version: str = "1.0",
+        host: str = LOOPBACK,
+    ) -> None:
         self._haproxy = haproxy
         self._home = home
         self._log = home / "logs" / "haproxy.log"
@@ -41,6 +56,8 @@ class HAProxy:
             "FRONT_HOST": host,
             "FRONT_PORT": str(port),
             "FRONT_TARGET": str(target),
+            "MODEL_NAME": quote(name, safe=""),
+            "MODEL_VERSION": quote(version, safe=""),
             "BODY_LIMIT": str(BODY_LIMIT),
             "SESSIONS_RUN": str(home),
         }

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from urllib.parse import quote
 
 from deploy.versions import HeldArchive
 
-from .configuration import CONFIG, check_headers, hold_archive, render_properties, worker_env
+from .configuration import CONFIG, check_headers, hold_archive, model_version, render_properties, worker_env
 from .home import ServerHome
 from .java import JavaProcess, java_command
 from .logs import ServerLogs
@@ -61,6 +62,7 @@ class TorchServe:
         self.url = f"http://{LOOPBACK}:{self.ports['inference']}"
         self.management_url = f"http://{LOOPBACK}:{self.ports['management']}"
         self.metrics_url = f"http://{LOOPBACK}:{self.ports['metrics']}/metrics"
+        self.openai_url = ""  # the base URL of OpenAI's paths, once the server has started
         self._requested_home = home
         self._guard = guard
         self._env = dict(env or {})
@@ -106,6 +108,8 @@ class TorchServe:
             env = worker_env(home, self._env)
             properties = render_properties(self._config, self.ports, self._properties)
             check_headers(properties, env)
+            version = model_version(archive.path)
+            self.openai_url = f"{self.url}/predictions/{quote(self.name, safe='')}/{quote(version, safe='')}/v1"
             config = home.folder / "config.properties"
             config.write_text("".join(f"{key}={value}\n" for key, value in properties.items()), encoding="utf-8")
             command = java_command(

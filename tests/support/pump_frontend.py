@@ -29,7 +29,7 @@ from llava_sessions.journal.journal import Journal
 from llava_sessions.protocol.constants import CLOSED_SESSION_HEADER, SESSION_HEADER
 from llava_sessions.text.chat_template import ChatTemplate
 from llava_sessions.torchserve.batch import Reply, Row
-from llava_sessions.worker.assembly import Timing, make_pump
+from llava_sessions.worker.assembly import Policy, Timing, make_pump
 from llava_sessions.worker.engines import EngineLost, EngineUp
 from llava_sessions.worker.exporter import Histograms
 from llava_sessions.worker.inbox import Inbox
@@ -102,7 +102,7 @@ class Frontend:
             journal=journal or Journal(),
             histograms=self.histograms,
             parsing=parsing,
-            share_pictures=share_pictures,
+            policy=Policy(share_pictures=share_pictures),
             timing=Timing(
                 clock=lambda: self.now_s,
                 monotonic=lambda: time.monotonic() + self.skipped_s,

@@ -23,7 +23,8 @@ from ts.metrics.metric_cache_errors import MetricsCacheKeyError
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 
-from llava_sessions.config import ConfigError, HandlerConfig, read_config
+from llava_sessions.config import HandlerConfig
+from llava_sessions.config_file import ConfigError, read_config
 from llava_sessions.errors import error_line, reason_phrase
 from llava_sessions.ipc.messages import EngineSettings
 from llava_sessions.journal.journal import open_journal
@@ -31,11 +32,12 @@ from llava_sessions.machine_memory import memory_bytes
 from llava_sessions.metrics import COUNTERS, GAUGES, PORT_VARIABLE, MetricValues
 from llava_sessions.protocol.constants import SESSION_HEADER
 from llava_sessions.text.chat_template import ChatTemplate
-from llava_sessions.text.checkpoint import find_checkpoint
+from llava_sessions.text.checkpoint import find_checkpoint, fingerprint
 from llava_sessions.torchserve import headers, receiving
 from llava_sessions.torchserve.batch import Reply, Row
 from llava_sessions.torchserve.sequences import EndRequestSender
 from llava_sessions.worker.assembly import make_pump
+from llava_sessions.worker.context import ServedModel
 from llava_sessions.worker.engines import EngineSupervisor
 from llava_sessions.worker.exporter import Exporter, Histograms
 from llava_sessions.worker.inbox import Inbox
@@ -87,13 +89,22 @@ class LlavaHandler(BaseHandler):
             client=engine.client,
             inbox=inbox,
             template=template,
-            table=SessionTable(config.max_sessions, config.session_ttl_s, config.session_idle_s),
+            table=SessionTable(
+                config.max_sessions,
+                config.session_ttl_s,
+                config.session_idle_s,
+                max_implicit=config.max_implicit_sessions,
+            ),
             context_tokens=facts.context_tokens,
             limits=config.limits,
             media_limits=config.media,
             ender=EndRequestSender(properties.get("inference_address", DEFAULT_ADDRESS), context.model_name),
             journal=journal,
             histograms=histograms,
+            allow_system=config.allow_system,
+            share_pictures=config.share_pictures,
+            served=ServedModel(context.model_name, fingerprint(Path(checkpoint)), time.time()),
+            places=context.model_yaml_config.get("maxNumSequence"),
         )
         self._pump.recover()
         self._start_metrics(context, Exporter(histograms, metrics_port, context.model_name, config.compat_metrics))

@@ -42,6 +42,7 @@ TOKEN_BYTES = 4 * 2 * 2 * 16 * 4  # layers, keys and values, kv heads, head dim,
 STEP_BYTES = GROWTH_TOKENS * TOKEN_BYTES
 PICTURE_TOKENS = 16
 FEATURES_BYTES = PICTURE_TOKENS * 64 * 4  # image tokens, hidden, float32
+MOST_STEPS = 500
 FIVE = Sampling(5)
 AMPLE = DeviceBudget(2**40, 2**40)
 
@@ -75,12 +76,14 @@ class Bench:
     def run(self, steps: int | None = None) -> dict[str, Finished]:
         """Step until the engine has no work, or `steps` times; return the finished turns by session."""
         finished = {}
-        while self.engine.has_work and steps != 0:
-            steps = None if steps is None else steps - 1
+        for _ in range(MOST_STEPS if steps is None else steps):
+            if not self.engine.has_work:
+                return finished
             for event in self.engine.step():
                 self.events.append(event)
                 if isinstance(event, Finished):
                     finished[event.turn_id.removeprefix("turn ")] = event
+        assert steps is not None, "the engine makes no progress"
         return finished
 
     def of(self, kind: type) -> list:

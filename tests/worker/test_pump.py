@@ -975,7 +975,7 @@ def test_a_picture_that_the_engine_fails_at_once_costs_no_session(front):
 
 def test_an_open_that_the_engine_can_not_take_is_refused_and_its_place_is_free(front):
     row, until = front.row({"type": "start_session", "image": png()}), time.monotonic() + PATIENCE_S
-    front.engine.device_memory.budget = None  # makes every open raise
+    front.engine.device_memory.admit = None  # makes every open raise
     replies = [None]
     while replies == [None] and time.monotonic() < until:
         replies = front.exchange(row)

@@ -15,6 +15,15 @@ from .sessions import SessionTable
 
 
 @dataclass(frozen=True)
+class ServedModel:
+    """The model as OpenAI's clients see it. `fingerprint`: of the checkpoint. `since_s`: Unix time of the start."""
+
+    name: str = "llava"
+    fingerprint: str = ""
+    since_s: float = 0.0
+
+
+@dataclass(frozen=True)
 class WorkerContext:
     """`gate` sends commands to the current engine. `clock`: seconds since the epoch. `monotonic`: seconds.
 
@@ -30,3 +39,4 @@ class WorkerContext:
     clock: Callable[[], float]
     monotonic: Callable[[], float] = time.monotonic
     counters: Counters = field(default_factory=Counters)
+    served: ServedModel = field(default_factory=ServedModel)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Callable
 
 from ..chat.transcript import short_id
 from ..errors import Refused
 from ..ipc.messages import Report
 from ..metrics import MetricValues
-from ..protocol.requests import Ask, Cancel, Close, Open, Request
+from ..protocol.openai import Chat, Models, OpenAIForm
+from ..protocol.parsing import Request
+from ..protocol.requests import Ask, Cancel, Close, Open
 from .answers import Answers
+from .chats import Chats
 from .closes import Closes, drop
 from .context import WorkerContext
+from .conversations import Conversations
 from .counters import EngineMemory
 from .engines import EngineLost, EngineUp
 from .events import EngineEvents
@@ -44,15 +49,18 @@ class SessionManager:
         self._openings = Openings(context)
         self._recovery = Recovery(context, self._openings)
         self._turns = Turns(context)
-        self._questions = Questions(context, self._turns)
+        self._conversations = Conversations(context)
+        self._questions = Questions(context, self._turns, self._conversations)
+        self._chats = Chats(context, self._turns, self._conversations)
         self._closes = Closes(context, self._openings, self._turns)
-        self._answers = Answers(context, self._turns)
+        self._answers = Answers(context, self._turns, self._conversations)
         self._events = EngineEvents(
             context,
             openings=self._openings,
             turns=self._turns,
             answers=self._answers,
             closes=self._closes,
+            conversations=self._conversations,
         )
         self._memory = EngineMemory()
         self._longest_step_s = 0.0
@@ -70,6 +78,10 @@ class SessionManager:
                     self._openings.start(pending, request)
                 case Ask():
                     self._questions.start(pending, request)
+                case Chat():
+                    self._start_chat(pending, request)
+                case Models():
+                    pending.reply(request.body(self._context.served.name, self._context.served.since_s))
                 case Close():
                     self._closes.start(pending, request)
                 case Cancel():
@@ -77,6 +89,17 @@ class SessionManager:
         except Refused as error:
             raise self._recovery.error_for(error) from None
         self._follow_up()
+
+    def _start_chat(self, pending: PendingRequest, chat: Chat) -> None:
+        """Start a turn of a conversation that the client has sent whole."""
+        served = self._context.served
+        completion_id = f"chatcmpl-{uuid.uuid4().hex}"
+        pending.form = OpenAIForm.of(chat, completion_id, self._context.clock(), served.name, served.fingerprint)
+        pending.streamed = chat.stream
+        if chat.session_id is None:
+            self._chats.start(pending, chat)
+        else:
+            self._questions.start(pending, chat)
 
     def disconnected(self, pending: PendingRequest) -> None:
         """Stop the work that only this request's client waited for."""
@@ -129,7 +152,10 @@ class SessionManager:
             if self._openings.holds(session):
                 continue  # it expires after its acknowledgement
             log.info("session_expired session=%s", short_id(session.id))
-            drop(context, session, "expired")
+            if session.conversation is not None:
+                self._conversations.drop(session)
+            else:
+                drop(context, session, "expired")
         self._recovery.retry()
         self.end_overdue()
         now_s = context.monotonic()
@@ -175,8 +201,10 @@ class SessionManager:
         context = self._context
         counters = context.counters
         turns = self._turns.all()
+        implicit = len(context.table.implicit_sessions)
         return MetricValues(
-            open_sessions=len(context.table),
+            open_sessions=len(context.table) - implicit,
+            implicit_sessions=implicit,
             running_turns=len(turns),
             num_requests_running=memory.running_turns,
             num_requests_waiting=memory.waiting_turns + sum(turn.is_in(TurnState.PREPARING) for turn in turns),
@@ -220,6 +248,8 @@ class SessionManager:
                 unload(self._context, session)
                 self._context.table.end(session, reason)
                 self._closes.lost(session)
+        for session, kept_tokens in self._turns.take_unfinished():
+            self._conversations.unfinished(session, kept_tokens)
         for pending, ask in self._turns.take_retries():
             if pending.disconnected:
                 continue

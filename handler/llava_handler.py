@@ -31,7 +31,7 @@ from llava_sessions.journal.journal import open_journal
 from llava_sessions.machine_memory import memory_bytes
 from llava_sessions.metrics import COUNTERS, GAUGES, PORT_VARIABLE, MetricValues
 from llava_sessions.protocol.constants import SESSION_HEADER
-from llava_sessions.text.chat_template import ChatTemplate
+from llava_sessions.text.chat_template import ChatTemplate, Message
 from llava_sessions.text.checkpoint import find_checkpoint, fingerprint
 from llava_sessions.torchserve import headers, receiving
 from llava_sessions.torchserve.batch import Reply, Row
@@ -100,11 +100,11 @@ class LlavaHandler(BaseHandler):
             media_limits=config.media,
             ender=EndRequestSender(properties.get("inference_address", DEFAULT_ADDRESS), context.model_name),
             journal=journal,
-            histograms=histograms,
             allow_system=config.allow_system,
             share_pictures=config.share_pictures,
             served=ServedModel(context.model_name, fingerprint(Path(checkpoint)), time.time()),
             places=context.model_yaml_config.get("maxNumSequence"),
+            histograms=histograms,
         )
         self._pump.recover()
         self._start_metrics(context, Exporter(histograms, metrics_port, context.model_name, config.compat_metrics))
@@ -266,7 +266,9 @@ def _load_template(checkpoint: str, system_prompt: str) -> ChatTemplate:
     from llava_sessions.text.processors import load_processor
 
     transformers.logging.set_verbosity_error()
-    return ChatTemplate(load_processor(checkpoint), system_prompt)
+    template = ChatTemplate(load_processor(checkpoint), system_prompt)
+    template.conversation([Message("user", "question")], [])  # the first one takes longer
+    return template
 
 
 def _row(context: Any, index: int, data: Any) -> Row:

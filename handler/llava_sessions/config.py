@@ -101,7 +101,7 @@ class RequestLimits(Section):
         description="Messages of a conversation that a client sends, as `messages` or as `history`.",
     )
     max_history_chars: int = Field(
-        default=262_144, ge=1, le=10_000_000, description="Characters of all texts of such a conversation."
+        default=131_072, ge=1, le=10_000_000, description="Characters of all texts of such a conversation."
     )
     max_history_pictures: int = Field(
         default=32, ge=1, le=1_000, description="Pictures of all messages of such a conversation."
@@ -238,13 +238,6 @@ class HandlerConfig(Section):
     system_prompt: str = Field(
         default="", description="Text before each conversation, if the chat template has a place for it."
     )
-    compat_metrics: Literal["none", "vllm"] = Field(
-        default="none",
-        description=(
-            "`vllm`: the metrics page has eight metrics under vLLM's names too, which SageMaker's dashboards read "
-            "(docs/operations.md)."
-        ),
-    )
     allow_system: bool = Field(
         default=True,
         description=(
@@ -258,6 +251,13 @@ class HandlerConfig(Section):
             "Whether requests of different sessions share picture features and prefilled prompts, and may continue "
             "conversations without a session header. `false`: nothing is shared or searched, so no client can measure "
             "what another one has shown."
+        ),
+    )
+    compat_metrics: Literal["none", "vllm"] = Field(
+        default="none",
+        description=(
+            "`vllm`: the metrics page has eight metrics under vLLM's names too, which SageMaker's dashboards read "
+            "(docs/operations.md)."
         ),
     )
     limits: RequestLimits = Field(default_factory=RequestLimits, description="Limits of requests.")

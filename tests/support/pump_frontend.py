@@ -69,6 +69,7 @@ class Frontend:
         first_row: int = 0,
         close_wait_s: float = WAIT_S,
         parsing: Executor | None = None,
+        share_pictures: bool = True,
     ) -> None:
         """`deaf`: commands are only recorded, and a test tells by itself what came of them. `first_row` sets the ids
         of two servers apart. `parsing` parses large bodies.
@@ -101,6 +102,7 @@ class Frontend:
             journal=journal or Journal(),
             histograms=self.histograms,
             parsing=parsing,
+            share_pictures=share_pictures,
             timing=Timing(
                 clock=lambda: self.now_s,
                 monotonic=lambda: time.monotonic() + self.skipped_s,

@@ -455,7 +455,7 @@ def test_a_malformed_history_is_refused_by_its_place(history: Any, message: str)
     "history",
     [
         [{"prompt_text": "a", "response_text": "b"}] * 129,
-        [{"prompt_text": "a", "response_text": "b" * 262_144}],
+        [{"prompt_text": "a", "response_text": "b" * 131_072}],
         [{"prompt_text": "a", "response_text": "b", "images": ["A"] * 8}] * 5,
     ],
     ids=["turns", "characters", "pictures"],

@@ -296,6 +296,19 @@ def test_labels_keep_conversations_apart(front: Frontend) -> None:
     assert cached(chat(front, messages, user="one")) > 0
 
 
+def test_without_sharing_nothing_of_another_request_is_found(model: Model, tokens: ChatTemplate) -> None:
+    front = Frontend(model, tokens, share_pictures=False)
+    front.open("red")
+    for messages in ([user(QUESTIONS[0], "red")], [user(QUESTIONS[0])]):
+        for _ in range(2):
+            assert cached(chat(front, messages)) == 0
+    assert front.table.implicit_sessions == []
+    session = front.open("red")
+    first = chat(front, [user(QUESTIONS[0], "red")], session)
+    later = [user(QUESTIONS[0], "red"), answered(text_of(first)), user(QUESTIONS[1])]
+    assert cached(chat(front, later, session)) >= first["usage"]["prompt_tokens"]
+
+
 def test_a_picture_is_decoded_once(front: Frontend, monkeypatch: pytest.MonkeyPatch) -> None:
     from llava_sessions.worker import pictures as loading
 

@@ -71,8 +71,8 @@ def make_pump(
         context_tokens=context_tokens,
         clock=timing.clock,
         monotonic=timing.monotonic,
-        counters=Counters(histograms=histograms or Histograms()),
         served=served or ServedModel(),
+        counters=Counters(histograms=histograms or Histograms()),
     )
     manager = SessionManager(context)
     # The frontend has more places than sessions. At most half of the others may wait for the end of their sequence.

@@ -79,7 +79,8 @@ class Chats:
             self._prepare(turn, chat, with_arrays=True)
             return
         if place.session is None:
-            self._conversations.add(turn.session, root_of(chat.label), place)
+            scope = context.preparer.scope(turn.session.id, None)
+            self._conversations.add(turn.session, root_of(chat.label, scope), place)
             self._open(turn.session, place, prepared)
         else:
             self._move(turn, place.session)

@@ -89,7 +89,13 @@ class Conversations:
         session.conversation = HeldConversation(label_root, fork_base=place.base)
 
     def finished(self, session: Session, prompt: Prompt, kept: int, answer_ids: Sequence[int]) -> None:
-        """Note what a session holds after an answer. `kept`: the tokens that it held before and that were kept."""
+        """Note what a session holds after an answer. `kept`: the tokens that it held before and that were kept.
+
+        If sessions share nothing, no request can continue the session: it is closed.
+        """
+        if not self._context.preparer.shares:
+            self.drop(session)
+            return
         held = session.held_conversation
         self._unlink(session)
         if not held.turns or kept < held.first_prompt_tokens:

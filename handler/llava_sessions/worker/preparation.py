@@ -124,6 +124,11 @@ class Preparer:
         self._fetching = executor or ThreadPoolExecutor(_FETCHING_THREADS, thread_name_prefix="fetch")
         self._restoring = executor or ThreadPoolExecutor(_RESTORING_THREADS, thread_name_prefix="restore")
 
+    @property
+    def shares(self) -> bool:
+        """Whether sessions share anything."""
+        return self._share_pictures
+
     def scope(self, session_id: str, token_digest: str | None) -> str | None:
         """Return the scope within which a session shares features and prefixes, see `picture_key`. None: with all."""
         return token_digest if self._share_pictures else session_id
@@ -201,15 +206,16 @@ class Preparer:
     def _chat(self, chat: Chat, scope: str | None, with_arrays: bool) -> PreparedChat:
         conversation = self._conversation(chat.messages, scope, with_arrays)
         spans = self._spans(conversation.token_ids, conversation.prepared)
-        links = links_of(root_of(chat.label), conversation.token_ids, spans)
+        links = links_of(root_of(chat.label, scope), conversation.token_ids, spans)
         return PreparedChat(Prompt(np.asarray(conversation.token_ids), spans, links), conversation.pictures)
 
     def _conversation(
         self, messages: Sequence[ChatMessage], scope: str | None, with_arrays: bool, opened_on: OpenedOn | None = None
     ) -> _Conversation:
+        rendered = [Message(one.role, one.text, len(one.pictures)) for one in messages]
+        self.template.check_conversation(rendered, opened_on)  # before any picture is read
         groups = self._loader.load_conversation([one.pictures for one in messages if one.pictures], scope)
         prepared = [self._loader.prepare(group, scope, with_arrays) for group in groups]
-        rendered = [Message(one.role, one.text, len(one.pictures)) for one in messages]
         return _Conversation(self.template.conversation(rendered, prepared, opened_on), tuple(prepared), groups)
 
     def _spans(self, token_ids: list[int], prepared: Sequence[Prepared], start: int = 0) -> tuple[PictureSpan, ...]:

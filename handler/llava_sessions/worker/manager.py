@@ -189,8 +189,10 @@ class SessionManager:
         context = self._context
         counters = context.counters
         turns = self._turns.all()
+        implicit = len(context.table.implicit_sessions)
         return MetricValues(
-            open_sessions=len(context.table),
+            open_sessions=len(context.table) - implicit,
+            implicit_sessions=implicit,
             running_turns=len(turns),
             num_requests_running=memory.running_turns,
             num_requests_waiting=memory.waiting_turns + sum(turn.is_in(TurnState.PREPARING) for turn in turns),

@@ -35,9 +35,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Policy:
-    """Choices of the operator. `share_pictures`: as in `PromptBuilder`. `allow_system`: clients may send system messages.
+    """Choices of the operator.
 
-    `served`: the model as OpenAI's clients see it. `places`: sequences that the frontend can hold; None for the least.
+    `share_pictures`: as in `PromptBuilder`. `allow_system`: clients may send system messages. `served`: the model as
+    OpenAI's clients see it. `places`: sequences that the frontend can hold; None for the least.
     """
 
     share_pictures: bool = True
@@ -85,15 +86,18 @@ def make_pump(
         counters=Counters(histograms=histograms or Histograms()),
     )
     manager = SessionManager(context)
-    # The frontend has more places than sessions. At most half of the others may wait for the end of their sequence.
-    places_left = (policy.places or frontend_capacity(table.max_sessions)) - table.max_sessions
-    reaper = SequenceReaper(ender, max_waiting=places_left // 2, clock=timing.monotonic)
     return Pump(
         manager,
         inbox,
-        reaper,
+        _reaper(ender, table.max_sessions, policy.places, timing),
         Arrivals(inbox, limits, max_body_bytes(limits, media_limits), parsing, policy.allow_system),
         wait_s=timing.wait_s,
         close_wait_s=timing.close_wait_s,
         clock=timing.monotonic,
     )
+
+
+def _reaper(ender: SequenceEnder, max_sessions: int, places: int | None, timing: Timing) -> SequenceReaper:
+    """Return a reaper that lets half of the places that sessions leave free wait for the end of their sequence."""
+    places_left = (places or frontend_capacity(max_sessions)) - max_sessions
+    return SequenceReaper(ender, max_waiting=places_left // 2, clock=timing.monotonic)

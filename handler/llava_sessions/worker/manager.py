@@ -189,7 +189,7 @@ class SessionManager:
         context = self._context
         counters = context.counters
         turns = self._turns.all()
-        implicit = len(context.table.implicit_sessions)
+        implicit = len(self._conversations.all)
         return MetricValues(
             open_sessions=len(context.table) - implicit,
             implicit_sessions=implicit,

@@ -43,17 +43,20 @@ def make_pump(
     ender: SequenceEnder,
     journal: Journal,
     timing: Timing | None = None,
+    adopt_sessions: bool = True,
     executor: Executor | None = None,
     parsing: Executor | None = None,
     fetch: Callable[[str, MediaLimits], bytes] | None = None,
 ) -> Pump:
     """Build a pump. Call its `recover` before the first row.
 
-    `executor` runs the preparations and `parsing` parses large bodies, instead of threads. `fetch` replaces the HTTP
-    client. All three are for tests.
+    `adopt_sessions`: take over sessions of other instances from the journal, if there is one.
+    For tests, `executor` runs the preparations, `parsing` parses large bodies, and `fetch` replaces the HTTP client.
     """
     timing = timing or Timing()
-    preparer = Preparer(template, media_limits, journal, timing.clock, executor, fetch)
+    adopts = adopt_sessions and journal.durable
+    table.may_release_stored = adopts
+    preparer = Preparer(template, media_limits, journal, timing.clock, executor, fetch, adopts=adopts)
     context = WorkerContext(
         gate=EngineGate(client),
         table=table,
@@ -63,11 +66,12 @@ def make_pump(
         context_tokens=context_tokens,
         clock=timing.clock,
         monotonic=timing.monotonic,
+        adopts=adopts,
     )
     manager = SessionManager(context)
     # The frontend has more places than sessions. At most half of the others may wait for the end of their sequence.
-    places_left = frontend_capacity(table.max_sessions) - table.max_sessions
-    reaper = SequenceReaper(ender, max_waiting=places_left // 2, clock=timing.monotonic)
+    max_waiting = (frontend_capacity(table.max_sessions) - table.max_sessions) // 2
+    reaper = SequenceReaper(ender, max_waiting, clock=timing.monotonic)
     return Pump(
         manager,
         inbox,

@@ -10,11 +10,13 @@ from ..errors import Refused
 from ..ipc.messages import Memory, Report
 from ..metrics import MetricValues
 from ..protocol.requests import Ask, Cancel, Close, Open, Request
+from .adoption import Adoption
 from .answers import Answers
-from .closes import Closes, drop
+from .closes import Closes, expire
 from .context import WorkerContext
 from .engines import EngineLost, EngineUp
 from .events import EngineEvents
+from .marks import TurnMarks
 from .openings import Openings, unload
 from .pending import PendingRequest, session_moved
 from .questions import Questions
@@ -43,7 +45,8 @@ class SessionManager:
         self._openings = Openings(context)
         self._recovery = Recovery(context, self._openings)
         self._turns = Turns(context)
-        self._questions = Questions(context, self._turns)
+        self._marks = TurnMarks(context, self._turns)
+        self._questions = Questions(context, self._turns, self._marks)
         self._closes = Closes(context, self._openings, self._turns)
         self._answers = Answers(context, self._turns)
         self._events = EngineEvents(
@@ -53,6 +56,7 @@ class SessionManager:
             answers=self._answers,
             closes=self._closes,
         )
+        self._adoption = Adoption(context, self.handle)
         self._memory = Memory()
         self._longest_step_s = 0.0
         self._journal_swept_s = context.monotonic()
@@ -74,7 +78,8 @@ class SessionManager:
                 case Cancel():
                     self._turns.cancel(pending, request)
         except Refused as error:
-            raise self._recovery.error_for(error) from None
+            if error.code != "session_not_found" or not self._adoption.start(pending, request):
+                raise self._recovery.error_for(error) from None
         self._follow_up()
 
     def disconnected(self, pending: PendingRequest) -> None:
@@ -119,6 +124,7 @@ class SessionManager:
                 self._turns.cancelled(turn, "deadline")
             elif turn.is_in(TurnState.STORING):
                 self._answers.overdue(turn)
+        self._marks.renew()
         self._follow_up()
 
     def sweep(self) -> None:
@@ -127,8 +133,7 @@ class SessionManager:
         for session in context.table.expired(context.clock()):
             if self._openings.holds(session):
                 continue  # it expires after its acknowledgement
-            log.info("session_expired session=%s", short_id(session.id))
-            drop(context, session, "expired")
+            expire(context, session)
         self._recovery.retry()
         self.end_overdue()
         now_s = context.monotonic()
@@ -197,7 +202,7 @@ class SessionManager:
     def _follow_up(self) -> None:
         """Drop sessions that the journal cannot give back, and start retries whose stopped turn is done."""
         for session, reason in self._turns.take_lost():
-            if session.id in self._context.table:
+            if self._context.table.find(session.id) is session:
                 log.warning("session_lost session=%s reason=%s", short_id(session.id), reason)
                 # A turn may run here if the answer before it was not stored at its deadline.
                 if session.turn is not None and not session.turn.is_in(TurnState.STORING):
@@ -212,6 +217,7 @@ class SessionManager:
                 self._questions.start(pending, ask)
             except Exception as error:
                 pending.refuse(error)
+        self._marks.tidy()
 
 
 def _cut_s(longest_step_s: float) -> float:

@@ -32,7 +32,10 @@ log = logging.getLogger(__name__)
 
 _RETRY_KEYS_KEPT = 10_000
 # The ID that the frontend gives a sequence that came without one (InferenceRequestHandler.java).
-_FRONTEND_ID = re.compile(r"ts-seq-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_UUID = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+_FRONTEND_ID = re.compile(f"ts-seq-{_UUID}")
+# All IDs that `_session_id` returns.
+SESSION_ID = re.compile(f"(ts-seq|ls)-{_UUID}")
 
 
 @dataclass(eq=False)
@@ -142,7 +145,7 @@ class Openings:
         except Exception as error:
             pending.refuse(error)
             return
-        if not session.is_in(SessionState.OPEN) or session.id not in self._context.table:
+        if not session.is_in(SessionState.OPEN) or self._context.table.find(session.id) is not session:
             pending.refuse(session_not_found())  # it was closed meanwhile
             return
         if session.transcript is None:

@@ -10,12 +10,13 @@ from functools import partial
 
 from ..errors import Refused
 from ..ipc.messages import AskSession, Sampling
-from ..journal.journal import NotFound
+from ..journal.journal import AlreadyClaimed, NotFound
 from ..protocol.requests import Ask
 from .answers import answer_facts
 from .context import WorkerContext
+from .marks import TurnMarks
 from .openings import check_context, digest_of
-from .pending import PendingRequest
+from .pending import PendingRequest, session_moved
 from .preparation import INLINE_PROMPT_CHARS, PreparedQuestion
 from .sessions import MAX_ENGINE_LOSSES, Residency, Session, Turn, TurnState
 from .turns import Turns
@@ -28,9 +29,10 @@ _STORING_MS = 500
 class Questions:
     """Starts turns, and answers retried requests from the transcript."""
 
-    def __init__(self, context: WorkerContext, turns: Turns) -> None:
+    def __init__(self, context: WorkerContext, turns: Turns, marks: TurnMarks) -> None:
         self._context = context
         self._turns = turns
+        self._marks = marks
 
     def start(self, pending: PendingRequest, ask: Ask) -> None:
         """Start a turn, or answer a retried one. Raise `Refused`."""
@@ -65,9 +67,9 @@ class Questions:
                 turn.retries.append((pending, ask))
             else:
                 turn.pending.append(pending)
-                if turn.is_admitted:
+                if turn.may_commit:
                     pending.commit()
-                pending.stream(turn.text)
+                pending.stream(turn.shown_text)
             return True
         return self._answer_from_transcript([pending], session, ask)
 
@@ -111,6 +113,8 @@ class Questions:
                 self._turns.end(turn)
                 return
             self._submit(turn, question)
+        except AlreadyClaimed:
+            self._turns.fail(turn, session_moved())
         except NotFound as error:
             self._turns.fail(turn, error)
             self._turns.lose_session(turn.session, "damaged" if error.damaged else "moved")
@@ -145,6 +149,7 @@ class Questions:
         context.gate.submit(AskSession(session.id, turn.id, question.prompt_ids, sampling, question.pictures))
         turn.ask = ask.without_pictures()
         turn.advance(TurnState.RUNNING)
+        self._marks.begin(turn)
 
     def _ms_left(self, turn: Turn) -> int | None:
         """Return the milliseconds that the engine may take for a turn: the rest is for the journal. None: any time."""

@@ -101,6 +101,7 @@ class Turn(_Stateful):
 
     `arrived_s` and `deadline_s` are times of the pump's clock; `deadline_s` is None without a deadline. `prepared`: the
     preparation, until it is done. `ask` has no pictures from RUNNING on. `record`: the answer, from STORING on.
+    `is_owned`: no other instance has the session, as far as the journal can be read (marks.py).
     """
 
     def __init__(self, session: Session, ask: Ask, pending: PendingRequest) -> None:
@@ -112,6 +113,7 @@ class Turn(_Stateful):
         # Retries that arrive while the turn is being stopped. They run as a new turn once this turn is done.
         self.retries: list[tuple[PendingRequest, Ask]] = []
         self.is_admitted = False
+        self.is_owned = True
         self.prompt_ids: list[int] = []
         self.blobs: tuple[Blob, ...] = ()
         self.chunks: list[str] = []
@@ -119,6 +121,16 @@ class Turn(_Stateful):
         self.deadline_s = None if ask.deadline_ms is None else pending.arrived_s + ask.deadline_ms / 1e3
         self.prepared: Future[PreparedQuestion] | None = None
         self.record: TurnRecord | None = None
+
+    @property
+    def shown_text(self) -> str:
+        """The text that clients may see: none before it is certain that no other instance has the session."""
+        return self.text if self.is_owned else ""
+
+    @property
+    def may_commit(self) -> bool:
+        """Whether large requests may be committed to status 200."""
+        return self.is_admitted and self.is_owned
 
     def is_overdue(self, now_s: float) -> bool:
         """Return whether the deadline has passed."""
@@ -173,6 +185,11 @@ class Session(_Stateful):
         return self.transcript
 
     @property
+    def is_stored_only(self) -> bool:
+        """Whether only the journal has the session: it was found there at the start, and not asked yet."""
+        return self.transcript is None and self.turn is None and self.is_in(SessionState.OPEN)
+
+    @property
     def in_engine(self) -> bool:
         """Whether the engine holds the session, or was asked to."""
         return not self.is_in(Residency.COLD)
@@ -185,6 +202,15 @@ class Session(_Stateful):
     def has_expired(self, now_s: float) -> bool:
         """Return whether the session has reached its expiry or its idle limit."""
         return now_s >= min(self.expires_at_s, self.used_at_s + self._idle_s)
+
+    def restore(self, transcript: Transcript, now_s: float) -> None:
+        """Open a session that the journal has given."""
+        self.transcript = transcript
+        self.stored_turns = len(transcript.turns)
+        self.expires_at_s = transcript.opening.expires_at_s
+        self.used_at_s = now_s
+        self.token_digest = transcript.opening.token_digest
+        self.advance(SessionState.OPEN)
 
     def unload(self) -> None:
         """Enter COLD from any residency."""
@@ -209,10 +235,12 @@ class SessionTable:
 
     A session expires `ttl_s` seconds after its open, or `idle_s` seconds after its latest turn (None: never). A place
     is taken before a picture is prepared, so a full table rejects an open before any work is done.
+    `may_release_stored`: sessions that only the journal has make room for others, since they can be adopted later.
     """
 
     def __init__(self, max_sessions: int, ttl_s: float, idle_s: float | None = None) -> None:
         self.max_sessions = max_sessions
+        self.may_release_stored = False
         self._ttl_s = ttl_s
         self._idle_s = math.inf if idle_s is None else idle_s
         self._sessions: dict[str, Session] = {}
@@ -234,8 +262,11 @@ class SessionTable:
         if session_id in self._sessions:
             raise Refused("invalid_request", "The session is open already; close it, or open without a session ID.")
         if len(self._sessions) >= self.max_sessions:
-            message = f"All {self.max_sessions} sessions are taken; close one or try again later."
-            raise Refused("capacity", message)
+            stored = next((one for one in self._sessions.values() if one.is_stored_only), None)
+            if stored is None or not self.may_release_stored:
+                message = f"All {self.max_sessions} sessions are taken; close one or try again later."
+                raise Refused("capacity", message)
+            self.end(stored, None)
         session = self._sessions[session_id] = Session(session_id, self._idle_s)
         return session
 

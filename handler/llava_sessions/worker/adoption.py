@@ -136,7 +136,7 @@ class Adoption:
         try:
             transcript = claimed.result()
         except Exception as error:
-            context.table.release(session)
+            context.table.end(session, None)  # a client that left has started a sequence
             self._refuse(claim, error)
             return
         session.restore(transcript, context.clock())

@@ -38,11 +38,13 @@ class Closes:
         session_id = request.session_id
         table = self._context.table
         token_digest = digest_of(request.session_token)
+        was_closed = table.was_closed(session_id, token_digest)  # the journal may still have to remove it
         closing = table.find(session_id) if session_id in self._pending else None
-        if closing is not None and same_token(closing.token_digest, token_digest):
+        is_closing = closing is not None and same_token(closing.token_digest, token_digest)
+        if is_closing or (was_closed and session_id in self._pending):
             self._pending[session_id].append(pending)
             return
-        if table.was_closed(session_id, token_digest):
+        if was_closed:
             acknowledge_close(pending, session_id)
             return
         session = table.get(session_id, self._context.clock(), token_digest)
@@ -65,10 +67,13 @@ class Closes:
             removed = drop(self._context, session, "closed")
             self._context.inbox.when_done(removed, partial(self._removed, session))
 
-    def lost(self, session: Session) -> None:
-        """Acknowledge the close of a session that another instance has taken over, or whose journal is damaged."""
+    def lost(self, session: Session, reason: str) -> None:
+        """Answer the close of a session that another instance has taken over ("moved"), or whose journal is damaged."""
         if session.id in self._pending:
-            self._acknowledge(session.id)
+            if reason == "moved":
+                self._moved(session.id)
+            else:
+                self._acknowledge(session.id)
 
     @property
     def freeing(self) -> bool:
@@ -78,11 +83,14 @@ class Closes:
 
     def _removed(self, session: Session, removed: Future[Removal]) -> None:
         """Acknowledge a close, unless another instance has the session: a retry claims it and closes it."""
-        if removed.result() is not Removal.NOT_OWNER:
+        if removed.result() is Removal.NOT_OWNER:
+            self._context.table.remember(session.id, "moved", session.token_digest)
+            self._moved(session.id)
+        else:
             self._acknowledge(session.id)
-            return
-        self._context.table.remember(session.id, "moved", session.token_digest)
-        for pending in self._pending.pop(session.id):
+
+    def _moved(self, session_id: str) -> None:
+        for pending in self._pending.pop(session_id):
             if not pending.disconnected:
                 pending.refuse(session_moved())
 

@@ -209,7 +209,7 @@ class SessionManager:
                     self._turns.fail(session.turn, session_moved())
                 unload(self._context, session)
                 self._context.table.end(session, reason)
-                self._closes.lost(session)
+                self._closes.lost(session, reason)
         for pending, ask in self._turns.take_retries():
             if pending.disconnected:
                 continue

@@ -167,9 +167,9 @@ class Pump:
                 self._reaper.end(pending.row.sequence_id)
 
     def _end_sequences(self) -> None:
-        self._reaper.keep(self._manager.has_session)
         for session_id in self._manager.take_ended_sequences():
             self._reaper.end(session_id)
+        self._reaper.keep(self._manager.has_session)
 
     # --- Events ---
 

@@ -90,6 +90,7 @@ class LlavaHandler(BaseHandler):
             media_limits=config.media,
             ender=EndRequestSender(properties.get("inference_address", DEFAULT_ADDRESS), context.model_name),
             journal=journal,
+            adopt_sessions=config.adopt_sessions,
         )
         self._pump.recover()
         self._metric_cache = context.metrics

@@ -206,6 +206,13 @@ class HandlerConfig(_Section):
     journal_s3_prefix: _TextOrNone = Field(
         default=None, description="`s3://bucket/prefix` for the sessions' journals. Empty: worker memory only."
     )
+    adopt_sessions: bool = Field(
+        default=True,
+        description=(
+            "Take over a session of another instance from the journal when a request names it. Needs a journal that "
+            "the instances share."
+        ),
+    )
     prefill_chunk_tokens: int = Field(
         default=256,
         ge=1,
@@ -287,6 +294,8 @@ def expected(field: FieldInfo) -> str:
         return f"one of {', '.join(get_args(kind))}"
     if get_origin(kind) is tuple:
         return "a list of non-empty strings"
+    if kind is bool:
+        return "true or false"
     kinds = get_args(kind) or (kind,)
     if str in kinds:
         return "a non-empty string" if field.is_required() else "a string"

@@ -68,6 +68,7 @@ class Frontend:
         first_row: int = 0,
         close_wait_s: float = WAIT_S,
         parsing: Executor | None = None,
+        adopt_sessions: bool = True,
     ) -> None:
         """`deaf`: commands are only recorded, and a test tells by itself what came of them. `first_row` sets the ids
         of two servers apart. `parsing` parses large bodies.
@@ -83,6 +84,7 @@ class Frontend:
         self._deaf = deaf
         self._rows = first_row
         self.table = SessionTable(max_sessions, TTL, idle_s)
+        self.journal = journal or Journal()
         self._ended: list[str] = []
         self.mark = ("x-mark", "ours")
         self.able = True
@@ -96,7 +98,8 @@ class Frontend:
             limits=RequestLimits(),
             media_limits=MediaLimits(),
             ender=self,
-            journal=journal or Journal(),
+            journal=self.journal,
+            adopt_sessions=adopt_sessions,
             parsing=parsing,
             timing=Timing(
                 clock=lambda: self.now_s,

@@ -161,8 +161,8 @@ def test_a_retried_question_is_answered_from_the_journal(two):
 # --- whose session it is ---
 
 
-def test_the_token_is_checked_before_the_claim(pair):
-    first, second = pair
+def test_the_token_is_checked_before_the_claim(two):
+    first, second = two
     session = first.open(session_token=TOKEN)
     settled(first)
     for fields in ({}, {"session_token": "w" * 16}):
@@ -285,8 +285,8 @@ def moved(first: Frontend, second: Frontend) -> str:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_former_owner_shows_no_text_and_takes_the_session_back(pair, model, tokens, stream):
-    first, second = pair
+def test_a_former_owner_shows_no_text_and_takes_the_session_back(two, model, tokens, stream):
+    first, second = two
     expected = stay(model, tokens)
     session = moved(first, second)
     reply = first.answer(first.ask_row(session, QUESTIONS[2], stream=stream))
@@ -297,8 +297,8 @@ def test_a_former_owner_shows_no_text_and_takes_the_session_back(pair, model, to
     assert refused(second, second.ask_row(session)) == (503, "session_moved")
 
 
-def test_a_former_owner_does_not_close_the_session_of_another(pair):
-    first, second = pair
+def test_a_former_owner_does_not_close_the_session_of_another(two):
+    first, second = two
     session = moved(first, second)
     assert refused(first, first.close_row(session)) == (503, "session_moved")
     assert second.ask(session, QUESTIONS[2])["durable"]

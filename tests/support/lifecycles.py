@@ -174,14 +174,16 @@ class Chat:
     resumed_durably: bool = False
     moves: bool = False
     is_split: bool = False
+    was_restarted: bool = False
 
     def note_moves(self) -> None:
         """Only what is durable is sure to be on another instance."""
-        if self.moves:
+        if self.moves or self.claimed:
             self.possible = {shorter for whole in self.possible for shorter in whole.prefixes()}
 
     def survive_restart(self, store_has_failed: bool) -> None:
-        """Only what is durable is sure to be still there."""
+        """Only what is durable is sure to be still there. The mark of a turn that ran is valid for some time."""
+        self.was_restarted = True
         self.possible = {shorter for whole in self.possible for shorter in whole.prefixes()}
         if self.is_ended is False and not self.is_durable:
             self.is_ended = None
@@ -836,7 +838,7 @@ class World:
             case "session_busy":
                 self.demand(request.kind in ("ask", "resume"), f"{request.kind} got session_busy")
             case "session_moved":
-                self.demand(chat.claimed or chat.moves, "moved without a claim")
+                self.demand(chat.claimed or chat.moves or chat.was_restarted, "moved without a claim")
                 self._uncertain(instance, request)
             case "journal_unavailable":
                 self.demand(store_failed, "the journal did not fail")
@@ -846,7 +848,8 @@ class World:
                 self.demand(instance.is_draining, "no drain was asked for")
             case "internal" | "capacity":
                 self.demand(self.faults > 0 or code == "capacity", "an internal error without a fault")
-                may_work = request.kind in ("open", "resume", "ask") or (code == "capacity" and chat.moves)
+                # A session that only the journal has needs a place, whatever is asked of it.
+                may_work = request.kind in ("open", "resume", "ask") or (code == "capacity" and self.store is not None)
                 self.demand(may_work, f"{request.kind} got {code}")
             case _:
                 self.demand(False, f"unexpected {code} for {request.kind}")

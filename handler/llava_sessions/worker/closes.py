@@ -51,6 +51,9 @@ class Closes:
         if self._openings.failed(session, session_not_found()):
             acknowledge_close(pending, session_id)
             return
+        if session.is_stored_only and self._context.adopts:
+            table.end(session, None)  # it may be another instance's: it must be claimed to be removed
+            raise session_not_found()
         session.advance(SessionState.CLOSING)
         self._pending[session_id] = [pending]
         if session.turn is not None and session.turn.is_in(TurnState.PREPARING):

@@ -214,7 +214,7 @@ class SessionManager:
             if pending.disconnected:
                 continue
             try:
-                self._questions.start(pending, ask)
+                self.handle(pending, ask)
             except Exception as error:
                 pending.refuse(error)
         self._marks.tidy()

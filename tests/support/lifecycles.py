@@ -826,7 +826,7 @@ class World:
         if request.kind == "resume":
             self._resume_ended(request)
         if request.was_dropped:
-            was_known = request.kind in ("close", "cancel") and code != "session_not_found"
+            was_known = STATUS_OF_CODE[code] == 503  # just before the drop
             self.demand(code == "request_dropped" or was_known, f"a dropped request got {code}")
             return
         store_failed = self.store is not None and self.store.has_failed

@@ -29,8 +29,9 @@ from llava_sessions.journal.journal import Journal
 from llava_sessions.protocol.constants import CLOSED_SESSION_HEADER, SESSION_HEADER
 from llava_sessions.text.chat_template import ChatTemplate
 from llava_sessions.torchserve.batch import Reply, Row
-from llava_sessions.worker.assembly import Timing, make_pump
+from llava_sessions.worker.assembly import Policy, Timing, make_pump
 from llava_sessions.worker.engines import EngineLost, EngineUp
+from llava_sessions.worker.exporter import Histograms
 from llava_sessions.worker.inbox import Inbox
 from llava_sessions.worker.pending import LARGE_BYTES
 from llava_sessions.worker.sessions import SessionTable
@@ -69,6 +70,7 @@ class Frontend:
         close_wait_s: float = WAIT_S,
         parsing: Executor | None = None,
         adopt_sessions: bool = True,
+        share_pictures: bool = True,
     ) -> None:
         """`deaf`: commands are only recorded, and a test tells by itself what came of them. `first_row` sets the ids
         of two servers apart. `parsing` parses large bodies.
@@ -85,6 +87,7 @@ class Frontend:
         self._rows = first_row
         self.table = SessionTable(max_sessions, TTL, idle_s)
         self.journal = journal or Journal()
+        self.histograms = Histograms()
         self._ended: list[str] = []
         self.mark = ("x-mark", "ours")
         self.able = True
@@ -99,8 +102,9 @@ class Frontend:
             media_limits=MediaLimits(),
             ender=self,
             journal=self.journal,
-            adopt_sessions=adopt_sessions,
+            histograms=self.histograms,
             parsing=parsing,
+            policy=Policy(share_pictures=share_pictures, adopt_sessions=adopt_sessions),
             timing=Timing(
                 clock=lambda: self.now_s,
                 monotonic=lambda: time.monotonic() + self.skipped_s,

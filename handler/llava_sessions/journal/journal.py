@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..chat.transcript import BlobPool, Transcript
-from ..config import ConfigError
+from ..config_file import ConfigError
 from ..errors import describe
 from .appender import Records
 from .claims import (
@@ -148,7 +148,7 @@ class Journal:
         """
         if not self._writers:
             return done(SaveOutcome.STORED)
-        records: Records = (transcript.opening, *transcript.turns)
+        records: Records = (transcript.opening, *transcript.log)
         key = key_of(transcript.opening.session_id)
         owner = self._owners.own(key, self._instance, transcript.opening.expires_at_s)
 

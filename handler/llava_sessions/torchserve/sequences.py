@@ -19,6 +19,8 @@ Rules that follow from them:
   had no row of its sequence.
 - By default the end header is in the reply to an end request. The worker sends that request to the frontend once the
   client has been silent for a while; the request also takes the waiting thread.
+- A sequence that the frontend made for one request is ended sooner: no client knows its ID, so that no request of a
+  client meets the end request.
 - The end header is in the client's own reply if no client knows the ID (the frontend made it for a request that is
   rejected), or if so many sequences wait for their end that places for others would be short.
 """
@@ -51,8 +53,9 @@ RETURN_S = 15.0
 # The frontend compares header names with case, clients do not. Only the exact spelling ends a sequence.
 _CLOSED_HEADER_FOR_CLIENTS = CLOSED_SESSION_HEADER.lower()
 _END_REQUEST_HEADER = "x-llava-end-sequence"
-# One end request waits for a step of the handler, and several share a step.
-_SENDER_THREADS = 4
+# One end request waits for a step of the handler, and several share a step. Each request without a session needs one if
+# its answer takes more than a step.
+_SENDER_THREADS = 16
 # Attempts for each sequence: a busy machine misses a timeout, and a sequence that is not ended keeps its place.
 _SENDER_ATTEMPTS = 3
 _SENDER_TIMEOUT_S = 10.0
@@ -94,6 +97,7 @@ class SequenceReaper:
         self._linger_s = LINGER_S if linger_s is None else linger_s
         self._clock = clock
         self._waiting: dict[str, float] = {}  # sequences to end, in this order, and the earliest time of each
+        self._fresh: set[str] = set()  # those of them that no client knows
         self._in_step: set[str] = set()  # sequences with a row in the current step
         self._last_used_s: dict[str, float] = {}  # end of the latest earlier step with a row of it; oldest first
 
@@ -102,14 +106,20 @@ class SequenceReaper:
         name, value = self._ender.mark
         return row.headers.get(name) == value
 
-    def end(self, sequence_id: str, after_s: float = 0.0) -> None:
-        """End the sequence once no row uses it, and not before `after_s` seconds from now."""
+    def end(self, sequence_id: str, fresh: bool = False, after_s: float = 0.0) -> None:
+        """End the sequence once no row uses it, and not before `after_s` seconds from now.
+
+        `fresh`: the frontend made its ID, which no client knows.
+        """
         self._waiting[sequence_id] = self._clock() + after_s
+        if fresh:
+            self._fresh.add(sequence_id)
 
     def keep(self, is_session: Callable[[str], bool]) -> None:
         """Don't end a sequence whose session has been adopted since."""
         for sequence in [one for one in self._waiting if is_session(one)]:
             del self._waiting[sequence]
+            self._fresh.discard(sequence)
 
     def begin_step(self, sequence_ids: Iterable[str]) -> None:
         """Begin a step whose rows belong to these sequences."""
@@ -125,15 +135,17 @@ class SequenceReaper:
         self.sweep(())
 
     def sweep(self, pending: Iterable[str]) -> None:
-        """Send end requests for sequences that have been idle for `linger_s`.
+        """Send end requests for sequences that have been idle for `linger_s`, or `quiet_s` if no client knows them.
 
         `pending` are the sequences of rows that have no final reply yet: they take part in further steps.
         """
         self._forget_idle()
-        in_use = {*self._last_used_s, *pending}
+        recent = {one for one in self._last_used_s if one not in self._fresh or not self._is_quiet(one)}
+        in_use = {*recent, *pending}
         now_s = self._clock()
         for sequence in [one for one, from_s in self._waiting.items() if one not in in_use and now_s >= from_s]:
             del self._waiting[sequence]
+            self._fresh.discard(sequence)
             self._ender.end(sequence)
 
     def release(self, row: Row, steps: int, final: Reply, own: bool, alone: bool, *, will_return: bool = False) -> None:
@@ -153,12 +165,14 @@ class SequenceReaper:
         if may_end_now and self._prefers_now(row):
             final.headers[CLOSED_SESSION_HEADER] = sequence
             self._waiting.pop(sequence, None)
+            self._fresh.discard(sequence)
             return
         if closed is not None:
             final.headers[_CLOSED_HEADER_FOR_CLIENTS] = closed
         will_return = will_return and not row.fresh
         for sequence_id in sorted(ended):
-            self.end(sequence_id, RETURN_S if will_return else 0.0)
+            after_s = RETURN_S if will_return else 0.0
+            self.end(sequence_id, fresh=row.fresh and sequence_id == sequence, after_s=after_s)
 
     def _prefers_now(self, row: Row) -> bool:
         never_reused = row.fresh or self.is_ours(row)

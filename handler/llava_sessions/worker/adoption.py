@@ -15,7 +15,9 @@ from functools import partial
 from ..chat.transcript import Transcript, short_id
 from ..errors import Refused
 from ..journal.journal import AlreadyClaimed, NotFound
-from ..protocol.requests import Open, Request
+from ..protocol.openai import Chat, Models
+from ..protocol.parsing import Request
+from ..protocol.requests import Ask, Cancel, Close, Open
 from .context import WorkerContext
 from .openings import SESSION_ID, digest_of
 from .pending import PendingRequest, session_moved
@@ -85,14 +87,14 @@ class Adoption:
 
         False: the session is unknown.
         """
-        session_id = request.resume if isinstance(request, Open) else request.session_id
+        session_id = request.resume if isinstance(request, Open) else _session_of(request)
         if session_id is None or not self._context.adopts or not SESSION_ID.fullmatch(session_id):
             return False
         running = self._claims.get(session_id)
         if running is not None:
             running.waiting.append((pending, request))
             return True
-        token_digest = digest_of(request.session_token)
+        token_digest = _token_digest(request)
         if isinstance(request, Open) or not self._may_look_up(session_id, token_digest):
             return False
         self._context.gate.check()
@@ -153,7 +155,7 @@ class Adoption:
             error = session_moved()
         others = []
         for pending, request in claim.waiting:
-            if digest_of(request.session_token) != claim.token_digest:
+            if _token_digest(request) != claim.token_digest:
                 others.append((pending, request))
             elif not pending.disconnected:
                 pending.refuse(error if isinstance(error, Exception) else RuntimeError("the look-up was cancelled"))
@@ -173,3 +175,12 @@ class Adoption:
         self._misses[key] = self._context.monotonic()
         while len(self._misses) > _MISSES_KEPT:
             self._misses.popitem(last=False)
+
+
+def _session_of(request: Request) -> str | None:
+    """Return the ID of the session that a request names."""
+    return request.session_id if isinstance(request, Ask | Chat | Close | Cancel) else None
+
+
+def _token_digest(request: Request) -> str | None:
+    return None if isinstance(request, Models) else digest_of(request.session_token)

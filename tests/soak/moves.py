@@ -135,7 +135,8 @@ def http_client(http: httpx.Client) -> Send:
 
 def boto_client(url: str) -> Send:
     """Send requests through the local endpoint by boto3. Without an answer of the container the status is 0: as 503."""
-    config = Config(retries={"total_max_attempts": 1}, max_pool_connections=100, read_timeout=70)
+    # boto3 opens a connection again that the endpoint has closed while it was idle: that needs a second attempt.
+    config = Config(max_pool_connections=100, read_timeout=70)
     runtime = boto3.Session("any", "any", region_name="us-west-2").client(
         "sagemaker-runtime", endpoint_url=url, config=config
     )

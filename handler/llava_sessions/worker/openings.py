@@ -24,7 +24,7 @@ from ..protocol.constants import NEW_SESSION, SESSION_HEADER
 from ..protocol.requests import Open, session_in_header
 from ..text.chat_template import Opening
 from .context import WorkerContext
-from .pending import PendingRequest
+from .pending import PendingRequest, session_moved
 from .prompts import PreparedOpen, Rebuild
 from .sessions import Residency, Session, SessionState, session_not_found
 
@@ -146,7 +146,9 @@ class Openings:
             pending.refuse(error)
             return
         if not session.is_in(SessionState.OPEN) or self._context.table.find(session.id) is not session:
-            pending.refuse(session_not_found())  # it was closed meanwhile
+            was_closed = self._context.table.was_closed(session.id, session.token_digest)
+            # Otherwise it is closing, or has made room for another session. A retry finds out.
+            pending.refuse(session_not_found() if was_closed else session_moved())
             return
         if session.transcript is None:
             session.transcript = transcript

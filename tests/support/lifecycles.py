@@ -838,7 +838,9 @@ class World:
             case "session_busy":
                 self.demand(request.kind in ("ask", "resume"), f"{request.kind} got session_busy")
             case "session_moved":
-                self.demand(chat.claimed or chat.moves or chat.was_restarted, "moved without a claim")
+                chat = chat or self._by_key.get(request.key or "")  # a retried open has no chat of its own
+                may_move = chat is not None and (chat.claimed or chat.moves or chat.was_restarted)
+                self.demand(may_move, "moved without a claim")
                 self._uncertain(instance, request)
             case "journal_unavailable":
                 self.demand(store_failed, "the journal did not fail")

@@ -810,8 +810,9 @@ class World:
             self.demand(not needs_retry or "Retry-After" in request.head.headers, "503 without Retry-After")
             self._refused(instance, request, error["code"])
             return
-        # The end of a session may have become known just before the drop.
-        may_answer = not request.was_dropped or request.kind in ("close", "cancel")
+        # The reply may have become known just before the drop. Then the row that returns receives it.
+        may_answer = not request.was_dropped or request.kind in ("close", "cancel", "open")
+        may_answer = may_answer or body.get("finish_reason") == "cancelled"
         self.demand(status == 200 and may_answer, f"status {status} without an error, or after a drop")
         match request.kind:
             case "open" | "resume":
@@ -826,7 +827,8 @@ class World:
         if request.kind == "resume":
             self._resume_ended(request)
         if request.was_dropped:
-            was_known = STATUS_OF_CODE[code] == 503  # just before the drop
+            # Just before the drop.
+            was_known = STATUS_OF_CODE[code] == 503 or (code == "session_not_found" and self._may_be_gone(request))
             self.demand(code == "request_dropped" or was_known, f"a dropped request got {code}")
             return
         store_failed = self.store is not None and self.store.has_failed

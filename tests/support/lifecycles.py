@@ -889,10 +889,13 @@ class World:
     def _resumed(self, instance: Instance, request: Request, body: dict) -> set[Conversation]:
         old = request.chat
         self._resume_ended(request)
+        durable = body.get("durable", False)
+        is_blind = self.store is not None and self.store.has_failed and not durable
+        # A former instance that cannot read the journal resumes its old copy.
+        old.is_split = old.is_split or (old.moves and is_blind)
         if old.is_split:
             old.is_ended = None
             return old.possible
-        durable = body.get("durable", False)
         is_elsewhere = instance.number != old.home
         if is_elsewhere or old.claimed:
             possible = {shorter for whole in old.possible for shorter in whole.prefixes()}

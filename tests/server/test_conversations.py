@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import base64
 import random
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
-import numpy as np
-import pytest
-from PIL import Image
 
-from llava_sessions_client import SESSION_HEADER, to_png
+from llava_sessions_client import to_png
 from models.shapes.scenes import HELD_OUT_SEEDS, dialogue, make_scene
-from tests.support.reference import Reference, merged
+from tests.support.reference import Reference
 
 CONVERSATIONS, REQUESTS, MAX_NEW_TOKENS = 30, 6, 16
 SEEDS = HELD_OUT_SEEDS[5_200 : 5_200 + 40]
@@ -60,7 +56,7 @@ class RandomChat:
     def _edit(self) -> None:
         """Append a question, or change the conversation as clients do, so that it ends with a question."""
         places = [place for place, message in enumerate(self._messages) if message["role"] == "user"]
-        if not places or self._random.random() < 0.4:
+        if not places or self._random.random() < 0.5:
             self._messages.append(self._question())
             return
         place = self._random.choice(places)

@@ -91,7 +91,7 @@ def test_the_list_of_models(gpt: Outcome) -> None:
 def test_refusals_are_the_packages_exceptions(gpt: Outcome) -> None:
     long, context, several, tools, logprobs, form, last, empty, *pictures = gpt.of("errors")
     assert (long["status_code"], long["code"], long["param"]) == (413, "too_large", "messages")
-    assert (context["status_code"], context["code"]) == (400, "context_full")
+    assert (context["status_code"], context["code"]) == (400, "context_length_exceeded")
     for error, param in ((several, "n"), (tools, "tools"), (logprobs, "logprobs"), (form, "response_format")):
         assert "BadRequestError" in error["names"]
         assert (error["status_code"], error["code"], error["param"]) == (400, "invalid_request", param)

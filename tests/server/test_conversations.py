@@ -48,7 +48,9 @@ class RandomChat:
         for _ in range(REQUESTS):
             self._edit()
             sent = [dict(message) for message in self._messages]
-            reply = self._http.post(PATH, json=body(sent)).raise_for_status().json()
+            reply = self._http.post(PATH, json=body(sent))
+            assert reply.status_code == httpx.codes.OK, (reply.text, sent)
+            reply = reply.json()
             exchanges.append({"sent": sent, "reply": reply})
             self._messages.append(assistant(reply["choices"][0]["message"]["content"]))
         return exchanges
@@ -66,8 +68,7 @@ class RandomChat:
             case "regenerate":
                 del self._messages[place + 1 :]
             case "trim":
-                self._messages[max(place - 2, 0) : place] = []
-                del self._messages[place + 1 :]
+                self._messages[max(place - 2, 0) :] = [self._messages[place]]
             case "half":
                 answers = [message for message in self._messages if message["role"] == "assistant"]
                 if answers:

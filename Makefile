@@ -21,7 +21,7 @@ PYTHON := .venv/bin/python
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # Java is checked first, even with -j
 .PHONY: help demo check test test-clients unit coverage serve endpoint notebook lint model bench bench-cuda soak image \
-	image-test env clients java haproxy clean
+	image-test env clients java haproxy prometheus clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,7 +38,7 @@ demo: java env  ## run a five-turn picture chat through a real TorchServe (SEED=
 
 check: env lint unit  ## lint, types and unit tests: for every save
 
-test: java haproxy env clients lint  ## lint, then all tests (TESTS="tests/server -k chat" for some)
+test: java haproxy prometheus env clients lint  ## lint, then all tests (TESTS="tests/server -k chat" for some)
 	@$(PYTHON) -m pytest -n 2 $(TESTS)
 
 test-clients: java haproxy env  ## test with all clients, AIPerf too (1.2 GB more, once)
@@ -100,6 +100,9 @@ java:  # before env, so that a missing Java is reported before a long install
 
 haproxy:  # required by the tests; make serve works without it
 	@scripts/need_haproxy.sh --install
+
+prometheus:  # required by one test
+	@scripts/need_prometheus.sh --install
 
 clean:  ## delete archives, caches and logs; the environments stay
 	@find model_store -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +

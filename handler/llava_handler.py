@@ -23,20 +23,23 @@ from ts.metrics.metric_cache_errors import MetricsCacheKeyError
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 
-from llava_sessions.config import ConfigError, HandlerConfig, read_config
+from llava_sessions.config import HandlerConfig
+from llava_sessions.config_file import ConfigError, read_config
 from llava_sessions.errors import error_line, reason_phrase
 from llava_sessions.ipc.messages import EngineSettings
 from llava_sessions.journal.journal import open_journal
 from llava_sessions.machine_memory import memory_bytes
-from llava_sessions.metrics import COUNTERS, GAUGES, MetricValues
+from llava_sessions.metrics import COUNTERS, GAUGES, PORT_VARIABLE, MetricValues
 from llava_sessions.protocol.constants import SESSION_HEADER
-from llava_sessions.text.chat_template import ChatTemplate
-from llava_sessions.text.checkpoint import find_checkpoint
+from llava_sessions.text.chat_template import ChatTemplate, Message
+from llava_sessions.text.checkpoint import find_checkpoint, fingerprint
 from llava_sessions.torchserve import headers, receiving
 from llava_sessions.torchserve.batch import Reply, Row
 from llava_sessions.torchserve.sequences import EndRequestSender
 from llava_sessions.worker.assembly import make_pump
+from llava_sessions.worker.context import ServedModel
 from llava_sessions.worker.engines import EngineSupervisor
+from llava_sessions.worker.exporter import Exporter, Histograms
 from llava_sessions.worker.inbox import Inbox
 from llava_sessions.worker.sessions import SessionTable
 
@@ -68,6 +71,7 @@ class LlavaHandler(BaseHandler):
         os.environ[receiving.DECODE_VARIABLE] = receiving.RAW_BODIES
         config = read_config(context.model_yaml_config)
         properties = _checked_properties()
+        metrics_port = _metrics_port()
         model_dir = Path(context.system_properties["model_dir"])
         self._version_lock = _hold_version(model_dir)
         checkpoint = _checkpoint(config, model_dir)
@@ -80,22 +84,30 @@ class LlavaHandler(BaseHandler):
         template = _load_template(checkpoint, config.system_prompt)  # while the engine loads
         engine = self._supervisor.wait()
         facts = engine.facts
+        histograms = Histograms()
         self._pump = make_pump(
             client=engine.client,
             inbox=inbox,
             template=template,
-            table=SessionTable(config.max_sessions, config.session_ttl_s, config.session_idle_s),
+            table=SessionTable(
+                config.max_sessions,
+                config.session_ttl_s,
+                config.session_idle_s,
+                max_implicit=config.max_implicit_sessions,
+            ),
             context_tokens=facts.context_tokens,
             limits=config.limits,
             media_limits=config.media,
             ender=EndRequestSender(properties.get("inference_address", DEFAULT_ADDRESS), context.model_name),
             journal=journal,
+            allow_system=config.allow_system,
+            share_pictures=config.share_pictures,
+            served=ServedModel(context.model_name, fingerprint(Path(checkpoint)), time.time()),
+            places=context.model_yaml_config.get("maxNumSequence"),
+            histograms=histograms,
         )
         self._pump.recover()
-        self._metric_cache = context.metrics
-        self._dimensions = [context.model_name, "Model"]
-        self._metrics_lock = threading.Lock()
-        self._emitted: MetricValues | None = None
+        self._start_metrics(context, Exporter(histograms, metrics_port, context.model_name, config.compat_metrics))
         self._drained_file = _announcement("drained")
         signal.signal(signal.SIGUSR1, lambda *_: self._pump.drain())
         threading.Thread(target=self._sweep, name="sweeper", daemon=True).start()
@@ -111,6 +123,15 @@ class LlavaHandler(BaseHandler):
             held_bytes,
             time.monotonic() - began_s,
         )
+
+    def _start_metrics(self, context: Any, exporter: Exporter) -> None:
+        self._metric_cache = context.metrics
+        self._dimensions = [context.model_name, "Model"]
+        self._metrics_lock = threading.Lock()
+        self._emitted: MetricValues | None = None
+        self._exporter = exporter
+        self._exporter.publish(self._pump.metric_values())
+        self._exporter.serve()
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
         """Run one step over all active requests. Never raises: an exception would fail every one of them."""
@@ -137,6 +158,7 @@ class LlavaHandler(BaseHandler):
             try:
                 self._pump.sweep(is_receiving=transfer.is_active())
                 self._emit_metrics()
+                self._exporter.serve()
                 # One round later, so that the last replies have left. The launcher waits for this file.
                 if was_drained and self._pump.drained and not self._drained_file.exists():
                     log.info("drained")
@@ -146,12 +168,14 @@ class LlavaHandler(BaseHandler):
                 log.exception("sweep_failed")
 
     def _emit_metrics(self) -> None:
-        """Emit all gauges, and the increase of each counter, if any value has changed. Thread-safe.
+        """Publish all values on the worker's page; emit those of TorchServe's page if any has changed. Thread-safe.
 
-        Each metric travels to the frontend as a line of this process's output.
+        Emitted are the gauges, and the increase of each counter. Each metric travels to the frontend as a line of this
+        process's output.
         """
         with self._metrics_lock:
             values = self._pump.metric_values()
+            self._exporter.publish(values)
             before = self._emitted
             if values == before:
                 return
@@ -186,6 +210,16 @@ def _checked_properties() -> dict[str, str]:
 def _announcement(name: str) -> Path:
     """Return the path of a file by which this worker announces its state to the launcher."""
     return Path(os.environ.get("TEMP") or tempfile.gettempdir()) / f"{name}-{os.getpid()}"
+
+
+def _metrics_port() -> int | None:
+    """Return the loopback port of the worker's metrics page, or None for no page. Raise `ConfigError`."""
+    text = os.environ.get(PORT_VARIABLE)
+    if not text:
+        return None
+    if not text.isdecimal() or not 1 <= int(text) <= 65_535:
+        raise ConfigError([f"`{PORT_VARIABLE}` must be a port from 1 to 65535, got {text!r}"])
+    return int(text)
 
 
 def _engine_supervisor(settings: EngineSettings, inbox: Inbox, hang_s: float) -> EngineSupervisor:
@@ -232,7 +266,9 @@ def _load_template(checkpoint: str, system_prompt: str) -> ChatTemplate:
     from llava_sessions.text.processors import load_processor
 
     transformers.logging.set_verbosity_error()
-    return ChatTemplate(load_processor(checkpoint), system_prompt)
+    template = ChatTemplate(load_processor(checkpoint), system_prompt)
+    template.conversation([Message("user", "question")], [])  # the first one takes longer
+    return template
 
 
 def _row(context: Any, index: int, data: Any) -> Row:

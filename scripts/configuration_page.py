@@ -20,10 +20,9 @@ from llava_sessions.config import (
     HandlerConfig,
     MediaLimits,
     RequestLimits,
-    default_of,
-    expected,
     frontend_capacity,
 )
+from llava_sessions.config_file import default_of, expected
 
 _HEAD = """# Configuration
 

@@ -22,8 +22,8 @@ FOLDERS = ("server", "deploy", "engine", "worker", "aws", "unit")
 SHARED = (
     {f"tests/server/test_{name}.py" for name in ("chat", "fidelity", "figures", "front", "inside", "leaving")}
     | {"tests/server/test_conversations.py", "tests/server/test_refusals.py"},
-    {f"tests/deploy/test_{name}.py" for name in ("boto3", "cli", "invoke", "notebook", "openai", "routing")}
-    | {"tests/deploy/test_aws_clients.py"},
+    {f"tests/deploy/test_{name}.py" for name in ("aws_clients", "boto3", "cli", "invoke", "notebook", "routing")},
+    {f"tests/deploy/test_{name}.py" for name in ("openai_path", "platform")},
 )
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

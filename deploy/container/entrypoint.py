@@ -20,6 +20,7 @@ from types import FrameType
 from deploy.container import metric_lines
 from deploy.options import port_range, version_line
 from deploy.serve import command
+from deploy.serve.configuration import PUBLIC_METRICS_VARIABLE
 from deploy.serve.ports import fixed_ports
 from deploy.serve.processes import ServeError
 
@@ -37,6 +38,7 @@ USAGE = f"""usage: serve [--help | --version]
 
 Serves the model in {MODEL} on port {PORT} ({PORT_VARIABLE} sets another) until SIGTERM.
 All other ports are from {RANGE_VARIABLE}, if that is set, such as 23000-23999.
+/metrics is served on the same port; {PUBLIC_METRICS_VARIABLE}=off turns it off.
 Temporary files and logs are written to the system's temporary folder (TMPDIR; default: /tmp)."""
 
 
@@ -177,6 +179,9 @@ def main(argv: Sequence[str] | None = None, root: Path = MODEL) -> int:
 
 def serve_model(model: Path, port: int, within: range | None, metrics: int) -> int:
     """Serve until a signal, and print metric lines. Return the exit code."""
+    os.environ.setdefault(
+        PUBLIC_METRICS_VARIABLE, "on"
+    )  # SageMaker reads /metrics, and passes no client's request to it
     url = f"http://127.0.0.1:{metrics}/metrics"
     threading.Thread(target=metric_lines.main, args=(["--url", url],), name="metric_lines", daemon=True).start()
     words = ["--model-store", str(model.parent), "--name", model.name, "--host", ALL_INTERFACES, "--port", str(port)]

@@ -6,20 +6,23 @@ import asyncio
 import contextlib
 import socket
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
+import httpx
 import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from . import contract, eventstream, faults, openai_chat
+from . import contract, eventstream, faults, openai_path
 from .calls import ApiCall, StreamedReply
 from .faults import Fault, StreamFault
+from .openai_path import OpenAIPath
+from .pins import Instance
 from .service import EndpointService
 
 LOOPBACK = "127.0.0.1"
@@ -28,9 +31,16 @@ HOSTS = [LOOPBACK, "localhost"]
 EXPOSED = ["Retry-After", contract.NEW_SESSION_HEADER, contract.CLOSED_SESSION_HEADER, contract.ERROR_TYPE_HEADER]
 
 
+# /v1 is for clients of this machine's endpoint only; SageMaker has no such path.
+OPENAI_BASES = (
+    "/endpoints/{name}/openai/v1",
+    "/endpoints/{name}/inference-components/{component}/openai/v1",
+    "/v1",
+)
+
+
 def make_app(service: EndpointService, origins: Sequence[str] = ()) -> Starlette:
     """Return the endpoint as an ASGI application. Web pages of `origins` may call it."""
-    conversations = openai_chat.Conversations(service)
 
     async def invoke(request: Request) -> Response:
         answer = await service.invoke(await _call(request, service, contract.INVOKE))
@@ -41,18 +51,6 @@ def make_app(service: EndpointService, origins: Sequence[str] = ()) -> Starlette
         headers = answer.headers | _request_id()
         return StreamingResponse(_frames(answer), media_type=eventstream.CONTENT_TYPE, headers=headers)
 
-    async def chat(request: Request) -> Response:
-        try:
-            chat_request = openai_chat.parse_request(await _body(request, service.limits.body_bytes))
-            if not chat_request.stream:
-                return JSONResponse(await conversations.answer(chat_request))
-            return StreamingResponse(await conversations.stream(chat_request), media_type="text/event-stream")
-        except openai_chat.OpenAIError as error:
-            return JSONResponse(error.body, error.status)
-        except Fault as fault:
-            refusal = openai_chat.OpenAIError.of(fault)
-            return JSONResponse(refusal.body, refusal.status, _retry_after(fault))
-
     async def ping(_: Request) -> Response:
         return Response()
 
@@ -60,22 +58,65 @@ def make_app(service: EndpointService, origins: Sequence[str] = ()) -> Starlette
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         watching = asyncio.create_task(service.watch())
         yield
-        await conversations.close()
         watching.cancel()
         await service.close()
 
     routes = [
         Route("/endpoints/{name}/invocations", invoke, methods=["POST"]),
         Route("/endpoints/{name}/invocations-response-stream", invoke_stream, methods=["POST"]),
-        Route("/endpoints/{name}/openai/v1/chat/completions", chat, methods=["POST"]),
-        Route("/v1/chat/completions", chat, methods=["POST"]),
+        *_openai_routes(service),
+        *_instance_routes(service),
         Route("/ping", ping),
     ]
     middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)]
     if origins:
-        cors = {"allow_origins": origins, "allow_methods": ["POST"], "allow_headers": ["*"], "expose_headers": EXPOSED}
-        middleware.append(Middleware(CORSMiddleware, **cors))
+        methods = ["GET", "POST"]
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=origins,
+                allow_methods=methods,
+                allow_headers=["*"],
+                expose_headers=EXPOSED,
+            )
+        )
     return Starlette(routes=routes, lifespan=lifespan, middleware=middleware, exception_handlers={Fault: _refusal})
+
+
+def _openai_routes(service: EndpointService) -> list[Route]:
+    """Return the routes of the OpenAI-compatible path."""
+    openai = OpenAIPath(service)
+
+    async def pass_openai(request: Request) -> Response:
+        path = request.url.path.rpartition("/v1/")[2]
+        try:
+            call = await _call(request, service, contract.OPENAI)
+            reply = await openai.send(request.method, path, call)
+        except Fault as fault:
+            headers = {contract.ERROR_TYPE_HEADER: fault.kind} | _request_id()
+            return JSONResponse(openai_path.error_body(fault), fault.status, headers=headers)
+        headers = reply.headers | _request_id()
+        if reply.parts is None:
+            return Response(reply.body, reply.status, headers=headers)
+        return StreamingResponse(_chunks(reply.parts), reply.status, headers=headers)
+
+    routes = []
+    for base in OPENAI_BASES:
+        routes.append(Route(f"{base}/chat/completions", pass_openai, methods=["POST"]))
+        routes += [Route(f"{base}/{path}", pass_openai) for path in ("models", "models/{model}")]
+    return routes
+
+
+def _instance_routes(service: EndpointService) -> list[Route]:
+    """Return the routes that show the instances and their metrics. SageMaker has none of them."""
+
+    async def instances(_: Request) -> Response:
+        return JSONResponse([_facts(instance) for instance in service.pins.instances])
+
+    async def metrics(request: Request) -> Response:
+        return await _metrics(service, request.path_params["number"])
+
+    return [Route("/instances", instances), Route("/instances/{number:int}/metrics", metrics)]
 
 
 def server_config(app: Starlette, *, log_level: str, timeout_graceful_shutdown: int) -> uvicorn.Config:
@@ -103,7 +144,7 @@ def listen(port: int) -> socket.socket:
 
 
 async def _call(request: Request, service: EndpointService, api: str) -> ApiCall:
-    name = request.path_params["name"]
+    name = request.path_params.get("name", service.name)
     body = await _body(request, service.limits.body_bytes)
     if name != service.name:
         raise faults.invalid(f"Endpoint {name} of account {contract.ACCOUNT} not found.")
@@ -136,8 +177,28 @@ def _request_id() -> dict[str, str]:
     return {contract.REQUEST_ID_HEADER: str(uuid.uuid4())}
 
 
-def _retry_after(fault: Fault) -> dict[str, str]:
-    return {} if fault.retry_after is None else {"Retry-After": fault.retry_after}
+def _facts(instance: Instance) -> dict[str, object]:
+    return {"number": instance.number, "url": instance.url, "metrics_url": instance.metrics_url, "gone": instance.gone}
+
+
+async def _metrics(service: EndpointService, number: int) -> Response:
+    """Return what SageMaker would read from an instance's page of metrics."""
+    found = [instance for instance in service.pins.instances if instance.number == number]
+    if not found:
+        return PlainTextResponse(f"instance {number} does not exist\n", 404)
+    try:
+        reply = await service.containers.read_metrics(found[0])
+    except httpx.HTTPError as error:
+        return PlainTextResponse(f"instance {number} does not answer: {type(error).__name__}\n", 502)
+    headers = {"Content-Type": reply.headers.get("Content-Type", "text/plain")}
+    return Response(reply.content, reply.status_code, headers=headers)
+
+
+async def _chunks(parts: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
+    """Yield the parts of a streamed body. If it breaks off, the client's connection is closed before its end."""
+    async with contextlib.aclosing(parts):
+        async for part in parts:
+            yield part
 
 
 async def _frames(answer: StreamedReply) -> AsyncIterator[bytes]:

@@ -38,6 +38,7 @@ def checked_session(call: ApiCall) -> str | None:
     for name, member, most in (
         (contract.ATTRIBUTES_HEADER, "customAttributes", contract.ATTRIBUTES_MAX_CHARS),
         (contract.INFERENCE_HEADER, "inferenceId", contract.INFERENCE_ID_MAX_CHARS),
+        (contract.PREFIX_AWARE_HEADER, "prefixAwareId", contract.PREFIX_AWARE_ID_MAX_CHARS),
         (contract.SESSION_HEADER, "sessionId", contract.ID_MAX_CHARS),
     ):
         if len(call.headers.get(name, "")) > most:

@@ -20,10 +20,11 @@ from deploy.serve.configuration import REPO, cors_origins
 from deploy.serve.processes import ServeError
 from deploy.serve.torchserve import TorchServe
 
-from . import contract
+from . import contract, scrape
 from .app import LOOPBACK, listen, make_app, server_config
 from .contract import Corners, PlatformLimits
 from .pins import Instance
+from .routing import STRATEGIES, Router
 from .service import EndpointService
 
 PROG = "python -m deploy.local_endpoint"
@@ -34,7 +35,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         prog=PROG,
         description="A SageMaker endpoint with sticky sessions on this machine, for boto3, the AWS CLI and OpenAI "
-        "clients, until Ctrl-C or SIGTERM. Listens on loopback only; signatures are not checked.",
+        "clients, until Ctrl-C or SIGTERM. Listens on loopback only; signatures are not checked. The subcommand scrape "
+        "prints the metrics of its instances.",
     )
     add = parser.add_argument
     add("--instances", type=whole_number(1), default=2, metavar="N", help="TorchServe processes (default: %(default)s)")
@@ -46,6 +48,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--check", action="store_true", help="check the options and the port, and exit")
     add("--cut-parts", action="store_true", help="cut streamed replies at odd bytes, as SageMaker may")
     _add_limits(parser)
+    _add_routing(parser)
     _add_corners(parser)
     return parser.parse_args(argv)
 
@@ -71,6 +74,26 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_routing(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("routing of requests without a session").add_argument
+    usual = Router()
+    add("--routing", choices=STRATEGIES, default=usual.strategy, help="default: %(default)s")
+    add(
+        "--prefix-length",
+        type=whole_number(1),
+        default=usual.prefix_length,
+        metavar="N",
+        help="PREFIX_AWARE compares so many bytes of a body, or characters of the text of messages (%(default)s)",
+    )
+    add(
+        "--prefix-concurrency",
+        type=whole_number(1),
+        default=usual.concurrency,
+        metavar="N",
+        help="running requests of an instance at which PREFIX_AWARE chooses another one (default: %(default)s)",
+    )
+
+
 def _add_corners(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("undocumented behaviour of the platform").add_argument
     likely = Corners()
@@ -86,7 +109,7 @@ def _add_corners(parser: argparse.ArgumentParser) -> None:
         choices=contract.LOST_INSTANCE_CORNERS,
         default=likely.lost_instance,
         help="reply for a session whose instance is lost: 400 ValidationError, 503 ServiceUnavailable, or the reply of "
-        "another instance (default: %(default)s)",
+        "another instance, which receives the session's ID (default: %(default)s)",
     )
     add(
         "--create-header",
@@ -98,8 +121,11 @@ def _add_corners(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until a signal. Return the exit code."""
-    args = parse_args(argv)
+    """Serve until a signal, or print the instances' metrics. Return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["scrape"]:
+        return scrape.main(words[1:])
+    args = parse_args(words)
     logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stderr)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # an ignored signal stays ignored, as under nohup
@@ -138,18 +164,21 @@ def run(args: argparse.Namespace, servers: list[TorchServe], listener: socket.so
     instances = []
     for number, server in enumerate(servers, 1):
         seconds = server.wait_ready(args.timeout)
-        instances.append(Instance(number, server.url, str(server.log_path)))
+        instances.append(
+            Instance(number, server.url, str(server.log_path), server.openai_url, server.worker_metrics_url)
+        )
         print(f"  instance {number}: {server.url}, ready in {seconds:.1f} s, logs in {server.log_path.parent}")
     corners = Corners(args.new_session, args.lost_instance, args.create_header)
     limits = PlatformLimits(args.max_body_bytes, args.answer_s, args.stream_s)
-    service = EndpointService(args.name, instances, corners, limits, cut_parts=args.cut_parts)
+    router = Router(args.routing, args.prefix_length, args.prefix_concurrency)
+    service = EndpointService(args.name, instances, corners, limits, cut_parts=args.cut_parts, router=router)
     print(usage(url, args.name), flush=True)
     app = make_app(service, cors_origins(os.environ))
     uvicorn.Server(server_config(app, log_level="warning", timeout_graceful_shutdown=5)).run(sockets=[listener])
 
 
 def start_instance(model_store: Path, model: str) -> TorchServe:
-    """Start one instance and return at once. Any object with `url`, `log_path`, `wait_ready` and `stop` would do."""
+    """Start one instance and return at once."""
     # The instances share the cores, so that a waiting thread must not spin.
     server = TorchServe(model_store, model, env={"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")})
     server.start()
@@ -168,7 +197,7 @@ def usage(url: str, name: str) -> str:
     """Return the settings for clients."""
     return f"""endpoint {name!r} is ready: SageMaker Runtime on {url}
   loopback only; signatures are not checked, so that any credentials work
-  OpenAI clients: base_url {url}/v1, any key
+  OpenAI clients: base_url {url}/endpoints/{name}/openai/v1, any key
 
 In another terminal:
 

@@ -16,6 +16,7 @@ CLOSED_SESSION_HEADER = "X-Amzn-SageMaker-Closed-Session-Id"
 INFERENCE_HEADER = "X-Amzn-SageMaker-Inference-Id"
 ATTRIBUTES_HEADER = "X-Amzn-SageMaker-Custom-Attributes"
 FORWARDED_API_HEADER = "X-Amzn-SageMaker-Forwarded-Api"
+PREFIX_AWARE_HEADER = "X-Amzn-SageMaker-Prefix-Aware-Id"
 STREAM_ACCEPT_HEADER = "X-Amzn-SageMaker-Accept"
 STREAM_TYPE_HEADER = "X-Amzn-SageMaker-Content-Type"
 VARIANT_HEADER = "x-Amzn-Invoked-Production-Variant"
@@ -24,6 +25,8 @@ ERROR_TYPE_HEADER = "x-amzn-ErrorType"
 # In the container HAProxy sends each body to TorchServe as JSON, and its content type in this header.
 CONTENT_TYPE_HEADER = "X-Llava-Content-Type"
 JSON_TYPE = "application/json"
+EVENT_STREAM_TYPE = "text/event-stream"
+SIGV4 = "AWS4-HMAC-SHA256"
 
 NEW_SESSION = "NEW_SESSION"
 VARIANT = "AllTraffic"
@@ -32,6 +35,7 @@ ACCOUNT = "000000000000"
 
 INVOKE = "InvokeEndpoint"
 INVOKE_STREAM = "InvokeEndpointWithResponseStream"
+OPENAI = "OpenAI"  # a name of ours; AWS documents no name for this path
 
 # The headers that a container receives; SageMaker removes every other header. The case matters: TorchServe compares the
 # name of the session header with its case.
@@ -52,6 +56,7 @@ SESSION_ID = re.compile(_SESSION_ID)
 NEW_SESSION_VALUE = re.compile(rf"({_SESSION_ID});\sExpires=(\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\dZ)")
 ID_MAX_CHARS = 256
 INFERENCE_ID_MAX_CHARS = 64
+PREFIX_AWARE_ID_MAX_CHARS = 64
 ATTRIBUTES_MAX_CHARS = 1_024
 MESSAGE_MAX_CHARS = 2_048
 
@@ -65,9 +70,10 @@ class Corners:
     """Undocumented behaviour of the platform. The defaults are the most likely behaviour.
 
     `new_session`: the session header that the container receives for an open. `lost_instance`: the reply for a session
-    whose instance is lost: 400 as for an unknown ID, 503, or the reply of another instance, which does not know the
-    session. `create_header`: the header in which the container announces a session: `X-Amzn-SageMaker-Session-Id`
-    (documented) or `X-Amzn-SageMaker-New-Session-Id` (AWS's own container library).
+    whose instance is lost: 400 as for an unknown ID, 503, or the reply of another instance, which receives the session
+    ID and can know the session from a shared journal only. `create_header`: the header in which the container announces
+    a session: `X-Amzn-SageMaker-Session-Id` (documented) or `X-Amzn-SageMaker-New-Session-Id` (AWS's own container
+    library).
     """
 
     new_session: NewSessionCorner = "absent"

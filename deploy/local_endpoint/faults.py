@@ -8,12 +8,7 @@ from .contract import ACCOUNT, MESSAGE_MAX_CHARS, REGION
 
 
 class Fault(Exception):
-    """An error reply to a call. `kind` is the class that botocore raises; `fields` are its members.
-
-    `retry_after` is the container's header, which SageMaker does not pass on; the OpenAI route does.
-    """
-
-    retry_after: str | None = None
+    """An error reply to a call. `kind` is the class that botocore raises; `fields` are its members."""
 
     def __init__(self, status: int, kind: str, message: str, **fields: str | int) -> None:
         super().__init__(message)
@@ -40,6 +35,11 @@ def unavailable(message: str) -> Fault:
     return Fault(503, "ServiceUnavailable", message)
 
 
+def none_healthy() -> Fault:
+    """Return the error for a call while no instance is available."""
+    return unavailable("No instance of the endpoint is healthy.")
+
+
 def too_large(most: int) -> Fault:
     """Return the error for a body above the limit. AWS names no class: botocore raises ClientError with code 413."""
     return Fault(413, "413", f"HTTP content length exceeded {most} bytes.")
@@ -63,6 +63,11 @@ def model_error(endpoint: str, logs: str, status: int, text: str) -> Fault:
 def no_answer(endpoint: str, logs: str, message: str) -> Fault:
     """Return the error for a container that did not answer."""
     return _model_error(endpoint, "INTERNAL_FAILURE_FROM_MODEL", f"{message} See {logs}.", 0, message)
+
+
+def no_answer_in_time(endpoint: str, logs: str) -> Fault:
+    """Return the error for a container that did not answer within the time limit."""
+    return no_answer(endpoint, logs, "Your invocation timed out while waiting for a response from container primary.")
 
 
 def _model_error(endpoint: str, code: str, message: str, status: int, text: str) -> Fault:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 
@@ -16,15 +16,47 @@ class GoneError(Exception):
 
 @dataclass(eq=False)
 class Instance:
-    """One container host. `gone` becomes true for good when it stops answering."""
+    """One container host. `gone` becomes true for good when it stops answering.
+
+    `draining`: it finishes its requests and gets no more. `running` counts its requests. `openai_url` is the base URL
+    of OpenAI's paths and `metrics_url` the page that SageMaker reads. Without them the instance has the container's
+    paths, /v1 and /metrics.
+    """
 
     number: int
     url: str
     logs: str
+    openai_url: str = ""
+    metrics_url: str = ""
     gone: bool = False
+    draining: bool = False
     opening: int = 0
+    running: int = 0
     last_used: int = 0
+    last_routed: int = 0
     _waits: set[asyncio.Timeout] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.openai_url = self.openai_url or f"{self.url}/v1"
+        self.metrics_url = self.metrics_url or f"{self.url}/metrics"
+
+    @property
+    def is_available(self) -> bool:
+        """Whether requests are sent to the instance."""
+        return not self.gone and not self.draining
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """Count a running request."""
+        self.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
+
+    def successor(self) -> Instance:
+        """Return a new instance at the same addresses, as the platform replaces a lost one."""
+        return Instance(self.number, self.url, self.logs, self.openai_url, self.metrics_url)
 
     def lose(self) -> None:
         """Mark the instance as lost. Every block in `waiting` raises `GoneError`."""
@@ -76,22 +108,36 @@ class SessionPins:
     def place(self) -> Instance | None:
         """Return the instance with the fewest open sessions, of equal ones the least recently used.
 
-        Return None if all instances are gone.
+        Return None if no instance is available.
         """
-        living = [instance for instance in self.instances if not instance.gone]
-        if not living:
+        available = self.available()
+        if not available:
             return None
-        sessions = self.open_sessions()
-        chosen = min(living, key=lambda instance: (sessions[instance.number] + instance.opening, instance.last_used))
+        sessions = self._count(pin for pin in self._unexpired() if not pin.instance.gone)
+        chosen = min(available, key=lambda instance: (sessions[instance.number] + instance.opening, instance.last_used))
         chosen.last_used = next(self._uses)
         return chosen
 
+    def available(self) -> list[Instance]:
+        """Return the instances to which requests are sent."""
+        return [instance for instance in self.instances if instance.is_available]
+
+    def replace(self, lost: Instance) -> None:
+        """Replace a lost instance that answers again. Its sessions stay lost."""
+        self.instances[self.instances.index(lost)] = lost.successor()
+
     def open_sessions(self) -> dict[int, int]:
-        """Return the number of sessions of each instance, by its number."""
+        """Return the number of sessions of each instance, by its number, those of a lost instance included."""
+        return self._count(self._unexpired())
+
+    def _unexpired(self) -> list[Pin]:
         now = self._clock()
         self._pins = {session: pin for session, pin in self._pins.items() if pin.expires_at_s > now}
+        return list(self._pins.values())
+
+    def _count(self, pins: Iterable[Pin]) -> dict[int, int]:
         counts = dict.fromkeys((instance.number for instance in self.instances), 0)
-        for pin in self._pins.values():
+        for pin in pins:
             counts[pin.instance.number] += 1
         return counts
 

@@ -17,18 +17,19 @@ import httpx
 
 from . import contract, faults
 from .calls import ApiCall, EndpointReply, StreamedReply, checked_session
-from .container_client import BrokenError, ContainerClient
+from .container_client import BrokenError, ContainerClient, Health
 from .contract import Corners, PlatformLimits
-from .faults import StreamFault
 from .pins import GoneError, Instance, SessionPins
+from .routing import Router
+from .selection import Selector
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
+
 PING_EVERY_S = 0.5
 # Sizes of parts that end inside lines and characters.
 ODD_SIZES = (1, 5, 3, 17, 2, 61)
-_TIMED_OUT = "Your invocation timed out while waiting for a response from container primary."
 
 
 class EndpointService:
@@ -43,6 +44,7 @@ class EndpointService:
         clock: Callable[[], float] = time.time,
         *,
         cut_parts: bool = False,
+        router: Router | None = None,
     ) -> None:
         """`clock` returns seconds since the epoch; sessions expire by it. `cut_parts`: cut streams at odd bytes."""
         self.name = name
@@ -50,20 +52,35 @@ class EndpointService:
         self.limits = limits or PlatformLimits()
         self._corners = corners or Corners()
         self._cut_parts = cut_parts
-        self._containers = ContainerClient(self._corners)
+        self.selector = Selector(self.pins, router or Router(), self._corners)
+        self.containers = ContainerClient(self._corners)
+
+    @property
+    def logs(self) -> str:
+        """The paths of the instances' logs."""
+        return ", ".join(instance.logs for instance in self.pins.instances)
 
     async def close(self) -> None:
         """Close the connections to the instances."""
-        await self._containers.close()
+        await self.containers.close()
 
     async def watch(self) -> None:
-        """Ping the instances until cancelled, as the platform's health checks do. A lost instance gets no calls."""
+        """Ping the instances until cancelled, as the platform's health checks do. A lost instance gets no calls.
+
+        A lost instance that answers again is a new instance, without sessions.
+        """
         while True:
-            living = [instance for instance in self.pins.instances if not instance.gone]
-            healths = await asyncio.gather(*map(self._containers.ping, living))
-            for instance, healthy in zip(living, healths, strict=True):
-                if not healthy:
+            instances = list(self.pins.instances)
+            healths = await asyncio.gather(*map(self.containers.ping, instances))
+            for instance, health in zip(instances, healths, strict=True):
+                if health is Health.LOST:
                     self._lose(instance)
+                elif instance.gone:
+                    if health is Health.HEALTHY:
+                        self.pins.replace(instance)
+                        log.warning("instance_replaced number=%d url=%s", instance.number, instance.url)
+                else:
+                    instance.draining = health is Health.DRAINING
             await asyncio.sleep(PING_EVERY_S)
 
     # --- the two calls ---
@@ -73,9 +90,11 @@ class EndpointService:
         session = checked_session(call)
         try:
             async with asyncio.timeout(self.limits.answer_s):
-                return await self._with_instance(session, lambda instance: self._invoke(instance, call, session))
+                return await self.with_instance(
+                    lambda: self.selector.choose(call, session), lambda instance: self._invoke(instance, call, session)
+                )
         except TimeoutError:
-            raise self._no_answer(_TIMED_OUT) from None
+            raise faults.no_answer_in_time(self.name, self.logs) from None
 
     async def invoke_stream(self, call: ApiCall) -> StreamedReply:
         """Perform InvokeEndpointWithResponseStream. Raise `Fault` before the first part."""
@@ -85,28 +104,31 @@ class EndpointService:
         deadline = asyncio.get_running_loop().time() + self.limits.stream_s
         try:
             async with asyncio.timeout_at(deadline):
-                return await self._with_instance(
-                    session, lambda instance: self._invoke_stream(instance, call, session, deadline)
+                return await self.with_instance(
+                    lambda: self.selector.choose(call, session),
+                    lambda instance: self._invoke_stream(instance, call, session, deadline),
                 )
         except TimeoutError:
-            raise self._no_answer(_TIMED_OUT) from None
+            raise faults.no_answer_in_time(self.name, self.logs) from None
 
-    async def _with_instance(self, session: str | None, work: Callable[[Instance], Awaitable[Result]]) -> Result:
-        """Do `work` on the session's instance, or on another one if `Corners` allows it after a loss."""
+    async def with_instance(
+        self, choose: Callable[[], Instance], work: Callable[[Instance], Awaitable[Result]]
+    ) -> Result:
+        """Do `work` on the instance of `choose`, which is called again if that instance is lost meanwhile."""
         while True:
-            instance = self._choose(session)
+            instance = choose()
             try:
                 return await work(instance)
             except GoneError:
                 self._lose(instance)
             except BrokenError as error:
                 message = f'Received server error (0) from primary with message "{error}".'
-                raise self._no_answer(message) from None
+                raise faults.no_answer(self.name, self.logs, message) from None
 
     async def _invoke(self, instance: Instance, call: ApiCall, session: str | None) -> EndpointReply:
         creating = session == contract.NEW_SESSION
-        with self.pins.opening(instance) if creating else contextlib.nullcontext():
-            reply = await self._containers.send(instance, call, session)
+        with self.pins.opening(instance) if creating else contextlib.nullcontext(), instance.serving():
+            reply = await self.containers.send(instance, call, session)
             if not reply.is_success:
                 raise _model_error(self.name, instance, reply, reply.content)
             headers = self._headers(reply, instance, "Content-Type")
@@ -117,56 +139,21 @@ class EndpointService:
     async def _invoke_stream(
         self, instance: Instance, call: ApiCall, session: str | None, deadline: float
     ) -> StreamedReply:
-        reply = await self._containers.open_stream(instance, call, session)
+        reply = await self.containers.open_stream(instance, call, session)
         try:
             if not reply.is_success:
-                body = await self._containers.read_body(instance, reply)
+                body = await self.containers.read_body(instance, reply)
                 raise _model_error(self.name, instance, reply, body)
         except BaseException:
             await reply.aclose()
             raise
         headers = self._headers(reply, instance, contract.STREAM_TYPE_HEADER)
-        parts = self._parts(reply, instance, deadline)
-        return StreamedReply(headers, cut_at_odd_bytes(parts) if self._cut_parts else parts)
+        return StreamedReply(headers, self.parts(reply, instance, deadline))
 
-    async def _parts(self, reply: httpx.Response, instance: Instance, deadline: float) -> AsyncGenerator[bytes, None]:
-        chunks = reply.aiter_raw()
-        try:
-            while True:
-                async with asyncio.timeout_at(deadline):
-                    part = await self._containers.next_part(instance, chunks)
-                if part is None:
-                    return
-                yield part
-        except TimeoutError:
-            message = "The model did not finish sending the response within the time allowed."
-            raise StreamFault("ModelInvocationTimeExceeded", message) from None
-        except (GoneError, BrokenError):
-            message = "The connection between the client and the model was reset or closed."
-            raise StreamFault("StreamBroken", message) from None
-        finally:
-            await reply.aclose()
-
-    # --- the instance of a call ---
-
-    def _choose(self, session: str | None) -> Instance:
-        if session is None or session == contract.NEW_SESSION:
-            return _place(self.pins)
-        instance = self.pins.find(session)
-        if instance is None:
-            raise faults.unknown_session(session)
-        return self._after_loss(session) if instance.gone else instance
-
-    def _after_loss(self, session: str) -> Instance:
-        """Return another instance for a session whose instance is lost, or raise `Fault`, as `Corners` specifies."""
-        if self._corners.lost_instance == "503":
-            raise faults.unavailable("The instance of this session is not available.")
-        if self._corners.lost_instance == "400":
-            self.pins.drop(session)
-            raise faults.unknown_session(session)
-        instance = _place(self.pins)
-        self.pins.move(session, instance)
-        return instance
+    def parts(self, reply: httpx.Response, instance: Instance, deadline: float) -> AsyncGenerator[bytes, None]:
+        """Return the chunks of a container's reply as parts, which raise `StreamFault`, and close the reply."""
+        parts = self.containers.parts(instance, reply, deadline)
+        return cut_at_odd_bytes(parts) if self._cut_parts else parts
 
     def _lose(self, instance: Instance) -> None:
         if not instance.gone:
@@ -201,10 +188,6 @@ class EndpointService:
         self.pins.pin(announced[1], instance, contract.expires_at(announced[3]))
         return {contract.NEW_SESSION_HEADER: value}
 
-    def _no_answer(self, message: str) -> faults.Fault:
-        logs = ", ".join(instance.logs for instance in self.pins.instances)
-        return faults.no_answer(self.name, logs, message)
-
 
 async def cut_at_odd_bytes(parts: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
     """Cut a body that arrives in parts into parts of `ODD_SIZES`, as SageMaker may cut it anywhere."""
@@ -224,14 +207,4 @@ async def cut_at_odd_bytes(parts: AsyncGenerator[bytes, None]) -> AsyncGenerator
 
 def _model_error(endpoint: str, instance: Instance, reply: httpx.Response, body: bytes) -> faults.Fault:
     """Return the error for an error reply of a container."""
-    fault = faults.model_error(endpoint, instance.logs, reply.status_code, body.decode(errors="replace"))
-    fault.retry_after = reply.headers.get("Retry-After")
-    return fault
-
-
-def _place(pins: SessionPins) -> Instance:
-    """Return an instance for a new session. Raise `Fault` without a healthy one."""
-    instance = pins.place()
-    if instance is None:
-        raise faults.unavailable("No instance of the endpoint is healthy.")
-    return instance
+    return faults.model_error(endpoint, instance.logs, reply.status_code, body.decode(errors="replace"))

@@ -13,20 +13,23 @@ from .errors import PackError
 
 CONFIG_FILE = "model-config.yaml"
 
+# The default of `llava.max_implicit_sessions`.
+_DEFAULT_IMPLICIT = 64
+
 
 def render_config(template: str, llava: Mapping[str, object], sessions: int | None) -> tuple[str, int]:
     """Return the template with the values of `llava` set, and the number of sessions that it allows.
 
     TorchServe blocks one thread for each idle sequence and stalls when no thread is left. Therefore batchSize and
-    maxNumSequence are twice the sessions (a closed sequence stays in the frontend until it idles out), with room for
-    rejected requests.
+    maxNumSequence are twice the sessions, also those without a name (a closed sequence stays in the frontend for a
+    while), with room for rejected requests.
     """
     config = _parse_config(template)
     if sessions is None:
         sessions = config["llava"].get("max_sessions")
         if not isinstance(sessions, int) or isinstance(sessions, bool) or sessions < 1:
             raise PackError(f"{CONFIG_FILE}: `llava.max_sessions` must be an integer from 1, got {sessions!r}")
-    rows = 2 * sessions + 16
+    rows = 2 * (sessions + _implicit_sessions(config["llava"])) + 16
     top: dict[str, object] = {"batchSize": rows, "maxNumSequence": rows}
     nested = {**llava, "max_sessions": sessions}
 
@@ -43,6 +46,12 @@ def render_config(template: str, llava: Mapping[str, object], sessions: int | No
     if _parse_config(text) != {**config, **top, "llava": {**config["llava"], **nested}}:
         raise PackError(f"{CONFIG_FILE} has a layout that packing cannot edit: write one `key: value` per line")
     return text, sessions
+
+
+def _implicit_sessions(llava: dict[str, Any]) -> int:
+    """Return `max_implicit_sessions`; the handler's default if it is absent or malformed (the handler reports that)."""
+    value = llava.get("max_implicit_sessions")
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else _DEFAULT_IMPLICIT
 
 
 def system_prompt(template: str) -> str:

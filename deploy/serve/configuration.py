@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import tarfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,7 +22,11 @@ WORKER_ENV = HERE / "local.env"
 LOG_CONFIG = HERE / "log4j2.xml"
 METRICS_CONFIG = HERE / "metrics.yaml"
 
+MANIFEST = "MAR-INF/MANIFEST.json"
+
 CORS_VARIABLE = "CORS_ORIGINS"
+PUBLIC_METRICS_VARIABLE = "PUBLIC_METRICS"  # whether HAProxy serves the worker's page of metrics at /metrics
+METRICS_PORT_VARIABLE = "LLAVA_METRICS_PORT"  # the port of that page on loopback, for the worker
 _ORIGIN = re.compile(r"\*|null|https?://[A-Za-z0-9.:\[\]-]+")
 
 HEADER_KEYS = {  # the frontend's property and the worker's variable for one header must agree
@@ -64,6 +71,14 @@ def cors_origins(env: Mapping[str, str]) -> list[str]:
     return origins
 
 
+def has_public_metrics(env: Mapping[str, str]) -> bool:
+    """Return whether /metrics is public; by default it is not. Raise `ServeError` for any word but on and off."""
+    word = env.get(PUBLIC_METRICS_VARIABLE) or "off"
+    if word not in ("on", "off"):
+        raise ServeError(f"{PUBLIC_METRICS_VARIABLE} must be on or off, got {word!r}")
+    return word == "on"
+
+
 def check_headers(properties: Mapping[str, str], env: Mapping[str, str]) -> None:
     """Raise `ServeError` if frontend and worker read different session headers: sessions would be mixed up."""
     for key, variable in HEADER_KEYS.items():
@@ -82,6 +97,26 @@ def hold_archive(model_store: Path, name: str) -> HeldArchive:
     if len(found) > 1:
         raise ServeError(f"{' and '.join(found)} are both in {model_store}; remove one")
     return hold(model_store / found[0])
+
+
+def model_version(archive: Path) -> str:
+    """Return the version in an archive's manifest, which is a part of the model's path. Raise `ServeError`."""
+    try:
+        version = json.loads(_manifest(archive))["model"]["modelVersion"]
+    except (OSError, ValueError, KeyError, TypeError, tarfile.TarError, zipfile.BadZipFile) as err:
+        raise ServeError(f"{archive} has no readable {MANIFEST} with a model version: {type(err).__name__}") from None
+    return str(version)
+
+
+def _manifest(archive: Path) -> bytes:
+    if archive.is_dir():
+        return (archive / MANIFEST).read_bytes()
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as mar:
+            return mar.read(MANIFEST)
+    with tarfile.open(archive) as tarball:
+        member = tarball.extractfile(f"{archive.name.removesuffix('.tar.gz')}/{MANIFEST}")
+        return member.read() if member else b""
 
 
 def read_properties(path: Path) -> dict[str, str]:

@@ -16,8 +16,9 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from urllib.parse import quote
 
-from .configuration import CORS_VARIABLE, cors_origins
+from .configuration import CORS_VARIABLE, cors_origins, has_public_metrics
 from .logs import tail
 from .processes import LOOPBACK, Guard, ServeError, kill_group
 
@@ -26,13 +27,31 @@ CONFIGS = (HERE / "sessions.cfg", HERE / "front.cfg")
 BODY_LIMIT = HERE / "body_limit.lua"
 MIN_HAPROXY = (2, 6)
 SERVERS = ("torchserve/local", "large/local")  # backends and servers in front.cfg
+METRICS_TARGET = "METRICS_TARGET"  # variable in front.cfg: the port of the worker's page, if /metrics is public
 START_TIMEOUT_S = 10.0
 
 
 class HAProxy:
-    """One HAProxy on `host`:`port`, which passes requests to TorchServe's inference port `target` on loopback."""
+    """One HAProxy on `host`:`port`, which passes requests to TorchServe's inference port `target` on loopback.
 
-    def __init__(self, haproxy: str, home: Path, guard: Guard, *, port: int, target: int, host: str = LOOPBACK) -> None:
+    OpenAI's paths (/v1/...) go to the model `name` of this `version`. /metrics is the worker's page at its loopback
+    port `metrics`, if the environment makes it public.
+    """
+
+    def __init__(
+        self,
+        haproxy: str,
+        home: Path,
+        guard: Guard,
+        *,
+        port: int,
+        target: int,
+        metrics: int | None = None,
+        name: str = "llava",
+        version: str = "1.0",
+        host: str = LOOPBACK,
+    ) -> None:
+        self.url = f"http://{LOOPBACK}:{port}"
         self._haproxy = haproxy
         self._home = home
         self._log = home / "logs" / "haproxy.log"
@@ -41,9 +60,12 @@ class HAProxy:
             "FRONT_HOST": host,
             "FRONT_PORT": str(port),
             "FRONT_TARGET": str(target),
+            "MODEL_NAME": quote(name, safe=""),
+            "MODEL_VERSION": quote(version, safe=""),
             "BODY_LIMIT": str(BODY_LIMIT),
             "SESSIONS_RUN": str(home),
         }
+        self._metrics = metrics
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -64,6 +86,9 @@ class HAProxy:
         env = dict(os.environ)
         if not cors_origins(env):
             env.pop(CORS_VARIABLE, None)
+        env.pop(METRICS_TARGET, None)
+        if self._metrics is not None and has_public_metrics(env):
+            env[METRICS_TARGET] = str(self._metrics)
         command = [self._haproxy, "-db"]
         for config in CONFIGS:
             command += ["-f", str(config)]

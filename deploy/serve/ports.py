@@ -16,7 +16,8 @@ from .processes import LOOPBACK, ServeError
 # Below the range that the kernel gives to outgoing connections, so that no connection takes a chosen port during the
 # seconds until java binds it.
 PORTS = range(20_000, 32_000)
-INNER = ("inference", "management", "metrics", "grpc_inference", "grpc_management", "worker")  # on loopback
+# On loopback. "metrics" is TorchServe's page of metrics, "worker_metrics" the worker's.
+INNER = ("inference", "management", "metrics", "grpc_inference", "grpc_management", "worker", "worker_metrics")
 # Java binds its ports within this time of their choice, on a busy machine too.
 RESERVED_S = 120.0
 _reserved: deque[tuple[float, socket.socket]] = deque()

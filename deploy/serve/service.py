@@ -17,7 +17,7 @@ from typing import Any
 
 from deploy.versions import HeldArchive
 
-from .configuration import hold_archive
+from .configuration import hold_archive, model_version
 from .engine_watch import EngineWatch, engine_is_absent
 from .haproxy import HAProxy
 from .home import ServerHome
@@ -104,7 +104,7 @@ class Service:
             # Held until the end: a server that is restarted serves the same model, whatever is packed meanwhile.
             archive = hold_archive(Path(self._model_store), self._name)
             print(f"starting TorchServe with {archive.path} ...", flush=True)
-            self._start_haproxy(home, guard)
+            self._start_haproxy(home, guard, model_version(archive.path))
             while not self._stopped_by:
                 self._run_server_once(archive.path.parent)
             began = time.monotonic()
@@ -125,7 +125,7 @@ class Service:
             if archive is not None:
                 archive.release()
 
-    def _start_haproxy(self, home: ServerHome, guard: Guard) -> None:
+    def _start_haproxy(self, home: ServerHome, guard: Guard, version: str) -> None:
         public = "front" if self._haproxy_path else "inference"
         ports = choose_ports(self._port, public, self._safe_ports)
         self.url = f"http://{LOOPBACK}:{ports[public]}"
@@ -137,6 +137,9 @@ class Service:
                 guard,
                 port=ports["front"],
                 target=ports["inference"],
+                metrics=ports["worker_metrics"],
+                name=self._name,
+                version=version,
                 host=self._host,
             )
             self.haproxy.start()
@@ -272,12 +275,13 @@ class Service:
         print(f"ready in {seconds:.1f} s on {self.url}", flush=True)
         if self.haproxy is not None:
             print(f"  TorchServe {server.url}", flush=True)
-        print(f"  management {server.management_url}\n  metrics    {server.metrics_url}")
-        print(f"  logs       {server.log_path.parent}\n\n{usage(self.url)}", flush=True)
+        print(f"  management {server.management_url}\n  metrics    {server.metrics_url}, {server.worker_metrics_url}")
+        openai_url = f"{self.url}/v1" if self.haproxy is not None else server.openai_url
+        print(f"  logs       {server.log_path.parent}\n\n{usage(self.url, openai_url)}", flush=True)
 
 
-def usage(url: str) -> str:
-    """Return commands to paste: open a session with a picture, ask, close."""
+def usage(url: str, openai_url: str) -> str:
+    """Return commands to paste (open a session with a picture, ask, close), and the base URL of OpenAI clients."""
     curl = "curl -sN $URL -H 'Content-Type: application/json'"
     session = '-H "X-Amzn-SageMaker-Session-Id: $ID"'
     return f"""In another terminal, with any picture.png:
@@ -291,5 +295,7 @@ def usage(url: str) -> str:
     -d '{{"type":"send_text_prompt","prompt_text":"What is in the picture?","stream":true}}'
   # close the session
   {curl} {session} -d '{{"type":"close_session"}}'
+
+OpenAI clients: base_url {openai_url}, any key
 
 Ctrl-C here stops the server."""

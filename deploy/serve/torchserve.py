@@ -7,10 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from urllib.parse import quote
 
 from deploy.versions import HeldArchive
 
-from .configuration import CONFIG, check_headers, hold_archive, render_properties, worker_env
+from .configuration import (
+    CONFIG,
+    METRICS_PORT_VARIABLE,
+    check_headers,
+    hold_archive,
+    model_version,
+    render_properties,
+    worker_env,
+)
 from .home import ServerHome
 from .java import JavaProcess, java_command
 from .logs import ServerLogs
@@ -61,6 +70,8 @@ class TorchServe:
         self.url = f"http://{LOOPBACK}:{self.ports['inference']}"
         self.management_url = f"http://{LOOPBACK}:{self.ports['management']}"
         self.metrics_url = f"http://{LOOPBACK}:{self.ports['metrics']}/metrics"
+        self.worker_metrics_url = f"http://{LOOPBACK}:{self.ports['worker_metrics']}/metrics"
+        self.openai_url = ""  # the base URL of OpenAI's paths, once the server has started
         self._requested_home = home
         self._guard = guard
         self._env = dict(env or {})
@@ -103,9 +114,12 @@ class TorchServe:
         workers = Workers(self.name, self.ports["management"], java, logs)
         self._running = _Running(archive, home, logs, java, workers, started_at=time.monotonic())
         try:
-            env = worker_env(home, self._env)
+            # A restarted server has the same ports: HAProxy finds the page of the next worker too.
+            env = worker_env(home, {METRICS_PORT_VARIABLE: str(self.ports["worker_metrics"]), **self._env})
             properties = render_properties(self._config, self.ports, self._properties)
             check_headers(properties, env)
+            version = model_version(archive.path)
+            self.openai_url = f"{self.url}/predictions/{quote(self.name, safe='')}/{quote(version, safe='')}/v1"
             config = home.folder / "config.properties"
             config.write_text("".join(f"{key}={value}\n" for key, value in properties.items()), encoding="utf-8")
             command = java_command(

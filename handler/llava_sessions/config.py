@@ -1,29 +1,23 @@
 """The declared form of `model-config.yaml`: keys, types, defaults, ranges, and limits of requests and media. Pure.
 
-scripts/configuration_page.py prints docs/configuration.md from these models.
+`config_file` reads the file. scripts/configuration_page.py prints docs/configuration.md from these models.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
-from annotated_types import Ge, Le
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     model_validator,
 )
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticCustomError
-
-from .errors import describe
+from pydantic_core import PydanticCustomError
 
 # How long TorchServe keeps a sequence after its session expired, in seconds. Longer than the longest turn.
 FRONTEND_MARGIN_S = 120
@@ -33,9 +27,8 @@ JSON_BYTES_PER_PICTURE_BYTE = 2
 _JSON_BYTES_OF_OPTIONS = 64 * 2**10
 # The largest request, as in HAProxy's rules (deploy/serve/sessions.cfg).
 MAX_REQUEST_BYTES = 32 * 2**20
-_TEXT_MAX_CHARS = 40
 # A validator's error type: its message is complete.
-_DEFAULT_ABOVE_MAX = "default_above_max"
+DEFAULT_ABOVE_MAX = "default_above_max"
 
 
 def _as_tuple(value: object) -> object:
@@ -50,7 +43,7 @@ def _check_default_tokens(count: int, info: ValidationInfo) -> int:
     most = info.data.get("max_new_tokens", RequestLimits.model_fields["max_new_tokens"].default)
     if count > most:
         message = "must be at most `max_new_tokens` ({most}), got {count}"
-        raise PydanticCustomError(_DEFAULT_ABOVE_MAX, message, {"most": most, "count": count})
+        raise PydanticCustomError(DEFAULT_ABOVE_MAX, message, {"most": most, "count": count})
     return count
 
 
@@ -59,15 +52,7 @@ _TextOrNone = Annotated[str | None, _none_if("")]
 _Bytes = Annotated[int | None, Field(ge=0, le=2**50), _none_if("auto")]
 
 
-class ConfigError(Exception):
-    """The configuration is unusable. The message has every problem, one in a line."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
-
-
-class _Section(BaseModel):
+class Section(BaseModel):
     """Base of a mapping in the file. A key without a value has its default; an unknown key is a problem."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, hide_input_in_errors=True)
@@ -80,7 +65,7 @@ class _Section(BaseModel):
         return {key: value for key, value in values.items() if value is not None or key not in cls.model_fields}
 
 
-class RequestLimits(_Section):
+class RequestLimits(Section):
     """What one request may ask for."""
 
     max_prompt_chars: int = Field(default=32_768, ge=1, le=10_000_000, description="Characters of one question.")
@@ -109,11 +94,24 @@ class RequestLimits(_Section):
         default=8, ge=1, le=1_000, description="Pictures in one request, at open or with a question."
     )
 
+    max_history_messages: int = Field(
+        default=256,
+        ge=1,
+        le=100_000,
+        description="Messages of a conversation that a client sends, as `messages` or as `history`.",
+    )
+    max_history_chars: int = Field(
+        default=131_072, ge=1, le=10_000_000, description="Characters of all texts of such a conversation."
+    )
+    max_history_pictures: int = Field(
+        default=32, ge=1, le=1_000, description="Pictures of all messages of such a conversation."
+    )
+
     max_stop_strings: ClassVar[int] = 8
     max_stop_chars: ClassVar[int] = 64
 
 
-class MediaLimits(_Section):
+class MediaLimits(Section):
     """The sizes of pictures, and the places from which they may come."""
 
     max_bytes: int = Field(default=10 * 2**20, ge=1, le=2**31, description="Bytes of one encoded picture.")
@@ -156,7 +154,7 @@ class MediaLimits(_Section):
     max_aspect: ClassVar[float] = 100.0
 
 
-class HandlerConfig(_Section):
+class HandlerConfig(Section):
     """The `llava` section of the file."""
 
     checkpoint: str = Field(min_length=1, description="Folder in the archive, absolute path, or Hugging Face Hub ID.")
@@ -175,6 +173,15 @@ class HandlerConfig(_Section):
         ge=1,
         le=4096,
         description="Sessions that are open at once on one worker. The next open is rejected with 429.",
+    )
+    max_implicit_sessions: int = Field(
+        default=64,
+        ge=1,
+        le=4096,
+        description=(
+            "Conversations without a session header whose state is kept at once. They are counted apart from "
+            "`max_sessions`; the least recently used idle one is closed to admit a new one."
+        ),
     )
     session_ttl_s: float = Field(
         default=1200.0,
@@ -231,11 +238,33 @@ class HandlerConfig(_Section):
     system_prompt: str = Field(
         default="", description="Text before each conversation, if the chat template has a place for it."
     )
+    allow_system: bool = Field(
+        default=True,
+        description=(
+            "Whether a client's `messages` may contain system messages. They follow `system_prompt`. `false`: such a "
+            "request is rejected with 400."
+        ),
+    )
+    share_pictures: bool = Field(
+        default=True,
+        description=(
+            "Whether requests of different sessions share picture features and prefilled prompts, and may continue "
+            "conversations without a session header. `false`: nothing is shared or searched, so no client can measure "
+            "what another one has shown."
+        ),
+    )
+    compat_metrics: Literal["none", "vllm"] = Field(
+        default="none",
+        description=(
+            "`vllm`: the metrics page has eight metrics under vLLM's names too, which SageMaker's dashboards read "
+            "(docs/operations.md)."
+        ),
+    )
     limits: RequestLimits = Field(default_factory=RequestLimits, description="Limits of requests.")
     media: MediaLimits = Field(default_factory=MediaLimits, description="Limits of pictures.")
 
 
-SECTIONS: dict[str, type[_Section]] = {"limits": RequestLimits, "media": MediaLimits}
+SECTIONS: dict[str, type[Section]] = {"limits": RequestLimits, "media": MediaLimits}
 
 
 def frontend_capacity(max_sessions: int) -> int:
@@ -249,116 +278,8 @@ def frontend_capacity(max_sessions: int) -> int:
 
 def max_body_bytes(limits: RequestLimits, media: MediaLimits) -> int:
     """Return the size of the longest body that the limits and the fronts allow, in bytes."""
-    pictures = max(limits.max_pictures, limits.max_frames) * media.max_bytes * JSON_BYTES_PER_PICTURE_BYTE
-    longest = _JSON_BYTES_OF_OPTIONS + limits.max_prompt_chars * _JSON_BYTES_PER_CHAR + pictures
+    most_pictures = max(limits.max_pictures, limits.max_frames, limits.max_history_pictures)
+    pictures = most_pictures * media.max_bytes * JSON_BYTES_PER_PICTURE_BYTE
+    chars = limits.max_prompt_chars + limits.max_history_chars
+    longest = _JSON_BYTES_OF_OPTIONS + chars * _JSON_BYTES_PER_CHAR + pictures
     return min(longest, MAX_REQUEST_BYTES)
-
-
-def read_config(model_yaml: Mapping[str, Any]) -> HandlerConfig:
-    """Return the handler's part of `model-config.yaml`. Raise `ConfigError` with every problem of the file."""
-    section = model_yaml.get("llava")
-    if not isinstance(section, Mapping):
-        raise ConfigError([f"`llava` must be a mapping, got {_shown(section)}"])
-    problems: dict[str, str] = {}
-    config: HandlerConfig | None = None
-    try:
-        config = HandlerConfig.model_validate(section)
-    except ValidationError as error:
-        problems = _problems_by_key(error, section)
-
-    def value_of(key: str) -> Any:
-        """Return a key's value, or its default if the value is absent or malformed."""
-        value = None if f"llava.{key}" in problems else section.get(key)
-        return HandlerConfig.model_fields[key].default if value is None else value
-
-    frontend = _frontend_problems(model_yaml, value_of("max_sessions"), value_of("session_ttl_s"))
-    every = [*problems.values(), *frontend]
-    if every or config is None:
-        raise ConfigError(every)
-    return config
-
-
-def expected(field: FieldInfo) -> str:
-    """Return the values that a key may have, in words for messages and for the documentation."""
-    kind = field.annotation
-    if kind in SECTIONS.values():
-        return "a mapping"
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(get_args(kind))}"
-    if get_origin(kind) is tuple:
-        return "a list of non-empty strings"
-    kinds = get_args(kind) or (kind,)
-    if str in kinds:
-        return "a non-empty string" if field.is_required() else "a string"
-    low = next(limit.ge for limit in field.metadata if isinstance(limit, Ge))
-    high = next(limit.le for limit in field.metadata if isinstance(limit, Le))
-    number = f"{'an integer' if int in kinds else 'a number'} from {low} to {high}"
-    return f"auto or {number}" if kind == int | None else number
-
-
-def default_of(field: FieldInfo) -> str:
-    """Return the default of a key as it is written in the file."""
-    if field.is_required():
-        return "required"
-    if field.default is None:
-        return "`auto`" if field.annotation == int | None else "empty"
-    default = list(field.default) if isinstance(field.default, tuple) else field.default
-    return f"`{default:g}`" if isinstance(default, float) else f"`{json.dumps(default)}`"
-
-
-def _problems_by_key(error: ValidationError, section: Mapping[str, Any]) -> dict[str, str]:
-    """Return one message for each malformed or unknown key."""
-    problems: dict[str, str] = {}
-    for detail in error.errors(include_url=False, include_input=False):
-        section_name = str(detail["loc"][0])
-        if len(detail["loc"]) > 1 and section_name in SECTIONS:
-            key, path = detail["loc"][1], f"llava.{section_name}.{detail['loc'][1]}"
-            problem = _problem(path, key, SECTIONS[section_name], section[section_name], detail)
-        else:
-            key, path = detail["loc"][0], f"llava.{section_name}"
-            problem = _problem(path, key, HandlerConfig, section, detail)
-        problems.setdefault(path, problem)
-    return problems
-
-
-def _problem(path: str, key: object, model: type[_Section], values: Mapping[Any, Any], detail: ErrorDetails) -> str:
-    field = model.model_fields.get(str(key))
-    if field is None:
-        return f"`{path}` must be one of the keys {', '.join(sorted(model.model_fields))}, got an unknown key"
-    if detail["type"] == _DEFAULT_ABOVE_MAX:
-        return f"`{path}` {detail['msg']}"
-    return f"`{path}` must be {expected(field)}, got {_shown(values.get(key))}"
-
-
-def _frontend_problems(model_yaml: Mapping[str, Any], max_sessions: int, session_ttl_s: float) -> Iterator[str]:
-    """Yield the problems of TorchServe's own keys on which sessions depend."""
-    for key in ("sequenceBatching", "continuousBatching"):
-        if model_yaml.get(key) is not True:
-            yield f"`{key}` must be true, got {_shown(model_yaml.get(key))}"
-    capacity = frontend_capacity(max_sessions)
-    for key in ("batchSize", "maxNumSequence"):
-        if _is_below(model_yaml.get(key), capacity):
-            least = f"{capacity} for {max_sessions} `llava.max_sessions`"
-            yield f"`{key}` must be an integer of at least {least}, got {_shown(model_yaml.get(key))}"
-    shortest_ms = (session_ttl_s + FRONTEND_MARGIN_S) * 1000
-    for key in ("sequenceTimeoutMSec", "sequenceMaxIdleMSec"):
-        if _is_below(model_yaml.get(key), shortest_ms):
-            least = f"{shortest_ms:.0f} (`llava.session_ttl_s` and {FRONTEND_MARGIN_S} s)"
-            yield f"`{key}` must be an integer of at least {least}, got {_shown(model_yaml.get(key))}"
-    workers = model_yaml.get("maxWorkers", 1)
-    batch = model_yaml.get("batchSize")
-    sequences = model_yaml.get("maxNumSequence")
-    if isinstance(workers, int) and isinstance(batch, int) and isinstance(sequences, int):
-        # TorchServe stalls the requests of further sequences.
-        most = workers * batch
-        if sequences > most:
-            yield f"`maxNumSequence` must be at most maxWorkers * batchSize ({most}), got {sequences}"
-
-
-def _is_below(value: object, least: float) -> bool:
-    return not isinstance(value, int) or value < least
-
-
-def _shown(value: object) -> str:
-    """Return a short form of a value of the file; only short strings are shown."""
-    return repr(value) if isinstance(value, str) and len(value) <= _TEXT_MAX_CHARS else describe(value)

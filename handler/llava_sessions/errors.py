@@ -6,6 +6,8 @@ from http import HTTPStatus
 
 STATUS_OF_CODE: dict[str, int] = {
     "invalid_request": 400,
+    "model_not_found": 404,
+    "not_found": 404,
     "session_not_found": 404,
     "session_busy": 409,
     "session_expired": 410,
@@ -41,10 +43,11 @@ class Refused(Exception):
     """A request that is answered with an error and changes nothing.
 
     `code` is a key of `STATUS_OF_CODE`. `message` is for the client: it states the expected and the actual value.
-    `retry_after_s`: seconds after which a retry may succeed; None if a retry can't help.
+    `retry_after_s`: seconds after which a retry may succeed; None if a retry can't help. `param`: the client's name of
+    the field that is to blame, if there is one.
     """
 
-    def __init__(self, code: str, message: str, retry_after_s: int | None = None) -> None:
+    def __init__(self, code: str, message: str, retry_after_s: int | None = None, param: str | None = None) -> None:
         """Raise `ValueError` if the code is unknown."""
         if code not in STATUS_OF_CODE:
             raise ValueError(f"unknown error code {code!r}")
@@ -52,6 +55,7 @@ class Refused(Exception):
         self.code = code
         self.message = message
         self.retry_after_s = retry_after_s
+        self.param = param
 
     @property
     def status(self) -> int:

@@ -47,13 +47,13 @@ class Handler:
     def handle(self, rows, ctx):
         body = rows[0].get("body", b"")
         order = body if isinstance(body, dict) else {}
+        ctx.set_response_content_type(0, order.get("content_type", "application/json"))
         for part in range(order.get("parts", 0)):
             send_intermediate_predict_response(["part%d;" % part], ctx.request_ids, "Intermediate", 200, ctx)
             time.sleep(order.get("part_s", 0))
             if order.get("dies"):
                 os._exit(1)
         time.sleep(order.get("sleep_s", 0))
-        ctx.set_response_content_type(0, order.get("content_type", "application/json"))
         for name, value in order.get("headers", {}).items():
             ctx.set_response_header(0, name, value)
         if "status" in order:

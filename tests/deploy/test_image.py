@@ -164,7 +164,7 @@ def test_a_bad_port_is_refused(tmp_path: Path, capsys, monkeypatch: pytest.Monke
         ("9000", "`SAGEMAKER_SAFE_PORT_RANGE` must be LOW-HIGH with ports from 1 to 65535, got '9000'"),
         ("9000-99999", "`SAGEMAKER_SAFE_PORT_RANGE` must be LOW-HIGH"),
         ("9000-8000", "`SAGEMAKER_SAFE_PORT_RANGE` must be LOW-HIGH"),
-        ("8080-8085", "`SAGEMAKER_SAFE_PORT_RANGE`: the range must have 6 ports besides the public one, got 8080-8085"),
+        ("8080-8086", "`SAGEMAKER_SAFE_PORT_RANGE`: the range must have 7 ports besides the public one, got 8080-8086"),
     ],
 )
 def test_a_bad_range_of_ports_is_refused(
@@ -228,6 +228,8 @@ def test_it_serves_what_lies_there_on_every_interface_until_sigterm(tmp_path: Pa
         with httpx.Client(base_url=f"http://127.0.0.2:{port}", trust_env=False, timeout=150) as http:
             wait_ping(http)
             assert http.post("/invocations", json={}).json() == {"model": "model"}
+            # /metrics is on in the container. This model has no page, so HAProxy reaches nothing behind it.
+            assert http.get("/metrics").status_code == 503
             opened = listening(server.pid)
             assert port in opened
             assert opened - {port} <= set(within)

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 
 from deploy import pack
 from llava_sessions.chat.transcript import Conversation
@@ -41,41 +40,16 @@ from llava_sessions.ipc.messages import (
 from llava_sessions.text.chat_template import ChatTemplate
 from llava_sessions.text.pictures import NOTHING, Prepared
 from llava_sessions.text.processors import load_processor
+from tests.support.family import Family, joined, make_family, noise
 from tests.support.tiny_families import FAMILIES, MISTRAL, VICUNA, make_llava, make_next_mistral, make_onevision
 
 QUESTIONS = ["what is the red circle?", "and the <image> </s> blue square?", "two green stars ☃?"]
-SIZES = [(60, 80), (90, 40), (30, 30), (40, 120)]  # height and width, each for another grid of tiles
 AMPLE = DeviceBudget(2**30, 2**30)
-
-
-def noise(seed: int) -> tuple[str, Image.Image]:
-    """Return a random picture and its key."""
-    size = SIZES[seed % len(SIZES)]
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
-    return f"noise {seed}", Image.fromarray(pixels)
-
-
-@dataclass
-class Family:
-    """One tiny checkpoint, loaded by the engine and by transformers."""
-
-    name: str
-    folder: Path
-    tokens: ChatTemplate
-    model: Model
-    reference: torch.nn.Module
-
-    @property
-    def takes_clips(self) -> bool:
-        return "onevision" in self.name
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
-    folder = FAMILIES[request.param](tmp_path_factory.mktemp(request.param))
-    reference = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    model = Model.load(folder, "float32", "cpu")
-    return Family(request.param, folder, ChatTemplate(load_processor(folder)), model, reference)
+    return make_family(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @dataclass
@@ -114,12 +88,7 @@ class Chats:
         chat.prompt = self.tokens.prompt(chat.conversation.opened_on, text, prepared)
         chat.asked = prepared.pictures
         self.engine.apply(AskSession(name, name, chat.prompt, Sampling(tokens), prepared.pictures))
-        ids = torch.tensor([chat.conversation.token_ids + chat.prompt])
-        inputs = {name: torch.from_numpy(array) for name, array in joined([*chat.shown, chat.asked]).items()}
-        out = self.family.reference.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, **inputs
-        )
-        return out[0, ids.shape[1] :].tolist()
+        return self.family.generate(chat.conversation.token_ids + chat.prompt, [*chat.shown, chat.asked], tokens)
 
     def run(self, steps: int | None = None) -> dict[str, list[int]]:
         """Step until the engine has no work, or `steps` times; commit the finished turns and return their IDs."""
@@ -134,22 +103,6 @@ class Chats:
                     chat.shown.append(chat.asked)
                     answers[event.turn_id] = event.answer_ids
         return answers
-
-
-def joined(requests: list[tuple[PreparedPicture, ...]]) -> dict[str, np.ndarray]:
-    """Return the pictures of a conversation as the processor's arrays for one call, padded to equal tile counts."""
-    pictures = [picture.inputs for request in requests for picture in request]
-    arrays = {}
-    for name in {name for inputs in pictures for name in inputs} - {"batch_num_images"}:
-        rows = [inputs[name] for inputs in pictures if name in inputs]
-        most = max(row.shape[1] for row in rows)
-        if name == "pixel_values" and rows[0].ndim == 5:
-            rows = [np.pad(row, [(0, 0), (0, most - row.shape[1]), *[(0, 0)] * 3]) for row in rows]
-        arrays[name] = np.concatenate(rows)
-    if any("batch_num_images" in inputs for inputs in pictures):
-        groups = [request for request in requests if request and "batch_num_images" in request[0].inputs]
-        arrays["batch_num_images"] = np.array([len(request) for request in groups])
-    return arrays
 
 
 # --- answers ---

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llava_sessions.engine.budget import DeviceBudget
@@ -102,7 +103,8 @@ def test_a_picture_that_fails_is_reported_before_the_forward_of_others(
     chats.open("a", 1)
     chats.ask("a", QUESTIONS[0], Sampling(100, ignore_eos=True))
     chats.run(steps=4)
-    bad = OpenSession("bad", chats.conversations["a"].opening.token_ids, (PreparedPicture("empty", {}),))
+    blind = PreparedPicture("bad", {"pixel_values": np.zeros((1, 3, 20, 20), dtype=np.float32)})
+    bad = OpenSession("bad", chats.conversations["a"].opening.token_ids, (blind,))
     calls = Recording(chats, monkeypatch).run(bad, until=OpenFailed)
     assert calls[:4] == ["Admitted", "encode", "OpenFailed", "forward"]
 

@@ -140,7 +140,7 @@ class Chat:
         self.open("c", seed=2)
         answers = [
             self.ask("c", LONG_QUESTION, Sampling(2)),
-            self.ask("a", "why?", Sampling(3, temperature=0.8, seed=7)),
+            self.ask("a", "why?", Sampling(3, temperature=0.8, seed=7, min_tokens=2)),
             self.ask("b", "two green stars?", Sampling(2)),
         ]
         assert self.engine.sessions.keys() == {"a", "b", "c"}
@@ -172,6 +172,7 @@ def loaded(tiny: Path) -> tuple[Any, Model, ChatTemplate]:
 
 # What must be among the places of the engine that allocate during `Chat.talk`.
 EXPECTED = {
+    "Ban.apply",
     "Model.encode",
     "Model.forward",
     "Model._embed",

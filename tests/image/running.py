@@ -107,6 +107,7 @@ def try_container(builder: Sequence[str], root: Path, work: Path, log: Log) -> d
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as http:
             ping_s = _wait_ping(container, http)
             chat = _hold_chat(container, http, HELD_OUT_SEEDS[0])
+            http.get("/metrics").raise_for_status()  # SageMaker's collector reads it
             log.say(f"/ping 200 after {ping_s:.1f} s, first session open after {chat['ready_s']:.1f} s")
             for turn in chat["turns"]:
                 log.say(f"  {turn['question']}  {turn['answer']}")

@@ -189,7 +189,9 @@ def test_an_engine_killed_while_nobody_asks(served: Served, http: httpx.Client, 
     before = served.gauges(llava_open_sessions=4)
     worker = served.worker_pid
     served.signal_engine(signal.SIGKILL)
-    after = served.gauges(llava_engine_restarts_total=before["llava_engine_restarts_total"] + 1, llava_kv_bytes=0)
+    after = served.gauges(
+        llava_engine_restarts_total=before.get("llava_engine_restarts_total", 0) + 1, llava_kv_bytes=0
+    )
     assert after["llava_open_sessions"] == 4
     assert after["llava_device_bytes"] == after["llava_features_bytes"] == 0
     for question in (SECOND, THIRD):
@@ -286,9 +288,12 @@ def test_a_killed_worker_finds_its_sessions_again(
     assert files_of(journal, closed) == []
     spoil(journal, damaged)
     expire(journal, expired)
+    page = served.server.worker_metrics_url
+    assert has_page(page)
     served.lose_server(lambda: os.kill(served.worker_pid, signal.SIGKILL))
     # What was answered before is told again, and not run again; what was not is run once.
     assert plain.ask(SECOND, **once) == calm[0][1]
+    assert eventually(lambda: has_page(page)), "the page of the next worker has the same address"
     assert served.gauges(llava_open_sessions=2, llava_turns_total=0).get("llava_turns_total", 0) == 0
     assert plain.ask(THIRD) == calm[0][2]
     assert refused(bound.ask, SECOND).code == "session_not_found"
@@ -337,6 +342,13 @@ def test_another_instance_carries_on_and_ends_in_order(
 
 
 # --- journals on disk -------------------------------------------------------------------------------------------------
+
+
+def has_page(url: str) -> bool:
+    """Return whether a worker's page of metrics is there."""
+    with contextlib.suppress(httpx.HTTPError):
+        return "llava_open_sessions " in httpx.get(url, trust_env=False).text
+    return False
 
 
 def files_of(journal: Path, chat: PatientChat) -> list[str]:

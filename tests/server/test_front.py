@@ -9,12 +9,14 @@ import base64
 import csv
 import gzip
 import json
+import re
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
 
 from bench import harness, route
@@ -29,6 +31,7 @@ from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.support.chats import LONG
 
 NEW_HEADER = "X-Amzn-SageMaker-New-Session-Id"
+ROOT = Path(__file__).parents[2]
 SCENE = make_scene(HELD_OUT_SEEDS[0])
 QUESTION = "How many shapes are there?"
 ORIGINS = "https://a.example http://localhost:3000"
@@ -191,12 +194,20 @@ def test_inference_alone_passes(http: httpx.Client, chat: ChatSession) -> None:
         "/api-description",
         "/v2/models",
         "/predictions/a/../../models",
+        "/v1/completions",
+        "/v1/models/a/b",
+        "/predictions/llava/v1/models",
     ):
         for reply in (http.get(path), http.post(path, json={})):
             assert (reply.status_code, reply.json()["error"]["code"]) == (404, "not_found"), path
-    reply = http.get("/invocations")
-    assert (reply.status_code, reply.json()["error"]["code"]) == (405, "method_not_allowed")
-    assert reply.headers["Allow"] == "POST"
+    for path in ("/invocations", "/v1/chat/completions", "/predictions/llava/1.0/v1/chat/completions"):
+        reply = http.get(path)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (405, "method_not_allowed")
+        assert reply.headers["Allow"] == "POST"
+    for path in ("/v1/models", "/v1/models/llava", "/predictions/llava/1.0/v1/models"):
+        reply = http.post(path, json={})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (405, "method_not_allowed")
+        assert reply.headers["Allow"] == "GET, HEAD"
     for path in ("/predictions/llava", "/predictions/llava/1.0", "/invocations?model_name=llava"):
         asked = {"type": "send_text_prompt", "prompt_text": QUESTION}
         assert http.post(path, json=asked, headers=chat.headers).is_success, path
@@ -290,14 +301,18 @@ def expecting(url: str, session: str, body: bytes) -> bytes:
 
 def test_only_pages_of_allowed_origins_may_call(http: httpx.Client) -> None:
     asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": f"content-type,{SESSION_HEADER}"}
-    for origin in ORIGINS.split():
-        preflight = http.options("/invocations", headers={"Origin": origin, **asks})
+    for origin, path in zip(ORIGINS.split(), ("/invocations", "/v1/chat/completions"), strict=True):
+        preflight = http.options(path, headers={"Origin": origin, **asks})
         assert preflight.status_code == 204
+        assert preflight.headers["Access-Control-Allow-Methods"] == "POST"
         assert preflight.headers["Access-Control-Allow-Origin"] == origin
         assert SESSION_HEADER in preflight.headers["Access-Control-Allow-Headers"]
         refused = http.post("/invocations", json={}, headers={"Origin": origin})
         assert refused.headers["Access-Control-Allow-Origin"] == origin
         assert SESSION_HEADER in refused.headers["Access-Control-Expose-Headers"]
+    asks_to_get = {"Origin": ORIGINS.split()[0], "Access-Control-Request-Method": "GET"}
+    preflight = http.options("/v1/models", headers=asks_to_get)
+    assert (preflight.status_code, preflight.headers["Access-Control-Allow-Methods"]) == (204, "GET, HEAD")
     for origin in ("https://b.example", "null", "*", ""):
         preflight = http.options("/invocations", headers={"Origin": origin, **asks})
         assert preflight.status_code == 405
@@ -320,8 +335,25 @@ def test_an_answered_request_logs_no_error(http: httpx.Client, server: TorchServ
 
 
 def test_torchserves_own_errors_have_the_form_of_all_others(http: httpx.Client) -> None:
-    reply = http.post("/predictions/other", json={})
-    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "not_found")
+    for path in ("/predictions/other", "/predictions/other/1.0/v1/chat/completions"):
+        reply = http.post(path, json={})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (404, "not_found")
+
+
+def test_an_error_of_haproxy_is_read_by_the_openai_package(url: str) -> None:
+    with openai.OpenAI(base_url=f"{url}/predictions/other/1.0/v1", api_key="any", max_retries=0) as gpt:
+        with pytest.raises(openai.NotFoundError) as caught:
+            gpt.chat.completions.create(model="llava", messages=[])
+        with pytest.raises(openai.NotFoundError):
+            gpt.models.list()
+    assert (caught.value.code, caught.value.type, caught.value.param) == ("not_found", "invalid_request_error", None)
+    rules = (ROOT / "deploy" / "serve" / "sessions.cfg").read_text()
+    errors = re.findall(r"""status (\d+) content-type application/json string '(\{"error".*?\})'""", rules)
+    assert len(errors) > 15
+    for status, body in errors:
+        kinds = {"429": "rate_limit_error"}
+        kind = kinds.get(status, "server_error" if status >= "500" else "invalid_request_error")
+        assert json.loads(body)["error"].items() >= {"type": kind, "param": None}.items(), body
 
 
 def server_errors(server: TorchServe) -> int:

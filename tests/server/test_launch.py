@@ -72,6 +72,7 @@ def test_sigterm_to_the_command_stops_all_of_it(command: Callable[..., Command])
     serving.wait_ready()
     assert re.search(rf"ready in \d+\.\d s on http://127\.0\.0\.1:{port}", serving.text)
     assert serving.text.count("curl -sN $URL") == 3
+    assert f"base_url http://127.0.0.1:{port}/v1," in serving.text
     assert "getCallerClass" not in serving.text
     started = serving.children()
     assert len(started) >= 4, "HAProxy, java, its worker and the guard"
@@ -207,6 +208,15 @@ def test_the_front_keeps_headers_between_torchserve_and_the_handler_to_them(comm
         got = client.post("/invocations", json={}, headers=forged).json()
         assert got["session"] == "s1"
         assert not {name.lower() for name in got["headers"]} & {name.lower() for name in forged if name != SESSION}
+
+        # OpenAI's paths reach the model that is served, and only they choose the worker's protocol.
+        for method, path in (("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", f"/v1/models/{NAME}")):
+            for prefix in ("", f"/predictions/{NAME}/1.0"):
+                headers = {SESSION: "s1", "Authorization": "Bearer any", "url_path": "v1/models"}
+                got = client.request(method, f"{prefix}{path}?x=1", headers=headers).json()
+                assert (got["session"], got["headers"]["url_path"]) == ("s1", path.removeprefix("/")), prefix
+        got = client.post("/invocations", json={}, headers={"url_path": "v1/chat/completions"}).json()
+        assert not got["headers"].get("url_path")
 
         opened = client.post("/invocations", json={"open": "abc"})
         assert opened.headers[SESSION] == "abc; Expires=2030-01-01T00:00:00Z"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 
+from deploy.serve.configuration import PUBLIC_METRICS_VARIABLE
 from llava_sessions_client import ChatSession
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.support.chats import LONG
@@ -37,7 +38,7 @@ def test_the_service_is_ready_when_its_model_is_and_ends_when_its_answers_have(m
     """Follow `make serve` with the real handler from its first moment to its last."""
     port = free_row()
     url = f"http://127.0.0.1:{port}"
-    command = Command(model_store, "llava", port)
+    command = Command(model_store, "llava", port, {PUBLIC_METRICS_VARIABLE: "on"})
     try:
         assert eventually(lambda: listens(port))
         while (status := httpx.get(f"{url}/ping", trust_env=False).status_code) == 503:
@@ -45,10 +46,13 @@ def test_the_service_is_ready_when_its_model_is_and_ends_when_its_answers_have(m
             assert refused.status_code != 200
             if refused.status_code == 503:
                 assert refused.json()["error"]["code"] == "engine_restarting"
+            page = httpx.get(f"{url}/metrics", trust_env=False)
+            assert page.status_code == 200 or page.json()["error"]["code"] == "engine_restarting"
         assert status == 200
         command.wait_ready()
         with httpx.Client(base_url=url, timeout=60, trust_env=False) as http:
             chat = ChatSession.open(http, SCENE.draw())  # the first request after the first 200
+            assert "llava_opens_total " in http.get("/metrics").text
             assert chat.ask(QUESTION)["finish_reason"] == "stop"
             lines: list[dict] = []
             begun = threading.Event()

@@ -134,7 +134,7 @@ class Talk:
             while self._turns < turns and not ended.wait(0.05):
                 pass
             figures = self._served.gauges(timeout_s=0)
-            tiers = {tier: int(figures.get(f"llava_{tier}_sessions", 0)) for tier in ("resident", "parked", "cold")}
+            tiers = {tier: int(figures.get(f"llava_{tier}_sessions", 0)) for tier in ("resident", "offloaded", "cold")}
             self._tiers |= Counter(tiers)
             record.say(f"after {self._turns} turns the {what} is killed; {tiers}")
             if what == "engine":
@@ -164,7 +164,7 @@ class Talk:
         record.check("every session finished its chat", turns == wanted and not self.failures, f"{turns} of {wanted}")
         record.check("not one answer is from another session's picture", not foreign, len(foreign))
         record.check("every greedy answer is the undisturbed run's", not wrong, f"{len(wrong)} of {turns}")
-        many = {tier: self._tiers[tier] for tier in ("resident", "parked", "cold")}
+        many = {tier: self._tiers[tier] for tier in ("resident", "offloaded", "cold")}
         record.check("sessions were on the device, on the host and cold", all(many.values()), many)
 
     def _turns_of(self, index: int, told: list[list[Said]]) -> list[tuple[str, Said]]:

@@ -96,7 +96,7 @@ def level(served: Served, http: httpx.Client, script: Script) -> dict[str, Any]:
     chat.ask(script.questions[0])
     chat.close()
     figures = served.gauges(timeout_s=30, llava_open_sessions=0, llava_running_turns=0, llava_device_bytes=0)
-    names = ("llava_open_sessions", "llava_device_bytes", "llava_parked_bytes")
+    names = ("llava_open_sessions", "llava_device_bytes", "llava_offloaded_bytes")
     found: dict[str, Any] = {name: int(figures.get(name, 0)) for name in names}
     return found | Processes.of(served.server).sample()
 
@@ -104,7 +104,7 @@ def level(served: Served, http: httpx.Client, script: Script) -> dict[str, Any]:
 def check_level(record: Record, before: dict[str, Any], after: dict[str, Any], processes: tuple[str, ...]) -> None:
     """Sessions hold nothing, and each of the processes holds what it held."""
     record.figures |= {"level_before": before, "level_after": after}
-    names = ("llava_open_sessions", "llava_device_bytes", "llava_parked_bytes")
+    names = ("llava_open_sessions", "llava_device_bytes", "llava_offloaded_bytes")
     held = {name: after[name] for name in names}
     record.check("no session is open, and none holds memory", not any(held.values()), held)
     for name in processes:

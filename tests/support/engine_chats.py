@@ -25,15 +25,19 @@ class Reference:
     def __init__(self, checkpoint: Path) -> None:
         self.model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
 
-    def answer(self, token_ids: list[int], pixel_values: np.ndarray, max_new_tokens: int) -> list[int]:
-        """Return the greedy token IDs of `generate` on the whole conversation."""
+    def answer(
+        self, token_ids: list[int], pixel_values: np.ndarray | None, max_new_tokens: int, **more: object
+    ) -> list[int]:
+        """Return the greedy token IDs of `generate` on the whole conversation, which may have no pictures."""
         ids = torch.tensor([token_ids])
+        if pixel_values is not None:
+            more["pixel_values"] = torch.from_numpy(pixel_values)
         out = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            pixel_values=torch.from_numpy(pixel_values),
             do_sample=False,
             max_new_tokens=max_new_tokens,
+            **more,
         )
         return out[0, ids.shape[1] :].tolist()
 

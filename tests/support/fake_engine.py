@@ -25,7 +25,7 @@ from llava_sessions.ipc.messages import (
     OpenSession,
     OutOfCapacity,
     Prefilled,
-    Sampling,
+    PreparedPicture,
     StopTurn,
     Timings,
     TurnAdmitted,
@@ -34,16 +34,17 @@ from llava_sessions.ipc.messages import (
 )
 
 END_TOKEN = 2
+IMAGE_TOKEN = 3  # of models/shapes, whose template puts other tokens between two pictures
 _FIRST_TOKEN = 40
 _TOKENS = 40
 _MOST_TOKENS = 5
 
 
-def answer_of(token_ids: list[int], keys: list[str], max_new_tokens: int) -> list[int]:
+def answer_of(token_ids: list[int], keys: list[str], max_new_tokens: int, min_tokens: int = 0) -> list[int]:
     """Return the answer to a conversation, its prompt included. `keys` are those of its pictures, in order."""
     digest = hashlib.sha256(repr((token_ids, keys)).encode()).digest()
-    count = 1 + digest[0] % _MOST_TOKENS
-    answer = [_FIRST_TOKEN + byte % _TOKENS for byte in digest[1 : 1 + count]]
+    count = max(1 + digest[0] % _MOST_TOKENS, min_tokens)
+    answer = [_FIRST_TOKEN + byte % _TOKENS for byte in itertools.islice(itertools.cycle(digest[1:]), count)]
     return [*answer, END_TOKEN][:max_new_tokens]
 
 
@@ -52,29 +53,47 @@ def text_of(answer_ids: list[int]) -> str:
     return "".join(f"{token} " for token in answer_ids if token != END_TOKEN)
 
 
+def keys_within(token_ids: list[int], tokens: int) -> int | None:
+    """Return the number of pictures in the first tokens, or None if they end inside a picture."""
+    is_image = [token == IMAGE_TOKEN for token in token_ids]
+    if 0 < tokens < len(token_ids) and is_image[tokens - 1] and is_image[tokens]:
+        return None
+    return sum(1 for kind, _ in itertools.groupby(is_image[:tokens]) if kind)
+
+
 @dataclass
 class _Turn:
-    """`made` of the `answer` exist. The session is rolled back to `start_tokens` and `start_keys`.
+    """`made` of the `answer` exist. A started turn is rolled back to `start_tokens` and `start_keys`.
 
-    `number`: order of arrival.
+    `number`: order of arrival. A turn that has not started has not changed the session.
     """
 
-    id: str
+    command: AskSession
     number: int
-    answer: list[int]
-    sampling: Sampling
     start_tokens: int
     start_keys: int
+    cached_tokens: int
+    started: bool = False
+    answer: list[int] = field(default_factory=list)
     made: int = 0
+
+    @property
+    def id(self) -> str:
+        """The turn's ID."""
+        return self.command.turn_id
 
 
 @dataclass
 class _Session:
-    """`steps_left`: steps until the prompt is prefilled. A turn waits for the last of them."""
+    """`steps_left`: steps until the prompt is prefilled. A turn waits for the last of them.
+
+    `copied_tokens`: those that a fork copied.
+    """
 
     token_ids: list[int]
     keys: list[str]
     steps_left: int
+    copied_tokens: int
     turn: _Turn | None = None
 
 
@@ -100,7 +119,13 @@ class FakeEngine:
 
     def memory(self) -> Memory:
         """Return one resident session of one byte for each open session."""
-        return Memory(resident=len(self.sessions), kv_bytes=len(self.sessions))
+        turns = [session.turn.started for session in self.sessions.values() if session.turn is not None]
+        return Memory(
+            resident=len(self.sessions),
+            kv_bytes=len(self.sessions),
+            waiting_turns=turns.count(False),
+            running_turns=turns.count(True),
+        )
 
     def apply(self, command: Command) -> None:
         """Apply a command."""
@@ -132,6 +157,7 @@ class FakeEngine:
         running = [one for _, one in waiting[: self.turns_at_once]]
         for session_id, session in self.sessions.items():
             if session.turn is not None and session in running and session.steps_left <= 1:
+                self._start(session, session.turn)
                 self._advance(session, session.turn)
             if session.steps_left:
                 session.steps_left -= 1
@@ -160,10 +186,20 @@ class FakeEngine:
             self._events.append(OutOfCapacity(command.session_id, None, 2, 1, len(self.sessions)))
         elif fault is OpenFailed or command.session_id in self.sessions:
             self._events.append(OpenFailed(command.session_id, "a test, or open already"))
+        elif self._lacks(command.pictures):
+            self._events.append(OpenFailed(command.session_id, "no arrays", lacks_pictures=True))
         else:
             keys = [picture.key for picture in command.pictures]
-            self.sessions[command.session_id] = _Session(list(command.token_ids), keys, self.prefill_steps)
+            token_ids = list(command.token_ids)
+            donor = self.sessions.get(command.fork_from or "")
+            copied = 0 if donor is None else _shared_tokens(token_ids, keys, donor)
+            self.sessions[command.session_id] = _Session(token_ids, keys, self.prefill_steps, copied)
             self._events.append(Admitted(command.session_id))
+
+    def _lacks(self, pictures: tuple[PreparedPicture, ...]) -> bool:
+        """Return whether a picture has no arrays, and no prefilled session shows it."""
+        known = {key for session in self.sessions.values() if not session.steps_left for key in session.keys}
+        return any(not picture.inputs and picture.key not in known for picture in pictures)
 
     def _ask(self, command: AskSession) -> None:
         fault = self.turn_fault
@@ -175,13 +211,29 @@ class FakeEngine:
         if fault is TurnFailed or session is None or session.turn is not None:
             self._events.append(TurnFailed(command.turn_id, "a test, not open, or still answering"))
             return
-        start_tokens = len(session.token_ids)
-        start_keys = len(session.keys)
-        session.token_ids += command.token_ids
-        session.keys += [picture.key for picture in command.pictures]
-        answer = answer_of(session.token_ids, session.keys, command.sampling.max_new_tokens)
-        session.turn = _Turn(command.turn_id, next(self._numbers), answer, command.sampling, start_tokens, start_keys)
+        held = len(session.token_ids)
+        kept = held if command.kept_tokens is None else command.kept_tokens
+        kept_keys = len(session.keys) if kept == held else keys_within(session.token_ids, kept)
+        if not 0 <= kept <= held or kept_keys is None or not command.token_ids:
+            self._events.append(TurnFailed(command.turn_id, "the kept tokens or the new ones are wrong"))
+            return
+        if self._lacks(command.pictures):
+            self._events.append(TurnFailed(command.turn_id, "no arrays", lacks_pictures=True))
+            return
+        cached = min(kept, session.copied_tokens if session.steps_left else held)
+        session.turn = _Turn(command, next(self._numbers), kept, kept_keys, cached)
         self._events.append(TurnAdmitted(command.turn_id))
+
+    def _start(self, session: _Session, turn: _Turn) -> None:
+        """Crop the session and append the turn's prompt, in the turn's first step."""
+        if turn.started:
+            return
+        turn.started = True
+        command = turn.command
+        session.token_ids[turn.start_tokens :] = command.token_ids
+        session.keys[turn.start_keys :] = [picture.key for picture in command.pictures]
+        sampling = command.sampling
+        turn.answer = answer_of(session.token_ids, session.keys, sampling.max_new_tokens, sampling.min_tokens)
 
     def _stop(self, command: StopTurn) -> None:
         for session in self.sessions.values():
@@ -204,7 +256,7 @@ class FakeEngine:
         session.turn = None
         made = turn.answer[: turn.made]
         kept = [token for token in made if token != END_TOKEN]
-        usage = Usage(len(session.token_ids), turn.start_tokens, len(made))
+        usage = Usage(len(session.token_ids), turn.cached_tokens, len(made))
         session.token_ids += kept
         self._events.append(Finished(turn.id, reason, text_of(made), made, kept, usage, Timings(0.0, 1.0, 2.0)))
 
@@ -212,6 +264,21 @@ class FakeEngine:
         turn = session.turn
         assert turn is not None
         session.turn = None
-        del session.token_ids[turn.start_tokens :]
-        del session.keys[turn.start_keys :]
+        if turn.started:
+            del session.token_ids[turn.start_tokens :]
+            del session.keys[turn.start_keys :]
         self._events.append(event)
+
+
+def _shared_tokens(token_ids: list[int], keys: list[str], donor: _Session) -> int:
+    """Return the length of the common prefix with a donor that is prefilled. It does not end inside a picture."""
+    if donor.steps_left:
+        return 0
+    pairs = zip(token_ids, donor.token_ids, strict=False)
+    tokens = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    while tokens:
+        pictures = keys_within(token_ids, tokens)
+        if pictures is not None and keys[:pictures] == donor.keys[:pictures]:
+            break
+        tokens -= 1
+    return tokens

@@ -60,6 +60,7 @@ PAGE_STATUSES = {400, 413, 422, 501}
 # No engine dies and nothing stops here, and no request may be our fault.
 UNWANTED = {"internal", "engine_restarting", "shutting_down"}
 FORM, MULTIPART = "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"
+PATHS = (b"/", b"/ping", b"/models", b"/predictions/none", b"/v1/models", b"/v1/chat/completions")
 CONTENT_TYPES = (FORM, MULTIPART, "text/plain", "text/csv", "image/png", "application/xml", "*/*", ";", "x" * 300, "")
 H2C = {"Connection": "Upgrade, HTTP2-Settings, close", "Upgrade": "h2c", "HTTP2-Settings": "AAEAAEAAAAIAAAAA"}
 # Bodies whose cost is out of proportion to what they say.
@@ -346,6 +347,7 @@ class _Attacker:
         names += [
             "X-Amzn-SageMaker-Closed-Session-Id",
             "ts_request_sequence_start",
+            "url_path",
             "Expect",
             "x-llava-end-sequence",
             "é",
@@ -400,7 +402,7 @@ class _Attacker:
                 whole[: self._chance.randrange(len(whole))],
                 whole.replace(b"Content-Length: ", b"Content-Length: -"),
                 whole.replace(b"POST", self._chance.choice([b"GET", b"PUT", b"DELETE", b"PATCH", b"BREW"])),
-                whole.replace(b"/invocations", self._chance.choice([b"/", b"/ping", b"/models", b"/predictions/none"])),
+                whole.replace(b"/invocations", self._chance.choice(PATHS)),
                 whole.replace(b"Content-Length", b"Transfer-Encoding: chunked\r\nX"),
                 self._chance.randbytes(200),
             ]

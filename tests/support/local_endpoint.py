@@ -11,6 +11,7 @@ import uvicorn
 from deploy.local_endpoint.app import listen, make_app, server_config
 from deploy.local_endpoint.contract import Corners, PlatformLimits
 from deploy.local_endpoint.pins import Instance
+from deploy.local_endpoint.routing import Router
 from deploy.local_endpoint.service import EndpointService
 from deploy.serve.torchserve import TorchServe
 
@@ -28,10 +29,20 @@ class Endpoint:
         clock: Callable[[], float] = time.time,
         origins: Sequence[str] = (),
         cut_parts: bool = False,
+        router: Router | None = None,
     ) -> None:
         self.corners = corners or Corners()
-        instances = [Instance(number, server.url, str(server.log_path)) for number, server in enumerate(servers, 1)]
-        self.service = EndpointService(NAME, instances, corners, limits, clock, cut_parts=cut_parts)
+        instances = [
+            Instance(
+                number,
+                server.url,
+                str(server.log_path),
+                getattr(server, "openai_url", ""),
+                getattr(server, "worker_metrics_url", ""),
+            )
+            for number, server in enumerate(servers, 1)
+        ]
+        self.service = EndpointService(NAME, instances, corners, limits, clock, cut_parts=cut_parts, router=router)
         self._listener = listen(0)
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         app = make_app(self.service, origins)

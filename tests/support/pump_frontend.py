@@ -31,6 +31,7 @@ from llava_sessions.text.chat_template import ChatTemplate
 from llava_sessions.torchserve.batch import Reply, Row
 from llava_sessions.worker.assembly import Timing, make_pump
 from llava_sessions.worker.engines import EngineLost, EngineUp
+from llava_sessions.worker.exporter import Histograms
 from llava_sessions.worker.inbox import Inbox
 from llava_sessions.worker.pending import LARGE_BYTES
 from llava_sessions.worker.sessions import SessionTable
@@ -83,6 +84,7 @@ class Frontend:
         self._deaf = deaf
         self._rows = first_row
         self.table = SessionTable(max_sessions, TTL, idle_s)
+        self.histograms = Histograms()
         self._ended: list[str] = []
         self.mark = ("x-mark", "ours")
         self.able = True
@@ -97,6 +99,7 @@ class Frontend:
             media_limits=MediaLimits(),
             ender=self,
             journal=journal or Journal(),
+            histograms=self.histograms,
             parsing=parsing,
             timing=Timing(
                 clock=lambda: self.now_s,

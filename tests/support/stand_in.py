@@ -45,19 +45,20 @@ class Handler:
         for number, row in enumerate(rows):
             request = ctx.request_ids[number]
             if request not in self.left:
-                self.left[request] = row["body"].get("steps", 0)
+                body = {} if row["body"] == b"" else row["body"]  # a GET has none
+                self.left[request] = body.get("steps", 0)
                 if self.draining:
                     ctx.set_response_status(503, "Service Unavailable", number)
                     self.left[request] = -2
-                elif row["body"].get("hang"):
+                elif body.get("hang"):
                     logging.info("hanging")
                     self.left[request] = -1
-                if row["body"].get("gate"):
+                if body.get("gate"):
                     self.gated.add(request)
-                if row["body"].get("release"):
+                if body.get("release"):
                     self.gated.clear()
-                if "open" in row["body"]:
-                    value = row["body"]["open"] + "; Expires=2030-01-01T00:00:00Z"
+                if "open" in body:
+                    value = body["open"] + "; Expires=2030-01-01T00:00:00Z"
                     ctx.set_response_header(number, "X-Amzn-SageMaker-Session-Id", value)
             if self.left[request] == -1:
                 del ctx.request_ids[number]

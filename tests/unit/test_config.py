@@ -13,15 +13,13 @@ import yaml
 
 from llava_sessions.config import (
     SECTIONS,
-    ConfigError,
     HandlerConfig,
     MediaLimits,
     RequestLimits,
-    expected,
     frontend_capacity,
     max_body_bytes,
-    read_config,
 )
+from llava_sessions.config_file import ConfigError, expected, read_config
 from llava_sessions.errors import describe
 from scripts import configuration_page
 
@@ -285,6 +283,28 @@ def test_the_longest_body_has_room_for_every_picture_and_for_a_prompt_of_escapes
     body = {"type": "start_session", "video": frames, "prompt_text": "\U0001f600" * 100}
     assert len(json.dumps(body)) < most
     assert max_body_bytes(limits, MediaLimits(max_bytes=2_000)) > most
+
+
+def test_the_longest_body_has_room_for_a_whole_conversation():
+    limits = RequestLimits(
+        max_prompt_chars=1, max_pictures=1, max_frames=1, max_history_chars=2_000, max_history_pictures=4
+    )
+    picture = {"type": "image_url", "image_url": base64.b64encode(bytes(1_000)).decode()}
+    text = {"type": "text", "text": "\U0001f600" * 2_000}
+    body = {"messages": [{"role": "user", "content": [text, *[picture] * 4]}]}
+    assert len(json.dumps(body)) < max_body_bytes(limits, MediaLimits(max_bytes=1_000))
+    more = limits.model_copy(update={"max_history_pictures": 5})
+    assert max_body_bytes(more, MediaLimits(max_bytes=1_000)) > max_body_bytes(limits, MediaLimits(max_bytes=1_000))
+
+
+@pytest.mark.parametrize("key", ["allow_system", "share_pictures"])
+def test_a_switch_is_true_or_false(committed, key):
+    committed["llava"][key] = False
+    assert getattr(read_config(committed), key) is False
+    for value in ("no", 0, 1.0):
+        committed["llava"][key] = value
+        with pytest.raises(ConfigError, match=f"^`llava.{key}` must be true or false, got "):
+            read_config(committed)
 
 
 # --- all at once ---

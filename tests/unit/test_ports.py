@@ -19,16 +19,16 @@ def test_all_ports_but_the_public_one_are_from_the_range() -> None:
     within = range(23_000, 24_000)
     ports = fixed_ports(8080, "front", within)
     assert ports.pop("front") == 8080
-    assert len(ports) == 6
-    assert len(set(ports.values())) == 6
+    assert len(ports) == 7
+    assert len(set(ports.values())) == 7
     assert set(ports.values()) <= set(within)
-    mixed = fixed_ports(23_001, "front", range(23_000, 23_007))
-    assert sorted(mixed.values()) == list(range(23_000, 23_007))
+    mixed = fixed_ports(23_001, "front", range(23_000, 23_008))
+    assert sorted(mixed.values()) == list(range(23_000, 23_008))
 
 
 def test_a_range_that_is_too_small_is_refused() -> None:
-    with pytest.raises(ServeError, match=r"must have 6 ports besides the public one, got 23000-23005"):
-        choose_ports(23_003, "front", range(23_000, 23_006))
+    with pytest.raises(ServeError, match=r"must have 7 ports besides the public one, got 23000-23006"):
+        choose_ports(23_003, "front", range(23_000, 23_007))
 
 
 def test_an_entry_of_the_balancer_outlives_the_longest_session() -> None:

@@ -16,16 +16,8 @@ from llava_sessions.ipc.messages import Timings, Usage
 from llava_sessions.protocol import fields as protocol_fields
 from llava_sessions.protocol import replies
 from llava_sessions.protocol.constants import SESSION_HEADER, SESSION_ID_MAX_CHARS
-from llava_sessions.protocol.requests import (
-    Ask,
-    Cancel,
-    Close,
-    Open,
-    PictureSource,
-    Request,
-    parse,
-    session_in_header,
-)
+from llava_sessions.protocol.parsing import Request, parse
+from llava_sessions.protocol.requests import Ask, Cancel, Close, Open, PictureSource, session_in_header
 
 LIMITS = RequestLimits()
 HEADER = SESSION_HEADER.lower()
@@ -114,7 +106,6 @@ def test_the_container_standard_opens_and_closes():
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"requestType": "NEW_SESSION"}, "got no picture"),
         ({"requestType": "SESSION"}, "`requestType` must be 'NEW_SESSION' or 'CLOSE', got 'SESSION'"),
         ({"requestType": 7}, "`requestType` must be 'NEW_SESSION' or 'CLOSE', got 7"),
         ({"requestType": "CLOSE", "type": "close_session"}, "either `type` or `requestType`, got both"),
@@ -338,7 +329,7 @@ def test_the_code_of_several_problems_is_that_of_the_first_field():
     assert refusal(ask(seed=-1, stop=["a"] * 9)).code == "invalid_request"
 
 
-@pytest.mark.parametrize("field", ["retry_key", "pictures", "frames", "_retry_key", "messages"])
+@pytest.mark.parametrize("field", ["retry_key", "pictures", "frames", "_retry_key", "expected"])
 def test_what_a_request_derives_is_no_field_of_a_payload(field):
     assert f"got unknown field '{field}'" in refusal(ask(**{field: "x"})).message
 
@@ -388,7 +379,8 @@ def test_an_open_without_a_picture_is_refused_and_an_ask_needs_none():
         refused = refusal({"type": "start_session", **fields})
         assert refused.code == "invalid_request"
         assert refused.message == (
-            "a request that opens a session must have `image`, `images`, `path`, `video` or `resume`, got no picture"
+            "a request that opens a session must have `image`, `images`, `path`, `video`, `history` or `resume`, "
+            "got no picture"
         )
         assert parse(ask(**fields), {}, LIMITS).pictures == ()
 

@@ -104,6 +104,27 @@ def test_a_reply_after_which_no_client_reuses_the_id_ends_its_sequence(
     assert ender.ended == []
 
 
+def test_a_sequence_that_no_client_knows_is_ended_as_soon_as_the_frontend_has_finished_its_step(
+    reaper: SequenceReaper, ender: FakeEnder, clock: FakeClock
+) -> None:
+    step(reaper, "made-for-it", "a")
+    reaper.begin_step(["made-for-it", "a"])
+    for sequence, fresh in (("made-for-it", True), ("a", False)):
+        reaper.release(*row_of(sequence, steps=1, fresh=fresh), Reply("{}"), own=True, alone=True)
+    reaper.end_step()
+    clock.now_s += QUIET_S - 0.05
+    reaper.sweep([])
+    assert ender.ended == []
+    clock.now_s += 0.06
+    reaper.sweep(["made-for-it"])
+    assert ender.ended == [], "a row of the sequence is pending"
+    reaper.sweep([])
+    assert ender.ended == ["made-for-it"]
+    clock.now_s += LINGER_S
+    reaper.sweep([])
+    assert ender.ended == ["made-for-it", "a"]
+
+
 @pytest.mark.parametrize("why", ["too many wait", "too many are being ended", "the frontend accepts no end requests"])
 def test_the_clients_own_reply_ends_the_sequence_if_an_end_request_can_not(
     why: str, reaper: SequenceReaper, crowded: SequenceReaper, ender: FakeEnder, clock: FakeClock

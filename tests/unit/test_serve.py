@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from deploy.local_endpoint import contract
-from deploy.serve.configuration import CONFIG, cors_origins, read_properties
+from deploy.serve.configuration import CONFIG, MANIFEST, cors_origins, model_version, read_properties
 from deploy.serve.engine_watch import FORGET_S, HOLD_S, EngineWatch
 from deploy.serve.haproxy import BODY_LIMIT, CONFIGS
 from deploy.serve.java import MAX_HEAP_MIB, MIN_HEAP_MIB, heap_options
@@ -76,6 +78,28 @@ def test_all_files_have_the_same_limit_of_a_request() -> None:
     assert f"LIMIT = {MAX_REQUEST_BYTES} " in BODY_LIMIT.read_text()
     buffer_bytes = int(re.search(r"tune.bufsize (\d+)", rules)[1])
     assert int(read_properties(CONFIG)["max_request_size"]) == MAX_REQUEST_BYTES + 4 * buffer_bytes
+
+
+@pytest.mark.parametrize("kind", ["folder", "mar", "tgz"])
+def test_the_version_of_a_model_is_read_from_its_archive(tmp_path: Path, kind: str) -> None:
+    manifest = tmp_path / "llava" / MANIFEST
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text('{"model": {"modelName": "llava", "modelVersion": "2.7"}}')
+    archive = tmp_path / "llava"
+    if kind == "mar":
+        archive = tmp_path / "llava.mar"
+        with zipfile.ZipFile(archive, "w") as mar:
+            mar.write(manifest, MANIFEST)
+    elif kind == "tgz":
+        archive = tmp_path / "llava.tar.gz"
+        with tarfile.open(archive, "w:gz") as tarball:
+            tarball.add(manifest, f"llava/{MANIFEST}")
+    assert model_version(archive) == "2.7"
+
+
+def test_an_archive_without_a_version_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ServeError, match="no readable MAR-INF"):
+        model_version(tmp_path)
 
 
 def test_the_fronts_and_the_worker_name_the_content_type_in_one_header() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from llava_sessions.config import RequestLimits
 from llava_sessions.errors import Refused
-from llava_sessions.protocol.requests import parse
+from llava_sessions.protocol.parsing import parse
 from llava_sessions.torchserve.batch import Row
 from llava_sessions.worker import sessions
 from llava_sessions.worker.pending import PendingRequest

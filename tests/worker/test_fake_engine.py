@@ -10,9 +10,18 @@ from PIL import Image
 from llava_sessions.engine.budget import choose_budget
 from llava_sessions.engine.engine import Engine
 from llava_sessions.engine.model import Model
-from llava_sessions.ipc.messages import AskSession, CloseSession, Delta, OpenSession, Sampling, StopTurn
+from llava_sessions.ipc.messages import (
+    AskSession,
+    CloseSession,
+    Delta,
+    Event,
+    Finished,
+    OpenSession,
+    Sampling,
+    StopTurn,
+)
 from llava_sessions.text.chat_template import ChatTemplate
-from tests.support.fake_engine import FakeEngine
+from tests.support.fake_engine import IMAGE_TOKEN, FakeEngine
 from tests.support.pump_frontend import model, tokens
 
 __all__ = ["model", "tokens"]  # fixtures
@@ -34,6 +43,14 @@ SCRIPTS: dict[str, list[Any]] = {
     "stop and roll back": ["open a", STEP, "ask a 1", STEP, "stop 1", "ask a 2"],
     "stop an unknown turn": ["open a", "stop 9"],
     "stop twice": ["open a", STEP, "ask a 1", STEP, "stop 1", "stop 1"],
+    "an empty session": ["open a empty", STEP, "ask a 1"],
+    "crop": ["open a", "ask a 1", STEP, STEP, "ask a 2 8", STEP, STEP, "ask a 3 0"],
+    "crop inside the picture": ["open a", STEP, "ask a 1 12"],
+    "crop beyond the end": ["open a", STEP, "ask a 1 9999", "ask a 2"],
+    "crop and roll back": ["open a", STEP, "ask a 1 8", STEP, "stop 1", "ask a 2 9", "ask a 3"],
+    "fork": ["open a", STEP, "open b fork", "ask b 1"],
+    "fork with a known picture": ["open a", STEP, "open b fork bare", "ask b 1"],
+    "an unknown picture without arrays": ["open a bare", "ask a 1", "open a", "ask a 2"],
 }
 
 
@@ -44,11 +61,16 @@ def events_of(engine: Engine | FakeEngine, script: list[str], tokens: ChatTempla
     found: list = []
     for line in script:
         match line.split():
-            case ["open", name]:
-                engine.apply(OpenSession(name, opening.token_ids, opening.pictures))
-            case ["ask", name, turn]:
+            case ["open", name, "empty"]:
+                engine.apply(OpenSession(name, [], ()))
+            case ["open", name, *more]:
+                pictures = opening.without_arrays().pictures if "bare" in more else opening.pictures
+                donor = "a" if "fork" in more else None
+                engine.apply(OpenSession(name, opening.token_ids, pictures, fork_from=donor))
+            case ["ask", name, turn, *kept]:
                 # Long enough to be stopped after a step; its end is not looked at otherwise.
-                engine.apply(AskSession(name, turn, prompt_ids, Sampling(2)))
+                first = int(kept[0]) if kept else None
+                engine.apply(AskSession(name, turn, prompt_ids, Sampling(2), kept_tokens=first))
             case ["stop", turn, *keep]:
                 engine.apply(StopTurn(turn, "a test", bool(keep)))
             case ["close", name]:
@@ -62,11 +84,16 @@ def events_of(engine: Engine | FakeEngine, script: list[str], tokens: ChatTempla
         identity = getattr(event, "turn_id", None) or event.session_id
         reason = getattr(event, "reason", None)
         # The model decides whether the second token ends the answer.
-        shown = (type(event).__name__, "end" if reason in ("stop", "length") else reason)
+        shown = (type(event).__name__, "end" if reason in ("stop", "length") else reason, _checked(event))
         stream = streams.setdefault(identity, [])
         if not (isinstance(event, Delta) and stream and stream[-1] == shown):
             stream.append(shown)
     return streams
+
+
+def _checked(event: Event) -> object:
+    """Return what else does not depend on the model."""
+    return getattr(event, "lacks_pictures", None)
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS.keys())
@@ -75,3 +102,24 @@ def test_the_fake_engine_gives_the_events_of_the_real_one(model: Model, tokens: 
     fake = FakeEngine()
     assert events_of(fake, script, tokens) == events_of(real, script, tokens)
     assert len(fake.sessions) == real.memory().sessions
+    for name, session in fake.sessions.items():
+        assert len(session.keys) == len(real.sessions[name].pictures)
+
+
+def test_the_fake_engine_counts_the_tokens_of_the_real_one(model: Model, tokens: ChatTemplate) -> None:
+    """Of a turn that crops its session, and of one that came with a fork."""
+    assert tokens.image_token_id == IMAGE_TOKEN
+    opening = tokens.opening([("grey", Image.new("RGB", (56, 56), "grey"))])
+    usage = []
+    for engine in (FakeEngine(), Engine(model, tokens.answer_text, choose_budget(model.device))):
+        engine.apply(OpenSession("a", opening.token_ids, opening.pictures))
+        engine.step()
+        engine.apply(AskSession("a", "1", [5, 6], Sampling(2), kept_tokens=8))
+        engine.apply(OpenSession("b", opening.token_ids, opening.pictures, fork_from="a"))
+        engine.apply(AskSession("b", "2", [5, 6], Sampling(2)))
+        found = []
+        while engine.has_work:
+            found += [event for event in engine.step() if isinstance(event, Finished)]
+        found.sort(key=lambda event: event.turn_id)
+        usage.append([(event.usage.prompt_tokens, event.usage.cached_tokens) for event in found])
+    assert usage[0] == usage[1]

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from llava_sessions.engine import prefixes
 from llava_sessions.errors import Refused
 from llava_sessions.ipc.messages import AskSession, Closed, CloseSession, OpenSession
 from llava_sessions.protocol.constants import INFERENCE_HEADER
@@ -133,14 +134,13 @@ def test_sessions_share_pictures_with_sessions_of_the_same_token_only(front, mon
     encode = front.engine.model.encode
     monkeypatch.setattr(front.engine.model, "encode", lambda picture: encoded.append(picture.key) or encode(picture))
     copied: list[str] = []
-    copy = front.engine.device_memory.copy_prefix
 
-    def copy_prefix(session):
-        copy(session)
+    def copy_opening(session, others):
+        prefixes.copy_opening(session, others)
         if session.kv.length:
             copied.append(session.id)
 
-    monkeypatch.setattr(front.engine.device_memory, "copy_prefix", copy_prefix)
+    monkeypatch.setattr("llava_sessions.engine.engine.copy_opening", copy_opening)
     work = []
     for fields in ({}, {}, {"session_token": MINE}, {"session_token": MINE}, {"session_token": THEIRS}):
         encoded.clear()

@@ -30,7 +30,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_sessions.chat.transcript import Blob, BlobPool, OpenRecord, Transcript, TurnRecord
-from llava_sessions.config import ConfigError
+from llava_sessions.config_file import ConfigError
 from llava_sessions.journal.encoding import Damaged, encode, key_of, read_transcript
 from llava_sessions.journal.journal import Journal, JournalUnavailable, SaveOutcome, StoredSession, open_journal
 from llava_sessions.journal.stores import DirectoryStore, S3Store, record_name

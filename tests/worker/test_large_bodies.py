@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from llava_sessions.ipc.messages import AskSession, OutOfCapacity, StopTurn, TurnFailed
-from llava_sessions.protocol import requests
+from llava_sessions.protocol import validation
 from llava_sessions.protocol.constants import JSON_TYPE, STREAM_TYPE
 from llava_sessions.torchserve.receiving import BatchTransfer
 from llava_sessions.worker import arrivals, pump
@@ -51,7 +51,7 @@ def deaf(model, tokens) -> Frontend:
 def threads(monkeypatch) -> Iterator[dict[str, list[str]]]:
     """The names of the threads on which bodies were parsed and hashed, in order."""
     names: dict[str, list[str]] = {"parse": [], "_retry_key": []}
-    for module, name in ((arrivals, "parse"), (requests, "_retry_key")):
+    for module, name in ((arrivals, "parse"), (validation, "_retry_key")):
         monkeypatch.setattr(module, name, _noted(getattr(module, name), names[name]))
     return names
 

@@ -20,17 +20,19 @@ from llava_sessions.errors import Refused
 from llava_sessions.journal.journal import Journal
 from llava_sessions.media.budget import PixelBudget
 from llava_sessions.media.limits import MediaError
-from llava_sessions.protocol.requests import Ask, Open, parse
+from llava_sessions.protocol.parsing import parse
+from llava_sessions.protocol.requests import Ask, Open
 from llava_sessions.text.chat_template import ChatTemplate
 from llava_sessions.text.pictures import PicturePreparer, Prepared
 from llava_sessions.text.processors import load_processor
-from llava_sessions.worker.preparation import Preparer
+from llava_sessions.worker.preparation import Preparer, QuestionedSession
 from tests.support.manual import ManualExecutor
 from tests.support.pictures import encode, png_of
 
 PATIENCE_S = 60.0
 NOW = 1_800_000_000.0
 SIDE = 200
+SESSION_ID = "session-1"
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,10 @@ def an_open(**fields: Any) -> Open:
     made = parse({"type": "start_session", **fields}, {}, RequestLimits())
     assert isinstance(made, Open)
     return made
+
+
+def session_of(transcript: Transcript | None, in_engine: bool) -> QuestionedSession:
+    return QuestionedSession(SESSION_ID, transcript, None, in_engine, ())
 
 
 def an_ask(**fields: Any) -> Ask:
@@ -113,7 +119,7 @@ def test_one_decoded_picture_is_in_memory_at_a_time(template: ChatTemplate, proc
     watched = template.pictures = Watched(processor)
     journal = Journal()
     prepare, executor = preparer(template, journal)
-    opened = prepare.open(an_open(images=texts), None)
+    opened = prepare.open(an_open(images=texts), SESSION_ID, None)
     executor.run_all()
     opening = opened.result()
     record = OpenRecord(
@@ -121,7 +127,7 @@ def test_one_decoded_picture_is_in_memory_at_a_time(template: ChatTemplate, proc
     )
     turns = [TurnRecord([1], [2], (blob,), None, "", {}) for blob in opening.blobs]
     transcript = Transcript(record, turns)
-    asked = prepare.question(an_ask(prompt_text="and these?", images=texts), transcript, None, in_engine=True)
+    asked = prepare.question(an_ask(prompt_text="and these?", images=texts), session_of(transcript, in_engine=True))
     rebuilt = prepare.resume("ls-1", None, transcript)
     executor.run_all()
     assert len(asked.result().pictures) == 8
@@ -182,9 +188,9 @@ def rejected(template: ChatTemplate, request: Open | Ask, transcript: Transcript
     """Return the error of a request whose pictures cannot be decoded: a decode would be another error."""
     prepare, executor = preparer(template, **limits)
     if isinstance(request, Open):
-        future: Any = prepare.open(request, None)
+        future: Any = prepare.open(request, SESSION_ID, None)
     else:
-        future = prepare.question(request, transcript, None, in_engine=True)
+        future = prepare.question(request, session_of(transcript, in_engine=True))
     executor.run_all()
     with pytest.raises((Refused, MediaError)) as caught:
         future.result()
@@ -241,13 +247,13 @@ def test_encoded_pictures_beyond_the_budget_are_rejected_with_429(template: Chat
     data = [picture(number) for number in range(3)]
     journal = Journal(held_bytes=len(data[0]) + len(data[1]))
     prepare, executor = preparer(template, journal)
-    held = [prepare.open(an_open(image=text_of(one)), None) for one in (data[0], data[1], data[0])]
+    held = [prepare.open(an_open(image=text_of(one)), SESSION_ID, None) for one in (data[0], data[1], data[0])]
     executor.run_all()
     sessions = [one.result() for one in held]
     del held
     assert journal.blobs.held_bytes == len(data[0]) + len(data[1])  # equal pictures count once
 
-    refused = prepare.open(an_open(image=text_of(data[2])), None)
+    refused = prepare.open(an_open(image=text_of(data[2])), SESSION_ID, None)
     executor.run_all()
     with pytest.raises(Refused) as caught:
         refused.result()
@@ -259,7 +265,7 @@ def test_encoded_pictures_beyond_the_budget_are_rejected_with_429(template: Chat
     assert journal.blobs.held_bytes == sum(map(len, data))
     del restored, sessions
     gc.collect()
-    again = prepare.open(an_open(image=text_of(data[2])), None)
+    again = prepare.open(an_open(image=text_of(data[2])), SESSION_ID, None)
     executor.run_all()
     assert again.result().blobs[0].data == data[2]
     assert journal.blobs.held_bytes == len(data[2])
@@ -277,14 +283,25 @@ def test_slow_hosts_delay_neither_journals_nor_rebuilds_nor_questions(template: 
 
     prepare = Preparer(template, MediaLimits(), Journal(), lambda: NOW, fetch=fetch)
     path = "https://slow.example/picture.png"
-    blocked = [prepare.open(an_open(path=path), None) for _ in range(40)]
-    opened = prepare.open(an_open(image=text_of(picture(2))), None).result(PATIENCE_S)
+    blocked = [prepare.open(an_open(path=path), SESSION_ID, None) for _ in range(40)]
+    opened = prepare.open(an_open(image=text_of(picture(2))), SESSION_ID, None).result(PATIENCE_S)
     record = OpenRecord("ls-1", NOW, NOW + 9, None, "image", opened.blobs, opened.opening.token_ids, 1)
     transcript = Transcript(record)
-    blocked += [prepare.question(an_ask(prompt_text="and?", path=path), transcript, None, False) for _ in range(40)]
+    blocked += [
+        prepare.question(an_ask(prompt_text="and?", path=path), session_of(transcript, in_engine=False))
+        for _ in range(40)
+    ]
     assert len(prepare.resume("ls-1", None, transcript).result(PATIENCE_S).pictures) == 1
-    assert prepare.question(an_ask(prompt_text="what?"), transcript, None, False).result(PATIENCE_S).rebuild
-    assert prepare.question(an_ask(prompt_text="x" * 9_000), transcript, None, True).result(PATIENCE_S).prompt_ids
+    assert (
+        prepare.question(an_ask(prompt_text="what?"), session_of(transcript, in_engine=False))
+        .result(PATIENCE_S)
+        .rebuild
+    )
+    assert (
+        prepare.question(an_ask(prompt_text="x" * 9_000), session_of(transcript, in_engine=True))
+        .result(PATIENCE_S)
+        .prompt_ids
+    )
     with pytest.raises(Exception, match="not in the journal"):
         prepare.claim("ls-1", None).result(PATIENCE_S)
     assert prepare.recover().result(PATIENCE_S).complete

@@ -975,7 +975,7 @@ def test_a_picture_that_the_engine_fails_at_once_costs_no_session(front):
 
 def test_an_open_that_the_engine_can_not_take_is_refused_and_its_place_is_free(front):
     row, until = front.row({"type": "start_session", "image": png()}), time.monotonic() + PATIENCE_S
-    front.engine.device_memory.budget = None  # makes every open raise
+    front.engine.device_memory.admit = None  # makes every open raise
     replies = [None]
     while replies == [None] and time.monotonic() < until:
         replies = front.exchange(row)
@@ -1102,7 +1102,8 @@ def test_the_figures_count_what_happened(front):
     row = front.start(session)
     figures = front.pump.metric_values()
     assert (figures.open_sessions, figures.running_turns) == (1, 1)
-    assert (figures.turns_total, figures.refusals_total) == (2, 1)
+    assert (figures.turns_total, figures.value("llava_refusals_total")) == (2, 1)
+    assert {code: count for code, count in figures.refusals_total.items() if count} == {"session_not_found": 1}
     memory = front.engine.memory()
     assert (figures.features_bytes, figures.kv_bytes) == (memory.features_bytes, memory.kv_bytes)
     assert figures.device_bytes == memory.features_bytes + memory.kv_bytes

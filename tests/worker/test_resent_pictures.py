@@ -72,3 +72,4 @@ def test_a_picture_of_10_mib_is_decoded_and_encoded_once(
             messages.append({"role": "user", "content": QUESTIONS[1]})
     assert len(decoded) == 1
     assert len(list(with_arrays(front))) == 1
+    assert front.engine.memory().pictures_encoded == 1

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import Refused
@@ -115,7 +115,9 @@ class OpenRecord:
 
     `token_digest` is the sha256 (hex) of the caller's session token, if one was given. `retry_key` identifies a retry
     of the open. `kind` is "image" or "video". `pictures` are in the order of the prompt, and `token_ids` is the prompt
-    up to and including the last image token.
+    up to and including the last image token; empty for a session without pictures. `history_turns`: turns of a history
+    that the session was opened with; `token_ids` then ends with the last answer. `groups`: pictures per message of that
+    history, empty if all pictures are of one message.
     """
 
     session_id: str
@@ -127,13 +129,17 @@ class OpenRecord:
     token_ids: list[int]
     image_tokens: int
     retry_key: str | None = None
+    history_turns: int = 0
+    groups: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class TurnRecord:
     """One finished turn: the tokens that it added, and the reply that a retry receives (`text`, `facts`).
 
-    `answer_ids` are without the end-of-sequence token.
+    `answer_ids` are without the end-of-sequence token. `base_turns`: the turn follows the first so many turns, and
+    replaces all later ones; `BEFORE_OPENING`: it replaces the opening too, and `prompt_ids` is the whole conversation.
+    None: it follows all turns. `groups`: pictures per message, empty if all pictures are of one message.
     """
 
     prompt_ids: list[int]
@@ -142,64 +148,139 @@ class TurnRecord:
     retry_key: str | None
     text: str
     facts: dict[str, Any]
+    base_turns: int | None = None
+    groups: tuple[int, ...] = ()
+
+
+# `TurnRecord.base_turns` of a turn that replaces the session's opening.
+BEFORE_OPENING = -1
 
 
 class Transcript:
-    """All records of one session. Not thread-safe; `records()` returns a snapshot that may cross threads."""
+    """All records of one session. Not thread-safe; `records()` returns a snapshot that may cross threads.
 
-    def __init__(self, opening: OpenRecord, turns: Iterable[TurnRecord] = ()) -> None:
+    A turn may replace earlier ones. Its record is appended all the same: `turns` are those that count, `log` has all.
+    """
+
+    def __init__(self, opening: OpenRecord, log: Iterable[TurnRecord] = ()) -> None:
+        """`log`: the records of all turns, in the order of writing."""
         self.opening = opening
-        self._turns = list(turns)
+        self._log: list[TurnRecord] = []
+        self._turns: list[TurnRecord] = []
+        self._opening_counts = True
+        for turn in log:
+            self.append(turn)
 
     @property
     def turns(self) -> tuple[TurnRecord, ...]:
-        """The finished turns, oldest first."""
+        """The turns of the conversation, oldest first."""
         return tuple(self._turns)
 
+    @property
+    def log(self) -> tuple[TurnRecord, ...]:
+        """All turns, also replaced ones without their tokens and pictures, in the order of writing."""
+        return tuple(self._log)
+
+    @property
+    def replaced_turns(self) -> int:
+        """Number of turns that later ones have replaced."""
+        return len(self._log) - len(self._turns)
+
     def append(self, turn: TurnRecord) -> None:
-        """Add a finished turn."""
+        """Add a finished turn, and drop the tokens and pictures of those that it replaces."""
+        base = turn.base_turns
+        if base is not None:
+            replaced = {id(one) for one in self._turns[max(base, 0) :]}
+            del self._turns[max(base, 0) :]
+            self._log = [_without_tokens(one) if id(one) in replaced else one for one in self._log]
+            if base <= 0:
+                self._opening_counts = base != BEFORE_OPENING
         self._turns.append(turn)
+        self._log.append(turn)
 
     def records(self) -> tuple[OpenRecord | TurnRecord, ...]:
         """Return all records, in the order of writing."""
-        return (self.opening, *self._turns)
+        return (self.opening, *self._log)
+
+    @property
+    def opening_ids(self) -> list[int]:
+        """Token IDs before the first turn: those of the opening, unless a turn has replaced it."""
+        return self.opening.token_ids if self._opening_counts else []
+
+    @property
+    def pictures(self) -> tuple[tuple[Blob, ...], ...]:
+        """The pictures of the conversation, grouped by message. A clip is one group of frames."""
+        groups = grouped(self.opening.pictures, self.opening.groups) if self._opening_counts else ()
+        return (*groups, *(group for turn in self._turns for group in grouped(turn.pictures, turn.groups)))
 
     @property
     def token_ids(self) -> list[int]:
         """Token IDs of the whole conversation, `[tokens]`."""
         turns = (token for turn in self._turns for token in (*turn.prompt_ids, *turn.answer_ids))
-        return [*self.opening.token_ids, *turns]
+        return [*self.opening_ids, *turns]
 
     @property
     def token_count(self) -> int:
         """Length of `token_ids`."""
         turns = sum(len(turn.prompt_ids) + len(turn.answer_ids) for turn in self._turns)
-        return len(self.opening.token_ids) + turns
+        return len(self.opening_ids) + turns
 
     @property
     def answer_spans(self) -> tuple[tuple[int, int], ...]:
         """(start, end) of each answer in `token_ids`. An image token inside an answer is ordinary text."""
         spans = []
-        end = len(self.opening.token_ids)
+        end = len(self.opening_ids)
         for turn in self._turns:
             start = end + len(turn.prompt_ids)
             end = start + len(turn.answer_ids)
             spans.append((start, end))
         return tuple(spans)
 
+    def base_of(self, kept_tokens: int) -> tuple[int, int]:
+        """Return `TurnRecord.base_turns` for a turn behind the first tokens, and the token at which its base ends."""
+        end = len(self.opening_ids)
+        if kept_tokens < end:
+            return BEFORE_OPENING, 0
+        for turns, (_, answer_end) in enumerate(self.answer_spans):
+            if answer_end > kept_tokens:
+                return self._base(turns), end
+            end = answer_end
+        return self._base(len(self._turns)), end
+
+    def _base(self, turns: int) -> int:
+        return turns if turns or self._opening_counts else BEFORE_OPENING
+
     @property
     def opened_on(self) -> OpenedOn | None:
         """The pictures that the next prompt follows directly; None after the first turn."""
-        return None if self._turns else OpenedOn(self.opening.kind, len(self.opening.pictures))
+        if self._turns or self.opening.history_turns:
+            return None
+        return OpenedOn(self.opening.kind, len(self.opening.pictures))
 
     def find_answer(self, retry_key: str) -> int | None:
-        """Return the index of the turn with this retry key, among the latest turns with any; None if there is none.
+        """Return the index in `log` of the turn with this retry key, among the latest turns with any, or None.
 
         A question that is repeated much later with the same key is a new turn.
         """
-        keyed = [index for index, turn in enumerate(self._turns) if turn.retry_key is not None]
+        keyed = [index for index, turn in enumerate(self._log) if turn.retry_key is not None]
         latest = reversed(keyed[-_ANSWERS_KEPT:])
-        return next((index for index in latest if self._turns[index].retry_key == retry_key), None)
+        return next((index for index in latest if self._log[index].retry_key == retry_key), None)
+
+
+def grouped(pictures: tuple[Blob, ...], groups: tuple[int, ...]) -> tuple[tuple[Blob, ...], ...]:
+    """Return the pictures by message. `groups`: pictures per message; empty for one message."""
+    if not groups:
+        return (pictures,) if pictures else ()
+    found = []
+    start = 0
+    for count in groups:
+        found.append(pictures[start : start + count])
+        start += count
+    return tuple(found)
+
+
+def _without_tokens(turn: TurnRecord) -> TurnRecord:
+    return replace(turn, prompt_ids=[], answer_ids=[], pictures=(), groups=())
 
 
 def short_id(identity: str) -> str:

@@ -6,13 +6,33 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..ipc.messages import Admitted, AskSession, Event, OpenSession, OutOfCapacity, TurnAdmitted, TurnFailed
+from ..ipc.messages import (
+    Admitted,
+    AskSession,
+    Event,
+    OpenFailed,
+    OpenSession,
+    OutOfCapacity,
+    PreparedPicture,
+    TurnAdmitted,
+    TurnFailed,
+)
 from ..text.answer_text import AnswerText
+from .content import (
+    FeatureStore,
+    SessionContent,
+    SessionPicture,
+    check_feature_count,
+    opening_key,
+    released_bytes,
+    unencoded_keys,
+)
 from .kv import SessionKV, rounded_up
 from .memory import DeviceMemory, MemoryExceeded
 from .model import Model
+from .prefixes import fork
 from .sampling import Sampler
-from .session import EngineSession, EngineSessionState, EngineTurn, FeatureStore, SessionPicture, unencoded_keys
+from .session import EngineSession, EngineSessionState, EngineTurn
 
 # More turns do not wait for memory: the next one is rejected. `max_sessions` bounds the openings.
 MAX_WAITING_TURNS = 256
@@ -28,6 +48,10 @@ class Waiting:
     ticket: int
     session: EngineSession
     turn: EngineTurn | None = None
+
+
+class _Wait(Exception):
+    """A request has to wait for memory."""
 
 
 class Admission:
@@ -54,45 +78,45 @@ class Admission:
         self._memory = device_memory
         self._tickets = itertools.count(1)
 
-    def open(self, command: OpenSession, arrived_at: float) -> Event:
-        """Admit a new session, or reject it. Raises ValueError if the session is open already."""
+    def open(self, command: OpenSession, arrived_at: float) -> list[Event]:
+        """Admit a new session, or reject it. Raises ValueError if the session can't be opened."""
         if command.session_id in self._sessions:
             raise ValueError("the session is open already")
-        positions = self._model.media_positions(command.token_ids)
-        session = EngineSession(
-            id=command.session_id,
-            token_ids=list(command.token_ids),
-            image_positions=_outside(positions, command.answer_spans),
-            kv=SessionKV(self._model.kv_shape),
-            pictures=[SessionPicture(picture.key, picture) for picture in command.pictures],
-            ticket=next(self._tickets),
-            opened_at=arrived_at,
-            opening_tokens=len(command.token_ids),
-            opening_bytes=self._model.kv_shape.device_bytes(len(command.token_ids)),
-            prefix=(tuple(command.token_ids), tuple(picture.key for picture in command.pictures)),
-        )
+        problem = self._lacking(command.pictures)
+        if problem is not None:
+            return [OpenFailed(command.session_id, problem, lacks_pictures=True)]
+        session = self._new_session(command, arrived_at)
         session.attach_features(self._features)
+        check_feature_count(session.pictures, len(session.image_positions))
         try:
             self._memory.admit(session.opening_bytes, self._new_image_tokens(session))
         except MemoryExceeded as error:
-            return self._rejection(session, None, error)
+            return [self._rejection(session, None, error)]
         self._sessions[session.id] = session
-        return Admitted(session.id)
+        return [Admitted(session.id)]
 
     def ask(self, command: AskSession, arrived_at: float) -> list[Event]:
-        """Admit a turn, or reject it. Any failure leaves the session unchanged."""
+        """Admit a turn, or reject it. Raises ValueError if it can't run. Any failure leaves the session unchanged."""
         session = self._sessions.get(command.session_id)
         if session is None:
             return [TurnFailed(command.turn_id, "the session is not open in the engine")]
         problem = _ask_problem(session, command, self._model)
         if problem is not None:
             return [TurnFailed(command.turn_id, problem)]
+        problem = self._lacking(command.pictures)
+        if problem is not None:
+            return [TurnFailed(command.turn_id, problem, lacks_pictures=True)]
         turn = self._new_turn(session, command, arrived_at)
+        check_feature_count(turn.pictures, len(turn.image_positions))
+        kept_pictures = session.pictures_within(turn.start_tokens)
         waiting_turns = sum(other.waiting_turn is not None for other in self._sessions.values())
         if waiting_turns >= MAX_WAITING_TURNS:
             return [OutOfCapacity(session.id, turn.id, 0, 0, len(self._sessions), waiting_turns)]
+        reserved_bytes = turn.reserved_tokens * self._model.kv_shape.token_bytes
         try:
-            self._memory.admit(turn.reserved_tokens * self._model.kv_shape.token_bytes, turn.new_image_tokens)
+            self._memory.admit(
+                reserved_bytes, turn.new_image_tokens, self._released_bytes(session, turn, kept_pictures)
+            )
         except MemoryExceeded as error:
             return [self._rejection(session, turn, error)]
         session.turn = turn
@@ -114,27 +138,51 @@ class Admission:
 
         Raises `MemoryExceeded` if waiting would not help: no session is active, or the device itself has no memory.
         """
-        session = waiting.session
         turn = waiting.turn
-        if turn is not None and session.turn is not turn:
-            return True  # it ended with its session's opening
-        session.attach_features(self._features)
         try:
             if turn is None:
-                self._memory.place(session, session.opening_bytes)
-                self._memory.restore(session, session.opening_tokens)
-                session.advance(EngineSessionState.PREFILLING)
-                return True
-            reserved_bytes = turn.reserved_tokens * self._model.kv_shape.token_bytes
-            self._memory.place(session, reserved_bytes, turn.new_image_tokens)
-        except MemoryExceeded:
-            if any(other.active for other in self._sessions.values() if other is not session):
-                return False
-            raise
+                self._place_opening(waiting.session)
+            elif waiting.session.turn is turn:  # else it ended with its session's opening
+                self._place_turn(waiting.session, turn)
+        except _Wait:
+            return False
+        return True
+
+    def _place_opening(self, session: EngineSession) -> None:
+        session.attach_features(self._features)
+        self._reserve(session, session.opening_bytes)
+        self._memory.restore(session, session.opening_tokens)
+        session.advance(EngineSessionState.PREFILLING)
+        donor = self._sessions.get(session.fork_from or "")
+        if donor is not None and donor is not session:
+            fork(session, donor)
+
+    def _place_turn(self, session: EngineSession, turn: EngineTurn) -> None:
+        session.attach_features(self._features)
+        kept_pictures = session.pictures_within(turn.start_tokens)
+        if kept_pictures is None:
+            return  # known once more pictures of the opening are encoded; this holds up no other request
+        self._reserve(
+            session,
+            turn.reserved_tokens * self._model.kv_shape.token_bytes,
+            turn.new_image_tokens,
+            self._released_bytes(session, turn, kept_pictures),
+        )
+        session.crop(turn.start_tokens, kept_pictures)
         session.kv.most_tokens = turn.reserved_tokens
         self._memory.restore(session, turn.most_tokens)
         session.admit_turn()
-        return True
+
+    def _reserve(
+        self, session: EngineSession, kv_bytes: int, new_image_tokens: int = 0, released_bytes: int = 0
+    ) -> None:
+        """Reserve memory, see `DeviceMemory.place`. Raises `_Wait` if an active session may free what is missing."""
+        try:
+            self._memory.place(session, kv_bytes, new_image_tokens, released_bytes)
+        except MemoryExceeded:
+            if any(other.active for other in self._sessions.values() if other is not session):
+                raise _Wait from None
+            raise
 
     def reject(self, waiting: Waiting, error: MemoryExceeded) -> list[Event]:
         """Remove a waiting request that memory cannot hold, and an opening's turn with it; return the events."""
@@ -149,6 +197,45 @@ class Admission:
             events.append(self._rejection(session, None, error))
         return events
 
+    def _lacking(self, pictures: tuple[PreparedPicture, ...]) -> str | None:
+        """Return an error if pictures have neither arrays nor features."""
+        lacking = sum(not picture.inputs and picture.key not in self._features for picture in pictures)
+        return f"{lacking} pictures have no arrays, and the engine does not hold their features" if lacking else None
+
+    def _released_bytes(self, session: EngineSession, turn: EngineTurn, kept_pictures: int | None) -> int:
+        """Return the bytes of features that the crop of a turn frees; 0 if they are not known yet."""
+        removed = [] if kept_pictures is None else session.pictures[kept_pictures:]
+        if not removed:
+            return 0
+        kept = [*session.pictures[:kept_pictures], *turn.pictures]
+        for other in self._sessions.values():
+            if other is not session:
+                kept += other.pictures
+                kept += other.turn.pictures if other.turn is not None else []
+        return released_bytes(removed, kept)
+
+    def _new_session(self, command: OpenSession, arrived_at: float) -> EngineSession:
+        positions = self._model.media_positions(command.token_ids)
+        content = SessionContent(
+            token_ids=list(command.token_ids),
+            image_positions=_outside(positions, command.answer_spans),
+            pictures=[SessionPicture(picture.key, picture) for picture in command.pictures],
+        )
+        return EngineSession(
+            token_ids=content.token_ids,
+            image_positions=content.image_positions,
+            pictures=content.pictures,
+            id=command.session_id,
+            kv=SessionKV(self._model.kv_shape),
+            ticket=next(self._tickets),
+            opened_at=arrived_at,
+            opening_tokens=len(command.token_ids),
+            opening_bytes=self._model.kv_shape.device_bytes(len(command.token_ids)),
+            prefix=opening_key(content, command.salt),
+            salt=command.salt,
+            fork_from=command.fork_from,
+        )
+
     def _new_image_tokens(self, session: EngineSession) -> int:
         """Return the image tokens of a new session's pictures; 0 if another session waits for the same features."""
         keys = unencoded_keys(session)
@@ -156,7 +243,8 @@ class Admission:
         return 0 if is_shared else session.unencoded_tokens
 
     def _new_turn(self, session: EngineSession, command: AskSession, arrived_at: float) -> EngineTurn:
-        start = len(session.token_ids)
+        start = len(session.token_ids) if command.kept_tokens is None else command.kept_tokens
+        positions = _outside(self._model.media_positions(command.token_ids), command.answer_spans)
         prompt_tokens = start + len(command.token_ids)
         most_tokens = min(prompt_tokens + command.sampling.max_new_tokens, self._model.context_tokens)
         deadline_ms = command.sampling.deadline_ms
@@ -164,11 +252,9 @@ class Admission:
             id=command.turn_id,
             ticket=next(self._tickets),
             token_ids=command.token_ids,
-            image_positions=self._model.media_positions(command.token_ids, start),
+            image_positions=[start + at for at in positions],
             pictures=[SessionPicture(picture.key, picture) for picture in command.pictures],
             start_tokens=start,
-            start_pictures=len(session.pictures),
-            cached_tokens=session.kv.length,
             most_tokens=most_tokens,
             # On a GPU a cache has whole growth steps, because offloading copies whole steps.
             reserved_tokens=most_tokens if self._memory.grows_in_steps else rounded_up(most_tokens),
@@ -177,6 +263,7 @@ class Admission:
             asked_at=arrived_at,
             deadline_at=None if deadline_ms is None else arrived_at + deadline_ms / 1e3,
             ignore_eos=command.sampling.ignore_eos,
+            min_tokens=command.sampling.min_tokens,
         )
         for picture in turn.pictures:
             picture.attach(self._features)
@@ -191,9 +278,15 @@ def _ask_problem(session: EngineSession, command: AskSession, model: Model) -> s
     """Return why a turn can't start, or None if it can."""
     if session.turn is not None:
         return "the session is still answering"
-    if model.media_positions(command.token_ids) and not command.pictures:
+    if not command.token_ids:
+        return "a turn must have at least one token"
+    if not command.pictures and _outside(model.media_positions(command.token_ids), command.answer_spans):
         return "a prompt without a picture must not hold image tokens"
-    if len(session.token_ids) + len(command.token_ids) >= model.context_tokens:
+    held = len(session.token_ids)
+    kept = held if command.kept_tokens is None else command.kept_tokens
+    if not 0 <= kept <= held:
+        return f"`kept_tokens` must be from 0 to {held}, got {kept}"
+    if kept + len(command.token_ids) >= model.context_tokens:
         return f"the conversation is longer than the model's {model.context_tokens} tokens"
     return None
 

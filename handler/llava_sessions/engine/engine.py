@@ -27,16 +27,17 @@ from ..ipc.messages import (
 from ..text.answer_text import AnswerText
 from .admission import Admission
 from .budget import DeviceBudget
+from .content import Features, FeatureStore, check_feature_count
 from .faults import first_line, is_out_of_memory, raise_if_device_lost
 from .memory import DeviceMemory, MemoryExceeded
 from .model import Model
-from .sampling import next_tokens
+from .prefixes import copy_opening
+from .sampling import Ban, next_tokens
 from .scheduler import plan
 from .session import (
     EngineSession,
     EngineSessionState,
-    Features,
-    FeatureStore,
+    EngineTurn,
     IllegalTransition,
     elapsed_ms,
     next_to_encode,
@@ -103,7 +104,7 @@ class Engine:
         try:
             match command:
                 case OpenSession():
-                    self._events.append(self._admission.open(command, arrived_at))
+                    self._events += self._admission.open(command, arrived_at)
                 case AskSession():
                     self._events += self._admission.ask(command, arrived_at)
                 case StopTurn():
@@ -189,14 +190,15 @@ class Engine:
             if picture.prepared is None:
                 raise ValueError("the picture has no arrays to encode")
             picture.features = Features(self.model.encode(picture.prepared))
-            _check_feature_count(session)
+            check_feature_count(session.pictures, len(session.image_positions))
         except Exception as error:
             raise_if_device_lost(error, self.model.device)
             if is_out_of_memory(error):
                 self._retry_or_reject(session, error)
                 return
             log.exception("encode_failed session=%s", session.id[:12])
-            is_of_turn = session.turn is not None and index >= session.turn.start_pictures
+            turn = session.turn
+            is_of_turn = turn is not None and not turn.is_waiting and index >= turn.start_pictures
             self._fail(session, error, ends_opening=not is_of_turn)
             return
         picture.prepared = None
@@ -215,9 +217,9 @@ class Engine:
                 continue
             with self._isolated(session):
                 if session.kv.length == 0:
-                    self.device_memory.copy_prefix(session)
+                    copy_opening(session, self.sessions.values())
                 if session.kv.length < session.opening_tokens:
-                    if session.prefix in prefilling:
+                    if session.kv.length == 0 and session.prefix in prefilling:
                         continue
                     prefilling.add(session.prefix)
                 self._events += session.mark_prefilled()
@@ -229,7 +231,7 @@ class Engine:
         try:
             for session, _ in steps:
                 if session.turn is not None:
-                    session.turn.start()
+                    session.turn.start(session.kv.length)
             segments = [session.segment(tokens) for session, tokens in steps]
             sampled = [
                 (session, session.turn)
@@ -238,7 +240,8 @@ class Engine:
             ]
             logits = self.model.forward(segments)
             try:
-                tokens = next_tokens(logits, [turn.sampler for _, turn in sampled])
+                turns = [turn for _, turn in sampled]
+                tokens = next_tokens(logits, [turn.sampler for turn in turns], self._ban(turns))
             except Exception:
                 for session, count in steps:
                     session.kv.crop(session.kv.length - count)
@@ -264,6 +267,11 @@ class Engine:
             except Exception as error:
                 log.exception("turn_failed session=%s", session.id[:12])
                 self._fail(session, error)
+
+    def _ban(self, turns: list[EngineTurn]) -> Ban | None:
+        """Return the ban of end-of-sequence tokens in the rows of turns that need more tokens, if there are such."""
+        rows = [row for row, turn in enumerate(turns) if len(turn.answer_ids) < turn.min_tokens]
+        return Ban(rows, self.model.eos_token_ids) if rows else None
 
     def _retry_or_reject(self, session: EngineSession, error: Exception) -> None:
         """Handle an out-of-memory error that changed no session.
@@ -314,14 +322,6 @@ class Engine:
         except IllegalTransition as error:
             log.exception("session_broken session=%s", session.id[:12])
             self._fail(session, error)
-
-
-def _check_feature_count(session: EngineSession) -> None:
-    """Raise ValueError if all pictures are encoded and do not have one feature per image token."""
-    if session.encoded and session.unencoded_tokens:
-        image_tokens = len(session.image_positions)
-        found = f"{image_tokens - session.unencoded_tokens} features for {image_tokens} image tokens"
-        raise ValueError(f"the checkpoint's processor and vision tower disagree: {found}")
 
 
 def _taken(events: list[Event]) -> list[Event]:

@@ -68,6 +68,7 @@ class SessionKV:
         self.on_device = self._allocate(0)
         # Blocks `[layers, 2, kv_heads, tokens, head_dim]` of consecutive tokens, or None unless offloaded.
         self.on_host: list[torch.Tensor] | None = None
+        self._host_tokens = 0  # of all blocks; more than `length` after a crop
 
     @property
     def device_bytes(self) -> int:
@@ -87,7 +88,7 @@ class SessionKV:
     @property
     def host_bytes(self) -> int:
         """Bytes on the host. 0 unless the cache is offloaded."""
-        return 0 if self.on_host is None else self.shape.host_bytes(self.length)
+        return 0 if self.on_host is None else self.shape.host_bytes(self._host_tokens)
 
     @property
     def tier(self) -> Tier:
@@ -121,8 +122,17 @@ class SessionKV:
         return keys[None], values[None]
 
     def crop(self, length: int) -> None:
-        """Discard all tokens after the first `length`."""
-        self.length = min(self.length, length)
+        """Discard all tokens after the first `length`.
+
+        Frees whole blocks on the host, and nothing on the device, where the next tokens need it.
+        """
+        if length >= self.length:
+            return
+        self.length = length
+        if self.on_host is not None:
+            blocks = -(-length // GROWTH_TOKENS)
+            self._host_tokens = min(self._host_tokens, blocks * GROWTH_TOKENS)
+            self.on_host = self.on_host[:blocks] or None
 
     def fork(self, donor: SessionKV, tokens: int) -> None:
         """Copy the first `tokens` tokens of a resident or offloaded cache into this cold one.
@@ -155,6 +165,7 @@ class SessionKV:
         if pin:
             torch.cuda.current_stream(self.shape.device).synchronize()
         self.on_host = blocks
+        self._host_tokens = self.length
         self.on_device = self._allocate(0)
 
     def restore(self, tokens: int = 0) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from ..ipc.messages import Memory
 from .budget import DeviceBudget
+from .content import FeatureStore, unencoded_keys
 from .faults import first_line, is_out_of_memory, raise_if_device_lost, release_unused
 from .kv import KVShape, SessionKV
-from .session import EngineSession, EngineSessionState, FeatureStore, unencoded_keys
+from .session import EngineSession, EngineSessionState
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,15 @@ class MemoryExceeded(Exception):
         super().__init__(f"{needed_bytes} bytes are needed, {free_bytes} are free")
         self.needed_bytes = needed_bytes
         self.free_bytes = free_bytes
+
+
+@dataclass
+class Moves:
+    """Counts of KV caches that were moved to the host, moved back, and dropped."""
+
+    offloads: int = 0
+    restores: int = 0
+    drops: int = 0
 
 
 class DeviceMemory:
@@ -54,6 +65,7 @@ class DeviceMemory:
         self._kv_shape = kv_shape
         self._feature_bytes = feature_bytes
         self._context_tokens = context_tokens
+        self._moves = Moves()
         # On a CPU a cache grows while its answer runs: the first touch of new memory takes time, but no copy of the
         # cache has to fit a budget. On a GPU an admitted turn gets its whole reservation before its first token.
         # Tests set it to False to run the GPU's way on a CPU.
@@ -63,6 +75,7 @@ class DeviceMemory:
         """Return what the open sessions hold. `allocated_bytes`: the count of torch's allocator."""
         caches = [session.kv for session in self._sessions.values()]
         tiers = Counter(kv.tier for kv in caches)
+        turns = [session.turn.is_waiting for session in self._sessions.values() if session.turn is not None]
         return Memory(
             resident=tiers["resident"],
             offloaded=tiers["offloaded"],
@@ -71,22 +84,30 @@ class DeviceMemory:
             kv_bytes=sum(kv.device_bytes for kv in caches),
             offloaded_bytes=sum(kv.host_bytes for kv in caches),
             allocated_bytes=allocated_bytes,
+            waiting_turns=sum(turns),
+            running_turns=len(turns) - sum(turns),
+            device_budget_bytes=self.budget.device_bytes,
+            offloads=self._moves.offloads,
+            restores=self._moves.restores,
+            drops=self._moves.drops,
+            pictures_encoded=self._features.encoded,
+            picture_hits=self._features.hits,
         )
 
-    def admit(self, kv_bytes: int, new_image_tokens: int) -> None:
+    def admit(self, kv_bytes: int, new_image_tokens: int, released_bytes: int = 0) -> None:
         """Raise `MemoryExceeded` if a request could not run even if no other session was active.
 
         `kv_bytes`: upper bound of the session's KV on the device. `new_image_tokens`: tokens of the request's pictures
-        that are not encoded. A request that is admitted waits until `place` has reserved its memory.
+        that are not encoded. `released_bytes`: features that a crop frees before the request runs. A request that is
+        admitted waits until `place` has reserved its memory.
 
         Features are never offloaded, so the features of all sessions and of all waiting turns must leave room for the
         KV of the largest waiting request.
         """
         new_bytes = new_image_tokens * self._feature_bytes
         waiting_turns = [s.waiting_turn for s in self._sessions.values() if s.waiting_turn is not None]
-        features_bytes = self._features_bytes() + sum(
-            turn.new_image_tokens * self._feature_bytes for turn in waiting_turns
-        )
+        features_bytes = self._features_bytes() - released_bytes
+        features_bytes += sum(turn.new_image_tokens * self._feature_bytes for turn in waiting_turns)
         most_bytes = kv_bytes
         if new_bytes:
             openings = (s for s in self._sessions.values() if s.state is EngineSessionState.WAITING)
@@ -95,14 +116,23 @@ class DeviceMemory:
         if features_bytes + new_bytes + most_bytes > self.budget.device_bytes:
             raise MemoryExceeded(new_bytes + most_bytes, max(self.budget.device_bytes - features_bytes, 0))
 
-    def place(self, session: EngineSession, kv_bytes: int, new_image_tokens: int = 0) -> None:
+    def place(self, session: EngineSession, kv_bytes: int, new_image_tokens: int = 0, released_bytes: int = 0) -> None:
         """Reserve room for the work of a session: its KV, and the features of `new_image_tokens`.
 
-        Raises `MemoryExceeded`, with nothing offloaded, if the active sessions leave too little now.
+        `released_bytes`: as in `admit`. Raises `MemoryExceeded`, with no other cache offloaded, if the active sessions
+        leave too little now.
         """
-        kv_bytes = max(kv_bytes, session.kv.device_bytes)  # more if the cache was grown ahead
-        self._make_room(session, kv_bytes + new_image_tokens * self._feature_bytes)
-        session.reserved_bytes = kv_bytes
+        features_bytes = new_image_tokens * self._feature_bytes - released_bytes
+        placed_bytes = max(kv_bytes, session.kv.device_bytes)  # more if it was grown ahead, or before a crop
+        try:
+            self._make_room(session, placed_bytes + features_bytes)
+        except MemoryExceeded:
+            if placed_bytes == kv_bytes or any(other.active for other in self._sessions.values()):
+                raise
+            self._offload(session)  # nothing else would free memory: it comes back without the unused capacity
+            placed_bytes = kv_bytes
+            self._make_room(session, placed_bytes + features_bytes)
+        session.reserved_bytes = placed_bytes
 
     def restore(self, session: EngineSession, tokens: int) -> None:
         """Make an admitted session's cache resident, on a GPU with room for all `tokens` tokens of the request.
@@ -131,31 +161,18 @@ class DeviceMemory:
         tokens move over the host.
         """
         kv = session.kv
+        was_offloaded = kv.tier == "offloaded"
         if self.grows_in_steps:
             kv.restore()
+            self._moves.restores += was_offloaded
             return
         grown_bytes = self._kv_shape.device_bytes(tokens)
         grows = kv.tier == "resident" and kv.device_bytes < grown_bytes
         if grows and self._used_bytes() + grown_bytes > self.budget.device_bytes:
             self._offload(session)
         kv.restore(tokens)
+        self._moves.restores += was_offloaded
         kv.reserve(tokens)
-
-    def copy_prefix(self, session: EngineSession) -> None:
-        """Copy the opening's KV from a session with the same opening, if there is one.
-
-        If the device is out of memory the session is left as it is: it prefills the opening itself.
-        """
-        tokens = session.opening_tokens
-        for donor in self._sessions.values():
-            if donor.prefix == session.prefix and donor.kv.length >= tokens:
-                try:
-                    session.kv.fork(donor.kv, tokens)
-                except Exception as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    log.warning("fork_failed error=%s", first_line(error))
-                return
 
     def next_to_grow(self) -> EngineSession | None:
         """Return the least recently used session whose cache is too full for its next turn, or None.
@@ -231,14 +248,20 @@ class DeviceMemory:
         dropped. Raises an error only if the device is lost.
         """
         if not self._fits_host(session, kept):
-            session.kv.drop()
+            self._drop(session)
             return
         try:
             session.kv.offload()
+            self._moves.offloads += 1
         except Exception as error:
             raise_if_device_lost(error, self._kv_shape.device)
             log.warning("offload_failed session=%s error=%s", session.id[:12], first_line(error))
-            session.kv.drop()
+            self._drop(session)
+
+    def _drop(self, session: EngineSession) -> None:
+        """Free a cache. It counts as dropped if it had tokens."""
+        self._moves.drops += session.kv.length > 0
+        session.kv.drop()
 
     def _fits_host(self, session: EngineSession, kept: EngineSession | None) -> bool:
         """Drop less recently used caches on the host until the one of `session` fits. Return whether it does."""
@@ -253,7 +276,7 @@ class DeviceMemory:
             if needed_bytes <= free_bytes or other.ticket > session.ticket:
                 break
             free_bytes += other.kv.host_bytes
-            other.kv.drop()
+            self._drop(other)
         return needed_bytes <= free_bytes
 
 

@@ -91,9 +91,9 @@ class Model:
             model.lm_head = linears.pack(model.lm_head)
         return cls(model, end_token_ids)
 
-    def media_positions(self, token_ids: list[int], start: int = 0) -> list[int]:
-        """Return the positions of image and video tokens, if `token_ids` begin at position `start`."""
-        return [start + at for at, token in enumerate(token_ids) if token in self.media_token_ids]
+    def media_positions(self, token_ids: list[int]) -> list[int]:
+        """Return the indices of image and video tokens."""
+        return [at for at, token in enumerate(token_ids) if token in self.media_token_ids]
 
     @torch.inference_mode()
     def encode(self, picture: PreparedPicture) -> torch.Tensor:

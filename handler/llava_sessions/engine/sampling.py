@@ -6,6 +6,8 @@ one random generator per turn, so a seed gives the same answer in any batch.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -70,8 +72,23 @@ class Sampler:
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
 
 
-def next_tokens(logits: torch.Tensor, samplers: list[Sampler]) -> list[int | Exception]:
-    """Return one token ID per row of `logits`, `[rows, vocabulary]`.
+@dataclass(frozen=True)
+class Ban:
+    """Tokens that must not be chosen in some rows."""
+
+    rows: list[int]
+    token_ids: frozenset[int]
+
+    @torch.inference_mode()
+    def apply(self, logits: torch.Tensor) -> None:
+        """Set the logits of the tokens to minus infinity, in place."""
+        rows = torch.tensor(self.rows, device=logits.device)
+        token_ids = torch.tensor(sorted(self.token_ids), device=logits.device)
+        logits[rows[:, None], token_ids] = -torch.inf
+
+
+def next_tokens(logits: torch.Tensor, samplers: list[Sampler], ban: Ban | None = None) -> list[int | Exception]:
+    """Return one token ID per row of `logits`, `[rows, vocabulary]`, which `ban` changes.
 
     All greedy rows take one transfer from the device, which also has the rows that are not finite. A row from which no
     token can be drawn gets the error instead; the other rows are not affected. Raises an out-of-memory error; no
@@ -79,6 +96,8 @@ def next_tokens(logits: torch.Tensor, samplers: list[Sampler]) -> list[int | Exc
     """
     states = [sampler.generator_state for sampler in samplers]
     try:
+        if ban is not None:
+            ban.apply(logits)
         return _draw_all(logits, samplers)
     except Exception:
         for sampler, state in zip(samplers, states, strict=True):

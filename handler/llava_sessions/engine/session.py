@@ -1,4 +1,4 @@
-"""The engine's sessions and turns: their states, tokens, pictures and features.
+"""The engine's sessions and turns: their states, and the content that turns add and remove.
 
 A session does not run the model. Its methods change its own data and return the events to report.
 """
@@ -10,13 +10,11 @@ from bisect import bisect_left
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from weakref import WeakValueDictionary
 
-import torch
-
-from ..ipc.messages import Cancelled, Delta, Event, Finished, Prefilled, PreparedPicture, Timings, Usage
+from ..ipc.messages import Cancelled, Delta, Event, Finished, Prefilled, Timings, Usage
 from ..text.answer_text import AnswerText
 from .attention import Segment
+from .content import FeatureStore, SessionContent, SessionPicture, opening_key
 from .kv import SessionKV
 from .sampling import Sampler
 
@@ -36,7 +34,7 @@ class EngineTurnState(Enum):
     QUEUED = "queued"  # room is reserved; no token of it has run
     RUNNING = "running"  # in prefill or decode
     FINISHED = "finished"  # its tokens are part of the session
-    ROLLED_BACK = "rolled back"  # the session is as it was before the turn
+    ROLLED_BACK = "rolled back"  # its tokens are not part of the session
 
 
 State = EngineSessionState | EngineTurnState
@@ -70,61 +68,15 @@ class Stateful:
         self.state = state
 
 
-@dataclass(eq=False)
-class Features:
-    """Features of one picture, `[image tokens, hidden]` on the device. Shared by all sessions that show the picture."""
-
-    rows: torch.Tensor
-
-
-class FeatureStore:
-    """The features of all open sessions by picture key. An entry exists as long as a session shows the picture."""
-
-    def __init__(self) -> None:
-        self._by_key: WeakValueDictionary[str, Features] = WeakValueDictionary()
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._by_key
-
-    @property
-    def device_bytes(self) -> int:
-        """Bytes of all features on the device."""
-        return sum(features.rows.nbytes for features in self._by_key.values())
-
-    def get(self, key: str) -> Features | None:
-        """Return the features of a picture, or None if no open session shows it encoded."""
-        return self._by_key.get(key)
-
-    def add(self, key: str, features: Features) -> None:
-        """Make features available to other sessions."""
-        self._by_key[key] = features
-
-
-@dataclass
-class SessionPicture:
-    """A picture of a session: `prepared` until it is encoded, `features` from then on."""
-
-    key: str
-    prepared: PreparedPicture | None
-    features: Features | None = None
-
-    def attach(self, store: FeatureStore) -> None:
-        """Take the features if another session has them; release the prepared arrays of an encoded picture."""
-        if self.features is None:
-            self.features = store.get(self.key)
-        if self.features is not None:
-            self.prepared = None
-
-
 @dataclass
 class EngineTurn(Stateful):
     """A question and its answer.
 
     `ticket`: order of arrival. `token_ids`, `image_positions` and `pictures` join the session's when room is reserved
-    for the turn. `start_tokens` and `start_pictures` are the session's counts before the turn; a rollback restores
-    them. `most_tokens`: the longest conversation that the turn may make. `reserved_tokens`: the tokens for which it
-    reserves memory. Times are seconds of `time.perf_counter`. `deadline_at`: when the turn is stopped, or None.
-    `ignore_eos`: an end-of-sequence token is a token like any other.
+    for the turn. The session is first cropped to `start_tokens` tokens, which have `start_pictures` pictures; a
+    rollback restores these counts. `most_tokens`: the longest conversation that the turn may make. `reserved_tokens`:
+    the tokens for which it reserves memory. Times are seconds of `time.perf_counter`. `deadline_at`: when the turn is
+    stopped, or None. `ignore_eos`: an end-of-sequence token is a token like any other. `min_tokens`: as in `Sampling`.
     """
 
     id: str
@@ -133,8 +85,6 @@ class EngineTurn(Stateful):
     image_positions: list[int]
     pictures: list[SessionPicture]
     start_tokens: int
-    start_pictures: int
-    cached_tokens: int
     most_tokens: int
     reserved_tokens: int
     sampler: Sampler
@@ -142,7 +92,10 @@ class EngineTurn(Stateful):
     asked_at: float
     deadline_at: float | None
     ignore_eos: bool = False
+    min_tokens: int = 0
     state: State = EngineTurnState.WAITING
+    start_pictures: int = 0  # set with QUEUED
+    cached_tokens: int = 0  # set with RUNNING
     started_at: float = 0.0  # set with RUNNING
     first_token_at: float = 0.0  # set with the first of `answer_ids`
     answer_ids: list[int] = field(default_factory=list)
@@ -184,11 +137,15 @@ class EngineTurn(Stateful):
             total_ms=(now - self.asked_at) * 1e3,
         )
 
-    def start(self) -> None:
-        """Enter RUNNING in the first step that runs tokens of the turn. Does nothing in later steps."""
+    def start(self, cached_tokens: int) -> None:
+        """Enter RUNNING in the first step that runs tokens of the turn. Does nothing in later steps.
+
+        `cached_tokens`: tokens of the session that have KV now.
+        """
         if self.state is EngineTurnState.QUEUED:
             self.advance(EngineTurnState.RUNNING)
             self.started_at = time.perf_counter()
+            self.cached_tokens = cached_tokens
 
     def is_overdue(self, now: float) -> bool:
         """Return whether the deadline has passed."""
@@ -203,26 +160,25 @@ class EngineTurn(Stateful):
 
 
 @dataclass(eq=False)
-class EngineSession(Stateful):
-    """One open session: its token IDs, pictures, KV cache and running turn.
+class EngineSession(SessionContent, Stateful):
+    """One open session: its content, KV cache and running turn.
 
-    `image_positions`: sorted indices in `token_ids` whose embeddings are features. `ticket`: order of arrival of the
-    latest request for which room was reserved, or of the opening; both the schedule and least-recently-used eviction
-    sort by it. `opening_tokens`, `opening_bytes`: the prompt up to the last picture, and its KV on the device.
-    `prefix`: equal for sessions with the same opening, which share its prefill. `reserved_bytes`: upper bound of the KV
+    `ticket`: order of arrival of the latest request for which room was reserved, or of the opening; both the schedule
+    and least-recently-used eviction sort by it. `opening_tokens`, `opening_bytes`: the tokens of the opening that are
+    part of the session, and the KV of the whole opening on the device. `prefix`: equal for sessions with the same
+    opening and `salt`, which share its prefill. `fork_from`: see `OpenSession`. `reserved_bytes`: upper bound of the KV
     on the device during the current work. `short_of_memory`: memory ran out for the session since its latest request.
     """
 
     id: str
-    token_ids: list[int]
-    image_positions: list[int]
     kv: SessionKV
-    pictures: list[SessionPicture]
     ticket: int
     opened_at: float
     opening_tokens: int
     opening_bytes: int
     prefix: Hashable
+    salt: str = ""
+    fork_from: str | None = None
     state: State = EngineSessionState.WAITING
     reserved_bytes: int = 0
     encode_ms: float = 0.0
@@ -250,17 +206,6 @@ class EngineSession(Stateful):
         """Tokens that are not in the KV cache yet."""
         return len(self.token_ids) - self.kv.length
 
-    @property
-    def encoded(self) -> bool:
-        """Whether all pictures have features."""
-        return all(picture.features is not None for picture in self.pictures)
-
-    @property
-    def unencoded_tokens(self) -> int:
-        """Image tokens of the pictures without features."""
-        rows = sum(len(picture.features.rows) for picture in self.pictures if picture.features is not None)
-        return len(self.image_positions) - rows
-
     def attach_features(self, store: FeatureStore) -> None:
         """Take features that other sessions have, also for a waiting turn."""
         waiting = self.waiting_turn
@@ -275,20 +220,31 @@ class EngineSession(Stateful):
         last = bisect_left(self.image_positions, end)
         places = [position - start for position in self.image_positions[first:last]]
         sample = self.turn is not None and not self.turn.is_waiting and end == len(self.token_ids)
-        return Segment(self.kv, self.token_ids[start:end], _rows(self.pictures, first, last), places, sample)
+        return Segment(self.kv, self.token_ids[start:end], self.rows(first, last), places, sample)
 
     def mark_prefilled(self) -> list[Event]:
-        """Enter READY once the prompt up to the last picture is in the KV cache; return `Prefilled` that one time."""
+        """Enter READY once the KV cache has the opening; return `Prefilled` that one time."""
         if self.state is not EngineSessionState.PREFILLING or self.kv.length < self.opening_tokens:
             return []
         self.advance(EngineSessionState.READY)
         return [Prefilled(self.id, self.encode_ms, elapsed_ms(self.opened_at))]
 
+    def crop(self, tokens: int, pictures: int) -> None:
+        """Discard all but the first `tokens` tokens, with their `pictures` pictures and their KV.
+
+        If they are a part of the opening, the session shares the prefill of this part only.
+        """
+        self.truncate(tokens, pictures)
+        self.kv.crop(tokens)
+        if tokens < self.opening_tokens:
+            self.opening_tokens = tokens
+            self.prefix = opening_key(self, self.salt)
+
     def admit_turn(self) -> None:
-        """Append the waiting turn's tokens and pictures: room on the device is reserved for it."""
+        """Append the waiting turn's tokens and pictures to the cropped session: room on the device is reserved."""
         turn = self._current_turn()
         turn.advance(EngineTurnState.QUEUED)
-        turn.cached_tokens = self.kv.length
+        turn.start_pictures = len(self.pictures)
         self.ticket = turn.ticket
         self.short_of_memory = False
         self.image_positions += turn.image_positions
@@ -305,7 +261,7 @@ class EngineSession(Stateful):
         text = ""
         if not is_eos:
             self.token_ids.append(token)
-            text = turn.answer_text.push(token)
+            text = turn.answer_text.push(token, may_stop=len(turn.answer_ids) > turn.min_tokens)
         reason = "stop" if is_eos or turn.answer_text.stopped else None
         if reason is None and len(turn.answer_ids) >= turn.max_new_tokens:
             reason = "length"
@@ -337,42 +293,22 @@ class EngineSession(Stateful):
         return Finished(turn.id, reason, turn.text, turn.answer_ids, kept_ids, turn.usage, turn.timings)
 
     def roll_back_turn(self) -> None:
-        """Remove the turn's tokens, pictures and KV: the session is as it was before the turn."""
+        """Remove the turn's tokens, pictures and KV. A turn that still waits has not changed the session."""
         turn = self._current_turn()
+        was_waiting = turn.is_waiting
         turn.advance(EngineTurnState.ROLLED_BACK)
         self.turn = None
         self.kv.most_tokens = None
-        del self.token_ids[turn.start_tokens :]
-        del self.pictures[turn.start_pictures :]
-        del self.image_positions[bisect_left(self.image_positions, turn.start_tokens) :]
-        self.kv.crop(turn.start_tokens)
+        if was_waiting:
+            return
+        self.crop(turn.start_tokens, turn.start_pictures)
+        if not turn.start_tokens:
+            self.kv.drop()  # the session is empty
 
     def _current_turn(self) -> EngineTurn:
         if self.turn is None:
             raise RuntimeError("the session has no turn")
         return self.turn
-
-
-def _rows(pictures: Iterable[SessionPicture], first: int, last: int) -> torch.Tensor | None:
-    """Return rows `first` to `last` of the concatenated features of the pictures, or None if there are none."""
-    parts = []
-    offset = 0
-    for picture in pictures:
-        if picture.features is None:
-            raise RuntimeError("a session runs before its pictures are encoded")
-        rows = picture.features.rows
-        part = rows[max(first - offset, 0) : max(last - offset, 0)]
-        offset += len(rows)
-        if len(part):
-            parts.append(part)
-    if not parts:
-        return None
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def unencoded_keys(session: EngineSession) -> tuple[str, ...]:
-    """Return the keys of the session's pictures without features, in order."""
-    return tuple(picture.key for picture in session.pictures if picture.features is None)
 
 
 def next_to_encode(sessions: Iterable[EngineSession]) -> EngineSession | None:

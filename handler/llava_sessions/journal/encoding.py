@@ -23,7 +23,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from ..chat.transcript import Blob, OpenRecord, Transcript, TurnRecord
+from ..chat.transcript import BEFORE_OPENING, Blob, OpenRecord, Transcript, TurnRecord
 
 SCHEMA = 1
 _DIGEST_CHARS = 64
@@ -64,8 +64,13 @@ def _from_base64(text: object) -> bytes:
     return base64.b64decode(text, validate=True)  # its error is a ValueError
 
 
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
 _Picture = Annotated[bytes, BeforeValidator(_from_base64)]
 _Count = Annotated[int, Field(ge=0)]
+_Groups = Annotated[tuple[_Count, ...], BeforeValidator(_as_tuple)]
 _Time = Annotated[float, Field(ge=0, le=_MAX_TIME_S)]
 
 
@@ -92,6 +97,8 @@ class _OpenFields(_Fields):
     token_ids: list[_Count]
     image_tokens: int
     retry_key: str | None
+    history_turns: _Count = 0
+    groups: _Groups = ()
 
 
 class _TurnFields(_Fields):
@@ -101,6 +108,8 @@ class _TurnFields(_Fields):
     retry_key: str | None
     text: str
     facts: dict[str, Any]
+    base_turns: Annotated[int, Field(ge=BEFORE_OPENING)] | None = None
+    groups: _Groups = ()
 
 
 class _OwnerFields(_Fields):
@@ -132,7 +141,10 @@ def encode(
     whole: dict[str, Any] = {"schema": SCHEMA, "session_id": session_id, "number": number, "after": after}
     if epoch:
         whole["epoch"] = epoch
-    return _seal({**whole, "record": fields.model_dump()}, [picture.data for picture in record.pictures])
+    # Fields of later versions are left out at their defaults, so that those records are as in earlier versions.
+    return _seal(
+        {**whole, "record": fields.model_dump(exclude_defaults=True)}, [picture.data for picture in record.pictures]
+    )
 
 
 def read_transcript(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..chat.transcript import BlobPool, Transcript
-from ..config import ConfigError
+from ..config_file import ConfigError
 from ..errors import describe
 from .appender import Records
 from .claims import AlreadyClaimed, JournalError, JournalUnavailable, NotFound, claim
@@ -224,7 +224,7 @@ class Journal:
         """
         if not self._writers:
             return _done(SaveOutcome.STORED)
-        records: Records = (transcript.opening, *transcript.turns)
+        records: Records = (transcript.opening, *transcript.log)
         key = key_of(transcript.opening.session_id)
         owner = self._owners.own(key, self._instance, transcript.opening.expires_at_s)
 

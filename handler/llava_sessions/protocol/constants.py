@@ -9,6 +9,11 @@ SESSION_HEADER = "X-Amzn-SageMaker-Session-Id"
 NEW_SESSION_HEADER = "X-Amzn-SageMaker-New-Session-Id"
 CLOSED_SESSION_HEADER = "X-Amzn-SageMaker-Closed-Session-Id"
 INFERENCE_HEADER = "X-Amzn-SageMaker-Inference-Id"
+# The operation that a client called, as SageMaker names it to the container, and the one that streams.
+FORWARDED_API_HEADER = "X-Amzn-SageMaker-Forwarded-Api"
+STREAMING_API = "InvokeEndpointWithResponseStream"
+# TorchServe's header, in lower case, with the rest of a path behind /predictions/NAME/VERSION/.
+PATH_HEADER = "url_path"
 NEW_SESSION = "NEW_SESSION"
 SESSION_ID_PATTERN = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9])*")
 SESSION_ID_MAX_CHARS = 226
@@ -26,3 +31,4 @@ REQUEST_ID_PATTERN = re.compile(r"[!-~]{16,64}")
 
 JSON_TYPE = "application/json"
 STREAM_TYPE = "application/x-ndjson"
+EVENT_STREAM_TYPE = "text/event-stream"

@@ -22,19 +22,21 @@ from .constants import (
 TOO_LARGE = "too_large"
 
 
-def _limits(info: ValidationInfo) -> RequestLimits:
+def limits_of(info: ValidationInfo) -> RequestLimits:
+    """Return the configured limits of requests."""
     return info.context if isinstance(info.context, RequestLimits) else RequestLimits()
 
 
 def _check_prompt(text: str, info: ValidationInfo) -> str:
-    if len(text) > _limits(info).max_prompt_chars:
+    if len(text) > limits_of(info).max_prompt_chars:
         raise PydanticCustomError(TOO_LARGE, "too many characters")
-    if not text.strip() or not _is_unicode(text):
+    if not text.strip() or not is_unicode(text):
         raise ValueError("empty, or with a lone surrogate")
     return text
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Return whether a text can be encoded: it has no lone surrogate."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -43,13 +45,25 @@ def _is_unicode(text: str) -> bool:
 
 
 def _check_new_tokens(count: int, info: ValidationInfo) -> int:
-    if count > _limits(info).max_new_tokens:
+    if count > limits_of(info).max_new_tokens:
         raise ValueError("above the limit")
     return count
 
 
+def _check_min_tokens(count: int, info: ValidationInfo) -> int:
+    if count > info.data.get("max_new_tokens", limits_of(info).max_new_tokens):
+        raise ValueError("above the number of new tokens")
+    return count
+
+
+def _check_unicode(text: str) -> str:
+    if not is_unicode(text):
+        raise ValueError("a lone surrogate")
+    return text
+
+
 def _check_stop(texts: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-    limits = _limits(info)
+    limits = limits_of(info)
     if not all(texts):
         raise ValueError("an empty string")
     if len(texts) > limits.max_stop_strings or any(len(text) > limits.max_stop_chars for text in texts):
@@ -59,10 +73,10 @@ def _check_stop(texts: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]
 
 def _one_or_many(value: object) -> object:
     """Read a string as an array of one."""
-    return (value,) if isinstance(value, str) else _as_tuple(value)
+    return (value,) if isinstance(value, str) else as_tuple(value)
 
 
-def _as_tuple(value: object) -> object:
+def as_tuple(value: object) -> object:
     """Make an array immutable. Leave anything else to the validation of the field."""
     return tuple(value) if isinstance(value, list) else value
 
@@ -71,9 +85,9 @@ def _at_most(limit: str) -> Callable[[object, ValidationInfo], object]:
     """Return a validator of an array's length, before its items are looked at."""
 
     def check(value: object, info: ValidationInfo) -> object:
-        if isinstance(value, list) and len(value) > getattr(_limits(info), limit):
+        if isinstance(value, list) and len(value) > getattr(limits_of(info), limit):
             raise PydanticCustomError(TOO_LARGE, "too many items")
-        return _as_tuple(value)
+        return as_tuple(value)
 
     return check
 
@@ -95,6 +109,8 @@ SessionToken = Annotated[str, Field(pattern=f"^{SESSION_TOKEN_PATTERN.pattern}$"
 RequestId = Annotated[str, Field(pattern=f"^{REQUEST_ID_PATTERN.pattern}$")]
 Prompt = Annotated[str, AfterValidator(_check_prompt)]
 NewTokens = Annotated[int, Field(ge=1), AfterValidator(_check_new_tokens)]
+MinTokens = Annotated[int, Field(ge=0), AfterValidator(_check_min_tokens)]
+Answer = Annotated[str, AfterValidator(_check_unicode)]
 Stop = Annotated[tuple[str, ...], Field(fail_fast=True), BeforeValidator(_one_or_many), AfterValidator(_check_stop)]
 Images = Annotated[tuple[str, ...], Field(min_length=1, fail_fast=True), BeforeValidator(_at_most("max_pictures"))]
 Frames = Annotated[tuple[str, ...], Field(min_length=1, fail_fast=True), BeforeValidator(_at_most("max_frames"))]

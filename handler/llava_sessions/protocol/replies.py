@@ -1,12 +1,15 @@
-"""Bodies and headers of replies. Pure."""
+"""Bodies and headers of replies, and the forms that a turn's reply can have. Pure."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+from ..errors import Refused
 from ..ipc.messages import Timings, Usage
-from .constants import NEW_SESSION_HEADER, SESSION_HEADER
+from .constants import NEW_SESSION_HEADER, SESSION_HEADER, STREAM_TYPE
 
 Body = dict[str, Any]
 
@@ -62,3 +65,63 @@ def answer_facts(
 def line(body: Body) -> str:
     """Return one line of a streamed answer."""
     return json.dumps(body, ensure_ascii=False) + "\n"
+
+
+class ReplyForm(Protocol):
+    """How the answer of a turn, or an error, becomes the body of a reply.
+
+    `pieces`: texts that became certain since the last chunk. `is_first`: no chunk with text has been made yet.
+    """
+
+    @property
+    def stream_type(self) -> str:
+        """The content type of a streamed answer."""
+
+    def chunk(self, pieces: Sequence[str], is_first: bool) -> str:
+        """Return the next chunk of a stream; "" for no pieces."""
+
+    def last_chunk(self, pieces: Sequence[str], is_first: bool, facts: Body) -> str:
+        """Return the last chunk of a stream. `facts`: of `answer_facts`."""
+
+    def whole(self, text: str, facts: Body) -> Body:
+        """Return the body of an answer that is not streamed."""
+
+    def status(self, refused: Refused) -> int:
+        """Return the HTTP status of an error."""
+
+    def error(self, refused: Refused) -> Body:
+        """Return the body of an error."""
+
+    def error_chunk(self, refused: Refused, is_stream: bool) -> str:
+        """Return an error as the end of a reply whose status has been sent."""
+
+
+@dataclass(frozen=True)
+class NativeForm:
+    """The form of the native protocol: JSON lines with one `delta` for each piece."""
+
+    stream_type: str = STREAM_TYPE
+
+    def chunk(self, pieces: Sequence[str], is_first: bool) -> str:
+        """Return one line for each piece."""
+        return "".join(line({"delta": text}) for text in pieces)
+
+    def last_chunk(self, pieces: Sequence[str], is_first: bool, facts: Body) -> str:
+        """Return the remaining lines, the last one with the facts."""
+        return self.chunk(pieces, is_first) + line({"delta": "", **facts})
+
+    def whole(self, text: str, facts: Body) -> Body:
+        """Return the text and the facts."""
+        return {"response_text": text, **facts}
+
+    def status(self, refused: Refused) -> int:
+        """Return the status of the error's code."""
+        return refused.status
+
+    def error(self, refused: Refused) -> Body:
+        """Return the code and the message."""
+        return refused.body()
+
+    def error_chunk(self, refused: Refused, is_stream: bool) -> str:
+        """Return one line."""
+        return line(refused.body())

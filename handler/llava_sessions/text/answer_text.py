@@ -28,15 +28,18 @@ class AnswerText:
         self._held = ""
         self.stopped = False
 
-    def push(self, token_id: int) -> str:
-        """Append a token; return the text that is now certain. Sets `stopped` once a stop string is complete."""
+    def push(self, token_id: int, may_stop: bool = True) -> str:
+        """Append a token; return the text that is now certain. Sets `stopped` once a stop string is complete.
+
+        Without `may_stop` a stop string that this token completes is text like any other.
+        """
         self._token_ids.append(token_id)
         text = self._decode_more()
         if not self._returned and not self._held:
             text = text.lstrip()
         self._held += text
         cut = min((at for at in map(self._held.find, self._stop) if at >= 0), default=-1)
-        if cut >= 0:
+        if may_stop and cut >= 0:
             self.stopped = True
             return self._held[:cut]
         kept = max((_overlap(self._held, stop) for stop in self._stop), default=0)

@@ -6,6 +6,8 @@ a hub ID.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +40,17 @@ def find_checkpoint(name: str) -> Path:
     from huggingface_hub import snapshot_download  # here, because few servers need it
 
     return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]))
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a short name of a checkpoint, for OpenAI's clients: the same for the same configuration and weights."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            digest.update(f"{path.name} {path.stat().st_size} ".encode())
+    with contextlib.suppress(OSError):
+        digest.update((folder / CONFIG).read_bytes())
+    return f"fp_{digest.hexdigest()[:10]}"
 
 
 def refuse_unsupported(folder: Path) -> None:

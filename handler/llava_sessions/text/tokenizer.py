@@ -27,10 +27,19 @@ class PromptTokenizer:
         self._literal = copy.deepcopy(tokenizer)
         self._literal.split_special_tokens = True
         self._specials = _pattern_of_specials(tokenizer)
-        # Whether text after a special token is encoded like the start of a text. True for older forms of SentencePiece.
+        # Older forms of SentencePiece encode text after a special token like the start of a text.
         at_start = self._ids(tokenizer, "a")
         after_special = self._ids(tokenizer, image_token + "a")[1:]
-        self._restarts_after_special = after_special == at_start
+        self._anchor_after_special = "" if after_special == at_start else ANSWER_END
+        # Tokens that the tokenizer appends to every text.
+        with_specials: list[int] = tokenizer("a")["input_ids"]
+        lengths = range(len(with_specials), 0, -1)
+        end = next((n for n in lengths if with_specials[:n][-len(at_start) :] == at_start), len(with_specials))
+        self._end_tokens = len(with_specials) - end
+
+    def copy(self) -> PromptTokenizer:
+        """Return a copy for another thread."""
+        return copy.deepcopy(self)
 
     def token_id(self, token: str) -> int:
         """Return the ID of a token."""
@@ -45,6 +54,16 @@ class PromptTokenizer:
         bos = self._tokenizer.bos_token
         add_special_tokens = not (bos and rendered.startswith(bos))
         return list(self._tokenizer(rendered, add_special_tokens=add_special_tokens)["input_ids"])
+
+    def encode_whole(self, rendered: str, literals: dict[str, str]) -> list[int]:
+        """Return the token IDs of a conversation from its start, which something follows. `literals`: as below."""
+        bos = self._tokenizer.bos_token
+        adds = not (bos and rendered.startswith(bos))
+        if not literals:
+            ids: list[int] = self._tokenizer(rendered, add_special_tokens=adds)["input_ids"]
+            return ids[: len(ids) - self._end_tokens] if adds else ids
+        start: list[int] = self._tokenizer("", add_special_tokens=True)["input_ids"] if adds else []
+        return start[: len(start) - self._end_tokens] + self._encode_parts(rendered, literals, first_anchor="")
 
     def hide_specials(self, text: str) -> tuple[str, dict[str, str]]:
         """Replace the special tokens in a user's text by placeholders; return the text and `{placeholder: token}`.
@@ -68,15 +87,18 @@ class PromptTokenizer:
         """
         if not literals:
             return self._ids_after(self._tokenizer, anchor, rendered)
+        first_anchor = ANSWER_END if anchor == ANSWER_END else self._anchor_after_special
+        return self._encode_parts(rendered, literals, first_anchor)
+
+    def _encode_parts(self, rendered: str, literals: dict[str, str], first_anchor: str) -> list[int]:
+        """Return the token IDs of text and special tokens. `first_anchor`: for text before the first special token."""
         ids: list[int] = []
         for part in filter(None, self._specials.split(rendered)):
             if self._specials.fullmatch(part):
                 ids.append(self.token_id(part))
                 continue
             part = _PLACEHOLDER.sub(lambda match: literals.get(match.group(), match.group()), part)
-            follows_text = not ids and anchor == ANSWER_END
-            part_anchor = ANSWER_END if follows_text or not self._restarts_after_special else ""
-            ids += self._ids_after(self._literal, part_anchor, part)
+            ids += self._ids_after(self._literal, self._anchor_after_special if ids else first_anchor, part)
         return ids
 
     def _ids_after(self, tokenizer: Any, anchor: str, text: str) -> list[int]:

@@ -19,6 +19,8 @@ Rules that follow from them:
   had no row of its sequence.
 - By default the end header is in the reply to an end request. The worker sends that request to the frontend once the
   client has been silent for a while; the request also takes the waiting thread.
+- A sequence that the frontend made for one request is ended sooner: no client knows its ID, so that no request of a
+  client meets the end request.
 - The end header is in the client's own reply if no client knows the ID (the frontend made it for a request that is
   rejected), or if so many sequences wait for their end that places for others would be short.
 """
@@ -49,8 +51,9 @@ LINGER_S = 1.5
 # The frontend compares header names with case, clients do not. Only the exact spelling ends a sequence.
 _CLOSED_HEADER_FOR_CLIENTS = CLOSED_SESSION_HEADER.lower()
 _END_REQUEST_HEADER = "x-llava-end-sequence"
-# One end request waits for a step of the handler, and several share a step.
-_SENDER_THREADS = 4
+# One end request waits for a step of the handler, and several share a step. Each request without a session needs one if
+# its answer takes more than a step.
+_SENDER_THREADS = 16
 # Attempts for each sequence: a busy machine misses a timeout, and a sequence that is not ended keeps its place.
 _SENDER_ATTEMPTS = 3
 _SENDER_TIMEOUT_S = 10.0
@@ -92,6 +95,7 @@ class SequenceReaper:
         self._linger_s = LINGER_S if linger_s is None else linger_s
         self._clock = clock
         self._waiting: dict[str, None] = {}  # sequences to end, in this order
+        self._fresh: set[str] = set()  # those of them that no client knows
         self._in_step: set[str] = set()  # sequences with a row in the current step
         self._last_used_s: dict[str, float] = {}  # end of the latest earlier step with a row of it; oldest first
 
@@ -100,9 +104,11 @@ class SequenceReaper:
         name, value = self._ender.mark
         return row.headers.get(name) == value
 
-    def end(self, sequence_id: str) -> None:
-        """End the sequence once no row uses it."""
+    def end(self, sequence_id: str, fresh: bool = False) -> None:
+        """End the sequence once no row uses it. `fresh`: the frontend made its ID, which no client knows."""
         self._waiting[sequence_id] = None
+        if fresh:
+            self._fresh.add(sequence_id)
 
     def begin_step(self, sequence_ids: Iterable[str]) -> None:
         """Begin a step whose rows belong to these sequences."""
@@ -118,14 +124,16 @@ class SequenceReaper:
         self.sweep(())
 
     def sweep(self, pending: Iterable[str]) -> None:
-        """Send end requests for sequences that have been idle for `linger_s`.
+        """Send end requests for sequences that have been idle for `linger_s`, or `quiet_s` if no client knows them.
 
         `pending` are the sequences of rows that have no final reply yet: they take part in further steps.
         """
         self._forget_idle()
-        in_use = {*self._last_used_s, *pending}
+        recent = {one for one in self._last_used_s if one not in self._fresh or not self._is_quiet(one)}
+        in_use = {*recent, *pending}
         for sequence in [waiting for waiting in self._waiting if waiting not in in_use]:
             del self._waiting[sequence]
+            self._fresh.discard(sequence)
             self._ender.end(sequence)
 
     def release(self, row: Row, steps: int, final: Reply, own: bool, alone: bool) -> None:
@@ -144,11 +152,12 @@ class SequenceReaper:
         if may_end_now and self._prefers_now(row):
             final.headers[CLOSED_SESSION_HEADER] = sequence
             self._waiting.pop(sequence, None)
+            self._fresh.discard(sequence)
             return
         if closed is not None:
             final.headers[_CLOSED_HEADER_FOR_CLIENTS] = closed
         for sequence_id in sorted(ended):
-            self.end(sequence_id)
+            self.end(sequence_id, fresh=row.fresh and sequence_id == sequence)
 
     def _prefers_now(self, row: Row) -> bool:
         never_reused = row.fresh or self.is_ours(row)

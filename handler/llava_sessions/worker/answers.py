@@ -14,7 +14,9 @@ from ..chat.transcript import TurnRecord, short_id
 from ..ipc.messages import Delta, Finished, TurnAdmitted
 from ..journal.journal import Journal, SaveOutcome
 from ..protocol import replies
+from ..protocol.requests import Ask
 from .context import WorkerContext
+from .conversations import Conversations
 from .openings import outcome_of
 from .pending import session_moved
 from .sessions import Turn, TurnState
@@ -26,9 +28,10 @@ log = logging.getLogger(__name__)
 class Answers:
     """Streams, stores and acknowledges answers."""
 
-    def __init__(self, context: WorkerContext, turns: Turns) -> None:
+    def __init__(self, context: WorkerContext, turns: Turns, conversations: Conversations) -> None:
         self._context = context
         self._turns = turns
+        self._conversations = conversations
 
     def on_admitted(self, event: TurnAdmitted) -> None:
         """Commit the large requests of a turn that the engine has admitted to status 200."""
@@ -53,14 +56,31 @@ class Answers:
             return
         turn.advance(TurnState.STORING)
         session = turn.session
+        session.picture_keys = turn.picture_keys
         session.engine_losses = 0
-        token_ids = event.answer_ids if turn.ask.return_token_ids else None
+        self._context.counters.add_tokens(event.usage)
+        self._context.counters.add_times(event.usage, event.timings, turn.submitted_s - turn.arrived_s)
+        wants_ids = isinstance(turn.ask, Ask) and turn.ask.return_token_ids
+        token_ids = event.answer_ids if wants_ids else None
         facts = replies.answer_facts(session.id, event.reason, event.usage, event.timings, token_ids)
-        record = TurnRecord(turn.prompt_ids, event.kept_ids, turn.blobs, turn.ask.stored_key, event.text, facts)
+        record = TurnRecord(
+            prompt_ids=turn.prompt_ids,
+            answer_ids=event.kept_ids,
+            pictures=turn.blobs,
+            retry_key=turn.ask.stored_key,
+            text=event.text,
+            facts=facts,
+            base_turns=turn.base_turns,
+            groups=turn.groups,
+        )
         turn.record = record
+        if turn.prompt is not None:
+            self._conversations.finished(session, turn.prompt, turn.kept_tokens, event.kept_ids)
+            self._reply(turn, record, durable=False)
+            return
         session.known_transcript.append(record)
         saved = self._context.journal.save(session.known_transcript)
-        turns = len(session.known_transcript.turns)
+        turns = len(session.known_transcript.log)
         self._context.inbox.when_done(saved, partial(self._saved, turn, record, turns))
 
     def overdue(self, turn: Turn) -> None:
@@ -87,13 +107,15 @@ class Answers:
 
     def _reply(self, turn: Turn, record: TurnRecord, durable: bool) -> None:
         session = turn.session
-        if turn.ask.retry_key is not None and turn.ask.stored_key is None:
-            session.add_labelled(turn.ask.retry_key, len(session.known_transcript.turns) - 1, self._context.clock())
+        is_labelled = turn.ask.retry_key is not None and turn.ask.stored_key is None
+        if turn.ask.retry_key is not None and is_labelled and session.conversation is None:
+            session.add_labelled(turn.ask.retry_key, len(session.known_transcript.log) - 1, self._context.clock())
         self._context.counters.turns += 1
         facts = answer_facts(self._context.journal, record, durable)
         self._turns.end(turn)
         for pending in turn.pending:
             pending.answer(record.text, facts)
+        self._context.counters.add_duration(self._context.monotonic() - turn.arrived_s)
         usage = facts["usage"]
         timings = facts["timings"]
         log.info(

@@ -11,7 +11,9 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from ..config import RequestLimits
-from ..protocol.requests import Open, Request, parse, session_in_header
+from ..protocol.openai import Chat, OpenAIForm
+from ..protocol.parsing import Request, parse
+from ..protocol.requests import Ask, Cancel, Close, Open, session_in_header
 from .inbox import Inbox
 from .pending import PendingRequest
 
@@ -33,12 +35,21 @@ class Arrivals:
     """
 
     def __init__(
-        self, inbox: Inbox, limits: RequestLimits, max_body_bytes: int, executor: Executor | None = None
+        self,
+        inbox: Inbox,
+        limits: RequestLimits,
+        max_body_bytes: int,
+        executor: Executor | None = None,
+        allow_system: bool = True,
     ) -> None:
-        """`max_body_bytes`: a longer body is rejected unread. `executor` parses large bodies instead of a thread."""
+        """`max_body_bytes`: a longer body is rejected unread. `executor` parses large bodies instead of a thread.
+
+        `allow_system`: whether a client may send system messages.
+        """
         self._inbox = inbox
         self._limits = limits
         self._max_body_bytes = max_body_bytes
+        self._allow_system = allow_system
         self._executor = executor or ThreadPoolExecutor(_PARSING_THREADS, thread_name_prefix="parse")
         self._waiting: dict[str, deque[_Arrival]] = {}
 
@@ -64,7 +75,12 @@ class Arrivals:
                 if arrival.pending.disconnected:
                     continue
                 try:
-                    start(arrival.pending, arrival.parsed.result())
+                    request = arrival.parsed.result()
+                    if isinstance(request, Chat):
+                        arrival.pending.form = OpenAIForm(
+                            is_sse=request.is_sse
+                        )  # of an error, until the answer's is set
+                    start(arrival.pending, request)
                 except Exception as error:
                     arrival.pending.refuse(error)
             if not queue:
@@ -78,7 +94,7 @@ class Arrivals:
                     arrival.parsed.cancel()
 
     def _parse(self, pending: PendingRequest, body: object) -> Request:
-        return parse(body, pending.row.headers, self._limits, self._max_body_bytes)
+        return parse(body, pending.row.headers, self._limits, self._max_body_bytes, self._allow_system)
 
 
 def _session_id(pending: PendingRequest, parsed: Future[Request]) -> str:
@@ -86,5 +102,9 @@ def _session_id(pending: PendingRequest, parsed: Future[Request]) -> str:
     in_header = session_in_header(pending.row.headers)
     if in_header is None and parsed.done() and parsed.exception() is None:
         request = parsed.result()
-        in_header = request.resume if isinstance(request, Open) else request.session_id
+        match request:
+            case Open():
+                in_header = request.resume
+            case Ask() | Close() | Cancel():
+                in_header = request.session_id
     return in_header or pending.row.request_id

@@ -12,8 +12,10 @@ from ..journal.journal import Journal
 from ..text.chat_template import ChatTemplate
 from ..torchserve.sequences import SequenceEnder, SequenceReaper
 from .arrivals import Arrivals
-from .context import WorkerContext
+from .context import ServedModel, WorkerContext
+from .counters import Counters
 from .engines import CommandSink, EngineGate
+from .exporter import Histograms
 from .inbox import Inbox
 from .manager import SessionManager
 from .preparation import Preparer
@@ -42,18 +44,24 @@ def make_pump(
     media_limits: MediaLimits,
     ender: SequenceEnder,
     journal: Journal,
+    histograms: Histograms | None = None,
     timing: Timing | None = None,
     executor: Executor | None = None,
     parsing: Executor | None = None,
     fetch: Callable[[str, MediaLimits], bytes] | None = None,
+    share_pictures: bool = True,
+    allow_system: bool = True,
+    served: ServedModel | None = None,
+    places: int | None = None,
 ) -> Pump:
-    """Build a pump. Call its `recover` before the first row.
+    """Build a pump. Call its `recover` before the first row. `histograms` observe the turns.
 
     `executor` runs the preparations and `parsing` parses large bodies, instead of threads. `fetch` replaces the HTTP
-    client. All three are for tests.
+    client. All three are for tests. `share_pictures`: as in `Preparer`. `allow_system`: whether a client may
+    send system messages. `places`: sequences that the frontend can hold.
     """
     timing = timing or Timing()
-    preparer = Preparer(template, media_limits, journal, timing.clock, executor, fetch)
+    preparer = Preparer(template, media_limits, journal, timing.clock, executor, fetch, share_pictures)
     context = WorkerContext(
         gate=EngineGate(client),
         table=table,
@@ -63,16 +71,18 @@ def make_pump(
         context_tokens=context_tokens,
         clock=timing.clock,
         monotonic=timing.monotonic,
+        served=served or ServedModel(),
+        counters=Counters(histograms=histograms or Histograms()),
     )
     manager = SessionManager(context)
     # The frontend has more places than sessions. At most half of the others may wait for the end of their sequence.
-    places_left = frontend_capacity(table.max_sessions) - table.max_sessions
+    places_left = (places or frontend_capacity(table.max_sessions)) - table.max_sessions
     reaper = SequenceReaper(ender, max_waiting=places_left // 2, clock=timing.monotonic)
     return Pump(
         manager,
         inbox,
         reaper,
-        Arrivals(inbox, limits, max_body_bytes(limits, media_limits), parsing),
+        Arrivals(inbox, limits, max_body_bytes(limits, media_limits), parsing, allow_system),
         wait_s=timing.wait_s,
         close_wait_s=timing.close_wait_s,
         clock=timing.monotonic,

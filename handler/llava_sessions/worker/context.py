@@ -7,20 +7,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..journal.journal import Journal
+from .counters import Counters
 from .engines import EngineGate
 from .inbox import Inbox
 from .preparation import Preparer
 from .sessions import SessionTable
 
 
-@dataclass
-class Counters:
-    """Counts since the worker started."""
+@dataclass(frozen=True)
+class ServedModel:
+    """The model as OpenAI's clients see it. `fingerprint`: of the checkpoint. `since_s`: Unix time of the start."""
 
-    turns: int = 0
-    refusals: int = 0
-    rebuilds: int = 0
-    engine_restarts: int = 0
+    name: str = "llava"
+    fingerprint: str = ""
+    since_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -39,3 +39,4 @@ class WorkerContext:
     clock: Callable[[], float]
     monotonic: Callable[[], float] = time.monotonic
     counters: Counters = field(default_factory=Counters)
+    served: ServedModel = field(default_factory=ServedModel)

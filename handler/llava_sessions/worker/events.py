@@ -25,6 +25,7 @@ from ..ipc.messages import (
 from .answers import Answers
 from .closes import Closes
 from .context import WorkerContext
+from .conversations import Conversations
 from .openings import Openings, unload
 from .sessions import Residency, Session, SessionState
 from .turns import Turns
@@ -36,13 +37,21 @@ class EngineEvents:
     """Applies events. An acknowledged session that the engine loses stays open, and its next turn rebuilds it."""
 
     def __init__(
-        self, context: WorkerContext, *, openings: Openings, turns: Turns, answers: Answers, closes: Closes
+        self,
+        context: WorkerContext,
+        *,
+        openings: Openings,
+        turns: Turns,
+        answers: Answers,
+        closes: Closes,
+        conversations: Conversations,
     ) -> None:
         self._context = context
         self._openings = openings
         self._turns = turns
         self._answers = answers
         self._closes = closes
+        self._conversations = conversations
 
     def apply(self, event: Event) -> None:
         """Apply one event. Never raises."""
@@ -60,6 +69,7 @@ class EngineEvents:
         self._turns.engine_lost()
         for session in self._context.table:
             self._closes.freed(session)
+        self._conversations.drop_cold()
 
     def _contain(self, event: Event, error: Exception) -> None:
         """End the turn of the session that an event failed for, and take the session back from the engine."""
@@ -98,7 +108,7 @@ class EngineEvents:
         if isinstance(event, Cancelled):
             self._turns.cancelled(turn, event.reason, event)
         else:
-            self._turns.fail(turn, RuntimeError(event.error))
+            self._turns.fail(turn, _turn_error(event))
 
     def _session_event(self, session: Session, event: Admitted | Prefilled | OpenFailed | Closed) -> None:
         match event:
@@ -111,7 +121,7 @@ class EngineEvents:
                 total_ms = round(event.total_ms)
                 log.info("session_ready session=%s encode_ms=%d total_ms=%d", short_id(session.id), encode_ms, total_ms)
             case OpenFailed():
-                self._unloaded(session, RuntimeError(event.error))
+                self._unloaded(session, _turn_error(event))
             case Closed():
                 if session.is_in(SessionState.CLOSING):
                     session.unload()
@@ -141,6 +151,7 @@ class EngineEvents:
             return
         self._turns.unloaded(session, error)
         self._closes.freed(session)
+        self._conversations.drop_cold()
 
     def _session_of(self, event: Event) -> Session | None:
         """Return the session that an event is about, if it is in the table."""
@@ -149,3 +160,11 @@ class EngineEvents:
             return self._context.table.find(session_id)
         turn = self._turns.find(getattr(event, "turn_id", ""))
         return None if turn is None else turn.session
+
+
+def _turn_error(event: TurnFailed | OpenFailed) -> Exception:
+    """Return the error of a turn. Pictures are sent without arrays only if the engine seems to have their features."""
+    if event.lacks_pictures:
+        message = "The server has just released a picture of the conversation; send the request again."
+        return Refused("request_dropped", message, retry_after_s=1)
+    return RuntimeError(event.error)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Callable
 
 from ..chat.transcript import short_id
 from ..errors import Refused
-from ..ipc.messages import Memory, Report
+from ..ipc.messages import Report
 from ..metrics import MetricValues
-from ..protocol.requests import Ask, Cancel, Close, Open, Request
+from ..protocol.openai import Chat, Models, OpenAIForm
+from ..protocol.parsing import Request
+from ..protocol.requests import Ask, Cancel, Close, Open
 from .answers import Answers
+from .chats import Chats
 from .closes import Closes, drop
 from .context import WorkerContext
+from .conversations import Conversations
+from .counters import EngineMemory
 from .engines import EngineLost, EngineUp
 from .events import EngineEvents
 from .openings import Openings, unload
@@ -43,17 +49,20 @@ class SessionManager:
         self._openings = Openings(context)
         self._recovery = Recovery(context, self._openings)
         self._turns = Turns(context)
-        self._questions = Questions(context, self._turns)
+        self._conversations = Conversations(context)
+        self._questions = Questions(context, self._turns, self._conversations)
+        self._chats = Chats(context, self._turns, self._conversations)
         self._closes = Closes(context, self._openings, self._turns)
-        self._answers = Answers(context, self._turns)
+        self._answers = Answers(context, self._turns, self._conversations)
         self._events = EngineEvents(
             context,
             openings=self._openings,
             turns=self._turns,
             answers=self._answers,
             closes=self._closes,
+            conversations=self._conversations,
         )
-        self._memory = Memory()
+        self._memory = EngineMemory()
         self._longest_step_s = 0.0
         self._journal_swept_s = context.monotonic()
 
@@ -69,6 +78,10 @@ class SessionManager:
                     self._openings.start(pending, request)
                 case Ask():
                     self._questions.start(pending, request)
+                case Chat():
+                    self._start_chat(pending, request)
+                case Models():
+                    pending.reply(request.body(self._context.served.name, self._context.served.since_s))
                 case Close():
                     self._closes.start(pending, request)
                 case Cancel():
@@ -76,6 +89,17 @@ class SessionManager:
         except Refused as error:
             raise self._recovery.error_for(error) from None
         self._follow_up()
+
+    def _start_chat(self, pending: PendingRequest, chat: Chat) -> None:
+        """Start a turn of a conversation that the client has sent whole."""
+        served = self._context.served
+        completion_id = f"chatcmpl-{uuid.uuid4().hex}"
+        pending.form = OpenAIForm.of(chat, completion_id, self._context.clock(), served.name, served.fingerprint)
+        pending.streamed = chat.stream
+        if chat.session_id is None:
+            self._chats.start(pending, chat)
+        else:
+            self._questions.start(pending, chat)
 
     def disconnected(self, pending: PendingRequest) -> None:
         """Stop the work that only this request's client waited for."""
@@ -88,14 +112,14 @@ class SessionManager:
         try:
             match item:
                 case Report():
-                    self._memory = item.memory
+                    self._memory.report(item.memory)
                     self._longest_step_s = item.longest_step_s
                     for event in item.events:
                         self._events.apply(event)
                 case EngineLost():
                     self._context.gate.disconnect(item.retry_after_s)
                     self._context.counters.engine_restarts += 1
-                    self._memory = Memory()
+                    self._memory.lost()
                     self._events.engine_lost()
                 case EngineUp():
                     self._context.gate.connect(item.client)
@@ -128,7 +152,10 @@ class SessionManager:
             if self._openings.holds(session):
                 continue  # it expires after its acknowledgement
             log.info("session_expired session=%s", short_id(session.id))
-            drop(context, session, "expired")
+            if session.conversation is not None:
+                self._conversations.drop(session)
+            else:
+                drop(context, session, "expired")
         self._recovery.retry()
         self.end_overdue()
         now_s = context.monotonic()
@@ -169,30 +196,44 @@ class SessionManager:
 
     def metric_values(self) -> MetricValues:
         """Return all gauges and counters as of now."""
-        memory = self._memory
+        engine = self._memory
+        memory = engine.now
         context = self._context
         counters = context.counters
+        turns = self._turns.all()
         return MetricValues(
             open_sessions=len(context.table),
-            running_turns=sum(session.turn is not None for session in context.table),
+            running_turns=len(turns),
+            num_requests_running=memory.running_turns,
+            num_requests_waiting=memory.waiting_turns + sum(turn.is_in(TurnState.PREPARING) for turn in turns),
             resident_sessions=memory.resident,
-            parked_sessions=memory.offloaded,
+            offloaded_sessions=memory.offloaded,
             cold_sessions=memory.cold,
+            session_ttl_seconds=context.table.ttl_s,
             features_bytes=memory.features_bytes,
             kv_bytes=memory.kv_bytes,
-            parked_bytes=memory.offloaded_bytes,
+            kv_cache_usage_ratio=engine.kv_usage,
+            offloaded_bytes=memory.offloaded_bytes,
             device_bytes=memory.allocated_bytes or memory.features_bytes + memory.kv_bytes,
             media_held_bytes=context.journal.blobs.held_bytes,
+            opens_total=counters.opens,
             turns_total=counters.turns,
-            refusals_total=counters.refusals,
+            prompt_tokens_total=counters.prompt_tokens,
+            cached_tokens_total=counters.cached_tokens,
+            generation_tokens_total=counters.generation_tokens,
+            refusals_total=dict(counters.refusals),
+            evictions_total={"offload": engine.count("offloads"), "drop": engine.count("drops")},
+            restores_total=engine.count("restores"),
             rebuilds_total=counters.rebuilds,
+            pictures_encoded_total=engine.count("pictures_encoded"),
+            picture_hits_total=engine.count("picture_hits"),
             engine_restarts_total=counters.engine_restarts,
             journal_failures_total=context.journal.failures_total,
         )
 
-    def count_refusal(self) -> None:
+    def count_refusal(self, code: str) -> None:
         """Count a request that was answered with an error."""
-        self._context.counters.refusals += 1
+        self._context.counters.refusals[code] += 1
 
     def _follow_up(self) -> None:
         """Drop sessions that the journal cannot give back, and start retries whose stopped turn is done."""
@@ -205,6 +246,8 @@ class SessionManager:
                 unload(self._context, session)
                 self._context.table.end(session, reason)
                 self._closes.lost(session)
+        for session, kept_tokens in self._turns.take_unfinished():
+            self._conversations.unfinished(session, kept_tokens)
         for pending, ask in self._turns.take_retries():
             if pending.disconnected:
                 continue

@@ -147,7 +147,7 @@ class Openings:
             return
         if session.transcript is None:
             session.transcript = transcript
-            session.stored_turns = len(transcript.turns)
+            session.stored_turns = len(transcript.log)
         _acknowledge(pending, session)
 
     def _prepare(self, opening: _Opening) -> Future[Any]:
@@ -155,7 +155,7 @@ class Openings:
         request = opening.request
         context = self._context
         if request.resume is None:
-            return context.preparer.open(request, digest_of(request.session_token))
+            return context.preparer.open(request, opening.session.id, digest_of(request.session_token))
         token_digest = digest_of(request.session_token)
         transcript = None
         if context.table.find(request.resume) is not None:
@@ -180,6 +180,7 @@ class Openings:
                 raise Refused("invalid_request", "The client has left.")  # no client receives it
             self._context.gate.submit(rebuild.command(session.id))
             session.transcript = rebuild.transcript
+            session.picture_keys = rebuild.picture_keys
             session.advance(Residency.LOADING)
         except Exception as error:
             self._reject(opening, error)
@@ -217,8 +218,9 @@ class Openings:
         del self._openings[opening.session.id]
         session = opening.session
         transcript = session.known_transcript
+        self._context.counters.opens += 1
         if durable:
-            session.stored_turns = len(transcript.turns)
+            session.stored_turns = len(transcript.log)
         if opening.resumed is not None:
             unload(self._context, opening.resumed)
             self._context.table.end(opening.resumed, "closed")
@@ -262,11 +264,17 @@ def _new_transcript(opening: _Opening, prepared: PreparedOpen | Rebuild, context
         blobs = prepared.transcript.opening.pictures
         turns = prepared.transcript.turns
         pictures = prepared.pictures
+        history_turns = prepared.transcript.opening.history_turns
+        groups = prepared.transcript.opening.groups
+        scope = prepared.scope
     else:
         source = prepared.opening
         blobs = prepared.blobs
         turns = ()
         pictures = prepared.opening.pictures
+        history_turns = prepared.history_turns
+        groups = prepared.groups
+        scope = context.preparer.scope(session.id, session.token_digest)
     record = OpenRecord(
         session_id=session.id,
         opened_at_s=now_s,
@@ -277,8 +285,10 @@ def _new_transcript(opening: _Opening, prepared: PreparedOpen | Rebuild, context
         token_ids=source.token_ids,
         image_tokens=source.image_tokens,
         retry_key=opening.request.stored_key,
+        history_turns=history_turns,
+        groups=groups,
     )
-    return Rebuild(Transcript(record, turns), pictures)
+    return Rebuild(Transcript(record, turns), pictures, scope)
 
 
 def _session_id(pending: PendingRequest) -> str:
@@ -296,7 +306,7 @@ def _acknowledge(pending: PendingRequest, session: Session, durable: bool | None
         session.expires,
         transcript.opening.image_tokens,
         len(transcript.opening.token_ids),
-        len(transcript.turns),
+        transcript.opening.history_turns + len(transcript.turns),
         durable,
     )
     pending.reply(body, replies.session_headers(session.id, session.expires))

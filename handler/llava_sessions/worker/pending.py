@@ -12,8 +12,10 @@ from typing import Any
 from ..errors import Refused
 from ..journal.journal import AlreadyClaimed, JournalUnavailable, NotFound
 from ..media.limits import MediaError
-from ..protocol import replies
-from ..protocol.constants import JSON_TYPE, STREAM_TYPE
+from ..protocol.constants import JSON_TYPE
+from ..protocol.openai import OpenAIForm, RefusedChat
+from ..protocol.parsing import openai_path
+from ..protocol.replies import NativeForm, ReplyForm
 from ..torchserve.batch import Reply, Row
 
 log = logging.getLogger(__name__)
@@ -30,8 +32,8 @@ class PendingRequest:
 
     TorchServe sends a held row again in every step, with its whole body of `body_bytes`. Its first chunk ends that.
     `steps` counts the steps that ended without the last reply. `head_sent`: the status line has been sent.
-    `disconnected`: the client has left, so no reply reaches it. `arrived_s`: arrival by the pump's clock. `final` is
-    the last reply, once it is known.
+    `disconnected`: the client has left, so no reply reaches it. `arrived_s`: arrival by the pump's clock. `form` makes
+    the bodies of the reply. `final` is the last reply, once it is known.
     """
 
     row: Row
@@ -41,9 +43,10 @@ class PendingRequest:
     head_sent: bool = False
     disconnected: bool = False
     arrived_s: float = 0.0
+    form: ReplyForm = field(default_factory=NativeForm)
     refusal: Refused | None = None
     final: Reply | None = None
-    _chunks: list[str] = field(default_factory=list)
+    _output: _Output = field(default_factory=lambda: _Output())
     _is_committed: bool = False
 
     @property
@@ -59,62 +62,99 @@ class PendingRequest:
     @property
     def has_output(self) -> bool:
         """Whether the next step has something to send."""
-        return bool(self._chunks) or self.final is not None or self.must_begin
+        return bool(self._output.pieces) or self.final is not None or self.must_begin
 
     @property
     def content_type(self) -> str:
         """The content type of a reply that begins with a chunk."""
-        return STREAM_TYPE if self.streamed else JSON_TYPE
+        return self.form.stream_type if self.streamed else JSON_TYPE
 
     def commit(self) -> None:
         """Commit a large request to status 200: from now on an error is a body, not a status."""
         self._is_committed = self.is_large
 
-    def take_chunks(self) -> str:
-        """Return the chunks that have not been sent, and clear them."""
-        text = "".join(self._chunks)
-        self._chunks.clear()
-        return text
+    def take_chunk(self) -> str:
+        """Return the next chunk of a stream: all text that has not been sent."""
+        return self._output.chunk(self.form)
 
-    def restore(self, chunks: list[str], final: Reply | None) -> None:
-        """Take over output that could not be sent."""
-        self._chunks = list(chunks)
-        self.final = final
+    def take_final(self) -> Reply:
+        """Return the last reply. In a stream it has all text that has not been sent."""
+        if self.final is None:
+            raise RuntimeError("the request has no last reply yet")
+        if self._output.facts is not None:
+            self.final.body = self._output.last_chunk(self.form)
+        elif self.refusal is not None and self.head_sent:
+            self.final.body = self.take_chunk() + self.form.error_chunk(self.refusal, self.streamed)
+        return self.final
 
     def stream(self, text: str) -> None:
         """Add text of the answer, if the client asked for a stream."""
         if self.streamed and text:
-            self._chunks.append(replies.line({"delta": text}))
+            self._output.pieces.append(text)
 
     def reply(self, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
         """Set the last reply: one JSON body."""
         self._finish(Reply(json.dumps(body, ensure_ascii=False), headers=headers or {}))
 
     def answer(self, text: str, facts: dict[str, Any]) -> None:
-        """Set the last reply of a question: the last line of a stream, or one body with the whole answer."""
+        """Set the last reply of a question: the end of a stream, or one body with the whole answer."""
         if self.streamed:
-            self._end_stream({"delta": "", **facts})
+            self._finish(Reply("", more=False, content_type=self.form.stream_type))
+            self._output.facts = facts
         else:
-            self.reply({"response_text": text, **facts})
+            self.reply(self.form.whole(text, facts))
 
     def refuse(self, error: Exception) -> None:
-        """Set the last reply to an error: with its own status, or as the last line if the status has been sent."""
+        """Set the last reply to an error: with its own status, or as the end of a reply whose status has been sent."""
         self.refusal = refusal_of(error)
+        if isinstance(error, RefusedChat) and not isinstance(self.form, OpenAIForm):
+            self.form = OpenAIForm()  # only the body showed that the request is in OpenAI's words
         if self.head_sent:
-            self._end_stream(self.refusal.body())
+            self._finish(Reply("", more=False, content_type=self.content_type))
             return
-        self._chunks.clear()
+        self._output.pieces.clear()
         retry_after_s = self.refusal.retry_after_s
         headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
-        self._finish(Reply(json.dumps(self.refusal.body()), status=self.refusal.status, headers=headers))
+        body = json.dumps(self.form.error(self.refusal))
+        self._finish(Reply(body, status=self.form.status(self.refusal), headers=headers))
 
-    def _end_stream(self, line: dict[str, Any]) -> None:
-        self._finish(Reply(replies.line(line), more=False, content_type=STREAM_TYPE))
+    def dropped(self) -> _Dropped:
+        """Return the state of the reply. Text of an unfinished answer is left out: its turn ends with the request."""
+        return _Dropped(
+            body_bytes=self.body_bytes,
+            steps=self.steps,
+            streamed=self.streamed,
+            head_sent=self.head_sent,
+            form=self.form,
+            refusal=self.refusal,
+            output=_Output(has_begun=self._output.has_begun) if self.final is None else self._output,
+            final=self.final,
+        )
 
     def _finish(self, final: Reply) -> None:
         if self.final is not None:
             raise RuntimeError("the request has its last reply already")
         self.final = final
+
+
+@dataclass
+class _Output:
+    """What a stream has not sent. `facts`: of its last chunk, once they are known. `has_begun`: text has been sent."""
+
+    pieces: list[str] = field(default_factory=list)
+    facts: dict[str, Any] | None = None
+    has_begun: bool = False
+
+    def chunk(self, form: ReplyForm) -> str:
+        """Return the chunk of all pieces, and clear them."""
+        chunk = form.chunk(self.pieces, is_first=not self.has_begun)
+        self.has_begun = self.has_begun or bool(chunk)
+        self.pieces.clear()
+        return chunk
+
+    def last_chunk(self, form: ReplyForm) -> str:
+        """Return the chunk that ends the stream."""
+        return form.last_chunk(self.pieces, is_first=not self.has_begun, facts=self.facts or {})
 
 
 @dataclass(frozen=True)
@@ -125,8 +165,21 @@ class _Dropped:
     steps: int
     streamed: bool
     head_sent: bool
-    chunks: list[str]
+    form: ReplyForm
+    refusal: Refused | None
+    output: _Output
     final: Reply | None
+
+    def restore(self, pending: PendingRequest) -> None:
+        """Give the state to the request, whose client is connected after all."""
+        pending.body_bytes = self.body_bytes
+        pending.steps = self.steps
+        pending.streamed = self.streamed
+        pending.head_sent = self.head_sent
+        pending.form = self.form
+        pending.refusal = self.refusal
+        pending.final = self.final
+        pending._output = self.output
 
 
 class PendingTable:
@@ -152,13 +205,11 @@ class PendingTable:
         """
         body_bytes = len(row.body) if isinstance(row.body, str | bytes | bytearray) else 0
         pending = self._pending[row.request_id] = PendingRequest(replace(row, body=b""), body_bytes)
+        if openai_path(row.headers) is not None:
+            pending.form = OpenAIForm()
         dropped = self._dropped.pop(row.request_id, None)
         if dropped is not None:
-            pending.body_bytes = dropped.body_bytes
-            pending.steps = dropped.steps
-            pending.streamed = dropped.streamed
-            pending.head_sent = dropped.head_sent
-            pending.restore(dropped.chunks, dropped.final)
+            dropped.restore(pending)
         return pending, dropped is not None
 
     def remove(self, pending: PendingRequest) -> None:
@@ -169,14 +220,7 @@ class PendingTable:
         """Remove and return the requests that TorchServe does not list any more: their clients have left."""
         missing = [self._pending.pop(request_id) for request_id in self._pending.keys() - active]
         for pending in missing:
-            self._dropped[pending.row.request_id] = _Dropped(
-                body_bytes=pending.body_bytes,
-                steps=pending.steps,
-                streamed=pending.streamed,
-                head_sent=pending.head_sent,
-                chunks=[] if pending.final is None else [pending.take_chunks()],
-                final=pending.final,
-            )
+            self._dropped[pending.row.request_id] = pending.dropped()
         while len(self._dropped) > _DROPPED_KEPT:
             self._dropped.popitem(last=False)
         return missing

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
 
 from ..chat.transcript import Blob, BlobPool
 from ..config import MediaLimits
+from ..ipc.messages import PreparedPicture
 from ..media.budget import PixelBudget
 from ..media.decoder import load_bytes, read_header
 from ..media.limits import check_request_pixels
@@ -19,6 +22,42 @@ from ..text.pictures import PicturePreparer, Prepared, joined
 
 T = TypeVar("T")
 Fetch = Callable[[str, MediaLimits], bytes]
+
+
+# Characters of the tokens of pictures that are remembered: about 1,000 pictures of 2,880 tokens.
+_KNOWN_CHARS = 20_000_000
+
+
+class _KnownPictures:
+    """Pictures that were prepared before, without their arrays: their keys and tokens. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[tuple[str, bool], Prepared] = OrderedDict()  # by key, and whether it is alone
+        self._chars = 0
+        self._lock = threading.Lock()
+
+    def get(self, key: str, alone: bool) -> Prepared | None:
+        """Return a picture without arrays, or None if it is not known."""
+        with self._lock:
+            found = self._known.get((key, alone))
+            if found is not None:
+                self._known.move_to_end((key, alone))
+            return found
+
+    def add(self, key: str, alone: bool, prepared: Prepared) -> None:
+        """Remember a prepared picture."""
+        pictures = tuple(PreparedPicture(picture.key, {}) for picture in prepared.pictures)
+        with self._lock:
+            if (key, alone) in self._known:
+                return
+            self._known[key, alone] = Prepared(pictures, prepared.tokens)
+            self._chars += _chars(prepared)
+            while self._chars > _KNOWN_CHARS:
+                self._chars -= _chars(self._known.popitem(last=False)[1])
+
+
+def _chars(prepared: Prepared) -> int:
+    return sum(len(tokens) for tokens in prepared.tokens)
 
 
 class PictureLoader:
@@ -31,6 +70,7 @@ class PictureLoader:
         self._blobs = blobs
         self._fetch = fetch
         self._pixels = PixelBudget(limits.max_pixels)
+        self._known = _KnownPictures()
 
     def load(self, sources: tuple[PictureSource, ...]) -> tuple[Blob, ...]:
         """Return the encoded pictures of a request. Raise `MediaError` unless all headers are within the limits."""
@@ -38,21 +78,48 @@ class PictureLoader:
         check_request_pixels(sum(read_header(blob.data, self._limits).pixels for blob in blobs), self._limits)
         return blobs
 
-    def prepare(self, blobs: tuple[Blob, ...], token_digest: str | None) -> Prepared:
-        """Prepare the pictures of one request of a session with this token."""
+    def load_conversation(
+        self, messages: Sequence[tuple[PictureSource, ...]], scope: str | None
+    ) -> tuple[tuple[Blob, ...], ...]:
+        """Return the encoded pictures of each message. The limit on pixels is for those that were not prepared before.
+
+        Raise `MediaError`.
+        """
+        groups = tuple(
+            tuple(self._blobs.get(_read(one, self._limits, self._fetch)) for one in group) for group in messages
+        )
+        new = {
+            blob.sha256: read_header(blob.data, self._limits).pixels
+            for group in groups
+            for blob in group
+            if self._known.get(picture_key(blob.sha256, scope), len(group) == 1) is None
+        }
+        check_request_pixels(sum(new.values()), self._limits)
+        return groups
+
+    def prepare(self, blobs: tuple[Blob, ...], scope: str | None, with_arrays: bool = True) -> Prepared:
+        """Prepare the pictures of one message. `scope`: as in `picture_key`.
+
+        Without `with_arrays`, pictures that were prepared before are not decoded again, and have no arrays.
+        """
+        alone = len(blobs) == 1
 
         def prepare(sha256: str, pixels: np.ndarray) -> Prepared:
-            return self._pictures.picture(picture_key(sha256, token_digest), pixels, len(blobs))
+            key = picture_key(sha256, scope)
+            prepared = self._pictures.picture(key, pixels, len(blobs))
+            self._known.add(key, alone, prepared)
+            return prepared
 
-        return joined(self._with_decoded(blob, prepare) for blob in blobs)
+        def known(blob: Blob) -> Prepared | None:
+            return None if with_arrays else self._known.get(picture_key(blob.sha256, scope), alone)
 
-    def prepare_clip(self, blobs: tuple[Blob, ...], token_digest: str | None) -> Prepared:
-        """Prepare the frames of a clip of a session with this token."""
+        return joined(known(blob) or self._with_decoded(blob, prepare) for blob in blobs)
+
+    def prepare_clip(self, blobs: tuple[Blob, ...], scope: str | None) -> Prepared:
+        """Prepare the frames of a clip. `scope`: as in `picture_key`."""
         pictures = self._pictures
         frames = [self._with_decoded(blob, lambda _, pixels: pictures.frame(pixels)) for blob in blobs]
-        clip_key = hashlib.sha256(
-            " ".join(picture_key(blob.sha256, token_digest) for blob in blobs).encode()
-        ).hexdigest()
+        clip_key = hashlib.sha256(" ".join(picture_key(blob.sha256, scope) for blob in blobs).encode()).hexdigest()
         return pictures.clip(clip_key, frames)
 
     def _with_decoded(self, blob: Blob, prepare: Callable[[str, np.ndarray], T]) -> T:
@@ -61,12 +128,13 @@ class PictureLoader:
             return prepare(blob.sha256, load_bytes(blob.data, self._limits).array())
 
 
-def picture_key(sha256: str, token_digest: str | None) -> str:
-    """Return the key by which sessions share a picture's features and prefix: only sessions of the same token do.
+def picture_key(sha256: str, scope: str | None) -> str:
+    """Return the key by which sessions share a picture's features and prefix: only sessions of the same scope do.
 
-    Otherwise the time of an open would tell a caller whether another caller has shown the same picture.
+    The scope is the digest of the session's token. Otherwise the time of an open would show a caller whether another
+    caller has shown the same picture.
     """
-    return sha256 if token_digest is None else hashlib.sha256(f"{token_digest} {sha256}".encode()).hexdigest()
+    return sha256 if scope is None else hashlib.sha256(f"{scope} {sha256}".encode()).hexdigest()
 
 
 def _read(source: PictureSource, limits: MediaLimits, fetch: Callable[[str, MediaLimits], bytes]) -> bytes:

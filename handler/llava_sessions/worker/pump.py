@@ -161,7 +161,7 @@ class Pump:
             self._manager.disconnected(pending)
             self._arrivals.disconnected(pending)
             if _may_end(pending.row, self._manager):
-                self._reaper.end(pending.row.sequence_id)
+                self._reaper.end(pending.row.sequence_id, fresh=pending.row.fresh)
 
     def _end_sequences(self) -> None:
         for session_id in self._manager.take_ended_sequences():
@@ -211,25 +211,26 @@ class Pump:
             return self._reply(pending)
         except Exception as error:
             self._pending.remove(pending)
-            body = json.dumps(refusal_of(error).body())
-            return Reply(body + "\n", more=False) if pending.head_sent else Reply(body, status=500)
+            refused = refusal_of(error)
+            if pending.head_sent:
+                return Reply(pending.form.error_chunk(refused, pending.streamed), more=False)
+            return Reply(json.dumps(pending.form.error(refused)), status=500)
 
     def _reply(self, pending: PendingRequest) -> Reply | None:
         """Return the request's reply in this step."""
-        text = pending.take_chunks()
-        final = pending.final
-        if final is None:
+        if pending.final is None:
             pending.steps += 1
+            text = pending.take_chunk()
             if not text and not pending.head_sent and not pending.must_begin:
                 return None
             # TorchServe notices a disconnected client of chunks only when it sends, so an empty chunk is sent too.
             pending.head_sent = True
             return Reply(text, more=True, content_type=pending.content_type)
+        final = pending.take_final()
         self._pending.remove(pending)
         if pending.refusal is not None:
-            self._manager.count_refusal()
+            self._manager.count_refusal(pending.refusal.code)
             log.info("refused request=%s code=%s", short_id(pending.row.request_id), pending.refusal.code)
-        final.body = text + final.body
         # A last chunk that is also the first one sends no head: it must be a whole reply.
         final.more = False if pending.head_sent else None
         alone = pending.row.sequence_id not in self._pending.sequence_ids

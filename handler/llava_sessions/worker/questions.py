@@ -11,31 +11,36 @@ from functools import partial
 from ..errors import Refused
 from ..ipc.messages import AskSession, Sampling
 from ..journal.journal import NotFound
+from ..protocol.openai import Chat
 from ..protocol.requests import Ask
 from .answers import answer_facts
 from .context import WorkerContext
+from .conversations import Conversations
 from .openings import check_context, digest_of
 from .pending import PendingRequest
-from .preparation import INLINE_PROMPT_CHARS, PreparedQuestion
+from .preparation import INLINE_PROMPT_CHARS, PreparedQuestion, QuestionedSession
 from .sessions import MAX_ENGINE_LOSSES, Residency, Session, Turn, TurnState
 from .turns import Turns
 
 # Of the time until the deadline, the part that the journal may take to store the answer.
 _STORING_SHARE = 0.1
 _STORING_MS = 500
+# Turns of one session that later ones may replace: their records stay in the journal.
+MAX_REPLACED_TURNS = 1_000
 
 
 class Questions:
     """Starts turns, and answers retried requests from the transcript."""
 
-    def __init__(self, context: WorkerContext, turns: Turns) -> None:
+    def __init__(self, context: WorkerContext, turns: Turns, conversations: Conversations) -> None:
         self._context = context
         self._turns = turns
+        self._conversations = conversations
 
-    def start(self, pending: PendingRequest, ask: Ask) -> None:
-        """Start a turn, or answer a retried one. Raise `Refused`."""
+    def start(self, pending: PendingRequest, ask: Ask | Chat) -> None:
+        """Start a turn of a session that was opened by name, or answer a retried one. Raise `Refused`."""
         context = self._context
-        session = context.table.get(ask.session_id, context.clock(), digest_of(ask.session_token))
+        session = context.table.get(ask.session_id or "", context.clock(), digest_of(ask.session_token))
         pending.streamed = ask.stream
         if ask.retry_key is not None and self._attach(pending, session, ask):
             return
@@ -45,10 +50,14 @@ class Questions:
         if session.engine_losses >= MAX_ENGINE_LOSSES:
             message = f"Each of the session's last {MAX_ENGINE_LOSSES} turns ended the engine; open a new session."
             raise Refused("internal", message)
+        if session.transcript is not None and session.transcript.replaced_turns >= MAX_REPLACED_TURNS:
+            message = f"The session's turns were replaced {MAX_REPLACED_TURNS:,} times; open a new session."
+            raise Refused("invalid_request", message)
         turn = Turn(session, ask, pending)
         self._turns.add(turn)
         try:
-            if session.in_engine and not ask.pictures and len(ask.prompt_text) <= INLINE_PROMPT_CHARS:
+            is_short = isinstance(ask, Ask) and not ask.pictures and len(ask.prompt_text) <= INLINE_PROMPT_CHARS
+            if isinstance(ask, Ask) and is_short and session.in_engine:
                 prompt_ids = context.preparer.template.prompt(session.known_transcript.opened_on, ask.prompt_text)
                 self._submit(turn, PreparedQuestion(prompt_ids))
                 return
@@ -57,7 +66,7 @@ class Questions:
             self._turns.end(turn)
             raise
 
-    def _attach(self, pending: PendingRequest, session: Session, ask: Ask) -> bool:
+    def _attach(self, pending: PendingRequest, session: Session, ask: Ask | Chat) -> bool:
         """Answer a retried ask with the stored answer, or attach it to the running turn. Return False if it is new."""
         turn = session.turn
         if turn is not None and turn.ask.retry_key == ask.retry_key:
@@ -71,7 +80,7 @@ class Questions:
             return True
         return self._answer_from_transcript([pending], session, ask)
 
-    def _answer_from_transcript(self, waiting: list[PendingRequest], session: Session, ask: Ask) -> bool:
+    def _answer_from_transcript(self, waiting: list[PendingRequest], session: Session, ask: Ask | Chat) -> bool:
         transcript = session.transcript
         if transcript is None or ask.retry_key is None:
             return False
@@ -81,18 +90,20 @@ class Questions:
             index = transcript.find_answer(ask.stored_key)
         if index is None:
             return False
-        record = transcript.turns[index]
+        record = transcript.log[index]
         facts = answer_facts(self._context.journal, record, durable=index < session.stored_turns)
         for pending in waiting:
             pending.stream(record.text)
             pending.answer(record.text, facts)
         return True
 
-    def _prepare(self, turn: Turn) -> None:
+    def _prepare(self, turn: Turn, with_arrays: bool = False) -> None:
         """Prepare a question in the background. The end of the turn cancels a preparation that has not begun."""
         session = turn.session
-        preparer = self._context.preparer
-        prepared = preparer.question(turn.ask, session.transcript, session.token_digest, session.in_engine)
+        questioned = QuestionedSession(
+            session.id, session.transcript, session.token_digest, session.in_engine, session.picture_keys
+        )
+        prepared = self._context.preparer.question(turn.ask, questioned, with_arrays)
         turn.prepared = prepared
         self._context.inbox.when_done(prepared, partial(self._prepared, turn))
 
@@ -106,7 +117,7 @@ class Questions:
             session = turn.session
             if session.transcript is None and question.rebuild is not None:
                 session.transcript = question.rebuild.transcript
-                session.stored_turns = len(question.rebuild.transcript.turns)
+                session.stored_turns = len(question.rebuild.transcript.log)
             if self._answer_from_transcript(turn.pending, session, turn.ask):
                 self._turns.end(turn)
                 return
@@ -124,32 +135,61 @@ class Questions:
         """
         context = self._context
         session = turn.session
-        deadline_ms = self._ms_left(turn)
+        deadline_ms = ms_left(context, turn)
         if deadline_ms is not None and deadline_ms <= 0:
             self._turns.cancelled(turn, "deadline")
             return
-        check_context(session.known_transcript.token_count + len(question.prompt_ids) + 1, context.context_tokens)
+        rewrite = question.rewrite
+        held_tokens = session.known_transcript.token_count
+        kept_tokens = held_tokens if rewrite is None else rewrite.kept_tokens
+        sent_ids = question.prompt_ids if rewrite is None else rewrite.sent_ids
+        check_context(kept_tokens + len(sent_ids) + 1, context.context_tokens)
+        if question.rebuild is None and self._conversations.lacking(question.pictures):
+            self._prepare(turn, with_arrays=True)
+            return
         if not session.in_engine:
             if question.rebuild is None:  # the engine lost the session during the preparation
                 self._prepare(turn)
                 return
             context.gate.submit(question.rebuild.command(session.id))
             session.advance(Residency.LOADING)
+            session.picture_keys = question.rebuild.picture_keys
             context.counters.rebuilds += 1
-        ask = turn.ask
         turn.prompt_ids = question.prompt_ids
         turn.blobs = question.blobs
-        sampling = Sampling(
-            ask.max_new_tokens, ask.temperature, ask.top_p, ask.seed, ask.stop, deadline_ms, ask.ignore_eos
-        )
-        context.gate.submit(AskSession(session.id, turn.id, question.prompt_ids, sampling, question.pictures))
-        turn.ask = ask.without_pictures()
+        turn.groups = question.groups
+        turn.base_turns = None if rewrite is None else rewrite.base_turns
+        turn.kept_tokens = kept_tokens
+        turn.crops = kept_tokens < held_tokens
+        before = session.picture_keys if rewrite is None else ()
+        turn.picture_keys = (*before, *question.picture_keys)
+        sampling = sampling_of(turn.ask, deadline_ms)
+        kept = None if rewrite is None else kept_tokens
+        context.gate.submit(AskSession(session.id, turn.id, sent_ids, sampling, question.pictures, kept))
+        turn.ask = turn.ask.without_pictures()
+        turn.submitted_s = context.monotonic()
         turn.advance(TurnState.RUNNING)
 
-    def _ms_left(self, turn: Turn) -> int | None:
-        """Return the milliseconds that the engine may take for a turn: the rest is for the journal. None: any time."""
-        if turn.deadline_s is None:
-            return None
-        left_ms = (turn.deadline_s - self._context.monotonic()) * 1e3
-        storing_ms = min(_STORING_SHARE * left_ms, _STORING_MS) if self._context.journal.durable else 0.0
-        return int(left_ms - storing_ms)
+
+def ms_left(context: WorkerContext, turn: Turn) -> int | None:
+    """Return the milliseconds that the engine may take for a turn: the rest is for the journal. None: any time."""
+    if turn.deadline_s is None:
+        return None
+    left_ms = (turn.deadline_s - context.monotonic()) * 1e3
+    is_stored = context.journal.durable and turn.session.conversation is None
+    storing_ms = min(_STORING_SHARE * left_ms, _STORING_MS) if is_stored else 0.0
+    return int(left_ms - storing_ms)
+
+
+def sampling_of(ask: Ask | Chat, deadline_ms: int | None) -> Sampling:
+    """Return how the engine chooses the tokens of an answer."""
+    return Sampling(
+        max_new_tokens=ask.max_new_tokens,
+        temperature=ask.temperature,
+        top_p=ask.top_p,
+        seed=ask.seed,
+        stop=ask.stop,
+        deadline_ms=deadline_ms,
+        ignore_eos=ask.ignore_eos,
+        min_tokens=ask.min_tokens,
+    )

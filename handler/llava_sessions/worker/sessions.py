@@ -16,9 +16,11 @@ from enum import Enum, auto
 
 from ..chat.transcript import Blob, Transcript, TurnRecord
 from ..errors import Refused
+from ..protocol.openai import Chat
 from ..protocol.requests import Ask
 from .pending import PendingRequest
-from .preparation import PreparedQuestion
+from .prefixes import HeldConversation, Prompt
+from .preparation import PreparedChat, PreparedQuestion
 
 _REMEMBERED = 10_000
 # A request that was sent just before the announced expiry arrives a moment later: the session is kept for so long.
@@ -99,25 +101,35 @@ class _Stateful:
 class Turn(_Stateful):
     """A question and its answer. `pending`: the requests that wait for the answer, several after a retry.
 
-    `arrived_s` and `deadline_s` are times of the pump's clock; `deadline_s` is None without a deadline. `prepared`: the
-    preparation, until it is done. `ask` has no pictures from RUNNING on. `record`: the answer, from STORING on.
+    `arrived_s`, `submitted_s` (to the engine) and `deadline_s` are times of the pump's clock; `deadline_s` is None
+    without a deadline. `prepared`: the preparation, until it is done. `ask` has no pictures from RUNNING on. `record`:
+    the answer, from STORING on. `groups`, `base_turns`: as in `TurnRecord`. `picture_keys`: of the whole conversation.
+    `prompt`: that of a conversation without a session header. `kept_tokens`: tokens of the session that the turn
+    follows; `crops`: the engine drops all others.
     """
 
-    def __init__(self, session: Session, ask: Ask, pending: PendingRequest) -> None:
+    def __init__(self, session: Session, ask: Ask | Chat, pending: PendingRequest) -> None:
         super().__init__(pending.row.request_id, TurnState.PREPARING)
         self.session = session
         self.ask = ask
         self.pending = [pending]
         self.cancels: list[PendingRequest] = []
         # Retries that arrive while the turn is being stopped. They run as a new turn once this turn is done.
-        self.retries: list[tuple[PendingRequest, Ask]] = []
+        self.retries: list[tuple[PendingRequest, Ask | Chat]] = []
         self.is_admitted = False
         self.prompt_ids: list[int] = []
+        self.groups: tuple[int, ...] = ()
+        self.base_turns: int | None = None
+        self.picture_keys: tuple[str, ...] = ()
+        self.prompt: Prompt | None = None
+        self.kept_tokens = 0
+        self.crops = False
         self.blobs: tuple[Blob, ...] = ()
         self.chunks: list[str] = []
         self.arrived_s = pending.arrived_s
+        self.submitted_s = pending.arrived_s
         self.deadline_s = None if ask.deadline_ms is None else pending.arrived_s + ask.deadline_ms / 1e3
-        self.prepared: Future[PreparedQuestion] | None = None
+        self.prepared: Future[PreparedQuestion] | Future[PreparedChat] | None = None
         self.record: TurnRecord | None = None
 
     def is_overdue(self, now_s: float) -> bool:
@@ -140,11 +152,14 @@ class Session(_Stateful):
 
     `transcript` is None during the opening, and after a restart of the worker until the journal is read.
     `stored_turns` counts the turns that are durable. `engine_losses` counts the engines that died during its turns,
-    since its last answer.
+    since its last answer. `conversation`: what an implicit session holds; None for a session that a client opened by
+    name. `picture_keys`: keys of the pictures that the engine holds for the session, in order.
     """
 
     def __init__(self, session_id: str, idle_s: float) -> None:
         super().__init__(session_id, SessionState.OPENING, Residency.COLD)
+        self.conversation: HeldConversation | None = None
+        self.picture_keys: tuple[str, ...] = ()
         self._idle_s = idle_s
         self.transcript: Transcript | None = None
         self.expires_at_s = math.inf
@@ -173,9 +188,21 @@ class Session(_Stateful):
         return self.transcript
 
     @property
+    def held_conversation(self) -> HeldConversation:
+        """What an implicit session holds. Raise LookupError for any other session."""
+        if self.conversation is None:
+            raise LookupError("the session was opened by name")
+        return self.conversation
+
+    @property
     def in_engine(self) -> bool:
         """Whether the engine holds the session, or was asked to."""
         return not self.is_in(Residency.COLD)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the engine has encoded and prefilled what the session was opened with."""
+        return self.is_in(Residency.LOADED)
 
     @property
     def expires(self) -> str:
@@ -205,17 +232,19 @@ class _Ended:
 
 
 class SessionTable:
-    """The sessions of one worker, at most `max_sessions`.
+    """The sessions of one worker: at most `max_sessions` that clients opened by name, and `max_implicit` others.
 
     A session expires `ttl_s` seconds after its open, or `idle_s` seconds after its latest turn (None: never). A place
     is taken before a picture is prepared, so a full table rejects an open before any work is done.
     """
 
-    def __init__(self, max_sessions: int, ttl_s: float, idle_s: float | None = None) -> None:
+    def __init__(self, max_sessions: int, ttl_s: float, idle_s: float | None = None, max_implicit: int = 64) -> None:
         self.max_sessions = max_sessions
-        self._ttl_s = ttl_s
+        self.max_implicit = max_implicit
+        self.ttl_s = ttl_s
         self._idle_s = math.inf if idle_s is None else idle_s
         self._sessions: dict[str, Session] = {}
+        self._implicit: dict[str, Session] = {}  # also in `_sessions`
         self._past: OrderedDict[str, _Ended] = OrderedDict()
         self._ended: list[str] = []
 
@@ -233,19 +262,45 @@ class SessionTable:
         """Add a session in state OPENING. Raise `Refused` (capacity, invalid_request)."""
         if session_id in self._sessions:
             raise Refused("invalid_request", "The session is open already; close it, or open without a session ID.")
-        if len(self._sessions) >= self.max_sessions:
+        if len(self._sessions) - len(self._implicit) >= self.max_sessions:
             message = f"All {self.max_sessions} sessions are taken; close one or try again later."
             raise Refused("capacity", message)
         session = self._sessions[session_id] = Session(session_id, self._idle_s)
         return session
 
+    @property
+    def implicit_sessions(self) -> list[Session]:
+        """The sessions that no client opened by name."""
+        return list(self._implicit.values())
+
+    @property
+    def implicit_is_full(self) -> bool:
+        """Whether no further implicit session can be added."""
+        return len(self._implicit) >= self.max_implicit
+
+    def implicit(self, session_id: str, now_s: float) -> Session:
+        """Return an open implicit session that is not in the table yet. It has no sequence."""
+        session = Session(session_id, self._idle_s)
+        session.expires_at_s = self.expiry_of_open(now_s)
+        session.used_at_s = now_s
+        session.advance(SessionState.OPEN)
+        return session
+
+    def add_implicit(self, session: Session) -> None:
+        """Add an implicit session. Raise `Refused` (capacity)."""
+        if self.implicit_is_full:
+            message = f"All {self.max_implicit} conversations without a session ID are being answered; try again later."
+            raise Refused("capacity", message, retry_after_s=1)
+        self._sessions[session.id] = self._implicit[session.id] = session
+
     def release(self, session: Session) -> None:
-        """Remove a session whose open was rejected."""
+        """Remove a session whose open was rejected, or an implicit one."""
         self._sessions.pop(session.id, None)
+        self._implicit.pop(session.id, None)
 
     def expiry_of_open(self, now_s: float) -> float:
         """Return the expiry of a session that opens now: whole seconds, rounded up."""
-        return float(math.ceil(now_s + self._ttl_s))
+        return float(math.ceil(now_s + self.ttl_s))
 
     def recover(self, session_id: str, expires_at_s: float, now_s: float, token_digest: str | None) -> bool:
         """Add an open session that only the journal holds, even if the table is full. Return False if it is known."""
@@ -269,7 +324,7 @@ class SessionTable:
 
         A request without the session's token receives the same error as an unknown session ID.
         """
-        session = self._sessions.get(session_id)
+        session = None if session_id in self._implicit else self._sessions.get(session_id)
         if session is not None and session.is_in(SessionState.OPEN):
             if not same_token(session.token_digest, token_digest):
                 raise session_not_found()

@@ -10,9 +10,10 @@ import logging
 from ..chat.transcript import short_id
 from ..ipc.messages import Cancelled, StopTurn, Timings, Usage
 from ..protocol import replies
+from ..protocol.openai import Chat
 from ..protocol.requests import Ask, Cancel
 from .context import WorkerContext
-from .openings import digest_of
+from .openings import digest_of, unload
 from .pending import PendingRequest
 from .sessions import MAX_ENGINE_LOSSES, Session, Turn, TurnState
 
@@ -25,8 +26,9 @@ class Turns:
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
         self._turns: dict[str, Turn] = {}
-        self._retries: list[tuple[PendingRequest, Ask]] = []
+        self._retries: list[tuple[PendingRequest, Ask | Chat]] = []
         self._lost: list[tuple[Session, str]] = []
+        self._unfinished: list[tuple[Session, int]] = []
 
     def add(self, turn: Turn) -> None:
         """Add a turn that starts; its session is busy from now on."""
@@ -55,7 +57,8 @@ class Turns:
                 turn.pending.remove(pending)
                 if not turn.pending:
                     log.info("client_left session=%s", short_id(turn.session.id))
-                    self.stop(turn, "cancelled")
+                    # The client of a conversation may continue behind the part of the answer that it has received.
+                    self.stop(turn, "cancelled", keep_answer=turn.session.conversation is not None)
 
     def stop(self, turn: Turn, reason: str, keep_answer: bool = False) -> None:
         """End a turn early. With `keep_answer` the tokens so far become the answer."""
@@ -89,6 +92,7 @@ class Turns:
         if event is None:
             waited_ms = (self._context.monotonic() - turn.arrived_s) * 1e3
             event = Cancelled(turn.id, reason, Usage(0, 0, 0), Timings(waited_ms, waited_ms, waited_ms))
+        self._context.counters.add_tokens(event.usage)
         facts = replies.answer_facts(turn.session.id, reason, event.usage, event.timings, token_ids=None)
         self.end(turn, was_cancelled=True)
         for pending in turn.pending:
@@ -104,8 +108,13 @@ class Turns:
         """End a turn whose requests the caller answers. Requests to cancel it are answered here."""
         turn.advance(TurnState.DONE)
         del self._turns[turn.id]
-        turn.session.turn = None
-        turn.session.used_at_s = self._context.clock()
+        session = turn.session
+        session.turn = None
+        session.used_at_s = self._context.clock()
+        if turn.record is None and session.conversation is not None:
+            self._unfinished.append((session, turn.kept_tokens))
+        elif turn.record is None and turn.crops:
+            unload(self._context, session)  # the next turn rebuilds what this one has dropped
         if turn.prepared is not None:
             turn.prepared.cancel()  # no effect if it has begun
         self._retries += turn.retries
@@ -116,11 +125,17 @@ class Turns:
         """Mark a session as lost: its journal cannot give it back ("damaged"), or another instance has it ("moved")."""
         self._lost.append((session, reason))
 
-    def take_retries(self) -> list[tuple[PendingRequest, Ask]]:
+    def take_retries(self) -> list[tuple[PendingRequest, Ask | Chat]]:
         """Return the retries whose stopped turn is done, to be started now."""
         retries = self._retries
         self._retries = []
         return retries
+
+    def take_unfinished(self) -> list[tuple[Session, int]]:
+        """Return the implicit sessions whose turn ended without an answer, and the tokens that the engine kept."""
+        unfinished = self._unfinished
+        self._unfinished = []
+        return unfinished
 
     def take_lost(self) -> list[tuple[Session, str]]:
         """Return the sessions that only a journal held and that it cannot give back, each with the reason."""

@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llava_sessions.config import ConfigError, RequestLimits, read_config
+from llava_sessions.config import RequestLimits
+from llava_sessions.config_file import ConfigError, read_config
 from llava_sessions.errors import Refused
-from llava_sessions.protocol.requests import parse
+from llava_sessions.protocol.parsing import parse
 
 PAYLOADS = Path(__file__).with_name("payloads.json")
 CONFIGURATIONS = Path(__file__).with_name("configurations.json")

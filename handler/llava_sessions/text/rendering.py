@@ -1,0 +1,194 @@
+"""Conversations as text, by the checkpoint's chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ..errors import Refused, error_line
+from .tokenizer import placeholder
+
+
+class TemplateError(Exception):
+    """The checkpoint's chat template or tokenizer can't be used for chats about pictures. The message names why."""
+
+
+@dataclass(frozen=True)
+class OpenedOn:
+    """The pictures with which a session was opened: `kind` "image" and their count, or "video" and 1."""
+
+    kind: str
+    pictures: int
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a conversation. Its `pictures` precede its text, which may be empty."""
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+    pictures: int = 0
+
+
+class Renderer:
+    """Renders turns and whole conversations. Thread-safe.
+
+    `media_tokens`: the token that the template writes for each kind of content, "image" and perhaps "video".
+    """
+
+    def __init__(self, processor: Any, system_prompt: str) -> None:
+        """`system_prompt`: the operator's. Raises `TemplateError` for an unsuitable template."""
+        self._processor = processor
+        self._system_prompt = system_prompt
+        self._image_token: str = processor.image_token
+        self.media_tokens = {"image": self._image_token}
+        if hasattr(processor, "video_processor"):
+            self.media_tokens["video"] = processor.video_token
+        if not getattr(processor, "chat_template", None):
+            raise TemplateError("the processor has no chat template (chat_template.jinja)")
+        # Whether the template takes a message's content as one string, as templates for text alone do.
+        self._joins_content = False
+        self._choose_content()
+        self._has_system_place = self._renders_in_order("system", "user")
+        self._takes_greeting = self._renders_in_order("assistant", "user")
+
+    def _choose_content(self) -> None:
+        """Find out which form of `content` the template takes: a list of parts, else a string."""
+        try:
+            self._check()
+        except Exception as error:  # a template raises what Jinja or its own code raises
+            self._joins_content = True
+            try:
+                self._check()
+            except Exception as second:
+                refused = f"as a list: {_in_words(error)}; as a string: {_in_words(second)}"
+                raise TemplateError(f"the chat template takes `content` in neither form ({refused})") from error
+
+    def _check(self) -> None:
+        """Raise `TemplateError` unless the template renders pictures, a question, an answer and a second question."""
+        before, after = self.first_turn("question")
+        if "question" not in after or self._image_token in after or self._image_token not in before:
+            raise TemplateError("it does not put the picture before the question")
+        later = self.later_turn("question")
+        if "question" not in later:
+            raise TemplateError("it does not render a second question")
+        if self._image_token in later:
+            raise TemplateError(f"it writes {self._image_token!r} for a question without a picture")
+
+    def _renders_in_order(self, first: str, second: str) -> bool:
+        """Return whether the template renders the texts of these two roles in order."""
+        texts = placeholder(), placeholder()
+        earlier = [] if first == "system" else [_message(first, texts[0])]
+        try:
+            rendered = self._render([*earlier, _message(second, texts[1])], texts[0] if first == "system" else "")
+        except Exception:  # a template raises what Jinja or its own code raises
+            return False
+        return texts[0] in rendered and rendered.rfind(texts[0]) < rendered.find(texts[1])
+
+    def turn(self, opened_on: OpenedOn | None, text: str, pictures: int) -> str:
+        """Render what follows the opening's pictures, or the last answer if `opened_on` is None."""
+        if opened_on is None:
+            return self.later_turn(text, pictures)
+        return self.first_turn(text, opened_on.kind, opened_on.pictures, pictures)[1]
+
+    def first_turn(
+        self, text: str, kind: str = "image", opened_pictures: int = 1, more_pictures: int = 0
+    ) -> tuple[str, str]:
+        """Render the first turn; return the parts before and after the end of the opening's last media token.
+
+        `opened_pictures`: pictures of the opening, of content type `kind`. `more_pictures`: pictures of the question.
+        """
+        content = [{"type": kind}] * opened_pictures + [{"type": "image"}] * more_pictures
+        rendered = self._render([_message("user", text, content)])
+        token = self.media_tokens[kind]
+        parts = rendered.split(token)
+        if len(parts) <= opened_pictures:
+            raise TemplateError(f"the chat template renders no {kind} token for a user's {kind}")
+        return token.join(parts[:opened_pictures]) + token, token.join(parts[opened_pictures:])
+
+    def later_turn(self, text: str, pictures: int = 0) -> str:
+        """Render the text between an earlier answer and the next one. It is the same for every turn but the first."""
+        answer = placeholder()
+        rendered = self._render(
+            [
+                _message("user", "question", [{"type": "image"}]),
+                _message("assistant", answer),
+                _message("user", text, [{"type": "image"}] * pictures),
+            ]
+        )
+        if rendered.count(answer) != 1:
+            raise TemplateError("the chat template does not render an earlier answer once")
+        return rendered.split(answer)[1]
+
+    def _render(self, messages: list[dict[str, Any]], system: str = "") -> str:
+        """Render messages after the operator's system prompt and a client's one."""
+        prompts = "\n\n".join(filter(None, (self._system_prompt, system)))
+        conversation = [_message("system", prompts), *messages] if prompts else messages
+        if self._joins_content:
+            conversation = [{**one, "content": _joined(one["content"], self.media_tokens)} for one in conversation]
+        rendered: str = self._processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        return rendered
+
+    def conversation(self, messages: Sequence[Message], opened_on: OpenedOn | None) -> str:
+        """Render a conversation up to the start of the next answer, or up to the end of its last answer.
+
+        Raises `Refused` if the template rejects it.
+        """
+        system, turns = self._placed(messages)
+        try:
+            if messages[-1].role == "user":
+                return self._render(_contents(turns, opened_on), system)
+            following = placeholder()
+            rendered = self._render(_contents([*turns, Message("user", following)], opened_on), system)
+            end = self.later_turn(following)
+        except Exception:  # a template raises what Jinja or its own code raises
+            message = "The messages must fit the model's chat template, got a conversation that it rejects."
+            raise Refused("invalid_request", message) from None
+        if not rendered.endswith(end):
+            raise Refused("invalid_request", "The last answer must fit the model's chat template, got another end.")
+        return rendered.removesuffix(end)
+
+    def _placed(self, messages: Sequence[Message]) -> tuple[str, list[Message]]:
+        """Return the system message, and the other messages in a form that the template takes.
+
+        A system message without a place precedes the first question. If a question must come first, it may be empty.
+        """
+        system = messages[0].text if messages[0].role == "system" else ""
+        turns = [message for message in messages if message.role != "system"]
+        if turns[0].role == "assistant" and not self._takes_greeting:
+            turns.insert(0, Message("user", ""))
+        if not system or self._has_system_place:
+            return system, turns
+        first = next(index for index, message in enumerate(turns) if message.role == "user")
+        question = turns[first]
+        turns[first] = replace(question, text="\n\n".join(filter(None, (system, question.text))))
+        return "", turns
+
+
+def _contents(turns: Sequence[Message], opened_on: OpenedOn | None) -> list[dict[str, Any]]:
+    """Return messages as templates take them. The first question also shows the opening's pictures, before its own."""
+    opened = [{"type": opened_on.kind}] * opened_on.pictures if opened_on is not None else []
+    contents = []
+    for message in turns:
+        media = [{"type": "image"}] * message.pictures
+        if message.role == "user":
+            media = [*opened, *media]
+            opened = []
+        contents.append(_message(message.role, message.text, media))
+    return contents
+
+
+def _message(role: str, text: str, media: Sequence[dict[str, str]] = ()) -> dict[str, Any]:
+    """Return a message as templates take it. One that shows media has no empty text."""
+    texts = [{"type": "text", "text": text}] if text or not media else []
+    return {"role": role, "content": [*media, *texts]}
+
+
+def _joined(parts: list[dict[str, str]], media_tokens: dict[str, str]) -> str:
+    """Return the content of a message as LLaVA-1.5 was trained: each media token on a line before the text."""
+    return "".join(part["text"] if part["type"] == "text" else media_tokens[part["type"]] + "\n" for part in parts)
+
+
+def _in_words(error: Exception) -> str:
+    return str(error) if isinstance(error, TemplateError) else error_line(error)

@@ -1,0 +1,112 @@
+"""Questions of conversations without a session header: each runs in an implicit session.
+
+All methods run on the pump's thread, under its lock.
+"""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import Future
+from functools import partial
+
+from ..ipc.messages import AskSession, OpenSession
+from ..protocol.openai import Chat
+from .context import WorkerContext
+from .conversations import Conversations, Place
+from .openings import check_context
+from .pending import PendingRequest
+from .prefixes import root_of
+from .preparation import PreparedChat, keys_of
+from .questions import ms_left, sampling_of
+from .sessions import Residency, Session, Turn, TurnState
+from .turns import Turns
+
+log = logging.getLogger(__name__)
+
+
+class Chats:
+    """Starts the turns of conversations that clients send whole."""
+
+    def __init__(self, context: WorkerContext, turns: Turns, conversations: Conversations) -> None:
+        self._context = context
+        self._turns = turns
+        self._conversations = conversations
+
+    def start(self, pending: PendingRequest, chat: Chat) -> None:
+        """Start a turn. Raise `Refused`.
+
+        Its session is known only when the conversation is prepared. Until then it has a session that is not in the
+        table.
+        """
+        self._context.gate.check()
+        turn = Turn(self._conversations.new_session(), chat, pending)
+        self._turns.add(turn)
+        try:
+            self._prepare(turn, chat, with_arrays=False)
+        except Exception:
+            self._turns.end(turn)
+            raise
+
+    def _prepare(self, turn: Turn, chat: Chat, with_arrays: bool) -> None:
+        prepared = self._context.preparer.chat(chat, turn.session.id, with_arrays)
+        turn.prepared = prepared
+        self._context.inbox.when_done(prepared, partial(self._prepared, turn, chat))
+
+    def _prepared(self, turn: Turn, chat: Chat, prepared: Future[PreparedChat]) -> None:
+        """Submit a question that is prepared, or reject it."""
+        if not turn.is_in(TurnState.PREPARING):
+            return  # its client has left, or its deadline has passed
+        turn.prepared = None  # it refers to the prepared pictures
+        try:
+            self._submit(turn, chat, prepared.result())
+        except Exception as error:
+            self._turns.fail(turn, error)
+
+    def _submit(self, turn: Turn, chat: Chat, prepared: PreparedChat) -> None:
+        """Send a turn to the engine, in the session that makes the least work."""
+        context = self._context
+        context.gate.check()
+        deadline_ms = ms_left(context, turn)
+        if deadline_ms is not None and deadline_ms <= 0:
+            self._turns.cancelled(turn, "deadline")
+            return
+        prompt = prepared.prompt
+        check_context(len(prompt.token_ids) + 1, context.context_tokens)
+        place = self._conversations.place(prompt)
+        first = prompt.pictures_before(place.kept)
+        needed = prepared.pictures if place.session is None else prepared.pictures[first:]
+        if self._conversations.lacking(needed):
+            self._prepare(turn, chat, with_arrays=True)
+            return
+        if place.session is None:
+            self._conversations.add(turn.session, root_of(chat.label), place)
+            self._open(turn.session, place, prepared)
+        else:
+            self._move(turn, place.session)
+        session = turn.session
+        turn.prompt = prompt
+        turn.picture_keys = keys_of(prepared.pictures)
+        turn.kept_tokens = place.kept
+        sent_ids = prompt.token_ids[place.kept :].tolist()
+        sampling = sampling_of(chat, deadline_ms)
+        context.gate.submit(
+            AskSession(session.id, turn.id, sent_ids, sampling, prepared.pictures[first:], kept_tokens=place.kept)
+        )
+        turn.ask = chat.without_pictures()
+        turn.submitted_s = context.monotonic()
+        turn.advance(TurnState.RUNNING)
+
+    def _open(self, session: Session, place: Place, prepared: PreparedChat) -> None:
+        """Open a new session in the engine, with the beginning that it shares with its donor."""
+        token_ids = prepared.prompt.token_ids[: place.kept].tolist()
+        pictures = prepared.pictures[: prepared.prompt.pictures_before(place.kept)]
+        scope = self._context.preparer.scope(session.id, None)
+        donor = None if place.donor is None else place.donor.id
+        self._context.gate.submit(OpenSession(session.id, token_ids, pictures, salt=scope or "", fork_from=donor))
+        session.advance(Residency.LOADING)
+
+    def _move(self, turn: Turn, session: Session) -> None:
+        """Run a turn in another session."""
+        turn.session.turn = None
+        turn.session = session
+        session.turn = turn

@@ -1,0 +1,194 @@
+"""Conversations that clients send whole, and the implicit sessions that hold what the engine computed of them.
+
+A client of OpenAI's protocol keeps no session: each request has the whole conversation. Its token IDs and pictures are
+compared with those that implicit sessions hold. The longest common prefix is not computed again. An implicit session
+has no TorchServe sequence and no journal, and no client learns its ID.
+
+All methods of `Conversations` run on the pump's thread, under its lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..chat.transcript import short_id
+from ..ipc.messages import CloseSession, PreparedPicture
+from .context import WorkerContext
+from .prefixes import LINK_TOKENS, HeldConversation, Prompt, common_prefix, links_of
+from .sessions import Session
+
+log = logging.getLogger(__name__)
+
+# Sessions with an equal prefix that are compared token by token.
+_COMPARED = 8
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a conversation runs: `kept` tokens are in the cache of `session`, or of `donor` for a new session.
+
+    `base`: the token at which a forked session may be cropped again for another attempt; None if it may not.
+    """
+
+    session: Session | None
+    kept: int = 0
+    donor: Session | None = None
+    base: int | None = None
+
+
+class Conversations:
+    """The implicit sessions of a worker, found by the beginning of their conversations."""
+
+    def __init__(self, context: WorkerContext) -> None:
+        self._context = context
+        self._by_link: dict[int, dict[str, None]] = {}
+
+    def new_session(self) -> Session:
+        """Return a session that is not in the table yet."""
+        return self._context.table.implicit(f"chat-{uuid.uuid4()}", self._context.clock())
+
+    def place(self, prompt: Prompt) -> Place:
+        """Return where a conversation runs, for the least work. Changes nothing."""
+        best: tuple[int, Session] | None = None
+        for session, held in self._sharing(prompt.links):
+            kept = common_prefix(held.token_ids, session.picture_keys, prompt)
+            if _continues(held, prompt, kept) and session.turn is None:
+                return Place(session, kept)
+            if best is None or (kept, session.turn is None) > (best[0], best[1].turn is None):
+                best = (kept, session)
+        if best is None or best[0] == 0:
+            return Place(None)
+        kept, donor = best
+        retried = self._own_fork(prompt)
+        if retried is not None:
+            return retried
+        if donor.turn is None and not self._has_room(donor):
+            return Place(donor, kept)
+        held = donor.held_conversation
+        return Place(None, kept, donor, kept if kept >= held.first_prompt_tokens - 1 else None)
+
+    def add(self, session: Session, label_root: int, place: Place) -> None:
+        """Take a place for a new session. Close the least recently used idle one of its kind if all are taken.
+
+        Raise `Refused` (capacity) if all of them are busy.
+        """
+        table = self._context.table
+        if table.implicit_is_full:
+            idle = [one for one in table.implicit_sessions if one.turn is None and one is not place.donor]
+            oldest = min(idle, key=lambda one: one.used_at_s, default=None)
+            if oldest is not None:
+                log.info("conversation_evicted session=%s", short_id(oldest.id))
+                self.drop(oldest)
+        table.add_implicit(session)
+        session.conversation = HeldConversation(label_root, fork_base=place.base)
+
+    def finished(self, session: Session, prompt: Prompt, kept: int, answer_ids: Sequence[int]) -> None:
+        """Note what a session holds after an answer. `kept`: the tokens that it held before and that were kept."""
+        held = session.held_conversation
+        self._unlink(session)
+        if not held.turns or kept < held.first_prompt_tokens:
+            held.turns = 0
+            held.first_prompt_tokens = len(prompt.token_ids)
+        held.turns += 1
+        held.token_ids = np.concatenate([prompt.token_ids, np.asarray(answer_ids, dtype=prompt.token_ids.dtype)])
+        session.picture_keys = tuple(span.key for span in prompt.spans)
+        held.starts = tuple(span.start for span in prompt.spans)
+        held.last_prompt_tokens = len(prompt.token_ids)
+        held.links = links_of(held.root, held.token_ids.tolist(), prompt.spans, prompt.links)
+        table = self._context.table
+        session.expires_at_s = table.expiry_of_open(self._context.clock())
+        for link in held.links:
+            self._by_link.setdefault(link, {})[session.id] = None
+
+    def unfinished(self, session: Session, kept: int) -> None:
+        """Note that a session holds its first `kept` tokens only, after a turn without an answer.
+
+        A session that never had an answer is closed, and so is one that the engine does not hold.
+        """
+        held = session.conversation
+        if held is None or session.id not in self._context.table:
+            return
+        if not held.turns or not kept or not session.in_engine:
+            self.drop(session)
+        elif kept < len(held.token_ids):
+            self._unlink(session)
+            held.token_ids = held.token_ids[:kept]
+            pictures = bisect_left(held.starts, kept)
+            session.picture_keys = session.picture_keys[:pictures]
+            held.starts = held.starts[:pictures]
+            held.links = held.links[: kept // LINK_TOKENS]
+            for link in held.links:
+                self._by_link.setdefault(link, {})[session.id] = None
+
+    def drop_cold(self) -> None:
+        """Close the idle sessions that the engine does not hold: their clients have the conversations."""
+        for session in self._context.table.implicit_sessions:
+            if session.turn is None and not session.in_engine:
+                self.drop(session)
+
+    def drop(self, session: Session) -> None:
+        """Remove a session from the engine and the table."""
+        self._unlink(session)
+        if session.in_engine:
+            self._context.gate.submit_if_connected(CloseSession(session.id))
+            session.unload()
+        self._context.table.release(session)
+
+    def lacking(self, pictures: Iterable[PreparedPicture]) -> bool:
+        """Return whether a picture has no arrays, and no session in the engine has its features."""
+        keys = {picture.key for picture in pictures if not picture.inputs}
+        for session in self._context.table:
+            if not keys:
+                return False
+            if session.is_loaded:
+                keys.difference_update(session.picture_keys)
+        return bool(keys)
+
+    def _has_room(self, kept: Session) -> bool:
+        """Return whether a session can be added, if necessary instead of an idle one other than `kept`."""
+        table = self._context.table
+        idle = (one for one in table.implicit_sessions if one.turn is None and one is not kept)
+        return not table.implicit_is_full or any(idle)
+
+    def _sharing(self, links: Sequence[int]) -> Iterator[tuple[Session, HeldConversation]]:
+        """Yield the sessions with the longest beginning in common, the latest first."""
+        depth = bisect_left(range(len(links)), True, key=lambda at: links[at] not in self._by_link)
+        if not depth:
+            return
+        sessions = [self._context.table.find(one) for one in reversed(self._by_link[links[depth - 1]])]
+        for session in [one for one in sessions if one is not None and one.is_loaded][:_COMPARED]:
+            yield session, session.held_conversation
+
+    def _own_fork(self, prompt: Prompt) -> Place | None:
+        """Return an idle session that was forked for an earlier attempt at the same turn: this attempt replaces it."""
+        for session in self._context.table.implicit_sessions:
+            held = session.held_conversation
+            if held.fork_base is None or held.turns != 1 or session.turn is not None or not session.is_loaded:
+                continue
+            if held.links[:1] != prompt.links[:1]:
+                continue
+            kept = common_prefix(held.token_ids, session.picture_keys, prompt)
+            if kept >= held.fork_base:
+                return Place(session, kept)
+        return None
+
+    def _unlink(self, session: Session) -> None:
+        for link in session.held_conversation.links:
+            sessions = self._by_link.get(link)
+            if sessions is not None:
+                sessions.pop(session.id, None)
+                if not sessions:
+                    del self._by_link[link]
+
+
+def _continues(held: HeldConversation, prompt: Prompt, kept: int) -> bool:
+    """Return whether a prompt goes on after the session's last question: behind its answer, or behind a part of it."""
+    if kept == len(held.token_ids):
+        return True
+    return kept >= held.last_prompt_tokens and len(prompt.token_ids) > kept + 1

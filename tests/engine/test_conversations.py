@@ -1,0 +1,261 @@
+"""Token IDs of whole conversations equal those of the checkpoint's own processor, in every family and template."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from PIL import Image
+
+from llava_sessions.errors import Refused
+from llava_sessions.text.chat_template import ChatTemplate, Message, OpenedOn
+from llava_sessions.text.pictures import Prepared
+from llava_sessions.text.processors import load_processor
+from tests.engine.test_chat_template import ODD_TEXTS, SPECIALS, TEMPLATES
+from tests.support.tiny_families import FAMILIES
+
+SHAPES = Path(__file__).resolve().parents[2] / "models" / "shapes"
+# No roles, and a message's content as one string.
+STRINGS = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+# As several templates of Mistral and Gemma: a question comes first, roles alternate, and there is no system message.
+ALTERNATING = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}"
+    "{% endif %}"
+    "{{ '[' + message['role'] + '] ' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+# As ALTERNATING, but a system message is left out without an error.
+SILENT = ALTERNATING.replace("in messages %}", "in messages if message.role != 'system' %}")
+
+CONVERSATIONS: dict[str, list[Message]] = {
+    "one question": [Message("user", "What is the red circle doing?", 1)],
+    "only text": [Message("user", "Write a title:\n\n  two spaces, a\ttab.")],
+    "a later picture": [Message("user", "Hi"), Message("assistant", "Hello."), Message("user", "What is it?", 1)],
+    "a picture alone": [Message("user", "", 1), Message("assistant", "A circle."), Message("user", "Its colour?")],
+    "a greeting": [Message("assistant", "How can I help?"), Message("user", "What is it?", 1)],
+    "an empty answer": [Message("user", "Hi"), Message("assistant", ""), Message("user", "And now?")],
+    "everything": [
+        Message("system", "Be brief."),
+        Message("assistant", "Hello."),
+        Message("user", "What is it?", 2),
+        Message("assistant", "naïve 猫🐈, 12:30\n"),
+        Message("user", "And this 'one'?", 1),
+    ],
+}
+
+
+def picture() -> Image.Image:
+    return Image.new("RGB", (60, 40), "red")
+
+
+def prepare(chat: ChatTemplate, messages: Sequence[Message]) -> list[Prepared]:
+    """Prepare the pictures of each message that has some."""
+    counts = [message.pictures for message in messages if message.pictures]
+    return [chat.prepare([(f"{turn} {n}", picture()) for n in range(count)]) for turn, count in enumerate(counts)]
+
+
+def ids(chat: ChatTemplate, messages: Sequence[Message]) -> list[int]:
+    return chat.conversation(messages, prepare(chat, messages))
+
+
+def whole_ids(chat: ChatTemplate, messages: Sequence[Message]) -> list[int]:
+    """Return the IDs that the processor itself makes of a conversation."""
+    processor = chat.processor
+    parts = [
+        {"role": message.role, "content": [{"type": "image"}] * message.pictures + _texts(message)}
+        for message in messages
+    ]
+    rendered = processor.apply_chat_template(parts, add_generation_prompt=True, tokenize=False)
+    bos = processor.tokenizer.bos_token
+    groups = [[picture()] * message.pictures for message in messages if message.pictures]
+    # Only this family's pictures depend on the other pictures of their message.
+    grouped = isinstance(processor, transformers.LlavaOnevisionProcessor)
+    images = groups if grouped else [image for group in groups for image in group]
+    add = not (bos and rendered.startswith(bos))
+    return list(processor(images=images or None, text=rendered, add_special_tokens=add)["input_ids"][0])
+
+
+def _texts(message: Message) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": message.text}] if message.text or not message.pictures else []
+
+
+@pytest.fixture(scope="module", params=[name for name in FAMILIES if name != "onevision-untied"])
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ChatTemplate:
+    """The chat template of a tiny checkpoint of each family."""
+    return ChatTemplate(load_processor(FAMILIES[request.param](tmp_path_factory.mktemp(request.param))))
+
+
+@pytest.fixture(scope="module")
+def shapes() -> ChatTemplate:
+    return ChatTemplate(load_processor(SHAPES))
+
+
+@pytest.fixture(scope="module")
+def make_chat(tiny: Path):
+    """Make a `ChatTemplate` of the tiny checkpoint's processor with another chat template."""
+
+    def make(template: str, system_prompt: str = "") -> ChatTemplate:
+        processor = transformers.AutoProcessor.from_pretrained(tiny)
+        processor.chat_template = template
+        return ChatTemplate(processor, system_prompt)
+
+    return make
+
+
+# --- as the processor ---
+
+
+def test_every_familys_ids_are_those_of_its_processor(family: ChatTemplate) -> None:
+    assert {name for name, one in CONVERSATIONS.items() if ids(family, one) != whole_ids(family, one)} == set()
+
+
+def test_the_demo_models_ids_are_those_of_its_processor(shapes: ChatTemplate) -> None:
+    assert {name for name, one in CONVERSATIONS.items() if ids(shapes, one) != whole_ids(shapes, one)} == set()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_templates_ids_are_those_of_the_processor(make_chat, name: str) -> None:
+    chat = make_chat(TEMPLATES[name])
+    assert {name for name, one in CONVERSATIONS.items() if ids(chat, one) != whole_ids(chat, one)} == set()
+
+
+def test_a_template_that_takes_strings_gets_the_pictures_before_the_text(make_chat) -> None:
+    chat = make_chat(STRINGS)
+    text = chat.tokenizer.decode(ids(chat, CONVERSATIONS["everything"])).replace("<image>" * 16, "<image>")
+    assert text == (
+        "system: Be brief.\nassistant: Hello.\nuser: <image>\n<image>\nWhat is it?\n"
+        "assistant: naïve 猫🐈, 12:30\n\nuser: <image>\nAnd this 'one'?\nassistant: "
+    )
+
+
+def test_a_conversation_with_unprepared_pictures_is_an_error(shapes: ChatTemplate) -> None:
+    with pytest.raises(ValueError, match="prepared pictures"):
+        shapes.conversation([Message("user", "What is it?", 1)])
+
+
+# --- as a growing conversation ---
+
+
+def test_the_start_of_an_empty_session_is_a_prompt_too(family: ChatTemplate) -> None:
+    for pictures in (0, 2):
+        question = [Message("user", "What is it?", pictures)]
+        prepared = prepare(family, question)
+        prompt = family.prompt(OpenedOn("image", 0), "What is it?", *prepared)
+        assert prompt == family.conversation(question, prepared)
+
+
+def test_an_opening_and_what_follows_it_are_the_whole_conversation(family: ChatTemplate) -> None:
+    opened = [Message("user", "What is it?", 2), *CONVERSATIONS["an empty answer"][1:], Message("assistant", "x")]
+    shown_at_open = family.prepare([("a", picture()), ("b", picture())])
+    opening = family.opening_on(shown_at_open)
+    rest = [Message("user", "What is it?"), *opened[1:]]
+    assert opening.token_ids + family.conversation(rest, [], opening.opened_on) == ids(family, opened)
+
+
+def test_a_question_after_a_whole_history_continues_it(family: ChatTemplate, shapes: ChatTemplate) -> None:
+    history = [Message("user", "What is it?", 1), Message("assistant", "It stands near two stars.")]
+    for chat in (family, shapes):
+        continued = ids(chat, history) + chat.prompt(None, "And the blue square?")
+        assert continued == ids(chat, [*history, Message("user", "And the blue square?")])
+
+
+def test_an_answer_of_the_demo_model_has_the_same_ids_in_a_whole_conversation(shapes: ChatTemplate) -> None:
+    """The demo model begins its answers with a space, as its template writes them."""
+    opening = shapes.opening([("a", picture())])
+    grown = opening.token_ids + shapes.prompt(opening.opened_on, "Which shapes are there?")
+    grown += shapes.tokenizer(" There are two circles.", add_special_tokens=False)["input_ids"]
+    grown += shapes.prompt(None, "How many are there?")
+    whole = [
+        Message("user", "Which shapes are there?", 1),
+        Message("assistant", "There are two circles."),
+        Message("user", "How many are there?"),
+    ]
+    assert grown == ids(shapes, whole)
+
+
+# --- special tokens ---
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_special_tokens_of_a_client_are_text_in_every_message(make_chat, text: str) -> None:
+    for template in (*TEMPLATES.values(), STRINGS, ALTERNATING):
+        chat = make_chat(template)
+        plain = [
+            Message("system", "brief"),
+            Message("user", "circle", 1),
+            Message("assistant", "star"),
+            Message("user", "colour", 1),
+        ]
+        odd = [Message(message.role, f"{message.text}{text}", message.pictures) for message in plain]
+        expected = ids(chat, plain)
+        found = ids(chat, odd)
+        for special in SPECIALS:
+            token = chat.tokenizer.convert_tokens_to_ids(special)
+            assert found.count(token) == expected.count(token)
+        decoded = chat.tokenizer.decode(expected)
+        for message in plain:
+            decoded = decoded.replace(message.text, f"{message.text}{text}", 1)
+        assert chat.tokenizer.decode(found) == decoded
+
+
+def test_a_special_token_in_one_text_leaves_the_ids_of_the_others(family: ChatTemplate) -> None:
+    """Texts between special tokens are encoded one by one, with the IDs that they have within the whole."""
+    rng = random.Random(5)
+    words = ["red", "circle", " ", "\n", "near", "12", "é", "猫", "'s", "  "]
+    for _ in range(20):
+        texts = ["a" + "".join(rng.choices(words, k=8)) + "z" for _ in range(3)]
+        plain = [Message("user", texts[0], 1), Message("assistant", texts[1]), Message("user", f"{texts[2]} x")]
+        odd = [*plain[:2], Message("user", f"{texts[2]} x</s>")]
+        expected = ids(family, plain)
+        end = len(family.tokenizer("x</s>", add_special_tokens=False)["input_ids"]) + 30
+        assert ids(family, odd)[: len(expected) - end] == expected[: len(expected) - end]
+
+
+# --- templates without a place ---
+
+
+@pytest.mark.parametrize("template", [ALTERNATING, SILENT])
+def test_a_system_message_without_a_place_precedes_the_first_question(make_chat, template: str) -> None:
+    chat = make_chat(template)
+    system = Message("system", "Be brief.")
+    for question in (Message("user", "What is it?", 1), Message("user", "", 1)):
+        text = chat.tokenizer.decode(ids(chat, [system, question])).replace("<image>" * 16, "<image>")
+        assert text == f"<s>[user] <image>Be brief.{'' if not question.text else chr(10) * 2 + question.text}"
+
+
+def test_a_greeting_follows_an_empty_question_where_a_question_must_come_first(make_chat) -> None:
+    chat = make_chat(ALTERNATING)
+    text = chat.tokenizer.decode(ids(chat, CONVERSATIONS["a greeting"])).replace("<image>" * 16, "<image>")
+    assert text == "<s>[user] [assistant] How can I help?</s>[user] <image>What is it?"
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES.values(), STRINGS])
+def test_the_operators_system_prompt_precedes_a_clients(make_chat, template: str) -> None:
+    chat = make_chat(template, "You are kind.")
+    text = chat.tokenizer.decode(ids(chat, CONVERSATIONS["everything"]))
+    assert text.index("You are kind.\n\nBe brief.") < text.index("What is it?")
+    alone = chat.tokenizer.decode(ids(chat, CONVERSATIONS["one question"]))
+    assert alone.index("You are kind.") < alone.index("What is the red circle doing?")
+
+
+def test_a_template_without_a_place_for_a_later_picture_is_named_before_any_is_prepared(make_chat) -> None:
+    chat = make_chat(TEMPLATES["open"].replace("'<image>", "'' if loop.index0 else '<image>"))
+    with pytest.raises(Refused, match="places here"):
+        chat.check_conversation([Message("user", "a", 3)])
+    chat.check_conversation([Message("user", "a", 1)])
+
+
+def test_every_conversation_of_a_suitable_template_passes_the_check(family: ChatTemplate) -> None:
+    for messages in CONVERSATIONS.values():
+        family.check_conversation(messages)
+    family.check_conversation([Message("user", "a"), Message("assistant", "b")], OpenedOn("image", 2))

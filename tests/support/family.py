@@ -1,0 +1,80 @@
+"""One tiny checkpoint of a family, loaded by the engine and by transformers; random pictures of several sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+from llava_sessions.engine.model import Model
+from llava_sessions.ipc.messages import PreparedPicture
+from llava_sessions.text.chat_template import ChatTemplate
+from llava_sessions.text.processors import load_processor
+from tests.support.tiny_families import FAMILIES
+
+SIZES = [(60, 80), (90, 40), (30, 30), (40, 120)]  # height and width, each for another grid of tiles
+
+
+@dataclass
+class Family:
+    """One tiny checkpoint, loaded by the engine and by transformers."""
+
+    name: str
+    folder: Path
+    tokens: ChatTemplate
+    model: Model
+    reference: torch.nn.Module
+
+    @property
+    def takes_clips(self) -> bool:
+        return "onevision" in self.name
+
+    def generate(
+        self, token_ids: list[int], shown: list[tuple[PreparedPicture, ...]], max_new_tokens: int, **more: object
+    ) -> list[int]:
+        """Return transformers' greedy answer to a whole conversation. `shown`: the pictures of each of its requests."""
+        ids = torch.tensor([token_ids])
+        inputs = {name: torch.from_numpy(array) for name, array in joined(shown).items()}
+        out = self.reference.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            **inputs,
+            **more,
+        )
+        return out[0, ids.shape[1] :].tolist()
+
+
+def make_family(name: str, folder: Path) -> Family:
+    """Make the checkpoint in a folder and load it twice."""
+    FAMILIES[name](folder)
+    reference = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    return Family(name, folder, ChatTemplate(load_processor(folder)), Model.load(folder, "float32", "cpu"), reference)
+
+
+def noise(seed: int) -> tuple[str, Image.Image]:
+    """Return a random picture and its key."""
+    size = SIZES[seed % len(SIZES)]
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    return f"noise {seed}", Image.fromarray(pixels)
+
+
+def joined(requests: list[tuple[PreparedPicture, ...]]) -> dict[str, np.ndarray]:
+    """Return the pictures of a conversation as the processor's arrays for one call, padded to equal tile counts."""
+    pictures = [picture.inputs for request in requests for picture in request]
+    arrays = {}
+    for name in {name for inputs in pictures for name in inputs} - {"batch_num_images"}:
+        rows = [inputs[name] for inputs in pictures if name in inputs]
+        most = max(row.shape[1] for row in rows)
+        if name == "pixel_values" and rows[0].ndim == 5:
+            rows = [np.pad(row, [(0, 0), (0, most - row.shape[1]), *[(0, 0)] * 3]) for row in rows]
+        arrays[name] = np.concatenate(rows)
+    if any("batch_num_images" in inputs for inputs in pictures):
+        groups = [request for request in requests if request and "batch_num_images" in request[0].inputs]
+        arrays["batch_num_images"] = np.array([len(request) for request in groups])
+    return arrays

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -97,7 +98,9 @@ def body(sent: list[Message], **options: object) -> dict:
     return {"model": "llava", "messages": messages, "max_tokens": MAX_NEW_TOKENS, **options}
 
 
+@functools.cache
 def encoded(name: str) -> str:
+    """Return a picture as base64."""
     return base64.b64encode(to_png(make_scene(int(name)).draw())).decode()
 
 

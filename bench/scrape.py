@@ -20,7 +20,6 @@ import psutil
 import torch
 
 from deploy.options import Parser, whole_number
-from deploy.serve.configuration import PUBLIC_METRICS_VARIABLE
 
 from . import harness
 from .harness import Options, Result, Run, median, percentile
@@ -166,7 +165,7 @@ def parse(argv: list[str] | None) -> Options:
 def main(argv: list[str] | None = None) -> Result:
     """Run the command line."""
     options = parse(argv)
-    os.environ[PUBLIC_METRICS_VARIABLE] = "on"  # of the service, which inherits it
+    os.environ["PUBLIC_METRICS"] = "on"  # of the service, which inherits it
     run = Run(options)
     with service() as (_, url):
         rates, taken_ms = measure(options, run, url)

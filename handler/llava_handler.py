@@ -36,7 +36,7 @@ from llava_sessions.text.checkpoint import find_checkpoint, fingerprint
 from llava_sessions.torchserve import headers, receiving
 from llava_sessions.torchserve.batch import Reply, Row
 from llava_sessions.torchserve.sequences import EndRequestSender
-from llava_sessions.worker.assembly import make_pump
+from llava_sessions.worker.assembly import Policy, make_pump
 from llava_sessions.worker.context import ServedModel
 from llava_sessions.worker.engines import EngineSupervisor
 from llava_sessions.worker.exporter import Exporter, Histograms
@@ -89,22 +89,14 @@ class LlavaHandler(BaseHandler):
             client=engine.client,
             inbox=inbox,
             template=template,
-            table=SessionTable(
-                config.max_sessions,
-                config.session_ttl_s,
-                config.session_idle_s,
-                max_implicit=config.max_implicit_sessions,
-            ),
+            table=_session_table(config),
             context_tokens=facts.context_tokens,
             limits=config.limits,
             media_limits=config.media,
             ender=EndRequestSender(properties.get("inference_address", DEFAULT_ADDRESS), context.model_name),
             journal=journal,
-            allow_system=config.allow_system,
-            share_pictures=config.share_pictures,
-            served=ServedModel(context.model_name, fingerprint(Path(checkpoint)), time.time()),
-            places=context.model_yaml_config.get("maxNumSequence"),
             histograms=histograms,
+            policy=_policy(config, context, checkpoint),
         )
         self._pump.recover()
         self._start_metrics(context, Exporter(histograms, metrics_port, context.model_name, config.compat_metrics))
@@ -226,6 +218,20 @@ def _engine_supervisor(settings: EngineSettings, inbox: Inbox, hang_s: float) ->
     # Without an engine the worker cannot serve. TorchServe restarts a worker that ends.
     give_up = functools.partial(os._exit, 1)
     return EngineSupervisor(settings, inbox, hang_s, give_up, absence_file=_announcement("engine-absent"))
+
+
+def _session_table(config: HandlerConfig) -> SessionTable:
+    ttl_s = config.session_ttl_s
+    return SessionTable(config.max_sessions, ttl_s, config.session_idle_s, max_implicit=config.max_implicit_sessions)
+
+
+def _policy(config: HandlerConfig, context: Any, checkpoint: str) -> Policy:
+    return Policy(
+        share_pictures=config.share_pictures,
+        allow_system=config.allow_system,
+        served=ServedModel(context.model_name, fingerprint(Path(checkpoint)), time.time()),
+        places=context.model_yaml_config.get("maxNumSequence"),
+    )
 
 
 def _engine_settings(config: HandlerConfig, checkpoint: str, gpu_id: int | None) -> EngineSettings:

@@ -65,7 +65,8 @@ METRICS = (
         "Time from the arrival of a turn at the engine to its first step.",
         buckets=_QUEUE_S,
     ),
-    Metric("llava_open_sessions", "gauge", "count", "Open sessions.", in_torchserve=True),
+    Metric("llava_open_sessions", "gauge", "count", "Open sessions that clients opened by name.", in_torchserve=True),
+    Metric("llava_implicit_sessions", "gauge", "count", "Sessions of conversations without a session header."),
     Metric(
         "llava_running_turns",
         "gauge",
@@ -115,7 +116,7 @@ METRICS = (
         "Encoded pictures of all sessions in the worker's memory.",
         in_torchserve=True,
     ),
-    Metric("llava_opens_total", "counter", "count", "Sessions that were opened, resumed ones included."),
+    Metric("llava_opens_total", "counter", "count", "Sessions that were opened by name, resumed ones included."),
     Metric("llava_turns_total", "counter", "count", "Turns that ended with an answer.", in_torchserve=True),
     Metric("llava_prompt_tokens_total", "counter", "tokens", "Tokens of the conversations before each answer."),
     Metric("llava_cached_tokens_total", "counter", "tokens", "Prompt tokens whose KV existed when their turn began."),
@@ -181,6 +182,7 @@ class MetricValues:
     """
 
     open_sessions: int = 0
+    implicit_sessions: int = 0
     running_turns: int = 0
     num_requests_running: int = 0
     num_requests_waiting: int = 0

@@ -172,7 +172,6 @@ def loaded(tiny: Path) -> tuple[Any, Model, ChatTemplate]:
 
 # What must be among the places of the engine that allocate during `Chat.talk`.
 EXPECTED = {
-    "Ban.apply",
     "Model.encode",
     "Model.forward",
     "Model._embed",

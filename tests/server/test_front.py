@@ -356,6 +356,21 @@ def test_an_error_of_haproxy_is_read_by_the_openai_package(url: str) -> None:
         assert json.loads(body)["error"].items() >= {"type": kind, "param": None}.items(), body
 
 
+def test_the_openai_package_gets_the_same_answer_on_each_route(url: str, server: TorchServe, chat: ChatSession) -> None:
+    data = base64.b64encode(to_png(SCENE.draw())).decode()
+    picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+    messages = [{"role": "user", "content": [picture, {"type": "text", "text": QUESTION}]}]
+    answer = chat.ask(QUESTION)["response_text"]
+    for base in (f"{url}/v1", f"{url}/predictions/llava/1.0/v1", server.openai_url):
+        with openai.OpenAI(base_url=base, api_key="any", max_retries=0) as gpt:
+            model = gpt.models.list().data[0].id
+            assert gpt.models.retrieve(model).id == model
+            whole = gpt.chat.completions.create(model=model, messages=messages)
+            assert whole.choices[0].message.content == answer
+            chunks = list(gpt.chat.completions.create(model=model, messages=messages, stream=True))
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer
+
+
 def server_errors(server: TorchServe) -> int:
     log = server.log_path.with_name("ts_log.log")
     return log.read_text().count("[ERROR]")

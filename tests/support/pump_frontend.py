@@ -29,7 +29,7 @@ from llava_sessions.journal.journal import Journal
 from llava_sessions.protocol.constants import CLOSED_SESSION_HEADER, SESSION_HEADER
 from llava_sessions.text.chat_template import ChatTemplate
 from llava_sessions.torchserve.batch import Reply, Row
-from llava_sessions.worker.assembly import Timing, make_pump
+from llava_sessions.worker.assembly import Policy, Timing, make_pump
 from llava_sessions.worker.engines import EngineLost, EngineUp
 from llava_sessions.worker.exporter import Histograms
 from llava_sessions.worker.inbox import Inbox
@@ -69,6 +69,7 @@ class Frontend:
         first_row: int = 0,
         close_wait_s: float = WAIT_S,
         parsing: Executor | None = None,
+        share_pictures: bool = True,
     ) -> None:
         """`deaf`: commands are only recorded, and a test tells by itself what came of them. `first_row` sets the ids
         of two servers apart. `parsing` parses large bodies.
@@ -101,6 +102,7 @@ class Frontend:
             journal=journal or Journal(),
             histograms=self.histograms,
             parsing=parsing,
+            policy=Policy(share_pictures=share_pictures),
             timing=Timing(
                 clock=lambda: self.now_s,
                 monotonic=lambda: time.monotonic() + self.skipped_s,

@@ -26,6 +26,7 @@ from llava_sessions.worker.sessions import (
     State,
     Turn,
     TurnState,
+    expired_sessions,
 )
 
 NOW = 1_800_000_000.0
@@ -138,10 +139,10 @@ def test_a_session_lives_up_to_its_expiry_and_not_at_it(table):
     session = open_session(table, "a")
     assert session.expires_at_s == NOW + TTL
     assert table.get("a", NOW + TTL - 0.001) is session
-    assert table.expired(NOW + TTL - 0.001) == []
+    assert expired_sessions(table, NOW + TTL - 0.001) == []
     assert code_of(lambda: table.get("a", NOW + TTL)) == "session_expired"
-    assert table.expired(NOW + TTL + GRACE_S - 0.001) == []
-    assert table.expired(NOW + TTL + GRACE_S) == [session]
+    assert expired_sessions(table, NOW + TTL + GRACE_S - 0.001) == []
+    assert expired_sessions(table, NOW + TTL + GRACE_S) == [session]
 
 
 def test_the_announced_expiry_is_the_one_that_is_kept(table):
@@ -167,7 +168,7 @@ def test_an_expired_session_holds_its_place_until_it_is_removed(table):
     open_session(table, "a")
     open_session(table, "b")
     assert code_of(lambda: table.reserve("c")) == "capacity"
-    for session in table.expired(NOW + TTL + GRACE_S):
+    for session in expired_sessions(table, NOW + TTL + GRACE_S):
         table.end(session, "expired")
     table.reserve("c")
     assert len(table) == 0
@@ -176,12 +177,12 @@ def test_an_expired_session_holds_its_place_until_it_is_removed(table):
 def test_only_sessions_whose_time_is_up_are_told_as_expired(table):
     old = open_session(table, "old")
     open_session(table, "young", now_s=NOW + 1)
-    assert table.expired(NOW + TTL + GRACE_S) == [old]
+    assert expired_sessions(table, NOW + TTL + GRACE_S) == [old]
 
 
 def test_a_closing_session_is_not_told_as_expired(table):
     open_session(table, "a").advance(SessionState.CLOSING)
-    assert table.expired(NOW + 10 * TTL) == []
+    assert expired_sessions(table, NOW + 10 * TTL) == []
 
 
 # --- turns ---
@@ -191,7 +192,7 @@ def test_a_busy_session_is_still_found_and_does_not_expire(table):
     session = open_session(table, "a")
     begin_turn(session, "turn")
     assert table.get("a", NOW) is session
-    assert table.expired(NOW + 10 * TTL) == []
+    assert expired_sessions(table, NOW + 10 * TTL) == []
 
 
 # --- states ---

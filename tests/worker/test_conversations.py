@@ -21,6 +21,7 @@ from llava_sessions.engine.model import Model
 from llava_sessions.ipc.messages import AskSession, CloseSession, OpenSession
 from llava_sessions.text.chat_template import ChatTemplate
 from llava_sessions.torchserve.batch import Reply, Row
+from llava_sessions.worker.sessions import Session
 from tests.support.pump_frontend import QUESTIONS, Frontend, code, png, tokens
 
 __all__ = ["tokens"]  # a fixture
@@ -39,6 +40,10 @@ def model(tiny: Path) -> Iterator[Model]:
 @pytest.fixture
 def front(model: Model, tokens: ChatTemplate) -> Frontend:
     return Frontend(model, tokens)
+
+
+def implicit(front: Frontend) -> list[Session]:
+    return [session for session in front.table if session.conversation is not None]
 
 
 def user(text: str, *colours: str) -> dict[str, Any]:
@@ -129,7 +134,7 @@ def test_a_regenerated_answer_runs_in_a_fork_and_later_ones_replace_it(front: Fr
         again = chat(front, messages)
         assert text_of(again) == text_of(first)
         assert cached(again) == again["usage"]["prompt_tokens"] - 1
-    assert len(front.table.implicit_sessions) == 2
+    assert len(implicit(front)) == 2
     completion = chat(front, continued)
     assert text_of(completion) == reference.answer(continued)
     assert cached(completion) >= first["usage"]["prompt_tokens"]
@@ -204,7 +209,7 @@ def test_a_busy_conversation_is_forked(front: Frontend, reference: Reference) ->
     replies = front.settle(*rows)
     answers = {text_of(json.loads(only.body)) for (only,) in replies}
     assert answers == {reference.answer(messages)}
-    assert len(front.table.implicit_sessions) == 2
+    assert len(implicit(front)) == 2
 
 
 def test_the_least_recently_used_idle_conversation_is_closed_for_a_new_one(front: Frontend) -> None:
@@ -212,7 +217,7 @@ def test_the_least_recently_used_idle_conversation_is_closed_for_a_new_one(front
     named = front.open("green")
     for colour in ("red", "green", "blue"):
         chat(front, [user(QUESTIONS[0], colour)])
-    assert len(front.table.implicit_sessions) == 2
+    assert len(implicit(front)) == 2
     assert cached(chat(front, [user(QUESTIONS[0], "red")])) == 0
     assert front.ask(named)["finish_reason"] in ("stop", "length")
 
@@ -256,7 +261,7 @@ def test_a_client_that_leaves_before_the_first_token_leaves_nothing(front: Front
     while front.engine.has_work:
         front.step()
         front.exchange()
-    assert front.table.implicit_sessions == []
+    assert implicit(front) == []
     assert not front.engine.sessions
 
 
@@ -268,7 +273,7 @@ def test_a_lost_engine_takes_implicit_sessions_along(front: Frontend, reference:
     completion = chat(front, messages)
     assert text_of(completion) == reference.answer(messages)
     assert cached(completion) == 0
-    assert len(front.table.implicit_sessions) == 1
+    assert len(implicit(front)) == 1
 
 
 def test_implicit_sessions_expire(front: Frontend) -> None:
@@ -276,16 +281,16 @@ def test_implicit_sessions_expire(front: Frontend) -> None:
     front.now_s += 1e4
     front.pump.sweep()
     front.exchange()
-    assert front.table.implicit_sessions == []
+    assert implicit(front) == []
     assert not front.engine.sessions
 
 
 def test_no_client_reaches_an_implicit_session_by_its_id(front: Frontend) -> None:
     chat(front, [user(QUESTIONS[0], "red")])
-    (session,) = front.table.implicit_sessions
+    (session,) = implicit(front)
     for row in (front.ask_row(session.id), front.close_row(session.id), front.cancel_row(session.id)):
         assert front.answer(row).status == 404
-    assert front.table.implicit_sessions == [session]
+    assert implicit(front) == [session]
 
 
 def test_labels_keep_conversations_apart(front: Frontend) -> None:
@@ -294,6 +299,19 @@ def test_labels_keep_conversations_apart(front: Frontend) -> None:
     assert cached(chat(front, messages, user="two")) == 0
     assert cached(chat(front, messages)) == 0
     assert cached(chat(front, messages, user="one")) > 0
+
+
+def test_without_sharing_nothing_of_another_request_is_found(model: Model, tokens: ChatTemplate) -> None:
+    front = Frontend(model, tokens, share_pictures=False)
+    front.open("red")
+    for messages in ([user(QUESTIONS[0], "red")], [user(QUESTIONS[0])]):
+        for _ in range(2):
+            assert cached(chat(front, messages)) == 0
+    assert implicit(front) == []
+    session = front.open("red")
+    first = chat(front, [user(QUESTIONS[0], "red")], session)
+    later = [user(QUESTIONS[0], "red"), answered(text_of(first)), user(QUESTIONS[1])]
+    assert cached(chat(front, later, session)) >= first["usage"]["prompt_tokens"]
 
 
 def test_a_picture_is_decoded_once(front: Frontend, monkeypatch: pytest.MonkeyPatch) -> None:

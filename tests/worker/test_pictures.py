@@ -25,7 +25,8 @@ from llava_sessions.protocol.requests import Ask, Open
 from llava_sessions.text.chat_template import ChatTemplate
 from llava_sessions.text.pictures import PicturePreparer, Prepared
 from llava_sessions.text.processors import load_processor
-from llava_sessions.worker.preparation import Preparer, QuestionedSession
+from llava_sessions.worker.preparation import Preparer
+from llava_sessions.worker.prompts import QuestionedSession
 from tests.support.manual import ManualExecutor
 from tests.support.pictures import encode, png_of
 
@@ -134,7 +135,7 @@ def test_one_decoded_picture_is_in_memory_at_a_time(template: ChatTemplate, proc
     assert len(rebuilt.result().pictures) == 16
     assert watched.alive == [1] * (8 + 8 + 16)
     watched.alive.clear()
-    prepare._loader.prepare_clip(opening.blobs[:1] * 3 + opening.blobs, None)
+    prepare.prompts._loader.prepare_clip(opening.blobs[:1] * 3 + opening.blobs, None)
     assert watched.alive == [1] * 11
 
 

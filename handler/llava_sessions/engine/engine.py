@@ -241,7 +241,7 @@ class Engine:
             logits = self.model.forward(segments)
             try:
                 turns = [turn for _, turn in sampled]
-                tokens = next_tokens(logits, [turn.sampler for turn in turns], self._ban(turns))
+                tokens = next_tokens(logits, [turn.sampler for turn in turns], _ban(turns, self.model.eos_token_ids))
             except Exception:
                 for session, count in steps:
                     session.kv.crop(session.kv.length - count)
@@ -267,11 +267,6 @@ class Engine:
             except Exception as error:
                 log.exception("turn_failed session=%s", session.id[:12])
                 self._fail(session, error)
-
-    def _ban(self, turns: list[EngineTurn]) -> Ban | None:
-        """Return the ban of end-of-sequence tokens in the rows of turns that need more tokens, if there are such."""
-        rows = [row for row, turn in enumerate(turns) if len(turn.answer_ids) < turn.min_tokens]
-        return Ban(rows, self.model.eos_token_ids) if rows else None
 
     def _retry_or_reject(self, session: EngineSession, error: Exception) -> None:
         """Handle an out-of-memory error that changed no session.
@@ -322,6 +317,12 @@ class Engine:
         except IllegalTransition as error:
             log.exception("session_broken session=%s", session.id[:12])
             self._fail(session, error)
+
+
+def _ban(turns: list[EngineTurn], eos_token_ids: frozenset[int]) -> Ban | None:
+    """Return the ban of end-of-sequence tokens in the rows of turns that need more tokens, if there are such."""
+    rows = [row for row, turn in enumerate(turns) if len(turn.answer_ids) < turn.min_tokens]
+    return Ban(rows, eos_token_ids) if rows else None
 
 
 def _taken(events: list[Event]) -> list[Event]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..config import MediaLimits, RequestLimits, frontend_capacity, max_body_bytes
 from ..journal.journal import Journal
@@ -33,6 +33,20 @@ class Timing:
     close_wait_s: float = CLOSE_WAIT_S
 
 
+@dataclass(frozen=True)
+class Policy:
+    """Choices of the operator.
+
+    `share_pictures`: as in `PromptBuilder`. `allow_system`: clients may send system messages. `served`: the model as
+    OpenAI's clients see it. `places`: sequences that the frontend can hold; None for the least.
+    """
+
+    share_pictures: bool = True
+    allow_system: bool = True
+    served: ServedModel = field(default_factory=ServedModel)
+    places: int | None = None
+
+
 def make_pump(
     *,
     client: CommandSink,
@@ -49,19 +63,16 @@ def make_pump(
     executor: Executor | None = None,
     parsing: Executor | None = None,
     fetch: Callable[[str, MediaLimits], bytes] | None = None,
-    share_pictures: bool = True,
-    allow_system: bool = True,
-    served: ServedModel | None = None,
-    places: int | None = None,
+    policy: Policy | None = None,
 ) -> Pump:
     """Build a pump. Call its `recover` before the first row. `histograms` observe the turns.
 
     `executor` runs the preparations and `parsing` parses large bodies, instead of threads. `fetch` replaces the HTTP
-    client. All three are for tests. `share_pictures`: as in `Preparer`. `allow_system`: whether a client may
-    send system messages. `places`: sequences that the frontend can hold.
+    client. All three are for tests.
     """
     timing = timing or Timing()
-    preparer = Preparer(template, media_limits, journal, timing.clock, executor, fetch, share_pictures)
+    policy = policy or Policy()
+    preparer = Preparer(template, media_limits, journal, timing.clock, executor, fetch, policy.share_pictures)
     context = WorkerContext(
         gate=EngineGate(client),
         table=table,
@@ -71,19 +82,22 @@ def make_pump(
         context_tokens=context_tokens,
         clock=timing.clock,
         monotonic=timing.monotonic,
-        served=served or ServedModel(),
+        served=policy.served,
         counters=Counters(histograms=histograms or Histograms()),
     )
     manager = SessionManager(context)
-    # The frontend has more places than sessions. At most half of the others may wait for the end of their sequence.
-    places_left = (places or frontend_capacity(table.max_sessions)) - table.max_sessions
-    reaper = SequenceReaper(ender, max_waiting=places_left // 2, clock=timing.monotonic)
     return Pump(
         manager,
         inbox,
-        reaper,
-        Arrivals(inbox, limits, max_body_bytes(limits, media_limits), parsing, allow_system),
+        _reaper(ender, table.max_sessions, policy.places, timing),
+        Arrivals(inbox, limits, max_body_bytes(limits, media_limits), parsing, policy.allow_system),
         wait_s=timing.wait_s,
         close_wait_s=timing.close_wait_s,
         clock=timing.monotonic,
     )
+
+
+def _reaper(ender: SequenceEnder, max_sessions: int, places: int | None, timing: Timing) -> SequenceReaper:
+    """Return a reaper that lets half of the places that sessions leave free wait for the end of their sequence."""
+    places_left = (places or frontend_capacity(max_sessions)) - max_sessions
+    return SequenceReaper(ender, max_waiting=places_left // 2, clock=timing.monotonic)

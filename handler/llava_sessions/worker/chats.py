@@ -6,18 +6,19 @@ All methods run on the pump's thread, under its lock.
 from __future__ import annotations
 
 import logging
+import uuid
 from concurrent.futures import Future
 from functools import partial
 
 from ..ipc.messages import AskSession, OpenSession
-from ..protocol.openai import Chat
+from ..protocol.openai import Chat, OpenAIForm
 from .context import WorkerContext
-from .conversations import Conversations, Place
+from .conversations import Conversations, Place, lacks_features
 from .openings import check_context
 from .pending import PendingRequest
 from .prefixes import root_of
-from .preparation import PreparedChat, keys_of
-from .questions import ms_left, sampling_of
+from .prompts import PreparedChat, keys_of
+from .questions import Questions, ms_left, sampling_of
 from .sessions import Residency, Session, Turn, TurnState
 from .turns import Turns
 
@@ -27,17 +28,28 @@ log = logging.getLogger(__name__)
 class Chats:
     """Starts the turns of conversations that clients send whole."""
 
-    def __init__(self, context: WorkerContext, turns: Turns, conversations: Conversations) -> None:
+    def __init__(
+        self, context: WorkerContext, turns: Turns, conversations: Conversations, questions: Questions
+    ) -> None:
+        """`questions` runs the turns of sessions that were opened by name."""
         self._context = context
         self._turns = turns
         self._conversations = conversations
+        self._questions = questions
 
     def start(self, pending: PendingRequest, chat: Chat) -> None:
-        """Start a turn. Raise `Refused`.
+        """Start a turn, in the session of the request's header if it has one. Raise `Refused`.
 
-        Its session is known only when the conversation is prepared. Until then it has a session that is not in the
-        table.
+        An implicit session is known only when the conversation is prepared. Until then the turn has a session that is
+        not in the table.
         """
+        served = self._context.served
+        completion_id = f"chatcmpl-{uuid.uuid4().hex}"
+        pending.form = OpenAIForm.of(chat, completion_id, self._context.clock(), served.name, served.fingerprint)
+        pending.streamed = chat.stream
+        if chat.session_id is not None:
+            self._questions.start(pending, chat)
+            return
         self._context.gate.check()
         turn = Turn(self._conversations.new_session(), chat, pending)
         self._turns.add(turn)
@@ -75,11 +87,12 @@ class Chats:
         place = self._conversations.place(prompt)
         first = prompt.pictures_before(place.kept)
         needed = prepared.pictures if place.session is None else prepared.pictures[first:]
-        if self._conversations.lacking(needed):
+        if lacks_features(context.table, needed):
             self._prepare(turn, chat, with_arrays=True)
             return
         if place.session is None:
-            self._conversations.add(turn.session, root_of(chat.label), place)
+            scope = context.preparer.prompts.scope(turn.session.id, None)
+            self._conversations.add(turn.session, root_of(chat.label, scope), place)
             self._open(turn.session, place, prepared)
         else:
             self._move(turn, place.session)
@@ -100,7 +113,7 @@ class Chats:
         """Open a new session in the engine, with the beginning that it shares with its donor."""
         token_ids = prepared.prompt.token_ids[: place.kept].tolist()
         pictures = prepared.pictures[: prepared.prompt.pictures_before(place.kept)]
-        scope = self._context.preparer.scope(session.id, None)
+        scope = self._context.preparer.prompts.scope(session.id, None)
         donor = None if place.donor is None else place.donor.id
         self._context.gate.submit(OpenSession(session.id, token_ids, pictures, salt=scope or "", fork_from=donor))
         session.advance(Residency.LOADING)

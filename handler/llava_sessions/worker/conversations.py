@@ -10,6 +10,7 @@ All methods of `Conversations` run on the pump's thread, under its lock.
 from __future__ import annotations
 
 import logging
+import math
 import uuid
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,10 +19,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..chat.transcript import short_id
+from ..errors import Refused
 from ..ipc.messages import CloseSession, PreparedPicture
 from .context import WorkerContext
 from .prefixes import LINK_TOKENS, HeldConversation, Prompt, common_prefix, links_of
-from .sessions import Session
+from .sessions import Session, SessionState, SessionTable
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +51,16 @@ class Conversations:
         self._context = context
         self._by_link: dict[int, dict[str, None]] = {}
 
+    @property
+    def all(self) -> list[Session]:
+        """All implicit sessions."""
+        return [session for session in self._context.table if session.conversation is not None]
+
     def new_session(self) -> Session:
         """Return a session that is not in the table yet."""
-        return self._context.table.implicit(f"chat-{uuid.uuid4()}", self._context.clock())
+        session = Session(f"chat-{uuid.uuid4()}", math.inf)
+        session.advance(SessionState.OPEN)
+        return session
 
     def place(self, prompt: Prompt) -> Place:
         """Return where a conversation runs, for the least work. Changes nothing."""
@@ -73,23 +82,32 @@ class Conversations:
         held = donor.held_conversation
         return Place(None, kept, donor, kept if kept >= held.first_prompt_tokens - 1 else None)
 
-    def add(self, session: Session, label_root: int, place: Place) -> None:
+    def add(self, session: Session, root: int, place: Place) -> None:
         """Take a place for a new session. Close the least recently used idle one of its kind if all are taken.
 
         Raise `Refused` (capacity) if all of them are busy.
         """
-        table = self._context.table
-        if table.implicit_is_full:
-            idle = [one for one in table.implicit_sessions if one.turn is None and one is not place.donor]
-            oldest = min(idle, key=lambda one: one.used_at_s, default=None)
-            if oldest is not None:
-                log.info("conversation_evicted session=%s", short_id(oldest.id))
-                self.drop(oldest)
-        table.add_implicit(session)
-        session.conversation = HeldConversation(label_root, fork_base=place.base)
+        if self._is_full:
+            idle = [one for one in self.all if one.turn is None and one is not place.donor]
+            if not idle:
+                most = self._context.table.max_implicit
+                message = f"All {most} conversations without a session ID are being answered; try again later."
+                raise Refused("capacity", message, retry_after_s=1)
+            oldest = min(idle, key=lambda one: one.used_at_s)
+            log.info("conversation_evicted session=%s", short_id(oldest.id))
+            self.drop(oldest)
+        session.conversation = HeldConversation(root, fork_base=place.base)
+        self._note_use(session)
+        self._context.table.add(session)
 
     def finished(self, session: Session, prompt: Prompt, kept: int, answer_ids: Sequence[int]) -> None:
-        """Note what a session holds after an answer. `kept`: the tokens that it held before and that were kept."""
+        """Note what a session holds after an answer. `kept`: the tokens that it held before and that were kept.
+
+        If sessions share nothing, no request can continue the session: it is closed.
+        """
+        if not self._context.preparer.prompts.shares:
+            self.drop(session)
+            return
         held = session.held_conversation
         self._unlink(session)
         if not held.turns or kept < held.first_prompt_tokens:
@@ -101,8 +119,7 @@ class Conversations:
         held.starts = tuple(span.start for span in prompt.spans)
         held.last_prompt_tokens = len(prompt.token_ids)
         held.links = links_of(held.root, held.token_ids.tolist(), prompt.spans, prompt.links)
-        table = self._context.table
-        session.expires_at_s = table.expiry_of_open(self._context.clock())
+        self._note_use(session)
         for link in held.links:
             self._by_link.setdefault(link, {})[session.id] = None
 
@@ -128,7 +145,7 @@ class Conversations:
 
     def drop_cold(self) -> None:
         """Close the idle sessions that the engine does not hold: their clients have the conversations."""
-        for session in self._context.table.implicit_sessions:
+        for session in self.all:
             if session.turn is None and not session.in_engine:
                 self.drop(session)
 
@@ -140,21 +157,19 @@ class Conversations:
             session.unload()
         self._context.table.release(session)
 
-    def lacking(self, pictures: Iterable[PreparedPicture]) -> bool:
-        """Return whether a picture has no arrays, and no session in the engine has its features."""
-        keys = {picture.key for picture in pictures if not picture.inputs}
-        for session in self._context.table:
-            if not keys:
-                return False
-            if session.is_loaded:
-                keys.difference_update(session.picture_keys)
-        return bool(keys)
+    @property
+    def _is_full(self) -> bool:
+        return len(self.all) >= self._context.table.max_implicit
 
     def _has_room(self, kept: Session) -> bool:
         """Return whether a session can be added, if necessary instead of an idle one other than `kept`."""
-        table = self._context.table
-        idle = (one for one in table.implicit_sessions if one.turn is None and one is not kept)
-        return not table.implicit_is_full or any(idle)
+        return not self._is_full or any(one.turn is None and one is not kept for one in self.all)
+
+    def _note_use(self, session: Session) -> None:
+        """Let the session expire as if it had been opened now. Its client has no expiry."""
+        now_s = self._context.clock()
+        session.used_at_s = now_s
+        session.expires_at_s = self._context.table.expiry_of_open(now_s)
 
     def _sharing(self, links: Sequence[int]) -> Iterator[tuple[Session, HeldConversation]]:
         """Yield the sessions with the longest beginning in common, the latest first."""
@@ -167,7 +182,7 @@ class Conversations:
 
     def _own_fork(self, prompt: Prompt) -> Place | None:
         """Return an idle session that was forked for an earlier attempt at the same turn: this attempt replaces it."""
-        for session in self._context.table.implicit_sessions:
+        for session in self.all:
             held = session.held_conversation
             if held.fork_base is None or held.turns != 1 or session.turn is not None or not session.is_loaded:
                 continue
@@ -192,3 +207,14 @@ def _continues(held: HeldConversation, prompt: Prompt, kept: int) -> bool:
     if kept == len(held.token_ids):
         return True
     return kept >= held.last_prompt_tokens and len(prompt.token_ids) > kept + 1
+
+
+def lacks_features(table: SessionTable, pictures: Iterable[PreparedPicture]) -> bool:
+    """Return whether a picture has no arrays, and no session in the engine has its features."""
+    keys = {picture.key for picture in pictures if not picture.inputs}
+    for session in table:
+        if not keys:
+            return False
+        if session.is_loaded:
+            keys.difference_update(session.picture_keys)
+    return bool(keys)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import uuid
 from collections.abc import Callable
 
 from ..chat.transcript import short_id
 from ..errors import Refused
 from ..ipc.messages import Report
 from ..metrics import MetricValues
-from ..protocol.openai import Chat, Models, OpenAIForm
+from ..protocol.openai import Chat, Models
 from ..protocol.parsing import Request
 from ..protocol.requests import Ask, Cancel, Close, Open
 from .answers import Answers
@@ -25,7 +24,7 @@ from .openings import Openings, unload
 from .pending import PendingRequest, session_moved
 from .questions import Questions
 from .recovery import Recovery
-from .sessions import TurnState
+from .sessions import TurnState, expired_sessions
 from .turns import Turns
 
 log = logging.getLogger(__name__)
@@ -48,10 +47,10 @@ class SessionManager:
         self._context = context
         self._openings = Openings(context)
         self._recovery = Recovery(context, self._openings)
-        self._turns = Turns(context)
         self._conversations = Conversations(context)
-        self._questions = Questions(context, self._turns, self._conversations)
-        self._chats = Chats(context, self._turns, self._conversations)
+        self._turns = Turns(context, self._conversations)
+        self._questions = Questions(context, self._turns)
+        self._chats = Chats(context, self._turns, self._conversations, self._questions)
         self._closes = Closes(context, self._openings, self._turns)
         self._answers = Answers(context, self._turns, self._conversations)
         self._events = EngineEvents(
@@ -79,7 +78,7 @@ class SessionManager:
                 case Ask():
                     self._questions.start(pending, request)
                 case Chat():
-                    self._start_chat(pending, request)
+                    self._chats.start(pending, request)
                 case Models():
                     pending.reply(request.body(self._context.served.name, self._context.served.since_s))
                 case Close():
@@ -89,17 +88,6 @@ class SessionManager:
         except Refused as error:
             raise self._recovery.error_for(error) from None
         self._follow_up()
-
-    def _start_chat(self, pending: PendingRequest, chat: Chat) -> None:
-        """Start a turn of a conversation that the client has sent whole."""
-        served = self._context.served
-        completion_id = f"chatcmpl-{uuid.uuid4().hex}"
-        pending.form = OpenAIForm.of(chat, completion_id, self._context.clock(), served.name, served.fingerprint)
-        pending.streamed = chat.stream
-        if chat.session_id is None:
-            self._chats.start(pending, chat)
-        else:
-            self._questions.start(pending, chat)
 
     def disconnected(self, pending: PendingRequest) -> None:
         """Stop the work that only this request's client waited for."""
@@ -148,7 +136,7 @@ class SessionManager:
     def sweep(self) -> None:
         """Expire sessions, sweep the journal, and end turns that outlast the drain. Call it about once a second."""
         context = self._context
-        for session in context.table.expired(context.clock()):
+        for session in expired_sessions(context.table, context.clock()):
             if self._openings.holds(session):
                 continue  # it expires after its acknowledgement
             log.info("session_expired session=%s", short_id(session.id))
@@ -201,8 +189,10 @@ class SessionManager:
         context = self._context
         counters = context.counters
         turns = self._turns.all()
+        implicit = len(self._conversations.all)
         return MetricValues(
-            open_sessions=len(context.table),
+            open_sessions=len(context.table) - implicit,
+            implicit_sessions=implicit,
             running_turns=len(turns),
             num_requests_running=memory.running_turns,
             num_requests_waiting=memory.waiting_turns + sum(turn.is_in(TurnState.PREPARING) for turn in turns),
@@ -246,8 +236,6 @@ class SessionManager:
                 unload(self._context, session)
                 self._context.table.end(session, reason)
                 self._closes.lost(session)
-        for session, kept_tokens in self._turns.take_unfinished():
-            self._conversations.unfinished(session, kept_tokens)
         for pending, ask in self._turns.take_retries():
             if pending.disconnected:
                 continue

@@ -25,7 +25,7 @@ from ..protocol.requests import Open, session_in_header
 from ..text.chat_template import Opening
 from .context import WorkerContext
 from .pending import PendingRequest
-from .preparation import PreparedOpen, Rebuild
+from .prompts import PreparedOpen, Rebuild
 from .sessions import Residency, Session, SessionState, session_not_found
 
 log = logging.getLogger(__name__)
@@ -274,7 +274,7 @@ def _new_transcript(opening: _Opening, prepared: PreparedOpen | Rebuild, context
         pictures = prepared.opening.pictures
         history_turns = prepared.history_turns
         groups = prepared.groups
-        scope = context.preparer.scope(session.id, session.token_digest)
+        scope = context.preparer.prompts.scope(session.id, session.token_digest)
     record = OpenRecord(
         session_id=session.id,
         opened_at_s=now_s,

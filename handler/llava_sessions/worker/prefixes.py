@@ -103,6 +103,6 @@ def links_of(root: int, token_ids: Sequence[int], spans: Iterable[PictureSpan], 
     return links
 
 
-def root_of(label: str | None) -> int:
-    """Return the start of the links of conversations with a label. Only equal labels have equal links."""
-    return hash(("conversation", label))
+def root_of(label: str | None, scope: str | None) -> int:
+    """Return the start of the links of conversations. Only conversations of equal label and scope have equal links."""
+    return hash((label, scope))

@@ -15,10 +15,11 @@ from ..protocol.openai import Chat
 from ..protocol.requests import Ask
 from .answers import answer_facts
 from .context import WorkerContext
-from .conversations import Conversations
+from .conversations import lacks_features
 from .openings import check_context, digest_of
 from .pending import PendingRequest
-from .preparation import INLINE_PROMPT_CHARS, PreparedQuestion, QuestionedSession
+from .preparation import INLINE_PROMPT_CHARS
+from .prompts import PreparedQuestion, QuestionedSession
 from .sessions import MAX_ENGINE_LOSSES, Residency, Session, Turn, TurnState
 from .turns import Turns
 
@@ -32,10 +33,9 @@ MAX_REPLACED_TURNS = 1_000
 class Questions:
     """Starts turns, and answers retried requests from the transcript."""
 
-    def __init__(self, context: WorkerContext, turns: Turns, conversations: Conversations) -> None:
+    def __init__(self, context: WorkerContext, turns: Turns) -> None:
         self._context = context
         self._turns = turns
-        self._conversations = conversations
 
     def start(self, pending: PendingRequest, ask: Ask | Chat) -> None:
         """Start a turn of a session that was opened by name, or answer a retried one. Raise `Refused`."""
@@ -144,7 +144,7 @@ class Questions:
         kept_tokens = held_tokens if rewrite is None else rewrite.kept_tokens
         sent_ids = question.prompt_ids if rewrite is None else rewrite.sent_ids
         check_context(kept_tokens + len(sent_ids) + 1, context.context_tokens)
-        if question.rebuild is None and self._conversations.lacking(question.pictures):
+        if question.rebuild is None and lacks_features(context.table, question.pictures):
             self._prepare(turn, with_arrays=True)
             return
         if not session.in_engine:

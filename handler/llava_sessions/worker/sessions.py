@@ -20,7 +20,7 @@ from ..protocol.openai import Chat
 from ..protocol.requests import Ask
 from .pending import PendingRequest
 from .prefixes import HeldConversation, Prompt
-from .preparation import PreparedChat, PreparedQuestion
+from .prompts import PreparedChat, PreparedQuestion
 
 _REMEMBERED = 10_000
 # A request that was sent just before the announced expiry arrives a moment later: the session is kept for so long.
@@ -244,7 +244,6 @@ class SessionTable:
         self.ttl_s = ttl_s
         self._idle_s = math.inf if idle_s is None else idle_s
         self._sessions: dict[str, Session] = {}
-        self._implicit: dict[str, Session] = {}  # also in `_sessions`
         self._past: OrderedDict[str, _Ended] = OrderedDict()
         self._ended: list[str] = []
 
@@ -258,45 +257,23 @@ class SessionTable:
     def __iter__(self) -> Iterator[Session]:
         return iter(list(self._sessions.values()))
 
+    def add(self, session: Session) -> None:
+        """Add an implicit session."""
+        self._sessions[session.id] = session
+
     def reserve(self, session_id: str) -> Session:
         """Add a session in state OPENING. Raise `Refused` (capacity, invalid_request)."""
         if session_id in self._sessions:
             raise Refused("invalid_request", "The session is open already; close it, or open without a session ID.")
-        if len(self._sessions) - len(self._implicit) >= self.max_sessions:
+        if sum(one.conversation is None for one in self._sessions.values()) >= self.max_sessions:
             message = f"All {self.max_sessions} sessions are taken; close one or try again later."
             raise Refused("capacity", message)
         session = self._sessions[session_id] = Session(session_id, self._idle_s)
         return session
 
-    @property
-    def implicit_sessions(self) -> list[Session]:
-        """The sessions that no client opened by name."""
-        return list(self._implicit.values())
-
-    @property
-    def implicit_is_full(self) -> bool:
-        """Whether no further implicit session can be added."""
-        return len(self._implicit) >= self.max_implicit
-
-    def implicit(self, session_id: str, now_s: float) -> Session:
-        """Return an open implicit session that is not in the table yet. It has no sequence."""
-        session = Session(session_id, self._idle_s)
-        session.expires_at_s = self.expiry_of_open(now_s)
-        session.used_at_s = now_s
-        session.advance(SessionState.OPEN)
-        return session
-
-    def add_implicit(self, session: Session) -> None:
-        """Add an implicit session. Raise `Refused` (capacity)."""
-        if self.implicit_is_full:
-            message = f"All {self.max_implicit} conversations without a session ID are being answered; try again later."
-            raise Refused("capacity", message, retry_after_s=1)
-        self._sessions[session.id] = self._implicit[session.id] = session
-
     def release(self, session: Session) -> None:
         """Remove a session whose open was rejected, or an implicit one."""
         self._sessions.pop(session.id, None)
-        self._implicit.pop(session.id, None)
 
     def expiry_of_open(self, now_s: float) -> float:
         """Return the expiry of a session that opens now: whole seconds, rounded up."""
@@ -324,8 +301,8 @@ class SessionTable:
 
         A request without the session's token receives the same error as an unknown session ID.
         """
-        session = None if session_id in self._implicit else self._sessions.get(session_id)
-        if session is not None and session.is_in(SessionState.OPEN):
+        session = self._sessions.get(session_id)
+        if session is not None and session.conversation is None and session.is_in(SessionState.OPEN):
             if not same_token(session.token_digest, token_digest):
                 raise session_not_found()
             if session.has_expired(now_s):
@@ -358,13 +335,14 @@ class SessionTable:
         self._ended = []
         return ended
 
-    def expired(self, now_s: float) -> list[Session]:
-        """Return the open sessions without a turn whose expiry and grace are over."""
-        return [
-            session
-            for session in self._sessions.values()
-            if session.is_in(SessionState.OPEN) and session.turn is None and session.has_expired(now_s - GRACE_S)
-        ]
+
+def expired_sessions(table: SessionTable, now_s: float) -> list[Session]:
+    """Return the open sessions without a turn whose expiry and grace are over."""
+    return [
+        session
+        for session in table
+        if session.is_in(SessionState.OPEN) and session.turn is None and session.has_expired(now_s - GRACE_S)
+    ]
 
 
 def same_token(expected: str | None, given: str | None) -> bool:

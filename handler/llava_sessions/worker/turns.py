@@ -13,6 +13,7 @@ from ..protocol import replies
 from ..protocol.openai import Chat
 from ..protocol.requests import Ask, Cancel
 from .context import WorkerContext
+from .conversations import Conversations
 from .openings import digest_of, unload
 from .pending import PendingRequest
 from .sessions import MAX_ENGINE_LOSSES, Session, Turn, TurnState
@@ -23,12 +24,12 @@ log = logging.getLogger(__name__)
 class Turns:
     """All turns that are not done, by the request ID of their first row."""
 
-    def __init__(self, context: WorkerContext) -> None:
+    def __init__(self, context: WorkerContext, conversations: Conversations) -> None:
         self._context = context
+        self._conversations = conversations
         self._turns: dict[str, Turn] = {}
         self._retries: list[tuple[PendingRequest, Ask | Chat]] = []
         self._lost: list[tuple[Session, str]] = []
-        self._unfinished: list[tuple[Session, int]] = []
 
     def add(self, turn: Turn) -> None:
         """Add a turn that starts; its session is busy from now on."""
@@ -112,7 +113,7 @@ class Turns:
         session.turn = None
         session.used_at_s = self._context.clock()
         if turn.record is None and session.conversation is not None:
-            self._unfinished.append((session, turn.kept_tokens))
+            self._conversations.unfinished(session, turn.kept_tokens)
         elif turn.record is None and turn.crops:
             unload(self._context, session)  # the next turn rebuilds what this one has dropped
         if turn.prepared is not None:
@@ -130,12 +131,6 @@ class Turns:
         retries = self._retries
         self._retries = []
         return retries
-
-    def take_unfinished(self) -> list[tuple[Session, int]]:
-        """Return the implicit sessions whose turn ended without an answer, and the tokens that the engine kept."""
-        unfinished = self._unfinished
-        self._unfinished = []
-        return unfinished
 
     def take_lost(self) -> list[tuple[Session, str]]:
         """Return the sessions that only a journal held and that it cannot give back, each with the reason."""

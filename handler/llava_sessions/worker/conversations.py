@@ -157,6 +157,20 @@ class Conversations:
             session.unload()
         self._context.table.release(session)
 
+    @property
+    def _is_full(self) -> bool:
+        return len(self.all) >= self._context.table.max_implicit
+
+    def _has_room(self, kept: Session) -> bool:
+        """Return whether a session can be added, if necessary instead of an idle one other than `kept`."""
+        return not self._is_full or any(one.turn is None and one is not kept for one in self.all)
+
+    def _note_use(self, session: Session) -> None:
+        """Let the session expire as if it had been opened now. Its client has no expiry."""
+        now_s = self._context.clock()
+        session.used_at_s = now_s
+        session.expires_at_s = self._context.table.expiry_of_open(now_s)
+
     def _sharing(self, links: Sequence[int]) -> Iterator[tuple[Session, HeldConversation]]:
         """Yield the sessions with the longest beginning in common, the latest first."""
         depth = bisect_left(range(len(links)), True, key=lambda at: links[at] not in self._by_link)

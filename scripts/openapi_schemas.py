@@ -50,6 +50,25 @@ _WIDER: dict[str, Schema] = {
     "min_tokens": {"type": "integer", "minimum": 0},
     "seed": {"type": "integer", "minimum": -1, "exclusiveMaximum": 2**63},
 }
+# What a field means, where its name and its error message do not say it.
+_MEANINGS = {
+    "image": "One picture.",
+    "images": "Several pictures.",
+    "path": "One picture.",
+    "video": "The frames of one clip.",
+    "history": "Earlier turns, which are prefilled as they are.",
+    "resume": "The ID of a session to continue under a new ID.",
+    "stream": "Whether the answer is streamed.",
+    "max_new_tokens": "The most tokens of the answer.",
+    "min_tokens": "Nothing ends the answer before it has so many tokens.",
+    "temperature": "0 is greedy.",
+    "stop": "Texts that end the answer.",
+    "ignore_eos": "Whether an end-of-sequence token does not end the answer.",
+    "return_token_ids": "Whether the reply has the token IDs of the answer.",
+    "deadline_ms": "Milliseconds after which the answer ends with the text so far.",
+    "request_id": "Identifies a retry.",
+    "session_token": "Binds the session to this token.",
+}
 _CHAT_DESCRIPTIONS = {
     "max_completion_tokens": "An integer above 0, or -1, which counts as absent. The configured limit caps it.",
     "max_tokens": "As `max_completion_tokens`, which has precedence.",
@@ -138,12 +157,15 @@ def _strings(most: int) -> Schema:
 
 
 def _expected(model: type[BaseRequest], name: str) -> str:
-    """Return the description of a field: the expected value of its error message."""
+    """Return the description of a field: its meaning and the expected value of its error message."""
     message = model.expected[name].format(name=name, limits=_LIMITS, actual="")
     found = re.fullmatch(r".*? must be (.*), got ", message)
     if found is None:
         raise ValueError(f"the message of `{name}` must have an expected value, got {message!r}")
-    return f"{found[1][:1].upper()}{found[1][1:]}."
+    expected = f"{found[1][:1].upper()}{found[1][1:]}."
+    if expected == "True or false.":
+        expected = ""
+    return " ".join(filter(None, [_MEANINGS.get(name), expected]))
 
 
 def _chat_requests() -> dict[str, Schema]:

@@ -1,6 +1,7 @@
 """Hooks of schemathesis, which loads this module itself (tests/server/test_openapi.py).
 
-Requests name the served model and the test's open session where they name any of the right form. Answers are short.
+Half of the requests to a named model name the served one. A session ID of the right form becomes that of the test's
+session. Answers are short.
 """
 
 from __future__ import annotations
@@ -36,10 +37,9 @@ _PARTS = {
 @schemathesis.hook
 def before_call(context: Any, case: Any, kwargs: Any) -> None:
     """Change a request before it is sent."""
-    if case.path_parameters:
-        for name, served in _SERVED.items():
-            if len(str(case.path_parameters.get(name, ""))) % 2 == 0 and name in case.path_parameters:
-                case.path_parameters[name] = served
+    for name, value in case.path_parameters.items():
+        if len(str(value)) % 2 == 0:  # about half of them
+            case.path_parameters[name] = _SERVED[name]
     if isinstance(case.body, dict):
         _shorten(case.body)
         _end_with_question(case.body.get("messages"))

@@ -345,6 +345,21 @@ def test_messages_continue_a_session_that_was_opened_on_a_picture(front: Fronten
     assert native["cached_tokens"] >= repeated["usage"]["total_tokens"] - 2
 
 
+@pytest.mark.parametrize("first", [{"role": "system", "content": "Be brief."}, answered("How can I help?")])
+def test_a_message_before_the_pictures_of_an_opening_counts(
+    front: Frontend, reference: Reference, first: dict[str, Any]
+) -> None:
+    session = front.open("red")
+    reply = front.answer(chat_row(front, [first, user(QUESTIONS[0])], session))
+    assert (reply.status, code(reply)) == (400, "invalid_request")
+    messages = [first, user(QUESTIONS[0], "red")]
+    completion = chat(front, messages, session)
+    assert text_of(completion) == reference.answer(messages)
+    assert completion["usage"]["prompt_tokens"] == chat(front, messages)["usage"]["prompt_tokens"]
+    later = [*messages, answered(text_of(completion)), user(QUESTIONS[1])]
+    assert cached(chat(front, later, session)) >= completion["usage"]["prompt_tokens"]
+
+
 def test_an_edit_rewrites_a_session_with_a_name(front: Frontend, reference: Reference) -> None:
     session = front.open("red")
     messages = [user(QUESTIONS[0], "red")]

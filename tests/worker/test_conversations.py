@@ -222,6 +222,12 @@ def test_the_least_recently_used_idle_conversation_is_closed_for_a_new_one(front
     assert front.ask(named)["finish_reason"] in ("stop", "length")
 
 
+def test_a_picture_of_the_session_that_is_closed_for_a_new_one_is_sent_again(front: Frontend) -> None:
+    front.table.max_implicit = 1
+    for label in ("one", "two"):  # the second conversation has no tokens in common with the first one
+        assert cached(chat(front, [user(QUESTIONS[0], "red")], user=label)) == 0
+
+
 def test_no_place_for_a_conversation_is_429(front: Frontend) -> None:
     front.table.max_implicit = 1
     running = chat_row(front, [user(QUESTIONS[0], "red")], max_tokens=200, ignore_eos=True)

@@ -87,7 +87,7 @@ class Chats:
         place = self._conversations.place(prompt)
         first = prompt.pictures_before(place.kept)
         needed = prepared.pictures if place.session is None else prepared.pictures[first:]
-        if lacks_features(context.table, needed):
+        if lacks_features(context.table, needed, closing=self._conversations.evicted_by(place)):
             self._prepare(turn, chat, with_arrays=True)
             return
         if place.session is None:

@@ -67,6 +67,12 @@ def chat(front: Frontend, messages: list[dict[str, Any]], session: str | None = 
     return body
 
 
+def submit(front: Frontend, row: Row, *held: Row) -> None:
+    """Send a question to the engine, which makes no step."""
+    while not any(isinstance(one, AskSession) and one.turn_id == row.request_id for one in front.commands):
+        assert front.exchange(row, *held) == [None] * (1 + len(held))
+
+
 def text_of(completion: dict[str, Any]) -> str:
     text: str = completion["choices"][0]["message"]["content"]
     return text
@@ -231,8 +237,7 @@ def test_a_picture_of_the_session_that_is_closed_for_a_new_one_is_sent_again(fro
 def test_no_place_for_a_conversation_is_429(front: Frontend) -> None:
     front.table.max_implicit = 1
     running = chat_row(front, [user(QUESTIONS[0], "red")], max_tokens=200, ignore_eos=True)
-    while not any(isinstance(command, AskSession) for command in front.commands):
-        assert front.exchange(running) == [None]
+    submit(front, running)
     reply = front.settle_beside(running, chat_row(front, [user(QUESTIONS[0], "blue")]))
     assert (reply.status, code(reply)) == (429, "capacity")
 
@@ -400,14 +405,30 @@ def test_a_cancelled_edit_leaves_the_session_as_it_was(front: Frontend, referenc
     session = front.open("red")
     said = front.ask(session, QUESTIONS[0])["response_text"]
     running = chat_row(front, [user("another question", "red")], session, max_tokens=200, ignore_eos=True)
-    while not any(isinstance(one, AskSession) and one.turn_id == running.request_id for one in front.commands):
-        assert front.exchange(running) == [None]
+    submit(front, running)
     for _ in range(3):
         front.step()
     _, (cancelled,) = front.settle(running, front.cancel_row(session))
     assert json.loads(cancelled.body)["success"] is True
     after = front.ask(session, QUESTIONS[1])["response_text"]
     assert after == reference.answer([user(QUESTIONS[0], "red"), answered(said), user(QUESTIONS[1])])
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_a_running_turn_has_dropped_the_pictures_that_it_does_not_keep(front: Frontend, is_named: bool) -> None:
+    front.table.max_implicit = 1
+    named, other = front.open("red"), front.open("green")
+    session = named if is_named else None
+    messages = [user(QUESTIONS[0], "red")]
+    messages += [answered(text_of(chat(front, messages, session))), user(QUESTIONS[1], "blue")]
+    chat(front, messages, session)
+    running = chat_row(front, [*messages[:2], user("edited")], session, max_tokens=200, ignore_eos=True)
+    submit(front, running)
+    front.step()
+    row = chat_row(front, [user(QUESTIONS[0], "blue")], other)
+    submit(front, row, running)
+    reply = front.settle_with(row, running)
+    assert reply.status == 200, reply.body
 
 
 def test_an_empty_session_is_filled_by_messages_or_natively(front: Frontend, reference: Reference) -> None:

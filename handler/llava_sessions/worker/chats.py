@@ -100,6 +100,7 @@ class Chats:
         turn.prompt = prompt
         turn.picture_keys = keys_of(prepared.pictures)
         turn.kept_tokens = place.kept
+        session.picture_keys = turn.picture_keys[:first]  # the engine drops all others
         sent_ids = prompt.token_ids[place.kept :].tolist()
         sampling = sampling_of(chat, deadline_ms)
         context.gate.submit(

@@ -163,6 +163,8 @@ class Questions:
         turn.crops = kept_tokens < held_tokens
         before = session.picture_keys if rewrite is None else ()
         turn.picture_keys = (*before, *question.picture_keys)
+        # The engine drops all others.
+        session.picture_keys = turn.picture_keys[: len(turn.picture_keys) - len(question.pictures)]
         sampling = sampling_of(turn.ask, deadline_ms)
         kept = None if rewrite is None else kept_tokens
         context.gate.submit(AskSession(session.id, turn.id, sent_ids, sampling, question.pictures, kept))

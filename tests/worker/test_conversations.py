@@ -296,6 +296,16 @@ def test_implicit_sessions_expire(front: Frontend) -> None:
     assert not front.engine.sessions
 
 
+def test_implicit_sessions_have_the_idle_limit(model: Model, tokens: ChatTemplate) -> None:
+    front = Frontend(model, tokens, idle_s=5.0)
+    chat(front, [user(QUESTIONS[0], "red")])
+    for passed_s, left in ((6.0, 1), (2.0, 0)):  # a session is kept for two more seconds
+        front.now_s += passed_s
+        front.pump.sweep()
+        front.exchange()
+        assert len(implicit(front)) == left
+
+
 def test_no_client_reaches_an_implicit_session_by_its_id(front: Frontend) -> None:
     chat(front, [user(QUESTIONS[0], "red")])
     (session,) = implicit(front)
@@ -310,6 +320,20 @@ def test_labels_keep_conversations_apart(front: Frontend) -> None:
     assert cached(chat(front, messages, user="two")) == 0
     assert cached(chat(front, messages)) == 0
     assert cached(chat(front, messages, user="one")) > 0
+
+
+def test_session_tokens_keep_conversations_apart(front: Frontend) -> None:
+    front.open("red", session_token="secret-of-tenant-1")
+    messages = [user(QUESTIONS[0], "red")]
+    for token in ({}, {"session_token": "secret-of-tenant-1"}, {"session_token": "secret-of-tenant-2"}):
+        before = len(front.commands)
+        assert cached(chat(front, messages, **token)) == 0
+        assert cached(chat(front, messages, **token)) > 0
+        opened = [command for command in front.commands[before:] if isinstance(command, OpenSession)]
+        assert len({command.salt for command in opened}) == 1
+    # A picture of one tenant is not a picture of another.
+    keys = {key for session in front.table for key in session.picture_keys}
+    assert len(keys) == 3
 
 
 def test_without_sharing_nothing_of_another_request_is_found(model: Model, tokens: ChatTemplate) -> None:

@@ -14,7 +14,7 @@ from ..ipc.messages import AskSession, OpenSession
 from ..protocol.openai import Chat, OpenAIForm
 from .context import WorkerContext
 from .conversations import Conversations, Place, lacks_features
-from .openings import check_context
+from .openings import check_context, digest_of
 from .pending import PendingRequest
 from .prefixes import root_of
 from .prompts import PreparedChat, keys_of
@@ -51,7 +51,7 @@ class Chats:
             self._questions.start(pending, chat)
             return
         self._context.gate.check()
-        turn = Turn(self._conversations.new_session(), chat, pending)
+        turn = Turn(self._conversations.new_session(digest_of(chat.session_token)), chat, pending)
         self._turns.add(turn)
         try:
             self._prepare(turn, chat, with_arrays=False)
@@ -60,7 +60,7 @@ class Chats:
             raise
 
     def _prepare(self, turn: Turn, chat: Chat, with_arrays: bool) -> None:
-        prepared = self._context.preparer.chat(chat, turn.session.id, with_arrays)
+        prepared = self._context.preparer.chat(chat, self._scope(turn.session), with_arrays)
         turn.prepared = prepared
         self._context.inbox.when_done(prepared, partial(self._prepared, turn, chat))
 
@@ -91,8 +91,7 @@ class Chats:
             self._prepare(turn, chat, with_arrays=True)
             return
         if place.session is None:
-            scope = context.preparer.prompts.scope(turn.session.id, None)
-            self._conversations.add(turn.session, root_of(chat.label, scope), place)
+            self._conversations.add(turn.session, root_of(chat.label, self._scope(turn.session)), place)
             self._open(turn.session, place, prepared)
         else:
             self._move(turn, place.session)
@@ -114,10 +113,13 @@ class Chats:
         """Open a new session in the engine, with the beginning that it shares with its donor."""
         token_ids = prepared.prompt.token_ids[: place.kept].tolist()
         pictures = prepared.pictures[: prepared.prompt.pictures_before(place.kept)]
-        scope = self._context.preparer.prompts.scope(session.id, None)
+        salt = self._scope(session) or ""
         donor = None if place.donor is None else place.donor.id
-        self._context.gate.submit(OpenSession(session.id, token_ids, pictures, salt=scope or "", fork_from=donor))
+        self._context.gate.submit(OpenSession(session.id, token_ids, pictures, salt=salt, fork_from=donor))
         session.advance(Residency.LOADING)
+
+    def _scope(self, session: Session) -> str | None:
+        return self._context.preparer.prompts.scope(session.id, session.token_digest)
 
     def _move(self, turn: Turn, session: Session) -> None:
         """Run a turn in another session."""

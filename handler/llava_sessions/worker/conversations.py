@@ -10,7 +10,6 @@ All methods of `Conversations` run on the pump's thread, under its lock.
 from __future__ import annotations
 
 import logging
-import math
 import uuid
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
@@ -56,9 +55,10 @@ class Conversations:
         """All implicit sessions."""
         return [session for session in self._context.table if session.conversation is not None]
 
-    def new_session(self) -> Session:
-        """Return a session that is not in the table yet."""
-        session = Session(f"chat-{uuid.uuid4()}", math.inf)
+    def new_session(self, token_digest: str | None) -> Session:
+        """Return a session that is not in the table yet. It is found by requests of the same session token only."""
+        session = Session(f"chat-{uuid.uuid4()}", self._context.table.idle_s)
+        session.token_digest = token_digest
         session.advance(SessionState.OPEN)
         return session
 

@@ -242,7 +242,7 @@ class SessionTable:
         self.max_sessions = max_sessions
         self.max_implicit = max_implicit
         self.ttl_s = ttl_s
-        self._idle_s = math.inf if idle_s is None else idle_s
+        self.idle_s = math.inf if idle_s is None else idle_s
         self._sessions: dict[str, Session] = {}
         self._past: OrderedDict[str, _Ended] = OrderedDict()
         self._ended: list[str] = []
@@ -268,7 +268,7 @@ class SessionTable:
         if sum(one.conversation is None for one in self._sessions.values()) >= self.max_sessions:
             message = f"All {self.max_sessions} sessions are taken; close one or try again later."
             raise Refused("capacity", message)
-        session = self._sessions[session_id] = Session(session_id, self._idle_s)
+        session = self._sessions[session_id] = Session(session_id, self.idle_s)
         return session
 
     def release(self, session: Session) -> None:
@@ -283,7 +283,7 @@ class SessionTable:
         """Add an open session that only the journal holds, even if the table is full. Return False if it is known."""
         if session_id in self._sessions or session_id in self._past:
             return False
-        session = self._sessions[session_id] = Session(session_id, self._idle_s)
+        session = self._sessions[session_id] = Session(session_id, self.idle_s)
         session.expires_at_s = expires_at_s
         session.used_at_s = now_s
         session.token_digest = token_digest

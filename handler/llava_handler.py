@@ -231,6 +231,7 @@ def _policy(config: HandlerConfig, context: Any, checkpoint: str) -> Policy:
         allow_system=config.allow_system,
         served=ServedModel(context.model_name, fingerprint(Path(checkpoint)), time.time()),
         places=context.model_yaml_config.get("maxNumSequence"),
+        adopt_sessions=config.adopt_sessions,
     )
 
 

@@ -213,6 +213,13 @@ class HandlerConfig(Section):
     journal_s3_prefix: _TextOrNone = Field(
         default=None, description="`s3://bucket/prefix` for the sessions' journals. Empty: worker memory only."
     )
+    adopt_sessions: bool = Field(
+        default=True,
+        description=(
+            "Take over a session of another instance from the journal when a request names it. Needs a journal that "
+            "the instances share."
+        ),
+    )
     prefill_chunk_tokens: int = Field(
         default=256,
         ge=1,

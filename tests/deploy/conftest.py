@@ -66,8 +66,8 @@ STAND_IN_CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 1\nmaxBatchDelay: 1\
 
 @pytest.fixture(scope="session")
 def shapes_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pack the demo model."""
-    return pack(tmp_path_factory.mktemp("packed"))
+    """Pack the demo model with a journal that all its instances share."""
+    return pack(tmp_path_factory.mktemp("packed"), journal_dir=tmp_path_factory.mktemp("journal"))
 
 
 @pytest.fixture(scope="package")

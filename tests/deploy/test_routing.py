@@ -100,11 +100,14 @@ def lost(client: BaseClient, session: str) -> str:
     return f"{response['Error']['Code']} {response.get('OriginalStatusCode', '')}".strip()
 
 
-def test_a_dead_instance_takes_its_own_sessions_along_and_nothing_else(
+def test_a_dead_instance_takes_no_session_along_that_is_sent_to_another(
     instances: list[TorchServe], doomed: TorchServe
 ) -> None:
-    """One death, seen by three endpoints, each with another answer to what the real platform does then."""
-    answers = {"400": "ValidationError", "503": "ServiceUnavailable", "reroute": "ModelError 404"}
+    """One death, seen by three endpoints, each with another answer to what the real platform does then.
+
+    Where the platform sends the session's requests to another instance, that one adopts the session.
+    """
+    answers = {"400": "ValidationError", "503": "ServiceUnavailable", "reroute": None}
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(4) as pool:
         corners = [Corners(lost_instance=kind) for kind in answers]
         endpoints = [stack.enter_context(Endpoint([instances[0], doomed], corner)) for corner in corners]
@@ -118,9 +121,19 @@ def test_a_dead_instance_takes_its_own_sessions_along_and_nothing_else(
         doomed.kill()
         with pytest.raises(EventStreamError, match="ModelStreamError"):
             list(broken)
+        before = read_metrics(instances[0].metrics_url).get("llava_rebuilds_total", 0)
         for client, home, told in zip(clients, homes, answers.values(), strict=True):
-            assert lost(client, home[2][0]) == told
+            if told is not None:
+                assert lost(client, home[2][0]) == told
+                continue
+            moved = chat(client, home[2][0])
+            assert texts(moved) == expected, "the session goes on at the other instance, under the same ID"
+            assert {reply["session_id"] for reply in moved} == {home[2][0]}
+            assert [reply["usage"]["cached_tokens"] > 0 for reply in moved] == [False] + [True] * (TURNS - 1)
+            assert close_session(client, home[2][0])["ClosedSessionId"] == home[2][0]
         assert [texts(other.result()) for other in others] == [expected] * len(others)
+        wait_for_metrics(instances[0].metrics_url, llava_rebuilds_total=before + 1)
+        assert read_metrics(instances[0].metrics_url)["llava_rebuilds_total"] == before + 1, "in one prefill"
 
         for endpoint, client, home in zip(endpoints, clients, homes, strict=True):
             new = [open_session(client, FIRST) for _ in range(3)]

@@ -1,4 +1,7 @@
-"""haproxy.cfg: sessions stay with their host. The real HAProxy before two services with the stand-in model."""
+"""haproxy.cfg: sessions stay with their host, and with SESSIONS_SHARED move when it is down.
+
+The real HAProxy in front of two services with the stand-in model, once for each of the two settings.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,7 @@ class Fleet:
     hosts: list[Command]
     socket: Path
     http: httpx.Client
+    moving: httpx.Client  # through the balancer with SESSIONS_SHARED
     opened: int = 0
 
     def start_host(self, number: int) -> None:
@@ -39,17 +43,23 @@ class Fleet:
         self.hosts[number] = Command(self.store, NAME, self.ports[number])
         self.hosts[number].wait_ready()
 
-    def open(self) -> tuple[str, int]:
+    def open(self, through: httpx.Client | None = None) -> tuple[str, int]:
         """A new session's id, and the worker that opened it."""
         self.opened += 1
-        reply = self.http.post("/invocations", json={"open": f"session-{self.opened}"})
+        reply = (through or self.http).post("/invocations", json={"open": f"session-{self.opened}"})
         assert reply.status_code == 200, reply.text
         session, _, expires = reply.headers["X-Amzn-SageMaker-New-Session-Id"].partition("; ")
         assert expires.startswith("Expires=")
         return session, reply.json()["pid"]
 
-    def ask(self, session: str, body: dict | None = None) -> httpx.Response:
-        return self.http.post("/invocations", json=body or {}, headers={"x-amzn-sagemaker-session-id": session})
+    def ask(self, session: str, body: dict | None = None, through: httpx.Client | None = None) -> httpx.Response:
+        headers = {"x-amzn-sagemaker-session-id": session}
+        return (through or self.http).post("/invocations", json=body or {}, headers=headers)
+
+    def worker_of(self, session: str) -> int | None:
+        """The worker that a session's request reaches through the balancer with SESSIONS_SHARED, if it is answered."""
+        reply = self.ask(session, through=self.moving)
+        return reply.json()["pid"] if reply.status_code == 200 else None
 
     def tell_balancer(self, line: str) -> str:
         with socket.socket(socket.AF_UNIX) as connection:
@@ -68,12 +78,14 @@ class Fleet:
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     store = make_store(tmp_path_factory.mktemp("store"))
     folder = tmp_path_factory.mktemp("b")
-    first, port = free_ports(2)
+    first, port, other = free_ports(3)
     # Each host takes its port and the two after it.
-    second = free_ports(1, taken=set(range(first - 2, first + 3)) | {port})[0]
+    second = free_ports(1, taken=set(range(first - 2, first + 3)) | {port, other})[0]
     ports = [first, second]
     environment = {f"HOST_{number}": f"127.0.0.1:{at}" for number, at in enumerate(ports, 1)}
-    environment |= {"BALANCER_BIND": f"127.0.0.1:{port}", "SESSIONS_RUN": str(folder)}
+    (folder / "moving").mkdir()
+    balancers = {port: {"SESSIONS_RUN": str(folder)}}
+    balancers[other] = {"SESSIONS_RUN": str(folder / "moving"), "SESSIONS_SHARED": "1"}
     arguments = [part for config in CONFIGS for part in ("-f", str(config))]
     hosts: list[Command] = []
     with contextlib.ExitStack() as stack:
@@ -81,12 +93,16 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         hosts += [Command(store, NAME, number) for number in ports]
         for host in hosts:
             host.wait_ready()
-        balancer = subprocess.Popen([find_haproxy(), "-db", "-q", *arguments], env={**os.environ, **environment})
-        stack.callback(balancer.wait)
-        stack.callback(balancer.terminate)
-        http = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False))
-        fleet = Fleet(store, ports, hosts, folder / "admin.sock", http)
-        assert eventually((folder / "admin.sock").exists)
+        clients = []
+        for bound, variables in balancers.items():
+            env = {**os.environ, **environment, **variables, "BALANCER_BIND": f"127.0.0.1:{bound}"}
+            balancer = subprocess.Popen([find_haproxy(), "-db", "-q", *arguments], env=env)
+            stack.callback(balancer.wait)
+            stack.callback(balancer.terminate)
+            http = httpx.Client(base_url=f"http://127.0.0.1:{bound}", timeout=60, trust_env=False)
+            clients.append(stack.enter_context(http))
+            assert eventually(Path(variables["SESSIONS_RUN"], "admin.sock").exists)
+        fleet = Fleet(store, ports, hosts, folder / "admin.sock", *clients)
         assert eventually(lambda: [fleet.state(0), fleet.state(1)] == ["UP", "UP"])
         yield fleet
 
@@ -115,6 +131,8 @@ def test_a_host_that_stops_finishes_its_answers_and_then_its_sessions_wait_for_i
     stopping = fleet.hosts[0].find("model_service_worker")
     here = next(session for session, pid in sessions.items() if pid == stopping)
     there = next(session for session, pid in sessions.items() if pid != stopping)
+    moving = dict(fleet.open(fleet.moving) for _ in range(4))
+    mover = next(session for session, pid in moving.items() if pid == stopping)
     header = {"X-Amzn-SageMaker-Session-Id": here}
     with fleet.http.stream("POST", "/invocations", json={"steps": 3, "gate": True}, headers=header) as reply:
         lines = reply.iter_lines()
@@ -127,6 +145,8 @@ def test_a_host_that_stops_finishes_its_answers_and_then_its_sessions_wait_for_i
         assert eventually(lambda: fleet.ask(here).status_code != 200)
         refused = fleet.ask(here, {"release": True})
         assert (refused.status_code, refused.json()["error"]["message"]) == (503, "I stop soon.")
+        refused = fleet.ask(mover, through=fleet.moving)
+        assert (refused.status_code, refused.json()["error"]["message"]) == (503, "I stop soon."), "it is not down yet"
         assert [*first, *lines] == ["chunk"] * 3
     assert fleet.hosts[0].finish()[0] == 0
 
@@ -135,10 +155,12 @@ def test_a_host_that_stops_finishes_its_answers_and_then_its_sessions_wait_for_i
     assert gone.headers["Retry-After"]
     assert fleet.ask(there).json()["pid"] == sessions[there]
     assert fleet.http.get("/ping").status_code == 200
+    assert fleet.worker_of(mover) == sessions[there], "a session moves with its next request"
     fleet.start_host(0)
     assert eventually(lambda: fleet.ask(here).status_code == 200)
     assert fleet.ask(here).json()["pid"] == fleet.hosts[0].find("model_service_worker")
     assert eventually(lambda: fleet.state(0) == "UP")
+    assert fleet.worker_of(mover) == sessions[there], "and stays where it has moved to"
 
 
 def test_a_host_that_dies_leaves_nobody_hanging_and_the_others_in_peace(fleet: Fleet) -> None:
@@ -146,6 +168,9 @@ def test_a_host_that_dies_leaves_nobody_hanging_and_the_others_in_peace(fleet: F
     sessions = dict(fleet.open() for _ in range(10))
     here = next(session for session, pid in sessions.items() if pid == dying)
     there = next(session for session, pid in sessions.items() if pid != dying)
+    moving = dict(fleet.open(fleet.moving) for _ in range(4))
+    mover = next(session for session, pid in moving.items() if pid == dying)
+    assert fleet.worker_of(mover) == dying
     started = fleet.hosts[1].children()
     log = fleet.hosts[1].home / "logs" / "model_log.log"
     with ThreadPoolExecutor() as pool:
@@ -160,3 +185,4 @@ def test_a_host_that_dies_leaves_nobody_hanging_and_the_others_in_peace(fleet: F
     assert fleet.ask(there).json()["pid"] == sessions[there]
     assert eventually(lambda: fleet.state(1) == "DOWN")
     assert dying not in {fleet.open()[1] for _ in range(4)}
+    assert eventually(lambda: fleet.worker_of(mover) == sessions[there])

@@ -7,7 +7,7 @@ import sys
 
 from deploy.options import error_prefix, typed, version_line
 
-from . import churn, fuzz, isolation, kills, lifecycles, memory
+from . import churn, fuzz, isolation, kills, lifecycles, memory, moves
 
 SOAKS = {
     "engine-kills": kills.engine_kills,
@@ -19,6 +19,7 @@ SOAKS = {
     "fuzz": fuzz.main,
     "lifecycles": lifecycles.main,
     "memory": memory.memory,
+    "moves": moves.moves,
 }
 
 

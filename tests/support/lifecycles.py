@@ -29,6 +29,7 @@ from llava_sessions.text.chat_template import ChatTemplate, OpenedOn
 from llava_sessions.text.pictures import NOTHING
 from llava_sessions.text.processors import load_processor
 from llava_sessions.torchserve.batch import Reply, Row
+from llava_sessions.torchserve.sequences import RETURN_S
 from llava_sessions.worker.assembly import Timing, make_pump
 from llava_sessions.worker.engines import EngineLost, EngineUp
 from llava_sessions.worker.inbox import Inbox
@@ -155,7 +156,9 @@ class Chat:
 
     `possible`: the conversations that the server may hold; several after a client left during a turn. `is_ended`: no
     request may succeed any more; None: that is not known. `claimed`: another instance may have taken it over.
-    `heirs`: sessions that may continue it, of resumes without a reply. `stops`: cancels and closes so far.
+    `heirs`: sessions that may continue it, of resumes without a reply. `stops`: cancels and closes so far. `moves`:
+    another instance was asked for it, so it may be there. `is_split`: it moved, and its former instance could not read
+    the journal and went on.
     """
 
     session_id: str
@@ -169,9 +172,18 @@ class Chat:
     heirs: list[tuple[int, str]] = field(default_factory=list)
     stops: int = 0
     resumed_durably: bool = False
+    moves: bool = False
+    is_split: bool = False
+    was_restarted: bool = False
+
+    def note_moves(self) -> None:
+        """Only what is durable is sure to be on another instance."""
+        if self.moves or self.claimed:
+            self.possible = {shorter for whole in self.possible for shorter in whole.prefixes()}
 
     def survive_restart(self, store_has_failed: bool) -> None:
-        """Only what is durable is sure to be still there."""
+        """Only what is durable is sure to be still there. The mark of a turn that ran is valid for some time."""
+        self.was_restarted = True
         self.possible = {shorter for whole in self.possible for shorter in whole.prefixes()}
         if self.is_ended is False and not self.is_durable:
             self.is_ended = None
@@ -443,6 +455,21 @@ class World:
         if self.chats:
             self.close_chat(self._chat(n))
 
+    def op_elsewhere(self, n: int) -> None:
+        """Send a request of a session to the other instance, which adopts the session."""
+        if self.chats:
+            chat = self._chat(n)
+            chat.moves = True
+            at = (chat.home + 1) % INSTANCES
+            if n % 6 == 4:
+                chat.stops += 1
+                self.send(at, "cancel", {"type": "cancel"}, chat.session_id, chat=chat)
+            elif n % 6 == 5:
+                self.close_chat(chat, at)
+            else:
+                request_id = f"ask-{self._rows:016}" if n % 2 else None
+                self.ask(chat, Question(PROMPTS[n % len(PROMPTS)], request_id, None), is_stream=n % 4 >= 2, at=at)
+
     def op_exchange(self, n: int) -> None:
         """Exchange rows and replies at one instance."""
         self.exchange(self._instance(n))
@@ -647,8 +674,8 @@ class World:
         old.claimed = old.claimed or instance.number != old.home
         return self.send(instance.number, "resume", body, None, chat=old, key=body.get("request_id"))
 
-    def ask(self, chat: Chat, question: Question, is_stream: bool) -> Request:
-        """Send a question."""
+    def ask(self, chat: Chat, question: Question, is_stream: bool, at: int | None = None) -> Request:
+        """Send a question, to the session's instance or to the instance `at`."""
         body: dict[str, object] = {
             "type": "send_text_prompt",
             "prompt_text": question.prompt,
@@ -660,14 +687,16 @@ class World:
             body["request_id"] = question.request_id
         if question.colour:
             body["image"] = png(question.colour)
-        return self.send(chat.home, "ask", body, chat.session_id, chat=chat, question=question, is_stream=is_stream)
+        home = chat.home if at is None else at
+        return self.send(home, "ask", body, chat.session_id, chat=chat, question=question, is_stream=is_stream)
 
-    def close_chat(self, chat: Chat) -> Request:
-        """Send a close."""
+    def close_chat(self, chat: Chat, at: int | None = None) -> Request:
+        """Send a close, to the session's instance or to the instance `at`."""
         chat.stops += 1
         if chat.is_ended is False:
             chat.is_ended = None
-        return self.send(chat.home, "close", {"type": "close_session"}, chat.session_id, chat=chat)
+        home = chat.home if at is None else at
+        return self.send(home, "close", {"type": "close_session"}, chat.session_id, chat=chat)
 
     # --- What moves things on ---
 
@@ -781,7 +810,9 @@ class World:
             self.demand(not needs_retry or "Retry-After" in request.head.headers, "503 without Retry-After")
             self._refused(instance, request, error["code"])
             return
-        self.demand(status == 200 and not request.was_dropped, f"status {status} without an error, or after a drop")
+        # The end of a session may have become known just before the drop.
+        may_answer = not request.was_dropped or request.kind in ("close", "cancel")
+        self.demand(status == 200 and may_answer, f"status {status} without an error, or after a drop")
         match request.kind:
             case "open" | "resume":
                 self._opened(instance, request, body)
@@ -795,7 +826,8 @@ class World:
         if request.kind == "resume":
             self._resume_ended(request)
         if request.was_dropped:
-            self.demand(code == "request_dropped", f"a dropped request got {code}")
+            was_known = STATUS_OF_CODE[code] == 503  # just before the drop
+            self.demand(code == "request_dropped" or was_known, f"a dropped request got {code}")
             return
         store_failed = self.store is not None and self.store.has_failed
         match code:
@@ -806,7 +838,7 @@ class World:
             case "session_busy":
                 self.demand(request.kind in ("ask", "resume"), f"{request.kind} got session_busy")
             case "session_moved":
-                self.demand(chat.claimed, "moved without a claim")
+                self.demand(chat.claimed or chat.moves or chat.was_restarted, "moved without a claim")
                 self._uncertain(instance, request)
             case "journal_unavailable":
                 self.demand(store_failed, "the journal did not fail")
@@ -816,7 +848,9 @@ class World:
                 self.demand(instance.is_draining, "no drain was asked for")
             case "internal" | "capacity":
                 self.demand(self.faults > 0 or code == "capacity", "an internal error without a fault")
-                self.demand(request.kind in ("open", "resume", "ask"), f"{request.kind} got {code}")
+                # A session that only the journal has needs a place, whatever is asked of it.
+                may_work = request.kind in ("open", "resume", "ask") or (code == "capacity" and self.store is not None)
+                self.demand(may_work, f"{request.kind} got {code}")
             case _:
                 self.demand(False, f"unexpected {code} for {request.kind}")
 
@@ -824,7 +858,7 @@ class World:
         chat = request.chat or self._by_key.get(request.key or "")
         if chat is None:
             return False
-        others = chat.resumes > 0 or chat.heirs or chat.claimed
+        others = chat.resumes > 0 or chat.heirs or chat.claimed or (chat.moves and not chat.is_durable)
         return chat.is_ended is not False or bool(others) or self.now_s >= chat.expires_at_s
 
     def _resume_ended(self, request: Request) -> None:
@@ -843,6 +877,7 @@ class World:
         possible = {Conversation(request.colour)} if request.kind == "open" else self._resumed(instance, request, body)
         expires_at_s = datetime.strptime(body["expires"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
         chat = Chat(session_id, instance.number, possible, expires_at_s, durable)
+        chat.is_split = request.chat is not None and request.chat.is_split
         self.chats.append(chat)
         if request.key is not None:
             self._by_key[request.key] = chat
@@ -850,6 +885,9 @@ class World:
     def _resumed(self, instance: Instance, request: Request, body: dict) -> set[Conversation]:
         old = request.chat
         self._resume_ended(request)
+        if old.is_split:
+            old.is_ended = None
+            return old.possible
         durable = body.get("durable", False)
         is_elsewhere = instance.number != old.home
         if is_elsewhere or old.claimed:
@@ -890,6 +928,12 @@ class World:
         if chat.is_ended and not self._is_retry(chat, request.question, made):
             # A removal that fails counts as done. The session is then still stored, until it is tried again.
             self.demand(self.store is not None and self.store.has_failed, "an ended session answered")
+        is_blind = self.store is not None and self.store.has_failed
+        chat.is_split = chat.is_split or (chat.moves and is_blind)
+        if chat.is_split:
+            chat.home = instance.number
+            return
+        chat.note_moves()
         possible = set()
         for whole in chat.possible:
             stored = whole.stored(request.question)
@@ -903,6 +947,7 @@ class World:
                 possible.add(after.with_durable(request.question) if durable else after)
         self.demand(bool(possible), "the answer is that of another conversation, or a turn was lost")
         chat.possible = possible
+        chat.home = instance.number
         chat.is_durable = chat.is_durable or durable
 
     def _is_retry(self, chat: Chat, question: Question, made: tuple[int, ...]) -> bool:
@@ -919,6 +964,8 @@ class World:
     def _uncertain(self, instance: Instance, request: Request) -> None:
         """Note what the server may have done for a request whose reply nobody receives."""
         chat = request.chat
+        if chat is not None:
+            chat.note_moves()
         match request.kind:
             case "ask":
                 for whole in list(chat.possible):
@@ -970,6 +1017,7 @@ class World:
             self.demand(not records or self.store.has_failed, f"{len(records)} records of sessions that have ended")
 
     def _check_rest(self) -> None:
+        self._pass(RETURN_S)
         for _ in range(3):
             self._pass(2.0)
             self._sweep()
@@ -989,11 +1037,14 @@ class World:
             return
         before = len(self.chats)
         self.trace.append(f"check {chat.session_id}")
-        self.ask(chat, Question("Still there?", None, None), is_stream=False)
-        self.settle()
-        if not self.trace[-1].strip().startswith("ask of"):
-            self.demand(False, "the check has no reply")
-        if ": 200" in self.trace[-1]:
+        for _ in range(2 if chat.moves else 1):  # an instance that has lost the session adopts it with the next request
+            self.ask(chat, Question("Still there?", None, None), is_stream=False)
+            self.settle()
+            if not self.trace[-1].strip().startswith("ask of"):
+                self.demand(False, "the check has no reply")
+            if ": 200" in self.trace[-1]:
+                return
+        if chat.moves and not chat.is_durable:
             return
         for number, heir in chat.heirs:
             session = self.instances[number].table.find(heir)
@@ -1023,6 +1074,7 @@ def _shown(body: dict) -> str:
 OPERATIONS: dict[str, int] = {
     "round": 16,
     "ask": 8,
+    "elsewhere": 6,
     "exchange": 6,
     "open": 5,
     "repeat": 5,

@@ -69,6 +69,7 @@ class Frontend:
         first_row: int = 0,
         close_wait_s: float = WAIT_S,
         parsing: Executor | None = None,
+        adopt_sessions: bool = True,
         share_pictures: bool = True,
     ) -> None:
         """`deaf`: commands are only recorded, and a test tells by itself what came of them. `first_row` sets the ids
@@ -85,6 +86,7 @@ class Frontend:
         self._deaf = deaf
         self._rows = first_row
         self.table = SessionTable(max_sessions, TTL, idle_s)
+        self.journal = journal or Journal()
         self.histograms = Histograms()
         self._ended: list[str] = []
         self.mark = ("x-mark", "ours")
@@ -99,10 +101,10 @@ class Frontend:
             limits=RequestLimits(),
             media_limits=MediaLimits(),
             ender=self,
-            journal=journal or Journal(),
+            journal=self.journal,
             histograms=self.histograms,
             parsing=parsing,
-            policy=Policy(share_pictures=share_pictures),
+            policy=Policy(share_pictures=share_pictures, adopt_sessions=adopt_sessions),
             timing=Timing(
                 clock=lambda: self.now_s,
                 monotonic=lambda: time.monotonic() + self.skipped_s,

@@ -27,7 +27,7 @@ from llava_sessions.journal.encoding import (
     key_of,
     read_transcript,
 )
-from llava_sessions.journal.journal import Journal, StoredSession
+from llava_sessions.journal.journal import Journal, Removal, StoredSession
 from tests.support.journals import _closing, again, file_of, folder, resealed, stores, warnings
 
 __all__ = ["_closing", "folder"]  # fixtures
@@ -106,7 +106,7 @@ def test_todays_records_differ_from_those_of_a10d9d0_by_the_epoch_only(old, fold
 
 def test_a_session_of_a10d9d0_that_nobody_claimed_is_removed_whole(old, folder):
     old.recover(OPENED_S)
-    assert old.forget("ls-clip").result(10)
+    assert old.forget("ls-clip").result(10) is Removal.REMOVED
     assert not (folder / key_of("ls-clip")).exists()
     assert old.sweep(EXPIRES_S + 121).result(10)
     assert old.flush(10)

@@ -32,7 +32,14 @@ from hypothesis import strategies as st
 from llava_sessions.chat.transcript import Blob, BlobPool, OpenRecord, Transcript, TurnRecord
 from llava_sessions.config_file import ConfigError
 from llava_sessions.journal.encoding import Damaged, encode, key_of, read_transcript
-from llava_sessions.journal.journal import Journal, JournalUnavailable, SaveOutcome, StoredSession, open_journal
+from llava_sessions.journal.journal import (
+    Journal,
+    JournalUnavailable,
+    Removal,
+    SaveOutcome,
+    StoredSession,
+    open_journal,
+)
 from llava_sessions.journal.stores import DirectoryStore, S3Store, record_name
 from tests.support import journal_child
 from tests.support.journals import (
@@ -122,7 +129,7 @@ def test_without_a_store_everything_is_fine_and_nothing_is_kept():
     story = opening(journal)
     assert not journal.durable
     assert stores(journal, story, 0)
-    assert journal.forget("chat-1").result(0)
+    assert journal.forget("chat-1").result(0) is Removal.REMOVED
     assert journal.sweep(NOW).result(0)
     assert read(journal, "chat-1") is None
     assert (journal.recover(NOW).live, journal.failures_total, journal.close(0)) == ([], 0, True)
@@ -535,8 +542,8 @@ def test_what_cannot_be_read_goes_when_no_session_could_live_any_more(journal, f
 def test_a_forgotten_session_is_nowhere_and_others_stay(journal, folder):
     saved(journal)
     other = saved(journal, "chat-2")
-    assert journal.forget("chat-1").result(10)
-    assert journal.forget("nobody").result(10)
+    assert journal.forget("chat-1").result(10) is Removal.REMOVED
+    assert journal.forget("nobody").result(10) is Removal.REMOVED
     assert read(journal, "chat-1") is None
     reader = again(folder)
     assert [head.session_id for head in reader.recover(NOW).live] == ["chat-2"]
@@ -547,10 +554,10 @@ def test_a_forgotten_session_is_nowhere_and_others_stay(journal, folder):
 def test_nothing_of_a_forgotten_session_is_kept_in_memory(journal):
     for number in range(5):
         saved(journal, f"chat-{number}", turns=1)
-        assert journal.forget(f"chat-{number}").result(10)
+        assert journal.forget(f"chat-{number}").result(10) is Removal.REMOVED
     assert journal.tracked_sessions == 0
     assert journal.flush(10)
-    assert journal.pending == []
+    assert journal.flush(0)
 
 
 # --- a directory that fails ---
@@ -660,7 +667,7 @@ def test_another_instance_carries_on_from_s3(bucket):
     assert found.records() == story.records()
     taken_over = Transcript(replace(found.opening, session_id="chat-9"), found.turns)
     assert stores(second, taken_over, 30)
-    assert second.forget("chat-1").result(30)
+    assert second.forget("chat-1").result(30) is Removal.REMOVED
     third = open_journal(None, PREFIX)
     assert read(third, "chat-1") is None
     assert read(third, "chat-9").records() == taken_over.records()
@@ -686,7 +693,7 @@ def test_a_session_of_more_records_than_one_page_is_read_and_forgotten(bucket, m
     assert stores(journal, story, 60)
     assert len(objects(bucket)) == 7
     assert peek(S3Store(PREFIX), "chat-1").records() == story.records()
-    assert journal.forget("chat-1").result(60)
+    assert journal.forget("chat-1").result(60) is Removal.REMOVED
     assert objects(bucket) == []
 
 
@@ -774,7 +781,7 @@ def test_a_session_that_could_not_be_forgotten_is_not_read_and_goes_later(bucket
     journal = Journal([store], clock)
     saved(journal)
     refusing(store.client, "DeleteObject", 1)
-    assert journal.forget("chat-1").result(30) is False
+    assert journal.forget("chat-1").result(30) is Removal.FAILED
     assert len(records(bucket)) == 4
     assert read(journal, "chat-1") is None
     assert warnings(caplog) == [
@@ -804,7 +811,7 @@ def test_with_two_stores_both_hold_every_record(bucket, folder):
     story = saved(journal)
     assert peek(DirectoryStore(str(folder)), "chat-1").records() == story.records()
     assert peek(S3Store(PREFIX), "chat-1").records() == story.records()
-    assert journal.forget("chat-1").result(30)
+    assert journal.forget("chat-1").result(30) is Removal.REMOVED
     assert (list(folder.iterdir()), objects(bucket)) == ([], [])
 
 

@@ -33,6 +33,7 @@ from llava_sessions.journal.journal import (
     JournalError,
     JournalUnavailable,
     NotFound,
+    Removal,
     SaveOutcome,
 )
 from llava_sessions.journal.owners import read_owner
@@ -171,7 +172,7 @@ def test_an_owner_that_lost_its_session_finds_out_and_harms_nothing(make_store, 
     assert {line.split(" store=")[0] for line in warnings(caplog)} == {"journal_not_owner"}
     assert all(line.endswith("session=chat-1") for line in warnings(caplog))
     assert first.failures_total == 0
-    assert first.forget("chat-1").result(30)
+    assert first.forget("chat-1").result(30) is Removal.NOT_OWNER
     assert not first.retire("chat-1").result(30)
     assert first.tracked_sessions == 0
     assert peek(make_store(), "chat-1").records() == story.records()
@@ -456,7 +457,7 @@ def test_a_session_that_was_only_recovered_can_be_forgotten(folder):
     saved(again(folder))
     journal = again(folder)
     journal.recover(NOW)
-    assert journal.forget("chat-1").result(10)
+    assert journal.forget("chat-1").result(10) is Removal.REMOVED
     assert list(folder.iterdir()) == []
 
 
@@ -466,14 +467,14 @@ def test_a_recovered_session_that_another_claimed_meanwhile_is_not_forgotten(fol
     journal.recover(NOW)
     other = again(folder)
     story = other.claim("chat-1", NOW, TOKEN_DIGEST)
-    assert journal.forget("chat-1").result(10)
+    assert journal.forget("chat-1").result(10) is Removal.NOT_OWNER
     assert save(other, story) is SaveOutcome.STORED
     assert peek(DirectoryStore(str(folder)), "chat-1").records() == story.records()
 
 
 def test_a_session_of_unknown_owner_is_not_forgotten(make_store):
     story = saved(Journal([make_store()]))
-    assert Journal([make_store()]).forget("chat-1").result(30)
+    assert Journal([make_store()]).forget("chat-1").result(30) is Removal.NOT_OWNER
     assert peek(make_store(), "chat-1").records() == story.records()
 
 
@@ -481,7 +482,7 @@ def test_a_retired_owner_record_goes_when_no_session_can_live_any_more(folder, c
     saved(again(folder))
     journal = again(folder)
     journal.claim("chat-1", NOW, TOKEN_DIGEST)
-    assert journal.forget("chat-1").result(10)
+    assert journal.forget("chat-1").result(10) is Removal.REMOVED
     assert [path.name for path in folder.rglob("*") if path.is_file()] == ["owner"]
     assert again(folder).recover(NOW).live == []
     changed = (folder / KEY).stat().st_mtime
@@ -720,7 +721,7 @@ def test_a_session_that_another_instance_carried_on_is_not_revived_from_the_dire
     with pytest.raises(NotFound) as caught:
         restarted.claim("chat-1", NOW, TOKEN_DIGEST)
     assert not caught.value.damaged
-    assert restarted.forget("chat-1").result(30)
+    assert restarted.forget("chat-1").result(30) is Removal.NOT_OWNER
     assert not (folder / KEY).exists()
 
 

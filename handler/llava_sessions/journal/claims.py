@@ -18,7 +18,7 @@ from typing import TypeVar
 from ..chat.transcript import OpenRecord, Transcript, short_id
 from . import owners
 from .encoding import Damaged, Owner, OwnerRecord, key_of
-from .owners import NotOwner
+from .owners import Busy, NotOwner
 from .reader import Found, Loaded
 from .stores import Removed, StoreError
 from .writer import StoreWriter
@@ -57,6 +57,13 @@ class AlreadyClaimed(JournalError):
         super().__init__("another instance claimed the session")
 
 
+class OwnerIsAnswering(JournalError):
+    """A turn of the session runs on another instance, which keeps the session until it ends."""
+
+    def __init__(self) -> None:
+        super().__init__("another instance is answering the session")
+
+
 @dataclass(frozen=True)
 class Claimed:
     """A session that this process owns now."""
@@ -65,28 +72,61 @@ class Claimed:
     owner: Owner
 
 
-def claim(
-    writers: Sequence[StoreWriter], session_id: str, now_s: float, token_digest: str | None, instance: str
-) -> Claimed:
-    """Claim a session for `instance`, behind this process's pending work on it. Blocks. Raise `JournalError`."""
+@dataclass(frozen=True)
+class Claimant:
+    """Who claims: the process, the time in seconds since the epoch, and the digest of the caller's session token.
+
+    `waits`: raise `OwnerIsAnswering` while a turn of another instance runs.
+    """
+
+    instance: str
+    now_s: float
+    token_digest: str | None
+    waits: bool = False
+
+    def may_use(self, opening: OpenRecord) -> bool:
+        """Return whether the session has not expired, and has this token."""
+        has_token = hmac.compare_digest(opening.token_digest or "", self.token_digest or "")
+        return has_token and self.now_s < opening.expires_at_s
+
+    @property
+    def idle_at_s(self) -> float | None:
+        """The time at which no turn of another instance may run; None if that does not matter."""
+        return self.now_s if self.waits else None
+
+
+def verify(writers: Sequence[StoreWriter], session_id: str, claimant: Claimant) -> None:
+    """Return if the session could be claimed, without a claim. Blocks. Raise `NotFound`, `JournalUnavailable`."""
+    _find(_Claim(session_id), writers, claimant)
+
+
+def claim(writers: Sequence[StoreWriter], session_id: str, claimant: Claimant) -> Claimed:
+    """Claim a session, behind this process's pending work on it. Blocks. Raise `JournalError`."""
     try:
-        return _claim(writers, session_id, now_s, token_digest, instance)
+        return _claim(writers, session_id, claimant)
     except NotOwner as lost:
         raise (NotFound() if lost.retired else AlreadyClaimed()) from None
+    except Busy:
+        raise OwnerIsAnswering from None
 
 
-def _claim(
-    writers: Sequence[StoreWriter], session_id: str, now_s: float, token_digest: str | None, instance: str
-) -> Claimed:
-    claiming = _Claim(session_id)
+def _find(claiming: _Claim, writers: Sequence[StoreWriter], claimant: Claimant) -> list[tuple[StoreWriter, Found]]:
     found = claiming.find(writers)
-    opening = claiming.read_opening([writer for writer, _ in found])
-    if not hmac.compare_digest(opening.token_digest or "", token_digest or "") or now_s >= opening.expires_at_s:
+    if not claimant.may_use(claiming.read_opening([writer for writer, _ in found])):
         raise NotFound
+    return found
+
+
+def _claim(writers: Sequence[StoreWriter], session_id: str, claimant: Claimant) -> Claimed:
+    claiming = _Claim(session_id)
+    instance = claimant.instance
+    found = _find(claiming, writers, claimant)
+    for _, one in found:
+        owners.check_idle(one.owned, instance, claimant.idle_at_s)
     latest = max((one.owned.owner for _, one in found), key=lambda one: one.epoch)
     is_ours = latest.instance == instance and all(one.owned.owner == latest for _, one in found)
     owner = latest if is_ours else Owner(latest.epoch + 1, instance)
-    taken = claiming.take(found, owner)
+    taken = claiming.take(found, owner, claimant.idle_at_s)
     transcript = claiming.load(taken, owner)
     return Claimed(transcript, owner)
 
@@ -118,14 +158,16 @@ class _Claim:
                 return opening
         raise self._missing()
 
-    def take(self, found: Sequence[tuple[StoreWriter, Found]], owner: Owner) -> list[tuple[StoreWriter, Found]]:
+    def take(
+        self, found: Sequence[tuple[StoreWriter, Found]], owner: Owner, idle_at_s: float | None
+    ) -> list[tuple[StoreWriter, Found]]:
         """Become the owner, store by store in the order of the configuration. Return the stores that could be reached.
 
-        Two claims that meet therefore meet in the first store that both reach. Raise `NotOwner`.
+        Two claims that meet therefore meet in the first store that both reach. Raise `NotOwner`, `Busy`.
         """
         taken = []
         for writer, one in found:
-            for _, owned in self._ask([writer], lambda store: owners.take(store.store, self._key, owner)):
+            for _, owned in self._ask([writer], lambda store: owners.take(store.store, self._key, owner, idle_at_s)):
                 taken.append((writer, replace(one, owned=owned)))
         if not taken:
             raise self._missing()

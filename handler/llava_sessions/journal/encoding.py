@@ -53,13 +53,15 @@ class Owner:
 class OwnerRecord:
     """The owner of a session, and which records are valid: from number `start` on, those of epoch `since` or later.
 
-    `retired`: the session was removed.
+    `retired`: the session was removed. `busy_until_s`: a turn of the owner runs, and keeps the session until then, in
+    seconds since the epoch; 0 without a turn.
     """
 
     owner: Owner
     since: int = 0
     start: int = 0
     retired: bool = False
+    busy_until_s: float = 0.0
 
 
 def _from_base64(text: object) -> bytes:
@@ -123,6 +125,7 @@ class _OwnerFields(_Fields):
     since: _Count
     start: _Count
     retired: bool
+    busy_until_s: _Time = 0.0
 
 
 _Model = TypeVar("_Model", bound=_Fields)
@@ -197,7 +200,9 @@ def epoch_of(data: bytes) -> int:
 
 def encode_owner(record: OwnerRecord, key: str) -> bytes:
     """Return the bytes of the owner record of a session."""
-    fields = {"since": record.since, "start": record.start, "retired": record.retired}
+    fields: dict[str, Any] = {"since": record.since, "start": record.start, "retired": record.retired}
+    if record.busy_until_s:
+        fields["busy_until_s"] = record.busy_until_s
     return _seal({"schema": SCHEMA, "key": key, **vars(record.owner), **fields})[0]
 
 
@@ -207,7 +212,8 @@ def decode_owner(data: bytes, key: str) -> OwnerRecord:
     fields = _validate(_OwnerFields, body)
     if fields.key != key:
         raise Damaged("the owner record belongs to another session")
-    return OwnerRecord(Owner(fields.epoch, fields.instance), fields.since, fields.start, fields.retired)
+    owner = Owner(fields.epoch, fields.instance)
+    return OwnerRecord(owner, fields.since, fields.start, fields.retired, fields.busy_until_s)
 
 
 def _seal(whole: dict[str, Any], pictures: Sequence[bytes] = ()) -> tuple[bytes, str]:

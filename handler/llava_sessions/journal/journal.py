@@ -7,28 +7,36 @@ writes the missing records. docs/operations.md describes sizes, permissions and 
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import secrets
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ..chat.transcript import BlobPool, Transcript
 from ..config_file import ConfigError
 from ..errors import describe
 from .appender import Records
-from .claims import AlreadyClaimed, JournalError, JournalUnavailable, NotFound, claim
+from .claims import (
+    AlreadyClaimed,
+    Claimant,
+    JournalError,
+    JournalUnavailable,
+    NotFound,
+    OwnerIsAnswering,
+    claim,
+    verify,
+)
 from .directory import SessionDirectory, StoredSession
 from .encoding import Owner, key_of
-from .owners import FIRST_EPOCH, NO_OWNER, Removal
+from .futures import combine, done, result_of
+from .known import KnownOwners, RunningClaims
+from .owners import NO_OWNER, Removal
 from .stores import DirectoryStore, S3Store, Store
-from .writer import KEPT_PAST_EXPIRY_S, SaveOutcome, StoreWriter
+from .writer import SaveOutcome, StoreWriter
 
 __all__ = [
     "AlreadyClaimed",
@@ -36,15 +44,14 @@ __all__ = [
     "JournalError",
     "JournalUnavailable",
     "NotFound",
+    "OwnerIsAnswering",
     "Recovered",
+    "Removal",
     "SaveOutcome",
     "StoredSession",
     "open_journal",
 ]
 
-log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 R = TypeVar("R")
 
 
@@ -58,82 +65,6 @@ class Recovered:
     live: list[StoredSession] = field(default_factory=list)
     expired: list[StoredSession] = field(default_factory=list)
     complete: bool = True
-
-
-class _Owners:
-    """The owner of each session, as last seen by this process: itself, or after `recover` another. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._known: dict[str, tuple[Owner, float]] = {}  # by key: the owner, and when the session expires
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-    def set(self, key: str, owner: Owner, expires_at_s: float) -> None:
-        """Note an owner, unless a later epoch is known."""
-        with self._lock:
-            known = self._known.get(key)
-            if known is None or known[0].epoch < owner.epoch:
-                self._known[key] = (owner, expires_at_s)
-
-    def own(self, key: str, instance: str, expires_at_s: float) -> Owner:
-        """Return as what `instance` owns the session: since its open or its claim."""
-        with self._lock:
-            known = self._known.get(key)
-            if known is None or known[0].instance != instance:
-                known = self._known[key] = (Owner(FIRST_EPOCH, instance), expires_at_s)
-            return known[0]
-
-    def pop(self, key: str, owner: Owner | None = None) -> Owner | None:
-        """Remove and return the owner; only if it is `owner`, if one is given."""
-        with self._lock:
-            known = self._known.get(key)
-            if known is None or owner not in (None, known[0]):
-                return None
-            del self._known[key]
-            return known[0]
-
-    def drop_expired(self, now_s: float) -> None:
-        """Forget the sessions that expired."""
-        with self._lock:
-            for key, (_, expires_at_s) in list(self._known.items()):
-                if now_s >= expires_at_s + KEPT_PAST_EXPIRY_S:
-                    del self._known[key]
-
-
-class _RunningClaims:
-    """Counts the running claims of each session, so that a removal can wait for them. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._running: dict[str, int] = {}
-        self._waiting: dict[str, list[Callable[[], None]]] = {}
-
-    @contextlib.contextmanager
-    def running(self, key: str) -> Iterator[None]:
-        """Count a claim inside the block."""
-        with self._lock:
-            self._running[key] = self._running.get(key, 0) + 1
-        try:
-            yield
-        finally:
-            waiting = []
-            with self._lock:
-                self._running[key] -= 1
-                if not self._running[key]:
-                    del self._running[key]
-                    waiting = self._waiting.pop(key, [])
-            for work in waiting:
-                work()
-
-    def when_idle(self, key: str, work: Callable[[], None]) -> None:
-        """Run `work` at once, or after the last running claim of the session."""
-        with self._lock:
-            if key in self._running:
-                self._waiting.setdefault(key, []).append(work)
-                return
-        work()
 
 
 def open_journal(journal_dir: str | None, journal_s3_prefix: str | None, held_bytes: int | None = None) -> Journal:
@@ -158,12 +89,15 @@ def open_journal(journal_dir: str | None, journal_s3_prefix: str | None, held_by
     if problems:
         raise ConfigError(problems)
     journal = Journal(stores, held_bytes=held_bytes)
-    journal.check()
+    for directory in journal.directories:
+        directory.check()
     return journal
 
 
 class Journal:
     """The transcripts of sessions in every store. Without stores it does nothing. Thread-safe.
+
+    `directories`: those of the stores that are directories.
 
     Futures don't raise. A session is written only by its owner (owners.py): the process that opened or claimed it.
     """
@@ -181,15 +115,15 @@ class Journal:
         """
         self.blobs = BlobPool(held_bytes)
         self._instance = secrets.token_hex(16)
-        self._owners = _Owners()
-        self._claims = _RunningClaims()
+        self._owners = KnownOwners()
+        self._claims = RunningClaims()
         self._writers: list[StoreWriter] = []
-        self._directories: list[SessionDirectory] = []
+        self.directories: list[SessionDirectory] = []
         for store in stores:
             writer = StoreWriter(store, self.blobs, clock, pool)
             self._writers.append(writer)
             if isinstance(store, DirectoryStore):
-                self._directories.append(SessionDirectory(store, writer))
+                self.directories.append(SessionDirectory(store, writer))
 
     @property
     def durable(self) -> bool:
@@ -206,16 +140,6 @@ class Journal:
         """Sessions that occupy memory in the journal."""
         return max([len(self._owners), *(writer.tracked for writer in self._writers)])
 
-    @property
-    def pending(self) -> list[Future[Any]]:
-        """Work that is not done."""
-        return [future for writer in self._writers for future in writer.executor.pending()]
-
-    def check(self) -> None:
-        """Log a warning if the directory can't be written."""
-        for directory in self._directories:
-            directory.check()
-
     def save(self, transcript: Transcript) -> Future[SaveOutcome]:
         """Write the records of the transcript, as it is now, that are not stored yet. Returns at once.
 
@@ -223,30 +147,43 @@ class Journal:
         another instance, or is removed; close it locally. Don't save a session after `forget` or `retire`.
         """
         if not self._writers:
-            return _done(SaveOutcome.STORED)
+            return done(SaveOutcome.STORED)
         records: Records = (transcript.opening, *transcript.log)
         key = key_of(transcript.opening.session_id)
         owner = self._owners.own(key, self._instance, transcript.opening.expires_at_s)
 
-        def merge(outcomes: list[SaveOutcome]) -> SaveOutcome:
-            if SaveOutcome.NOT_OWNER not in outcomes:
-                return SaveOutcome.FAILED if SaveOutcome.FAILED in outcomes else SaveOutcome.STORED
-            self._owners.pop(key, owner)
-            return SaveOutcome.NOT_OWNER
-
         saves = [writer.executor.run(key, partial(writer.write, key, records, owner)) for writer in self._writers]
-        return _combine(saves, SaveOutcome.FAILED, merge)
+        return combine(saves, SaveOutcome.FAILED, partial(self._owners.merged, key, owner))
 
-    def claim(self, session_id: str, now_s: float, token_digest: str | None) -> Transcript:
-        """Become the owner of a stored session and return it, verified, behind its pending saves. Blocks.
+    def mark(self, session_id: str, busy_until_s: float) -> Future[SaveOutcome]:
+        """Note that a turn of the session runs here until then at most, or that none runs (0). Returns at once.
 
-        The token is checked first. Raise `NotFound`, `JournalUnavailable`, `AlreadyClaimed`.
+        Claims with `waits` leave the session to this process until then. NOT_OWNER: another instance owns the session,
+        or it is removed. A session that this process does not own needs no mark: STORED.
         """
         key = key_of(session_id)
+        owner = self._owners.known(key, self._instance)
+        if owner is None:
+            return done(SaveOutcome.STORED)
+        marks = [writer.executor.run(key, partial(writer.mark, key, owner, busy_until_s)) for writer in self._writers]
+        return combine(marks, SaveOutcome.FAILED, partial(self._owners.merged, key, owner))
+
+    def claim(self, session_id: str, now_s: float, token_digest: str | None, waits: bool = False) -> Transcript:
+        """Become the owner of a stored session and return it, verified, behind its pending saves. Blocks.
+
+        The token is checked first. Raise `NotFound`, `JournalUnavailable`, `AlreadyClaimed`, and with `waits`
+        `OwnerIsAnswering` while a turn of another instance runs.
+        """
+        key = key_of(session_id)
+        claimant = Claimant(self._instance, now_s, token_digest, waits)
         with self._claims.running(key):
-            claimed = claim(self._writers, session_id, now_s, token_digest, self._instance)
+            claimed = claim(self._writers, session_id, claimant)
             self._owners.set(key, claimed.owner, claimed.transcript.opening.expires_at_s)
         return claimed.transcript
+
+    def verify(self, session_id: str, now_s: float, token_digest: str | None) -> None:
+        """Return if a session is stored for this token. Blocks. Raise `NotFound`, `JournalUnavailable`."""
+        verify(self._writers, session_id, Claimant(self._instance, now_s, token_digest))
 
     def retire(self, session_id: str) -> Future[bool]:
         """Remove a session that a new one continues, behind its pending saves.
@@ -255,24 +192,29 @@ class Journal:
         will be (`sweep` retries). A store that fails at this moment counts as removed, so that the session is not lost.
         """
         if not self._writers:
-            return _done(True)
+            return done(True)
         owner = self._owners.pop(key_of(session_id))
         if owner is None:
-            return _done(False)
+            return done(False)
         return self._remove(session_id, owner, lambda removals: Removal.NOT_OWNER not in removals)
 
-    def forget(self, session_id: str) -> Future[bool]:
+    def forget(self, session_id: str) -> Future[Removal]:
         """Remove a session behind its pending saves, if no other instance has claimed it. Returns at once.
 
-        False: a store failed; `sweep` retries.
+        FAILED: a store failed; `sweep` retries.
         """
         key = key_of(session_id)
-        removed: Future[bool] = Future()
+        removed: Future[Removal] = Future()
+
+        def merge(removals: list[Removal]) -> Removal:
+            if Removal.NOT_OWNER in removals:
+                return Removal.NOT_OWNER
+            return Removal.FAILED if Removal.FAILED in removals else Removal.REMOVED
 
         def remove() -> None:
             owner = self._owners.pop(key) or NO_OWNER
-            done = self._remove(session_id, owner, lambda removals: Removal.FAILED not in removals)
-            done.add_done_callback(lambda one: removed.set_result(not one.cancelled() and one.result()))
+            done = self._remove(session_id, owner, merge)
+            done.add_done_callback(lambda one: removed.set_result(result_of(one, Removal.FAILED)))
 
         # A claim that runs changes the owner. The removal must be the new owner's, or the session would come back.
         self._claims.when_idle(key, remove)
@@ -283,7 +225,7 @@ class Journal:
 
         S3 isn't searched: it holds the sessions of other instances too.
         """
-        results = [directory.recover() for directory in self._directories]
+        results = [directory.recover() for directory in self.directories]
         found = [one for sessions, _ in results for one in sessions]
         self.sweep(now_s).result()
         live = [(stored, owner) for stored, owner in found if now_s < stored.expires_at_s]
@@ -301,12 +243,13 @@ class Journal:
         for writer in self._writers:
             writer.drop_expired(now_s)
         retries = [retry for writer in self._writers for retry in writer.retry_removals()]
-        sweeps = [directory.sweep(now_s) for directory in self._directories]
-        return _combine(sweeps, False, lambda swept: all(swept) and not retries)
+        sweeps = [directory.sweep(now_s) for directory in self.directories]
+        return combine(sweeps, False, lambda swept: all(swept) and not retries)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait for all pending work. Return whether all of it is done."""
-        return not wait(self.pending, timeout_s).not_done
+        pending = [future for writer in self._writers for future in writer.executor.pending()]
+        return not wait(pending, timeout_s).not_done
 
     def close(self, timeout_s: float) -> bool:
         """Do as `flush`, then cancel the work that has not begun."""
@@ -315,45 +258,7 @@ class Journal:
             writer.executor.close()
         return flushed
 
-    def _remove(self, session_id: str, owner: Owner, merge: Callable[[list[Removal]], bool]) -> Future[bool]:
+    def _remove(self, session_id: str, owner: Owner, merge: Callable[[list[Removal]], R]) -> Future[R]:
         key = key_of(session_id)
         removals = [writer.executor.run(key, partial(writer.remove, key, owner)) for writer in self._writers]
-        return _combine(removals, Removal.FAILED, merge)
-
-
-def _done(value: T) -> Future[T]:
-    future: Future[T] = Future()
-    future.set_result(value)
-    return future
-
-
-def _combine(futures: list[Future[T]], failed: T, merge: Callable[[list[T]], R]) -> Future[R]:
-    """Merge the results of all futures; a cancelled or broken one counts as `failed`."""
-    if not futures:
-        return _done(merge([]))
-    combined: Future[R] = Future()
-    combined.set_running_or_notify_cancel()
-    lock = threading.Lock()
-    left = len(futures)
-
-    def one_done(_: Future[T]) -> None:
-        nonlocal left
-        with lock:
-            left -= 1
-            if left:
-                return
-        combined.set_result(merge([_result(future, failed) for future in futures]))
-
-    for future in futures:
-        future.add_done_callback(one_done)
-    return combined
-
-
-def _result(future: Future[T], failed: T) -> T:
-    if future.cancelled():
-        return failed
-    error = future.exception()
-    if error is None:
-        return future.result()
-    log.error("journal_error", exc_info=error)
-    return failed
+        return combine(removals, Removal.FAILED, merge)

@@ -14,6 +14,9 @@ An owner appends as follows:
    records of a later owner are safe: from this owner's `start` on they have at least this owner's epoch.
 2. It reads the owner record. Only if it is still the owner may the record be acknowledged.
 
+While a turn runs, the owner record has the time until which it may run (`mark`). A claim can leave such a session to
+its owner (`Busy`). The mark is removed after the turn, and expires if the owner has died. A claim may ignore it.
+
 Thus a claimer reads each record that was acknowledged before its claim, and the writer of a record that was written
 after the claim finds out. Such a record is stale: readers ignore it, and the next owner replaces it.
 
@@ -34,6 +37,8 @@ from .stores import OWNER, Removed, Store, StoreError, record_name
 NO_OWNER = Owner(0, "")
 # Sessions start in this epoch.
 FIRST_EPOCH = 1
+# A mark fails only if the record changes at the same moment; the next attempt sees the change.
+_MARK_ATTEMPTS = 2
 
 
 class Removal(Enum):
@@ -52,18 +57,54 @@ class NotOwner(Exception):
         self.retired = retired
 
 
+class Busy(Exception):
+    """A turn of the session's owner runs."""
+
+
 def read_owner(store: Store, key: str) -> OwnerRecord:
     """Return the owner record of a session; that of `NO_OWNER` if there is none. Raise `Damaged`, `StoreError`."""
     found = store.read(key, OWNER)
     return OwnerRecord(NO_OWNER) if found is None else decode_owner(found[0], key)
 
 
-def take(store: Store, key: str, owner: Owner) -> OwnerRecord:
+def take(store: Store, key: str, owner: Owner, idle_at_s: float | None = None) -> OwnerRecord:
     """Make `owner` the owner, to read the session and then `seal` it. Return the record, which marks the valid records.
 
-    Raise `NotOwner` if the recorded epoch is not lower; `Damaged`, `StoreError`.
+    Raise `NotOwner` if the recorded epoch is not lower; `Busy` as `check_idle`; `Damaged`, `StoreError`.
     """
-    return _swap(store, key, owner, lambda current: OwnerRecord(owner, current.since, current.start))
+
+    def change(current: OwnerRecord) -> OwnerRecord:
+        check_idle(current, owner.instance, idle_at_s)
+        return OwnerRecord(owner, current.since, current.start)
+
+    return _swap(store, key, owner, change)
+
+
+def check_idle(record: OwnerRecord, instance: str, idle_at_s: float | None) -> None:
+    """Raise `Busy` if a turn of another instance runs at this time, in seconds since the epoch. None: never raise."""
+    if idle_at_s is not None and record.owner.instance != instance and record.busy_until_s > idle_at_s:
+        raise Busy
+
+
+def mark(store: Store, key: str, owner: Owner, busy_until_s: float) -> None:
+    """Note that a turn of `owner` runs until then at most, or that none runs (0).
+
+    A store that has no owner record, or that of an earlier epoch, is left as it is: the next save takes it.
+    Raise `NotOwner` if there is a later owner or the session was removed; `Damaged`, `StoreError`.
+    """
+    for _ in range(_MARK_ATTEMPTS):
+        found = store.read(key, OWNER)
+        if found is None:
+            return
+        current = decode_owner(found[0], key)
+        if current.retired or (current.owner != owner and current.owner.epoch >= owner.epoch):
+            raise NotOwner(current.retired)
+        if current.owner != owner or current.busy_until_s == busy_until_s:
+            return
+        marked = encode_owner(replace(current, busy_until_s=busy_until_s), key)
+        if store.replace(key, OWNER, marked, found[1]):
+            return
+    raise StoreError("can't write: the owner record was just replaced")
 
 
 def take_empty(store: Store, key: str, owner: Owner) -> None:

@@ -67,6 +67,16 @@ class StoreWriter:
         except StoreError:
             return SaveOutcome.FAILED
 
+    def mark(self, key: str, owner: Owner, busy_until_s: float) -> SaveOutcome:
+        """Note in the owner record until when a turn may run; 0: none runs."""
+        try:
+            self._writes.run(partial(self._mark, key, owner, busy_until_s))
+        except StoreError:
+            return SaveOutcome.FAILED
+        except NotOwner:
+            return SaveOutcome.NOT_OWNER
+        return SaveOutcome.STORED
+
     def remove(self, key: str, owner: Owner) -> Removal:
         """Remove the session if `owner` owns it. A removal that fails is retried by `retry_removals`."""
         self._appenders.pop(key, None)
@@ -125,6 +135,12 @@ class StoreWriter:
         except Damaged as error:
             raise StoreError(f"can't write: {error}") from error
         return SaveOutcome.STORED
+
+    def _mark(self, key: str, owner: Owner, busy_until_s: float) -> None:
+        try:
+            owners.mark(self.store, key, owner, busy_until_s)
+        except Damaged as error:
+            raise StoreError(f"can't mark: {error}") from error
 
     def _remove(self, key: str, owner: Owner) -> Removal:
         try:

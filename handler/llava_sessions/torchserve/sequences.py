@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 QUIET_S = 0.25
 # An end request is sent after the sequence has been idle for this time. A client's request that meets it is lost.
 LINGER_S = 1.5
+# The same after a reply with Retry-After: the client comes back with the same ID, and its session may be adopted then.
+RETURN_S = 15.0
 # The frontend compares header names with case, clients do not. Only the exact spelling ends a sequence.
 _CLOSED_HEADER_FOR_CLIENTS = CLOSED_SESSION_HEADER.lower()
 _END_REQUEST_HEADER = "x-llava-end-sequence"
@@ -94,7 +96,7 @@ class SequenceReaper:
         self._quiet_s = QUIET_S if quiet_s is None else quiet_s
         self._linger_s = LINGER_S if linger_s is None else linger_s
         self._clock = clock
-        self._waiting: dict[str, None] = {}  # sequences to end, in this order
+        self._waiting: dict[str, float] = {}  # sequences to end, in this order, and the earliest time of each
         self._fresh: set[str] = set()  # those of them that no client knows
         self._in_step: set[str] = set()  # sequences with a row in the current step
         self._last_used_s: dict[str, float] = {}  # end of the latest earlier step with a row of it; oldest first
@@ -104,11 +106,20 @@ class SequenceReaper:
         name, value = self._ender.mark
         return row.headers.get(name) == value
 
-    def end(self, sequence_id: str, fresh: bool = False) -> None:
-        """End the sequence once no row uses it. `fresh`: the frontend made its ID, which no client knows."""
-        self._waiting[sequence_id] = None
+    def end(self, sequence_id: str, fresh: bool = False, after_s: float = 0.0) -> None:
+        """End the sequence once no row uses it, and not before `after_s` seconds from now.
+
+        `fresh`: the frontend made its ID, which no client knows.
+        """
+        self._waiting[sequence_id] = self._clock() + after_s
         if fresh:
             self._fresh.add(sequence_id)
+
+    def keep(self, is_session: Callable[[str], bool]) -> None:
+        """Don't end a sequence whose session has been adopted since."""
+        for sequence in [one for one in self._waiting if is_session(one)]:
+            del self._waiting[sequence]
+            self._fresh.discard(sequence)
 
     def begin_step(self, sequence_ids: Iterable[str]) -> None:
         """Begin a step whose rows belong to these sequences."""
@@ -131,17 +142,19 @@ class SequenceReaper:
         self._forget_idle()
         recent = {one for one in self._last_used_s if one not in self._fresh or not self._is_quiet(one)}
         in_use = {*recent, *pending}
-        for sequence in [waiting for waiting in self._waiting if waiting not in in_use]:
+        now_s = self._clock()
+        for sequence in [one for one, from_s in self._waiting.items() if one not in in_use and now_s >= from_s]:
             del self._waiting[sequence]
             self._fresh.discard(sequence)
             self._ender.end(sequence)
 
-    def release(self, row: Row, steps: int, final: Reply, own: bool, alone: bool) -> None:
+    def release(self, row: Row, steps: int, final: Reply, own: bool, alone: bool, *, will_return: bool = False) -> None:
         """End the sequences that the row's last reply closes: now by the header in `final`, or later.
 
         The reply closes the session in its end header, if any, and with `own` the row's own sequence. `steps` is the
-        number of earlier steps that had the row. `alone`: no other row of the sequence is pending. If the sequence is
-        ended later, the client receives the end header in lower case, which the frontend ignores.
+        number of earlier steps that had the row. `alone`: no other row of the sequence is pending. `will_return`: the
+        client was asked to send the request again. If the sequence is ended later, the client receives the end header
+        in lower case, which the frontend ignores.
         """
         sequence = row.sequence_id
         closed = final.headers.pop(CLOSED_SESSION_HEADER, None)
@@ -156,8 +169,10 @@ class SequenceReaper:
             return
         if closed is not None:
             final.headers[_CLOSED_HEADER_FOR_CLIENTS] = closed
+        will_return = will_return and not row.fresh
         for sequence_id in sorted(ended):
-            self.end(sequence_id, fresh=row.fresh and sequence_id == sequence)
+            after_s = RETURN_S if will_return else 0.0
+            self.end(sequence_id, fresh=row.fresh and sequence_id == sequence, after_s=after_s)
 
     def _prefers_now(self, row: Row) -> bool:
         never_reused = row.fresh or self.is_ours(row)

@@ -17,6 +17,7 @@ from ..protocol import replies
 from ..protocol.requests import Ask
 from .context import WorkerContext
 from .conversations import Conversations
+from .marks import confirm
 from .openings import outcome_of
 from .pending import session_moved
 from .sessions import Turn, TurnState
@@ -38,16 +39,18 @@ class Answers:
         turn = self._turns.find(event.turn_id)
         if turn is not None:
             turn.is_admitted = True
-            for pending in turn.pending:
-                pending.commit()
+            if turn.may_commit:
+                for pending in turn.pending:
+                    pending.commit()
 
     def on_delta(self, event: Delta) -> None:
         """Stream new text."""
         turn = self._turns.find(event.turn_id)
         if turn is not None:
             turn.chunks.append(event.text)
-            for pending in turn.pending:
-                pending.stream(event.text)
+            if turn.is_owned:
+                for pending in turn.pending:
+                    pending.stream(event.text)
 
     def on_finished(self, event: Finished) -> None:
         """Append a finished turn to the transcript, and store it."""
@@ -112,6 +115,7 @@ class Answers:
             session.add_labelled(turn.ask.retry_key, len(session.known_transcript.log) - 1, self._context.clock())
         self._context.counters.turns += 1
         facts = answer_facts(self._context.journal, record, durable)
+        confirm(turn)
         self._turns.end(turn)
         for pending in turn.pending:
             pending.answer(record.text, facts)

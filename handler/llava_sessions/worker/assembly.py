@@ -35,16 +35,17 @@ class Timing:
 
 @dataclass(frozen=True)
 class Policy:
-    """Choices of the operator.
+    """Choices of the operator. `share_pictures`: as in `PromptBuilder`. `allow_system`: system messages are accepted.
 
-    `share_pictures`: as in `PromptBuilder`. `allow_system`: clients may send system messages. `served`: the model as
-    OpenAI's clients see it. `places`: sequences that the frontend can hold; None for the least.
+    `served`: the model as OpenAI's clients see it. `places`: sequences that the frontend can hold; None for the least.
+    `adopt_sessions`: take over sessions of other instances from the journal, if there is one.
     """
 
     share_pictures: bool = True
     allow_system: bool = True
     served: ServedModel = field(default_factory=ServedModel)
     places: int | None = None
+    adopt_sessions: bool = True
 
 
 def make_pump(
@@ -67,12 +68,13 @@ def make_pump(
 ) -> Pump:
     """Build a pump. Call its `recover` before the first row. `histograms` observe the turns.
 
-    `executor` runs the preparations and `parsing` parses large bodies, instead of threads. `fetch` replaces the HTTP
-    client. All three are for tests.
+    For tests, `executor` runs the preparations, `parsing` parses large bodies, and `fetch` replaces the HTTP client.
     """
     timing = timing or Timing()
     policy = policy or Policy()
-    preparer = Preparer(template, media_limits, journal, timing.clock, executor, fetch, policy.share_pictures)
+    table.may_release_stored = adopts = policy.adopt_sessions and journal.durable
+    share = policy.share_pictures
+    preparer = Preparer(template, media_limits, journal, timing.clock, executor, fetch, share, adopts=adopts)
     context = WorkerContext(
         gate=EngineGate(client),
         table=table,
@@ -82,6 +84,7 @@ def make_pump(
         context_tokens=context_tokens,
         clock=timing.clock,
         monotonic=timing.monotonic,
+        adopts=adopts,
         served=policy.served,
         counters=Counters(histograms=histograms or Histograms()),
     )
@@ -89,7 +92,7 @@ def make_pump(
     return Pump(
         manager,
         inbox,
-        _reaper(ender, table.max_sessions, policy.places, timing),
+        _reaper(ender, policy.places or frontend_capacity(table.max_sessions), table, timing),
         Arrivals(inbox, limits, max_body_bytes(limits, media_limits), parsing, policy.allow_system),
         wait_s=timing.wait_s,
         close_wait_s=timing.close_wait_s,
@@ -97,7 +100,6 @@ def make_pump(
     )
 
 
-def _reaper(ender: SequenceEnder, max_sessions: int, places: int | None, timing: Timing) -> SequenceReaper:
-    """Return a reaper that lets half of the places that sessions leave free wait for the end of their sequence."""
-    places_left = (places or frontend_capacity(max_sessions)) - max_sessions
-    return SequenceReaper(ender, max_waiting=places_left // 2, clock=timing.monotonic)
+def _reaper(ender: SequenceEnder, places: int, table: SessionTable, timing: Timing) -> SequenceReaper:
+    """Build a reaper. Of the places that sessions leave, at most half may wait for the end of their sequence."""
+    return SequenceReaper(ender, max_waiting=(places - table.max_sessions) // 2, clock=timing.monotonic)

@@ -27,7 +27,7 @@ class ServedModel:
 class WorkerContext:
     """`gate` sends commands to the current engine. `clock`: seconds since the epoch. `monotonic`: seconds.
 
-    `context_tokens` is the model's context length.
+    `context_tokens` is the model's context length. `adopts`: sessions move between the instances of a shared journal.
     """
 
     gate: EngineGate
@@ -38,5 +38,6 @@ class WorkerContext:
     context_tokens: int
     clock: Callable[[], float]
     monotonic: Callable[[], float] = time.monotonic
+    adopts: bool = False
     counters: Counters = field(default_factory=Counters)
     served: ServedModel = field(default_factory=ServedModel)

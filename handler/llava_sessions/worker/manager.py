@@ -12,14 +12,16 @@ from ..metrics import MetricValues
 from ..protocol.openai import Chat, Models
 from ..protocol.parsing import Request
 from ..protocol.requests import Ask, Cancel, Close, Open
+from .adoption import Adoption
 from .answers import Answers
 from .chats import Chats
-from .closes import Closes, drop
+from .closes import Closes, expire
 from .context import WorkerContext
 from .conversations import Conversations
 from .counters import EngineMemory
 from .engines import EngineLost, EngineUp
 from .events import EngineEvents
+from .marks import TurnMarks
 from .openings import Openings, unload
 from .pending import PendingRequest, session_moved
 from .questions import Questions
@@ -49,7 +51,8 @@ class SessionManager:
         self._recovery = Recovery(context, self._openings)
         self._conversations = Conversations(context)
         self._turns = Turns(context, self._conversations)
-        self._questions = Questions(context, self._turns)
+        self._marks = TurnMarks(context, self._turns)
+        self._questions = Questions(context, self._turns, self._marks)
         self._chats = Chats(context, self._turns, self._conversations, self._questions)
         self._closes = Closes(context, self._openings, self._turns)
         self._answers = Answers(context, self._turns, self._conversations)
@@ -61,6 +64,7 @@ class SessionManager:
             closes=self._closes,
             conversations=self._conversations,
         )
+        self._adoption = Adoption(context, self.handle)
         self._memory = EngineMemory()
         self._longest_step_s = 0.0
         self._journal_swept_s = context.monotonic()
@@ -86,7 +90,8 @@ class SessionManager:
                 case Cancel():
                     self._turns.cancel(pending, request)
         except Refused as error:
-            raise self._recovery.error_for(error) from None
+            if error.code != "session_not_found" or not self._adoption.start(pending, request):
+                raise self._recovery.error_for(error) from None
         self._follow_up()
 
     def disconnected(self, pending: PendingRequest) -> None:
@@ -131,6 +136,7 @@ class SessionManager:
                 self._turns.cancelled(turn, "deadline")
             elif turn.is_in(TurnState.STORING):
                 self._answers.overdue(turn)
+        self._marks.renew()
         self._follow_up()
 
     def sweep(self) -> None:
@@ -139,11 +145,11 @@ class SessionManager:
         for session in expired_sessions(context.table, context.clock()):
             if self._openings.holds(session):
                 continue  # it expires after its acknowledgement
-            log.info("session_expired session=%s", short_id(session.id))
             if session.conversation is not None:
+                log.info("session_expired session=%s", short_id(session.id))
                 self._conversations.drop(session)
             else:
-                drop(context, session, "expired")
+                expire(context, session)
         self._recovery.retry()
         self.end_overdue()
         now_s = context.monotonic()
@@ -228,21 +234,22 @@ class SessionManager:
     def _follow_up(self) -> None:
         """Drop sessions that the journal cannot give back, and start retries whose stopped turn is done."""
         for session, reason in self._turns.take_lost():
-            if session.id in self._context.table:
+            if self._context.table.find(session.id) is session:
                 log.warning("session_lost session=%s reason=%s", short_id(session.id), reason)
                 # A turn may run here if the answer before it was not stored at its deadline.
                 if session.turn is not None and not session.turn.is_in(TurnState.STORING):
                     self._turns.fail(session.turn, session_moved())
                 unload(self._context, session)
                 self._context.table.end(session, reason)
-                self._closes.lost(session)
+                self._closes.lost(session, reason)
         for pending, ask in self._turns.take_retries():
             if pending.disconnected:
                 continue
             try:
-                self._questions.start(pending, ask)
+                self.handle(pending, ask)
             except Exception as error:
                 pending.refuse(error)
+        self._marks.tidy()
 
 
 def _cut_s(longest_step_s: float) -> float:

@@ -24,7 +24,7 @@ from ..protocol.constants import NEW_SESSION, SESSION_HEADER
 from ..protocol.requests import Open, session_in_header
 from ..text.chat_template import Opening
 from .context import WorkerContext
-from .pending import PendingRequest
+from .pending import PendingRequest, session_moved
 from .prompts import PreparedOpen, Rebuild
 from .sessions import Residency, Session, SessionState, session_not_found
 
@@ -32,7 +32,10 @@ log = logging.getLogger(__name__)
 
 _RETRY_KEYS_KEPT = 10_000
 # The ID that the frontend gives a sequence that came without one (InferenceRequestHandler.java).
-_FRONTEND_ID = re.compile(r"ts-seq-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_UUID = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+_FRONTEND_ID = re.compile(f"ts-seq-{_UUID}")
+# All IDs that `_session_id` returns.
+SESSION_ID = re.compile(f"(ts-seq|ls)-{_UUID}")
 
 
 @dataclass(eq=False)
@@ -142,8 +145,10 @@ class Openings:
         except Exception as error:
             pending.refuse(error)
             return
-        if not session.is_in(SessionState.OPEN) or session.id not in self._context.table:
-            pending.refuse(session_not_found())  # it was closed meanwhile
+        if not session.is_in(SessionState.OPEN) or self._context.table.find(session.id) is not session:
+            was_closed = self._context.table.was_closed(session.id, session.token_digest)
+            # Otherwise it is closing, or has made room for another session. A retry finds out.
+            pending.refuse(session_not_found() if was_closed else session_moved())
             return
         if session.transcript is None:
             session.transcript = transcript

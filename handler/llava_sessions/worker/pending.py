@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import Refused
-from ..journal.journal import AlreadyClaimed, JournalUnavailable, NotFound
+from ..journal.journal import AlreadyClaimed, JournalUnavailable, NotFound, OwnerIsAnswering
 from ..media.limits import MediaError
 from ..protocol.constants import JSON_TYPE
 from ..protocol.openai import OpenAIForm, RefusedChat
@@ -253,6 +253,8 @@ def refusal_of(error: Exception) -> Refused:
         return Refused("journal_unavailable", message, retry_after_s=_RETRY_AFTER_S)
     if isinstance(error, AlreadyClaimed):
         return Refused("session_busy", "Another request is resuming the session; try again.")
+    if isinstance(error, OwnerIsAnswering):
+        return Refused("session_moved", "Another instance is answering the session; send it again.", _RETRY_AFTER_S)
     if isinstance(error, NotFound):
         return Refused("session_not_found", "No session of this ID is open here; open one with a picture first.")
     error_id = uuid.uuid4().hex[:8]
@@ -262,5 +264,5 @@ def refusal_of(error: Exception) -> Refused:
 
 def session_moved() -> Refused:
     """Return the error for a session that another instance has taken over."""
-    message = "Another instance has taken over the session; resume it there, or open a new one."
+    message = "Another instance has taken over the session; send the request again."
     return Refused("session_moved", message, retry_after_s=_RETRY_AFTER_S)

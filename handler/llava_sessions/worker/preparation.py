@@ -23,6 +23,8 @@ from .prompts import PreparedChat, PreparedOpen, PreparedQuestion, PromptBuilder
 _DECODING_THREADS = 4
 _FETCHING_THREADS = 16
 _RESTORING_THREADS = 8
+# Apart from the others: most sessions that are looked up may be unknown.
+_ADOPTING_THREADS = 8
 # A longer question is tokenized off the pump's thread: 32,768 characters take up to 0.1 s, 1,024 up to 5 ms.
 INLINE_PROMPT_CHARS = 1024
 
@@ -42,6 +44,8 @@ class Preparer:
         executor: Executor | None = None,
         fetch: Callable[[str, MediaLimits], bytes] | None = None,
         share_pictures: bool = True,
+        *,
+        adopts: bool = False,
     ) -> None:
         """`clock`: seconds since the epoch. `executor` and `fetch` replace the thread pools and HTTP, for tests.
 
@@ -50,11 +54,13 @@ class Preparer:
         self.template = template
         self._journal = journal
         self._clock = clock
+        self._adopts = adopts
         loader = PictureLoader(template.pictures, limits, journal.blobs, fetch or Fetcher())
         self.prompts = PromptBuilder(template, loader, share_pictures)
         self._decoding = executor or ThreadPoolExecutor(_DECODING_THREADS, thread_name_prefix="decode")
         self._fetching = executor or ThreadPoolExecutor(_FETCHING_THREADS, thread_name_prefix="fetch")
         self._restoring = executor or ThreadPoolExecutor(_RESTORING_THREADS, thread_name_prefix="restore")
+        self._adopting = executor or ThreadPoolExecutor(_ADOPTING_THREADS, thread_name_prefix="adopt")
 
     def open(self, request: Open, session_id: str, token_digest: str | None) -> Future[PreparedOpen]:
         """Prepare a new session."""
@@ -78,6 +84,14 @@ class Preparer:
         """Read a session's journal and become its owner. The future fails with a `JournalError`."""
         return self._restoring.submit(self._claim, session_id, token_digest)
 
+    def adopt(self, session_id: str, token_digest: str | None) -> Future[Transcript]:
+        """Do as `claim`, for a session that this instance does not know."""
+        return self._adopting.submit(self._claim, session_id, token_digest)
+
+    def verify(self, session_id: str, token_digest: str | None) -> Future[None]:
+        """Look for a session without a claim. The future fails with a `JournalError`."""
+        return self._adopting.submit(lambda: self._journal.verify(session_id, self._clock(), token_digest))
+
     def recover(self) -> Future[Recovered]:
         """Read the sessions of the journal."""
         return self._restoring.submit(lambda: self._journal.recover(self._clock()))
@@ -97,10 +111,10 @@ class Preparer:
         return executor.submit(self._question, ask, session, with_arrays)
 
     def _resume(self, session_id: str, token_digest: str | None, transcript: Transcript | None) -> Rebuild:
-        return self.prompts.rebuild(transcript or self._claim(session_id, token_digest))
+        return self.prompts.rebuild(transcript or self._journal.claim(session_id, self._clock(), token_digest))
 
     def _claim(self, session_id: str, token_digest: str | None) -> Transcript:
-        return self._journal.claim(session_id, self._clock(), token_digest)
+        return self._journal.claim(session_id, self._clock(), token_digest, waits=self._adopts)
 
     def _question(self, ask: Ask | Chat, session: QuestionedSession, with_arrays: bool) -> PreparedQuestion:
         transcript = session.transcript or self._claim(session.id, session.token_digest)

@@ -147,8 +147,11 @@ class Pump:
             if has_returned:
                 message = "The server was paused and has dropped the request; send it again."
                 raise Refused("request_dropped", message, retry_after_s=1)
-            if self._reaper.is_ours(row) and not self._manager.has_session(row.sequence_id):
-                acknowledge_close(pending, row.sequence_id)  # it only ends its sequence
+            if self._reaper.is_ours(row):
+                if self._manager.has_session(row.sequence_id):
+                    pending.reply({"success": False})  # its session was adopted meanwhile
+                else:
+                    acknowledge_close(pending, row.sequence_id)  # it only ends its sequence
                 return
             self._arrivals.add(pending, row.body)
         except Exception as error:
@@ -166,6 +169,7 @@ class Pump:
     def _end_sequences(self) -> None:
         for session_id in self._manager.take_ended_sequences():
             self._reaper.end(session_id)
+        self._reaper.keep(self._manager.has_session)
 
     # --- Events ---
 
@@ -234,7 +238,9 @@ class Pump:
         # A last chunk that is also the first one sends no head: it must be a whole reply.
         final.more = False if pending.head_sent else None
         alone = pending.row.sequence_id not in self._pending.sequence_ids
-        self._reaper.release(pending.row, pending.steps, final, _may_end(pending.row, self._manager), alone)
+        own = _may_end(pending.row, self._manager)
+        will_return = pending.refusal is not None and pending.refusal.retry_after_s is not None
+        self._reaper.release(pending.row, pending.steps, final, own=own, alone=alone, will_return=will_return)
         return final
 
 

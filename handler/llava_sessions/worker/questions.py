@@ -10,14 +10,15 @@ from functools import partial
 
 from ..errors import Refused
 from ..ipc.messages import AskSession, Sampling
-from ..journal.journal import NotFound
+from ..journal.journal import AlreadyClaimed, NotFound
 from ..protocol.openai import Chat
 from ..protocol.requests import Ask
 from .answers import answer_facts
 from .context import WorkerContext
 from .conversations import lacks_features
+from .marks import TurnMarks
 from .openings import check_context, digest_of
-from .pending import PendingRequest
+from .pending import PendingRequest, session_moved
 from .preparation import INLINE_PROMPT_CHARS
 from .prompts import PreparedQuestion, QuestionedSession
 from .sessions import MAX_ENGINE_LOSSES, Residency, Session, Turn, TurnState
@@ -33,9 +34,10 @@ MAX_REPLACED_TURNS = 1_000
 class Questions:
     """Starts turns, and answers retried requests from the transcript."""
 
-    def __init__(self, context: WorkerContext, turns: Turns) -> None:
+    def __init__(self, context: WorkerContext, turns: Turns, marks: TurnMarks) -> None:
         self._context = context
         self._turns = turns
+        self._marks = marks
 
     def start(self, pending: PendingRequest, ask: Ask | Chat) -> None:
         """Start a turn of a session that was opened by name, or answer a retried one. Raise `Refused`."""
@@ -74,9 +76,9 @@ class Questions:
                 turn.retries.append((pending, ask))
             else:
                 turn.pending.append(pending)
-                if turn.is_admitted:
+                if turn.may_commit:
                     pending.commit()
-                pending.stream(turn.text)
+                pending.stream(turn.shown_text)
             return True
         return self._answer_from_transcript([pending], session, ask)
 
@@ -122,6 +124,8 @@ class Questions:
                 self._turns.end(turn)
                 return
             self._submit(turn, question)
+        except AlreadyClaimed:
+            self._turns.fail(turn, session_moved())
         except NotFound as error:
             self._turns.fail(turn, error)
             self._turns.lose_session(turn.session, "damaged" if error.damaged else "moved")
@@ -171,6 +175,7 @@ class Questions:
         turn.ask = turn.ask.without_pictures()
         turn.submitted_s = context.monotonic()
         turn.advance(TurnState.RUNNING)
+        self._marks.begin(turn)
 
 
 def ms_left(context: WorkerContext, turn: Turn) -> int | None:

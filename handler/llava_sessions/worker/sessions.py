@@ -105,7 +105,8 @@ class Turn(_Stateful):
     without a deadline. `prepared`: the preparation, until it is done. `ask` has no pictures from RUNNING on. `record`:
     the answer, from STORING on. `groups`, `base_turns`: as in `TurnRecord`. `picture_keys`: of the whole conversation.
     `prompt`: that of a conversation without a session header. `kept_tokens`: tokens of the session that the turn
-    follows; `crops`: the engine drops all others.
+    follows; `crops`: the engine drops all others. `is_owned`: no other instance has the session, as far as the journal
+    can be read (marks.py).
     """
 
     def __init__(self, session: Session, ask: Ask | Chat, pending: PendingRequest) -> None:
@@ -117,6 +118,7 @@ class Turn(_Stateful):
         # Retries that arrive while the turn is being stopped. They run as a new turn once this turn is done.
         self.retries: list[tuple[PendingRequest, Ask | Chat]] = []
         self.is_admitted = False
+        self.is_owned = True
         self.prompt_ids: list[int] = []
         self.groups: tuple[int, ...] = ()
         self.base_turns: int | None = None
@@ -131,6 +133,16 @@ class Turn(_Stateful):
         self.deadline_s = None if ask.deadline_ms is None else pending.arrived_s + ask.deadline_ms / 1e3
         self.prepared: Future[PreparedQuestion] | Future[PreparedChat] | None = None
         self.record: TurnRecord | None = None
+
+    @property
+    def shown_text(self) -> str:
+        """The text that clients may see: none before it is certain that no other instance has the session."""
+        return self.text if self.is_owned else ""
+
+    @property
+    def may_commit(self) -> bool:
+        """Whether large requests may be committed to status 200."""
+        return self.is_admitted and self.is_owned
 
     def is_overdue(self, now_s: float) -> bool:
         """Return whether the deadline has passed."""
@@ -188,6 +200,11 @@ class Session(_Stateful):
         return self.transcript
 
     @property
+    def is_stored_only(self) -> bool:
+        """Whether only the journal has the session: it was found there at the start, and not asked yet."""
+        return self.transcript is None and self.turn is None and self.is_in(SessionState.OPEN)
+
+    @property
     def held_conversation(self) -> HeldConversation:
         """What an implicit session holds. Raise LookupError for any other session."""
         if self.conversation is None:
@@ -213,6 +230,15 @@ class Session(_Stateful):
         """Return whether the session has reached its expiry or its idle limit."""
         return now_s >= min(self.expires_at_s, self.used_at_s + self._idle_s)
 
+    def restore(self, transcript: Transcript, now_s: float) -> None:
+        """Open a session that the journal has given."""
+        self.transcript = transcript
+        self.stored_turns = len(transcript.log)
+        self.expires_at_s = transcript.opening.expires_at_s
+        self.used_at_s = now_s
+        self.token_digest = transcript.opening.token_digest
+        self.advance(SessionState.OPEN)
+
     def unload(self) -> None:
         """Enter COLD from any residency."""
         if self.in_engine:
@@ -236,10 +262,12 @@ class SessionTable:
 
     A session expires `ttl_s` seconds after its open, or `idle_s` seconds after its latest turn (None: never). A place
     is taken before a picture is prepared, so a full table rejects an open before any work is done.
+    `may_release_stored`: sessions that only the journal has make room for others, since they can be adopted later.
     """
 
     def __init__(self, max_sessions: int, ttl_s: float, idle_s: float | None = None, max_implicit: int = 64) -> None:
         self.max_sessions = max_sessions
+        self.may_release_stored = False
         self.max_implicit = max_implicit
         self.ttl_s = ttl_s
         self.idle_s = math.inf if idle_s is None else idle_s
@@ -266,8 +294,11 @@ class SessionTable:
         if session_id in self._sessions:
             raise Refused("invalid_request", "The session is open already; close it, or open without a session ID.")
         if sum(one.conversation is None for one in self._sessions.values()) >= self.max_sessions:
-            message = f"All {self.max_sessions} sessions are taken; close one or try again later."
-            raise Refused("capacity", message)
+            stored = next((one for one in self._sessions.values() if one.is_stored_only), None)
+            if stored is None or not self.may_release_stored:
+                message = f"All {self.max_sessions} sessions are taken; close one or try again later."
+                raise Refused("capacity", message)
+            self.end(stored, None)
         session = self._sessions[session_id] = Session(session_id, self.idle_s)
         return session
 

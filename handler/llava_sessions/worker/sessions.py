@@ -202,7 +202,8 @@ class Session(_Stateful):
     @property
     def is_stored_only(self) -> bool:
         """Whether only the journal has the session: it was found there at the start, and not asked yet."""
-        return self.transcript is None and self.turn is None and self.is_in(SessionState.OPEN)
+        is_idle = self.turn is None and self.is_in(SessionState.OPEN)
+        return is_idle and self.transcript is None and self.conversation is None
 
     @property
     def held_conversation(self) -> HeldConversation:

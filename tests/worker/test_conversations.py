@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava_sessions.engine.model import Model
 from llava_sessions.ipc.messages import AskSession, CloseSession, OpenSession
+from llava_sessions.journal.journal import Journal
+from llava_sessions.journal.stores import DirectoryStore
 from llava_sessions.text.chat_template import ChatTemplate
 from llava_sessions.torchserve.batch import Reply, Row
 from llava_sessions.worker.sessions import Session
@@ -294,6 +297,19 @@ def test_implicit_sessions_expire(front: Frontend) -> None:
     front.exchange()
     assert implicit(front) == []
     assert not front.engine.sessions
+
+
+def test_no_time_is_left_for_a_journal_that_stores_nothing(
+    model: Model, tokens: ChatTemplate, tmp_path: Path
+) -> None:
+    front = Frontend(model, tokens, journal=Journal([DirectoryStore(str(tmp_path))]))
+    began_s = time.monotonic()
+    row = chat_row(front, [user(QUESTIONS[0], "red")], deadline_ms=60_000)
+    submit(front, row)
+    passed_ms = (time.monotonic() - began_s) * 1e3
+    (sent,) = [command for command in front.commands if isinstance(command, AskSession)]
+    assert sent.sampling.deadline_ms >= 60_000 - passed_ms - 1
+    front.settle(row)
 
 
 def test_implicit_sessions_have_the_idle_limit(model: Model, tokens: ChatTemplate) -> None:

@@ -179,11 +179,14 @@ class Questions:
 
 
 def ms_left(context: WorkerContext, turn: Turn) -> int | None:
-    """Return the milliseconds that the engine may take for a turn: the rest is for the journal. None: any time."""
+    """Return the milliseconds that the engine may take for a turn: the rest is for the journal. None: any time.
+
+    A question without a session ID is not stored.
+    """
     if turn.deadline_s is None:
         return None
     left_ms = (turn.deadline_s - context.monotonic()) * 1e3
-    is_stored = context.journal.durable and turn.session.conversation is None
+    is_stored = context.journal.durable and turn.ask.session_id is not None
     storing_ms = min(_STORING_SHARE * left_ms, _STORING_MS) if is_stored else 0.0
     return int(left_ms - storing_ms)
 

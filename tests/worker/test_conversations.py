@@ -149,6 +149,21 @@ def test_a_regenerated_answer_runs_in_a_fork_and_later_ones_replace_it(front: Fr
     assert cached(completion) >= first["usage"]["prompt_tokens"]
 
 
+def test_a_fork_that_another_conversation_takes_is_no_attempt_any_more(front: Frontend) -> None:
+    front.table.max_implicit = 2
+    first = [user(QUESTIONS[0], "red")]
+    continued = [*first, answered(text_of(chat(front, first))), user(QUESTIONS[1])]
+    continued += [answered(text_of(chat(front, continued))), user(QUESTIONS[2])]
+    chat(front, first)  # regenerated in a fork
+    (fork,) = [one for one in implicit(front) if one.held_conversation.fork_base is not None]
+    running = chat_row(front, continued, max_tokens=200, ignore_eos=True)
+    submit(front, running)
+    row = chat_row(front, [user("something else", "red")])
+    submit(front, row, running)
+    assert front.settle_with(row, running).status == 200
+    assert fork.held_conversation.fork_base is None
+
+
 def test_half_an_answer_and_a_trimmed_one_are_continued_as_sent(front: Frontend, reference: Reference) -> None:
     messages = [user(QUESTIONS[0], "blue")]
     whole = text_of(chat(front, messages))

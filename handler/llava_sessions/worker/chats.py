@@ -13,7 +13,7 @@ from functools import partial
 from ..ipc.messages import AskSession, OpenSession
 from ..protocol.openai import Chat, OpenAIForm
 from .context import WorkerContext
-from .conversations import Conversations, Place, lacks_features
+from .conversations import Conversations, Place, implicit_session, lacks_features
 from .openings import check_context, digest_of
 from .pending import PendingRequest
 from .prefixes import root_of
@@ -51,7 +51,7 @@ class Chats:
             self._questions.start(pending, chat)
             return
         self._context.gate.check()
-        turn = Turn(self._conversations.new_session(digest_of(chat.session_token)), chat, pending)
+        turn = Turn(implicit_session(self._context.table, digest_of(chat.session_token)), chat, pending)
         self._turns.add(turn)
         try:
             self._prepare(turn, chat, with_arrays=False)

@@ -55,13 +55,6 @@ class Conversations:
         """All implicit sessions."""
         return [session for session in self._context.table if session.conversation is not None]
 
-    def new_session(self, token_digest: str | None) -> Session:
-        """Return a session that is not in the table yet. It is found by requests of the same session token only."""
-        session = Session(f"chat-{uuid.uuid4()}", self._context.table.idle_s)
-        session.token_digest = token_digest
-        session.advance(SessionState.OPEN)
-        return session
-
     def place(self, prompt: Prompt) -> Place:
         """Return where a conversation runs, for the least work. Changes nothing."""
         best: tuple[int, Session] | None = None
@@ -116,6 +109,8 @@ class Conversations:
             return
         held = session.held_conversation
         self._unlink(session)
+        if held.fork_base is not None and kept < held.fork_base:
+            held.fork_base = None  # another conversation has taken the session
         if not held.turns or kept < held.first_prompt_tokens:
             held.turns = 0
             held.first_prompt_tokens = len(prompt.token_ids)
@@ -206,6 +201,14 @@ class Conversations:
                 sessions.pop(session.id, None)
                 if not sessions:
                     del self._by_link[link]
+
+
+def implicit_session(table: SessionTable, token_digest: str | None) -> Session:
+    """Return a session that is not in the table yet. It is found by requests of the same session token only."""
+    session = Session(f"chat-{uuid.uuid4()}", table.idle_s)
+    session.token_digest = token_digest
+    session.advance(SessionState.OPEN)
+    return session
 
 
 def _continues(held: HeldConversation, prompt: Prompt, kept: int) -> bool:

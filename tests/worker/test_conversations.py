@@ -314,9 +314,7 @@ def test_implicit_sessions_expire(front: Frontend) -> None:
     assert not front.engine.sessions
 
 
-def test_no_time_is_left_for_a_journal_that_stores_nothing(
-    model: Model, tokens: ChatTemplate, tmp_path: Path
-) -> None:
+def test_no_time_is_left_for_a_journal_that_stores_nothing(model: Model, tokens: ChatTemplate, tmp_path: Path) -> None:
     front = Frontend(model, tokens, journal=Journal([DirectoryStore(str(tmp_path))]))
     began_s = time.monotonic()
     row = chat_row(front, [user(QUESTIONS[0], "red")], deadline_ms=60_000)

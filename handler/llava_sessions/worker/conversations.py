@@ -218,9 +218,7 @@ def _continues(held: HeldConversation, prompt: Prompt, kept: int) -> bool:
     return kept >= held.last_prompt_tokens and len(prompt.token_ids) > kept + 1
 
 
-def lacks_features(
-    table: SessionTable, pictures: Iterable[PreparedPicture], closing: Session | None = None
-) -> bool:
+def lacks_features(table: SessionTable, pictures: Iterable[PreparedPicture], closing: Session | None = None) -> bool:
     """Return whether a picture has no arrays, and no session in the engine has its features, other than `closing`."""
     keys = {picture.key for picture in pictures if not picture.inputs}
     for session in table:

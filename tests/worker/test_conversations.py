@@ -24,6 +24,7 @@ from llava_sessions.journal.journal import Journal
 from llava_sessions.journal.stores import DirectoryStore
 from llava_sessions.text.chat_template import ChatTemplate
 from llava_sessions.torchserve.batch import Reply, Row
+from llava_sessions.worker import questions
 from llava_sessions.worker.sessions import Session
 from tests.support.pump_frontend import QUESTIONS, Frontend, code, png, tokens
 
@@ -441,6 +442,22 @@ def test_an_edit_rewrites_a_session_with_a_name(front: Frontend, reference: Refe
     later = front.ask(session, QUESTIONS[2])["response_text"]
     whole = [*other_picture, answered(text_of(completion)), user(QUESTIONS[2])]
     assert later == reference.answer(whole)
+
+
+@pytest.mark.parametrize("limit", ["MAX_REPLACED_TURNS", "MAX_REPLACED_BYTES"])
+def test_a_session_whose_turns_were_replaced_too_often_goes_on_in_a_new_one(
+    model: Model, tokens: ChatTemplate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    front = Frontend(model, tokens, journal=Journal([DirectoryStore(str(tmp_path))]))
+    session = front.open("red")
+    size = len(base64.b64decode(png("blue")))
+    monkeypatch.setattr(questions, limit, {"MAX_REPLACED_TURNS": 2, "MAX_REPLACED_BYTES": 2 * size}[limit])
+    for _ in range(3):  # the first one replaces the opening only
+        chat(front, [user(QUESTIONS[0], "blue")], session)
+    refused = front.answer(chat_row(front, [user(QUESTIONS[0], "blue")], session))
+    assert (refused.status, code(refused)) == (400, "invalid_request")
+    resumed = front.told(front.row({"type": "start_session", "resume": session}))["session_id"]
+    chat(front, [user(QUESTIONS[0], "blue")], resumed)
 
 
 def test_a_rewritten_session_is_rebuilt_after_the_engine(front: Frontend, reference: Reference) -> None:

@@ -27,8 +27,9 @@ from .turns import Turns
 # Of the time until the deadline, the part that the journal may take to store the answer.
 _STORING_SHARE = 0.1
 _STORING_MS = 500
-# Turns of one session that later ones may replace: their records stay in the journal.
+# Turns of one session that later ones may replace, and bytes of their pictures: their records stay in the journal.
 MAX_REPLACED_TURNS = 1_000
+MAX_REPLACED_BYTES = 2**30
 
 
 class Questions:
@@ -52,9 +53,7 @@ class Questions:
         if session.engine_losses >= MAX_ENGINE_LOSSES:
             message = f"Each of the session's last {MAX_ENGINE_LOSSES} turns ended the engine; open a new session."
             raise Refused("internal", message)
-        if session.transcript is not None and session.transcript.replaced_turns >= MAX_REPLACED_TURNS:
-            message = f"The session's turns were replaced {MAX_REPLACED_TURNS:,} times; open a new session."
-            raise Refused("invalid_request", message)
+        self._check_replaced(session)
         turn = Turn(session, ask, pending)
         self._turns.add(turn)
         try:
@@ -67,6 +66,19 @@ class Questions:
         except Exception:
             self._turns.end(turn)
             raise
+
+    def _check_replaced(self, session: Session) -> None:
+        """Raise `Refused` if the session has too many replaced turns. A session that resumes it has none of them."""
+        transcript = session.transcript
+        if transcript is None:
+            return
+        is_large = self._context.journal.durable and transcript.replaced_bytes >= MAX_REPLACED_BYTES
+        if is_large or transcript.replaced_turns >= MAX_REPLACED_TURNS:
+            message = (
+                f"The session must have fewer than {MAX_REPLACED_TURNS:,} replaced turns, with less than "
+                f"{MAX_REPLACED_BYTES:,} bytes of pictures, got more; `resume` it in a new session."
+            )
+            raise Refused("invalid_request", message)
 
     def _attach(self, pending: PendingRequest, session: Session, ask: Ask | Chat) -> bool:
         """Answer a retried ask with the stored answer, or attach it to the running turn. Return False if it is new."""

@@ -5,7 +5,6 @@ All methods run on the pump's thread, under its lock.
 
 from __future__ import annotations
 
-import logging
 import uuid
 from concurrent.futures import Future
 from functools import partial
@@ -21,8 +20,6 @@ from .prompts import PreparedChat, keys_of
 from .questions import Questions, ms_left, sampling_of
 from .sessions import Residency, Session, Turn, TurnState
 from .turns import Turns
-
-log = logging.getLogger(__name__)
 
 
 class Chats:

@@ -289,6 +289,29 @@ def test_a_client_that_leaves_keeps_what_it_has_read(front: Frontend, reference:
     assert cached(completion) > 0
 
 
+def test_a_client_that_leaves_after_the_crop_has_shortened_the_conversation(
+    front: Frontend, reference: Reference
+) -> None:
+    front.table.max_implicit = 1
+    messages = [user(QUESTIONS[0], "red")]
+    whole = text_of(chat(front, messages))
+    half = [*messages, answered(whole[: len(whole) // 2]), user(QUESTIONS[1], "green", "blue")]
+    for steps in range(3):  # the first one crops the session, and encodes one picture
+        row = chat_row(front, half, max_tokens=200, ignore_eos=True)
+        submit(front, row)
+        for _ in range(steps):
+            front.step()
+        front.exchange()
+        while front.engine.has_work:
+            front.step()
+            front.exchange()
+        (session,) = implicit(front)
+        held = session.held_conversation.token_ids.tolist()
+        assert front.engine.sessions[session.id].token_ids[: len(held)] == held
+        continued = [*messages, answered(whole), user(QUESTIONS[2])]
+        assert text_of(chat(front, continued)) == reference.answer(continued)
+
+
 def test_a_client_that_leaves_before_the_first_token_leaves_nothing(front: Frontend) -> None:
     row = chat_row(front, [user(QUESTIONS[0], "red")])
     front.exchange(row)

@@ -5,7 +5,6 @@ Also: no session is in the engine that the worker forgot, and the index names no
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any

@@ -407,16 +407,20 @@ def test_without_sharing_nothing_of_another_request_is_found(model: Model, token
     assert cached(chat(front, later, session)) >= first["usage"]["prompt_tokens"]
 
 
-def test_a_picture_is_decoded_once(front: Frontend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_is_read_and_decoded_once(front: Frontend, monkeypatch: pytest.MonkeyPatch) -> None:
     from llava_sessions.worker import pictures as loading
 
     decoded = []
     load_bytes = loading.load_bytes
     monkeypatch.setattr(loading, "load_bytes", lambda data, limits: decoded.append(data) or load_bytes(data, limits))
+    read = []
+    read_picture = loading._read
+    monkeypatch.setattr(loading, "_read", lambda *given: read.append(given) or read_picture(*given))
     messages = [user(QUESTIONS[0], "red")]
     for _ in range(3):
         messages += [answered(text_of(chat(front, messages))), user(QUESTIONS[1])]
     assert len(decoded) == 1
+    assert len(read) == 1
     opened = [command for command in front.commands if isinstance(command, OpenSession | AskSession)]
     assert sum(bool(picture.inputs) for command in opened for picture in command.pictures) == 1
 

@@ -17,7 +17,7 @@ from ..journal.journal import NotFound
 from ..protocol.openai import Chat, ChatMessage
 from ..protocol.requests import Ask, Open
 from ..text.chat_template import ChatTemplate, Message, OpenedOn, Opening
-from ..text.pictures import Prepared
+from ..text.pictures import NOTHING, Prepared
 from .pictures import PictureLoader
 from .prefixes import PictureSpan, Prompt, Rewrite, common_prefix, links_of, root_of
 
@@ -139,17 +139,30 @@ class PromptBuilder:
 
     def chat(self, chat: Chat, scope: str | None, with_arrays: bool) -> PreparedChat:
         """Return a conversation without a session header. `with_arrays`: as in `PictureLoader.prepare`."""
-        conversation = self._conversation(chat.messages, scope, with_arrays)
+        conversation = self._unread(chat.messages, scope) if not with_arrays else None
+        conversation = conversation or self._conversation(chat.messages, scope, with_arrays)
         spans = self._spans(conversation.token_ids, conversation.prepared)
         links = links_of(root_of(chat.label, scope), conversation.token_ids, spans)
         return PreparedChat(Prompt(np.asarray(conversation.token_ids), spans, links), conversation.pictures)
+
+    def _unread(self, messages: Sequence[ChatMessage], scope: str | None) -> _Conversation | None:
+        """Return a conversation whose pictures are all known, without reading them; None if one is not known."""
+        prepared = []
+        for message in messages:
+            known = self._loader.known(message.pictures, scope) if message.pictures else NOTHING
+            if known is None:
+                return None
+            prepared += [known] if message.pictures else []
+        rendered = [Message(one.role, one.text, len(one.pictures)) for one in messages]
+        return _Conversation(self.template.conversation(rendered, prepared), tuple(prepared), ())
 
     def _conversation(
         self, messages: Sequence[ChatMessage], scope: str | None, with_arrays: bool, opened_on: OpenedOn | None = None
     ) -> _Conversation:
         rendered = [Message(one.role, one.text, len(one.pictures)) for one in messages]
         self.template.check_conversation(rendered, opened_on)  # before any picture is read
-        groups = self._loader.load_conversation([one.pictures for one in messages if one.pictures], scope)
+        sources = [one.pictures for one in messages if one.pictures]
+        groups = self._loader.load_conversation(sources, scope)
         prepared = [self._loader.prepare(group, scope, with_arrays) for group in groups]
         return _Conversation(self.template.conversation(rendered, prepared, opened_on), tuple(prepared), groups)
 

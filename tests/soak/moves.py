@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import math
 import os
 import random
 import signal
@@ -83,6 +84,8 @@ class Host:
         self.process.wait(120)
 
     def _is_ready(self) -> bool:
+        if self.process.poll() is not None:
+            self.start()  # a port of the killed instance was still in use
         with contextlib.suppress(httpx.TransportError):
             return httpx.get(f"{self.url}/ping", trust_env=False, timeout=5).status_code == 200
         return False
@@ -90,15 +93,29 @@ class Host:
 
 @dataclass
 class Crowd:
-    """What all clients together went through."""
+    """What all clients together went through. `allowed`: how many turns they may have begun; the others wait."""
 
     turns: int = 0
+    begun: int = 0
+    allowed: float = math.inf
     repeated: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     longest_s: float = 0.0
     rebuilds: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    lock: threading.Condition = field(default_factory=threading.Condition, repr=False)
+
+    def begin(self) -> None:
+        """Wait until one more turn may begin."""
+        with self.lock:
+            self.lock.wait_for(lambda: self.begun < self.allowed)
+            self.begun += 1
+
+    def allow(self, turns: float) -> None:
+        """Let so many turns begin, those included that have begun."""
+        with self.lock:
+            self.allowed = turns
+            self.lock.notify_all()
 
 
 class Failed(Exception):
@@ -106,7 +123,8 @@ class Failed(Exception):
 
 
 def persist(send: Send, body: dict[str, Any], session: str | None, crowd: Crowd) -> dict[str, Any]:
-    """Send a request until its reply is not 503."""
+    """Send a request until its reply is not 503. A close that is repeated may find that the first one was effective."""
+    was_repeated = False
     until_s = time.monotonic() + PATIENCE_S
     began_s = time.monotonic()
     while True:
@@ -116,8 +134,11 @@ def persist(send: Send, body: dict[str, Any], session: str | None, crowd: Crowd)
                 crowd.longest_s = max(crowd.longest_s, time.monotonic() - began_s)
             return reply
         code = reply.get("error", {}).get("code", str(reply)[:200])
+        if was_repeated and body["type"] == "close_session" and (status, code) == (404, "session_not_found"):
+            return reply
         if status != 503 or time.monotonic() > until_s:
             raise Failed(f"{body['type']}: {status} {code}")
+        was_repeated = True
         with crowd.lock:
             crowd.repeated[code] += 1
         time.sleep(after_s)
@@ -168,6 +189,7 @@ def talk(send: Send, script: Script, crowd: Crowd, rng: random.Random, pause_s: 
     answers = []
     for question in script.questions:
         time.sleep(rng.uniform(0, 2 * pause_s))
+        crowd.begin()
         ids = {"request_id": str(uuid.uuid4()), "return_token_ids": True}
         reply = persist(send, {"type": "send_text_prompt", "prompt_text": question, **ids}, session, crowd)
         if reply["session_id"] != session:
@@ -240,18 +262,19 @@ FRONTS = {"haproxy": balanced, "endpoint": endpoint}
 
 def moves(argv: list[str]) -> int:
     """Kill or drain one of two instances repeatedly; the other one adopts its sessions."""
-    chosen = options("moves", __doc__, argv, sessions=40, turns=10, times=5, scripts=8, pause_ms=1500)
+    words = {"fronts": list(FRONTS), "stores": ["directory", "s3"]}
+    chosen = options("moves", __doc__, argv, words, sessions=40, turns=10, times=10, scripts=8, pause_ms=1500)
     record = Record("moves", chosen)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llava-soak-")))
         env = stack.enter_context(moto())
         expected: list[list[tuple[int, ...]]] = []
-        for where in ("directory", "s3"):
+        for where in chosen.stores:
             setting = {"journal_dir": folder / "journal"}
             if where == "s3":
                 setting = {"journal_s3_prefix": f"s3://{BUCKET}/moves"}
             store = pack(folder / where, sessions=2 * chosen.sessions, **setting)
-            for front in FRONTS:
+            for front in chosen.fronts:
                 _run(record, f"{front}, {where}", store, folder, env, expected)
     return record.finish()
 
@@ -287,10 +310,14 @@ def _run(
                     crowd.wrong.append(f"session {number}")
             except Exception as error:
                 crowd.failures.append(f"session {number}: {type(error).__name__}: {error}")
+                crowd.allow(math.inf)  # too few turns may be left for the losses that were planned
 
+        share = chosen.sessions * chosen.turns / (chosen.times + 1)
+        crowd.allow(1.5 * share)
         pool = stack.enter_context(ThreadPoolExecutor(chosen.sessions))
         chats = [pool.submit(chat, number) for number in range(chosen.sessions)]
-        harms = _harm(record, name, hosts, back, crowd, lambda: all(one.done() for one in chats))
+        harms = _harm(record, name, hosts, back, crowd, share, lambda: all(one.done() for one in chats))
+        crowd.allow(math.inf)
         for one in chats:
             one.result()
     turns = chosen.sessions * chosen.turns
@@ -310,11 +337,19 @@ def _run(
 
 
 def _harm(
-    record: Record, name: str, hosts: list[Host], back: Callable[[int], None], crowd: Crowd, done: Callable[[], bool]
+    record: Record,
+    name: str,
+    hosts: list[Host],
+    back: Callable[[int], None],
+    crowd: Crowd,
+    share: float,
+    done: Callable[[], bool],
 ) -> list[str]:
-    """Kill and drain the hosts in turn, each at an even share of the turns. Return what was done."""
+    """Kill and drain the hosts in turn, each after a `share` of the turns. Return what was done.
+
+    While a host is lost, the clients go on by half a share. The next host is lost while turns run.
+    """
     chosen = record.chosen
-    share = chosen.sessions * chosen.turns / (chosen.times + 1)
     harms = []
     for number in range(chosen.times):
         while crowd.turns < share * (number + 1) and not done():
@@ -329,4 +364,5 @@ def _harm(
         hosts[index].start()
         hosts[index].wait_ready()
         back(index)
+        crowd.allow(crowd.allowed + share)
     return harms

@@ -30,13 +30,17 @@ FEW = 8
 POOLS = 30
 
 
-def options(name: str, about: str | None, argv: list[str], **defaults: int) -> argparse.Namespace:
-    """The command line: each of `defaults` is a whole number that may be chosen."""
+def options(
+    name: str, about: str | None, argv: list[str], words: dict[str, list[str]] | None = None, **defaults: int
+) -> argparse.Namespace:
+    """Parse the command line: a whole number for each of `defaults`, and some words of each list of `words` (all)."""
     parser = Parser(
         prog=f"python -m tests.soak {name}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for option, default in {**defaults, "seed": 0}.items():
         parser.add_argument(f"--{option.replace('_', '-')}", type=whole_number(0), default=default, help=f"({default})")
+    for option, choices in (words or {}).items():
+        parser.add_argument(f"--{option}", nargs="+", choices=choices, default=choices, help=f"({' '.join(choices)})")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record (bench/results)")
     return parser.parse_args(argv)
 

@@ -90,6 +90,15 @@ def carry_on(folder: str, name: str) -> None:
     print("won" if won else "lost", len(old.turns), flush=True)
 
 
+def mark_and_wait(folder: str) -> None:
+    """Save the session "chat", mark that a turn of it runs for a long time, and wait to be killed."""
+    journal = Journal([stores.DirectoryStore(folder)])
+    assert stored(journal, opening(journal, "chat", 1000))
+    assert journal.mark("chat", EXPIRES_S).result() is SaveOutcome.STORED
+    print("marked", flush=True)
+    sys.stdin.readline()
+
+
 def meet_the_limit(folder: str) -> None:
     """The kernel lets a file grow to 4 KiB only, so that turns with large pictures don't fit; then it lets them."""
     journal = Journal([stores.DirectoryStore(folder)])
@@ -111,6 +120,11 @@ if __name__ == "__main__":
     import logging
 
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
-    {"chat": chat_until_killed, "die": die_at, "limit": meet_the_limit, "claim": claim_and_die_at, "resume": carry_on}[
-        sys.argv[1]
-    ](*sys.argv[2:])
+    {
+        "chat": chat_until_killed,
+        "die": die_at,
+        "limit": meet_the_limit,
+        "claim": claim_and_die_at,
+        "resume": carry_on,
+        "mark": mark_and_wait,
+    }[sys.argv[1]](*sys.argv[2:])

@@ -152,6 +152,12 @@ class MemoryStore:
         for number in self.numbers(key):
             self.delete(key, record_name(number))
 
+    def announce(self, instance: str) -> None:
+        pass
+
+    def has_ended(self, instance: str) -> bool:
+        return False
+
 
 @pytest.fixture
 def _closing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

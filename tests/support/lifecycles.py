@@ -810,8 +810,9 @@ class World:
             self.demand(not needs_retry or "Retry-After" in request.head.headers, "503 without Retry-After")
             self._refused(instance, request, error["code"])
             return
-        # The end of a session may have become known just before the drop.
-        may_answer = not request.was_dropped or request.kind in ("close", "cancel")
+        # The reply may have become known just before the drop. Then the row that returns receives it.
+        may_answer = not request.was_dropped or request.kind in ("close", "cancel", "open")
+        may_answer = may_answer or body.get("finish_reason") == "cancelled"
         self.demand(status == 200 and may_answer, f"status {status} without an error, or after a drop")
         match request.kind:
             case "open" | "resume":
@@ -826,7 +827,8 @@ class World:
         if request.kind == "resume":
             self._resume_ended(request)
         if request.was_dropped:
-            was_known = STATUS_OF_CODE[code] == 503  # just before the drop
+            # Just before the drop.
+            was_known = STATUS_OF_CODE[code] == 503 or (code == "session_not_found" and self._may_be_gone(request))
             self.demand(code == "request_dropped" or was_known, f"a dropped request got {code}")
             return
         store_failed = self.store is not None and self.store.has_failed
@@ -838,7 +840,9 @@ class World:
             case "session_busy":
                 self.demand(request.kind in ("ask", "resume"), f"{request.kind} got session_busy")
             case "session_moved":
-                self.demand(chat.claimed or chat.moves or chat.was_restarted, "moved without a claim")
+                chat = chat or self._by_key.get(request.key or "")  # a retried open has no chat of its own
+                may_move = chat is not None and (chat.claimed or chat.moves or chat.was_restarted)
+                self.demand(may_move, "moved without a claim")
                 self._uncertain(instance, request)
             case "journal_unavailable":
                 self.demand(store_failed, "the journal did not fail")
@@ -885,10 +889,13 @@ class World:
     def _resumed(self, instance: Instance, request: Request, body: dict) -> set[Conversation]:
         old = request.chat
         self._resume_ended(request)
+        durable = body.get("durable", False)
+        is_blind = self.store is not None and self.store.has_failed and not durable
+        # A former instance that cannot read the journal resumes its old copy.
+        old.is_split = old.is_split or (old.moves and is_blind)
         if old.is_split:
             old.is_ended = None
             return old.possible
-        durable = body.get("durable", False)
         is_elsewhere = instance.number != old.home
         if is_elsewhere or old.claimed:
             possible = {shorter for whole in old.possible for shorter in whole.prefixes()}

@@ -115,6 +115,13 @@ class MemoryStore(DirectoryStore):
         kept = {place: data for place, data in self.objects.items() if place[0] != key or place[1] == OWNER}
         self.objects = kept
 
+    def announce(self, instance: str) -> None:
+        """See `Store.announce`."""
+
+    def has_ended(self, instance: str) -> bool:
+        """See `Store.has_ended`: as in S3, that is never known."""
+        return False
+
     def check(self) -> None:
         """See `DirectoryStore.check`."""
         self._check(self.writes_fail)

@@ -5,6 +5,7 @@ Two pumps over one journal, with real engines. The journal is a directory or S3 
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 import uuid
@@ -18,6 +19,7 @@ from llava_sessions.journal.encoding import key_of
 from llava_sessions.journal.journal import Journal
 from llava_sessions.journal.owners import read_owner
 from llava_sessions.journal.stores import DirectoryStore, S3Store, Store, StoreError
+from llava_sessions.torchserve.batch import Row
 from llava_sessions.torchserve.sequences import RETURN_S
 from llava_sessions.worker import adoption, marks
 from tests.support.journals import PREFIX, bucket, folder
@@ -156,6 +158,55 @@ def test_a_retried_question_is_answered_from_the_journal(two):
     again = second.ask(session, request_id=request_id)
     assert again["response_text"] == answer["response_text"]
     assert second.commands == []
+
+
+def messages_row(front: Frontend, session: str, *texts: str) -> Row:
+    """A conversation as an OpenAI client sends it, under the session header: questions and answers in turn."""
+    messages = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
+    body = json.dumps({"model": "m", "messages": messages, "max_tokens": 6}).encode()
+    return front.row(body, session, {"url_path": "v1/chat/completions"})
+
+
+def content(completion: dict) -> str:
+    return completion["choices"][0]["message"]["content"]
+
+
+def test_messages_under_the_session_header_find_the_session(two, model, tokens):
+    first, second = two
+    alone = Frontend(model, tokens)
+    stays = alone.open()
+    said = alone.ask(stays, QUESTIONS[0])["response_text"]
+    conversation = [QUESTIONS[0], said, QUESTIONS[1]]
+    expected = [alone.told(messages_row(alone, stays, *conversation))]
+    answer = content(expected[0])
+    longer = [*conversation, answer, QUESTIONS[2]]
+    expected.append(alone.told(messages_row(alone, stays, *longer)))
+
+    session = first.open()
+    assert first.ask(session, QUESTIONS[0])["response_text"] == said
+    turn = first.start(session)
+    settled(first)
+    busy = second.answer(messages_row(second, session, *conversation))
+    assert (busy.status, code(busy), "Retry-After" in busy.headers) == (503, "session_moved", True)
+    assert set(json.loads(busy.body)["error"]) == {"message", "type", "param", "code"}
+    first.settle(turn, first.cancel_row(session))
+    first.pump.sweep()
+    settled(first)
+    completion = second.told(messages_row(second, session, *conversation))
+    assert content(completion) == answer
+    assert completion["usage"]["prompt_tokens"] == expected[0]["usage"]["prompt_tokens"]
+    assert sum(isinstance(command, AskSession) for command in second.commands) == 1, "no turn is generated twice"
+    assert {one.id for one in second.table} == {session}
+    settled(second)
+    second.pump.sweep()
+    settled(second)
+    lost = first.answer(messages_row(first, session, *longer))
+    assert (lost.status, code(lost), "Retry-After" in lost.headers) == (503, "session_moved", True)
+    back = first.told(messages_row(first, session, *longer))
+    assert content(back) == content(expected[1])
+    assert back["usage"]["prompt_tokens"] == expected[1]["usage"]["prompt_tokens"]
+    unknown = first.answer(messages_row(first, f"ls-{uuid.uuid4()}", QUESTIONS[0]))
+    assert (unknown.status, code(unknown)) == (404, "session_not_found")
 
 
 # --- whose session it is ---

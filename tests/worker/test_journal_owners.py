@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_sessions.chat.transcript import OpenRecord, Transcript, TurnRecord
-from llava_sessions.journal import stores as stores_module
+from llava_sessions.journal import locks
 from llava_sessions.journal.encoding import key_of
 from llava_sessions.journal.journal import (
     AlreadyClaimed,
@@ -527,7 +527,7 @@ def test_killed_in_the_middle_of_a_claim_the_session_can_be_claimed(folder, capl
 
 
 def test_a_lock_that_is_held_for_long_is_a_passing_error(folder, monkeypatch):
-    monkeypatch.setattr(stores_module, "_LOCK_WAIT_S", 0.05)
+    monkeypatch.setattr(locks, "_WAIT_S", 0.05)
     saved(again(folder))
     with open(folder / KEY / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

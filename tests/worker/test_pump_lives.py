@@ -44,7 +44,7 @@ def stored(tmp_path: Path):
 
 
 def stored_files(tmp_path: Path) -> list[Path]:
-    return sorted(path for path in (tmp_path / "journal").rglob("*") if path.is_file())
+    return sorted(path for path in (tmp_path / "journal").glob("[!.]*/*") if path.is_file())
 
 
 def undisturbed(front: Frontend, colour: str = "red", **fields) -> list[str]:
@@ -321,6 +321,7 @@ def test_a_close_removes_what_was_stored(model, tokens, stored, tmp_path):
     front = Frontend(model, tokens, journal=stored())
     session = front.open()
     front.ask(session)
+    assert front.journal.flush(10)  # the mark of the turn is removed after the answer
     assert [path.name for path in stored_files(tmp_path)] == ["000000.rec", "000001.rec", "owner"]
     assert front.answer(front.close_row(session)).status == 200
     assert stored_files(tmp_path) == []
@@ -331,7 +332,10 @@ def test_a_session_that_was_only_found_again_can_be_closed(model, tokens, stored
     second = Frontend(model, tokens, journal=stored())
     second.pump.recover()
     assert second.answer(second.close_row(session)).status == 200
-    assert stored_files(tmp_path) == []
+    assert [path.name for path in stored_files(tmp_path)] == ["owner"]  # retired: it was claimed to be removed
+    third = Frontend(model, tokens, journal=stored())
+    third.pump.recover()
+    assert third.answer(third.ask_row(session)).status == 404
     assert second.answer(second.ask_row(session)).status == 404
 
 

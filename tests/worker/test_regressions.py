@@ -15,7 +15,7 @@ from llava_sessions.ipc.messages import EngineSettings
 from llava_sessions.worker import engines
 from llava_sessions.worker.engines import EngineLost, EngineStartError, EngineSupervisor, EngineUp
 from tests.support.fake_engine_process import FakeEngineProcess
-from tests.support.lifecycles import PROMPTS, Chat, Instance, Question, Request, World, png, world
+from tests.support.lifecycles import MAX_SESSIONS, PROMPTS, ROUNDS, Chat, Instance, Question, Request, World, png, world
 
 TOKEN = "a-token-of-mine-1234"
 QUESTION = Question(PROMPTS[0], "ask-0123456789abcdef", None)
@@ -166,11 +166,14 @@ def test_5_rows_that_return_after_a_silence_of_the_frontend_are_ended(lives: Wor
     lives.settle()
     instance = lives.instances[0]
     stream = lives.ask(streamed, Question(PROMPTS[2], None, None), is_stream=True)
-    while stream.head is None:
+    for _ in range(ROUNDS):
         lives.exchange(instance)
         instance.step()
         instance.deliver()
         lives.exchange(instance)
+        if stream.head is not None:
+            break
+        instance.journal_jobs.run_all()  # marks the turn: no text is shown before
     assert stream.last.more is True
     whole = lives.ask(held, QUESTION, is_stream=False)
     lives.exchange(instance)
@@ -310,7 +313,33 @@ def test_a_close_of_a_session_that_was_taken_over_is_answered(lives: World) -> N
     lives.exchange(instance)
     instance.journal_jobs.run_all()
     lives.settle()
-    assert status(close) == 200
+    assert (status(close), code(close)) == (503, "session_moved")
+    again = lives.close_chat(chat)
+    lives.settle()
+    assert (status(again), code(again)) == (404, "session_not_found")  # the resume has ended it
+
+
+def test_a_retried_open_whose_session_made_room_is_repeated(lives: World) -> None:
+    """Found by: open with a retry key, restart, repeat the open, and an open that needs the place meanwhile."""
+    instance = lives.instances[0]
+    body = {"type": "start_session", "image": png("red"), "request_id": "open-0123456789abcdef"}
+    first = lives.send(0, "open", body, None, colour="red", key=body["request_id"])
+    lives.settle()
+    assert status(first) == 200
+    for _ in range(MAX_SESSIONS - 1):
+        opened(lives)
+        lives.settle()
+    lives.restart(instance)  # only the journal has the sessions now
+    again = lives.send(0, "open", body, None, colour="red", key=body["request_id"])
+    lives.exchange(instance)
+    assert instance.preparations.waiting == 1  # reads the session
+    for _ in range(MAX_SESSIONS):
+        lives.send(0, "open", {"type": "start_session", "image": png("blue")}, None, colour="blue")
+    lives.exchange(instance)
+    assert lives.chats[0].session_id not in instance.table
+    lives.settle()
+    assert (status(again), code(again)) == (503, "session_moved")
+    assert "Retry-After" in again.last.headers
 
 
 def test_a_failed_prefill_does_not_reject_a_resume_whose_old_session_is_being_removed(lives: World) -> None:

@@ -89,11 +89,6 @@ class Claimant:
         has_token = hmac.compare_digest(opening.token_digest or "", self.token_digest or "")
         return has_token and self.now_s < opening.expires_at_s
 
-    @property
-    def idle_at_s(self) -> float | None:
-        """The time at which no turn of another instance may run; None if that does not matter."""
-        return self.now_s if self.waits else None
-
 
 def verify(writers: Sequence[StoreWriter], session_id: str, claimant: Claimant) -> None:
     """Return if the session could be claimed, without a claim. Blocks. Raise `NotFound`, `JournalUnavailable`."""
@@ -121,14 +116,30 @@ def _claim(writers: Sequence[StoreWriter], session_id: str, claimant: Claimant) 
     claiming = _Claim(session_id)
     instance = claimant.instance
     found = _find(claiming, writers, claimant)
+    check = partial(_check_idle, claimant=claimant, ended=_ended(writers, found, claimant))
     for _, one in found:
-        owners.check_idle(one.owned, instance, claimant.idle_at_s)
+        check(one.owned)
     latest = max((one.owned.owner for _, one in found), key=lambda one: one.epoch)
     is_ours = latest.instance == instance and all(one.owned.owner == latest for _, one in found)
     owner = latest if is_ours else Owner(latest.epoch + 1, instance)
-    taken = claiming.take(found, owner, claimant.idle_at_s)
+    taken = claiming.take(found, owner, check)
     transcript = claiming.load(taken, owner)
     return Claimed(transcript, owner)
+
+
+def _ended(
+    writers: Sequence[StoreWriter], found: Sequence[tuple[StoreWriter, Found]], claimant: Claimant
+) -> frozenset[str]:
+    """Return the owners whose marks do not count: the claimant itself, and processes that have ended."""
+    instances = {one.owned.owner.instance for _, one in found} - {claimant.instance}
+    ended = {one for one in instances if any(writer.store.has_ended(one) for writer in writers)}
+    return frozenset(ended | {claimant.instance})
+
+
+def _check_idle(record: OwnerRecord, claimant: Claimant, ended: frozenset[str]) -> None:
+    """Raise `Busy` if the claimant waits for running turns, and one may run."""
+    if claimant.waits:
+        owners.check_idle(record, claimant.now_s, ended)
 
 
 class _Claim:
@@ -159,7 +170,7 @@ class _Claim:
         raise self._missing()
 
     def take(
-        self, found: Sequence[tuple[StoreWriter, Found]], owner: Owner, idle_at_s: float | None
+        self, found: Sequence[tuple[StoreWriter, Found]], owner: Owner, check: Callable[[OwnerRecord], None]
     ) -> list[tuple[StoreWriter, Found]]:
         """Become the owner, store by store in the order of the configuration. Return the stores that could be reached.
 
@@ -167,7 +178,7 @@ class _Claim:
         """
         taken = []
         for writer, one in found:
-            for _, owned in self._ask([writer], lambda store: owners.take(store.store, self._key, owner, idle_at_s)):
+            for _, owned in self._ask([writer], lambda store: owners.take(store.store, self._key, owner, check)):
                 taken.append((writer, replace(one, owned=owned)))
         if not taken:
             raise self._missing()

@@ -15,7 +15,8 @@ An owner appends as follows:
 2. It reads the owner record. Only if it is still the owner may the record be acknowledged.
 
 While a turn runs, the owner record has the time until which it may run (`mark`). A claim can leave such a session to
-its owner (`Busy`). The mark is removed after the turn, and expires if the owner has died. A claim may ignore it.
+its owner (`Busy`). The mark is removed after the turn, and expires if the owner has died. A claim may ignore it, as it
+does if the owner's process has certainly ended (`Store.has_ended`).
 
 Thus a claimer reads each record that was acknowledged before its claim, and the writer of a record that was written
 after the claim finds out. Such a record is stale: readers ignore it, and the next owner replaces it.
@@ -27,7 +28,7 @@ of the session, must not revive it. Journals of version 0.1 have no owner record
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from enum import Enum
 
@@ -67,22 +68,23 @@ def read_owner(store: Store, key: str) -> OwnerRecord:
     return OwnerRecord(NO_OWNER) if found is None else decode_owner(found[0], key)
 
 
-def take(store: Store, key: str, owner: Owner, idle_at_s: float | None = None) -> OwnerRecord:
+def take(store: Store, key: str, owner: Owner, check: Callable[[OwnerRecord], None] = lambda _: None) -> OwnerRecord:
     """Make `owner` the owner, to read the session and then `seal` it. Return the record, which marks the valid records.
 
-    Raise `NotOwner` if the recorded epoch is not lower; `Busy` as `check_idle`; `Damaged`, `StoreError`.
+    `check` receives the record that is to be replaced, and raises to keep it. Raise `NotOwner` if the recorded epoch is
+    not lower; `Damaged`, `StoreError`.
     """
 
     def change(current: OwnerRecord) -> OwnerRecord:
-        check_idle(current, owner.instance, idle_at_s)
+        check(current)
         return OwnerRecord(owner, current.since, current.start)
 
     return _swap(store, key, owner, change)
 
 
-def check_idle(record: OwnerRecord, instance: str, idle_at_s: float | None) -> None:
-    """Raise `Busy` if a turn of another instance runs at this time, in seconds since the epoch. None: never raise."""
-    if idle_at_s is not None and record.owner.instance != instance and record.busy_until_s > idle_at_s:
+def check_idle(record: OwnerRecord, now_s: float, ended: Collection[str]) -> None:
+    """Raise `Busy` if a turn may run now, in seconds since the epoch. Marks of the instances `ended` do not count."""
+    if record.busy_until_s > now_s and record.owner.instance not in ended:
         raise Busy
 
 

@@ -6,17 +6,17 @@ Each call blocks. Failures are raised as `StoreError`; an object that does not e
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
 import secrets
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
+
+from . import locks
 
 OWNER = "owner"
 _RECORD = re.compile(r"([0-9]{6})\.rec")
@@ -26,8 +26,6 @@ _GONE = re.compile(r"\.gone-[0-9a-f]{16}")  # directories of removed sessions
 _S3_PREFIX = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/([A-Za-z0-9!_.*'()/-]*[A-Za-z0-9!_.*'()-])/?")
 # Several workers may share a directory: a temporary file younger than this may still be in use.
 _TEMPORARY_S = 600
-_LOCK_WAIT_S = 2.0
-_LOCK_RETRY_S = 0.005
 _NOT_THERE = (FileNotFoundError, NotADirectoryError)
 _DELETED_AT_ONCE = 1000  # the limit of S3 for one request
 # S3's codes for "the condition does not hold": the object exists, has another ETag, or is being written.
@@ -72,6 +70,12 @@ class Store(Protocol):
     def remove_records(self, key: str) -> None:
         """Remove the records of a session, and leave its owner record."""
 
+    def announce(self, instance: str) -> None:
+        """Let other processes see in `has_ended` when this process, which is called `instance`, has ended."""
+
+    def has_ended(self, instance: str) -> bool:
+        """Return whether the process of an instance has certainly ended. False: it lives, or that is not known."""
+
 
 class DirectoryStore:
     """Objects as files: directories 0700, files 0600, for the server's user alone.
@@ -85,6 +89,7 @@ class DirectoryStore:
 
     def __init__(self, path: str) -> None:
         self._root = Path(path)
+        self._instances = locks.InstanceFiles(self._root)
 
     def create(self, key: str, name: str, data: bytes) -> bool:
         """See `Store.create`."""
@@ -106,7 +111,7 @@ class DirectoryStore:
         folder = self._root / key
         with _os_errors("write"):
             try:
-                with _locked(folder):
+                with locks.locked(folder):
                     current = (folder / name).read_bytes()
                     if _version(current) != version:
                         return current == data
@@ -157,6 +162,15 @@ class DirectoryStore:
             self.delete(key, record_name(number))
         with _os_errors("remove"), contextlib.suppress(*_NOT_THERE):
             _sync(self._root / key)
+
+    def announce(self, instance: str) -> None:
+        """See `Store.announce`."""
+        with _os_errors("write"):
+            self._instances.announce(instance)
+
+    def has_ended(self, instance: str) -> bool:
+        """See `Store.has_ended`."""
+        return self._instances.has_ended(instance)
 
     def check(self) -> None:
         """Raise `StoreError` if files can't be written."""
@@ -263,6 +277,13 @@ class S3Store:
                 for error in answer.get("Errors", []):
                     raise StoreError(f"can't remove: {error.get('Code')}")
 
+    def announce(self, instance: str) -> None:
+        """See `Store.announce`: S3 has no locks."""
+
+    def has_ended(self, instance: str) -> bool:
+        """See `Store.has_ended`: that is never known."""
+        return False
+
     def _put(self, key: str, name: str, data: bytes, **condition: str) -> bool:
         from botocore.exceptions import ClientError
 
@@ -304,6 +325,8 @@ def _tidy_entry(entry: os.DirEntry[str], now_s: float) -> None:
         return
     elif _NEW.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
         os.unlink(entry.path)
+    elif locks.INSTANCE_FILE.fullmatch(entry.name) and locks.is_unlocked(Path(entry.path)):
+        os.unlink(entry.path)  # no mark of the instance is valid for so long
     elif _KEY.fullmatch(entry.name) and is_folder:
         with contextlib.suppress(OSError):  # most are not empty
             os.rmdir(entry.path)
@@ -320,39 +343,6 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock file. The kernel releases it if the process dies. Raise FileNotFoundError, StoreError."""
-    path = folder / "lock"
-    until_s = time.monotonic() + _LOCK_WAIT_S
-    while (descriptor := _try_lock(path)) is None:
-        if time.monotonic() > until_s:
-            raise StoreError("can't write: another process holds the lock")
-        time.sleep(_LOCK_RETRY_S)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(*_NOT_THERE):
-            path.unlink()  # the next process makes its own
-        os.close(descriptor)
-
-
-def _try_lock(path: Path) -> int | None:
-    """Return the locked file's descriptor; None if another process holds the lock, or has just removed the file."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(descriptor), path.stat()):
-            return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except OSError:
-        os.close(descriptor)
-        raise
-    os.close(descriptor)
-    return None
 
 
 def _new_client() -> Any:

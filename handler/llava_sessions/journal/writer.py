@@ -137,6 +137,8 @@ class StoreWriter:
         return SaveOutcome.STORED
 
     def _mark(self, key: str, owner: Owner, busy_until_s: float) -> None:
+        if busy_until_s:
+            self.store.announce(owner.instance)
         try:
             owners.mark(self.store, key, owner, busy_until_s)
         except Damaged as error:

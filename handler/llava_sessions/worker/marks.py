@@ -16,7 +16,8 @@ from .pending import session_moved
 from .sessions import Turn, TurnState
 from .turns import Turns
 
-# A mark is valid for so long. If its instance dies, the session can be adopted after that.
+# A mark is valid for so long. If its instance dies, the session can be adopted after that: with a shared directory at
+# once (journal/locks.py).
 LEASE_S = 10.0
 # It is renewed after so long, while the turn runs.
 RENEWAL_S = 3.0

@@ -20,11 +20,11 @@ PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # Java is checked first, even with -j
-.PHONY: help demo check test unit coverage serve endpoint notebook lint model bench bench-cuda soak image image-test env java \
-	haproxy prometheus clean
+.PHONY: help demo check test test-clients unit coverage serve endpoint notebook lint model bench bench-cuda soak image \
+	image-test env clients java haproxy prometheus clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # An option's error names the variable (deploy/options.py).
 demo: export LLAVA_MAKE = demo --seed=SEED
@@ -38,8 +38,12 @@ demo: java env  ## run a five-turn picture chat through a real TorchServe (SEED=
 
 check: env lint unit  ## lint, types and unit tests: for every save
 
-test: java haproxy prometheus env lint  ## lint, then all tests (TESTS="tests/server -k chat" for some)
+test: java haproxy prometheus env clients lint  ## lint, then all tests (TESTS="tests/server -k chat" for some)
 	@$(PYTHON) -m pytest -n 2 $(TESTS)
+
+test-clients: java haproxy env  ## test with all clients, AIPerf too (1.2 GB more, once)
+	@scripts/clients.sh openai-3 openai-2 aiperf
+	@$(PYTHON) -m pytest tests/deploy/test_clients.py tests/deploy/test_aws_clients.py tests/deploy/test_aiperf.py
 
 unit: env
 	@$(PYTHON) -m pytest -q -n 2 tests/unit
@@ -88,6 +92,9 @@ image-test: env  ## build the image with buildah, run it as SageMaker does, meas
 env:  ## make .venv with the packages that requirements-dev.txt pins
 	@scripts/env.sh
 
+clients:  # of other projects, for the tests
+	@scripts/clients.sh
+
 java:  # before env, so that a missing Java is reported before a long install
 	@scripts/need_java.sh
 
@@ -97,7 +104,7 @@ haproxy:  # required by the tests; make serve works without it
 prometheus:  # required by one test
 	@scripts/need_prometheus.sh --install
 
-clean:  ## delete archives, caches and logs; .venv stays
+clean:  ## delete archives, caches and logs; the environments stay
 	@find model_store -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
-	@find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 	@rm -rf .pytest_cache .ruff_cache .mypy_cache .import_linter_cache logs

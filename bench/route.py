@@ -1,8 +1,10 @@
-"""Latency that HAProxy adds to a request: the same requests to the same server, with and without HAProxy.
+"""Latency that HAProxy adds to a request, and that the OpenAI route adds to a follow-up turn.
 
 Starts the whole service (`python -m deploy.serve`) with the demo model, which takes little of a request's time. Each
 request is sent on both routes, over one persistent connection each, in alternating order: a streamed ask (until its
 first line), an ask with a whole answer, and an ask of an unknown session, whose rejection runs no model.
+
+Then the same conversations in the native protocol and on the OpenAI route (`bench.conversations`).
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from PIL import Image
 
 from deploy.options import Parser, whole_number
 
-from . import harness
+from . import conversations, harness
+from .conversations import Samples
 from .harness import Options, Result, Run, median, percentile
 
 ROOT = Path(__file__).parents[1]
@@ -133,7 +136,7 @@ def measure(options: Options, run: Run, urls: tuple[str, str]) -> dict[str, dict
     return taken
 
 
-def report(taken: dict[str, dict[str, list[float]]]) -> Result:
+def report(taken: dict[str, dict[str, list[float]]], follow_ups: dict[str, Samples]) -> Result:
     """The table, and what the front adds: the median over pairs, and the difference of the 99th percentiles."""
     result = Result(["request", "side", "p50 ms", "p99 ms", "requests"])
     for kind, sides in taken.items():
@@ -144,8 +147,21 @@ def report(taken: dict[str, dict[str, list[float]]]) -> Result:
         added = [b - a for a, b in zip(direct, through, strict=True)]
         result.ratios[f"{kind}: HAProxy adds, ms (median of pairs)"] = median(added)
         result.ratios[f"{kind}: HAProxy adds, ms (p99 less p99)"] = percentile(through, 0.99) - percentile(direct, 0.99)
-    result.samples = taken
+    for name, samples in follow_ups.items():
+        _report_follow_ups(result, name, samples)
+    result.samples = taken | {f"follow-up, {name}": vars(samples) for name, samples in follow_ups.items()}
     return result
+
+
+def _report_follow_ups(result: Result, name: str, samples: Samples) -> None:
+    """Add one picture's rows, and what the OpenAI route adds to the time to first token."""
+    columns = {**samples.ttft, "/v1, rejected for an option": samples.body, "SHA-256 of the picture": samples.sha256}
+    for side, ms in columns.items():
+        figures = {"p50 ms": median(ms), "p99 ms": percentile(ms, 0.99), "requests": len(ms)}
+        result.rows.append({"request": f"follow-up TTFT, {name}", "side": side, **figures})
+    added = median(b - a for a, b in zip(samples.ttft["native"], samples.ttft["/v1"], strict=True))
+    result.ratios[f"{name}: /v1 adds to the follow-up TTFT, ms (median of pairs)"] = added
+    result.ratios[f"{name}: of that, beyond the SHA-256 of the picture, ms"] = added - median(samples.sha256)
 
 
 def paint(axes, result: Result) -> None:
@@ -189,7 +205,8 @@ def main(argv: list[str] | None = None) -> Result:
     run = Run(options)
     with service() as urls:
         taken = measure(options, run, urls)
-    return run.finish(report(taken), paint)
+        follow_ups = conversations.measure(run, urls[1])
+    return run.finish(report(taken, follow_ups), paint)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from deploy.serve.configuration import PUBLIC_METRICS_VARIABLE
+from deploy.serve.haproxy import HAProxy, find_haproxy
+from deploy.serve.ports import free_ports
+from deploy.serve.processes import Guard
 from deploy.serve.torchserve import TorchServe
 from tests.support.serving import pack, running
 
@@ -27,6 +31,24 @@ def server(model_store: Path) -> Iterator[TorchServe]:
     """Run a server. Tests close the sessions that they open."""
     with running(TorchServe(model_store)) as (server,):
         yield server
+
+
+@pytest.fixture(scope="module")
+def front(server: TorchServe, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HAProxy]:
+    """Run HAProxy with public metrics in front of the shared server."""
+    home = tmp_path_factory.mktemp("m")
+    (home / "logs").mkdir()
+    guard = Guard()
+    [port] = free_ports(1)
+    ports = server.ports
+    front = HAProxy(find_haproxy(), home, guard, port=port, target=ports["inference"], metrics=ports["worker_metrics"])
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(PUBLIC_METRICS_VARIABLE, "on")
+        front.start()
+    front.open()
+    yield front
+    front.stop()
+    guard.release()
 
 
 @pytest.fixture(scope="package")

@@ -22,24 +22,6 @@ SCENE = make_scene(HELD_OUT_SEEDS[0])
 QUESTIONS = ("How many shapes are there?", "And what colours do they have?")
 
 
-@pytest.fixture(scope="module")
-def front(server: TorchServe, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HAProxy]:
-    """Run HAProxy with public metrics in front of the shared server."""
-    home = tmp_path_factory.mktemp("m")
-    (home / "logs").mkdir()
-    guard = Guard()
-    [port] = free_ports(1)
-    ports = server.ports
-    front = HAProxy(find_haproxy(), home, guard, port=port, target=ports["inference"], metrics=ports["worker_metrics"])
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv(PUBLIC_METRICS_VARIABLE, "on")
-        front.start()
-    front.open()
-    yield front
-    front.stop()
-    guard.release()
-
-
 @pytest.fixture
 def http(front: HAProxy) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=front.url, timeout=60, trust_env=False) as client:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,28 @@ def test_a_field_that_is_not_known_is_ignored(old, folder):
     resealed(file_of(folder, "ls-clip", 0), lambda whole: whole.update(later="a field of a later version"))
     first = file_of(folder, "ls-clip", 0).read_bytes()
     assert read_transcript(key_of("ls-clip"), [first], blobs.get)[0].opening.session_id == "ls-clip"
+
+
+@pytest.mark.parametrize(
+    ("schema", "changes"),
+    [(1, {}), (2, {"base_turns": 0}), (2, {"base_turns": -1}), (2, {"groups": (1, 1)}), (2, {"history_turns": 1})],
+)
+def test_what_an_older_version_would_misread_has_another_schema(schema: int, changes: dict[str, Any]) -> None:
+    """Without these fields a record is another conversation: the older version is to reject it."""
+    blobs = BlobPool()
+    pictures = (blobs.get(PNG), blobs.get(b"another"))
+    if {"history_turns", "groups"} >= changes.keys():
+        record = replace(OpenRecord("ls-1", OPENED_S, EXPIRES_S, None, "image", pictures, [1, 32000], 1), **changes)
+        data, _ = encode(record, "ls-1", 0, "")
+        assert read_transcript(key_of("ls-1"), [data], blobs.get)[0].opening == record
+    else:
+        data, _ = encode(TurnRecord([1], [2], pictures, None, "", {}, **changes), "ls-1", 1, "")
+    assert json.loads(data[65:])["schema"] == schema
+
+
+def test_a_session_without_pictures_has_another_schema() -> None:
+    data, _ = encode(OpenRecord("ls-1", OPENED_S, EXPIRES_S, None, "image", (), [], 0), "ls-1", 0, "")
+    assert json.loads(data[65:])["schema"] == 2
 
 
 def test_a_record_is_the_json_of_its_fields_and_is_made_in_pieces() -> None:

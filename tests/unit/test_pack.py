@@ -333,7 +333,7 @@ def test_config_gets_our_values_and_keeps_its_comments(job: PackJob) -> None:
     packed = kit.pack_model(replace(job, sessions=20, dtype="bfloat16", device="cuda"))
     text = (packed.archive / "model-config.yaml").read_text()
     config = yaml.safe_load(text)
-    assert config["batchSize"] == config["maxNumSequence"] == 56
+    assert config["batchSize"] == config["maxNumSequence"] == 184  # 2 * (20 + 64) + 16
     assert config["llava"] == {"checkpoint": "checkpoint", "dtype": "bfloat16", "device": "cuda", "max_sessions": 20}
     assert config["other"] == {"dtype": "untouched"}
     assert packed.sessions == 20
@@ -346,7 +346,7 @@ def test_what_is_not_asked_for_stays_as_the_file_says(job: PackJob) -> None:
     config = yaml.safe_load((kit.pack_model(job).archive / "model-config.yaml").read_text())
     assert config["llava"]["dtype"] == "float16"
     assert config["llava"]["max_sessions"] == 64
-    assert config["batchSize"] == config["maxNumSequence"] == 144
+    assert config["batchSize"] == config["maxNumSequence"] == 272
 
 
 def test_paths_with_odd_characters_survive_the_rendering() -> None:

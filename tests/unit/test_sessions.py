@@ -15,6 +15,7 @@ from llava_sessions.protocol.parsing import parse
 from llava_sessions.torchserve.batch import Row
 from llava_sessions.worker import sessions
 from llava_sessions.worker.pending import PendingRequest
+from llava_sessions.worker.prefixes import HeldConversation
 from llava_sessions.worker.sessions import (
     GRACE_S,
     TRANSITIONS,
@@ -76,6 +77,18 @@ def test_a_reserved_id_is_known_but_not_open(table):
     assert "a" in table
     assert len(table) == 0
     assert code_of(lambda: table.get("a", NOW)) == "session_not_found"
+
+
+def test_an_implicit_session_makes_no_room_for_one_with_a_name(table):
+    table.may_release_stored = True
+    implicit = Session("chat-1", 60.0)
+    implicit.conversation = HeldConversation(0)
+    implicit.advance(SessionState.OPEN)
+    table.add(implicit)
+    for number in range(table.max_sessions):
+        table.reserve(f"{number}")
+    assert code_of(lambda: table.reserve("one more")) == "capacity"
+    assert table.find("chat-1") is implicit
 
 
 def test_an_id_is_reserved_once(table):

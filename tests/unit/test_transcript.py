@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from llava_sessions.chat.transcript import BlobPool, OpenRecord, Transcript, TurnRecord
+from llava_sessions.chat.transcript import BlobPool, OpenRecord, Transcript, TurnRecord, short_id
 from llava_sessions.errors import Refused
 from llava_sessions.text.chat_template import OpenedOn
 
@@ -85,3 +85,8 @@ def test_blobs_are_counted_right_in_many_threads() -> None:
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(use, range(8)))
     assert (pool.held_bytes, len(pool)) == (0, 0)
+
+
+@pytest.mark.parametrize("prefix", ["ts-seq-", "chat-", ""])
+def test_a_short_id_has_eight_characters_of_the_random_part(prefix: str) -> None:
+    assert short_id(f"{prefix}0123456789ab-cdef") == "01234567"

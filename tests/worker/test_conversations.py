@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava_sessions.engine.model import Model
 from llava_sessions.ipc.messages import AskSession, CloseSession, OpenSession
+from llava_sessions.journal.journal import Journal
+from llava_sessions.journal.stores import DirectoryStore
 from llava_sessions.text.chat_template import ChatTemplate
 from llava_sessions.torchserve.batch import Reply, Row
+from llava_sessions.worker import questions
 from llava_sessions.worker.sessions import Session
 from tests.support.pump_frontend import QUESTIONS, Frontend, code, png, tokens
 
@@ -65,6 +69,12 @@ def chat(front: Frontend, messages: list[dict[str, Any]], session: str | None = 
     assert reply.status == 200, reply.body
     body: dict[str, Any] = json.loads(reply.body)
     return body
+
+
+def submit(front: Frontend, row: Row, *held: Row) -> None:
+    """Send a question to the engine, which makes no step."""
+    while not any(isinstance(one, AskSession) and one.turn_id == row.request_id for one in front.commands):
+        assert front.exchange(row, *held) == [None] * (1 + len(held))
 
 
 def text_of(completion: dict[str, Any]) -> str:
@@ -140,13 +150,29 @@ def test_a_regenerated_answer_runs_in_a_fork_and_later_ones_replace_it(front: Fr
     assert cached(completion) >= first["usage"]["prompt_tokens"]
 
 
+def test_a_fork_that_another_conversation_takes_is_no_attempt_any_more(front: Frontend) -> None:
+    front.table.max_implicit = 2
+    first = [user(QUESTIONS[0], "red")]
+    continued = [*first, answered(text_of(chat(front, first))), user(QUESTIONS[1])]
+    continued += [answered(text_of(chat(front, continued))), user(QUESTIONS[2])]
+    chat(front, first)  # regenerated in a fork
+    (fork,) = [one for one in implicit(front) if one.held_conversation.fork_base is not None]
+    running = chat_row(front, continued, max_tokens=200, ignore_eos=True)
+    submit(front, running)
+    row = chat_row(front, [user("something else", "red")])
+    submit(front, row, running)
+    assert front.settle_with(row, running).status == 200
+    assert fork.held_conversation.fork_base is None
+
+
 def test_half_an_answer_and_a_trimmed_one_are_continued_as_sent(front: Frontend, reference: Reference) -> None:
     messages = [user(QUESTIONS[0], "blue")]
-    whole = text_of(chat(front, messages))
+    first = chat(front, messages)
+    whole = text_of(first)
     half = [*messages, answered(whole[: len(whole) // 2]), user(QUESTIONS[1])]
     completion = chat(front, half)
     assert text_of(completion) == reference.answer(half)
-    assert cached(completion) > 0
+    assert cached(completion) >= first["usage"]["prompt_tokens"] - 1
 
 
 def test_a_conversation_that_was_never_seen_is_prefilled(front: Frontend, reference: Reference) -> None:
@@ -203,13 +229,17 @@ def test_random_edits_equal_generate(front: Frontend, reference: Reference, seed
 
 def test_a_busy_conversation_is_forked(front: Frontend, reference: Reference) -> None:
     messages = [user(QUESTIONS[0], "red")]
-    first = text_of(chat(front, messages))
-    messages += [answered(first), user(QUESTIONS[1])]
-    rows = [chat_row(front, messages), chat_row(front, messages)]
-    replies = front.settle(*rows)
-    answers = {text_of(json.loads(only.body)) for (only,) in replies}
-    assert answers == {reference.answer(messages)}
+    first = chat(front, messages)
+    messages += [answered(text_of(first)), user(QUESTIONS[1])]
+    running = chat_row(front, messages, max_tokens=200, ignore_eos=True)
+    submit(front, running)
+    assert len(implicit(front)) == 1
+    row = chat_row(front, messages)
+    submit(front, row, running)
     assert len(implicit(front)) == 2
+    completion = json.loads(front.settle_with(row, running).body)
+    assert text_of(completion) == reference.answer(messages)
+    assert cached(completion) >= first["usage"]["prompt_tokens"] - 1
 
 
 def test_the_least_recently_used_idle_conversation_is_closed_for_a_new_one(front: Frontend) -> None:
@@ -222,11 +252,16 @@ def test_the_least_recently_used_idle_conversation_is_closed_for_a_new_one(front
     assert front.ask(named)["finish_reason"] in ("stop", "length")
 
 
+def test_a_picture_of_the_session_that_is_closed_for_a_new_one_is_sent_again(front: Frontend) -> None:
+    front.table.max_implicit = 1
+    for label in ("one", "two"):  # the second conversation has no tokens in common with the first one
+        assert cached(chat(front, [user(QUESTIONS[0], "red")], user=label)) == 0
+
+
 def test_no_place_for_a_conversation_is_429(front: Frontend) -> None:
     front.table.max_implicit = 1
     running = chat_row(front, [user(QUESTIONS[0], "red")], max_tokens=200, ignore_eos=True)
-    while not any(isinstance(command, AskSession) for command in front.commands):
-        assert front.exchange(running) == [None]
+    submit(front, running)
     reply = front.settle_beside(running, chat_row(front, [user(QUESTIONS[0], "blue")]))
     assert (reply.status, code(reply)) == (429, "capacity")
 
@@ -252,6 +287,29 @@ def test_a_client_that_leaves_keeps_what_it_has_read(front: Frontend, reference:
     completion = chat(front, continued)
     assert text_of(completion) == reference.answer(continued)
     assert cached(completion) > 0
+
+
+def test_a_client_that_leaves_after_the_crop_has_shortened_the_conversation(
+    front: Frontend, reference: Reference
+) -> None:
+    front.table.max_implicit = 1
+    messages = [user(QUESTIONS[0], "red")]
+    whole = text_of(chat(front, messages))
+    half = [*messages, answered(whole[: len(whole) // 2]), user(QUESTIONS[1], "green", "blue")]
+    for steps in range(3):  # the first one crops the session, and encodes one picture
+        row = chat_row(front, half, max_tokens=200, ignore_eos=True)
+        submit(front, row)
+        for _ in range(steps):
+            front.step()
+        front.exchange()
+        while front.engine.has_work:
+            front.step()
+            front.exchange()
+        (session,) = implicit(front)
+        held = session.held_conversation.token_ids.tolist()
+        assert front.engine.sessions[session.id].token_ids[: len(held)] == held
+        continued = [*messages, answered(whole), user(QUESTIONS[2])]
+        assert text_of(chat(front, continued)) == reference.answer(continued)
 
 
 def test_a_client_that_leaves_before_the_first_token_leaves_nothing(front: Frontend) -> None:
@@ -285,6 +343,27 @@ def test_implicit_sessions_expire(front: Frontend) -> None:
     assert not front.engine.sessions
 
 
+def test_no_time_is_left_for_a_journal_that_stores_nothing(model: Model, tokens: ChatTemplate, tmp_path: Path) -> None:
+    front = Frontend(model, tokens, journal=Journal([DirectoryStore(str(tmp_path))]))
+    began_s = time.monotonic()
+    row = chat_row(front, [user(QUESTIONS[0], "red")], deadline_ms=60_000)
+    submit(front, row)
+    passed_ms = (time.monotonic() - began_s) * 1e3
+    (sent,) = [command for command in front.commands if isinstance(command, AskSession)]
+    assert sent.sampling.deadline_ms >= 60_000 - passed_ms - 1
+    front.settle(row)
+
+
+def test_implicit_sessions_have_the_idle_limit(model: Model, tokens: ChatTemplate) -> None:
+    front = Frontend(model, tokens, idle_s=5.0)
+    chat(front, [user(QUESTIONS[0], "red")])
+    for passed_s, left in ((6.0, 1), (2.0, 0)):  # a session is kept for two more seconds
+        front.now_s += passed_s
+        front.pump.sweep()
+        front.exchange()
+        assert len(implicit(front)) == left
+
+
 def test_no_client_reaches_an_implicit_session_by_its_id(front: Frontend) -> None:
     chat(front, [user(QUESTIONS[0], "red")])
     (session,) = implicit(front)
@@ -301,6 +380,20 @@ def test_labels_keep_conversations_apart(front: Frontend) -> None:
     assert cached(chat(front, messages, user="one")) > 0
 
 
+def test_session_tokens_keep_conversations_apart(front: Frontend) -> None:
+    front.open("red", session_token="secret-of-tenant-1")
+    messages = [user(QUESTIONS[0], "red")]
+    for token in ({}, {"session_token": "secret-of-tenant-1"}, {"session_token": "secret-of-tenant-2"}):
+        before = len(front.commands)
+        assert cached(chat(front, messages, **token)) == 0
+        assert cached(chat(front, messages, **token)) > 0
+        opened = [command for command in front.commands[before:] if isinstance(command, OpenSession)]
+        assert len({command.salt for command in opened}) == 1
+    # A picture of one tenant is not a picture of another.
+    keys = {key for session in front.table for key in session.picture_keys}
+    assert len(keys) == 3
+
+
 def test_without_sharing_nothing_of_another_request_is_found(model: Model, tokens: ChatTemplate) -> None:
     front = Frontend(model, tokens, share_pictures=False)
     front.open("red")
@@ -314,16 +407,20 @@ def test_without_sharing_nothing_of_another_request_is_found(model: Model, token
     assert cached(chat(front, later, session)) >= first["usage"]["prompt_tokens"]
 
 
-def test_a_picture_is_decoded_once(front: Frontend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_is_read_and_decoded_once(front: Frontend, monkeypatch: pytest.MonkeyPatch) -> None:
     from llava_sessions.worker import pictures as loading
 
     decoded = []
     load_bytes = loading.load_bytes
     monkeypatch.setattr(loading, "load_bytes", lambda data, limits: decoded.append(data) or load_bytes(data, limits))
+    read = []
+    read_picture = loading._read
+    monkeypatch.setattr(loading, "_read", lambda *given: read.append(given) or read_picture(*given))
     messages = [user(QUESTIONS[0], "red")]
     for _ in range(3):
         messages += [answered(text_of(chat(front, messages))), user(QUESTIONS[1])]
     assert len(decoded) == 1
+    assert len(read) == 1
     opened = [command for command in front.commands if isinstance(command, OpenSession | AskSession)]
     assert sum(bool(picture.inputs) for command in opened for picture in command.pictures) == 1
 
@@ -345,6 +442,21 @@ def test_messages_continue_a_session_that_was_opened_on_a_picture(front: Fronten
     assert native["cached_tokens"] >= repeated["usage"]["total_tokens"] - 2
 
 
+@pytest.mark.parametrize("first", [{"role": "system", "content": "Be brief."}, answered("How can I help?")])
+def test_a_message_before_the_pictures_of_an_opening_counts(
+    front: Frontend, reference: Reference, first: dict[str, Any]
+) -> None:
+    session = front.open("red")
+    reply = front.answer(chat_row(front, [first, user(QUESTIONS[0])], session))
+    assert (reply.status, code(reply)) == (400, "invalid_request")
+    messages = [first, user(QUESTIONS[0], "red")]
+    completion = chat(front, messages, session)
+    assert text_of(completion) == reference.answer(messages)
+    assert completion["usage"]["prompt_tokens"] == chat(front, messages)["usage"]["prompt_tokens"]
+    later = [*messages, answered(text_of(completion)), user(QUESTIONS[1])]
+    assert cached(chat(front, later, session)) >= completion["usage"]["prompt_tokens"]
+
+
 def test_an_edit_rewrites_a_session_with_a_name(front: Frontend, reference: Reference) -> None:
     session = front.open("red")
     messages = [user(QUESTIONS[0], "red")]
@@ -364,6 +476,22 @@ def test_an_edit_rewrites_a_session_with_a_name(front: Frontend, reference: Refe
     assert later == reference.answer(whole)
 
 
+@pytest.mark.parametrize("limit", ["MAX_REPLACED_TURNS", "MAX_REPLACED_BYTES"])
+def test_a_session_whose_turns_were_replaced_too_often_goes_on_in_a_new_one(
+    model: Model, tokens: ChatTemplate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    front = Frontend(model, tokens, journal=Journal([DirectoryStore(str(tmp_path))]))
+    session = front.open("red")
+    size = len(base64.b64decode(png("blue")))
+    monkeypatch.setattr(questions, limit, {"MAX_REPLACED_TURNS": 2, "MAX_REPLACED_BYTES": 2 * size}[limit])
+    for _ in range(3):  # the first one replaces the opening only
+        chat(front, [user(QUESTIONS[0], "blue")], session)
+    refused = front.answer(chat_row(front, [user(QUESTIONS[0], "blue")], session))
+    assert (refused.status, code(refused)) == (400, "invalid_request")
+    resumed = front.told(front.row({"type": "start_session", "resume": session}))["session_id"]
+    chat(front, [user(QUESTIONS[0], "blue")], resumed)
+
+
 def test_a_rewritten_session_is_rebuilt_after_the_engine(front: Frontend, reference: Reference) -> None:
     session = front.open("red")
     messages = [user(QUESTIONS[0], "blue")]
@@ -379,14 +507,30 @@ def test_a_cancelled_edit_leaves_the_session_as_it_was(front: Frontend, referenc
     session = front.open("red")
     said = front.ask(session, QUESTIONS[0])["response_text"]
     running = chat_row(front, [user("another question", "red")], session, max_tokens=200, ignore_eos=True)
-    while not any(isinstance(one, AskSession) and one.turn_id == running.request_id for one in front.commands):
-        assert front.exchange(running) == [None]
+    submit(front, running)
     for _ in range(3):
         front.step()
     _, (cancelled,) = front.settle(running, front.cancel_row(session))
     assert json.loads(cancelled.body)["success"] is True
     after = front.ask(session, QUESTIONS[1])["response_text"]
     assert after == reference.answer([user(QUESTIONS[0], "red"), answered(said), user(QUESTIONS[1])])
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_a_running_turn_has_dropped_the_pictures_that_it_does_not_keep(front: Frontend, is_named: bool) -> None:
+    front.table.max_implicit = 1
+    named, other = front.open("red"), front.open("green")
+    session = named if is_named else None
+    messages = [user(QUESTIONS[0], "red")]
+    messages += [answered(text_of(chat(front, messages, session))), user(QUESTIONS[1], "blue")]
+    chat(front, messages, session)
+    running = chat_row(front, [*messages[:2], user("edited")], session, max_tokens=200, ignore_eos=True)
+    submit(front, running)
+    front.step()
+    row = chat_row(front, [user(QUESTIONS[0], "blue")], other)
+    submit(front, row, running)
+    reply = front.settle_with(row, running)
+    assert reply.status == 200, reply.body
 
 
 def test_an_empty_session_is_filled_by_messages_or_natively(front: Frontend, reference: Reference) -> None:

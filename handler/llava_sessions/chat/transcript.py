@@ -168,6 +168,7 @@ class Transcript:
         self._log: list[TurnRecord] = []
         self._turns: list[TurnRecord] = []
         self._opening_counts = True
+        self.replaced_bytes = 0  # of the pictures of turns that later ones have replaced
         for turn in log:
             self.append(turn)
 
@@ -190,7 +191,8 @@ class Transcript:
         """Add a finished turn, and drop the tokens and pictures of those that it replaces."""
         base = turn.base_turns
         if base is not None:
-            replaced = {id(one) for one in self._turns[max(base, 0) :]}
+            replaced = {id(one): one for one in self._turns[max(base, 0) :]}
+            self.replaced_bytes += sum(len(picture.data) for one in replaced.values() for picture in one.pictures)
             del self._turns[max(base, 0) :]
             self._log = [_without_tokens(one) if id(one) in replaced else one for one in self._log]
             if base <= 0:
@@ -285,7 +287,7 @@ def _without_tokens(turn: TurnRecord) -> TurnRecord:
 
 def short_id(identity: str) -> str:
     """Return the beginning of a session or request ID for logs. A whole session ID is a secret."""
-    return identity.removeprefix("ts-seq-")[:_SHORT_ID_CHARS]
+    return identity.removeprefix("ts-seq-").removeprefix("chat-")[:_SHORT_ID_CHARS]
 
 
 @dataclass

@@ -5,7 +5,8 @@ the checksum of the previous record, and the epoch of the owner that wrote it. A
 record is therefore detected, and never becomes part of another transcript. Data in a store is never unpickled.
 
 The epoch is optional: records of version 0.1 have none and count as epoch 0. Unknown fields are ignored, so that an
-older version can read the journal of a newer one.
+older version can read the journal of a newer one. A record that an older version would take for another conversation
+has a later schema, which makes it damaged for that version.
 
 A stale record was written by an instance that had lost the session (owners.py). It was never acknowledged, and its
 epoch distinguishes it from the owner's records.
@@ -26,6 +27,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ..chat.transcript import BEFORE_OPENING, Blob, OpenRecord, Transcript, TurnRecord
 
 SCHEMA = 1
+# Of sessions without pictures, sessions with a history, and turns that replace others or show pictures in groups.
+CONVERSATION_SCHEMA = 2
+_CONVERSATION_FIELDS = {"history_turns", "groups", "base_turns"}
 _DIGEST_CHARS = 64
 _NO_PICTURES = b'"pictures":[]'
 _PIECE_BYTES = 3 * 2**16  # a multiple of 3, so that no base64 in the middle is padded
@@ -141,13 +145,14 @@ def encode(
     """
     model = _OpenFields if isinstance(record, OpenRecord) else _TurnFields
     fields = model.model_construct(**{**vars(record), "pictures": []})
-    whole: dict[str, Any] = {"schema": SCHEMA, "session_id": session_id, "number": number, "after": after}
+    # Fields of later versions are left out at their defaults, so that those records are as in earlier versions.
+    dumped = fields.model_dump(exclude_defaults=True)
+    is_empty = isinstance(record, OpenRecord) and not record.pictures
+    schema = CONVERSATION_SCHEMA if is_empty or _CONVERSATION_FIELDS & dumped.keys() else SCHEMA
+    whole: dict[str, Any] = {"schema": schema, "session_id": session_id, "number": number, "after": after}
     if epoch:
         whole["epoch"] = epoch
-    # Fields of later versions are left out at their defaults, so that those records are as in earlier versions.
-    return _seal(
-        {**whole, "record": fields.model_dump(exclude_defaults=True)}, [picture.data for picture in record.pictures]
-    )
+    return _seal({**whole, "record": dumped}, [picture.data for picture in record.pictures])
 
 
 def read_transcript(
@@ -236,7 +241,7 @@ def _picture_array(pictures: Sequence[bytes]) -> Iterator[bytes]:
 
 
 def _unseal(data: bytes, name: str) -> tuple[dict[str, Any], str]:
-    """Return the JSON and the checksum of a record of this schema."""
+    """Return the JSON and the checksum of a record of a known schema."""
     checksum = data[:_DIGEST_CHARS]
     body = data[_DIGEST_CHARS + 1 :]
     has_newline = data[_DIGEST_CHARS : _DIGEST_CHARS + 1] == b"\n"
@@ -246,8 +251,8 @@ def _unseal(data: bytes, name: str) -> tuple[dict[str, Any], str]:
         whole = json.loads(body)
     except (ValueError, RecursionError):
         raise Damaged(f"{name} is no JSON") from None
-    if not isinstance(whole, dict) or whole.get("schema") != SCHEMA:
-        raise Damaged(f"{name} has another schema than {SCHEMA}")
+    if not isinstance(whole, dict) or whole.get("schema") not in (SCHEMA, CONVERSATION_SCHEMA):
+        raise Damaged(f"{name} has another schema than {SCHEMA} and {CONVERSATION_SCHEMA}")
     return whole, checksum.decode("ascii")
 
 

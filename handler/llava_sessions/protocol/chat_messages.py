@@ -15,13 +15,13 @@ from .requests import PictureSource
 
 Role = Literal["system", "user", "assistant"]
 
-_ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 # What joins the texts of one message, and those of successive messages of one role.
 _BETWEEN_TEXTS = "\n"
 # Text and picture parts of all messages, and for each message and picture that the limits allow.
 _PARTS_PER_ITEM = 8
 # Fields of a message that call for what this server does not do, unless they are empty.
-_UNSUPPORTED = ("tool_calls", "function_call", "audio")
+UNSUPPORTED_FIELDS = ("tool_calls", "function_call", "audio")
 
 
 @dataclass
@@ -99,7 +99,7 @@ def _role(message: object, name: str, allow_system: bool) -> Role:
     if not isinstance(message, dict):
         raise _refused(name, f"`{name}` must be an object", message)
     sent = message.get("role")
-    role = _ROLES.get(sent) if isinstance(sent, str) else None
+    role = ROLES.get(sent) if isinstance(sent, str) else None
     if role is None:
         expected = "'system', 'developer', 'user' or 'assistant'"
         got = shown(sent) if isinstance(sent, str) else describe(sent)
@@ -107,7 +107,7 @@ def _role(message: object, name: str, allow_system: bool) -> Role:
     if role == "system" and not allow_system:
         text = "A system message is not supported: the operator sets the system prompt (model-config.yaml)."
         raise RefusedChat("invalid_request", text, param=name)
-    for unsupported in _UNSUPPORTED:
+    for unsupported in UNSUPPORTED_FIELDS:
         if message.get(unsupported) not in (None, []):
             raise _refused(f"{name}.{unsupported}", f"`{name}.{unsupported}` must be absent", message[unsupported])
     return role

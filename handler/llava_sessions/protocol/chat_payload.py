@@ -20,9 +20,9 @@ from .openai import Chat, RefusedChat
 from .requests import session_in_header
 from .validation import Problem, add_retry_key, refusal, validated
 
-_MODEL_MAX_CHARS = 256
+MODEL_MAX_CHARS = 256
 # Option -> its values that change nothing. Null counts as absent.
-_NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
+NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     # OpenAI's
     "audio": (),
     "frequency_penalty": (0,),
@@ -93,7 +93,7 @@ _NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "video": ([],),
 }
 # Field of `Chat` -> the client's names of it; the first one that is present counts.
-_NAMES: dict[str, tuple[str, ...]] = {
+OPTION_NAMES: dict[str, tuple[str, ...]] = {
     "max_new_tokens": ("max_completion_tokens", "max_tokens"),
     **{
         name: (name,)
@@ -126,7 +126,7 @@ def parse_chat(
             "label": _label(payload),
             "is_sse": is_sse,
         }
-        names = {field: found for field in _NAMES if (found := _sent_name(payload, field)) is not None}
+        names = {field: found for field in OPTION_NAMES if (found := _sent_name(payload, field)) is not None}
         _add_defaults(fields, headers, limits)
         known = {field: value for field, value in fields.items() if field != "model" or isinstance(value, str)}
         chat, malformed = validated(Chat, known, limits, names)
@@ -157,7 +157,7 @@ def _digest(text: str) -> str:
 
 def _unsupported(payload: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield a problem for each option that would change the answer, and that this server does not have."""
-    for name, neutral in _NEUTRAL_VALUES.items():
+    for name, neutral in NEUTRAL_VALUES.items():
         value = payload.get(name)
         if value is None or any(_equal(value, one) for one in neutral):
             continue
@@ -168,8 +168,8 @@ def _unsupported(payload: Mapping[str, Any]) -> Iterator[Problem]:
 def _malformed(payload: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield the problems of the options that no field of `Chat` has under the client's name."""
     model = payload.get("model")
-    if model is not None and not (isinstance(model, str) and len(model) <= _MODEL_MAX_CHARS and is_unicode(model)):
-        expected = f"Unicode text of at most {_MODEL_MAX_CHARS} characters"
+    if model is not None and not (isinstance(model, str) and len(model) <= MODEL_MAX_CHARS and is_unicode(model)):
+        expected = f"Unicode text of at most {MODEL_MAX_CHARS} characters"
         yield Problem("model", "invalid_request", f"`model` must be {expected}, got {describe(model)}")
     for name in ("user", "prompt_cache_key"):
         if not isinstance(payload.get(name), str | None):
@@ -194,7 +194,7 @@ def _session_problems(headers: Mapping[str, object]) -> Iterator[Problem]:
 def _options(payload: Mapping[str, Any]) -> dict[str, Any]:
     """Return the client's options by the names of `Chat`'s fields."""
     options: dict[str, Any] = {}
-    for field in _NAMES:
+    for field in OPTION_NAMES:
         name = _sent_name(payload, field)
         if name is None:
             continue
@@ -206,7 +206,7 @@ def _options(payload: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sent_name(payload: Mapping[str, Any], field: str) -> str | None:
     """Return the client's name of a field of `Chat`; None if the client has not sent it."""
-    return next((name for name in _NAMES[field] if payload.get(name) is not None), None)
+    return next((name for name in OPTION_NAMES[field] if payload.get(name) is not None), None)
 
 
 def _add_defaults(fields: dict[str, Any], headers: Mapping[str, object], limits: RequestLimits) -> None:

@@ -28,14 +28,14 @@ _UNKNOWN_NAMES_SHOWN = 5
 # Commas, and opening brackets, outside of a question: 1,000 pictures, a URL and unknown fields have fewer. A history
 # with more of them exceeds the context of every model.
 _OTHER_VALUES = 2**16
-_TYPES: dict[str, type[Native]] = {
+MODEL_OF_TYPE: dict[str, type[Native]] = {
     "start_session": Open,
     "send_text_prompt": Ask,
     "close_session": Close,
     "cancel": Cancel,
 }
 # SageMaker's container standard (aws/model-hosting-container-standards, "Stateful sessions").
-_REQUEST_TYPES: dict[str, type[Native]] = {"NEW_SESSION": Open, "CLOSE": Close}
+MODEL_OF_REQUEST_TYPE: dict[str, type[Native]] = {"NEW_SESSION": Open, "CLOSE": Close}
 
 
 def parse(
@@ -106,10 +106,10 @@ def _model(payload: dict[str, Any]) -> type[Native]:
         raise Refused("invalid_request", "the request must have either `type` or `requestType`, got both")
     model: type[Native] | None
     if standard is not None:
-        model = _REQUEST_TYPES.get(standard) if isinstance(standard, str) else None
+        model = MODEL_OF_REQUEST_TYPE.get(standard) if isinstance(standard, str) else None
         message = f"`requestType` must be 'NEW_SESSION' or 'CLOSE', got {shown(standard)}"
     else:
-        model = _TYPES.get(action) if isinstance(action, str) else None
+        model = MODEL_OF_TYPE.get(action) if isinstance(action, str) else None
         known = "'start_session', 'send_text_prompt', 'close_session' or 'cancel'"
         message = f"`type` must be {known}, got {'nothing' if action is None else shown(action)}"
     if model is None:

@@ -178,9 +178,16 @@ class ChatTemplate:
             return self._encoder_of_wholes().encode_after(token, expanded, literals)
 
     def check_conversation(self, messages: Sequence[Message], opened_on: OpenedOn | None = None) -> None:
-        """Raise `Refused` if the template has no place for a message or for a picture. Needs no picture."""
+        """Raise `Refused` if the template has no place for a message or for a picture. Needs no picture.
+
+        An opening has no place for a message before its pictures.
+        """
         short = [replace(message, text=message.text and "text") for message in messages]
         rendered = self._renderer.conversation(short, opened_on)
+        if opened_on is not None and opened_on.pictures:
+            before, _ = self._renderer.first_turn("question", opened_on.kind, opened_on.pictures)
+            if not rendered.startswith(before):
+                raise _precedes_opening()
         pictures = sum(message.pictures for message in messages)
         if opened_on is not None and opened_on.kind == "image":
             pictures += opened_on.pictures
@@ -207,6 +214,14 @@ def _expand(rendered: str, prepared: Prepared, token: str) -> str:
     if places != pictures:
         raise _no_place(pictures, places)
     return "".join(part + tokens for part, tokens in zip(parts, [*prepared.tokens, ""], strict=True))
+
+
+def _precedes_opening() -> Refused:
+    message = (
+        "`messages` must begin with a question about the pictures that the session was opened on, or show pictures "
+        "with the first question, got an earlier message."
+    )
+    return Refused("invalid_request", message, param="messages")
 
 
 def _no_place(pictures: int, places: int) -> Refused:

@@ -77,9 +77,8 @@ class Arrivals:
                 try:
                     request = arrival.parsed.result()
                     if isinstance(request, Chat):
-                        arrival.pending.form = OpenAIForm(
-                            is_sse=request.is_sse
-                        )  # of an error, until the answer's is set
+                        # The form of an error, until that of the answer is set.
+                        arrival.pending.form = OpenAIForm(is_sse=request.is_sse)
                     start(arrival.pending, request)
                 except Exception as error:
                     arrival.pending.refuse(error)

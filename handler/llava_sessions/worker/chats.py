@@ -5,7 +5,6 @@ All methods run on the pump's thread, under its lock.
 
 from __future__ import annotations
 
-import logging
 import uuid
 from concurrent.futures import Future
 from functools import partial
@@ -13,16 +12,14 @@ from functools import partial
 from ..ipc.messages import AskSession, OpenSession
 from ..protocol.openai import Chat, OpenAIForm
 from .context import WorkerContext
-from .conversations import Conversations, Place, lacks_features
-from .openings import check_context
+from .conversations import Conversations, Place, implicit_session, lacks_features
+from .openings import check_context, digest_of
 from .pending import PendingRequest
 from .prefixes import root_of
 from .prompts import PreparedChat, keys_of
 from .questions import Questions, ms_left, sampling_of
 from .sessions import Residency, Session, Turn, TurnState
 from .turns import Turns
-
-log = logging.getLogger(__name__)
 
 
 class Chats:
@@ -51,7 +48,7 @@ class Chats:
             self._questions.start(pending, chat)
             return
         self._context.gate.check()
-        turn = Turn(self._conversations.new_session(), chat, pending)
+        turn = Turn(implicit_session(self._context.table, digest_of(chat.session_token)), chat, pending)
         self._turns.add(turn)
         try:
             self._prepare(turn, chat, with_arrays=False)
@@ -60,7 +57,7 @@ class Chats:
             raise
 
     def _prepare(self, turn: Turn, chat: Chat, with_arrays: bool) -> None:
-        prepared = self._context.preparer.chat(chat, turn.session.id, with_arrays)
+        prepared = self._context.preparer.chat(chat, self._scope(turn.session), with_arrays)
         turn.prepared = prepared
         self._context.inbox.when_done(prepared, partial(self._prepared, turn, chat))
 
@@ -87,12 +84,11 @@ class Chats:
         place = self._conversations.place(prompt)
         first = prompt.pictures_before(place.kept)
         needed = prepared.pictures if place.session is None else prepared.pictures[first:]
-        if lacks_features(context.table, needed):
+        if lacks_features(context.table, needed, closing=self._conversations.evicted_by(place)):
             self._prepare(turn, chat, with_arrays=True)
             return
         if place.session is None:
-            scope = context.preparer.prompts.scope(turn.session.id, None)
-            self._conversations.add(turn.session, root_of(chat.label, scope), place)
+            self._conversations.add(turn.session, root_of(chat.label, self._scope(turn.session)), place)
             self._open(turn.session, place, prepared)
         else:
             self._move(turn, place.session)
@@ -100,6 +96,7 @@ class Chats:
         turn.prompt = prompt
         turn.picture_keys = keys_of(prepared.pictures)
         turn.kept_tokens = place.kept
+        session.picture_keys = turn.picture_keys[:first]  # the engine drops all others
         sent_ids = prompt.token_ids[place.kept :].tolist()
         sampling = sampling_of(chat, deadline_ms)
         context.gate.submit(
@@ -113,10 +110,13 @@ class Chats:
         """Open a new session in the engine, with the beginning that it shares with its donor."""
         token_ids = prepared.prompt.token_ids[: place.kept].tolist()
         pictures = prepared.pictures[: prepared.prompt.pictures_before(place.kept)]
-        scope = self._context.preparer.prompts.scope(session.id, None)
+        salt = self._scope(session) or ""
         donor = None if place.donor is None else place.donor.id
-        self._context.gate.submit(OpenSession(session.id, token_ids, pictures, salt=scope or "", fork_from=donor))
+        self._context.gate.submit(OpenSession(session.id, token_ids, pictures, salt=salt, fork_from=donor))
         session.advance(Residency.LOADING)
+
+    def _scope(self, session: Session) -> str | None:
+        return self._context.preparer.prompts.scope(session.id, session.token_digest)
 
     def _move(self, turn: Turn, session: Session) -> None:
         """Run a turn in another session."""

@@ -10,7 +10,6 @@ All methods of `Conversations` run on the pump's thread, under its lock.
 from __future__ import annotations
 
 import logging
-import math
 import uuid
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
@@ -56,12 +55,6 @@ class Conversations:
         """All implicit sessions."""
         return [session for session in self._context.table if session.conversation is not None]
 
-    def new_session(self) -> Session:
-        """Return a session that is not in the table yet."""
-        session = Session(f"chat-{uuid.uuid4()}", math.inf)
-        session.advance(SessionState.OPEN)
-        return session
-
     def place(self, prompt: Prompt) -> Place:
         """Return where a conversation runs, for the least work. Changes nothing."""
         best: tuple[int, Session] | None = None
@@ -88,17 +81,23 @@ class Conversations:
         Raise `Refused` (capacity) if all of them are busy.
         """
         if self._is_full:
-            idle = [one for one in self.all if one.turn is None and one is not place.donor]
-            if not idle:
+            oldest = self.evicted_by(place)
+            if oldest is None:
                 most = self._context.table.max_implicit
                 message = f"All {most} conversations without a session ID are being answered; try again later."
                 raise Refused("capacity", message, retry_after_s=1)
-            oldest = min(idle, key=lambda one: one.used_at_s)
             log.info("conversation_evicted session=%s", short_id(oldest.id))
             self.drop(oldest)
         session.conversation = HeldConversation(root, fork_base=place.base)
         self._note_use(session)
         self._context.table.add(session)
+
+    def evicted_by(self, place: Place) -> Session | None:
+        """Return the session that `add` closes for a new one; None if it closes none, or if all are busy."""
+        if place.session is not None or not self._is_full:
+            return None
+        idle = [one for one in self.all if one.turn is None and one is not place.donor]
+        return min(idle, key=lambda one: one.used_at_s, default=None)
 
     def finished(self, session: Session, prompt: Prompt, kept: int, answer_ids: Sequence[int]) -> None:
         """Note what a session holds after an answer. `kept`: the tokens that it held before and that were kept.
@@ -110,6 +109,8 @@ class Conversations:
             return
         held = session.held_conversation
         self._unlink(session)
+        if held.fork_base is not None and kept < held.fork_base:
+            held.fork_base = None  # another conversation has taken the session
         if not held.turns or kept < held.first_prompt_tokens:
             held.turns = 0
             held.first_prompt_tokens = len(prompt.token_ids)
@@ -202,6 +203,14 @@ class Conversations:
                     del self._by_link[link]
 
 
+def implicit_session(table: SessionTable, token_digest: str | None) -> Session:
+    """Return a session that is not in the table yet. It is found by requests of the same session token only."""
+    session = Session(f"chat-{uuid.uuid4()}", table.idle_s)
+    session.token_digest = token_digest
+    session.advance(SessionState.OPEN)
+    return session
+
+
 def _continues(held: HeldConversation, prompt: Prompt, kept: int) -> bool:
     """Return whether a prompt goes on after the session's last question: behind its answer, or behind a part of it."""
     if kept == len(held.token_ids):
@@ -209,12 +218,12 @@ def _continues(held: HeldConversation, prompt: Prompt, kept: int) -> bool:
     return kept >= held.last_prompt_tokens and len(prompt.token_ids) > kept + 1
 
 
-def lacks_features(table: SessionTable, pictures: Iterable[PreparedPicture]) -> bool:
-    """Return whether a picture has no arrays, and no session in the engine has its features."""
+def lacks_features(table: SessionTable, pictures: Iterable[PreparedPicture], closing: Session | None = None) -> bool:
+    """Return whether a picture has no arrays, and no session in the engine has its features, other than `closing`."""
     keys = {picture.key for picture in pictures if not picture.inputs}
     for session in table:
         if not keys:
             return False
-        if session.is_loaded:
+        if session.is_loaded and session is not closing:
             keys.difference_update(session.picture_keys)
     return bool(keys)

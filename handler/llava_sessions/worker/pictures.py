@@ -26,15 +26,34 @@ Fetch = Callable[[str, MediaLimits], bytes]
 
 # Characters of the tokens of pictures that are remembered: about 1,000 pictures of 2,880 tokens.
 _KNOWN_CHARS = 20_000_000
+_KNOWN_TEXTS = 10_000
 
 
 class _KnownPictures:
-    """Pictures that were prepared before, without their arrays: their keys and tokens. Thread-safe."""
+    """Pictures that were prepared before, without their arrays: their keys and tokens. Thread-safe.
+
+    A picture that arrives as the same text again is found by the digest of the text: that takes a sixth of the time of
+    decoding base64.
+    """
 
     def __init__(self) -> None:
         self._known: OrderedDict[tuple[str, bool], Prepared] = OrderedDict()  # by key, and whether it is alone
         self._chars = 0
+        self._by_text: OrderedDict[bytes, str] = OrderedDict()  # sha256 of a data URL: sha256 of its picture
         self._lock = threading.Lock()
+
+    def sha256_of(self, text: bytes) -> str | None:
+        """Return the sha256 of the picture that the text with this digest encodes, or None if it is not known."""
+        with self._lock:
+            return self._by_text.get(text)
+
+    def add_text(self, text: bytes, sha256: str) -> None:
+        """Remember the picture of a text by its digest."""
+        with self._lock:
+            self._by_text[text] = sha256
+            self._by_text.move_to_end(text)
+            while len(self._by_text) > _KNOWN_TEXTS:
+                self._by_text.popitem(last=False)
 
     def get(self, key: str, alone: bool) -> Prepared | None:
         """Return a picture without arrays, or None if it is not known."""
@@ -85,9 +104,7 @@ class PictureLoader:
 
         Raise `MediaError`.
         """
-        groups = tuple(
-            tuple(self._blobs.get(_read(one, self._limits, self._fetch)) for one in group) for group in messages
-        )
+        groups = tuple(tuple(self._load_again(one) for one in group) for group in messages)
         new = {
             blob.sha256: read_header(blob.data, self._limits).pixels
             for group in groups
@@ -96,6 +113,26 @@ class PictureLoader:
         }
         check_request_pixels(sum(new.values()), self._limits)
         return groups
+
+    def known(self, sources: tuple[PictureSource, ...], scope: str | None) -> Prepared | None:
+        """Return the pictures of one message without arrays and unread, or None unless all were prepared before."""
+        parts = []
+        for source in sources:
+            text = _text_digest(source)
+            sha256 = None if text is None else self._known.sha256_of(text)
+            prepared = None if sha256 is None else self._known.get(picture_key(sha256, scope), len(sources) == 1)
+            if prepared is None:
+                return None
+            parts.append(prepared)
+        return joined(parts)
+
+    def _load_again(self, source: PictureSource) -> Blob:
+        """Read a picture that its client may send again."""
+        blob = self._blobs.get(_read(source, self._limits, self._fetch))
+        text = _text_digest(source)
+        if text is not None:
+            self._known.add_text(text, blob.sha256)
+        return blob
 
     def prepare(self, blobs: tuple[Blob, ...], scope: str | None, with_arrays: bool = True) -> Prepared:
         """Prepare the pictures of one message. `scope`: as in `picture_key`.
@@ -135,6 +172,14 @@ def picture_key(sha256: str, scope: str | None) -> str:
     caller has shown the same picture.
     """
     return sha256 if scope is None else hashlib.sha256(f"{scope} {sha256}".encode()).hexdigest()
+
+
+def _text_digest(source: PictureSource) -> bytes | None:
+    """Return the sha256 of a picture's text, or None for a picture that is elsewhere, whose bytes may change."""
+    text = source.image if source.image is not None else source.path
+    if text is None or (source.image is None and text[:5].lower() != "data:"):
+        return None
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
 
 
 def _read(source: PictureSource, limits: MediaLimits, fetch: Callable[[str, MediaLimits], bytes]) -> bytes:

@@ -42,8 +42,7 @@ class Rewrite:
     """How a question of a named session continues it: behind its first `kept_tokens` tokens, in the engine.
 
     `base_turns`: as in `TurnRecord`. `sent_ids`: the tokens that follow the kept ones; the record of the turn begins at
-    the end of a whole turn, so it may have more. `kept_pictures`: pictures among the kept tokens, `base_pictures`:
-    pictures of the base.
+    the end of a whole turn, so it may have more.
     """
 
     base_turns: int
@@ -55,9 +54,9 @@ class Rewrite:
 class HeldConversation:
     """What the engine holds for an implicit session: `token_ids`, `[tokens]`, and pictures that begin at `starts`.
 
-    `root`, `links`: see worker/conversations.py. `fork_base`: the session is an attempt at a turn that another session
-    has answered, and shares so many tokens with it; None otherwise. `first_prompt_tokens`, `last_prompt_tokens`:
-    tokens before the first and before the latest answer.
+    `root`: see `root_of`. `links`: see `links_of`. `fork_base`: the session is an attempt at a turn that another
+    session has answered, and shares so many tokens with it; None otherwise. `first_prompt_tokens`,
+    `last_prompt_tokens`: tokens before the first and before the latest answer.
     """
 
     root: int

@@ -68,10 +68,10 @@ class Preparer:
         executor = self._fetching if _is_any_remote(pictures) else self._decoding
         return executor.submit(self.prompts.opening, request, self.prompts.scope(session_id, token_digest))
 
-    def chat(self, chat: Chat, session_id: str, with_arrays: bool) -> Future[PreparedChat]:
-        """Prepare a conversation without a session header. `with_arrays`: as in `PictureLoader.prepare`."""
+    def chat(self, chat: Chat, scope: str | None, with_arrays: bool) -> Future[PreparedChat]:
+        """Prepare a conversation without a session header. `scope`, `with_arrays`: as in `PictureLoader.prepare`."""
         executor = self._fetching if _is_any_remote(chat.pictures) else self._decoding
-        return executor.submit(self.prompts.chat, chat, self.prompts.scope(session_id, None), with_arrays)
+        return executor.submit(self.prompts.chat, chat, scope, with_arrays)
 
     def resume(self, session_id: str, token_digest: str | None, transcript: Transcript | None) -> Future[Rebuild]:
         """Prepare another session's conversation, from its transcript or else from its journal.

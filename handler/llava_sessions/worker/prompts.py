@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from ..journal.journal import NotFound
 from ..protocol.openai import Chat, ChatMessage
 from ..protocol.requests import Ask, Open
 from ..text.chat_template import ChatTemplate, Message, OpenedOn, Opening
-from ..text.pictures import Prepared
+from ..text.pictures import NOTHING, Prepared
 from .pictures import PictureLoader
 from .prefixes import PictureSpan, Prompt, Rewrite, common_prefix, links_of, root_of
 
@@ -139,17 +139,30 @@ class PromptBuilder:
 
     def chat(self, chat: Chat, scope: str | None, with_arrays: bool) -> PreparedChat:
         """Return a conversation without a session header. `with_arrays`: as in `PictureLoader.prepare`."""
-        conversation = self._conversation(chat.messages, scope, with_arrays)
+        conversation = self._unread(chat.messages, scope) if not with_arrays else None
+        conversation = conversation or self._conversation(chat.messages, scope, with_arrays)
         spans = self._spans(conversation.token_ids, conversation.prepared)
         links = links_of(root_of(chat.label, scope), conversation.token_ids, spans)
         return PreparedChat(Prompt(np.asarray(conversation.token_ids), spans, links), conversation.pictures)
+
+    def _unread(self, messages: Sequence[ChatMessage], scope: str | None) -> _Conversation | None:
+        """Return a conversation whose pictures are all known, without reading them; None if one is not known."""
+        prepared = []
+        for message in messages:
+            known = self._loader.known(message.pictures, scope) if message.pictures else NOTHING
+            if known is None:
+                return None
+            prepared += [known] if message.pictures else []
+        rendered = [Message(one.role, one.text, len(one.pictures)) for one in messages]
+        return _Conversation(self.template.conversation(rendered, prepared), tuple(prepared), ())
 
     def _conversation(
         self, messages: Sequence[ChatMessage], scope: str | None, with_arrays: bool, opened_on: OpenedOn | None = None
     ) -> _Conversation:
         rendered = [Message(one.role, one.text, len(one.pictures)) for one in messages]
         self.template.check_conversation(rendered, opened_on)  # before any picture is read
-        groups = self._loader.load_conversation([one.pictures for one in messages if one.pictures], scope)
+        sources = [one.pictures for one in messages if one.pictures]
+        groups = self._loader.load_conversation(sources, scope)
         prepared = [self._loader.prepare(group, scope, with_arrays) for group in groups]
         return _Conversation(self.template.conversation(rendered, prepared, opened_on), tuple(prepared), groups)
 
@@ -183,8 +196,8 @@ class PromptBuilder:
         scope = self.scope(session.id, session.token_digest)
         rebuild = None if session.in_engine else self.rebuild(transcript)
         held_keys = session.picture_keys if rebuild is None else rebuild.picture_keys
-        messages, opened_on = self._behind_opening(chat.messages, transcript)
-        conversation = self._conversation(messages, scope, with_arrays or rebuild is not None, opened_on)
+        opened_on = self._opened_on(chat.messages, transcript)
+        conversation = self._conversation(chat.messages, scope, with_arrays or rebuild is not None, opened_on)
         opening_ids = transcript.opening.token_ids if opened_on is not None else []
         opening_keys = held_keys[: _opening_pictures(transcript)] if opened_on is not None else ()
         token_ids = [*opening_ids, *conversation.token_ids]
@@ -204,28 +217,17 @@ class PromptBuilder:
             picture_keys=(*opening_keys, *(span.key for span in spans)),
         )
 
-    def _behind_opening(
-        self, messages: tuple[ChatMessage, ...], transcript: Transcript
-    ) -> tuple[tuple[ChatMessage, ...], OpenedOn | None]:
-        """Return the messages without the pictures that the session was opened on, and what they follow.
+    @staticmethod
+    def _opened_on(messages: tuple[ChatMessage, ...], transcript: Transcript) -> OpenedOn | None:
+        """Return the opening that a conversation follows; None for a conversation that begins with its own tokens.
 
-        The conversation follows the opening if its first user message has no pictures, or begins with those of the
-        opening. Otherwise it replaces the opening.
+        A first question without pictures is about those of the opening. One with pictures shows all of its own.
         """
         record = transcript.opening
-        opening_counts = len(transcript.opening_ids) > 0 and not record.history_turns
-        first = next((at for at, message in enumerate(messages) if message.role == "user"), None)
-        if not opening_counts or first is None:
-            return messages, None
-        opened_on = OpenedOn(record.kind, _opening_pictures(transcript))
-        pictures = messages[first].pictures
-        if not pictures:
-            return messages, opened_on
-        blobs = self._loader.load_conversation([pictures], None)[0][: len(record.pictures)]
-        if record.kind == "video" or [one.sha256 for one in blobs] != [one.sha256 for one in record.pictures]:
-            return messages, None
-        rest = replace(messages[first], pictures=pictures[len(blobs) :])
-        return (*messages[:first], rest, *messages[first + 1 :]), opened_on
+        question = next((message for message in messages if message.role == "user"), None)
+        if not transcript.opening_ids or record.history_turns or question is None or question.pictures:
+            return None
+        return OpenedOn(record.kind, _opening_pictures(transcript))
 
     def rebuild(self, transcript: Transcript) -> Rebuild:
         """Prepare a transcript's pictures. Raise `NotFound` if another model wrote the transcript."""

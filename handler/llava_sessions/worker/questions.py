@@ -27,8 +27,9 @@ from .turns import Turns
 # Of the time until the deadline, the part that the journal may take to store the answer.
 _STORING_SHARE = 0.1
 _STORING_MS = 500
-# Turns of one session that later ones may replace: their records stay in the journal.
+# Turns of one session that later ones may replace, and bytes of their pictures: their records stay in the journal.
 MAX_REPLACED_TURNS = 1_000
+MAX_REPLACED_BYTES = 2**30
 
 
 class Questions:
@@ -52,9 +53,7 @@ class Questions:
         if session.engine_losses >= MAX_ENGINE_LOSSES:
             message = f"Each of the session's last {MAX_ENGINE_LOSSES} turns ended the engine; open a new session."
             raise Refused("internal", message)
-        if session.transcript is not None and session.transcript.replaced_turns >= MAX_REPLACED_TURNS:
-            message = f"The session's turns were replaced {MAX_REPLACED_TURNS:,} times; open a new session."
-            raise Refused("invalid_request", message)
+        self._check_replaced(session)
         turn = Turn(session, ask, pending)
         self._turns.add(turn)
         try:
@@ -67,6 +66,19 @@ class Questions:
         except Exception:
             self._turns.end(turn)
             raise
+
+    def _check_replaced(self, session: Session) -> None:
+        """Raise `Refused` if the session has too many replaced turns. A session that resumes it has none of them."""
+        transcript = session.transcript
+        if transcript is None:
+            return
+        is_large = self._context.journal.durable and transcript.replaced_bytes >= MAX_REPLACED_BYTES
+        if is_large or transcript.replaced_turns >= MAX_REPLACED_TURNS:
+            message = (
+                f"The session must have fewer than {MAX_REPLACED_TURNS:,} replaced turns, with less than "
+                f"{MAX_REPLACED_BYTES:,} bytes of pictures, got more; `resume` it in a new session."
+            )
+            raise Refused("invalid_request", message)
 
     def _attach(self, pending: PendingRequest, session: Session, ask: Ask | Chat) -> bool:
         """Answer a retried ask with the stored answer, or attach it to the running turn. Return False if it is new."""
@@ -167,6 +179,8 @@ class Questions:
         turn.crops = kept_tokens < held_tokens
         before = session.picture_keys if rewrite is None else ()
         turn.picture_keys = (*before, *question.picture_keys)
+        # The engine drops all others.
+        session.picture_keys = turn.picture_keys[: len(turn.picture_keys) - len(question.pictures)]
         sampling = sampling_of(turn.ask, deadline_ms)
         kept = None if rewrite is None else kept_tokens
         context.gate.submit(AskSession(session.id, turn.id, sent_ids, sampling, question.pictures, kept))
@@ -177,11 +191,14 @@ class Questions:
 
 
 def ms_left(context: WorkerContext, turn: Turn) -> int | None:
-    """Return the milliseconds that the engine may take for a turn: the rest is for the journal. None: any time."""
+    """Return the milliseconds that the engine may take for a turn: the rest is for the journal. None: any time.
+
+    A question without a session ID is not stored.
+    """
     if turn.deadline_s is None:
         return None
     left_ms = (turn.deadline_s - context.monotonic()) * 1e3
-    is_stored = context.journal.durable and turn.session.conversation is None
+    is_stored = context.journal.durable and turn.ask.session_id is not None
     storing_ms = min(_STORING_SHARE * left_ms, _STORING_MS) if is_stored else 0.0
     return int(left_ms - storing_ms)
 

@@ -202,7 +202,8 @@ class Session(_Stateful):
     @property
     def is_stored_only(self) -> bool:
         """Whether only the journal has the session: it was found there at the start, and not asked yet."""
-        return self.transcript is None and self.turn is None and self.is_in(SessionState.OPEN)
+        is_idle = self.turn is None and self.is_in(SessionState.OPEN)
+        return is_idle and self.transcript is None and self.conversation is None
 
     @property
     def held_conversation(self) -> HeldConversation:
@@ -270,7 +271,7 @@ class SessionTable:
         self.may_release_stored = False
         self.max_implicit = max_implicit
         self.ttl_s = ttl_s
-        self._idle_s = math.inf if idle_s is None else idle_s
+        self.idle_s = math.inf if idle_s is None else idle_s
         self._sessions: dict[str, Session] = {}
         self._past: OrderedDict[str, _Ended] = OrderedDict()
         self._ended: list[str] = []
@@ -299,7 +300,7 @@ class SessionTable:
                 message = f"All {self.max_sessions} sessions are taken; close one or try again later."
                 raise Refused("capacity", message)
             self.end(stored, None)
-        session = self._sessions[session_id] = Session(session_id, self._idle_s)
+        session = self._sessions[session_id] = Session(session_id, self.idle_s)
         return session
 
     def release(self, session: Session) -> None:
@@ -314,7 +315,7 @@ class SessionTable:
         """Add an open session that only the journal holds, even if the table is full. Return False if it is known."""
         if session_id in self._sessions or session_id in self._past:
             return False
-        session = self._sessions[session_id] = Session(session_id, self._idle_s)
+        session = self._sessions[session_id] = Session(session_id, self.idle_s)
         session.expires_at_s = expires_at_s
         session.used_at_s = now_s
         session.token_digest = token_digest

@@ -17,7 +17,7 @@ from llava_sessions.journal.journal import Journal, OwnerIsAnswering, SaveOutcom
 from llava_sessions.journal.locks import INSTANCE_FILE, InstanceFiles
 from llava_sessions.journal.owners import read_owner
 from llava_sessions.journal.stores import DirectoryStore, S3Store
-from tests.support.journals import NOW, PREFIX, _closing, again, bucket, folder, opening, stores
+from tests.support.journals import NOW, PREFIX, _closing, again, bucket, folder, opening, stores, warnings
 
 __all__ = ["_closing", "bucket", "folder"]  # fixtures
 pytestmark = pytest.mark.usefixtures("_closing")
@@ -104,3 +104,13 @@ def test_old_files_of_ended_instances_are_removed(folder: Path) -> None:
         os.utime(folder / f".instance-{name}", (LONG_AGO_S, LONG_AGO_S))
     DirectoryStore(str(folder)).tidy(NOW)
     assert {path.name for path in folder.iterdir()} == {f".instance-{'ab' * 16}", f".instance-{'ef' * 16}"}
+
+
+def test_a_mark_that_writes_nothing_does_not_end_an_outage(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder.write_bytes(b"not a directory")
+    journal = again(folder)
+    transcript = opening(journal)
+    for _ in range(3):
+        assert journal.save(transcript).result(10) is SaveOutcome.FAILED
+        journal.mark("chat-1", 0.0).result(10)
+    assert len(warnings(caplog)) == 1

@@ -19,7 +19,7 @@ import httpx
 import openai
 import pytest
 
-from bench import harness, route
+from bench import conversations, harness, route
 from deploy.serve.configuration import CORS_VARIABLE
 from deploy.serve.haproxy import HAProxy, find_haproxy
 from deploy.serve.ports import free_ports
@@ -405,8 +405,12 @@ def test_a_client_that_leaves_in_mid_stream_is_missed(url: str, server: TorchSer
 def test_the_bench_of_the_way_runs(url: str, server: TorchServe, tmp_path: Path) -> None:
     options = route.parse(["--smoke", "--out", str(tmp_path)])
     run = harness.Run(options)
-    run.finish(route.report(route.measure(options, run, (server.url, url))), route.paint)
+    taken = route.measure(options, run, (server.url, url))
+    run.finish(route.report(taken, conversations.measure(run, url)), route.paint)
     document = json.loads((tmp_path / "route.json").read_text())
-    assert len(document["rows"]) == 6
-    assert all(row["requests"] == 2 for row in document["rows"])
+    ways = [row for row in document["rows"] if row["request"] in route.KINDS]
+    assert len(ways) == 6
+    assert all(row["requests"] == 2 for row in ways)
+    assert all(row["requests"] > 0 for row in document["rows"])
+    assert len(document["rows"]) > len(ways)
     assert (tmp_path / "route.png").is_file()

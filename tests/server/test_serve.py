@@ -171,7 +171,7 @@ def test_ports_are_distinct_and_given_ones_come_in_a_row() -> None:
     port = free_row()
     ports = choose_ports(port)
     assert [ports[use] for use in ("inference", "management", "metrics")] == [port, port + 1, port + 2]
-    assert len(set(ports.values())) == 6
+    assert len(set(ports.values())) == 7
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ports are reserved on Linux only")

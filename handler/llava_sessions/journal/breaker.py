@@ -28,6 +28,12 @@ class CircuitBreaker:
         self._next_try_s = 0.0
         self.failures_total = 0
 
+    @property
+    def is_failing(self) -> bool:
+        """Whether the latest work failed."""
+        with self._lock:
+            return self._failing
+
     def run(self, work: Callable[[], T]) -> T:
         """Do the work. Raise `StoreError` if it fails, or without a try if the store just failed."""
         with self._lock:

@@ -68,9 +68,15 @@ class StoreWriter:
             return SaveOutcome.FAILED
 
     def mark(self, key: str, owner: Owner, busy_until_s: float) -> SaveOutcome:
-        """Note in the owner record until when a turn may run; 0: none runs."""
+        """Note in the owner record until when a turn may run; 0: none runs.
+
+        Its success or failure is not that of a write: a session without an owner record needs no write. A store whose
+        writes fail is not asked.
+        """
+        if self._writes.is_failing:
+            return SaveOutcome.FAILED
         try:
-            self._writes.run(partial(self._mark, key, owner, busy_until_s))
+            self._mark(key, owner, busy_until_s)
         except StoreError:
             return SaveOutcome.FAILED
         except NotOwner:

@@ -87,6 +87,6 @@ def test_blobs_are_counted_right_in_many_threads() -> None:
     assert (pool.held_bytes, len(pool)) == (0, 0)
 
 
-@pytest.mark.parametrize("prefix", ["ts-seq-", "chat-", ""])
+@pytest.mark.parametrize("prefix", ["ts-seq-", "implicit-", ""])
 def test_a_short_id_has_eight_characters_of_the_random_part(prefix: str) -> None:
     assert short_id(f"{prefix}0123456789ab-cdef") == "01234567"

@@ -287,7 +287,7 @@ def _without_tokens(turn: TurnRecord) -> TurnRecord:
 
 def short_id(identity: str) -> str:
     """Return the beginning of a session or request ID for logs. A whole session ID is a secret."""
-    return identity.removeprefix("ts-seq-").removeprefix("chat-")[:_SHORT_ID_CHARS]
+    return identity.removeprefix("ts-seq-").removeprefix("implicit-")[:_SHORT_ID_CHARS]
 
 
 @dataclass

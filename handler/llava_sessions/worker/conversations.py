@@ -205,7 +205,7 @@ class Conversations:
 
 def implicit_session(table: SessionTable, token_digest: str | None) -> Session:
     """Return a session that is not in the table yet. It is found by requests of the same session token only."""
-    session = Session(f"chat-{uuid.uuid4()}", table.idle_s)
+    session = Session(f"implicit-{uuid.uuid4()}", table.idle_s)
     session.token_digest = token_digest
     session.advance(SessionState.OPEN)
     return session

@@ -24,6 +24,7 @@ from . import machine
 from .make_checkpoint import PRESETS, ensure_checkpoint
 
 RESULTS = Path(__file__).parent / "results"
+DEMO_MODEL = Path(__file__).parents[1] / "models" / "shapes"
 FLOAT32 = "-float32"  # suffix of the name of a record from a CPU without bfloat16
 
 
@@ -45,6 +46,29 @@ class Options:
     def pick(self, usual: Any, smoke: Any) -> Any:
         """Return `smoke` in a smoke run, else `usual`."""
         return smoke if self.smoke else usual
+
+
+def served_options(name: str, about: str | None, argv: list[str] | None, *, rounds: int, rounds_help: str) -> Options:
+    """Parse the command line of a benchmark of the whole service, which always serves the demo model."""
+    parser = Parser(
+        prog=f"python -m bench.{name}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=whole_number(1), default=rounds, help=rounds_help)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON and the plot")
+    parser.add_argument("--smoke", action="store_true", help="one short round: shows that it runs")
+    given = parser.parse_args(argv)
+    return Options(
+        name=name,
+        checkpoint=DEMO_MODEL,
+        preset="shapes",
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        rounds=1 if given.smoke else given.rounds,
+        smoke=given.smoke,
+        out=given.out,
+        seed=0,
+        extra=given,
+    )
 
 
 def parse(name: str, about: str | None, argv: list[str] | None, rounds: int, more: Callable | None = None) -> Options:

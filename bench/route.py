@@ -9,7 +9,6 @@ Then the same conversations in the native protocol and on the OpenAI route (`ben
 
 from __future__ import annotations
 
-import argparse
 import base64
 import contextlib
 import io
@@ -23,17 +22,13 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-import torch
 from PIL import Image
-
-from deploy.options import Parser, whole_number
 
 from . import conversations, harness
 from .conversations import Samples
 from .harness import Options, Result, Run, median, percentile
 
 ROOT = Path(__file__).parents[1]
-MODEL = ROOT / "models" / "shapes"
 SESSION_HEADER = "X-Amzn-SageMaker-Session-Id"
 QUESTION = {"type": "send_text_prompt", "prompt_text": "How many shapes are there?"}
 TURNS_PER_SESSION = 8  # the demo model's context holds no more of both sides' turns
@@ -97,7 +92,7 @@ KINDS: dict[str, Callable[[Way, str], float]] = {
 
 
 @contextlib.contextmanager
-def service(root: Path = ROOT, model: Path = MODEL, dtype: str = "float32") -> Iterator[tuple[str, str]]:
+def service(root: Path = ROOT, model: Path = harness.DEMO_MODEL, dtype: str = "float32") -> Iterator[tuple[str, str]]:
     """Start the service of the checkout `root` with a model; yield the addresses of TorchServe and of HAProxy."""
     with tempfile.TemporaryDirectory() as store:
         pack = [root / "build_mar.sh", "--model", model, "--dtype", dtype, "--device", "cpu", "--output", store]
@@ -177,26 +172,8 @@ def paint(axes, result: Result) -> None:
 
 
 def parse(argv: list[str] | None) -> Options:
-    """Parse the command line. The model is always the demo's."""
-    parser = Parser(
-        prog="python -m bench.route", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=whole_number(1), default=20, help="sessions of 20 turns each (20)")
-    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of the JSON and the plot")
-    parser.add_argument("--smoke", action="store_true", help="one short round: shows that it runs")
-    given = parser.parse_args(argv)
-    return Options(
-        name="route",
-        checkpoint=MODEL,
-        preset="shapes",
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        rounds=1 if given.smoke else given.rounds,
-        smoke=given.smoke,
-        out=given.out,
-        seed=0,
-        extra=given,
-    )
+    """Parse the command line."""
+    return harness.served_options("route", __doc__, argv, rounds=20, rounds_help="sessions of 20 turns each (20)")
 
 
 def main(argv: list[str] | None = None) -> Result:

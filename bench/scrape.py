@@ -8,22 +8,17 @@ while no answer runs; it hardly depends on the machine's load.
 
 from __future__ import annotations
 
-import argparse
 import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import psutil
-import torch
-
-from deploy.options import Parser, whole_number
 
 from . import harness
 from .harness import Options, Result, Run, median, percentile
-from .route import MODEL, SESSION_HEADER, Way, service
+from .route import SESSION_HEADER, Way, service
 
 SESSIONS = 4
 TOKENS = 100
@@ -92,7 +87,7 @@ def measure(options: Options, run: Run, url: str) -> tuple[dict[str, list[float]
 
 
 def cpu_ms(options: Options, url: str) -> float:
-    """Return the CPU time of the worker process for one scrape, less what it takes in the same time without scrapes."""
+    """Return the CPU time of the worker for one scrape, less that of an equal interval without scrapes."""
     (worker,) = (
         process
         for process in psutil.Process().children(recursive=True)
@@ -140,26 +135,8 @@ def paint(axes, result: Result) -> None:
 
 
 def parse(argv: list[str] | None) -> Options:
-    """Parse the command line. The model is always the demo's."""
-    parser = Parser(
-        prog="python -m bench.scrape", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=whole_number(1), default=8, help="pairs of measurements (8)")
-    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of the JSON and the plot")
-    parser.add_argument("--smoke", action="store_true", help="one short round: shows that it runs")
-    given = parser.parse_args(argv)
-    return Options(
-        name="scrape",
-        checkpoint=MODEL,
-        preset="shapes",
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        rounds=1 if given.smoke else given.rounds,
-        smoke=given.smoke,
-        out=given.out,
-        seed=0,
-        extra=given,
-    )
+    """Parse the command line."""
+    return harness.served_options("scrape", __doc__, argv, rounds=8, rounds_help="pairs of measurements (8)")
 
 
 def main(argv: list[str] | None = None) -> Result:

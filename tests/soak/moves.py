@@ -320,6 +320,12 @@ def _run(
         crowd.allow(math.inf)
         for one in chats:
             one.result()
+    _report(record, name, crowd, harms)
+
+
+def _report(record: Record, name: str, crowd: Crowd, harms: list[str]) -> None:
+    """Add the figures and the checks of one run."""
+    chosen = record.chosen
     turns = chosen.sessions * chosen.turns
     record.figures[name] = {
         "turns": crowd.turns,

@@ -177,12 +177,12 @@ class Chat:
     was_restarted: bool = False
 
     def note_moves(self) -> None:
-        """Only what is durable is sure to be on another instance."""
+        """Only durable turns are certainly on another instance."""
         if self.moves or self.claimed:
             self.possible = {shorter for whole in self.possible for shorter in whole.prefixes()}
 
     def survive_restart(self, store_has_failed: bool) -> None:
-        """Only what is durable is sure to be still there. The mark of a turn that ran is valid for some time."""
+        """Only durable turns are certainly still there. The mark of a turn that ran is valid for some time."""
         self.was_restarted = True
         self.possible = {shorter for whole in self.possible for shorter in whole.prefixes()}
         if self.is_ended is False and not self.is_durable:

@@ -176,7 +176,7 @@ class Admission:
     def _reserve(
         self, session: EngineSession, kv_bytes: int, new_image_tokens: int = 0, released_bytes: int = 0
     ) -> None:
-        """Reserve memory, see `DeviceMemory.place`. Raises `_Wait` if an active session may free what is missing."""
+        """Reserve memory, see `DeviceMemory.place`. Raises `_Wait` if an active session may free the missing bytes."""
         try:
             self._memory.place(session, kv_bytes, new_image_tokens, released_bytes)
         except MemoryExceeded:

@@ -19,8 +19,9 @@ from transformers import (
 from transformers.models.clip import CLIPImageProcessorPil
 
 BOS, EOS, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
-IMAGE_PX, PATCH_PX = 72, 24  # a patch is a cell of the scene: a smaller patch cannot tell its shape (tried: it fails)
-IMAGE_TOKENS = (IMAGE_PX // PATCH_PX) ** 2
+IMAGE_PX, PATCH_PX = 144, 16
+GRID = IMAGE_PX // PATCH_PX  # patches a side: three for each of the three places, so that no patch is in two places
+IMAGE_TOKENS = GRID**2
 _MOST_TOKENS_IN_VOCABULARY = 1024
 
 # LLaVA-1.5's words. <s> comes from here and not from the tokenizer, so that text means the same tokens in one piece
@@ -76,9 +77,9 @@ def make_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """Pictures to 72 px (shortest side, middle cropped) and text to tokens, `<image>` to nine of them."""
+    """Return the processor: it squashes a picture of any shape to a square and writes `<image>` as 81 tokens."""
     pictures = CLIPImageProcessorPil(
-        size={"shortest_edge": IMAGE_PX}, crop_size={"height": IMAGE_PX, "width": IMAGE_PX}, do_convert_rgb=True
+        size={"height": IMAGE_PX, "width": IMAGE_PX}, do_center_crop=False, do_convert_rgb=True
     )
     return LlavaProcessor(
         image_processor=pictures,
@@ -93,10 +94,11 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
     """The model with random weights: about 3 million of them, a third in the eye."""
     vision = CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=7,
         num_attention_heads=4,
+        hidden_act="gelu",
         image_size=IMAGE_PX,
         patch_size=PATCH_PX,
         projection_dim=128,

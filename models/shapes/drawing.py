@@ -79,6 +79,10 @@ class Mark:
     radius: float
     tilt: float
 
+    def corners(self, side_px: float) -> list[Point]:
+        """The outline's corners in a picture of `side_px` by `side_px`."""
+        return [_placed(point, self, side_px) for point in OUTLINES[self.kind]]
+
 
 def paint_picture(background: Background, marks: list[Mark], size_px: int) -> Image.Image:
     """The background with all marks on it, RGB, `size_px` by `size_px`."""
@@ -86,12 +90,11 @@ def paint_picture(background: Background, marks: list[Mark], size_px: int) -> Im
     canvas = background.paint(canvas_px)
     pen = ImageDraw.Draw(canvas)
     for mark in marks:
-        outline = [_placed(point, mark, canvas_px) for point in OUTLINES[mark.kind]]
-        pen.polygon(outline, fill=mark.paint)
+        pen.polygon(mark.corners(canvas_px), fill=mark.paint)
     return canvas.reduce(_OVERSAMPLING)
 
 
-def _placed(point: Point, mark: Mark, canvas_px: int) -> Point:
+def _placed(point: Point, mark: Mark, canvas_px: float) -> Point:
     sine, cosine = math.sin(mark.tilt), math.cos(mark.tilt)
     across, down = point
     x = mark.middle[0] + mark.radius * (across * cosine - down * sine)

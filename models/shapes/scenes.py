@@ -16,6 +16,7 @@ No scene holds two shapes of the same kind and colour; kinds repeat, colours rep
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -28,6 +29,7 @@ COLOURS = tuple(drawing.PAINTS)
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 HELD_OUT_SEEDS = range(10_000_000, 20_000_000)  # training draws below; the demo, the tests, the evaluation in here
 MOST_SHAPES = 4
+NOTHING_KNOWN = "There is no shape that I know."
 
 _SIDES = {
     "top": ("top left", "top", "top right"),
@@ -175,7 +177,9 @@ class Focus:
 
 
 def true_answer(scene: Scene, ask: Ask) -> str:
-    """The one canonical answer."""
+    """Return the one canonical answer; to any question about a picture without a known shape it is NOTHING_KNOWN."""
+    if not scene.objects:
+        return NOTHING_KNOWN
     return _ANSWERS[ask.what](scene, ask)
 
 
@@ -189,7 +193,20 @@ def _joined(parts: list[str]) -> str:
 
 
 def _named(shapes: tuple[Shape, ...]) -> str:
-    return _joined([f"a {shape.name}" for shape in shapes])
+    """ "a red circle and two blue stars": shapes of one kind and colour are counted together."""
+    return _counted([Subject(shape.kind, shape.colour) for shape in shapes])
+
+
+def _counted(subjects: list[Subject]) -> str:
+    counts = Counter(subjects)
+    return _joined([f"a {one.noun()}" if n == 1 else f"{_NUMBERS[n]} {one.noun(n)}" for one, n in counts.items()])
+
+
+def _there(shapes: tuple[Shape, ...], adverb: str = "") -> str:
+    """ "There is a red circle and a blue star": the verb agrees with the first part, as people speak."""
+    names = [shape.name for shape in shapes]
+    verb = "are" if names.count(names[0]) > 1 else "is"
+    return f"There {verb}{adverb} {_named(shapes)}"
 
 
 def _at(place: str) -> str:
@@ -202,11 +219,12 @@ def _about(scene: Scene, subject: Subject, tell: Callable[[Shape], str]) -> str:
     if not shapes:
         return f"There is no {subject.noun()}."
     verb = "is" if len(shapes) == 1 else "are"
-    return f"The {subject.noun(len(shapes))} {verb} {_joined([tell(shape) for shape in shapes])}."
+    parts = list(dict.fromkeys(tell(shape) for shape in shapes))
+    return f"The {subject.noun(len(shapes))} {verb} {_joined(parts)}."
 
 
 def _say_all(scene: Scene, ask: Ask) -> str:
-    return f"There is {_named(scene.objects)}."
+    return f"{_there(scene.objects)}."
 
 
 def _say_count(scene: Scene, ask: Ask) -> str:
@@ -219,7 +237,10 @@ def _say_colour(scene: Scene, ask: Ask) -> str:
 
 
 def _say_kind(scene: Scene, ask: Ask) -> str:
-    return _about(scene, ask.subject, lambda shape: f"a {shape.kind}")
+    shapes = ask.subject.among(scene)
+    if len(shapes) < 2:
+        return _about(scene, ask.subject, lambda shape: f"a {shape.kind}")
+    return f"The {ask.subject.noun(2)} are {_counted([Subject(shape.kind) for shape in shapes])}."
 
 
 def _say_where(scene: Scene, ask: Ask) -> str:
@@ -228,7 +249,7 @@ def _say_where(scene: Scene, ask: Ask) -> str:
 
 def _say_at(scene: Scene, ask: Ask) -> str:
     shapes = shapes_at(scene, ask.place)
-    return f"There is {_named(shapes) if shapes else 'nothing'} {_at(ask.place)}."
+    return f"{_there(shapes) if shapes else 'There is nothing'} {_at(ask.place)}."
 
 
 def _say_exists(scene: Scene, ask: Ask) -> str:
@@ -261,7 +282,7 @@ def _with_verdict(scene: Scene, ask: Ask, told: str, holds: Callable[[Shape], bo
 
 def _say_else(scene: Scene, ask: Ask) -> str:
     rest = tuple(shape for shape in scene.objects if shape not in ask.besides)
-    return f"There is also {_named(rest)}." if rest else "There is nothing else."
+    return f"{_there(rest, ' also')}." if rest else "There is nothing else."
 
 
 _ANSWERS: dict[str, Callable[[Scene, Ask], str]] = {
@@ -284,11 +305,11 @@ _ANSWERS: dict[str, Callable[[Scene, Ask], str]] = {
 
 
 def _pick_kind(scene: Scene, rng: random.Random, present: float) -> str:
-    return rng.choice(scene.objects).kind if rng.random() < present else rng.choice(KINDS)
+    return rng.choice(scene.objects).kind if scene.objects and rng.random() < present else rng.choice(KINDS)
 
 
 def _pick_colour(scene: Scene, rng: random.Random, present: float) -> str:
-    return rng.choice(scene.objects).colour if rng.random() < present else rng.choice(COLOURS)
+    return rng.choice(scene.objects).colour if scene.objects and rng.random() < present else rng.choice(COLOURS)
 
 
 def _pick_subject(scene: Scene, rng: random.Random, present: float) -> Subject:
@@ -298,7 +319,7 @@ def _pick_subject(scene: Scene, rng: random.Random, present: float) -> Subject:
         return Subject(kind=_pick_kind(scene, rng, present))
     if form < 0.6:
         return Subject(colour=_pick_colour(scene, rng, present))
-    if rng.random() < present:
+    if scene.objects and rng.random() < present:
         shape = rng.choice(scene.objects)
         return Subject(shape.kind, shape.colour)
     return Subject(_pick_kind(scene, rng, 0.7), _pick_colour(scene, rng, 0.7))
@@ -306,8 +327,8 @@ def _pick_subject(scene: Scene, rng: random.Random, present: float) -> Subject:
 
 def _pick_place(scene: Scene, rng: random.Random, present: float) -> str:
     """A place; `present` is how often it is the place (or the side) of a shape that is there."""
-    if rng.random() >= present:
-        return rng.choice(PLACES)
+    if not scene.objects or rng.random() >= present:
+        return rng.choice((*PLACES, *_SIDES))
     place = rng.choice(scene.objects).place
     sides = [side for side, places in _SIDES.items() if place in places]
     return rng.choice(sides) if sides and (place in _SIDES or rng.random() < 0.4) else place

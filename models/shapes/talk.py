@@ -1,0 +1,146 @@
+"""Stage 2: dialogues as token IDs, and what the language model sees of a sketch before the eye is ready."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LlavaProcessor, PreTrainedTokenizerFast
+
+from models.shapes import build
+from models.shapes.build import GRID, IMAGE_TOKENS
+from models.shapes.eye import Codes
+from models.shapes.scenes import COLOURS, KINDS, Question, Scene, dialogue, make_scene
+from models.shapes.sketches import centre
+
+IGNORED = -100  # torch's mark for positions outside the loss
+
+# The question types that are learned last are asked more often.
+MIX = {
+    "list": 1.5,
+    "check": 1.6,
+    "where": 1.5,
+    "then_where": 1.5,
+    "then_else": 1.5,
+    "colour": 1.4,
+    "at": 1.4,
+    "exists": 1.2,
+    "then_check": 1.2,
+    "then_count": 1.2,
+    "count": 0.8,
+}
+SYSTEM_PROMPTS = (
+    "Answer in one short sentence.",
+    "You are a helpful assistant.",
+    "You answer questions about pictures of shapes.",
+    "Be brief and truthful.",
+    (
+        "A chat between a curious human and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the human's questions."
+    ),
+)
+
+
+class Script:
+    """Writes dialogues as token IDs, piece by piece, exactly as the processor tokenizes their rendered text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self.image = [tokenizer.convert_tokens_to_ids(build.IMAGE)] * IMAGE_TOKENS
+        self._known: dict[str, tuple[int, ...]] = {}
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Return the token IDs of a piece of text, from a cache for pieces that repeat."""
+        if text not in self._known:
+            self._known[text] = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._known[text]
+
+    def turn(self, number: int, question: Question) -> tuple[list[int], list[int]]:
+        """Return the token IDs of a question and of its answer; the picture precedes the first question."""
+        if number == 0:
+            asked = [*self.encode("USER: "), *self.image, *self.encode(f"\n{question.text} ASSISTANT:")]
+        else:
+            asked = [*self.encode("USER:"), *self.encode(f" {question.text} ASSISTANT:")]
+        return asked, [*self.encode(f" {question.answer}"), self.tokenizer.eos_token_id]
+
+    def dialogue(self, scene: Scene, turns: int, rng: random.Random) -> tuple[list[int], list[int]]:
+        """Return token IDs and targets of a random dialogue; targets are IGNORED outside of answers."""
+        ids = [] if rng.random() < 0.05 else [self.tokenizer.bos_token_id]  # hand-written prompts often lack <s>
+        if rng.random() < 0.15:
+            ids += self.encode(rng.choice(SYSTEM_PROMPTS) + " ")
+        targets = [IGNORED] * len(ids)
+        for number, question in enumerate(dialogue(scene, rng.getrandbits(48), turns, hasty=0.25, weights=MIX)):
+            asked, answered = self.turn(number, question)
+            ids += asked + answered
+            targets += [IGNORED] * len(asked) + answered
+        return ids, targets
+
+    def check(self, processor: LlavaProcessor) -> None:
+        """Raise if chat template and processor write a dialogue in another way than `dialogue` does."""
+        scene = make_scene(0)
+        ids, messages = [self.tokenizer.bos_token_id], []
+        for number, question in enumerate(dialogue(scene, 0, 4, hasty=0.5)):
+            asked, answered = self.turn(number, question)
+            ids += asked + answered
+            image = [{"type": "image"}] if number == 0 else []
+            messages.append({"role": "user", "content": [*image, {"type": "text", "text": question.text}]})
+            messages.append({"role": "assistant", "content": question.answer})
+        rendered = processor.apply_chat_template(messages)
+        expected = processor(text=rendered, images=scene.draw(), return_tensors="pt")["input_ids"][0].tolist()
+        if ids != expected:
+            raise RuntimeError(f"training writes {ids}, the chat template {expected}")
+
+
+def padded(rows: list[list[int]], fill: int) -> Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
+
+
+def imagined(scenes: list[Scene], codes: Codes, rng: np.random.Generator) -> Tensor:
+    """Return features as a trained eye may give them: codes with noise, doubts and a few false alarms."""
+    marks = np.zeros((len(scenes), IMAGE_TOKENS, len(KINDS) + len(COLOURS)), np.float32)
+    for row, scene in enumerate(scenes):
+        for shape in scene.objects:
+            mark = _doubtful_mark(KINDS.index(shape.kind), COLOURS.index(shape.colour), rng)
+            for patch, share in _patches(*centre(shape), rng):
+                marks[row, patch] += share * mark
+        for _ in range(rng.poisson(0.3)):
+            false = _doubtful_mark(int(rng.integers(len(KINDS))), int(rng.integers(len(COLOURS))), rng)
+            marks[row, rng.integers(IMAGE_TOKENS)] += rng.uniform(0, 0.3) * false
+    noise = torch.from_numpy(rng.standard_normal((*marks.shape[:2], codes.kinds.shape[1]), np.float32))
+    return codes.of(torch.from_numpy(marks)) + rng.uniform(0.05, 0.35) * noise
+
+
+def _doubtful_mark(kind: int, colour: int, rng: np.random.Generator) -> np.ndarray:
+    """Return a mark of strength 0.75 to 1 that leans towards another kind or colour now and then."""
+    mark = np.zeros(len(KINDS) + len(COLOURS), np.float32)
+    for first, size, right in ((0, len(KINDS), kind), (len(KINDS), len(COLOURS), colour)):
+        doubt = rng.uniform(0, 0.4) if rng.random() < 0.1 else 0.0
+        mark[first + right] += 1 - doubt
+        mark[first + int(rng.integers(size))] += doubt
+    return mark * rng.uniform(0.75, 1.0)
+
+
+def _patches(x: float, y: float, rng: np.random.Generator) -> list[tuple[int, float]]:
+    """Return the patch with the centre, and its neighbour too if the centre is near their border."""
+    (first, share), (second, other) = (_along(value, rng) for value in (x, y))
+    return [
+        (row * GRID + column, a * b)
+        for column, a in ((first, 1 - share[0]), (share[1], share[0]))
+        for row, b in ((second, 1 - other[0]), (other[1], other[0]))
+        if a * b > 0
+    ]
+
+
+def _along(value: float, rng: np.random.Generator) -> tuple[int, tuple[float, int]]:
+    """Return the patch along one axis, and which share of the mark its neighbour gets."""
+    at = min(max(value, 0.0), 0.9999) * GRID
+    patch = int(at)
+    within = at - patch
+    for distance, neighbour in ((within, patch - 1), (1 - within, patch + 1)):
+        if distance < 0.15 and 0 <= neighbour < GRID and neighbour // 3 == patch // 3:
+            doubt = 0.5 - distance / 0.3 + rng.uniform(-0.15, 0.15)
+            return patch, (min(max(doubt, 0.0), 0.6), neighbour)
+    return patch, (0.0, patch)

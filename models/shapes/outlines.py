@@ -204,7 +204,9 @@ def _bar(rng: random.Random) -> Outline:
 
 def _angle(rng: random.Random) -> Outline:
     arm = rng.uniform(0.4, 0.9)
-    return rotated([(-1, -1), (-1 + arm, -1), (-1 + arm, 1 - arm), (1, 1 - arm), (1, 1), (-1, 1)], rng.randrange(4) * math.pi / 2)
+    return rotated(
+        [(-1, -1), (-1 + arm, -1), (-1 + arm, 1 - arm), (1, 1 - arm), (1, 1), (-1, 1)], rng.randrange(4) * math.pi / 2
+    )
 
 
 def _lightning(rng: random.Random) -> Outline:

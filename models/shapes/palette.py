@@ -54,7 +54,14 @@ def ground(rng: random.Random) -> Rgb:
         grey = rng.randint(60, 235)
         return grey, grey, grey
     if form < 0.74:
-        return rng.choice(((0, 0, 0), (20, 20, 20), (30, 30, 46), _rgb(rng.uniform(0, 360), rng.uniform(0, 0.6), rng.uniform(0.05, 0.3))))
+        return rng.choice(
+            (
+                (0, 0, 0),
+                (20, 20, 20),
+                (30, 30, 46),
+                _rgb(rng.uniform(0, 360), rng.uniform(0, 0.6), rng.uniform(0.05, 0.3)),
+            )
+        )
     if form < 0.88:
         return _rgb(rng.uniform(0, 360), rng.uniform(0.1, 0.4), rng.uniform(0.75, 1.0))
     return rng.randrange(256), rng.randrange(256), rng.randrange(256)

@@ -117,9 +117,7 @@ def _names(rng: random.Random, count: int) -> list[tuple[str, str]]:
     return pairs
 
 
-def _layout(
-    rng: random.Random, count: int, extent: Point, least: float, unknown: int
-) -> list[tuple[Point, float]]:
+def _layout(rng: random.Random, count: int, extent: Point, least: float, unknown: int) -> list[tuple[Point, float]]:
     """Return centres and sizes of `count` figures that touch or overlap only a little."""
     least = max(LEAST_SIZE, least)
     closeness = rng.choice((0.86, 0.95, 1.05, 1.2, 1.35))
@@ -132,7 +130,9 @@ def _layout(
         for number in range(count):
             low = max(least, 0.2) if number < unknown else least
             high = max(low, most * shrink)
-            size = max(low, min(high, alike * shrink)) if alike else math.exp(rng.uniform(math.log(low), math.log(high)))
+            size = (
+                max(low, min(high, alike * shrink)) if alike else math.exp(rng.uniform(math.log(low), math.log(high)))
+            )
             spot = _free_spot(rng, spots, size, extent, closeness)
             if spot is None:
                 break
@@ -182,7 +182,14 @@ class _Habits:
 
 
 def _figure(
-    rng: random.Random, kind: str, colour: str, middle: Point, size: float, habits: _Habits, extent: Point, shorter_px: int
+    rng: random.Random,
+    kind: str,
+    colour: str,
+    middle: Point,
+    size: float,
+    habits: _Habits,
+    extent: Point,
+    shorter_px: int,
 ) -> Figure:
     builder = outlines.KNOWN[kind] if kind else rng.choice(outlines.UNKNOWN)
     for _ in range(30):

@@ -65,7 +65,10 @@ def pick(rng: random.Random, paints: list[Rgb], busy: bool) -> Surroundings:
     first = palette.ground_for(paints, rng) if paints else palette.ground(rng)
     second = palette.near(first, paints, rng)
     style = rng.choices(("plain", "gradient", "stripes", "noise", "blobs", "grid"), (62, 11, 7, 9, 5, 6))[0]
-    inks = tuple(rng.choice(((0, 0, 0), (60, 60, 60), (120, 120, 120), (255, 255, 255), (30, 60, 160), palette.ground(rng))) for _ in range(3))
+    inks = tuple(
+        rng.choice(((0, 0, 0), (60, 60, 60), (120, 120, 120), (255, 255, 255), (30, 60, 160), palette.ground(rng)))
+        for _ in range(3)
+    )
     return Surroundings(
         style=style,
         first=first,
@@ -112,7 +115,10 @@ def _background(around: Surroundings, size: tuple[int, int], rng: random.Random)
 def _text(pen: ImageDraw.ImageDraw, size: tuple[int, int], unit: int, rng: random.Random, ink: Rgb) -> None:
     height = max(8.0, rng.uniform(0.03, 0.1) * unit)
     words = " ".join(rng.choices(_WORDS, k=rng.randint(1, 4)))
-    spot = rng.uniform(-0.05, 0.7) * size[0], rng.choice((rng.uniform(0, 0.08), rng.uniform(0.85, 0.95), rng.random())) * size[1]
+    spot = (
+        rng.uniform(-0.05, 0.7) * size[0],
+        rng.choice((rng.uniform(0, 0.08), rng.uniform(0.85, 0.95), rng.random())) * size[1],
+    )
     pen.text(spot, words, fill=ink, font=ImageFont.load_default(height))
 
 
@@ -139,7 +145,11 @@ def _window(pen: ImageDraw.ImageDraw, size: tuple[int, int], unit: int, rng: ran
     shade = rng.choice(((230, 230, 230), (50, 50, 55), (200, 205, 215), (245, 245, 245), (30, 90, 170)))
     margin = rng.choice((0.0, 0.0, rng.uniform(0.005, 0.03))) * unit
     if margin:
-        for side in ((0, 0, margin, size[1]), (size[0] - margin, 0, size[0], size[1]), (0, size[1] - margin, size[0], size[1])):
+        for side in (
+            (0, 0, margin, size[1]),
+            (size[0] - margin, 0, size[0], size[1]),
+            (0, size[1] - margin, size[0], size[1]),
+        ):
             pen.rectangle(side, fill=shade)
     pen.rectangle((0, 0, size[0], bar), fill=shade)
     buttons = rng.choice((((255, 95, 86), (255, 189, 46), (39, 201, 63)), ((120, 120, 120),) * 3, ()))
@@ -149,4 +159,9 @@ def _window(pen: ImageDraw.ImageDraw, size: tuple[int, int], unit: int, rng: ran
         pen.ellipse((x - bar * 0.22, bar * 0.28, x + bar * 0.22, bar * 0.72), fill=paint)
     if rng.random() < 0.7:
         ink = (255, 255, 255) if sum(shade) < 380 else (40, 40, 40)
-        pen.text((size[0] * 0.4, bar * 0.2), " ".join(rng.choices(_WORDS, k=2)), fill=ink, font=ImageFont.load_default(max(6.0, bar * 0.6)))
+        pen.text(
+            (size[0] * 0.4, bar * 0.2),
+            " ".join(rng.choices(_WORDS, k=2)),
+            fill=ink,
+            font=ImageFont.load_default(max(6.0, bar * 0.6)),
+        )

@@ -33,9 +33,8 @@ class Codes:
         rows, columns = torch.randn(2, GRID, width, generator=source)
         thirds = torch.randn(9, width, generator=source)
         places = [3 * (row * 3 // GRID) + column * 3 // GRID for row in range(GRID) for column in range(GRID)]
-        self.patches = (
-            0.5 * (rows[:, None] + columns[None, :]).reshape(IMAGE_TOKENS, width) + 0.7 * thirds[places]
-        ) * 0.6
+        grid = (rows[:, None] + columns[None, :]).reshape(IMAGE_TOKENS, width)
+        self.patches = 0.3 * grid + 0.42 * thirds[places]
 
     def of(self, marks: Tensor) -> Tensor:
         """Return the codes [pictures, tokens, width] of `marks` [pictures, tokens, kinds + colours] (0 to 1)."""

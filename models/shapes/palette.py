@@ -7,16 +7,26 @@ import random
 
 from models.shapes.drawing import Rgb, colour_distance
 
-_NAMED: dict[str, tuple[Rgb, ...]] = {
-    "red": ((255, 0, 0), (255, 0, 0), (214, 32, 36), (220, 20, 60), (178, 34, 34), (231, 76, 60), (204, 0, 0), (139, 0, 0)),
-    "yellow": ((255, 255, 0), (255, 255, 0), (250, 214, 30), (255, 215, 0), (241, 196, 15), (255, 235, 59), (230, 220, 0)),
-    "green": ((0, 128, 0), (0, 255, 0), (26, 150, 62), (0, 100, 0), (50, 205, 50), (46, 204, 113), (34, 139, 34), (0, 200, 0)),
-    "blue": ((0, 0, 255), (0, 0, 255), (34, 78, 214), (30, 144, 255), (65, 105, 225), (52, 152, 219), (0, 0, 139), (0, 0, 200)),
-    "purple": ((128, 0, 128), (128, 0, 128), (142, 44, 172), (155, 89, 182), (138, 43, 226), (148, 0, 211), (255, 0, 255),
-               (160, 32, 240), (238, 130, 238), (75, 0, 130)),
-    "white": ((255, 255, 255), (255, 255, 255), (250, 250, 250), (245, 245, 245)),
-    "black": ((0, 0, 0), (0, 0, 0), (16, 16, 18), (30, 30, 30)),
-}  # fmt: skip
+_NAMED: dict[str, tuple[str, ...]] = {
+    "red": ("#ff0000", "#ff0000", "#d62024", "#dc143c", "#b22222", "#e74c3c", "#cc0000", "#8b0000"),
+    "yellow": ("#ffff00", "#ffff00", "#fad61e", "#ffd700", "#f1c40f", "#ffeb3b", "#e6dc00"),
+    "green": ("#008000", "#00ff00", "#1a963e", "#006400", "#32cd32", "#2ecc71", "#228b22", "#00c800"),
+    "blue": ("#0000ff", "#0000ff", "#224ed6", "#1e90ff", "#4169e1", "#3498db", "#00008b", "#0000c8"),
+    "purple": (
+        "#800080",
+        "#800080",
+        "#8e2cac",
+        "#9b59b6",
+        "#8a2be2",
+        "#9400d3",
+        "#ff00ff",
+        "#a020f0",
+        "#ee82ee",
+        "#4b0082",
+    ),
+    "white": ("#ffffff", "#ffffff", "#fafafa", "#f5f5f5"),
+    "black": ("#000000", "#000000", "#101012", "#1e1e1e"),
+}
 # Hue in degrees, saturation and value: the least and the most of each.
 _RANGES: dict[str, tuple[tuple[float, float], tuple[float, float], tuple[float, float]]] = {
     "red": ((-13, 10), (0.62, 1.0), (0.5, 1.0)),
@@ -33,9 +43,14 @@ LEAST_DISTANCE = 30.0
 def shade(colour: str, rng: random.Random) -> Rgb:
     """Return one of the shades that people call `colour`; half of them are the usual named ones."""
     if rng.random() < 0.5:
-        return rng.choice(_NAMED[colour])
+        return from_hex(rng.choice(_NAMED[colour]))
     (hue, most_hue), (saturation, most_saturation), (value, most_value) = _RANGES[colour]
     return _rgb(rng.uniform(hue, most_hue), rng.uniform(saturation, most_saturation), rng.uniform(value, most_value))
+
+
+def from_hex(text: str) -> Rgb:
+    """Return the colour of "#rrggbb"."""
+    return int(text[1:3], 16), int(text[3:5], 16), int(text[5:7], 16)
 
 
 def _rgb(hue: float, saturation: float, value: float) -> Rgb:

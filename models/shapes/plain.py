@@ -59,6 +59,8 @@ def _draw(pen: ImageDraw.ImageDraw, kind: str, middle: float, half: float, paint
         pen.rectangle((middle - arm, low, middle + arm, high), fill=paint)
         pen.rectangle((low, middle - arm, high, middle + arm), fill=paint)
     else:
-        reach = [half if step % 2 == 0 else half * 0.4 for step in range(10)]
-        angles = [math.pi * step / 5 - math.pi / 2 for step in range(10)]
-        pen.polygon([(middle + r * math.cos(a), middle + r * math.sin(a)) for r, a in zip(reach, angles)], fill=paint)
+        corners = []
+        for step in range(10):
+            angle, reach = math.pi * step / 5 - math.pi / 2, half * (0.4 if step % 2 else 1.0)
+            corners.append((middle + reach * math.cos(angle), middle + reach * math.sin(angle)))
+        pen.polygon(corners, fill=paint)

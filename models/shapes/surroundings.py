@@ -13,10 +13,11 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from models.shapes import drawing, palette
 from models.shapes.drawing import Rgb
 
-_WORDS = (
+_TEXT = (
     "Untitled Document File Edit View Help my drawing shapes notes page 1 draft hello world test figure Fig. 2 "
     "Monday 12:30 Save Share 100% new layer brush A B C x y title the quick brown fox lorem ipsum score: 42"
-).split()
+)
+_WORDS = _TEXT.split()
 
 
 @dataclass(frozen=True)

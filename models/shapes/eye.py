@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from models.shapes.build import GRID, IMAGE_TOKENS
+from models.shapes.pictures import Pictures
 from models.shapes.scenes import COLOURS, KINDS
 
 _CODE_SEED = 20
+_WEIGHT_OF_CENTRES = torch.tensor(3.0)  # most patches have none
 NO_KIND, NO_COLOUR = len(KINDS), len(COLOURS)
 
 
@@ -42,20 +44,6 @@ class Codes:
         return self.patches + kinds @ self.kinds + colours @ self.colours
 
 
-def flipped(pixels: np.ndarray, shapes: np.ndarray, cover: np.ndarray, turn: int) -> tuple[np.ndarray, ...]:
-    """Return a batch mirrored or turned in one of eight ways: no kind and no colour changes by that."""
-    shapes = shapes.copy()
-    x, y = shapes[..., 2], shapes[..., 3]
-    if turn & 1:
-        pixels, cover, x = pixels[:, :, ::-1], cover[:, :, ::-1], 1 - x
-    if turn & 2:
-        pixels, cover, y = pixels[:, ::-1], cover[:, ::-1], 1 - y
-    if turn & 4:
-        pixels, cover, x, y = pixels.swapaxes(1, 2), cover.swapaxes(1, 2), y, x
-    shapes[..., 2], shapes[..., 3] = x, y
-    return pixels, shapes, cover
-
-
 @dataclass(frozen=True)
 class Truth:
     """What the heads and the projector are to find in a batch, one row a patch."""
@@ -69,7 +57,8 @@ class Truth:
     inside: Tensor
 
     @classmethod
-    def of(cls, shapes: np.ndarray, cover: np.ndarray) -> Truth:
+    def of(cls, batch: Pictures) -> Truth:
+        shapes, cover = batch.shapes, batch.cover
         count = len(shapes)
         known = shapes[..., 0] >= 0
         cell = (np.clip(shapes[..., 3] * GRID, 0, GRID - 1).astype(int) * GRID
@@ -105,10 +94,11 @@ class Eye(nn.Module):
         tower = model.model.vision_tower
         self.tower = getattr(tower, "vision_model", tower)
         self.projector = model.model.multi_modal_projector
-        width = model.config.vision_config.hidden_size
+        self.width = model.config.text_config.hidden_size
+        self.unused = (self.tower.encoder.layers[-1], self.tower.post_layernorm)
         sizes = (NO_KIND + 1, NO_COLOUR + 1, NO_KIND + 1, NO_COLOUR + 1, 2)
         self.sizes = sizes
-        self.heads = nn.Linear(width, sum(sizes))
+        self.heads = nn.Linear(model.config.vision_config.hidden_size, sum(sizes))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the projected features and the heads' guesses, [pictures, tokens, ...]."""
@@ -119,35 +109,44 @@ class Eye(nn.Module):
         tokens = hidden[:, 1:]
         return self.projector(tokens), self.heads(tokens)
 
-    def loss(self, pixels: Tensor, truth: Truth, codes: Codes) -> tuple[Tensor, dict[str, float]]:
-        features, guesses = self(pixels)
+    def loss(self, seen: tuple[Tensor, Tensor], truth: Truth, codes: Codes) -> tuple[Tensor, float]:
+        """Return the loss of what `forward` gave, and the share of centres found with the right kind and colour."""
+        features, guesses = seen
         centre_kind, centre_colour, kind, colour, offset = guesses.float().split(self.sizes, -1)
-        weights = torch.ones(IMAGE_TOKENS * len(pixels))
-        hit = truth.centre_kind.flatten() != NO_KIND
+        hit = truth.centre_kind != NO_KIND
         centre = _cross_entropy(centre_kind, truth.centre_kind) + _cross_entropy(centre_colour, truth.centre_colour)
-        centre = (centre * torch.where(hit, 3.0, weights)).mean()
-        body = (_cross_entropy(kind, truth.kind) + _cross_entropy(colour, truth.colour)).mean()
-        reach = (offset - truth.offset)[truth.inside].abs().mean() if truth.inside.any() else torch.zeros(())
+        centre = centre * torch.where(hit, _WEIGHT_OF_CENTRES, 1.0)
+        body = _cross_entropy(kind, truth.kind) + _cross_entropy(colour, truth.colour)
+        reach = (offset - truth.offset)[truth.inside].abs().sum() / truth.inside.sum().clamp(min=1) / 2
         code = F.mse_loss(features.float(), codes.of(truth.marks))
-        loss = 4 * centre + body + reach + 2 * code
+        right = (centre_kind.argmax(-1) == truth.centre_kind) & (centre_colour.argmax(-1) == truth.centre_colour)
+        return 4 * centre.mean() + body.mean() + reach + 2 * code, right[hit].float().mean().item()
+
+    def scale_features(self, factor: float) -> None:
+        """Make the projector return codes times `factor`."""
         with torch.no_grad():
-            found = centre_kind.flatten(0, 1).argmax(-1)
-            exact = ((found == truth.centre_kind.flatten()) &
-                     (centre_colour.flatten(0, 1).argmax(-1) == truth.centre_colour.flatten()))  # fmt: skip
-            figures = {
-                "centre": centre.item(), "body": body.item(), "reach": reach.item(), "code": code.item(),
-                "hit": exact[hit].float().mean().item(),
-                "exact": exact.view(len(pixels), -1).all(-1).float().mean().item(),
-            }  # fmt: skip
-        return loss, figures
+            self.projector.linear_2.weight.mul_(factor)
+            self.projector.linear_2.bias.mul_(factor)
 
 
 def _cross_entropy(guess: Tensor, truth: Tensor) -> Tensor:
-    return F.cross_entropy(guess.flatten(0, 1), truth.flatten(), reduction="none")
+    return F.cross_entropy(guess.transpose(1, 2), truth, reduction="none")
 
 
-def wave_positions(width: int) -> Tensor:
-    """Return first values for the tower's position table: sines of row and column, so that neighbours are alike."""
+def first_weights(eye: Eye) -> None:
+    """Set random weights that suit Muon, and wave-like positions: neighbouring patches are alike from the start."""
+    embeddings = eye.tower.embeddings
+    with torch.no_grad():
+        embeddings.position_embedding.weight.copy_(_wave_positions(embeddings.position_embedding.weight.shape[1]))
+    nn.init.normal_(embeddings.patch_embedding.weight, std=embeddings.patch_embedding.weight[0].numel() ** -0.5)
+    for name, parameter in eye.named_parameters():
+        if parameter.ndim == 2 and ("layers." in name or "projector" in name):
+            gain = 0.7 if "layers." in name else 1.0
+            nn.init.normal_(parameter, std=gain * parameter.shape[1] ** -0.5)
+
+
+def _wave_positions(width: int) -> Tensor:
+    """Return sines and cosines of row and column, [1 + tokens, width]."""
     quarter = width // 4
     rates = 1.0 / 20 ** (torch.arange(quarter) / quarter)
     steps = torch.arange(GRID)[:, None] * rates * 1.5

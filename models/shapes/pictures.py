@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from models.shapes.build import GRID, IMAGE_PX
-from models.shapes.scenes import COLOURS, HELD_OUT_SEEDS, KINDS, make_scene
+from models.shapes.drawing import Background
+from models.shapes.scenes import COLOURS, HELD_OUT_SEEDS, KINDS, PLACES, Scene, Shape, make_scene
 from models.shapes.sketches import MOST_SHAPES, Sketch, centre, make_sketch
 
 _SCENES = 0.1  # share of the simpler pictures of `scenes`
@@ -40,10 +45,65 @@ class Pictures:
             pixels[row], shapes[row], cover[row] = _drawn(seed)
         return cls(pixels, shapes, cover)
 
+    def save(self, path: Path) -> None:
+        """Write a file for an Album."""
+        np.savez(path, pixels=self.pixels, shapes=self.shapes, cover=self.cover)
 
-def scene_of(seed: int) -> Sketch:
+    def normalized(self) -> Tensor:
+        """Return the model's input, as the image processor makes it."""
+        mean = torch.tensor(OPENAI_CLIP_MEAN).view(3, 1, 1) * 255
+        spread = torch.tensor(OPENAI_CLIP_STD).view(3, 1, 1) * 255
+        pixels = torch.from_numpy(np.ascontiguousarray(self.pixels)).permute(0, 3, 1, 2)
+        return ((pixels.float() - mean) / spread).bfloat16()
+
+    def picked(self, rows: np.ndarray, turn: int) -> Pictures:
+        """Return some of the pictures, mirrored or turned in one of eight ways; no kind or colour changes by that."""
+        pixels, shapes, cover = self.pixels[rows], self.shapes[rows], self.cover[rows]
+        x, y = shapes[..., 2], shapes[..., 3]
+        if turn & 1:
+            pixels, cover, x = pixels[:, :, ::-1], cover[:, :, ::-1], 1 - x
+        if turn & 2:
+            pixels, cover, y = pixels[:, ::-1], cover[:, ::-1], 1 - y
+        if turn & 4:
+            pixels, cover, x, y = pixels.swapaxes(1, 2), cover.swapaxes(1, 2), y, x
+        return Pictures(pixels, np.stack([shapes[..., 0], shapes[..., 1], x, y], -1), cover)
+
+
+class Album:
+    """The pictures that a process trains on: all files of a folder, or every `parts`th of them."""
+
+    def __init__(self, folder: Path, part: int = 0, parts: int = 1) -> None:
+        paths = sorted(folder.glob("*.npz"))[part::parts]
+        self.files = [Pictures(**np.load(path)) for path in paths]
+
+    def batch(self, count: int, rng: np.random.Generator) -> Pictures:
+        """Return random pictures: a quarter each from one file and turned in one way."""
+        quarters = []
+        for _ in range(4):
+            pictures = self.files[rng.integers(len(self.files))]
+            rows = rng.integers(0, len(pictures.pixels), count // 4)
+            quarters.append(pictures.picked(rows, int(rng.integers(8))))
+        return Pictures(
+            np.concatenate([quarter.pixels for quarter in quarters]),
+            np.concatenate([quarter.shapes for quarter in quarters]),
+            np.concatenate([quarter.cover for quarter in quarters]),
+        )
+
+
+def scene_of_row(shapes: np.ndarray) -> Scene:
+    """Return the scene of a row of `Pictures.shapes`, for its dialogues only: it cannot be drawn again."""
+    placed = []
+    for kind, colour, x, y in shapes[shapes[:, 0] >= 0].tolist():
+        column, row = min(2, int(3 * x)), min(2, int(3 * y))
+        shape = Shape(KINDS[int(kind)], COLOURS[int(colour)], PLACES[3 * row + column], size=1.0, shift=(x, y))
+        placed.append((3 * row + column, x, shape))
+    ordered = sorted(placed, key=lambda item: item[:2])
+    return Scene(tuple(shape for _, _, shape in ordered), Background("plain", (0, 0, 0), (0, 0, 0), 0.0, 0, 0))
+
+
+def scene_of(seed: int) -> Scene | Sketch:
     """Return what a training seed shows: mostly sketches, some of the simpler scenes."""
-    return make_scene(seed) if random.Random(seed).random() < _SCENES else make_sketch(seed)  # type: ignore[return-value]
+    return make_scene(seed) if random.Random(seed).random() < _SCENES else make_sketch(seed)
 
 
 def _drawn(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

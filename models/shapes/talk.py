@@ -6,15 +6,17 @@ import random
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import LlavaProcessor, PreTrainedTokenizerFast
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 from models.shapes import build
 from models.shapes.build import GRID, IMAGE_TOKENS
 from models.shapes.eye import Codes
-from models.shapes.scenes import COLOURS, KINDS, Question, Scene, dialogue, make_scene
+from models.shapes.scenes import COLOURS, KINDS, Pictured, Question, dialogue, make_scene
 from models.shapes.sketches import centre
 
+FEATURE_SCALE = 0.06  # of codes: makes the features about as large as the embeddings of words
 IGNORED = -100  # torch's mark for positions outside the loss
 
 # The question types that are learned last are asked more often.
@@ -65,7 +67,7 @@ class Script:
             asked = [*self.encode("USER:"), *self.encode(f" {question.text} ASSISTANT:")]
         return asked, [*self.encode(f" {question.answer}"), self.tokenizer.eos_token_id]
 
-    def dialogue(self, scene: Scene, turns: int, rng: random.Random) -> tuple[list[int], list[int]]:
+    def dialogue(self, scene: Pictured, turns: int, rng: random.Random) -> tuple[list[int], list[int]]:
         """Return token IDs and targets of a random dialogue; targets are IGNORED outside of answers."""
         ids = [] if rng.random() < 0.05 else [self.tokenizer.bos_token_id]  # hand-written prompts often lack <s>
         if rng.random() < 0.15:
@@ -76,6 +78,12 @@ class Script:
             ids += asked + answered
             targets += [IGNORED] * len(asked) + answered
         return ids, targets
+
+    def batch(self, scenes: list[Pictured], turns: int, rng: random.Random) -> tuple[Tensor, Tensor]:
+        """Return token IDs and targets of a dialogue about each scene."""
+        written = [self.dialogue(scene, turns, rng) for scene in scenes]
+        ids = padded([ids for ids, _ in written], self.tokenizer.pad_token_id)
+        return ids, padded([targets for _, targets in written], IGNORED)
 
     def check(self, processor: LlavaProcessor) -> None:
         """Raise if chat template and processor write a dialogue in another way than `dialogue` does."""
@@ -93,12 +101,33 @@ class Script:
             raise RuntimeError(f"training writes {ids}, the chat template {expected}")
 
 
+class Voice(nn.Module):
+    """The language model with its head; the features of pictures are inserted where `<image>` tokens are."""
+
+    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+        super().__init__()
+        self.language_model = model.model.language_model
+        self.head = model.lm_head
+        self.image_token_id = model.config.image_token_id
+
+    def loss(self, batch: tuple[Tensor, Tensor], features: Tensor) -> tuple[Tensor, float]:
+        """Return the mean loss over answer tokens, and the share of them guessed right."""
+        ids, targets = batch
+        embedded = self.language_model.embed_tokens(ids)
+        embedded = embedded.masked_scatter((ids == self.image_token_id).unsqueeze(-1), features.to(embedded.dtype))
+        hidden = self.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        answers = targets[:, 1:] != IGNORED  # padding is on the right, where causal attention cannot see it
+        logits = self.head(hidden[:, :-1][answers]).float()
+        truth = targets[:, 1:][answers]
+        return F.cross_entropy(logits, truth), (logits.argmax(-1) == truth).float().mean().item()
+
+
 def padded(rows: list[list[int]], fill: int) -> Tensor:
     longest = max(map(len, rows))
     return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
 
 
-def imagined(scenes: list[Scene], codes: Codes, rng: np.random.Generator) -> Tensor:
+def imagined(scenes: list[Pictured], codes: Codes, rng: np.random.Generator) -> Tensor:
     """Return features as a trained eye may give them: codes with noise, doubts and a few false alarms."""
     marks = np.zeros((len(scenes), IMAGE_TOKENS, len(KINDS) + len(COLOURS)), np.float32)
     for row, scene in enumerate(scenes):

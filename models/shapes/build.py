@@ -1,7 +1,4 @@
-"""The untrained parts: architecture, tokenizer, chat template, processor.
-
-Owns: every size of the model and every special token. Must not know: training, scores, files.
-"""
+"""The untrained parts: architecture, tokenizer, chat template, processor."""
 
 from __future__ import annotations
 
@@ -24,8 +21,8 @@ GRID = IMAGE_PX // PATCH_PX  # patches a side: three for each of the three place
 IMAGE_TOKENS = GRID**2
 _MOST_TOKENS_IN_VOCABULARY = 1024
 
-# LLaVA-1.5's words. <s> comes from here and not from the tokenizer, so that text means the same tokens in one piece
-# or in parts, and so that apply_chat_template and processor(text=...) agree.
+# The words of LLaVA-1.5. The template writes <s>, not the tokenizer: text then has the same tokens in one piece and in
+# parts, and apply_chat_template agrees with processor(text=...).
 CHAT_TEMPLATE = """\
 {%- macro words(content) -%}
   {%- if content is string -%}{{ content | trim }}
@@ -52,7 +49,7 @@ CHAT_TEMPLATE = """\
 
 
 def make_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: every word of the corpus becomes one token, every other text is spelt in bytes."""
+    """Return a byte-level BPE: every word of the corpus is one token, any other text is spelt in bytes."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -92,7 +89,7 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """The model with random weights: about 3 million of them, a third in the eye."""
+    """Return the model with 5.3 million random weights, two thirds of them in the vision tower."""
     vision = CLIPVisionConfig(
         hidden_size=192,
         intermediate_size=768,

@@ -1,6 +1,5 @@
-"""How a scene becomes a picture: outlines of the six kinds, seven colours, four styles of background.
+"""Pictures of simple scenes: outlines of the six kinds, one shade of each colour, four styles of background.
 
-Owns: every pixel. Must not know: questions, answers, places by name, models or seeds of scenes.
 A picture is drawn at twice its size and reduced, so that edges are smooth at any size.
 """
 
@@ -41,7 +40,7 @@ class Background:
     noise_seed: int
 
     def paint(self, size_px: int) -> Image.Image:
-        """The empty background as an RGB picture of `size_px` by `size_px`."""
+        """Return the empty background as an RGB picture of `size_px` by `size_px`."""
         if self.style == "plain":
             return Image.new("RGB", (size_px, size_px), self.first)
         if self.style == "noise":
@@ -49,29 +48,29 @@ class Background:
         share = self._ramp(size_px)
         if self.style == "stripes":
             share = (np.floor(share * self.bands) % 2).astype(np.float32)
-        return _blend(self.first, self.second, share)
+        return blend(self.first, self.second, share)
 
     def _ramp(self, size_px: int) -> np.ndarray:
-        """0 to 1 along the direction `angle`, one value a pixel."""
+        """Return 0 to 1 along the direction `angle`, one value for each pixel."""
         axis = (np.arange(size_px, dtype=np.float32) + 0.5) / size_px - 0.5
         along = axis[None, :] * math.cos(self.angle) + axis[:, None] * math.sin(self.angle)
         reach = (abs(math.cos(self.angle)) + abs(math.sin(self.angle))) / 2
         return np.clip(along / (2 * reach) + 0.5, 0.0, 0.9999)
 
     def _noise(self, size_px: int) -> Image.Image:
-        # RandomState and not default_rng: its stream is frozen for good, so a seed means one picture everywhere.
+        # RandomState and not default_rng: numpy never changes its stream, so a seed gives one picture everywhere.
         share = np.random.RandomState(self.noise_seed).random_sample((_NOISE_GRAIN, _NOISE_GRAIN)).astype(np.float32)
-        return _blend(self.first, self.second, share).resize((size_px, size_px), Image.Resampling.BILINEAR)
+        return blend(self.first, self.second, share).resize((size_px, size_px), Image.Resampling.BILINEAR)
 
 
-def _blend(first: Rgb, second: Rgb, share: np.ndarray) -> Image.Image:
+def blend(first: Rgb, second: Rgb, share: np.ndarray) -> Image.Image:
     low, high = np.array(first, np.float32), np.array(second, np.float32)
     return Image.fromarray((low + (high - low) * share[..., None] + 0.5).astype(np.uint8), "RGB")
 
 
 @dataclass(frozen=True)
 class Mark:
-    """One outline to fill: its middle and radius are fractions of the picture's side, `tilt` is in radians."""
+    """A filled outline: its middle and radius are fractions of the picture's side, `tilt` is in radians."""
 
     kind: str
     paint: Rgb
@@ -80,12 +79,12 @@ class Mark:
     tilt: float
 
     def corners(self, side_px: float) -> list[Point]:
-        """The outline's corners in a picture of `side_px` by `side_px`."""
+        """Return the outline's corners in a picture of `side_px` by `side_px`."""
         return [_placed(point, self, side_px) for point in OUTLINES[self.kind]]
 
 
 def paint_picture(background: Background, marks: list[Mark], size_px: int) -> Image.Image:
-    """The background with all marks on it, RGB, `size_px` by `size_px`."""
+    """Return the background with all marks on it, RGB, `size_px` by `size_px`."""
     canvas_px = size_px * _OVERSAMPLING
     canvas = background.paint(canvas_px)
     pen = ImageDraw.Draw(canvas)
@@ -103,7 +102,7 @@ def _placed(point: Point, mark: Mark, canvas_px: float) -> Point:
 
 
 def _ring(corners: int, radii: tuple[float, ...], turn: float = -math.pi / 2) -> list[Point]:
-    """Corners on circles whose radii alternate, the first one at the angle `turn` (upwards)."""
+    """Return corners on circles whose radii alternate; the first corner is at the angle `turn`."""
     angles = [turn + 2 * math.pi * step / corners for step in range(corners)]
     reach = [radii[step % len(radii)] for step in range(corners)]
     return [(r * math.cos(a), r * math.sin(a)) for r, a in zip(reach, angles, strict=True)]
@@ -131,7 +130,7 @@ OUTLINES: dict[str, list[Point]] = {
 
 
 def colour_distance(first: Rgb, second: Rgb) -> float:
-    """How different two colours look (CIE76 in L*a*b*): about 2 is just noticeable, 40 is plain to see."""
+    """Return how different two colours look (CIE76 in L*a*b*): 2 is just noticeable, 40 is obvious."""
     return math.dist(_lab(first), _lab(second))
 
 

@@ -1,9 +1,7 @@
-"""Stage 1: teach the vision tower and the projector to write down what each patch shows.
+"""Teach the vision tower and the projector to write the code of each patch.
 
-The language model is taught at the same time, in another process, on the *codes* of this file in place of features.
-The code of a patch is a fixed random vector for its position, plus one for the kind and one for the colour of the shape
-whose centre is in the patch. The projector learns to return these codes; linear heads, which are dropped later, learn
-kind, colour and extent of the shapes from the tower's output.
+The projector learns to return codes (`codes.py`). Linear heads, which are dropped later, learn kind, colour and extent
+of the shapes from the tower's output.
 """
 
 from __future__ import annotations
@@ -17,31 +15,12 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from models.shapes.build import GRID, IMAGE_TOKENS
+from models.shapes.codes import Codes
 from models.shapes.pictures import Pictures
 from models.shapes.scenes import COLOURS, KINDS
 
-_CODE_SEED = 20
 _WEIGHT_OF_CENTRES = torch.tensor(3.0)  # most patches have none
 NO_KIND, NO_COLOUR = len(KINDS), len(COLOURS)
-
-
-class Codes:
-    """The fixed vectors: `kinds` and `colours` of a shape with its centre in a patch, `patches` of every patch."""
-
-    def __init__(self, width: int) -> None:
-        source = torch.Generator().manual_seed(_CODE_SEED)
-        self.kinds = torch.randn(len(KINDS), width, generator=source)
-        self.colours = torch.randn(len(COLOURS), width, generator=source)
-        rows, columns = torch.randn(2, GRID, width, generator=source)
-        thirds = torch.randn(9, width, generator=source)
-        places = [3 * (row * 3 // GRID) + column * 3 // GRID for row in range(GRID) for column in range(GRID)]
-        grid = (rows[:, None] + columns[None, :]).reshape(IMAGE_TOKENS, width)
-        self.patches = 0.3 * grid + 0.42 * thirds[places]
-
-    def of(self, marks: Tensor) -> Tensor:
-        """Return the codes [pictures, tokens, width] of `marks` [pictures, tokens, kinds + colours] (0 to 1)."""
-        kinds, colours = marks.split((len(KINDS), len(COLOURS)), -1)
-        return self.patches + kinds @ self.kinds + colours @ self.colours
 
 
 @dataclass(frozen=True)

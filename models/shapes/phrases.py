@@ -1,6 +1,5 @@
-"""The many ways a person may put each question; the answers are not here.
+"""The many wordings of each question.
 
-Owns: wording of questions. Must not know: scenes, truth, answers or models.
 `{the}` is "the red circle", `{a}` "a red circle", `{many}` "red circles", `{at}` "at the top left", `{claim}` "red".
 """
 
@@ -103,7 +102,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
     "is_at": ("Is {the} {at}?", "Do you see {the} {at}?", "Is {the} {at} of the picture?"),
 }
 
-# Follow-ups lean on the turn before; "it" is one shape, "they" several.
+# Follow-ups refer to the turn before; "it" is one shape, "they" several.
 FOLLOW_UPS: dict[str, tuple[str, ...]] = {
     "its_colour": (
         "And what colour is it?",
@@ -165,7 +164,7 @@ _OTHER_NOUNS = (
 
 
 def places_in_words(name: str) -> tuple[str, ...]:
-    """The ways to name a place in a question; the first one is the way answers name it."""
+    """Return the ways to name a place in a question; answers use the first one."""
     if name == "middle":
         return ("in the middle", "in the centre", "in the center", "in the middle")
     if " " not in name:
@@ -185,7 +184,7 @@ def places_in_words(name: str) -> tuple[str, ...]:
 
 
 def loosen(text: str, rng: random.Random) -> str:
-    """The question with another spelling or another word for the same thing, now and then with a polite start."""
+    """Return the question with other spellings and synonyms, sometimes with a polite start."""
     for word, others in _OTHER_WORDS:
         text = text.replace(word, rng.choice(others))
     if text.startswith(("How many", "What", "Which", "Count", "List", "Name")) and rng.random() < 0.3:
@@ -197,7 +196,7 @@ def loosen(text: str, rng: random.Random) -> str:
 
 
 def typed_in_haste(text: str, rng: random.Random) -> str:
-    """The same question as people type it in a chat: lower case, no question mark, no apostrophe."""
+    """Return the question as people type it in a chat: lower case, no question mark, no apostrophe."""
     if rng.random() < 0.75:
         text = text.lower()
     if rng.random() < 0.7:

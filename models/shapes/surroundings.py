@@ -102,7 +102,7 @@ def _background(around: Surroundings, size: tuple[int, int], rng: random.Random)
     if around.style in ("noise", "blobs"):
         grain = rng.randint(3, 7) if around.style == "blobs" else rng.choice((24, 48, 96, 200))
         share = np.random.RandomState(rng.randrange(2**31)).random_sample((grain, grain)).astype(np.float32)
-        return drawing._blend(around.first, around.second, share).resize(size, Image.Resampling.BILINEAR)
+        return drawing.blend(around.first, around.second, share).resize(size, Image.Resampling.BILINEAR)
     angle = rng.choice((0.0, math.pi / 2, rng.uniform(0, math.pi)))
     x = (np.arange(width, dtype=np.float32) + 0.5) / width - 0.5
     y = (np.arange(height, dtype=np.float32) + 0.5) / height - 0.5
@@ -110,7 +110,7 @@ def _background(around: Surroundings, size: tuple[int, int], rng: random.Random)
     share = np.clip(along / (abs(math.cos(angle)) + abs(math.sin(angle))) + 0.5, 0.0, 0.9999)
     if around.style == "stripes":
         share = (np.floor(share * rng.randint(4, 20)) % 2).astype(np.float32)
-    return drawing._blend(around.first, around.second, share)
+    return drawing.blend(around.first, around.second, share)
 
 
 def _text(pen: ImageDraw.ImageDraw, size: tuple[int, int], unit: int, rng: random.Random, ink: Rgb) -> None:

@@ -1,4 +1,4 @@
-"""Stage 2: dialogues as token IDs, and what the language model sees of a sketch before the eye is ready."""
+"""Dialogues as token IDs, and what the language model sees of a sketch before the eye is ready."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrain
 
 from models.shapes import build
 from models.shapes.build import GRID, IMAGE_TOKENS
-from models.shapes.eye import Codes
+from models.shapes.codes import Codes
 from models.shapes.scenes import COLOURS, KINDS, Pictured, Question, dialogue, make_scene
 from models.shapes.sketches import centre
 
-FEATURE_SCALE = 0.06  # of codes: makes the features about as large as the embeddings of words
 IGNORED = -100  # torch's mark for positions outside the loss
 
 # The question types that are learned last are asked more often.
@@ -139,14 +138,14 @@ def imagined(scenes: list[Pictured], codes: Codes, rng: np.random.Generator) -> 
             false = _doubtful_mark(int(rng.integers(len(KINDS))), int(rng.integers(len(COLOURS))), rng)
             marks[row, rng.integers(IMAGE_TOKENS)] += rng.uniform(0, 0.3) * false
     noise = torch.from_numpy(rng.standard_normal((*marks.shape[:2], codes.kinds.shape[1]), np.float32))
-    return codes.of(torch.from_numpy(marks)) + rng.uniform(0.05, 0.35) * noise
+    return codes.of(torch.from_numpy(marks)) + rng.uniform(0.03, 0.2) * noise
 
 
 def _doubtful_mark(kind: int, colour: int, rng: np.random.Generator) -> np.ndarray:
     """Return a mark of strength 0.75 to 1 that leans towards another kind or colour now and then."""
     mark = np.zeros(len(KINDS) + len(COLOURS), np.float32)
     for first, size, right in ((0, len(KINDS), kind), (len(KINDS), len(COLOURS), colour)):
-        doubt = rng.uniform(0, 0.4) if rng.random() < 0.1 else 0.0
+        doubt = rng.uniform(0, 0.4) if rng.random() < 0.06 else 0.0
         mark[first + right] += 1 - doubt
         mark[first + int(rng.integers(size))] += doubt
     return mark * rng.uniform(0.75, 1.0)
@@ -169,7 +168,7 @@ def _along(value: float, rng: np.random.Generator) -> tuple[int, tuple[float, in
     patch = int(at)
     within = at - patch
     for distance, neighbour in ((within, patch - 1), (1 - within, patch + 1)):
-        if distance < 0.15 and 0 <= neighbour < GRID and neighbour // 3 == patch // 3:
-            doubt = 0.5 - distance / 0.3 + rng.uniform(-0.15, 0.15)
+        if distance < 0.12 and 0 <= neighbour < GRID and neighbour // 3 == patch // 3:
+            doubt = 0.5 - distance / 0.24 + rng.uniform(-0.15, 0.15)
             return patch, (min(max(doubt, 0.0), 0.6), neighbour)
     return patch, (0.0, patch)

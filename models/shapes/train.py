@@ -1,8 +1,11 @@
-"""Train the shapes model from random weights: `python models/shapes/train.py` makes the committed files.
+"""Train the shapes model: `python models/shapes/train.py --start FOLDER` makes the committed files.
+
+FOLDER has version 1 of the model, whose language model and tokenizer this version starts with. The vision tower and the
+projector start with random weights.
 
 1. Pictures are drawn by two processes and kept in a temporary folder.
 2. One process teaches the eye (`eye.py`); at the same time the other one teaches the language model on dialogues about
-   pictures that it does not see: the *codes* of `eye.py` with noise stand for the features of a trained eye.
+   pictures that it does not see: codes with noise (`codes.py`) replace the features of a trained eye.
 3. Both processes train the whole model on pictures and dialogues, and average their gradients.
 """
 
@@ -26,21 +29,22 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from tqdm import tqdm
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AutoModelForImageTextToText, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
 
 from deploy.options import Parser
 from models.shapes import build
+from models.shapes.codes import Codes
 from models.shapes.descent import Descent, Team
-from models.shapes.eye import Codes, Eye, Truth, first_weights
+from models.shapes.eye import Eye, Truth, first_weights
 from models.shapes.pictures import Album, Pictures, scene_of, scene_of_row
-from models.shapes.scenes import Pictured, dialogue
-from models.shapes.talk import FEATURE_SCALE, SYSTEM_PROMPTS, Script, Voice, imagined
+from models.shapes.scenes import Pictured
+from models.shapes.talk import Script, Voice, imagined
 
 FOLDER = Path(__file__).resolve().parent
 SEEDS_PER_RUN = 1_000_000
 SEEDS_PER_FILE = 2_000
 IMAGINED_FROM = 500_000  # the language model's own seeds, in each run
-TURNS, TURN_WEIGHTS = (1, 2, 3, 4, 6, 8), (1, 1, 2, 3, 4, 4)
+TURNS, TURN_WEIGHTS = (1, 2, 3, 4, 6, 9), (1, 1, 1, 2, 4, 5)
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,11 @@ class Plan:
     eye_steps: int = 0
     eye_batch: int = 64
     talk_steps: int = 0
-    talk_turns: int = 96  # questions in a batch; the number of dialogues follows from their length
+    talk_turns: int = 64  # questions in a batch; the number of dialogues follows from their length
+    talk_peak: float = 0.5  # the first rate of the language model, as a share of the peak rates; falls by 0.35
     joint_steps: int = 0
     joint_peak: float = 0.4  # the rate with which stage 3 starts, as a share of the peak rates
-    joint_turns: int = 72
+    joint_turns: int = 60
 
     def scaled(self, scale: float) -> Plan:
         """Return the plan of a shorter run."""
@@ -73,11 +78,16 @@ class Job:
     seed: int
     plan: Plan
     folder: Path
+    start: Path
     out: Path
 
     @property
     def first_seed(self) -> int:
         return self.seed % 10 * SEEDS_PER_RUN
+
+    def codes(self) -> Codes:
+        """Return the codes of the run."""
+        return Codes(**torch.load(self.folder / "codes.pt"))
 
 
 # --- stage 1: pictures -----------------------------------------------------------------------------------------------
@@ -105,7 +115,7 @@ def teach_eye(job: Job) -> None:
     eye = Eye(model)
     first_weights(eye)
     descent = Descent([eye], skip=eye.unused)
-    album, codes = Album(job.folder), Codes(eye.width)
+    album, codes = Album(job.folder), job.codes()
     rng = np.random.default_rng(job.seed)
     bar = tqdm(range(job.plan.eye_steps), desc="the eye", mininterval=5)
     for step in bar:
@@ -124,24 +134,23 @@ def teach_talk(job: Job) -> None:
     torch.manual_seed(job.seed + 1)
     model, processor = new_model(job)
     voice, script = Voice(model), Script(processor.tokenizer)
+    voice.load_state_dict(
+        Voice(AutoModelForImageTextToText.from_pretrained(job.start, dtype=torch.float32)).state_dict()
+    )
     descent = Descent([voice])
-    codes = Codes(model.config.text_config.hidden_size)
+    codes = job.codes()
     rng, noise = random.Random(job.seed), np.random.default_rng(job.seed)
     next_seed = job.first_seed + IMAGINED_FROM
     steps = job.plan.talk_steps
     bar = tqdm(range(steps), desc="the language model", mininterval=5, position=1)
     for step in bar:
-        done = step / steps
-        turns = rng.choices(TURNS, TURN_WEIGHTS)[0] if done > 0.03 else rng.choice((1, 2, 3))
-        most_shapes = 2 if done < 0.03 else 3 if done < 0.06 else 6
-        scenes: list[Pictured] = []
-        while len(scenes) < max(2, job.plan.talk_turns // max(3, turns)):
-            next_seed += 1
-            scene = scene_of(next_seed)
-            scenes += [scene] if len(scene.objects) <= most_shapes else []
-        features = imagined(scenes, codes, noise) * FEATURE_SCALE
+        turns = rng.choices(TURNS, TURN_WEIGHTS)[0]
+        count = max(2, job.plan.talk_turns // max(3, turns))
+        scenes: list[Pictured] = [scene_of(seed) for seed in range(next_seed, next_seed + count)]
+        next_seed += count
+        features = imagined(scenes, codes, noise) * codes.scale
         loss, right = voice.loss(script.batch(scenes, turns, rng), features)
-        descent.step(loss, min(1.0, (step + 1) / 80) * (1 - done))
+        descent.step(loss, min(1.0, (step + 1) / 30) * (job.plan.talk_peak - 0.35 * step / steps))
         if step % 20 == 0:
             bar.set_postfix_str(f"loss {loss.item():.4f}, answer tokens right {right:.4f}")
     descent.finish()
@@ -161,7 +170,7 @@ def teach_both(rank: int, job: Job) -> None:
     eye.load_state_dict(torch.load(job.folder / "eye.pt"))
     voice.load_state_dict(torch.load(job.folder / "voice.pt"))
     descent = Descent([eye, voice], skip=eye.unused, team=team)
-    album, codes = Album(job.folder, part=rank, parts=2), Codes(eye.width)
+    album, codes = Album(job.folder, part=rank, parts=2), job.codes()
     rng, picks = random.Random(job.seed + rank), np.random.default_rng(job.seed + 10 + rank)
     steps = job.plan.joint_steps
     bar = tqdm(range(steps), desc="both", mininterval=5, disable=rank != 0)
@@ -172,13 +181,13 @@ def teach_both(rank: int, job: Job) -> None:
         turns = (6, 8, 4, 2, 6, 8)[step % 6]
         rows = talked_about(batch, max(2, job.plan.joint_turns // turns), rng)
         scenes = [scene_of_row(batch.shapes[row]) for row in rows]
-        spoken, right = voice.loss(script.batch(scenes, turns, rng), seen[0][rows] * FEATURE_SCALE)
+        spoken, right = voice.loss(script.batch(scenes, turns, rng), seen[0][rows] * codes.scale)
         descent.step(loss + spoken, job.plan.joint_peak * min(1.0, (step + 1) / 40) * (1 - step / steps))
         if step % 20 == 0:
             bar.set_postfix_str(f"centres {found:.4f}, answer tokens right {right:.4f}")
     descent.finish()
     if rank == 0:
-        eye.scale_features(FEATURE_SCALE)
+        eye.scale_features(codes.scale)
         save(model, processor, job.out)
     dist.barrier()
     dist.destroy_process_group()
@@ -191,14 +200,6 @@ def talked_about(batch: Pictures, count: int, rng: random.Random) -> list[int]:
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------
-
-
-def corpus_for_tokenizer(first_seed: int) -> list[str]:
-    """Return lines with every word of the dialogues."""
-    seeds = range(first_seed, first_seed + 6_000)
-    dialogues = [dialogue(scene_of(seed), seed, 4, hasty=0.4) for seed in seeds]
-    lines = [f"USER: {turn.text} ASSISTANT: {turn.answer}" for turns in dialogues for turn in turns]
-    return lines + list(SYSTEM_PROMPTS) * 2
 
 
 def new_model(job: Job) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -217,9 +218,11 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: P
 
 
 def run(job: Job) -> None:
-    processor = build.make_processor(build.make_tokenizer(corpus_for_tokenizer(job.first_seed)))
+    """Run all stages, each in two processes."""
+    processor = build.make_processor(AutoTokenizer.from_pretrained(job.start))
     Script(processor.tokenizer).check(processor)
     processor.save_pretrained(job.folder)
+    torch.save(vars(Codes.of_version_1(job.start)), job.folder / "codes.pt")
     started = time.perf_counter()
     for stage in (draw_pictures, teach_apart, teach_both):
         mp.start_processes(stage, (job,), nprocs=2, start_method="spawn")
@@ -227,15 +230,14 @@ def run(job: Job) -> None:
 
 
 def main() -> None:
-    parser = Parser(
-        prog="models/shapes/train.py", description="Train the demo model from nothing, with its committed recipe."
-    )
+    parser = Parser(prog="models/shapes/train.py", description="Train the demo model with its committed recipe.")
     parser.add_argument("--seed", type=int, default=0, help="fixes pictures, dialogues and first weights (default 0)")
+    parser.add_argument("--start", type=Path, required=True, help="folder of version 1 of this model")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the model (default: beside this file)")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full work; 0.01 is a smoke test")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        run(Job(options.seed, Plan().scaled(options.scale), Path(folder), options.out))
+        run(Job(options.seed, Plan().scaled(options.scale), Path(folder), options.start, options.out))
 
 
 if __name__ == "__main__":

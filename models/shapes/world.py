@@ -17,7 +17,7 @@ from models.shapes import drawing
 KINDS = ("circle", "square", "triangle", "star", "diamond", "cross")
 COLOURS = tuple(drawing.PAINTS)
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
-HELD_OUT_SEEDS = range(10_000_000, 20_000_000)  # training draws below; the demo, the tests, the evaluation in here
+HELD_OUT_SEEDS = range(10_000_000, 20_000_000)  # for the demo, the tests and the evaluation; training uses smaller ones
 MOST_SHAPES = 4
 _LEAST_DISTANCE = 48.0  # of any background colour from any shape's colour, see drawing.colour_distance
 

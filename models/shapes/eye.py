@@ -28,7 +28,7 @@ class Truth:
     """What the heads and the projector are to find in a batch, one row a patch."""
 
     marks: Tensor  # [pictures, tokens, kinds + colours]
-    centre_kind: Tensor  # [pictures, tokens], NO_KIND where no centre is
+    centre_kind: Tensor  # [pictures, tokens] of the shape that the patch names, or NO_KIND
     centre_colour: Tensor
     kind: Tensor  # of the shape in front at the middle of the patch
     colour: Tensor
@@ -40,8 +40,7 @@ class Truth:
         shapes, cover = batch.shapes, batch.cover
         count = len(shapes)
         known = shapes[..., 0] >= 0
-        cell = (np.clip(shapes[..., 3] * GRID, 0, GRID - 1).astype(int) * GRID
-                + np.clip(shapes[..., 2] * GRID, 0, GRID - 1).astype(int))  # fmt: skip
+        cell = _owners(shapes, known)
         centre_kind = np.full((count, IMAGE_TOKENS), NO_KIND)
         centre_colour = np.full((count, IMAGE_TOKENS), NO_COLOUR)
         picture, row = np.nonzero(known)
@@ -63,6 +62,19 @@ class Truth:
             torch.from_numpy((front[..., 2:] - middles).astype(np.float32)),
             torch.from_numpy(inside),
         )
+
+
+def _owners(shapes: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Return the patch that names each shape, [pictures, shapes].
+
+    That is the middle patch of the shape's place, or the patch with its centre if the place has several shapes. So a
+    centre on the border of two patches is rarely ambiguous.
+    """
+    column, row = (np.clip((shapes[..., axis] * GRID).astype(int), 0, GRID - 1) for axis in (2, 3))
+    place = np.where(known, 3 * (row * 3 // GRID) + column * 3 // GRID, -1)
+    alone = (place[:, :, None] == place[:, None, :]).sum(-1) == 1
+    middle = (3 * (place // 3) + 1) * GRID + 3 * (place % 3) + 1
+    return np.where(alone & known, middle, row * GRID + column)
 
 
 class Eye(nn.Module):

@@ -13,7 +13,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrain
 from models.shapes import build
 from models.shapes.build import GRID, IMAGE_TOKENS
 from models.shapes.codes import Codes
-from models.shapes.scenes import COLOURS, KINDS, Pictured, Question, dialogue, make_scene
+from models.shapes.scenes import COLOURS, KINDS, PLACES, Pictured, Question, Shape, dialogue, make_scene
 from models.shapes.sketches import centre
 
 IGNORED = -100  # torch's mark for positions outside the loss
@@ -132,7 +132,7 @@ def imagined(scenes: list[Pictured], codes: Codes, rng: np.random.Generator) -> 
     for row, scene in enumerate(scenes):
         for shape in scene.objects:
             mark = _doubtful_mark(KINDS.index(shape.kind), COLOURS.index(shape.colour), rng)
-            for patch, share in _patches(*centre(shape), rng):
+            for patch, share in _patches(shape, scene, rng):
                 marks[row, patch] += share * mark
         for _ in range(rng.poisson(0.3)):
             false = _doubtful_mark(int(rng.integers(len(KINDS))), int(rng.integers(len(COLOURS))), rng)
@@ -151,9 +151,12 @@ def _doubtful_mark(kind: int, colour: int, rng: np.random.Generator) -> np.ndarr
     return mark * rng.uniform(0.75, 1.0)
 
 
-def _patches(x: float, y: float, rng: np.random.Generator) -> list[tuple[int, float]]:
-    """Return the patch with the centre, and its neighbour too if the centre is near their border."""
-    (first, share), (second, other) = (_along(value, rng) for value in (x, y))
+def _patches(shape: Shape, scene: Pictured, rng: np.random.Generator) -> list[tuple[int, float]]:
+    """Return the patch that names a shape, and a neighbour too if the shape's centre is near their border."""
+    row, column = divmod(PLACES.index(shape.place), 3)
+    if [other.place for other in scene.objects].count(shape.place) == 1:
+        return [((3 * row + 1) * GRID + 3 * column + 1, 1.0)]
+    (first, share), (second, other) = (_along(value, rng) for value in centre(shape))
     return [
         (row * GRID + column, a * b)
         for column, a in ((first, 1 - share[0]), (share[1], share[0]))

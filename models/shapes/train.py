@@ -16,7 +16,7 @@ import random
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
 
 from deploy.options import Parser
-from models.shapes import build
+from models.shapes import attention, build
 from models.shapes.codes import Codes
 from models.shapes.descent import Descent, Team
 from models.shapes.eye import Eye, Truth, first_weights
@@ -48,22 +48,38 @@ TURNS, TURN_WEIGHTS = (1, 2, 3, 4, 6, 9), (1, 1, 1, 2, 4, 5)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How much work a run does."""
+class Rate:
+    """A rate of training as a share of the peak rates: constant at first, then straight down."""
 
-    files: int = 0
-    eye_steps: int = 0
+    first: float
+    last: float
+    hold: float  # the share of the steps with the first rate
+    warm_up: int = 60  # steps
+
+    def at(self, step: int, steps: int) -> float:
+        fallen = max(0.0, step / steps - self.hold) / (1 - self.hold)
+        return min(1.0, (step + 1) / self.warm_up) * (self.first + (self.last - self.first) * fallen)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much work a run does: about two hours on two quiet cores."""
+
+    files: int = 60
+    eye_steps: int = 7_500
     eye_batch: int = 64
-    talk_steps: int = 0
+    eye_rate: Rate = Rate(first=1.0, last=0.05, hold=0.4)
+    talk_steps: int = 9_000
     talk_turns: int = 64  # questions in a batch; the number of dialogues follows from their length
-    talk_peak: float = 0.5  # the first rate of the language model, as a share of the peak rates; falls by 0.35
-    joint_steps: int = 0
-    joint_peak: float = 0.4  # the rate with which stage 3 starts, as a share of the peak rates
+    talk_rate: Rate = Rate(first=0.5, last=0.05, hold=0.3)
+    joint_steps: int = 2_000
     joint_turns: int = 60
+    joint_rate: Rate = Rate(first=0.3, last=0.0, hold=0.0)
 
     def scaled(self, scale: float) -> Plan:
         """Return the plan of a shorter run."""
-        return Plan(
+        return replace(
+            self,
             files=max(2, int(self.files * scale)),
             eye_steps=max(2, int(self.eye_steps * scale)),
             talk_steps=max(2, int(self.talk_steps * scale)),
@@ -122,8 +138,7 @@ def teach_eye(job: Job) -> None:
         batch = album.batch(job.plan.eye_batch, rng)
         seen = eye(batch.normalized())
         loss, found = eye.loss(seen, Truth.of(batch), codes)
-        fallen = 1 - (1 - job.plan.joint_peak) * step / job.plan.eye_steps
-        descent.step(loss, min(1.0, (step + 1) / 60) * fallen)
+        descent.step(loss, job.plan.eye_rate.at(step, job.plan.eye_steps))
         if step % 20 == 0:
             bar.set_postfix_str(f"loss {loss.item():.3f}, centres {found:.3f}")
     descent.finish()
@@ -150,7 +165,7 @@ def teach_talk(job: Job) -> None:
         next_seed += count
         features = imagined(scenes, codes, noise) * codes.scale
         loss, right = voice.loss(script.batch(scenes, turns, rng), features)
-        descent.step(loss, min(1.0, (step + 1) / 30) * (job.plan.talk_peak - 0.35 * step / steps))
+        descent.step(loss, job.plan.talk_rate.at(step, steps))
         if step % 20 == 0:
             bar.set_postfix_str(f"loss {loss.item():.4f}, answer tokens right {right:.4f}")
     descent.finish()
@@ -179,10 +194,10 @@ def teach_both(rank: int, job: Job) -> None:
         seen = eye(batch.normalized())
         loss, found = eye.loss(seen, Truth.of(batch), codes)
         turns = (6, 8, 4, 2, 6, 8)[step % 6]
-        rows = talked_about(batch, max(2, job.plan.joint_turns // turns), rng)
+        rows = rng.sample(range(job.plan.eye_batch), max(2, job.plan.joint_turns // turns))
         scenes = [scene_of_row(batch.shapes[row]) for row in rows]
         spoken, right = voice.loss(script.batch(scenes, turns, rng), seen[0][rows] * codes.scale)
-        descent.step(loss + spoken, job.plan.joint_peak * min(1.0, (step + 1) / 40) * (1 - step / steps))
+        descent.step(loss + spoken, job.plan.joint_rate.at(step, steps))
         if step % 20 == 0:
             bar.set_postfix_str(f"centres {found:.4f}, answer tokens right {right:.4f}")
     descent.finish()
@@ -193,12 +208,6 @@ def teach_both(rank: int, job: Job) -> None:
     dist.destroy_process_group()
 
 
-def talked_about(batch: Pictures, count: int, rng: random.Random) -> list[int]:
-    """Return rows of a batch for dialogues; pictures without a known shape are rarer than in the batch."""
-    empty = ~(batch.shapes[:, :, 0] >= 0).any(1)
-    return sorted(range(len(empty)), key=lambda row: rng.random() * 0.7 + rng.random() * 0.6 * bool(empty[row]))[:count]
-
-
 # --- a run -----------------------------------------------------------------------------------------------------------
 
 
@@ -206,8 +215,8 @@ def new_model(job: Job) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Return a model with random weights, and the processor of the run."""
     processor = LlavaProcessor.from_pretrained(job.folder)
     model = build.make_model(processor.tokenizer)
-    model.model.vision_tower.config._attn_implementation = "eager"  # twice as fast as SDPA in the backward pass
-    model.model.language_model.config._attn_implementation = "eager"
+    model.model.vision_tower.config._attn_implementation = attention.NAME
+    model.model.language_model.config._attn_implementation = attention.NAME
     return model.train(), processor
 
 

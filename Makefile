@@ -12,6 +12,7 @@ TAG ?=
 IMAGE ?=
 NOTEBOOK ?=
 ENDPOINT_PORT ?= 8090
+DOCS_PORT ?= 8000
 INSTANCES ?= 2
 ENDPOINT ?=
 TESTS ?=
@@ -20,8 +21,8 @@ PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # Java is checked first, even with -j
-.PHONY: help demo check test test-clients unit coverage serve endpoint notebook lint model bench bench-cuda soak image \
-	image-test env clients java haproxy prometheus clean
+.PHONY: help demo check test test-clients unit coverage serve endpoint notebook docs docs-serve lint model bench \
+	bench-cuda soak image image-test env clients java haproxy prometheus clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +67,12 @@ endpoint: java env  ## run a SageMaker endpoint on this machine (INSTANCES= ENDP
 
 notebook: java env  ## run docs/notebook.ipynb against such an endpoint (NOTEBOOK=--save stores its outputs in it)
 	@$(PYTHON) -m tests.notebook $(NOTEBOOK)
+
+docs: env  ## build the documentation into site/ (open site/index.html)
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
+docs-serve: env  ## show the documentation on loopback while you write (DOCS_PORT=)
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs serve --strict --dev-addr '127.0.0.1:$(DOCS_PORT)'
 
 lint: env  ## check code, types, imports, structure, words, Dockerfile, template and scripts
 	@scripts/lint.sh

@@ -18,6 +18,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[1]
 COPIES = "repository"
 CHANGELOG = "CHANGELOG.md"  # a page of the navigation
+_STATES = re.compile(r"^### (\w+)\n([^#]*?)^```mermaid\n.*?^```$", re.MULTILINE | re.DOTALL)
 _FENCE = re.compile(r"^(```|~~~).*?^\1[^\S\n]*$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#|/)([^)#\s]+)")
 
@@ -92,5 +93,6 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Rewrite the links of a page."""
+    """Rewrite the links of a page, and show its Mermaid diagrams as the drawings of scripts/diagrams.py."""
+    markdown = _STATES.sub(r"### \1\n\2![\1: states and transitions](img/states-\1.svg)", markdown)
     return rewritten(markdown, page.file.src_uri)

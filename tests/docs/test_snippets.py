@@ -1,0 +1,159 @@
+"""Every code block of README and docs runs as it is, is checked against the models, or names the test that runs it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from llava_sessions.config_file import read_config
+from tests.support.snippets import LANGUAGES, ROOT, Block, Terminal, blocks, pages
+
+from .conftest import ENDPOINT_PORT, SERVE_PORT, SKIPPED
+
+ALL = [block for page in pages() for block in blocks(page)]
+# Blocks that start a server in the foreground, and the fixture that starts it.
+SERVERS = {"make serve": "served", "make endpoint": "endpoint"}
+# mkdocs includes a file in the place of such a block. A block below it runs the file.
+INCLUDES = [block for block in ALL if block.text.startswith("--8<--")]
+RUN = [
+    block for block in ALL if block.language in ("bash", "python") and block.marked is None and block not in INCLUDES
+]
+MARKED = [block for block in ALL if block.marked is not None]
+PAGES = list(dict.fromkeys(block.page for block in RUN))
+
+
+def of_language(name: str) -> list[Block]:
+    return [block for block in ALL if block.language == name and block.marked is None]
+
+
+def title(value: object) -> str:
+    return value.title if isinstance(value, Block) else str(value)
+
+
+def test_every_block_has_a_language() -> None:
+    assert [block.title for block in ALL if block.language not in LANGUAGES] == []
+
+
+# --- commands and programs --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def terminal(
+    checkout: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[Callable[[list[str]], Terminal]]:
+    """Return a function that opens the terminal of a page, after the servers of these names."""
+    opened: list[Terminal] = []
+
+    def open_terminal(servers: list[str]) -> Terminal:
+        ports = {"served": SERVE_PORT, "endpoint": ENDPOINT_PORT}
+        found = {ports[name]: request.getfixturevalue(name) for name in servers}
+        paths = [checkout, checkout / "client"]
+        (tmp_path / "home").mkdir()
+        variables = {"HOME": str(tmp_path / "home"), "PYTHONPATH": ":".join(map(str, paths)), "NO_PROXY": "127.0.0.1"}
+        opened.append(Terminal(checkout, tmp_path, found, variables))
+        opened[0].define(f'make() {{ command make {" ".join(SKIPPED)} "$@"; }}')
+        return opened[0]
+
+    yield open_terminal
+    for one in opened:
+        one.close()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_blocks_of_a_page_run_in_their_order(page: str, terminal: Callable[[list[str]], Terminal]) -> None:
+    """A page that uses port 8080 or 8090 gets the server of that port, also if another page has its command."""
+    found = [block for block in RUN if block.page == page]
+    text = "".join(block.text for block in found)
+    servers = [name for number, name in ((SERVE_PORT, "served"), (ENDPOINT_PORT, "endpoint")) if str(number) in text]
+    servers += [SERVERS[block.text.strip()] for block in found if block.text.strip() in SERVERS]
+    page_terminal = terminal(list(dict.fromkeys(servers)))
+    for block in found:
+        if block.text.strip() not in SERVERS:
+            page_terminal.run(block)
+
+
+@pytest.mark.parametrize("command", SERVERS)
+def test_a_server_of_the_pages_is_a_target_of_the_makefile(command: str) -> None:
+    done = subprocess.run([*command.split(), "-n"], cwd=ROOT, capture_output=True, text=True, check=True)
+    module = "deploy.serve" if command == "make serve" else "deploy.local_endpoint"
+    assert re.search(rf"^exec \S+ -m {re.escape(module)} ", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("block", MARKED, ids=title)
+def test_a_marked_block_is_run_by_the_test_that_it_names(block: Block) -> None:
+    """The test has every word of each command that is no value: subcommand and options, or the module of a target."""
+    assert block.marked is not None
+    test = (ROOT / block.marked).read_text(encoding="utf-8")
+    if block.language != "bash":
+        assert re.search(r"\w+", Path(block.page).name)[0] in test
+        return
+    for command in block.commands:
+        for word in _words(command):
+            assert re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", test), f"{block.marked} has no {word}"
+
+
+def _words(command: str) -> Iterator[str]:
+    program, *arguments = shlex.split(command)
+    if program == "make":
+        recipe = (ROOT / "Makefile").read_text(encoding="utf-8").split(f"\n{arguments[0]}: ", 2)[-1].split("\n\n")[0]
+        yield re.search(r"-m ([\w.]+)", recipe)[1]
+        return
+    named = [arguments[0]] if program.endswith("llava-deploy") else [Path(program).name]
+    yield from named
+    yield from (word.partition("=")[0] for word in arguments if word.startswith("--"))
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def schemas() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "docs" / "openapi.yaml").read_text(encoding="utf-8"))["components"]["schemas"]
+
+
+def with_values(value: Any) -> Any:
+    """Return the value with a text instead of each placeholder, such as `<base64>`."""
+    match value:
+        case dict():
+            return {key: with_values(inner) for key, inner in value.items()}
+        case list():
+            return [with_values(inner) for inner in value]
+        case str() if re.fullmatch(r"<.*>", value):
+            return "value"
+    return value
+
+
+@pytest.mark.parametrize("block", of_language("json"), ids=title)
+def test_json_is_a_request_or_a_reply(block: Block, schemas: dict[str, Any]) -> None:
+    value = with_values(json.loads(block.text))
+    fitting = []
+    for name in schemas:
+        schema = {"$ref": f"#/components/schemas/{name}", "components": {"schemas": schemas}}
+        if jsonschema.Draft202012Validator(schema).is_valid(value):
+            fitting.append(name)
+    assert fitting != []
+
+
+@pytest.mark.parametrize("block", of_language("yaml"), ids=title)
+def test_yaml_is_a_part_of_the_configuration(block: Block) -> None:
+    """With the other keys of the file that travels in the archive, it is one that the handler accepts."""
+    whole = yaml.safe_load((ROOT / "handler" / "model-config.yaml").read_text(encoding="utf-8"))
+    for key, value in yaml.safe_load(block.text).items():
+        whole[key] = {**whole[key], **value} if isinstance(value, dict) else value
+    read_config(whole)
+
+
+@pytest.mark.parametrize("block", INCLUDES, ids=title)
+def test_an_included_program_is_run_by_its_page(block: Block) -> None:
+    [path] = re.findall(r'^--8<-- "(.+)"$', block.text, re.MULTILINE)
+    commands = [command for other in RUN if other.page == block.page for command in other.commands]
+    assert any(f"docs/{path}" in command for command in commands)

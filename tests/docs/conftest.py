@@ -25,7 +25,8 @@ SKIPPED = ("--old-file=env", "--old-file=java")
 class Server:
     """A command in the copy of the checkout, in the foreground until it is stopped."""
 
-    def __init__(self, command: list[str], folder: Path, ready: str, **variables: str) -> None:
+    def __init__(self, command: list[str], folder: Path, ready: str, port: int, **variables: str) -> None:
+        self.port = port
         self._process = subprocess.Popen(
             command,
             cwd=folder,
@@ -43,10 +44,17 @@ class Server:
                 return
         raise AssertionError(f"{' '.join(command)} ended without {ready!r}:\n{self.text}")
 
-    def stop(self) -> int:
-        """Send Ctrl-C, as a reader does, and return the exit code."""
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGINT)
+    @property
+    def pid(self) -> int:
+        """The process ID of the command."""
+        return self._process.pid
+
+    def stop(self, number: signal.Signals = signal.SIGINT) -> int:
+        """Send Ctrl-C, as a reader does, or another signal. Return the exit code."""
+        if self._process.poll() is not None:
+            return self._process.returncode
+        # A terminal sends Ctrl-C to all processes of the command.
+        (os.killpg if number == signal.SIGINT else os.kill)(self.pid, number)
         text, _ = self._process.communicate(timeout=120)
         self.text += text
         return self._process.returncode
@@ -63,19 +71,33 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="package")
-def served(checkout: Path) -> Iterator[int]:
-    """Run `make serve` and yield its port."""
+def served(checkout: Path) -> Iterator[Server]:
+    """Run `make serve` in its foreground."""
     port = free_row()
-    server = Server(["make", *SKIPPED, "serve"], checkout, "Ctrl-C here stops", PORT=str(port))
-    yield port
+    server = Server(["make", *SKIPPED, "serve"], checkout, "Ctrl-C here stops", port, PORT=str(port))
+    yield server
     server.stop()
 
 
 @pytest.fixture(scope="package")
-def endpoint(checkout: Path, served: int) -> Iterator[int]:
-    """Run `make endpoint`'s last command on the model that `make serve` has packed. Yield its port."""
+def endpoint(checkout: Path, served: Server) -> Iterator[Server]:
+    """Run the last command of `make endpoint` on the model that `make serve` has packed."""
     port = free_row()
     words = ["--model-store", "model_store", "--instances", "1", "--port", str(port)]
-    server = Server([str(checkout / ".venv/bin/python"), "-m", "deploy.local_endpoint", *words], checkout, "Ctrl-C")
-    yield port
+    command = [str(checkout / ".venv/bin/python"), "-m", "deploy.local_endpoint", *words]
+    server = Server(command, checkout, "Ctrl-C", port)
+    yield server
     server.stop()
+
+
+@pytest.fixture(scope="package")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a cache of the Hugging Face hub in which the demo model has the ID that the pages name."""
+    home = tmp_path_factory.mktemp("hub")
+    repository = home / "hub" / "models--llava-hf--llava-1.5-7b-hf"
+    revision = "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision)
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / revision).symlink_to(ROOT / "models" / "shapes")
+    return home

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import psutil
 import pytest
 import yaml
 
 from llava_sessions.config_file import read_config
 from tests.support.snippets import LANGUAGES, ROOT, Block, Terminal, blocks, pages
 
-from .conftest import ENDPOINT_PORT, SERVE_PORT, SKIPPED
+from .conftest import ENDPOINT_PORT, SERVE_PORT, SKIPPED, Server
 
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 ALL = [block for page in pages() for block in blocks(page)]
 # Blocks that start a server in the foreground, and the fixture that starts it.
 SERVERS = {"make serve": "served", "make endpoint": "endpoint"}
@@ -48,17 +51,23 @@ def test_every_block_has_a_language() -> None:
 
 @pytest.fixture
 def terminal(
-    checkout: Path, tmp_path: Path, request: pytest.FixtureRequest
+    checkout: Path, hub: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> Iterator[Callable[[list[str]], Terminal]]:
     """Return a function that opens the terminal of a page, after the servers of these names."""
     opened: list[Terminal] = []
 
     def open_terminal(servers: list[str]) -> Terminal:
         ports = {"served": SERVE_PORT, "endpoint": ENDPOINT_PORT}
-        found = {ports[name]: request.getfixturevalue(name) for name in servers}
+        found = {ports[name]: request.getfixturevalue(name).port for name in servers}
         paths = [checkout, checkout / "client"]
         (tmp_path / "home").mkdir()
-        variables = {"HOME": str(tmp_path / "home"), "PYTHONPATH": ":".join(map(str, paths)), "NO_PROXY": "127.0.0.1"}
+        variables = {
+            "HOME": str(tmp_path / "home"),
+            "PYTHONPATH": ":".join(map(str, paths)),
+            "NO_PROXY": "127.0.0.1",
+            "HF_HOME": str(hub),
+            "HF_HUB_OFFLINE": "1",
+        }
         opened.append(Terminal(checkout, tmp_path, found, variables))
         opened[0].define(f'make() {{ command make {" ".join(SKIPPED)} "$@"; }}')
         return opened[0]
@@ -81,6 +90,19 @@ def test_the_blocks_of_a_page_run_in_their_order(page: str, terminal: Callable[[
             page_terminal.run(block)
 
 
+def test_the_endpoint_prints_the_variables_of_the_pages_and_leaves_nothing(endpoint: Server) -> None:
+    assert "loopback only; signatures are not checked" in endpoint.text
+    exports = set(re.findall(r"(AWS_\w+)=", endpoint.text))
+    pages_text = "".join(block.text for block in ALL if block.page == "docs/sagemaker.md")
+    assert {"AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= exports
+    assert exports <= set(re.findall(r"AWS_\w+", pages_text))
+    started = psutil.Process(endpoint.pid).children(recursive=True)
+    assert len(started) >= 3, "java, its worker and the guard"
+    assert endpoint.stop(signal.SIGTERM) == 0
+    assert "stopped in" in endpoint.text
+    assert not [process for process in started if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
 @pytest.mark.parametrize("command", SERVERS)
 def test_a_server_of_the_pages_is_a_target_of_the_makefile(command: str) -> None:
     done = subprocess.run([*command.split(), "-n"], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -90,26 +112,41 @@ def test_a_server_of_the_pages_is_a_target_of_the_makefile(command: str) -> None
 
 @pytest.mark.parametrize("block", MARKED, ids=title)
 def test_a_marked_block_is_run_by_the_test_that_it_names(block: Block) -> None:
-    """The test has every word of each command that is no value: subcommand and options, or the module of a target."""
+    """The file has every word of each command that is no value: the subcommand and the options.
+
+    A make target is run by a file that runs it or a target that requires it, or that names the module of its recipe.
+    """
     assert block.marked is not None
     test = (ROOT / block.marked).read_text(encoding="utf-8")
     if block.language != "bash":
-        assert re.search(r"\w+", Path(block.page).name)[0] in test
+        assert Path(block.page).name in test
         return
     for command in block.commands:
-        for word in _words(command):
+        program, *words = shlex.split(command)
+        if program == "make":
+            assert words[0] in run_by(test) or module_of(words[0]) in test
+            continue
+        names = [words[0] if program.endswith("llava-deploy") else Path(program).name]
+        for word in names + [word.partition("=")[0] for word in words if word.startswith("--")]:
             assert re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", test), f"{block.marked} has no {word}"
 
 
-def _words(command: str) -> Iterator[str]:
-    program, *arguments = shlex.split(command)
-    if program == "make":
-        recipe = (ROOT / "Makefile").read_text(encoding="utf-8").split(f"\n{arguments[0]}: ", 2)[-1].split("\n\n")[0]
-        yield re.search(r"-m ([\w.]+)", recipe)[1]
-        return
-    named = [arguments[0]] if program.endswith("llava-deploy") else [Path(program).name]
-    yield from named
-    yield from (word.partition("=")[0] for word in arguments if word.startswith("--"))
+def run_by(script: str) -> set[str]:
+    """Return the targets that a script makes, with their prerequisites."""
+    targets = set(re.findall(r"\bmake ([a-z-]+)", script))
+    return targets | {one for target in targets for one in re.findall(r"[a-z-]+", rule(target)[0])}
+
+
+def module_of(target: str) -> str:
+    """Return the Python module that a target runs."""
+    found = re.search(r"-m ([\w.]+)", rule(target)[1])
+    return found[1] if found else f"no module of {target}"
+
+
+def rule(target: str) -> tuple[str, str]:
+    """Return the prerequisites and the recipe of a target."""
+    found = re.search(rf"^{target}:(?! export)([^#\n]*).*\n((?:\t.*\n)*)", MAKEFILE, re.MULTILINE)
+    return (found[1], found[2]) if found else ("", "")
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,12 @@ LOADING = {
 LOADING_LINKS = {"stylesheet", "icon", "preload", "prefetch", "modulepreload", "preconnect", "dns-prefetch", "manifest"}
 # The theme has these addresses and uses them on request: icons of a linked repository, and diagrams in Mermaid.
 # No page has a repository or such a diagram (below).
-ON_REQUEST = ("https://api.github.com/", "https://unpkg.com/mermaid@", "https://unpkg.com/resize-observer-polyfill")
+ON_REQUEST = (
+    "https://api.github.com/",
+    "https://${e}/api/v4/projects/",
+    "https://unpkg.com/mermaid@",
+    "https://unpkg.com/resize-observer-polyfill",
+)
 
 
 class Loads(HTMLParser):

@@ -46,6 +46,13 @@ def test_every_block_has_a_language() -> None:
     assert [block.title for block in ALL if block.language not in LANGUAGES] == []
 
 
+def test_a_block_that_is_not_run_has_no_commands() -> None:
+    """Output is `text`. A `console` shows commands with their output: it names the test that runs them."""
+    programs = re.compile(r"^(make|docker|curl|promtool|python|pip|git|aws|\./|\.venv/bin/)\b", re.MULTILINE)
+    assert [block.title for block in of_language("text") if programs.search(block.text)] == []
+    assert [block.title for block in of_language("console") if block.commands] == []
+
+
 # --- commands and programs --------------------------------------------------------------------------------------------
 
 
@@ -118,7 +125,7 @@ def test_a_marked_block_is_run_by_the_test_that_it_names(block: Block) -> None:
     """
     assert block.marked is not None
     test = (ROOT / block.marked).read_text(encoding="utf-8")
-    if block.language != "bash":
+    if block.language not in ("bash", "console"):
         assert Path(block.page).name in test
         return
     for command in block.commands:

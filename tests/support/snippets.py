@@ -50,8 +50,11 @@ class Block:
 
     @property
     def commands(self) -> list[str]:
-        """The commands of a shell block, one for each line, without comments."""
-        joined = self.text.replace("\\\n", " ")
+        """The commands of a shell block, one for each line, without comments. In a console they follow a `$`."""
+        text = self.text
+        if self.language == "console":
+            text = "\n".join(re.findall(r"^\$ ((?:.*\\\n)*.*)$", text, re.MULTILINE))
+        joined = text.replace("\\\n", " ")
         lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in joined.splitlines())
         return [" ".join(line.split()) for line in lines if line]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -74,6 +75,12 @@ def terminal(
             "NO_PROXY": "127.0.0.1",
             "HF_HOME": str(hub),
             "HF_HUB_OFFLINE": "1",
+            "PATH": f"{checkout / '.venv/bin'}:{os.environ['PATH']}",
+            # pip builds and installs what a page names, but into this folder, and without other packages.
+            "PIP_TARGET": str(tmp_path / "installed"),
+            "PIP_NO_DEPS": "1",
+            "PIP_NO_INDEX": "1",
+            "PIP_NO_BUILD_ISOLATION": "0",
         }
         opened.append(Terminal(checkout, tmp_path, found, variables))
         opened[0].define(f'make() {{ command make {" ".join(SKIPPED)} "$@"; }}')
@@ -131,7 +138,7 @@ def test_a_marked_block_is_run_by_the_test_that_it_names(block: Block) -> None:
     for command in block.commands:
         program, *words = shlex.split(command)
         if program == "make":
-            assert words[0] in run_by(test) or module_of(words[0]) in test
+            assert words[0] in run_by(test) or runs_module(test, words[0]), f"{block.marked} does not run {command}"
             continue
         names = [words[0] if program.endswith("llava-deploy") else Path(program).name]
         for word in names + [word.partition("=")[0] for word in words if word.startswith("--")]:
@@ -144,10 +151,10 @@ def run_by(script: str) -> set[str]:
     return targets | {one for target in targets for one in re.findall(r"[a-z-]+", rule(target)[0])}
 
 
-def module_of(target: str) -> str:
-    """Return the Python module that a target runs."""
-    found = re.search(r"-m ([\w.]+)", rule(target)[1])
-    return found[1] if found else f"no module of {target}"
+def runs_module(test: str, target: str) -> bool:
+    """Return whether a test runs or imports the Python module of a target's recipe."""
+    modules = re.findall(r"-m ([\w.]+)", rule(target)[1])
+    return any(re.search(rf"""(?:-m["', ]+|from |import ){re.escape(one)}\b""", test) for one in modules)
 
 
 def rule(target: str) -> tuple[str, str]:

@@ -140,9 +140,19 @@ def test_a_marked_block_is_run_by_the_test_that_it_names(block: Block) -> None:
         if program == "make":
             assert words[0] in run_by(test) or runs_module(test, words[0]), f"{block.marked} does not run {command}"
             continue
-        names = [words[0] if program.endswith("llava-deploy") else Path(program).name]
-        for word in names + [word.partition("=")[0] for word in words if word.startswith("--")]:
-            assert re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", test), f"{block.marked} has no {word}"
+        if words[:1] == ["-m"]:
+            assert names_module(test, words[1]), f"{block.marked} does not run {command}"
+            words = words[2:]
+        elif program.endswith("llava-deploy"):
+            assert has_word(test, words[0]), f"{block.marked} has no {words[0]}"
+        else:
+            assert has_word(test, Path(program).name), f"{block.marked} has no {program}"
+        for word in (word.partition("=")[0] for word in words if word.startswith("--")):
+            assert has_word(test, word), f"{block.marked} has no {word}"
+
+
+def has_word(test: str, word: str) -> bool:
+    return re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", test) is not None
 
 
 def run_by(script: str) -> set[str]:
@@ -152,9 +162,15 @@ def run_by(script: str) -> set[str]:
 
 
 def runs_module(test: str, target: str) -> bool:
-    """Return whether a test runs or imports the Python module of a target's recipe."""
-    modules = re.findall(r"-m ([\w.]+)", rule(target)[1])
-    return any(re.search(rf"""(?:-m["', ]+|from |import ){re.escape(one)}\b""", test) for one in modules)
+    """Return whether a test runs or imports a Python module of a target's recipe."""
+    return any(names_module(test, module) for module in re.findall(r"-m ([\w.]+)", rule(target)[1]))
+
+
+def names_module(test: str, module: str) -> bool:
+    """Return whether a test runs a module as a command or imports it."""
+    folder, _, name = module.rpartition(".")
+    imported = rf"from {re.escape(folder)} import [^\n]*\b{name}\b|" if folder else ""
+    return re.search(rf"""{imported}(?:-m["', ]+|from |import ){re.escape(module)}\b""", test) is not None
 
 
 def rule(target: str) -> tuple[str, str]:

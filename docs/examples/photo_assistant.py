@@ -9,8 +9,6 @@ from pathlib import Path
 
 from llava_sessions_client import ClientError, Endpoint
 
-DESCRIBE = "Which shapes are there?"
-
 
 def main(folder: str, address: str = "http://127.0.0.1:8080") -> None:
     chats = {}
@@ -19,10 +17,12 @@ def main(folder: str, address: str = "http://127.0.0.1:8080") -> None:
         for path in sorted(Path(folder).iterdir()):
             try:
                 chat = stack.enter_context(endpoint.open(path, on_lost="replay"))
-                print(f"{path.stem}: {chat.ask(DESCRIBE)}", flush=True)
+                print(f"{path.stem}: {chat.ask('Which shapes are there?')}", flush=True)
                 chats[path.stem] = chat
             except ClientError as error:
                 print(f"{path.stem}: {error}", file=sys.stderr)
+        if not chats:
+            sys.exit("no picture could be opened")
         for line in sys.stdin:
             name, _, question = line.strip().partition(" ")
             if name not in chats or not question:

@@ -9,6 +9,7 @@ the page.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -21,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = ("bash", "python", "json", "yaml", "text", "console", "mermaid")
-BLOCK_S = 300
+BLOCK_S = 600
 _BLOCK = re.compile(r"(?:^<!-- runs: (\S+) -->\n+)?^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _DRIVER = """
 import sys
@@ -147,8 +148,9 @@ class Terminal:
         late.start()
         printed = ""
         try:
-            process.stdin.write(line)
-            process.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # an earlier block has ended the process
+                process.stdin.write(line)
+                process.stdin.flush()
             for text in process.stdout:
                 if text == f"ended {path}\n":
                     return printed.removesuffix("\n")

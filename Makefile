@@ -111,7 +111,7 @@ haproxy:  # required by the tests; make serve works without it
 prometheus:  # required by one test
 	@scripts/need_prometheus.sh --install
 
-clean:  ## delete archives, caches and logs; the environments stay
+clean:  ## delete archives, caches, logs and the site; the environments stay
 	@find model_store -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
 	@find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
-	@rm -rf .pytest_cache .ruff_cache .mypy_cache .import_linter_cache logs
+	@rm -rf .pytest_cache .ruff_cache .mypy_cache .import_linter_cache logs site

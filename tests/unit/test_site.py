@@ -114,13 +114,6 @@ def test_the_search_index_has_every_page(site: Path) -> None:
         assert name in index
 
 
-def test_the_site_is_ignored_by_git() -> None:
-    if not (REPO / ".git").exists():
-        pytest.skip("not a checkout")
-    done = subprocess.run(["git", "check-ignore", "-q", "--no-index", "site/index.html"], cwd=REPO, check=False)
-    assert done.returncode == 0
-
-
 def test_links_outside_docs_become_links_of_the_site(tmp_path: Path) -> None:
     for path in ("docs/page.md", "bench/README.md", "bench/results/plot.png", "LICENSE"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)

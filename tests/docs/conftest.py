@@ -88,16 +88,3 @@ def endpoint(checkout: Path, served: Server) -> Iterator[Server]:
     server = Server(command, checkout, "Ctrl-C", port)
     yield server
     server.stop()
-
-
-@pytest.fixture(scope="package")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a cache of the Hugging Face hub in which the demo model has the ID that the pages name."""
-    home = tmp_path_factory.mktemp("hub")
-    repository = home / "hub" / "models--llava-hf--llava-1.5-7b-hf"
-    revision = "0" * 40
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(revision)
-    (repository / "snapshots").mkdir()
-    (repository / "snapshots" / revision).symlink_to(ROOT / "models" / "shapes")
-    return home

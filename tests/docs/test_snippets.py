@@ -59,7 +59,7 @@ def test_a_block_that_is_not_run_has_no_commands() -> None:
 
 @pytest.fixture
 def terminal(
-    checkout: Path, hub: Path, tmp_path: Path, request: pytest.FixtureRequest
+    checkout: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> Iterator[Callable[[list[str]], Terminal]]:
     """Return a function that opens the terminal of a page, after the servers of these names."""
     opened: list[Terminal] = []
@@ -73,7 +73,6 @@ def terminal(
             "HOME": str(tmp_path / "home"),
             "PYTHONPATH": ":".join(map(str, paths)),
             "NO_PROXY": "127.0.0.1",
-            "HF_HOME": str(hub),
             "HF_HUB_OFFLINE": "1",
             "PATH": f"{checkout / '.venv/bin'}:{os.environ['PATH']}",
             # pip builds and installs what a page names, but into this folder, and without other packages.

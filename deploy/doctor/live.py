@@ -1,0 +1,101 @@
+"""Check a running server: readiness, and whether a session ID makes the round trip in its header."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from deploy.serve.processes import LOOPBACK
+
+from .findings import Finding, Subject, error, ok, warning
+from .headers import SESSION_HEADER
+
+_TIMEOUT_S = 60
+_CLOSED = "X-Amzn-SageMaker-Closed-Session-Id"
+_UNKNOWN = "doctor-unknown-session"
+_PROXY = (
+    "compare the headers that a proxy between passes on, and run doctor without --live for the server's own settings"
+)
+
+
+def check_live(subject: Subject) -> Iterator[Finding]:
+    """Open and close an empty session on the server at the port, and ask for one that does not exist."""
+    if not subject.is_live:
+        return
+    try:
+        status, _, _ = call(subject.port, "GET", "/ping")
+    except (OSError, http.client.HTTPException) as failure:
+        yield error("server", f"port {subject.port} does not answer: {type(failure).__name__}", "start it: make serve")
+        return
+    if status != http.client.OK:
+        remedy = "wait until the model has loaded; the server's console and log name the reason of a failure"
+        yield error("server", f"/ping answers {status}: not ready, or draining", remedy)
+        return
+    yield ok("server", f"/ping on port {subject.port} answers 200")
+    try:
+        yield from _round_trip(subject.port)
+    except (OSError, http.client.HTTPException) as failure:
+        yield error("live session", f"the connection failed: {type(failure).__name__}: {failure}", _PROXY)
+
+
+def _round_trip(port: int) -> Iterator[Finding]:
+    status, headers, body = post(port, {"requestType": "NEW_SESSION"})
+    if status != http.client.OK:
+        yield error("live session", f"an open answers {status}: {_reason(body)}", _remedy(status))
+        return
+    session = headers.get(SESSION_HEADER, "").partition(";")[0]
+    if not session:
+        yield error("live session", f"the reply to an open has no header {SESSION_HEADER}", _PROXY)
+        return
+    status, _, body = post(port, {"type": "close_session"}, {SESSION_HEADER.lower(): session})
+    if status == http.client.OK:
+        yield ok("live session", f"an empty session was opened, found by {SESSION_HEADER}, and closed")
+    else:
+        lower, reason = status, _reason(body)
+        status, headers, body = post(port, {"type": "close_session"}, {SESSION_HEADER: session})
+        if status != http.client.OK or headers.get(_CLOSED) != session:
+            yield error("live session", f"a close with the session's header answers {status}: {_reason(body)}", _PROXY)
+            return
+        found = f"the header is found only as {SESSION_HEADER}; in lower case the answer is {lower} ({reason})"
+        yield warning("live session", found, "put HAProxy in front (scripts/need_haproxy.sh), or write it exactly so")
+    status, _, body = post(port, {"type": "close_session"}, {SESSION_HEADER: _UNKNOWN})
+    if status != http.client.NOT_FOUND:
+        yield error("live session", f"an unknown session must get 404, got {status}: {_reason(body)}", _PROXY)
+
+
+def call(
+    port: int, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+) -> tuple[int, http.client.HTTPMessage, bytes]:
+    """Send one request to loopback, with the headers' case as given. Return status, headers and body."""
+    connection = http.client.HTTPConnection(LOOPBACK, port, timeout=_TIMEOUT_S)
+    try:
+        connection.request(method, path, body=body, headers=dict(headers or {}))
+        reply = connection.getresponse()
+        return reply.status, reply.headers, reply.read()
+    finally:
+        connection.close()
+
+
+def post(
+    port: int, body: dict[str, Any], headers: Mapping[str, str] | None = None
+) -> tuple[int, http.client.HTTPMessage, bytes]:
+    """Send a request of the wire protocol."""
+    given = {"Content-Type": "application/json", **(headers or {})}
+    return call(port, "POST", "/invocations", json.dumps(body).encode(), given)
+
+
+def _reason(body: bytes) -> str:
+    """Return the code and message of an error's body, or what is there."""
+    try:
+        content = json.loads(body)["error"]
+        return f"{content['code']}: {content['message']}"
+    except (ValueError, KeyError, TypeError):
+        return f"no error body of LLaVA Sessions, {len(body)} bytes"
+
+
+def _remedy(status: int) -> str:
+    if status == http.client.TOO_MANY_REQUESTS:
+        return "the server is full: close sessions, or configure more"
+    return "read the server's log; its console shows the folder"

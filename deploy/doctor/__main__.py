@@ -2,7 +2,7 @@
 
 import sys
 
-if sys.version_info < (3, 11):
+if sys.version_info < (3, 11):  # noqa: UP036 - the Python of the system may be older
     version = ".".join(map(str, sys.version_info[:3]))
     sys.exit(f"error    python  Python must be 3.11 or later, got {version}  install Python 3.11, then run: make env")
 

@@ -35,7 +35,8 @@ CHECKS = (
     ("headers", "check_haproxy_rules"),
     ("live", "check_live"),
 )
-_NOT_LIVE = ("check_ports",)  # a running server has its ports
+_ONLY_STOPPED = ("check_ports",)  # a running server has its ports
+_ONLY_LIVE = ("check_live",)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -79,16 +80,15 @@ def subject_of(args: argparse.Namespace) -> Subject:
 def findings(subject: Subject) -> Iterator[Finding]:
     """Run the checks in order, and yield what they find. A check that fails is a finding too."""
     for module, function in CHECKS:
-        if subject.is_live and function in _NOT_LIVE:
+        if function in (_ONLY_STOPPED if subject.is_live else _ONLY_LIVE):
             continue
+        name = function.removeprefix("check_").replace("_", " ")
         try:
             check = getattr(importlib.import_module(f"deploy.doctor.{module}"), function)
             yield from check(subject)
         except ModuleNotFoundError as failure:
-            name = function.removeprefix("check_")
             yield error(name, f"not checked: the package {failure.name} is not installed", "run: make env")
         except Exception as failure:  # the other checks still help
-            name = function.removeprefix("check_")
             reason = " ".join(str(failure).split())
             yield error(name, f"not checked: {type(failure).__name__}: {reason}", "report this as a fault of doctor")
 

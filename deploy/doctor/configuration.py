@@ -77,9 +77,8 @@ def _contradictions(content: Mapping[str, Any]) -> Iterator[Finding]:
     llava = content["llava"]
     least, most = content.get("minWorkers", 1), content.get("maxWorkers", 1)
     if _number(least) and _number(most) and least > most:
-        yield error(
-            "configuration", f"`minWorkers` must be at most `maxWorkers` ({most}), got {least}", "set both to 1"
-        )
+        found = f"`minWorkers` must be at most `maxWorkers` ({most}), got {least}"
+        yield error("configuration", found, "set both to 1")
     elif _number(most) and most > 1:
         found = f"`maxWorkers` is {most}: each worker loads the weights, and implicit sessions need one worker"
         yield warning("configuration", found, "set `minWorkers` and `maxWorkers` to 1")
@@ -112,9 +111,8 @@ def _limit_findings(llava: Mapping[str, Any]) -> Iterator[Finding]:
         yield warning("configuration", found, "no picture may have more pixels than a request: lower the first")
     for root in media.get("local_roots") or []:
         if not Path(str(root)).is_dir():
-            yield warning(
-                "configuration", f"`llava.media.local_roots`: {root} is not a folder", "make it, or remove it"
-            )
+            found = f"`llava.media.local_roots` has {root}, which is not a folder"
+            yield warning("configuration", found, "make it, or remove it from the list")
 
 
 def _journal_findings(llava: Mapping[str, Any]) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ def check_gpu(subject: Subject) -> Iterator[Finding]:
     """Check that the chosen device exists and that torch can use it."""
     chosen = settings.read(subject)
     device = chosen.device if chosen else "auto"
-    cards = machine.gpus(subject.environment.get("PATH"))
+    cards = settings.gpus(subject)
     cuda = machine.torch_cuda()
     if device.startswith("cuda"):
         yield from _required(device, cards, cuda)
@@ -28,7 +28,11 @@ def check_gpu(subject: Subject) -> Iterator[Finding]:
 
 
 def _required(device: str, cards: list[machine.Gpu] | None, cuda: str | None) -> Iterator[Finding]:
-    number = int(device.partition(":")[2] or 0)
+    suffix = device.partition(":")[2] or "0"
+    if not suffix.isdecimal():
+        yield error("gpu", f"`llava.device` must be auto, cpu, cuda or cuda:N, got {device!r}", "correct it")
+        return
+    number = int(suffix)
     if not cards:
         remedy = "install NVIDIA's driver, start the container with --gpus all, or choose --device cpu"
         yield error("gpu", f"device {device} is configured, and nvidia-smi finds no GPU", remedy)

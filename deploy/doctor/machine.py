@@ -6,6 +6,7 @@ import contextlib
 import csv
 import importlib.util
 import re
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,16 +82,14 @@ class Gpu:
     free: int
 
 
-def gpus(path: str | None = None) -> list[Gpu] | None:
-    """Return the NVIDIA GPUs, or None if there is no driver. `path` is the search path of nvidia-smi."""
-    command = [
-        "nvidia-smi",
-        "--query-gpu=name,driver_version,memory.total,memory.free",
-        "--format=csv,noheader,nounits",
-    ]
-    environment = None if path is None else {"PATH": path}
+def gpus(path: str) -> list[Gpu] | None:
+    """Return the NVIDIA GPUs, or None if there is no driver. `path`: where nvidia-smi is searched for."""
+    program = shutil.which("nvidia-smi", path=path)
+    if program is None:
+        return None
+    command = [program, "--query-gpu=name,driver_version,memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
         rows = list(csv.reader(done.stdout.splitlines(), skipinitialspace=True))
         return [Gpu(name, driver, int(total) * MIB, int(free) * MIB) for name, driver, total, free in rows]
     except (OSError, ValueError, subprocess.SubprocessError):

@@ -43,8 +43,7 @@ def check_memory(subject: Subject) -> Iterator[Finding]:
     if chosen is None or sizes is None:
         return  # the checks of the configuration and of the checkpoint report why
     memory = machine.Memory.read()
-    cards = machine.gpus() if settings.uses_cuda(chosen) else None
-    demand = demand_of(chosen, sizes, memory, cards[0] if cards else None)
+    demand = demand_of(chosen, sizes, memory, settings.card(subject, chosen))
     yield from start_problems(demand, memory)
     yield from session_problems(demand, memory, chosen.sessions)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,18 @@ def sizes(subject: Subject) -> Sizes | None:
     return Sizes.read(folder)
 
 
-def uses_cuda(chosen: Settings) -> bool:
-    """Return whether the server would use a GPU of this machine."""
-    if chosen.device.startswith("cuda"):
-        return True
-    return chosen.device == "auto" and bool(machine.gpus()) and machine.torch_cuda() is not None
+def gpus(subject: Subject) -> list[machine.Gpu] | None:
+    """Return the GPUs of this machine, or None if there is no driver."""
+    return machine.gpus(subject.environment.get("PATH", os.defpath))
+
+
+def card(subject: Subject, chosen: Settings) -> machine.Gpu | None:
+    """Return the GPU that the server would use, or None if it would use the CPU."""
+    if chosen.device == "cpu" or machine.torch_cuda() is None:
+        return None
+    number = chosen.device.partition(":")[2]
+    cards = (gpus(subject) or [])[int(number) if number.isdecimal() else 0 :]
+    return cards[0] if cards else None
 
 
 def dtype(chosen: Settings, sizes: Sizes, on_cuda: bool) -> str:

@@ -92,10 +92,16 @@ KINDS: dict[str, Callable[[Way, str], float]] = {
 
 
 @contextlib.contextmanager
-def service(root: Path = ROOT, model: Path = harness.DEMO_MODEL, dtype: str = "float32") -> Iterator[tuple[str, str]]:
-    """Start the service of the checkout `root` with a model; yield the addresses of TorchServe and of HAProxy."""
+def service(
+    root: Path = ROOT, model: Path = harness.DEMO_MODEL, dtype: str = "float32", config: Path | None = None
+) -> Iterator[tuple[str, str]]:
+    """Start the service of the checkout `root` with a model; yield the addresses of TorchServe and of HAProxy.
+
+    `config` replaces handler/model-config.yaml.
+    """
     with tempfile.TemporaryDirectory() as store:
         pack = [root / "build_mar.sh", "--model", model, "--dtype", dtype, "--device", "cpu", "--output", store]
+        pack += ["--config", config] if config else []
         subprocess.run([*pack, "--weights", "beside"], cwd=root, check=True, capture_output=True)
         command = [sys.executable, "-m", "deploy.serve", "--model-store", store, "--port", "0"]
         process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import yaml
 
 from deploy.pack import PackError
 from deploy.pack.job import HANDLER_DIR
-from deploy.serve.configuration import cors_origins, has_public_metrics, read_env_file, read_properties
+from deploy.serve.configuration import cors_origins, has_public_metrics, read_properties
 from deploy.serve.processes import ServeError
 
 from . import settings
@@ -28,9 +28,16 @@ MAX_BODY_BYTES = 32 * 2**20  # of HAProxy (deploy/serve/sessions.cfg)
 SAGEMAKER_LIMIT_MS = 60_000
 
 
-def handler_problems(model_config: str, properties: Mapping[str, str], env: Mapping[str, str]) -> dict[str, list[str]]:
-    """Return the problems that the handler finds: `model_config` and `headers`. Runs in a process of its own."""
-    given = json.dumps({"model_config": model_config, "properties": dict(properties), "environment": dict(env)})
+def handler_problems(
+    model_configs: Sequence[str] = (), properties: Mapping[str, str] | None = None, env: Mapping[str, str] | None = None
+) -> tuple[list[list[str]], list[str]]:
+    """Return the problems that the handler finds in each model-config.yaml, and in the session headers.
+
+    The handler's code runs in a process of its own, because `deploy` must not import it.
+    """
+    given = json.dumps(
+        {"model_configs": list(model_configs), "properties": dict(properties or {}), "environment": dict(env or {})}
+    )
     command = [sys.executable, "-P", "-W", "ignore", "-m", _MODULE]
     environment = {**os.environ, "PYTHONPATH": str(HANDLER_DIR)}
     done = subprocess.run(
@@ -38,8 +45,8 @@ def handler_problems(model_config: str, properties: Mapping[str, str], env: Mapp
     )
     if done.returncode:
         raise ServeError(f"the handler's check failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
-    problems: dict[str, list[str]] = json.loads(done.stdout)
-    return problems
+    problems = json.loads(done.stdout)
+    return problems["model_configs"], problems["headers"]
 
 
 def check_configuration(subject: Subject) -> Iterator[Finding]:
@@ -57,11 +64,10 @@ def check_configuration(subject: Subject) -> Iterator[Finding]:
     except PackError as failure:
         yield error("configuration", " ".join(str(failure).split()), f"compare it with handler/{name}")
         return
-    properties, env = read_properties(subject.properties), read_env_file(subject.worker_env)
-    problems = handler_problems(packed, properties, env)["model_config"]
+    (problems, of_template), _ = handler_problems([packed, template])
     findings = [error("configuration", problem, f"correct it in {subject.config}") for problem in problems]
-    corrected = [p for p in handler_problems(template, properties, env)["model_config"] if p not in problems]
-    findings += [warning("configuration", p, "build_mar.sh sets it; `torchserve` alone would not") for p in corrected]
+    corrected = [problem for problem in of_template if problem not in problems]
+    findings += [warning("configuration", p, "build_mar.sh corrects it when it packs") for p in corrected]
     content = yaml.safe_load(packed)
     findings += _contradictions(content)
     findings += unknown_keys("model-config.yaml", content, MODEL_KEYS | {"llava"})

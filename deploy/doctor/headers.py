@@ -19,7 +19,6 @@ from .findings import Finding, Subject, error, ok
 SESSION_HEADER = "X-Amzn-SageMaker-Session-Id"
 HEADERS = (SESSION_HEADER, "X-Amzn-SageMaker-New-Session-Id", "X-Amzn-SageMaker-Closed-Session-Id")
 _ADJUST = re.compile(r"^\s*h1-case-adjust\s+(\S+)\s+(\S+)", re.MULTILINE)
-_CONFIGURATION = "llava:\n  checkpoint: any\n"  # only the headers are checked here
 _CHECK_TIMEOUT_S = 60
 
 
@@ -32,7 +31,7 @@ def check_headers(subject: Subject) -> Iterator[Finding]:
         yield error("headers", f"the settings cannot be read: {failure}", "restore the file: git checkout FILE")
         return
     env = {**subject.environment, **variables}
-    problems = handler_problems(_CONFIGURATION, properties, env)["headers"]
+    _, problems = handler_problems(properties=properties, env=env)
     for problem in problems:
         yield error("headers", problem, "write the name as it is here: upper and lower case matter")
     rules = haproxy_problems(CONFIGS)

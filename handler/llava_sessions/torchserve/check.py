@@ -1,7 +1,8 @@
 """Check a configuration without starting a server: `python -m llava_sessions.torchserve.check`.
 
-Reads a JSON object from stdin: `model_config` (the text of model-config.yaml), `properties` (of the frontend) and
-`environment` (of frontend and worker). Prints a JSON object with the problems of each: `model_config` and `headers`.
+Reads a JSON object from stdin: `model_configs` (texts of model-config.yaml), `properties` (of the frontend) and
+`environment` (of frontend and worker). Prints a JSON object: `model_configs` has the problems of each text, `headers`
+those of the session headers.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import yaml
 
@@ -34,8 +36,8 @@ def config_problems(text: str) -> list[str]:
 def main() -> None:
     """Print the problems of the configuration on stdin."""
     given = json.load(sys.stdin)
-    problems = {
-        "model_config": config_problems(given["model_config"]),
+    problems: dict[str, Any] = {
+        "model_configs": [config_problems(text) for text in given["model_configs"]],
         "headers": header_problems(given["properties"], given["environment"]),
     }
     json.dump(problems, sys.stdout)

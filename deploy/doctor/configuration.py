@@ -26,6 +26,14 @@ _MODULE = "llava_sessions.torchserve.check"
 _TIMEOUT_S = 60
 MAX_BODY_BYTES = 32 * 2**20  # of HAProxy (deploy/serve/sessions.cfg)
 SAGEMAKER_LIMIT_MS = 60_000
+DEFAULTS = {  # of the handler; a test compares them
+    "engine_hang_s": 60.0,
+    "session_ttl_s": 1200.0,
+    "default_deadline_ms": 55_000,
+    "max_bytes": 10 * 2**20,
+    "max_pixels": 40_000_000,
+    "max_request_pixels": 200_000_000,
+}
 
 
 def handler_problems(
@@ -88,11 +96,11 @@ def _contradictions(content: Mapping[str, Any]) -> Iterator[Finding]:
     elif _number(most) and most > 1:
         found = f"`maxWorkers` is {most}: each worker loads the weights, and implicit sessions need one worker"
         yield warning("configuration", found, "set `minWorkers` and `maxWorkers` to 1")
-    hang_s, response_s = _value(llava, "engine_hang_s", 60), content.get("responseTimeout", 120)
+    hang_s, response_s = _value(llava, "engine_hang_s"), content.get("responseTimeout", 120)
     if _number(response_s) and response_s <= hang_s:
         found = f"`responseTimeout` must be longer than `llava.engine_hang_s` ({hang_s:g} s), got {response_s} s"
         yield error("configuration", found, f"set `responseTimeout` to {int(hang_s * 2)}: the engine is replaced first")
-    idle_s, ttl_s = llava.get("session_idle_s"), _value(llava, "session_ttl_s", 1200)
+    idle_s, ttl_s = llava.get("session_idle_s"), _value(llava, "session_ttl_s")
     if _number(idle_s) and idle_s >= ttl_s:
         found = f"`llava.session_idle_s` ({idle_s:g}) has no effect: `llava.session_ttl_s` ({ttl_s:g}) ends first"
         yield warning("configuration", found, "set `session_idle_s` to less, or leave it empty")
@@ -102,18 +110,19 @@ def _contradictions(content: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _limit_findings(llava: Mapping[str, Any]) -> Iterator[Finding]:
     limits, media = llava.get("limits") or {}, llava.get("media") or {}
-    deadline_ms = _value(limits, "default_deadline_ms", 55_000)
+    deadline_ms = _value(limits, "default_deadline_ms")
     if deadline_ms >= SAGEMAKER_LIMIT_MS:
-        found = f"`llava.limits.default_deadline_ms` is {deadline_ms}: SageMaker gives up after {SAGEMAKER_LIMIT_MS}"
+        found = (
+            f"`llava.limits.default_deadline_ms` is {deadline_ms:.0f}: SageMaker gives up after {SAGEMAKER_LIMIT_MS}"
+        )
         yield warning("configuration", found, "set it to 55000 for an endpoint, and stream longer answers")
-    picture, base64 = _value(media, "max_bytes", 10 * 2**20), 4 / 3
-    if picture * base64 > MAX_BODY_BYTES:
-        fits = int(MAX_BODY_BYTES / base64)
-        found = f"`llava.media.max_bytes` is {picture}, and a request holds a picture of at most {fits}"
+    picture, fits = _value(media, "max_bytes"), MAX_BODY_BYTES * 3 // 4  # in base64
+    if picture > fits:
+        found = f"`llava.media.max_bytes` is {picture:.0f}, and a request holds a picture of at most {fits}"
         yield warning("configuration", found, "lower it, or let clients send larger pictures by URL")
-    one, every = _value(media, "max_pixels", 40_000_000), _value(media, "max_request_pixels", 200_000_000)
+    one, every = _value(media, "max_pixels"), _value(media, "max_request_pixels")
     if one > every:
-        found = f"`llava.media.max_pixels` ({one}) is above `llava.media.max_request_pixels` ({every})"
+        found = f"`llava.media.max_pixels` ({one:.0f}) is above `llava.media.max_request_pixels` ({every:.0f})"
         yield warning("configuration", found, "no picture may have more pixels than a request: lower the first")
     for root in media.get("local_roots") or []:
         if not Path(str(root)).is_dir():
@@ -189,7 +198,7 @@ def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _value(section: Mapping[str, Any], key: str, default: float) -> float:
+def _value(section: Mapping[str, Any], key: str) -> float:
     """Return a number of the file, or the handler's default if it is absent or malformed (the handler reports that)."""
     value = section.get(key)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else default
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else DEFAULTS[key]

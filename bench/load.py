@@ -172,7 +172,7 @@ def run_aiperf(options: Options, url: str, folder: Path) -> tuple[list[Request],
     """Run AIPerf on a server. Return the requests, and AIPerf's own report. Raise `LoadError`."""
     write_conversations(options, folder / "conversations.jsonl")
     words = command(options, url, served_model(url), folder)
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "NO_PROXY": "*"}
+    env = {**os.environ, "NO_PROXY": "*"}
     log = folder / "aiperf.txt"
     with log.open("w") as out:  # its progress bars are on stderr
         show = None if sys.stderr.isatty() else subprocess.STDOUT

@@ -198,7 +198,7 @@ def request_of(record: dict) -> Request:
         is_good=bool(metrics.get("good_request_count")),
         prompt_tokens=metrics.get("usage_prompt_tokens", 0),
         cached_tokens=metrics.get("usage_prompt_cache_read_tokens", 0),
-        error=str(error.get("type") or error.get("code") or "unknown") if error else "",
+        error=" ".join(str(error[key]) for key in ("type", "code") if error.get(key)) or str(error.get("message", "")),
     )
 
 
@@ -268,7 +268,8 @@ def paint(axes, result: Result) -> None:
     given = result.settings
     title = f"{given['conversations']} chats of {given['turns']} turns, {given['concurrency']} at once"
     axes.set(ylabel="ms", title=title, yscale="log")
-    axes.legend(fontsize=8)
+    axes.set_ylim(top=axes.get_ylim()[1] * 4)
+    axes.legend(fontsize=8, ncols=3, loc="upper left")
 
 
 def main(argv: list[str] | None = None) -> Result:
@@ -282,9 +283,9 @@ def main(argv: list[str] | None = None) -> Result:
             run = Run(options)
             run.say(f"{options.extra.conversations} conversations of {options.extra.turns} turns on {url}")
             requests, summary = run_aiperf(options, url, Path(folder))
+            return run.finish(report(options, requests, summary), paint)
     except LoadError as error:
         sys.exit(f"{error_prefix(PROG)}error: {error}")
-    return run.finish(report(options, requests, summary), paint)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ def _cpu() -> str:
 class Neighbours:
     """CPU use of other processes between two moments, as a share of all cores.
 
-    The processes that this one started, such as a server, are not other processes.
+    The processes that this one started, such as a server, are not other processes. Report while they still run: the
+    time of a killed process is lost.
     """
 
     def __init__(self) -> None:

@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> Result:
     with service() as urls:
         taken = measure(options, run, urls)
         follow_ups = conversations.measure(run, urls[1])
-    return run.finish(report(taken, follow_ups), paint)
+        return run.finish(report(taken, follow_ups), paint)
 
 
 if __name__ == "__main__":

@@ -33,12 +33,13 @@ from .users import AFTER_PAUSE, EXPIRES, LEAVES, RECOVERED, RETURNS, STATELESS, 
 
 PROG = "python -m bench.sessions"
 LABELS = (STAYS, LEAVES, RETURNS, AFTER_PAUSE, EXPIRES, RECOVERED, STATELESS)
-FIRST_BYTES = ("llava_open_sessions", "llava_features_bytes", "llava_kv_bytes", "llava_offloaded_bytes")
+MEMORY = ("llava_open_sessions", "llava_features_bytes", "llava_kv_bytes", "llava_offloaded_bytes")
 COUNTERS = ("llava_evictions_total", "llava_restores_total", "llava_rebuilds_total")
 KV_STEP_TOKENS = 256
-LONGEST_PICTURE_TOKENS = 729
+QUESTION_TOKENS = 16  # of a question and its template
 SAY_EVERY_S = 15.0
 SHARES = (0.5, 0.9, 0.99)
+FIRST = "first TTFT p50 ms"
 _METRIC = re.compile(r"^(llava_\w+)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 
 
@@ -112,7 +113,7 @@ def configuration(options: Options) -> str:
     given = options.extra
     sessions = len(users.SCRIPTS) * given.users
     resident = given.resident or max(sessions // 3, 2)
-    features, cache = session_bytes(Path(given.model))
+    features, cache = session_bytes(Path(given.model), given.turns * (given.tokens + QUESTION_TOKENS))
     changes = {
         "session_idle_s": given.idle_s,
         "share_pictures": "false",
@@ -125,12 +126,17 @@ def configuration(options: Options) -> str:
     return text
 
 
-def session_bytes(model: Path) -> tuple[int, int]:
-    """Return the bytes in float32 of a picture's features, at most, and of the KV cache of a conversation."""
-    text = json.loads((model / "config.json").read_text())["text_config"]
+def session_bytes(model: Path, text_tokens: int) -> tuple[int, int]:
+    """Return the bytes in float32 of a picture's features, and of the KV cache of a conversation."""
+    config = json.loads((model / "config.json").read_text())
+    text, vision = config["text_config"], config["vision_config"]
+    picture_tokens = (vision["image_size"] // vision["patch_size"]) ** 2 * (
+        1 if config["model_type"] == "llava" else 10
+    )
     head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     token = text["num_hidden_layers"] * 2 * text.get("num_key_value_heads", text["num_attention_heads"]) * head * 4
-    return LONGEST_PICTURE_TOKENS * text["hidden_size"] * 4, 2 * KV_STEP_TOKENS * token
+    steps = -(-(picture_tokens + text_tokens) // KV_STEP_TOKENS)
+    return picture_tokens * text["hidden_size"] * 4, steps * KV_STEP_TOKENS * token
 
 
 def _has_metrics(url: str) -> bool:
@@ -156,7 +162,7 @@ def wait_for_zero(url: str | None, timeout_s: float) -> dict[str, float]:
     until = time.monotonic() + timeout_s
     while True:
         metrics = read_metrics(url)
-        left = {name: metrics[name] for name in FIRST_BYTES if name in metrics}
+        left = {name: metrics[name] for name in MEMORY if name in metrics}
         if not any(left.values()) or time.monotonic() > until:
             return left
         time.sleep(0.2)
@@ -165,10 +171,9 @@ def wait_for_zero(url: str | None, timeout_s: float) -> dict[str, float]:
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def measure(run: Run, served: Server) -> tuple[Log, dict[str, float], dict[str, float]]:
+def measure(run: Run, served: Server, plan: Plan) -> tuple[Log, dict[str, float], dict[str, float]]:
     """Run all users at once. Return their log, the counters' growth, and what memory is left at the end."""
-    options = run.options
-    plan, count = plan_of(options), options.extra.users
+    options, count = run.options, run.options.extra.users
     before = read_metrics(served.metrics_url)
     expected = count * plan.turns * (len(users.SCRIPTS) + 1)
     with tqdm(total=expected, unit="turn", desc="sessions", disable=None) as bar:
@@ -208,7 +213,7 @@ def _state(log: Log) -> str:
 def report(options: Options, log: Log, counted: dict[str, float], left: dict[str, float]) -> Result:
     """Return the table by kind of user, and the ratios to the baseline."""
     times = [f"{name} p{share * 100:.0f} ms" for name in ("TTFT", "ITL", "e2e") for share in SHARES]
-    result = Result(["users", "turns", *times, "cached tokens", "errors", "lost"])
+    result = Result(["users", "turns", FIRST, *times, "cached tokens", "errors", "lost"])
     for label in LABELS:
         result.rows.append(_row(label, log))
     usual = _follow_ups(log, STAYS)
@@ -240,7 +245,8 @@ def report(options: Options, log: Log, counted: dict[str, float], left: dict[str
 
 def _row(label: str, log: Log) -> dict:
     turns = [turn for turn in log.turns if turn.label == label]
-    row = {"users": label, "turns": len(turns)}
+    first = [turn.ttft_s for turn in turns if turn.number == 1]
+    row = {"users": label, "turns": len(turns), FIRST: median(first) * 1e3 if first else None}
     followed = [turn for turn in turns if turn.number > 1]
     for name, values in (
         ("TTFT", [turn.ttft_s for turn in followed]),
@@ -277,8 +283,8 @@ def main(argv: list[str] | None = None) -> Result:
     with server(options) as served:
         run = Run(options)
         run.say(f"{options.extra.users} users of each of {len(users.SCRIPTS) + 1} kinds on {served.url}")
-        log, counted, left = measure(run, served)
-    return run.finish(report(options, log, counted, left), paint)
+        log, counted, left = measure(run, served, plan_of(options))
+        return run.finish(report(options, log, counted, left), paint)
 
 
 if __name__ == "__main__":

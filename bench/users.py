@@ -92,7 +92,8 @@ class User:
         self.talk = talk.conversation(seed, plan.turns, plan.picture_px, plan.think_s)
         self.http = httpx.Client(timeout=_TIMEOUT_S, trust_env=False)
         timeouts = Timeouts(first_byte_s=_TIMEOUT_S, between_s=_TIMEOUT_S, total_s=_TIMEOUT_S)
-        self._endpoint = Endpoint(url, timeout_s=timeouts, retries=0, http_client=self.http)
+        # With the client's own retries: an error that is logged is one that a program would see.
+        self._endpoint = Endpoint(url, timeout_s=timeouts, http_client=self.http)
 
     def run(self) -> None:
         """Do what this kind of user does. Errors are logged."""
@@ -161,7 +162,7 @@ def stay(user: User) -> None:
 
 
 def leave(user: User) -> None:
-    """Leave each second answer, ask again, and go away without a close."""
+    """Leave each second answer, ask the question again later, and go away without a close."""
     chat = user.open()
     for number in range(user.plan.turns):
         user.think(number)

@@ -1,4 +1,7 @@
-"""AIPerf, unmodified: conversations with a picture in each turn, of which no request fails (`make test-clients`)."""
+"""AIPerf, unmodified: conversations with a picture in each turn, of which no request fails (`make test-clients`).
+
+`bench.load` is the program of `make load`.
+"""
 
 from __future__ import annotations
 

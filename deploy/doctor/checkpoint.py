@@ -16,7 +16,7 @@ def check_checkpoint(subject: Subject) -> Iterator[Finding]:
     """Check family, weights, tokenizer, picture processor and chat template."""
     folder = subject.folder
     if folder is None:
-        remedy = f"download it first to have it checked: huggingface-cli download {subject.model}"
+        remedy = f"download it first to have it checked: hf download {subject.model}"
         yield warning("checkpoint", f"{subject.model} is an ID on the hub: packing downloads and checks it", remedy)
         return
     if not folder.is_dir():

@@ -100,17 +100,14 @@ def test_this_checkout_has_no_problem_of_its_own() -> None:
 
 
 def test_the_report_ends_with_1_after_an_error_and_is_json_on_request(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--model", "/no/such/folder", "--port", "0"]
-    assert command.main(arguments) == 1
-    lines = capsys.readouterr().out.splitlines()
-    (line,) = [line for line in lines if line.startswith("error") and "checkpoint" in line]
-    assert line == (
+    assert llava_deploy.main(["doctor", "--model", "/no/such/folder", "--port", "0", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    findings = [Finding(**finding) for finding in report["findings"]]
+    assert report["error"] == sum(finding.level == "error" for finding in findings) > 0
+    (finding,) = [finding for finding in findings if finding.check == "checkpoint"]
+    assert finding.line() == (
         "error    checkpoint     /no/such/folder is not a folder  ->  give --model (MODEL=) the folder of a checkpoint"
     )
-    assert llava_deploy.main(["doctor", *arguments, "--json"]) == 1
-    report = json.loads(capsys.readouterr().out)
-    assert {"level", "check", "found", "remedy"} == set(report["findings"][0])
-    assert report["error"] == sum(finding["level"] == "error" for finding in report["findings"]) > 0
 
 
 def test_without_packages_it_still_runs_and_says_how_to_install_them() -> None:
@@ -179,7 +176,7 @@ def test_a_used_port_is_an_error_with_the_process_that_holds_it() -> None:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        errors = levels(ports.check_ports(Subject(port=min(port, 65_533))))["error"]
+        errors = levels(ports.check_ports(Subject(port=port)))["error"]
     assert f"port {port} (" in errors
     assert f"(process {os.getpid()})" in errors
     assert "choose another --port" in errors

@@ -9,7 +9,7 @@ from typing import Any
 
 from deploy.serve.processes import LOOPBACK
 
-from .findings import Finding, Subject, error, ok, warning
+from .findings import Finding, Subject, error, ok
 from .headers import SESSION_HEADER
 
 _TIMEOUT_S = 60
@@ -19,7 +19,7 @@ _PROXY = "check which headers a proxy between passes on; doctor without --live c
 
 
 def check_live(subject: Subject) -> Iterator[Finding]:
-    """Open and close an empty session on the server at the port, and ask for one that does not exist."""
+    """Open a session on the server at the port, ask, close it, and close one that does not exist."""
     try:
         status, _, _ = call(subject.port, "GET", "/ping")
     except (OSError, http.client.HTTPException) as failure:
@@ -45,17 +45,18 @@ def _round_trip(port: int) -> Iterator[Finding]:
     if not session:
         yield error("live session", f"the reply to an open has no header {SESSION_HEADER}", _PROXY)
         return
-    status, _, body = post(port, {"type": "close_session"}, {SESSION_HEADER.lower(): session})
-    if status == http.client.OK:
-        yield ok("live session", f"an empty session was opened, found by {SESSION_HEADER}, and closed")
+    header = {SESSION_HEADER: session}
+    question = {"type": "send_text_prompt", "prompt_text": "?", "max_new_tokens": 1}
+    asked, _, answer = post(port, question, header)
+    status, headers, body = post(port, {"type": "close_session"}, header)
+    if status != http.client.OK:  # leave no session behind: the body names it too
+        post(port, {"type": "close_session", "session_id": session})
+    if asked != http.client.OK:
+        yield error("live session", f"a question in the session answers {asked}: {_reason(answer)}", _remedy(asked))
+    elif status != http.client.OK or headers.get(_CLOSED) != session:
+        yield error("live session", f"a close of the session answers {status}: {_reason(body)}", _PROXY)
     else:
-        lower, reason = status, _reason(body)
-        status, headers, body = post(port, {"type": "close_session"}, {SESSION_HEADER: session})
-        if status != http.client.OK or headers.get(_CLOSED) != session:
-            yield error("live session", f"a close with the session's header answers {status}: {_reason(body)}", _PROXY)
-            return
-        found = f"the header is found only as {SESSION_HEADER}; in lower case the answer is {lower} ({reason})"
-        yield warning("live session", found, "put HAProxy in front (scripts/need_haproxy.sh), or write it exactly so")
+        yield ok("live session", f"a session was opened, found by {SESSION_HEADER}, asked, and closed")
     status, _, body = post(port, {"type": "close_session"}, {SESSION_HEADER: _UNKNOWN})
     if status != http.client.NOT_FOUND:
         yield error("live session", f"an unknown session must get 404, got {status}: {_reason(body)}", _PROXY)
@@ -92,6 +93,8 @@ def _reason(body: bytes) -> str:
 
 
 def _remedy(status: int) -> str:
+    if status == http.client.NOT_FOUND:
+        return _PROXY
     if status == http.client.TOO_MANY_REQUESTS:
         return "the server is full: close sessions, or configure more"
     return "read the server's log; its console shows the folder"

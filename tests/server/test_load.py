@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import http.server
 import json
+import socket
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +17,11 @@ import pytest
 from bench import harness, load
 from deploy.doctor import live
 from deploy.doctor.findings import Finding, Subject
-from deploy.serve.haproxy import HAProxy
+from deploy.doctor.headers import SESSION_HEADER
+from deploy.serve.haproxy import HAProxy, find_haproxy
 from deploy.serve.ports import free_ports
 from deploy.serve.torchserve import TorchServe
+from tests.support.server_metrics import wait_for_metrics
 
 EXPORT = Path(__file__).parent / "aiperf_export.json"  # records of a run of AIPerf 0.13.0, with the metrics that count
 
@@ -27,6 +32,17 @@ def found(port: int) -> list[Finding]:
 
 def port_of(url: str) -> int:
     return int(url.rsplit(":", 1)[1])
+
+
+def wait_until_it_listens(port: int) -> None:
+    until = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=5).close()
+            return
+        except OSError:
+            assert time.monotonic() < until
+            time.sleep(0.02)
 
 
 # --- bench.load -------------------------------------------------------------------------------------------------------
@@ -89,17 +105,33 @@ def test_the_model_is_asked_from_the_server(front: HAProxy) -> None:
 # --- doctor --live ----------------------------------------------------------------------------------------------------
 
 
-def test_a_session_makes_the_round_trip_through_haproxy(front: HAProxy) -> None:
-    assert [(finding.level, finding.check) for finding in found(port_of(front.url))] == [
+@pytest.mark.parametrize("kind", ["HAProxy", "TorchServe"])
+def test_a_session_makes_the_round_trip(kind: str, front: HAProxy, server: TorchServe) -> None:
+    url = {"HAProxy": front.url, "TorchServe": server.url}[kind]
+    assert [(finding.level, finding.check) for finding in found(port_of(url))] == [
         ("ok", "server"),
         ("ok", "live session"),
     ]
 
 
-def test_a_server_without_haproxy_finds_the_header_in_one_case_only(server: TorchServe) -> None:
-    _, finding = found(port_of(server.url))
-    assert finding.level == "warning"
-    assert "the header is found only as X-Amzn-SageMaker-Session-Id" in finding.found
+def test_a_proxy_that_removes_the_header_is_found(front: HAProxy, server: TorchServe, tmp_path: Path) -> None:
+    [port] = free_ports(1)
+    (tmp_path / "proxy.cfg").write_text(
+        "defaults\n    mode http\n    timeout connect 5s\n    timeout client 60s\n    timeout server 60s\n"
+        f"listen proxy\n    bind 127.0.0.1:{port}\n    http-request del-header {SESSION_HEADER}\n"
+        f"    server front 127.0.0.1:{port_of(front.url)}\n"
+    )
+    proxy = subprocess.Popen([find_haproxy(), "-db", "-f", tmp_path / "proxy.cfg"])
+    try:
+        wait_until_it_listens(port)
+        _, *rest = found(port)
+    finally:
+        proxy.kill()
+        proxy.wait()
+    assert [finding.level for finding in rest] == ["error"] * len(rest) != []
+    assert "a question in the session answers" in rest[0].found
+    left = wait_for_metrics(server.metrics_url, llava_open_sessions=0)
+    assert left["llava_open_sessions"] == 0, "the session is closed by the ID in the body"
 
 
 def test_a_server_that_does_not_run_is_an_error() -> None:

@@ -19,7 +19,6 @@ import pytest
 
 from deploy.doctor import (
     checkpoint,
-    command,
     configuration,
     gpu,
     headers,
@@ -119,15 +118,6 @@ def test_without_packages_it_still_runs_and_says_how_to_install_them() -> None:
     assert re.search(r"^error +packages +not installed: torchserve, .*->  run: make env$", done.stdout, re.MULTILINE)
     assert re.search(r"^ok +python ", done.stdout, re.MULTILINE)
     assert not done.stderr
-
-
-def test_an_option_that_is_wrong_is_named_as_make_calls_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("LLAVA_MAKE", "doctor --port=PORT")
-    with pytest.raises(SystemExit, match="2"):
-        command.main(["--port", "70000"])
-    assert "make doctor: error: PORT must be a whole number from 0 to 65533" in capsys.readouterr().err
 
 
 # --- programs and packages --------------------------------------------------------------------------------------------

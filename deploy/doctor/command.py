@@ -35,7 +35,8 @@ CHECKS = (
     ("headers", "check_haproxy_rules"),
     ("live", "check_live"),
 )
-_ONLY_STOPPED = ("check_ports",)  # a running server has its ports
+# A running server has its ports and its memory.
+_ONLY_STOPPED = ("check_ports", "check_memory", "check_disk", "check_processes")
 _ONLY_LIVE = ("check_live",)
 
 

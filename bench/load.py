@@ -26,7 +26,7 @@ from deploy.options import Parser, decimal_number, error_prefix, typed, whole_nu
 
 from . import harness, talk
 from .harness import Options, Result, Run, percentile
-from .route import ROOT, service
+from .route import ROOT, ServiceError, service
 
 PROG = "python -m bench.load"
 AIPERF = ROOT / ".venv-clients" / "aiperf" / "bin" / "aiperf"
@@ -284,7 +284,7 @@ def main(argv: list[str] | None = None) -> Result:
             run.say(f"{options.extra.conversations} conversations of {options.extra.turns} turns on {url}")
             requests, summary = run_aiperf(options, url, Path(folder))
             return run.finish(report(options, requests, summary), paint)
-    except LoadError as error:
+    except (LoadError, ServiceError) as error:
         sys.exit(f"{error_prefix(PROG)}error: {error}")
 
 

@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,11 +25,11 @@ from pathlib import Path
 import httpx
 from tqdm import tqdm
 
-from deploy.options import Parser, decimal_number, whole_number
+from deploy.options import Parser, decimal_number, error_prefix, whole_number
 
 from . import harness, users
 from .harness import Options, Result, Run, median, percentile
-from .route import ROOT, service
+from .route import ROOT, ServiceError, service
 from .users import AFTER_PAUSE, EXPIRES, LEAVES, RECOVERED, RETURNS, STATELESS, STAYS, Log, Plan, StatelessUser, User
 
 PROG = "python -m bench.sessions"
@@ -280,6 +281,14 @@ def paint(axes, result: Result) -> None:
 def main(argv: list[str] | None = None) -> Result:
     """Run the command line."""
     options = parse(argv)
+    try:
+        return run_on(options)
+    except (ServiceError, httpx.HTTPError, OSError) as error:
+        sys.exit(f"{error_prefix(PROG)}error: {error}")
+
+
+def run_on(options: Options) -> Result:
+    """Start the server, run all users, and write the record."""
     with server(options) as served:
         run = Run(options)
         run.say(f"{options.extra.users} users of each of {len(users.SCRIPTS) + 1} kinds on {served.url}")

@@ -94,6 +94,8 @@ def test_without_aiperf_or_a_server_it_says_what_to_do(monkeypatch: pytest.Monke
         load.main([])
     monkeypatch.setattr(load, "AIPERF", Path(sys.executable))
     [port] = free_ports(1)
+    with pytest.raises(SystemExit, match=r"/no/such/model is not a checkpoint that can be served"):
+        load.main(["--model", "/no/such/model"])
     with pytest.raises(SystemExit, match=r"--url must be a server with /v1/models, got http://127.0.0.1:\d+: Connect"):
         load.main(["--url", f"http://127.0.0.1:{port}/v1"])
 

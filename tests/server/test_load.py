@@ -107,10 +107,8 @@ def test_the_model_is_asked_from_the_server(front: HAProxy) -> None:
 # --- doctor --live ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["HAProxy", "TorchServe"])
-def test_a_session_makes_the_round_trip(kind: str, front: HAProxy, server: TorchServe) -> None:
-    url = {"HAProxy": front.url, "TorchServe": server.url}[kind]
-    assert [(finding.level, finding.check) for finding in found(port_of(url))] == [
+def test_a_session_makes_the_round_trip(front: HAProxy) -> None:
+    assert [(finding.level, finding.check) for finding in found(port_of(front.url))] == [
         ("ok", "server"),
         ("ok", "live session"),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,7 +15,6 @@ from .headers import SESSION_HEADER
 
 _TIMEOUT_S = 60
 _CLOSED = "X-Amzn-SageMaker-Closed-Session-Id"
-_UNKNOWN = "doctor-unknown-session"
 _PROXY = "check which headers a proxy between passes on; doctor without --live checks the server's own settings"
 
 
@@ -57,7 +57,7 @@ def _round_trip(port: int) -> Iterator[Finding]:
         yield error("live session", f"a close of the session answers {status}: {_reason(body)}", _PROXY)
     else:
         yield ok("live session", f"a session was opened, found by {SESSION_HEADER}, asked, and closed")
-    status, _, body = post(port, {"type": "close_session"}, {SESSION_HEADER: _UNKNOWN})
+    status, _, body = post(port, {"type": "close_session"}, {SESSION_HEADER: f"doctor-{secrets.token_hex(8)}"})
     if status != http.client.NOT_FOUND:
         yield error("live session", f"an unknown session must get 404, got {status}: {_reason(body)}", _PROXY)
 

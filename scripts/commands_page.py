@@ -32,12 +32,13 @@ COMMANDS = {
     "build_mar.sh": "deploy.pack.command:main",
     "python -m deploy.local_endpoint": "deploy.local_endpoint.command:main",
     "python -m deploy.local_endpoint scrape": "deploy.local_endpoint.command:main",
+    "python -m deploy.doctor": "deploy.doctor.command:main",
     "python -m demo.chat": "demo.chat:parse_args",
     "python -m deploy.container.image": "deploy.container.image:main",
     "llava-deploy": "deploy.sagemaker.command:main",
     **{
         f"llava-deploy {name}": "deploy.sagemaker.command:main"
-        for name in ("push", "upload", "up", "status", "invoke", "logs", "down", "capacity")
+        for name in ("push", "upload", "up", "status", "invoke", "logs", "down", "capacity", "doctor")
     },
 }
 _COLUMNS = "100"

@@ -46,9 +46,10 @@ class Prometheus:
         self._http = httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30)
         self._log = log
 
-    def query(self, expression: str) -> list[float]:
-        """Return the values of an instant query. Raise `httpx.HTTPError`."""
-        return [float(series["value"][1]) for series in self._get("query", query=expression)["result"]]
+    def query(self, expression: str, at: float | None = None) -> list[float]:
+        """Return the values of an instant query, now or at a time. Raise `httpx.HTTPError`."""
+        when = {} if at is None else {"time": at}
+        return [float(series["value"][1]) for series in self._get("query", query=expression, **when)["result"]]
 
     def query_range(self, expression: str, start: float, end: float, step_s: float) -> list[dict[str, Any]]:
         """Return the series of a query between two times, with labels and values. Raise `httpx.HTTPError`."""
@@ -67,15 +68,15 @@ class Prometheus:
         data: dict[str, Any] = reply.json()["data"]
         return data
 
-    def wait_for(self, expression: str, holds: Callable[[float], bool]) -> None:
-        """Return when the sum of a query fulfils `holds`. Raise `AssertionError` if it does not in time."""
+    def wait_for(self, expression: str, holds: Callable[[float], bool]) -> float:
+        """Return the sum of a query once it fulfils `holds`. Raise `AssertionError` if it does not in time."""
         values: list[float] = []
         until = time.monotonic() + PATIENCE_S
         while time.monotonic() < until:
             with contextlib.suppress(httpx.HTTPError):  # it is starting
                 values = self.query(expression)
                 if values and holds(math.fsum(values)):
-                    return
+                    return math.fsum(values)
             time.sleep(0.1)
         raise AssertionError(f"{expression} is {values}\n{self._log.read_text()[-3000:]}")
 

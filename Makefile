@@ -26,7 +26,7 @@ PYTHON := .venv/bin/python
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # Java is checked first, even with -j
 .PHONY: help demo check test test-clients unit coverage serve endpoint notebook docs docs-serve lint model bench \
-	bench-cuda soak image image-test env clients java haproxy prometheus clean doctor load
+	bench-cuda soak image image-test env clients java haproxy prometheus clean doctor load board
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -110,6 +110,9 @@ image: env  ## build the image of the SageMaker container (TORCH=cuda|cpu BASE= 
 image-test: env  ## build the image with buildah, run it as SageMaker does, measure it (root; 12 GB of disk)
 	@$(PYTHON) -m tests.image
 
+board: java haproxy prometheus env  ## draw docs/img/board.png: Grafana's board with the data of two minutes of load
+	@$(PYTHON) -m tests.board
+
 env:  ## make .venv with the packages that requirements-dev.txt pins
 	@scripts/env.sh
 
@@ -122,7 +125,7 @@ java:  # before env, so that a missing Java is reported before a long install
 haproxy:  # required by the tests; make serve works without it
 	@scripts/need_haproxy.sh --install
 
-prometheus:  # required by one test
+prometheus:  # required by tests
 	@scripts/need_prometheus.sh --install
 
 clean:  ## delete archives, caches, logs and the site; the environments stay

@@ -22,6 +22,7 @@ from tests.support.snippets import LANGUAGES, ROOT, Block, Terminal, blocks, pag
 
 from .conftest import ENDPOINT_PORT, SERVE_PORT, SKIPPED, Server
 
+PROMETHEUS = ROOT / ".cache" / "prometheus" / "usr" / "bin"  # scripts/need_prometheus.sh
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 ALL = [block for page in pages() for block in blocks(page)]
 # Blocks that start a server in the foreground, and the fixture that starts it.
@@ -74,7 +75,7 @@ def terminal(
             "PYTHONPATH": ":".join(map(str, paths)),
             "NO_PROXY": "127.0.0.1",
             "HF_HUB_OFFLINE": "1",
-            "PATH": f"{checkout / '.venv/bin'}:{os.environ['PATH']}",
+            "PATH": ":".join([str(checkout / ".venv/bin"), str(PROMETHEUS), os.environ["PATH"]]),
             # pip builds and installs what a page names, but into this folder, and without other packages.
             "PIP_TARGET": str(tmp_path / "installed"),
             "PIP_NO_DEPS": "1",

@@ -1,0 +1,131 @@
+"""The command `python -m web`: serve the page, and a model server for it unless one is named."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvicorn
+
+from deploy.options import Parser, decimal_number, error_prefix, port_number, typed
+from deploy.serve.configuration import REPO
+from deploy.serve.processes import LOOPBACK, ServeError
+
+from .application import make_app
+from .local_server import LocalServer, Progress
+from .status import is_url
+
+PROG = "python -m web"
+DEFAULT_PORT = 8100
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = Parser(
+        prog=PROG,
+        description="Serve the web chat until Ctrl-C or SIGTERM. Without --endpoint, serve the packed model too.",
+    )
+    add = parser.add_argument
+    endpoint = "URL of a server (http://127.0.0.1:8080), or name of a SageMaker endpoint (default: start a server)"
+    add("--endpoint", default="", metavar="URL_OR_NAME", help=endpoint)
+    add("--region", metavar="REGION", help="AWS region of the endpoint (default: as boto3 finds it)")
+    add(
+        "--port",
+        type=port_number(),
+        default=DEFAULT_PORT,
+        metavar="N",
+        help="of the page (%(default)s; 0: a free port)",
+    )
+    host = "address to listen on (%(default)s). Every visitor of another address may use the model"
+    add("--host", default=LOOPBACK, help=host)
+    allowed = "further name under which browsers reach the page, such as chat.example.com:443; may be repeated"
+    add("--allow-host", action="append", default=[], metavar="NAME[:PORT]", help=allowed)
+    add("--model-store", type=Path, default=REPO / "model_store", metavar="DIR", help="default: model_store")
+    add("--name", default="llava", help="the packed model (default: %(default)s)")
+    add("--timeout", type=decimal_number(0), default=600, metavar="S", help="seconds that the model may take to load")
+    add("--check", action="store_true", help="check the options and the port, and exit")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until a signal. Return the exit code."""
+    args = parse_args(argv)
+    logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stderr, level=logging.WARNING)
+    server: LocalServer | None = None
+    _raise_on_signals()
+    try:
+        with _listen(args.host, args.port) as listener:
+            if args.check:
+                return 0
+            if not args.endpoint:
+                server = LocalServer(args.model_store, args.name, timeout_s=args.timeout)
+                _start(server)
+            endpoint = args.endpoint if server is None else server.url
+            _serve(endpoint, listener, args)
+    except KeyboardInterrupt:
+        print("\nstopping ...", flush=True)
+    except (ServeError, OSError) as error:
+        print(f"{error_prefix(PROG)}error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if server is not None:
+            server.stop()
+    return 0
+
+
+def _start(server: LocalServer) -> None:
+    progress = Progress("starting the model server")
+    try:
+        server.start(progress)
+    finally:
+        progress.end()
+
+
+def _serve(endpoint: str, listener: socket.socket, args: argparse.Namespace) -> None:
+    port = listener.getsockname()[1]
+    app = make_app(endpoint, hosts_of(args.host, port, args.allow_host), region=args.region)
+    config = uvicorn.Config(
+        app, log_level="warning", server_header=False, timeout_graceful_shutdown=3, proxy_headers=False
+    )
+    shown = LOOPBACK if args.host in (LOOPBACK, "0.0.0.0", "::") else args.host
+    kind = "server" if is_url(endpoint) else "SageMaker endpoint"
+    print(f"web chat: http://{shown}:{port} ({kind} {endpoint}; Ctrl-C ends it)", flush=True)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def hosts_of(host: str, port: int, allowed: Sequence[str]) -> set[str]:
+    """Return the accepted values of the header `Host`. Another value may be an attack by DNS rebinding."""
+    names = {LOOPBACK, "localhost", "[::1]", f"[{host}]" if ":" in host else host}
+    hosts = {f"{name}:{port}" for name in names}
+    return {name.lower() for name in (*hosts, *allowed)}
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket. Raise `ServeError` if the port is in use."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        option = typed("--port")
+        raise ServeError(f"port {port} of {host} cannot be used ({error.strerror}); choose another {option}") from None
+    return listener
+
+
+def _raise_on_signals() -> None:
+    """End the start of the model server on a signal. uvicorn replaces these handlers while it runs."""
+
+    def on_signal(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # an ignored signal stays ignored, as under nohup
+            signal.signal(number, on_signal)

@@ -13,6 +13,7 @@ docs/client.md has more.
 
 from .answers import Answer, Timings, Turn, Usage
 from .chat import AnswerStream, Chat
+from .descriptions import Description
 from .endpoint import Endpoint
 from .errors import (
     AnswerChanged,
@@ -48,6 +49,7 @@ __all__ = [
     "ClientError",
     "ConnectionFailed",
     "ContextLengthExceeded",
+    "Description",
     "Endpoint",
     "InvalidPicture",
     "InvalidRequest",

@@ -11,6 +11,7 @@ from typing import Unpack
 
 from .answers import CANCELLED, Answer
 from .conversation import Conversation
+from .descriptions import Description
 from .drive import Shell, Transport
 from .effects import Core
 from .errors import Busy, ClientError
@@ -132,6 +133,10 @@ class Chat(ChatState):
     def stream_retry(self, **options: Unpack[AskOptions]) -> AnswerStream:
         """Do as `retry`, and return the pieces of the answer."""
         return self._streamed(self._conversation.rewrite(-1, None, options, stream=True))
+
+    def describe(self) -> Description:
+        """Return where the session is, its memory and its expiry. Allowed during an answer. Raise `ClientError`."""
+        return Shell(self._transport).run(self._conversation.describe())
 
     def close(self) -> None:
         """Close the session. A running answer is cancelled. Raise `ClientError` if the server cannot be reached."""

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from .answers import LENGTH, STOP, Answer, Turn
 from .asking import Delivery, ask_streamed, ask_whole, replayed
+from .descriptions import Description, description_of
 from .effects import Abort, Compute, Core
 from .errors import (
     AnswerChanged,
@@ -38,6 +39,8 @@ from .wire import (
     ask_request,
     cancel_request,
     close_request,
+    describe_request,
+    facts_of,
     open_request,
     rewrite_request,
 )
@@ -113,6 +116,12 @@ class Conversation:
             yield from send(close_request(self.session_id, self.settings.session_token), budget)
         except SessionLost:
             log.info("session_lost_before_close")
+
+    def describe(self) -> Core[Description]:
+        """Ask where the session is. This renews nothing. Raise `ClientError`."""
+        request = describe_request(self.session_id, self.settings.session_token)
+        reply = yield from send(request, self.cleanup_budget())
+        return description_of(facts_of(reply.body))
 
     def _close_unanswered(self, request: Request) -> Core[None]:
         """Close the session of an open whose reply was lost. It expires by itself if the server is out of reach."""

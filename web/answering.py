@@ -23,7 +23,8 @@ _END = None
 async def events(chat: WebChat, ask: Ask, index: int, *, shows_pending: bool = True) -> AsyncIterator[str]:
     """Ask, and yield the answer's events: `piece` for text, and at last `end`, `stopped` or `problem`.
 
-    `index`: that of the new turn. `shows_pending`: the question shows the pictures that wait for the next one. If the page leaves, the answer is cancelled and the turn rolled back.
+    `index`: that of the new turn. `shows_pending`: the question shows the pictures that wait for the next one. If
+    the page leaves, the answer is cancelled and the turn rolled back.
     """
     queue: asyncio.Queue[str | None] = asyncio.Queue()
     loop = asyncio.get_running_loop()

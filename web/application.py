@@ -18,7 +18,7 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from llava_sessions_client import Endpoint, Retries, Timeouts
+from llava_sessions_client import AskOptions, Endpoint, Retries, Timeouts
 
 from .answering import events
 from .chats import Chats, WebChat
@@ -35,10 +35,12 @@ _TIMEOUTS = Timeouts(connect_s=3.0, total_s=150.0, close_s=3.0)
 _RETRIES = Retries(most=2, most_unreachable=1)
 
 
-def make_app(endpoint: str, hosts: Iterable[str], *, region: str | None = None) -> Starlette:
+def make_app(
+    endpoint: str, hosts: Iterable[str], *, region: str | None = None, options: AskOptions | None = None
+) -> Starlette:
     """Return the application for a model server: a URL, or the name of a SageMaker endpoint.
 
-    `hosts`: the values of the header `Host` that the application accepts.
+    `hosts`: the values of the header `Host` that the application accepts. `options`: of each question.
     """
 
     def client(session_token: str | None = None) -> Endpoint:
@@ -51,6 +53,7 @@ def make_app(endpoint: str, hosts: Iterable[str], *, region: str | None = None) 
                 app.state.endpoint = endpoint
                 app.state.http = http
                 app.state.chats = Chats(shared, client)
+                app.state.options = options or {}
                 yield
                 await run_in_threadpool(app.state.chats.close_all)
 
@@ -188,23 +191,26 @@ async def _ask(request: Request) -> Response:
     chat = _chat(request)
     text = await _question(request)
     pictures = [one.data for one in chat.pending]
-    return _answer(chat, lambda: chat.session.stream(text, images=pictures), len(chat.turns))
+    options = request.app.state.options
+    return _answer(chat, lambda: chat.session.stream(text, images=pictures, **options), len(chat.turns))
 
 
 async def _edit(request: Request) -> Response:
     chat = _chat(request)
     text = await _question(request)
     index = request.path_params["turn"]
+    options = request.app.state.options
     if index >= len(chat.turns):
         raise Problem("turn_not_found", "This turn is gone.", "Reload the page.", status=404)
-    return _answer(chat, lambda: chat.session.stream_edit(index, text), index, shows_pending=False)
+    return _answer(chat, lambda: chat.session.stream_edit(index, text, **options), index, shows_pending=False)
 
 
 async def _retry(request: Request) -> Response:
     chat = _chat(request)
     if not chat.turns:
         raise Problem("turn_not_found", "There is no question to ask again.", "Ask one.", status=404)
-    return _answer(chat, chat.session.stream_retry, len(chat.turns) - 1, shows_pending=False)
+    options = request.app.state.options
+    return _answer(chat, lambda: chat.session.stream_retry(**options), len(chat.turns) - 1, shows_pending=False)
 
 
 async def _stop(request: Request) -> Response:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import signal
 import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import uvicorn
 
 from deploy.options import Parser, decimal_number, error_prefix, port_number, typed
 from deploy.serve.configuration import REPO
 from deploy.serve.processes import LOOPBACK, ServeError
+from llava_sessions_client import AskOptions
 
 from .application import make_app
 from .local_server import LocalServer, Progress
@@ -45,6 +48,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--host", default=LOOPBACK, help=host)
     allowed = "further name under which browsers reach the page, such as chat.example.com:443; may be repeated"
     add("--allow-host", action="append", default=[], metavar="NAME[:PORT]", help=allowed)
+    option = "option of each question, such as temperature=0.7 or max_new_tokens=256; may be repeated"
+    add("--ask-option", type=_option, action="append", default=[], metavar="NAME=VALUE", help=option)
     add("--model-store", type=Path, default=REPO / "model_store", metavar="DIR", help="default: model_store")
     add("--name", default="llava", help="the packed model (default: %(default)s)")
     add("--timeout", type=decimal_number(0), default=600, metavar="S", help="seconds that the model may take to load")
@@ -78,6 +83,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _option(text: str) -> tuple[str, Any]:
+    """Parse NAME=VALUE with the name of an option of `Chat.ask` and a value in JSON. An argparse type."""
+    name, _, value = text.partition("=")
+    if name not in AskOptions.__annotations__:
+        raise argparse.ArgumentTypeError(f"must name one of {', '.join(AskOptions.__annotations__)}, got {name!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must have a number, true, false or a quoted text, got {value!r}") from None
+
+
 def _start(server: LocalServer) -> None:
     progress = Progress("starting the model server")
     try:
@@ -88,7 +104,12 @@ def _start(server: LocalServer) -> None:
 
 def _serve(endpoint: str, listener: socket.socket, args: argparse.Namespace) -> None:
     port = listener.getsockname()[1]
-    app = make_app(endpoint, hosts_of(args.host, port, args.allow_host), region=args.region)
+    app = make_app(
+        endpoint,
+        hosts_of(args.host, port, args.allow_host),
+        region=args.region,
+        options=cast("AskOptions", dict(args.ask_option)),
+    )
     config = uvicorn.Config(
         app, log_level="warning", server_header=False, timeout_graceful_shutdown=3, proxy_headers=False
     )

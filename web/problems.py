@@ -58,9 +58,8 @@ def in_words(error: Exception) -> Problem:
     if isinstance(error, InvalidRequest | ApiError):
         message = error.message.rstrip(".")
         return Problem(error.code, "The server rejected the request.", f"It says: {message}.", RETRY, 502)
-    return Problem(
-        "internal", "Something went wrong in this page's server.", "Its terminal shows the error.", RETRY, 500
-    )
+    title = "Something went wrong in this page's server."
+    return Problem("internal", title, "Its terminal shows the error.", RETRY, 500)
 
 
 # The first entry that fits an error counts.

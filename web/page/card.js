@@ -23,6 +23,7 @@ export class Card {
     this.panel = new Panel(this.find("panel"), (turn) => this.compare(turn));
     this.text = this.find("text");
     this.listen();
+    this.followEnd();
     this.show();
     this.panel.showSession(chat.session);
     this.describe();
@@ -87,6 +88,8 @@ export class Card {
     if (this.ended) items.push(this.ended);
     this.find("turns").replaceChildren(...items);
     this.showAttached(pictures.filter((one) => one.pending));
+    this.find("notices").textContent = this.chat.notices.join(" ");
+    this.find("notices").hidden = !this.chat.notices.length;
     this.showBusy();
     this.showTimes();
     this.on.changed();
@@ -136,9 +139,20 @@ export class Card {
     );
   }
 
+  /** Show the end of the conversation. */
   scroll() {
     const talk = this.find("talk");
     talk.scrollTop = talk.scrollHeight;
+  }
+
+  /** Keep the end of the conversation in view when the size of the chat or of its content changes. */
+  followEnd() {
+    const talk = this.find("talk");
+    let isAtEnd = true;
+    talk.addEventListener("scroll", () => (isAtEnd = talk.scrollHeight - talk.scrollTop - talk.clientHeight < 40));
+    const observer = new ResizeObserver(() => isAtEnd && this.scroll());
+    observer.observe(talk);
+    observer.observe(this.find("turns"));
   }
 
   // --- questions ---

@@ -14,14 +14,16 @@ NOTEBOOK ?=
 ENDPOINT_PORT ?= 8090
 INSTANCES ?= 2
 ENDPOINT ?=
+WEB ?=
+WEB_PORT ?= 8100
 TESTS ?=
 
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # Java is checked first, even with -j
-.PHONY: help demo check test test-clients unit coverage serve endpoint notebook lint model bench bench-cuda soak image \
-	image-test env clients java haproxy prometheus clean
+.PHONY: help demo check test test-clients unit coverage serve endpoint web notebook lint model bench bench-cuda soak image \
+	image-test screenshots env clients java haproxy prometheus chromium clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +33,7 @@ demo: export LLAVA_MAKE = demo --seed=SEED
 serve: export LLAVA_MAKE = serve --model=MODEL --sessions=SESSIONS --dtype=DTYPE --port=PORT
 endpoint: export LLAVA_MAKE = endpoint --model=MODEL --sessions=SESSIONS --dtype=DTYPE --instances=INSTANCES --port=ENDPOINT_PORT
 image: export LLAVA_MAKE = image --torch=TORCH --base=BASE --tag=TAG
+web: export LLAVA_MAKE = web --endpoint=ENDPOINT --port=WEB_PORT --model=MODEL --sessions=SESSIONS --dtype=DTYPE
 soak: export LLAVA_MAKE = soak NAME=SOAK
 
 demo: java env  ## run a five-turn picture chat through a real TorchServe (SEED= repeats one)
@@ -38,7 +41,7 @@ demo: java env  ## run a five-turn picture chat through a real TorchServe (SEED=
 
 check: env lint unit  ## lint, types and unit tests: for every save
 
-test: java haproxy prometheus env clients lint  ## lint, then all tests (TESTS="tests/server -k chat" for some)
+test: java haproxy prometheus chromium env clients lint  ## lint, then all tests (TESTS="tests/server -k chat" for some)
 	@$(PYTHON) -m pytest -n 2 $(TESTS)
 
 test-clients: java haproxy env  ## test with all clients, AIPerf too (1.2 GB more, once)
@@ -63,6 +66,11 @@ endpoint: java env  ## run a SageMaker endpoint on this machine (INSTANCES= ENDP
 		$(if $(SESSIONS),--sessions '$(SESSIONS)') $(if $(DTYPE),--dtype '$(DTYPE)') >/dev/null
 	@exec $(PYTHON) -m deploy.local_endpoint --model-store model_store/endpoint \
 		--instances '$(INSTANCES)' --port '$(ENDPOINT_PORT)' $(ENDPOINT)
+
+web: $(if $(ENDPOINT),,java) env  ## chat in the browser (WEB_PORT= MODEL=, or ENDPOINT= of a server that runs; WEB="--help")
+	@$(PYTHON) -m web --port '$(WEB_PORT)' $(WEB) --check
+	@$(if $(ENDPOINT),true,./build_mar.sh --model '$(MODEL)' $(if $(SESSIONS),--sessions '$(SESSIONS)') $(if $(DTYPE),--dtype '$(DTYPE)') >/dev/null)
+	@exec $(PYTHON) -m web --port '$(WEB_PORT)' $(if $(ENDPOINT),--endpoint '$(ENDPOINT)') $(WEB)
 
 notebook: java env  ## run docs/notebook.ipynb against such an endpoint (NOTEBOOK=--save stores its outputs in it)
 	@$(PYTHON) -m tests.notebook $(NOTEBOOK)
@@ -89,6 +97,9 @@ image: env  ## build the image of the SageMaker container (TORCH=cuda|cpu BASE= 
 image-test: env  ## build the image with buildah, run it as SageMaker does, measure it (root; 12 GB of disk)
 	@$(PYTHON) -m tests.image
 
+screenshots: java chromium env  ## take the pictures of the web chat in docs/img
+	@$(PYTHON) -m tests.browser.screenshots
+
 env:  ## make .venv with the packages that requirements-dev.txt pins
 	@scripts/env.sh
 
@@ -103,6 +114,9 @@ haproxy:  # required by the tests; make serve works without it
 
 prometheus:  # required by one test
 	@scripts/need_prometheus.sh --install
+
+chromium:  # required by the tests of the web chat
+	@scripts/need_chromium.sh --install
 
 clean:  ## delete archives, caches and logs; the environments stay
 	@find model_store -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +

@@ -152,6 +152,10 @@ class Chats:
         self._chats: dict[str, WebChat] = {}
         self._measuring = threading.Lock()
 
+    def all(self) -> list[WebChat]:
+        """Return the open chats, oldest first."""
+        return list(self._chats.values())
+
     def find(self, chat_id: str) -> WebChat:
         """Return a chat. Raise `Problem`."""
         chat = self._chats.get(chat_id)
@@ -162,7 +166,7 @@ class Chats:
 
     def open(self, data: bytes) -> WebChat:
         """Open a chat on a picture. Raise `Problem` or `ClientError`."""
-        held = sum(len(one.data) + len(one.shown) for chat in self._chats.values() for one in chat.pictures)
+        held = sum(len(one.data) + len(one.shown) for chat in self.all() for one in chat.pictures)
         if len(self._chats) >= MAX_CHATS or held > MAX_BYTES:
             raise Problem("too_many_chats", "This page has too many open chats.", "Close a chat first.", status=429)
         shown, media_type = render(data)
@@ -207,9 +211,15 @@ class Chats:
             chat.running.cancel()
         _close(chat.session)
 
+    def stop_all(self) -> None:
+        """Stop the running answers. Their turns are rolled back."""
+        for chat in self.all():
+            with contextlib.suppress(ClientError):
+                chat.stop()
+
     def close_all(self) -> None:
         """Close every chat."""
-        for chat in list(self._chats.values()):
+        for chat in self.all():
             self.close(chat)
 
 

@@ -8,8 +8,10 @@ import logging
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 import uvicorn
@@ -20,6 +22,7 @@ from deploy.serve.processes import LOOPBACK, ServeError
 from llava_sessions_client import AskOptions
 
 from .application import make_app
+from .chats import Chats
 from .local_server import LocalServer, Progress
 from .status import is_url
 
@@ -64,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     server: LocalServer | None = None
     _raise_on_signals()
     try:
-        with _listen(args.host, args.port) as listener:
+        with listen(args.host, args.port) as listener:
             if args.check:
                 return 0
             if not args.endpoint:
@@ -116,7 +119,18 @@ def _serve(endpoint: str, listener: socket.socket, args: argparse.Namespace) -> 
     shown = LOOPBACK if args.host in (LOOPBACK, "0.0.0.0", "::") else args.host
     kind = "server" if is_url(endpoint) else "SageMaker endpoint"
     print(f"web chat: http://{shown}:{port} ({kind} {endpoint}; Ctrl-C ends it)", flush=True)
-    uvicorn.Server(config).run(sockets=[listener])
+    PageServer(config).run(sockets=[listener])
+
+
+class PageServer(uvicorn.Server):
+    """uvicorn that ends running answers on a signal, so that no connection holds up the end."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Handle a signal. Runs on the main thread, and must not wait."""
+        chats: Chats | None = getattr(self.config.app.state, "chats", None)  # type: ignore[union-attr]  # a Starlette
+        if chats is not None:
+            threading.Thread(target=chats.stop_all, name="stop-answers").start()
+        super().handle_exit(sig, frame)
 
 
 def hosts_of(host: str, port: int, allowed: Sequence[str]) -> set[str]:
@@ -126,7 +140,7 @@ def hosts_of(host: str, port: int, allowed: Sequence[str]) -> set[str]:
     return {name.lower() for name in (*hosts, *allowed)}
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket. Raise `ServeError` if the port is in use."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)

@@ -20,7 +20,7 @@ class LocalServer:
 
     def __init__(self, model_store: Path, name: str, *, timeout_s: float) -> None:
         """`timeout_s`: time that the model may take to load. Raise `ServeError` if it cannot be served."""
-        self._service = Service(model_store, name, haproxy=find_haproxy(), ready_timeout_s=timeout_s, quiet=True)
+        self._service = Service(model_store, name, haproxy=find_haproxy(), ready_timeout_s=timeout_s, reports=False)
         self._thread = threading.Thread(target=self._service.run, name="model-server")
 
     @property

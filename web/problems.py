@@ -11,7 +11,6 @@ from llava_sessions_client import (
     ConnectionFailed,
     ContextLengthExceeded,
     InvalidPicture,
-    InvalidRequest,
     OverCapacity,
     SessionExpired,
     SessionLost,
@@ -55,7 +54,7 @@ def in_words(error: Exception) -> Problem:
     for kind, problem in _WORDS:
         if isinstance(error, kind):
             return problem
-    if isinstance(error, InvalidRequest | ApiError):
+    if isinstance(error, ApiError):
         message = error.message.rstrip(".")
         return Problem(error.code, "The server rejected the request.", f"It says: {message}.", RETRY, 502)
     title = "Something went wrong in this page's server."

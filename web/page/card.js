@@ -53,7 +53,6 @@ export class Card {
         this.attach(files);
       }
     });
-    this.element.addEventListener("keydown", (event) => event.key === "Escape" && this.busy && this.stop());
     this.find("stop").addEventListener("click", () => this.stop());
     this.find("close").addEventListener("click", () => this.close());
     this.find("beside").addEventListener("click", () => this.on.alone());
@@ -180,6 +179,7 @@ export class Card {
   /** Send a question and show its answer as it arrives. `keep`: so many turns stay shown above it. */
   async run(path, body, { question, pictures, keep }) {
     if (this.busy) return;
+    const hadFocus = this.element.contains(document.activeElement);
     this.busy = true;
     this.ended = null;
     this.banner(null);
@@ -191,6 +191,7 @@ export class Card {
     list.append(live.item);
     this.find("attached").hidden = true;
     this.scroll();
+    if (hadFocus) this.text.focus(); // the button that was pressed is hidden or gone
     announce("The model is answering.");
     let text = "";
     let problem = null;

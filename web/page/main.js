@@ -260,13 +260,24 @@ function toggleMenu(isOpen) {
   byId("menu").setAttribute("aria-expanded", String(isOpen));
 }
 
+/** Close the menu, or stop an answer: that of the chat with the focus, else the latest one. */
+function escape() {
+  if (byId("chats").classList.contains("open")) {
+    toggleMenu(false);
+    byId("menu").focus();
+    return;
+  }
+  const busy = visible.map((id) => cards.get(id)).filter((card) => card?.busy);
+  (busy.find((card) => card.element.contains(document.activeElement)) ?? busy.at(-1))?.stop();
+}
+
 function listen() {
   byId("new-chat").addEventListener("click", () => {
     showStart();
     start.querySelector("[data-choose]").focus();
   });
   byId("menu").addEventListener("click", () => toggleMenu(!byId("chats").classList.contains("open")));
-  document.addEventListener("keydown", (event) => event.key === "Escape" && toggleMenu(false));
+  document.addEventListener("keydown", (event) => event.key === "Escape" && !byId("draw").open && escape());
   document.addEventListener("paste", (event) => {
     const files = picturesOf(event.clipboardData);
     if (!files.length) return;

@@ -32,7 +32,7 @@ PAGE = Path(__file__).parent / "page"
 MAX_QUESTION_CHARS = 4096
 # A person waits: the page shows the error soon and offers to ask again.
 _TIMEOUTS = Timeouts(connect_s=3.0, total_s=150.0, close_s=3.0)
-_RETRIES = Retries(most=2, most_unreachable=1)
+_RETRIES = Retries(most=2)
 
 
 def make_app(

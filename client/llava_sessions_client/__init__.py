@@ -12,6 +12,8 @@ docs/client.md has more.
 """
 
 from .answers import Answer, Timings, Turn, Usage
+from .async_chat import AsyncAnswerStream, AsyncChat
+from .async_endpoint import AsyncEndpoint
 from .chat import AnswerStream, Chat
 from .descriptions import Description
 from .endpoint import Endpoint
@@ -25,6 +27,7 @@ from .errors import (
     ContextLengthExceeded,
     InvalidPicture,
     InvalidRequest,
+    NotConfigured,
     OverCapacity,
     SessionExpired,
     SessionLost,
@@ -43,6 +46,9 @@ __all__ = [
     "AnswerStream",
     "ApiError",
     "AskOptions",
+    "AsyncAnswerStream",
+    "AsyncChat",
+    "AsyncEndpoint",
     "Busy",
     "Chat",
     "ChatClosed",
@@ -53,6 +59,7 @@ __all__ = [
     "Endpoint",
     "InvalidPicture",
     "InvalidRequest",
+    "NotConfigured",
     "OverCapacity",
     "Picture",
     "PictureSource",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -18,7 +19,6 @@ from .errors import Busy, ClientError
 from .options import AskOptions
 from .pictures import Picture, PictureSource, load_picture, load_pictures
 from .state import ChatState
-from .wire import cancel_request
 
 log = logging.getLogger(__name__)
 Images = PictureSource | Picture | Sequence[PictureSource | Picture] | None
@@ -74,7 +74,8 @@ class AnswerStream(Iterator[str]):
         if self._reading:
             self._stop()
             return
-        self._pieces.close()
+        with contextlib.suppress(ValueError):  # another thread has begun to wait for a piece
+            self._pieces.close()
         self._answer = self._answer or Answer(self.text, CANCELLED)
 
     def __enter__(self) -> AnswerStream:
@@ -195,5 +196,4 @@ class Chat(ChatState):
     def _stop(self) -> None:
         """Cancel the running turn on the server. The thread that reads the answer sees its end."""
         limits = self._conversation.cleanup_budget().limits()
-        token = self._conversation.settings.session_token
-        self._transport.call(cancel_request(self.session_id, token), limits)
+        self._transport.call(self._conversation.stop(), limits)

@@ -16,6 +16,10 @@ class ClientError(Exception):
     """An error of this client."""
 
 
+class NotConfigured(ClientError, ValueError):
+    """The name or URL of the endpoint, the region or the credentials are missing or wrong."""
+
+
 class ConnectionFailed(ClientError):
     """The connection could not be made, or broke before the reply was complete.
 
@@ -153,3 +157,17 @@ def is_transient(error: ClientError) -> bool:
     if isinstance(error, OverCapacity):
         return error.retry_after_s is not None
     return isinstance(error, ConnectionFailed | TimedOut | Unavailable)
+
+
+# SageMaker rejects the call by itself. If that lasts, the session's instance is gone for ever.
+_PLATFORM_CODES = ("ServiceUnavailable", "InternalFailure", "InternalDependencyException", "ModelError")
+
+
+def is_from_platform(error: ClientError) -> bool:
+    """Return whether SageMaker rejected a call because it has no answer of the container."""
+    return isinstance(error, ApiError) and error.code in _PLATFORM_CODES
+
+
+def is_lost(error: ClientError) -> bool:
+    """Return whether the session of a question is lost, or if retries have failed, its instance."""
+    return isinstance(error, SessionLost) or is_from_platform(error)

@@ -15,11 +15,11 @@ import httpx
 
 from .drive import ReplyStream
 from .effects import Limits
-from .errors import ClientError, ConnectionFailed, TimedOut
+from .errors import ClientError, ConnectionFailed, NotConfigured, TimedOut
 from .wire import CONTENT_TYPE, SESSION_HEADER, Reply, Request
 
 PATH = "/invocations"
-_FINISH_S = 1.0
+FINISH_S = 1.0
 
 
 class HttpTransport:
@@ -63,6 +63,8 @@ class HttpTransport:
                 "POST", self._url, content=request.content, headers=headers_of(request), timeout=timeout_of(limits)
             )
             reply = self._client.send(sent, stream=True)
+        except httpx.InvalidURL as error:
+            raise NotConfigured(f"the URL must be valid: {error}") from error
         except httpx.HTTPError as error:
             raise error_of(error) from error
         return head_of(reply.status_code, reply.headers), HttpStream(reply, limits)
@@ -91,7 +93,7 @@ class HttpStream:
     def finish(self) -> None:
         """Read what follows the last line. Errors are ignored."""
         self._timer.cancel()
-        timer = self._start_timer(_FINISH_S)
+        timer = self._start_timer(FINISH_S)
         try:
             for _ in self._parts:
                 pass

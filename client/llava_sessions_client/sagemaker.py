@@ -6,8 +6,8 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import boto3
 from botocore.config import Config
@@ -27,6 +27,7 @@ from .effects import Limits
 from .options import Timeouts
 from .wire import CONTENT_TYPE, Reply, Request
 
+T = TypeVar("T")
 NEW_SESSION = "NEW_SESSION"
 _PENDING_PARTS = 64
 _THROTTLED = ("ThrottlingException", "Throttling", "TooManyRequestsException", "ModelNotReadyException")
@@ -36,7 +37,7 @@ _THROTTLED_RETRY_S = 1.0
 def make_client(timeouts: Timeouts, region: str | None, endpoint_url: str | None) -> Any:
     """Return a boto3 client without retries of its own: they would run an open twice.
 
-    `AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME` replaces the address, as for every boto3 client.
+    `AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME` replaces the address, as for every boto3 client. Raise `NotConfigured`.
     """
     config = Config(
         connect_timeout=min(timeouts.connect_s, timeouts.total_s),
@@ -44,7 +45,10 @@ def make_client(timeouts: Timeouts, region: str | None, endpoint_url: str | None
         retries={"total_max_attempts": 1},
         max_pool_connections=64,
     )
-    return boto3.client("sagemaker-runtime", region_name=region, endpoint_url=endpoint_url, config=config)
+    try:
+        return boto3.client("sagemaker-runtime", region_name=region, endpoint_url=endpoint_url, config=config)
+    except (BotoCoreError, ValueError) as error:
+        raise errors.NotConfigured(f"boto3 cannot call SageMaker: {error}") from error
 
 
 class SageMakerTransport:
@@ -57,10 +61,14 @@ class SageMakerTransport:
 
     def call(self, request: Request, limits: Limits) -> Reply:
         """Send a request and return its reply. Raise `ConnectionFailed` or `TimedOut`."""
-        try:
+
+        def invoke() -> Reply:
             reply = self._client.invoke_endpoint(**self._members(request, request.session_id or NEW_SESSION))
             with contextlib.closing(reply["Body"]) as body:
                 return Reply(200, body.read(), reply.get("NewSessionId", ""))
+
+        try:
+            return within(limits, invoke)
         except ClientError as error:
             return _reply_of(error, is_session=bool(request.session_id))
         except (BotoCoreError, HTTPClientError, OSError) as error:
@@ -70,7 +78,7 @@ class SageMakerTransport:
         """Send a request for a stream. Return its head and its body, or an error reply. Raise as `call`."""
         try:
             members = self._members(request, request.session_id)
-            reply = self._client.invoke_endpoint_with_response_stream(**members)
+            reply = within(limits, lambda: self._client.invoke_endpoint_with_response_stream(**members))
         except ClientError as error:
             return _reply_of(error, is_session=True), None
         except (BotoCoreError, HTTPClientError, OSError) as error:
@@ -89,6 +97,36 @@ class SageMakerTransport:
             "Body": request.content,
             "SessionId": session_id,
         }
+
+
+def within(limits: Limits, work: Callable[[], T]) -> T:
+    """Return the result of `work`, or raise its error. Raise `TimedOut` when the time is over: its thread goes on.
+
+    The time-outs of a boto3 client are those of its connections, not of one call.
+    """
+    done: queue.Queue[T | BaseException] = queue.Queue(1)
+    given_up = threading.Event()
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:  # raised again by the caller's thread
+            done.put(error)
+            return
+        done.put(result)
+        if given_up.is_set() and isinstance(result, dict):
+            result["Body"].close()
+
+    threading.Thread(target=run, daemon=True, name="llava-sessions-call").start()
+    remaining_s = limits.deadline_s - time.monotonic()
+    try:
+        result = done.get(timeout=max(0.0, min(limits.first_byte_s, remaining_s)))
+    except queue.Empty:
+        given_up.set()
+        raise errors.TimedOut("SageMaker must reply within the time-outs") from None
+    if isinstance(result, BaseException):
+        raise result
+    return result
 
 
 class EventReader:
@@ -190,4 +228,4 @@ def _error_of(error: Exception) -> errors.ClientError:
         return errors.TimedOut(f"SageMaker must reply within the time-outs: {error}")
     if isinstance(error, HTTPClientError | OSError):
         return errors.ConnectionFailed(f"the connection broke: {error}")
-    return errors.ClientError(f"boto3 cannot send the request: {error}")
+    return errors.NotConfigured(f"boto3 cannot call SageMaker: {error}")

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ class Service:
     ) -> None:
         """`haproxy` is its path, or None. All ports but the public one are from `safe_ports`, if it is given.
 
-        `reports`: print the progress, and how to use the server. Errors are always printed. `server_options` are further options of `TorchServe`.
+        `reports`: print the progress, and how to use the server. Errors are always printed. `server_options` are
+        further options of `TorchServe`.
         """
         if haproxy is None and host != LOOPBACK:
             raise ServeError(f"serving on {host} needs HAProxy; scripts/need_haproxy.sh prints how to install it")
@@ -73,7 +74,7 @@ class Service:
         self._requested_home = home
         self._ready_timeout_s = ready_timeout_s
         self._delays_s = delays_s
-        self._reports = reports
+        self._report: Callable[[str], None] = _print if reports else _ignore
         self._server_options = server_options
         self._stopped_by = ""
         self._deaths = 0  # since the server last ran for STEADY_S
@@ -270,10 +271,6 @@ class Service:
         except OSError:
             return 0
 
-    def _report(self, text: str) -> None:
-        if self._reports:
-            print(text, flush=True)
-
     def _announce_ready(self, server: TorchServe, seconds: float) -> None:
         if self._deaths:
             self._report(f"ready again in {seconds:.1f} s")
@@ -286,6 +283,14 @@ class Service:
         )
         openai_url = f"{self.url}/v1" if self.haproxy is not None else server.openai_url
         self._report(f"  logs       {server.log_path.parent}\n\n{usage(self.url, openai_url)}")
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
+def _ignore(_text: str) -> None:
+    pass
 
 
 def usage(url: str, openai_url: str) -> str:

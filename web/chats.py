@@ -17,7 +17,7 @@ from typing import Any
 from llava_sessions_client import AnswerStream, Chat, ClientError, Endpoint, SessionLost, Turn
 
 from .pictures import MAX_PICTURES, StoredPicture, render
-from .problems import Problem, chat_not_found, in_words
+from .problems import Problem, chat_not_found
 
 MAX_CHATS = 32
 MAX_BYTES = 512 * 1024 * 1024
@@ -99,10 +99,7 @@ class WebChat:
             found = self.session.describe()
         except SessionLost:
             return _ENDED
-        except ClientError as error:
-            problem = in_words(error)
-            if problem.code in ("unreachable", "unavailable", "timed_out"):
-                raise problem from None
+        except ClientError:  # out of reach, or without this request
             return {"place": "unknown", "expires_in_s": _seconds_to(self.session.expires_at)}
         return {
             "place": found.residency,

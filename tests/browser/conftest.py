@@ -16,13 +16,7 @@ from tests.support.serving import pack
 @pytest.fixture(scope="session")
 def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebCommand]:
     """Run the page's server and its model server."""
-    import os  # TEMP
 
-    if os.environ.get("DEV_URL"):  # TEMP
-        import types  # TEMP
-
-        yield types.SimpleNamespace(url="http://127.0.0.1:8199", model_url=os.environ["DEV_URL"])  # TEMP
-        return  # TEMP
     with WebCommand(pack(tmp_path_factory.mktemp("web"))) as command:
         yield command
 

@@ -26,7 +26,7 @@ from web.command import hosts_of, listen
 REPO = Path(__file__).resolve().parents[2]
 PICTURE = REPO / "picture.png"
 DRAWING = REPO / "web" / "page" / "examples" / "drawing.png"
-PATIENCE_MS = int(os.environ.get("PMS", "120000"))
+PATIENCE_MS = 120_000
 DESKTOP = {"width": 1360, "height": 860}
 PHONE = {"width": 390, "height": 844}
 _LOADING_FAILED = "Failed to load resource"

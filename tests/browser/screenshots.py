@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import expect
 
+from deploy.options import Parser
 from tests.support.browser import DESKTOP, DRAWING, PHONE, PICTURE, REPO, Visit, WebCommand, chromium
 from tests.support.serving import pack
 
@@ -22,7 +22,7 @@ QUESTIONS = ("Which shapes are there?", "How many are there?", "Is there a star?
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Take all pictures. Return the exit code."""
-    parser = argparse.ArgumentParser(prog="make screenshots", description=__doc__)
+    parser = Parser(prog="make screenshots", description=__doc__)
     parser.add_argument("--output", type=Path, default=FOLDER, metavar="DIR", help="default: docs/img")
     parser.add_argument("--url", help="address of a page that runs (default: start one)")
     args = parser.parse_args(argv)

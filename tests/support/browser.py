@@ -20,6 +20,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, Route, expect, sy
 
 from deploy.serve.configuration import PUBLIC_METRICS_VARIABLE
 from tests.support.commands import kill_tree
+from tests.support.serving import START_S
 from web.application import make_app
 from web.command import hosts_of, listen
 
@@ -192,7 +193,7 @@ class WebCommand:
         return self._found(r"\(server (http://[^;]+);")
 
     def _found(self, pattern: str) -> str:
-        assert self._ready.wait(PATIENCE_MS / 1000), self.lines
+        assert self._ready.wait(START_S), self.lines
         found = next(filter(None, (re.search(pattern, line) for line in self.lines)), None)
         assert found, self.lines
         return found[1]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import llava_sessions_client as client
 from llava_sessions_client import (
     AnswerChanged,
     Busy,
@@ -441,3 +444,11 @@ def test_pictures_wait_until_a_question_is_answered() -> None:
     ask(script)
     assert ["image" in body for body in script.bodies] == [True, True, False]
     assert [each.pictures for each in script.conversation.turns] == [(PICTURE,), ()]
+
+
+def test_the_table_of_errors_has_every_error() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "client.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| `(\w+)` \|.*\|.*\|$", page.partition("## Errors")[2], re.MULTILINE))
+    kinds = {kind for kind in vars(client).values() if isinstance(kind, type) and issubclass(kind, client.ClientError)}
+    assert named == {kind.__name__ for kind in kinds} - {"ClientError", "ApiError"}
+    assert [name for name in client.__all__ if not hasattr(client, name)] == []

@@ -9,7 +9,7 @@ import { announce, button, fromTemplate, make } from "./words.js";
 const STOPPED = "You stopped this answer. The question and the half answer are no part of the conversation.";
 
 export class Card {
-  /** `chat`: as the page's server returns it. `on`: `changed()`, `closed()`, `beside()`, `draw(use)` of the page. */
+  /** `chat`: as the page's server returns it. `on`: `changed()`, `closed()`, `alone()` and `draw(use)` of the page. */
   constructor(chat, on) {
     this.chat = chat;
     this.on = on;
@@ -268,7 +268,7 @@ export class Card {
       if (session.place === "ended" && !this.ended) this.showEnd();
     } catch (problem) {
       this.panel.showSession(null);
-      if (problem.code === "chat_not_found") this.on.lost();
+      if (problem.code === "chat_not_found") this.showGone();
     }
   }
 
@@ -276,6 +276,13 @@ export class Card {
     this.isEnded = true;
     const title = "The session of this chat has ended.";
     this.banner({ title, advice: "Its conversation is still here.", action: "reopen" }, this.reopenButton());
+  }
+
+  /** The page's server was started again: it has lost the chat. Its conversation stays readable. */
+  showGone() {
+    this.isEnded = true;
+    this.panel.showSession({ place: "ended" });
+    this.banner({ title: "This page's server was started again and has lost this chat.", advice: "Start a new chat." });
   }
 
   /** Called once a second. */

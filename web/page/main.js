@@ -11,6 +11,7 @@ const STORED = "llava-sessions-chats";
 const NARROWEST_CARD_PX = 400;
 const POLL_MS = 5000;
 const RETRY_MS = 1500;
+const POLLS_PER_DESCRIPTION = 3;
 const SERVER_WORDS = { ready: "Ready", starting: "Starting", unreachable: "Not reachable", unknown: "Connected" };
 
 const cards = new Map(); // by the chat's ID, oldest first
@@ -26,7 +27,6 @@ function add(chat) {
   const card = new Card(chat, {
     changed: () => queueMicrotask(list),
     closed: () => remove(chat.id),
-    lost: () => remove(chat.id),
     alone: () => showOnly(chat.id),
     draw: drawPicture,
   });
@@ -247,10 +247,10 @@ async function checkServer() {
   return isUp;
 }
 
-async function watch() {
+async function watch(polls = 1) {
   const isUp = await checkServer();
-  if (isUp && !document.hidden) visible.forEach((id) => cards.get(id)?.busy || cards.get(id)?.describe());
-  setTimeout(watch, isUp ? POLL_MS : RETRY_MS);
+  if (isUp && !document.hidden && polls % POLLS_PER_DESCRIPTION === 0) visible.forEach((id) => cards.get(id)?.busy || cards.get(id)?.describe());
+  setTimeout(watch, isUp ? POLL_MS : RETRY_MS, polls + 1);
 }
 
 // --- the window ---
@@ -260,7 +260,7 @@ function toggleMenu(isOpen) {
   byId("menu").setAttribute("aria-expanded", String(isOpen));
 }
 
-/** Close the menu, or stop an answer: that of the chat with the focus, else the latest one. */
+/** Close the menu; or stop an answer, that of the chat with the focus or the latest one; or leave the start page. */
 function escape() {
   if (byId("chats").classList.contains("open")) {
     toggleMenu(false);
@@ -268,7 +268,8 @@ function escape() {
     return;
   }
   const busy = visible.map((id) => cards.get(id)).filter((card) => card?.busy);
-  (busy.find((card) => card.element.contains(document.activeElement)) ?? busy.at(-1))?.stop();
+  if (busy.length) (busy.find((card) => card.element.contains(document.activeElement)) ?? busy.at(-1)).stop();
+  else if (start && visible.length) showBeside(visible.at(-1));
 }
 
 function listen() {

@@ -79,6 +79,8 @@ class Visit:
         context.route("**/*", visit._pass_own)
         visit.page.on("console", lambda message: message.type == "error" and visit.errors.append(message.text))
         visit.page.on("pageerror", lambda error: visit.errors.append(str(error)))
+        # With a listener from the start, Playwright intercepts every file chooser, also one that opens at once.
+        visit.page.on("filechooser", lambda chooser: None)
         try:
             visit.load()
             yield visit

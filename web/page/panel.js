@@ -99,12 +99,12 @@ export class Panel {
     return left;
   }
 
-  /** Show the times of all turns. `busy`: no measurement may start now. */
+  /** Show the times of all turns, the latest first. `busy`: no measurement may start now. */
   showTurns(turns, busy) {
     const most = Math.max(1, ...turns.flatMap((turn) => [turn.ttft_ms, turn.comparison?.ttft_ms ?? 0]));
     this.latest = turns.at(-1)?.ttft_ms;
     this.none.hidden = turns.length > 0;
-    this.turns.replaceChildren(...turns.map((turn, index) => this.row(turn, index, most, busy)));
+    this.turns.replaceChildren(...turns.map((turn, index) => this.row(turn, index, most, busy)).reverse());
     this.tick();
   }
 

@@ -14,7 +14,7 @@ from tests.support.local_endpoint import NAME, Endpoint
 from tests.support.python_chats import OPTIONS, QUESTIONS, chat_async, chat_sync
 from tests.support.server_metrics import wait_for_metrics
 
-from .conftest import close_session, runtime, seed_of, under_one_corner
+from .conftest import ALL_CORNERS, close_session, runtime, seed_of, under_one_corner
 
 FIRST, SECOND = (make_scene(seed_of(index)).draw() for index in (90, 91))
 
@@ -49,7 +49,8 @@ def test_a_conversation_is_the_same_as_over_http(
     assert [answer.replayed for answer in seen.answers] == [False] * 6 + [True]
     assert ["".join(pieces) for pieces in seen.pieces] == [seen.answers[1].text, seen.answers[4].text]
     assert all(answer.timings.total_ms > 0 for answer in seen.answers)
-    assert chat_async(AsyncEndpoint(NAME, endpoint_url=endpoint.url), FIRST, SECOND, lose).facts == seen.facts
+    if endpoint.corners == ALL_CORNERS[0]:  # the corners differ for the platform only
+        assert chat_async(AsyncEndpoint(NAME, endpoint_url=endpoint.url), FIRST, SECOND, lose).facts == seen.facts
 
 
 @under_one_corner

@@ -118,7 +118,7 @@ def test_errors_have_their_class(endpoint: Endpoint, server: TorchServe, http: h
         ChatSession(http, chat.session_id, "").close()
         with pytest.raises(SessionLost):
             chat.ask(QUESTIONS[0])
-    with Endpoint(server.url, session_token="a secret of the tenant").open(FIRST) as chat:
+    with Endpoint(server.url, session_token="a-secret-of-the-tenant").open(FIRST) as chat:
         assert chat.ask(QUESTIONS[0], **OPTIONS).text
         with pytest.raises(Exception, match="session_not_found"):
             ChatSession(http, chat.session_id, "").ask(QUESTIONS[0])

@@ -21,10 +21,10 @@ FOLDERS = ("server", "deploy", "browser", "engine", "worker", "aws", "unit")
 # Files that share a server. They run in one worker, so that the server starts once.
 SHARED = (
     {f"tests/server/test_{name}.py" for name in ("chat", "fidelity", "figures", "front", "inside", "leaving")}
-    | {"tests/server/test_conversations.py", "tests/server/test_refusals.py"},
+    | {f"tests/server/test_{name}.py" for name in ("conversations", "python_client", "refusals")},
     {
         f"tests/deploy/test_{name}.py"
-        for name in ("aws_clients", "boto3", "cli", "invoke", "notebook", "routing", "web_chat")
+        for name in ("aws_clients", "boto3", "cli", "invoke", "notebook", "python_client", "routing", "web_chat")
     },
     {f"tests/deploy/test_{name}.py" for name in ("openai_path", "platform")},
     {f"tests/browser/test_{name}.py" for name in ("access", "page")},

@@ -72,7 +72,7 @@ class Conversation:
     def open(self, budget: Budget | None = None) -> Core[None]:
         """Open the session with `pictures` and `turns`. Raise `ClientError`.
 
-        If no reply arrives, the open is sent once more with the same `request_id` and what it opened is closed.
+        If no reply arrives, the open is sent once more with the same `request_id` and the session is closed.
         """
         settings = self.settings
         self.pictures = yield from fit_each(self.pictures, settings, self.notices)

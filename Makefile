@@ -17,13 +17,17 @@ ENDPOINT ?=
 WEB ?=
 WEB_PORT ?= 8100
 TESTS ?=
+CONFIG ?=
+DOCTOR ?=
+LOAD ?=
+URL ?=
 
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # Java is checked first, even with -j
-.PHONY: help demo check test test-clients unit coverage serve endpoint web notebook lint model bench bench-cuda soak image \
-	image-test screenshots env clients java haproxy prometheus chromium clean
+.PHONY: help demo check doctor load test test-clients unit coverage serve endpoint web notebook lint model bench bench-cuda \
+	soak image image-test screenshots env clients java haproxy prometheus chromium clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +36,8 @@ help:  ## list the targets
 demo: export LLAVA_MAKE = demo --seed=SEED
 serve: export LLAVA_MAKE = serve --model=MODEL --sessions=SESSIONS --dtype=DTYPE --port=PORT
 endpoint: export LLAVA_MAKE = endpoint --model=MODEL --sessions=SESSIONS --dtype=DTYPE --instances=INSTANCES --port=ENDPOINT_PORT
+doctor: export LLAVA_MAKE = doctor --port=PORT --model=MODEL --sessions=SESSIONS --dtype=DTYPE --config=CONFIG
+load: export LLAVA_MAKE = load --model=MODEL --url=URL
 image: export LLAVA_MAKE = image --torch=TORCH --base=BASE --tag=TAG
 web: export LLAVA_MAKE = web --endpoint=ENDPOINT --port=WEB_PORT --model=MODEL --sessions=SESSIONS --dtype=DTYPE
 soak: export LLAVA_MAKE = soak NAME=SOAK
@@ -60,6 +66,10 @@ serve: java env  ## serve with TorchServe behind HAProxy, in the foreground (POR
 	@./build_mar.sh --model '$(MODEL)' $(if $(SESSIONS),--sessions '$(SESSIONS)') $(if $(DTYPE),--dtype '$(DTYPE)') >/dev/null
 	@exec $(PYTHON) -m deploy.serve --port '$(PORT)'
 
+doctor:  ## check this machine, MODEL= and CONFIG= before serving (PORT= SESSIONS= DTYPE= DOCTOR="--live --json")
+	@$(if $(wildcard $(PYTHON)),$(PYTHON),python3) -m deploy.doctor --port '$(PORT)' --model '$(MODEL)' \
+		$(if $(SESSIONS),--sessions '$(SESSIONS)') $(if $(DTYPE),--dtype '$(DTYPE)') $(if $(CONFIG),--config '$(CONFIG)') $(DOCTOR)
+
 endpoint: java env  ## run a SageMaker endpoint on this machine (INSTANCES= ENDPOINT_PORT= MODEL= ENDPOINT="--help")
 	@$(PYTHON) -m deploy.local_endpoint --instances '$(INSTANCES)' --port '$(ENDPOINT_PORT)' $(ENDPOINT) --check >/dev/null
 	@./build_mar.sh --model '$(MODEL)' --output model_store/endpoint \
@@ -86,6 +96,10 @@ bench: env  ## measure the engine against transformers (half an hour; BENCH="--r
 
 bench-cuda: env  ## measure it on a CUDA device (BENCH="--preset 7b")
 	@$(PYTHON) -m bench.cuda $(BENCH)
+
+load: java haproxy env  ## load the served /v1 with AIPerf's conversations (URL= MODEL= LOAD="--conversations 50 --rate 2")
+	@scripts/clients.sh aiperf
+	@$(PYTHON) -m bench.load $(if $(URL),--url '$(URL)') --model '$(MODEL)' $(LOAD)
 
 soak: java haproxy env  ## run long fault tests, an hour or more (SOAK="engine-kills --times 5")
 	@$(PYTHON) -m tests.soak $(SOAK)

@@ -548,7 +548,7 @@ def test_an_endpoint_that_is_not_there(cloud: Cloud, run: Run, tmp_path: Path) -
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["push", "upload", "up", "status", "invoke", "logs", "down", "capacity"])
+@pytest.mark.parametrize("command", ["push", "upload", "up", "status", "invoke", "logs", "down", "capacity", "doctor"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         llava_deploy.main([command, "--help"])

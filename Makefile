@@ -15,6 +15,8 @@ ENDPOINT_PORT ?= 8090
 DOCS_PORT ?= 8000
 INSTANCES ?= 2
 ENDPOINT ?=
+WEB ?=
+WEB_PORT ?= 8100
 TESTS ?=
 CONFIG ?=
 DOCTOR ?=
@@ -25,8 +27,8 @@ PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # Java is checked first, even with -j
-.PHONY: help demo check test test-clients unit coverage serve endpoint notebook docs docs-serve lint model bench \
-	bench-cuda soak image image-test env clients java haproxy prometheus clean doctor load board
+.PHONY: help demo check doctor load test test-clients unit coverage serve endpoint web notebook docs docs-serve lint \
+	model bench bench-cuda soak image image-test board screenshots env clients java haproxy prometheus chromium clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +40,7 @@ endpoint: export LLAVA_MAKE = endpoint --model=MODEL --sessions=SESSIONS --dtype
 doctor: export LLAVA_MAKE = doctor --port=PORT --model=MODEL --sessions=SESSIONS --dtype=DTYPE --config=CONFIG
 load: export LLAVA_MAKE = load --model=MODEL --url=URL
 image: export LLAVA_MAKE = image --torch=TORCH --base=BASE --tag=TAG
+web: export LLAVA_MAKE = web --endpoint=ENDPOINT --port=WEB_PORT --model=MODEL --sessions=SESSIONS --dtype=DTYPE
 soak: export LLAVA_MAKE = soak NAME=SOAK
 
 demo: java env  ## run a five-turn picture chat through a real TorchServe (SEED= repeats one)
@@ -45,7 +48,7 @@ demo: java env  ## run a five-turn picture chat through a real TorchServe (SEED=
 
 check: env lint unit  ## lint, types and unit tests: for every save
 
-test: java haproxy prometheus env clients lint  ## lint, then all tests (TESTS="tests/server -k chat" for some)
+test: java haproxy prometheus chromium env clients lint  ## lint, then all tests (TESTS="tests/server -k chat" for some)
 	@$(PYTHON) -m pytest -n 2 $(TESTS)
 
 test-clients: java haproxy env  ## test with all clients, AIPerf too (1.2 GB more, once)
@@ -74,6 +77,11 @@ endpoint: java env  ## run a SageMaker endpoint on this machine (INSTANCES= ENDP
 		$(if $(SESSIONS),--sessions '$(SESSIONS)') $(if $(DTYPE),--dtype '$(DTYPE)') >/dev/null
 	@exec $(PYTHON) -m deploy.local_endpoint --model-store model_store/endpoint \
 		--instances '$(INSTANCES)' --port '$(ENDPOINT_PORT)' $(ENDPOINT)
+
+web: $(if $(ENDPOINT),,java) env  ## chat in the browser (WEB_PORT= MODEL=, or ENDPOINT= of a server that runs; WEB="--help")
+	@$(PYTHON) -m web --port '$(WEB_PORT)' $(WEB) --check
+	@$(if $(ENDPOINT),true,./build_mar.sh --model '$(MODEL)' $(if $(SESSIONS),--sessions '$(SESSIONS)') $(if $(DTYPE),--dtype '$(DTYPE)') >/dev/null)
+	@exec $(PYTHON) -m web --port '$(WEB_PORT)' $(if $(ENDPOINT),--endpoint '$(ENDPOINT)') $(WEB)
 
 notebook: java env  ## run docs/notebook.ipynb against such an endpoint (NOTEBOOK=--save stores its outputs in it)
 	@$(PYTHON) -m tests.notebook $(NOTEBOOK)
@@ -113,6 +121,9 @@ image-test: env  ## build the image with buildah, run it as SageMaker does, meas
 board: java haproxy prometheus env  ## draw docs/img/board.png: Grafana's board with the data of two minutes of load
 	@$(PYTHON) -m tests.board
 
+screenshots: java chromium env  ## take the pictures of the web chat in docs/img
+	@$(PYTHON) -m tests.browser.screenshots
+
 env:  ## make .venv with the packages that requirements-dev.txt pins
 	@scripts/env.sh
 
@@ -127,6 +138,9 @@ haproxy:  # required by the tests; make serve works without it
 
 prometheus:  # required by tests
 	@scripts/need_prometheus.sh --install
+
+chromium:  # required by the tests of the web chat
+	@scripts/need_chromium.sh --install
 
 clean:  ## delete archives, caches, logs and the site; the environments stay
 	@find model_store -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +

@@ -12,13 +12,13 @@ from typing import Unpack
 
 from .answers import CANCELLED, Answer
 from .conversation import Conversation
+from .descriptions import Description
 from .drive import Shell, Transport
 from .effects import Core
 from .errors import Busy, ClientError
 from .options import AskOptions
 from .pictures import Picture, PictureSource, load_picture, load_pictures
 from .state import ChatState
-from .wire import cancel_request
 
 log = logging.getLogger(__name__)
 Images = PictureSource | Picture | Sequence[PictureSource | Picture] | None
@@ -45,6 +45,11 @@ class AnswerStream(Iterator[str]):
         if self._answer is None:
             raise RuntimeError("the answer must be read to its end, got an unfinished stream")
         return self._answer
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether a thread waits for a piece now."""
+        return self._reading
 
     @property
     def is_done(self) -> bool:
@@ -83,6 +88,17 @@ class AnswerStream(Iterator[str]):
 
     def __exit__(self, *_: object) -> None:
         self.cancel()
+
+
+@contextmanager
+def one_turn(lock: threading.Lock) -> Generator[None, None, None]:
+    """Hold the lock of a chat. Raise `Busy` if another thread holds it."""
+    if not lock.acquire(blocking=False):
+        raise Busy(409, "session_busy", "The chat is still answering another question; wait for it or cancel it.")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Chat(ChatState):
@@ -135,6 +151,10 @@ class Chat(ChatState):
         """Do as `retry`, and return the pieces of the answer."""
         return self._streamed(self._conversation.rewrite(-1, None, options, stream=True))
 
+    def describe(self) -> Description:
+        """Return where the session is, its memory and its expiry. Allowed during an answer. Raise `ClientError`."""
+        return Shell(self._transport).run(self._conversation.describe())
+
     def close(self) -> None:
         """Close the session. A running answer is cancelled. Raise `ClientError` if the server cannot be reached."""
         if self._stream is not None:
@@ -158,31 +178,22 @@ class Chat(ChatState):
 
     # --- one question at a time ---------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _turn(self) -> Generator[None, None, None]:
-        if not self._lock.acquire(blocking=False):
-            raise Busy(409, "session_busy", "The chat is still answering in another thread; wait for it or cancel it.")
-        try:
-            yield
-        finally:
-            self._lock.release()
-
     def _leave_stream(self) -> None:
         """Cancel the stream that the caller has left unfinished."""
-        stream, self._stream = self._stream, None
-        if stream is not None and not stream.is_done:
+        stream = self._stream
+        if stream is not None and not stream.is_done and not stream.is_reading:
             stream.cancel()
 
     def _run(self, core: Core[Answer]) -> Answer:
         self._leave_stream()
-        with self._turn():
+        with one_turn(self._lock):
             return self._noted(Shell(self._transport).run(core))
 
     def _streamed(self, core: Core[Answer]) -> AnswerStream:
         self._leave_stream()
 
         def pieces() -> Generator[str, None, Answer]:
-            with self._turn():
+            with one_turn(self._lock):
                 answer = yield from Shell(self._transport).pieces(core)
                 return self._noted(answer)
 
@@ -192,5 +203,4 @@ class Chat(ChatState):
     def _stop(self) -> None:
         """Cancel the running turn on the server. The thread that reads the answer sees its end."""
         limits = self._conversation.cleanup_budget().limits()
-        token = self._conversation.settings.session_token
-        self._transport.call(cancel_request(self.session_id, token), limits)
+        self._transport.call(self._conversation.stop(), limits)

@@ -17,7 +17,7 @@ from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "client")]
 
 _HEAD = """# Commands
 
@@ -33,6 +33,8 @@ COMMANDS = {
     "python -m deploy.local_endpoint": "deploy.local_endpoint.command:main",
     "python -m deploy.local_endpoint scrape": "deploy.local_endpoint.command:main",
     "python -m deploy.doctor": "deploy.doctor.command:main",
+    "python -m web": "web.command:main",
+    "llava-chat": "llava_sessions_client.terminal.command:main",
     "python -m demo.chat": "demo.chat:parse_args",
     "python -m deploy.container.image": "deploy.container.image:main",
     "llava-deploy": "deploy.sagemaker.command:main",

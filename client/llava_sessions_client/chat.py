@@ -101,6 +101,12 @@ def one_turn(lock: threading.Lock) -> Generator[None, None, None]:
         lock.release()
 
 
+def leave(stream: AnswerStream | None) -> None:
+    """Cancel a stream that the caller has left unfinished."""
+    if stream is not None and not stream.is_done and not stream.is_reading:
+        stream.cancel()
+
+
 class Chat(ChatState):
     """An open session with its conversation. Make one by `Endpoint.open`, and close it: `with` does.
 
@@ -174,19 +180,13 @@ class Chat(ChatState):
 
     # --- one question at a time ---------------------------------------------------------------------------------------
 
-    def _leave_stream(self) -> None:
-        """Cancel the stream that the caller has left unfinished."""
-        stream = self._stream
-        if stream is not None and not stream.is_done and not stream.is_reading:
-            stream.cancel()
-
     def _run(self, core: Core[Answer]) -> Answer:
-        self._leave_stream()
+        leave(self._stream)
         with one_turn(self._lock):
             return self._noted(Shell(self._transport).run(core))
 
     def _streamed(self, core: Core[Answer]) -> AnswerStream:
-        self._leave_stream()
+        leave(self._stream)
 
         def pieces() -> Generator[str, None, Answer]:
             with one_turn(self._lock):

@@ -15,13 +15,17 @@ ENDPOINT_PORT ?= 8090
 INSTANCES ?= 2
 ENDPOINT ?=
 TESTS ?=
+CONFIG ?=
+DOCTOR ?=
+LOAD ?=
+URL ?=
 
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # Java is checked first, even with -j
-.PHONY: help demo check test test-clients unit coverage serve endpoint notebook lint model bench bench-cuda soak image \
-	image-test env clients java haproxy prometheus clean
+.PHONY: help demo check doctor load test test-clients unit coverage serve endpoint notebook lint model bench \
+	bench-cuda soak image image-test board env clients java haproxy prometheus clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +34,8 @@ help:  ## list the targets
 demo: export LLAVA_MAKE = demo --seed=SEED
 serve: export LLAVA_MAKE = serve --model=MODEL --sessions=SESSIONS --dtype=DTYPE --port=PORT
 endpoint: export LLAVA_MAKE = endpoint --model=MODEL --sessions=SESSIONS --dtype=DTYPE --instances=INSTANCES --port=ENDPOINT_PORT
+doctor: export LLAVA_MAKE = doctor --port=PORT --model=MODEL --sessions=SESSIONS --dtype=DTYPE --config=CONFIG
+load: export LLAVA_MAKE = load --model=MODEL --url=URL
 image: export LLAVA_MAKE = image --torch=TORCH --base=BASE --tag=TAG
 soak: export LLAVA_MAKE = soak NAME=SOAK
 
@@ -57,6 +63,10 @@ serve: java env  ## serve with TorchServe behind HAProxy, in the foreground (POR
 	@./build_mar.sh --model '$(MODEL)' $(if $(SESSIONS),--sessions '$(SESSIONS)') $(if $(DTYPE),--dtype '$(DTYPE)') >/dev/null
 	@exec $(PYTHON) -m deploy.serve --port '$(PORT)'
 
+doctor:  ## check this machine, MODEL= and CONFIG= before serving (PORT= SESSIONS= DTYPE= DOCTOR="--live --json")
+	@$(if $(wildcard $(PYTHON)),$(PYTHON),python3) -m deploy.doctor --port '$(PORT)' --model '$(MODEL)' \
+		$(if $(SESSIONS),--sessions '$(SESSIONS)') $(if $(DTYPE),--dtype '$(DTYPE)') $(if $(CONFIG),--config '$(CONFIG)') $(DOCTOR)
+
 endpoint: java env  ## run a SageMaker endpoint on this machine (INSTANCES= ENDPOINT_PORT= MODEL= ENDPOINT="--help")
 	@$(PYTHON) -m deploy.local_endpoint --instances '$(INSTANCES)' --port '$(ENDPOINT_PORT)' $(ENDPOINT) --check >/dev/null
 	@./build_mar.sh --model '$(MODEL)' --output model_store/endpoint \
@@ -79,6 +89,10 @@ bench: env  ## measure the engine against transformers (half an hour; BENCH="--r
 bench-cuda: env  ## measure it on a CUDA device (BENCH="--preset 7b")
 	@$(PYTHON) -m bench.cuda $(BENCH)
 
+load: java haproxy env  ## load the served /v1 with AIPerf's conversations (URL= MODEL= LOAD="--conversations 50 --rate 2")
+	@scripts/clients.sh aiperf
+	@$(PYTHON) -m bench.load $(if $(URL),--url '$(URL)') --model '$(MODEL)' $(LOAD)
+
 soak: java haproxy env  ## run long fault tests, an hour or more (SOAK="engine-kills --times 5")
 	@$(PYTHON) -m tests.soak $(SOAK)
 
@@ -88,6 +102,9 @@ image: env  ## build the image of the SageMaker container (TORCH=cuda|cpu BASE= 
 
 image-test: env  ## build the image with buildah, run it as SageMaker does, measure it (root; 12 GB of disk)
 	@$(PYTHON) -m tests.image
+
+board: java haproxy prometheus env  ## draw docs/img/board.png: Grafana's board with the data of two minutes of load
+	@$(PYTHON) -m tests.board
 
 env:  ## make .venv with the packages that requirements-dev.txt pins
 	@scripts/env.sh
@@ -101,7 +118,7 @@ java:  # before env, so that a missing Java is reported before a long install
 haproxy:  # required by the tests; make serve works without it
 	@scripts/need_haproxy.sh --install
 
-prometheus:  # required by one test
+prometheus:  # required by tests
 	@scripts/need_prometheus.sh --install
 
 clean:  ## delete archives, caches and logs; the environments stay

@@ -13,13 +13,14 @@ import pytest
 from demo import chat as demo
 from deploy import options
 from deploy.container import entrypoint, image, metric_lines
+from deploy.doctor import command as doctor
 from deploy.local_endpoint import command as endpoint
 from deploy.pack import command as pack
 from deploy.sagemaker import command as llava_deploy
 from deploy.serve import command as serve
 
 REPO = Path(__file__).resolve().parents[2]
-SUBCOMMANDS = ("push", "upload", "up", "status", "invoke", "logs", "down", "capacity")
+SUBCOMMANDS = ("push", "upload", "up", "status", "invoke", "logs", "down", "capacity", "doctor")
 COMMANDS: dict[str, Callable[[list[str]], object]] = {
     "serve": serve.main,
     "pack": pack.main,
@@ -29,6 +30,7 @@ COMMANDS: dict[str, Callable[[list[str]], object]] = {
     "container": entrypoint.main,
     "metric_lines": metric_lines.main,
     "llava-deploy": llava_deploy.main,
+    "doctor": doctor.main,
     **{f"llava-deploy {name}": lambda argv, name=name: llava_deploy.main([name, *argv]) for name in SUBCOMMANDS},
 }
 MAKEFILE = (REPO / "Makefile").read_text(encoding="utf-8")
@@ -113,6 +115,13 @@ def test_the_version_is_the_projects() -> None:
             ["--seed", "5"],
             "make demo: error: SEED must be a whole number from 10000000",
         ),
+        (
+            "doctor",
+            "doctor",
+            ["--port", "x"],
+            "make doctor: error: PORT must be a whole number from 0 to 65533, got 'x'",
+        ),
+        ("doctor", "", ["--dtype", "int8"], "--dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
         ("image", "image", ["--torch", "rocm"], "make image: error: TORCH must be one of cuda, cpu, got 'rocm'"),
         ("container", "", ["train"], "serve: error: the argument must be serve, got 'train'"),
         (

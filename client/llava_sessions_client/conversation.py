@@ -68,7 +68,7 @@ class Conversation:
     def open(self, budget: Budget | None = None) -> Core[None]:
         """Open the session with `pictures` and `turns`. Raise `ClientError`.
 
-        If no reply arrives, the open is sent once more with the same `request_id` and what it opened is closed.
+        If no reply arrives, the open is sent once more with the same `request_id` and the session is closed.
         """
         settings = self.settings
         self.pictures = yield from fit_each(self.pictures, settings, self.notices)
@@ -181,7 +181,8 @@ class Conversation:
         except BaseException as error:
             was_refused = isinstance(error, ApiError) and 400 <= error.status < 500
             self.in_doubt = self.in_doubt or not was_refused
-            if budget.may_have_arrived and not isinstance(error, ApiError):
+            was_left = not isinstance(error, ClientError)
+            if was_left or (budget.may_have_arrived and not isinstance(error, ApiError)):
                 yield from self._stop_turn()
             raise
 

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Unpack
 
@@ -197,10 +198,10 @@ class Chat(ChatState):
                 answer = yield from Shell(self._transport).pieces(core)
                 return self._noted(answer)
 
-        self._stream = AnswerStream(pieces(), self._stop)
+        self._stream = AnswerStream(pieces(), partial(_stop, self._transport, self._conversation))
         return self._stream
 
-    def _stop(self) -> None:
-        """Cancel the running turn on the server. The thread that reads the answer sees its end."""
-        limits = self._conversation.cleanup_budget().limits()
-        self._transport.call(self._conversation.stop(), limits)
+
+def _stop(transport: Transport, conversation: Conversation) -> None:
+    """Cancel the running turn on the server. The thread that reads the answer sees its end."""
+    transport.call(conversation.stop(), conversation.cleanup_budget().limits())

@@ -14,6 +14,8 @@ NOTEBOOK ?=
 ENDPOINT_PORT ?= 8090
 INSTANCES ?= 2
 ENDPOINT ?=
+WEB ?=
+WEB_PORT ?= 8100
 TESTS ?=
 CONFIG ?=
 DOCTOR ?=
@@ -25,7 +27,7 @@ PYTHON := .venv/bin/python
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # Java is checked first, even with -j
 .PHONY: help demo check doctor load test test-clients unit coverage serve endpoint notebook lint model bench \
-	bench-cuda soak image image-test board env clients java haproxy prometheus clean
+	bench-cuda soak image image-test board web screenshots chromium env clients java haproxy prometheus clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +39,7 @@ endpoint: export LLAVA_MAKE = endpoint --model=MODEL --sessions=SESSIONS --dtype
 doctor: export LLAVA_MAKE = doctor --port=PORT --model=MODEL --sessions=SESSIONS --dtype=DTYPE --config=CONFIG
 load: export LLAVA_MAKE = load --model=MODEL --url=URL
 image: export LLAVA_MAKE = image --torch=TORCH --base=BASE --tag=TAG
+web: export LLAVA_MAKE = web --endpoint=ENDPOINT --port=WEB_PORT --model=MODEL --sessions=SESSIONS --dtype=DTYPE
 soak: export LLAVA_MAKE = soak NAME=SOAK
 
 demo: java env  ## run a five-turn picture chat through a real TorchServe (SEED= repeats one)
@@ -44,7 +47,7 @@ demo: java env  ## run a five-turn picture chat through a real TorchServe (SEED=
 
 check: env lint unit  ## lint, types and unit tests: for every save
 
-test: java haproxy prometheus env clients lint  ## lint, then all tests (TESTS="tests/server -k chat" for some)
+test: java haproxy prometheus chromium env clients lint  ## lint, then all tests (TESTS="tests/server -k chat" for some)
 	@$(PYTHON) -m pytest -n 2 $(TESTS)
 
 test-clients: java haproxy env  ## test with all clients, AIPerf too (1.2 GB more, once)
@@ -73,6 +76,11 @@ endpoint: java env  ## run a SageMaker endpoint on this machine (INSTANCES= ENDP
 		$(if $(SESSIONS),--sessions '$(SESSIONS)') $(if $(DTYPE),--dtype '$(DTYPE)') >/dev/null
 	@exec $(PYTHON) -m deploy.local_endpoint --model-store model_store/endpoint \
 		--instances '$(INSTANCES)' --port '$(ENDPOINT_PORT)' $(ENDPOINT)
+
+web: $(if $(ENDPOINT),,java) env  ## chat in the browser (WEB_PORT= MODEL=, or ENDPOINT= of a server that runs; WEB="--help")
+	@$(PYTHON) -m web --port '$(WEB_PORT)' $(WEB) --check
+	@$(if $(ENDPOINT),true,./build_mar.sh --model '$(MODEL)' $(if $(SESSIONS),--sessions '$(SESSIONS)') $(if $(DTYPE),--dtype '$(DTYPE)') >/dev/null)
+	@exec $(PYTHON) -m web --port '$(WEB_PORT)' $(if $(ENDPOINT),--endpoint '$(ENDPOINT)') $(WEB)
 
 notebook: java env  ## run docs/notebook.ipynb against such an endpoint (NOTEBOOK=--save stores its outputs in it)
 	@$(PYTHON) -m tests.notebook $(NOTEBOOK)
@@ -106,6 +114,9 @@ image-test: env  ## build the image with buildah, run it as SageMaker does, meas
 board: java haproxy prometheus env  ## draw docs/img/board.png: Grafana's board with the data of two minutes of load
 	@$(PYTHON) -m tests.board
 
+screenshots: java chromium env  ## take the pictures of the web chat in docs/img
+	@$(PYTHON) -m tests.browser.screenshots
+
 env:  ## make .venv with the packages that requirements-dev.txt pins
 	@scripts/env.sh
 
@@ -120,6 +131,9 @@ haproxy:  # required by the tests; make serve works without it
 
 prometheus:  # required by tests
 	@scripts/need_prometheus.sh --install
+
+chromium:  # required by the tests of the web chat
+	@scripts/need_chromium.sh --install
 
 clean:  ## delete archives, caches and logs; the environments stay
 	@find model_store -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +

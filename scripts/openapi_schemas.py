@@ -21,7 +21,7 @@ from llava_sessions.protocol.chat_messages import ROLES, UNSUPPORTED_FIELDS
 from llava_sessions.protocol.chat_payload import MODEL_MAX_CHARS, NEUTRAL_VALUES, OPTION_NAMES
 from llava_sessions.protocol.constants import SESSION_ID_MAX_CHARS, SESSION_ID_PATTERN
 from llava_sessions.protocol.openai import Chat
-from llava_sessions.protocol.requests import Ask, BaseRequest, Cancel, Close, Open, PastTurn
+from llava_sessions.protocol.requests import Ask, BaseRequest, Cancel, Close, Describe, Open, PastTurn
 
 Schema = dict[str, Any]
 
@@ -101,6 +101,7 @@ def _native_requests() -> dict[str, Schema]:
         "SendTextPrompt": _request(Ask, type="send_text_prompt"),
         "Cancel": _request(Cancel, type="cancel"),
         "CloseSession": _request(Close, type="close_session"),
+        "DescribeSession": _request(Describe, type="describe_session"),
         "NewSession": _request(Open, requestType="NEW_SESSION"),
         "Close": _request(Close, requestType="CLOSE"),
         "PastTurn": _request(PastTurn),
@@ -257,10 +258,24 @@ def _native_replies() -> dict[str, Schema]:
         "Answer": _fixed({"response_text": {"type": "string"}, **ended}, *optional),
         "AnswerPiece": _fixed({"delta": {"type": "string"}}),
         "AnswerEnd": _fixed({"delta": {"const": ""}, **ended}, *optional),
+        "SessionDescription": _fixed(_description()),
         "Done": _fixed({"success": {"type": "boolean"}, "session_id": session_id}),
         "Error": _fixed({"error": _fixed(openai_form, "type", "param")}),
         "OpenAIError": _fixed({"error": _fixed(openai_form)}),
         "Health": _fixed({"status": {"enum": ["Healthy", "Draining"]}}),
+    }
+
+
+def _description() -> dict[str, Schema]:
+    tiers = "Where the KV cache is: on the device, on the host, or nowhere."
+    expires = "The expiry, or the idle limit if that comes first."
+    return {
+        "session_id": {"type": "string"},
+        "expires": _described(expires, type="string", format="date-time"),
+        "is_answering": {"type": "boolean"},
+        "residency": _described(tiers, enum=["resident", "offloaded", "cold"]),
+        "cached_tokens": _count(),
+        "memory": _fixed({name: _count() for name in ("kv_bytes", "offloaded_bytes", "features_bytes")}),
     }
 
 

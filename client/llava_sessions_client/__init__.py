@@ -15,6 +15,7 @@ from .answers import Answer, Timings, Turn, Usage
 from .async_chat import AsyncAnswerStream, AsyncChat
 from .async_endpoint import AsyncEndpoint
 from .chat import AnswerStream, Chat
+from .descriptions import Description
 from .endpoint import Endpoint
 from .errors import (
     AnswerChanged,
@@ -54,6 +55,7 @@ __all__ = [
     "ClientError",
     "ConnectionFailed",
     "ContextLengthExceeded",
+    "Description",
     "Endpoint",
     "InvalidPicture",
     "InvalidRequest",

@@ -13,13 +13,13 @@ from typing import Any, Unpack
 from .answers import CANCELLED, Answer
 from .chat import Images, one_turn
 from .conversation import Conversation
+from .descriptions import Description
 from .drive_async import AsyncShell, AsyncTransport, Result
 from .effects import Core
 from .errors import ClientError
 from .options import AskOptions
 from .pictures import Picture, PictureSource, load_picture, load_pictures
 from .state import ChatState
-from .wire import cancel_request
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +142,10 @@ class AsyncChat(ChatState):
         """Do as `retry`, and return the pieces of the answer."""
         return self._streamed(partial(_ready, self._conversation.rewrite(-1, None, options, stream=True)))
 
+    async def describe(self) -> Description:
+        """Return where the session is, its memory and its expiry. Allowed during an answer. Raise `ClientError`."""
+        return await AsyncShell(self._transport).run(self._conversation.describe())
+
     async def close(self) -> None:
         """Close the session. A running answer is cancelled. Raise `ClientError` if the server cannot be reached."""
         if self._stream is not None:
@@ -191,8 +195,7 @@ class AsyncChat(ChatState):
     async def _stop(self) -> None:
         """Cancel the running turn on the server. The task that reads the answer sees its end."""
         limits = self._conversation.cleanup_budget().limits()
-        token = self._conversation.settings.session_token
-        await self._transport.call(cancel_request(self.session_id, token), limits)
+        await self._transport.call(self._conversation.stop(), limits)
 
 
 async def _leave(stream: AsyncAnswerStream | None) -> None:

@@ -7,18 +7,19 @@ import logging
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Unpack
 
 from .answers import CANCELLED, Answer
 from .conversation import Conversation
+from .descriptions import Description
 from .drive import Shell, Transport
 from .effects import Core
 from .errors import Busy, ClientError
 from .options import AskOptions
 from .pictures import Picture, PictureSource, load_picture, load_pictures
 from .state import ChatState
-from .wire import cancel_request
 
 log = logging.getLogger(__name__)
 Images = PictureSource | Picture | Sequence[PictureSource | Picture] | None
@@ -157,6 +158,10 @@ class Chat(ChatState):
         """Do as `retry`, and return the pieces of the answer."""
         return self._streamed(self._conversation.rewrite(-1, None, options, stream=True))
 
+    def describe(self) -> Description:
+        """Return where the session is, its memory and its expiry. Allowed during an answer. Raise `ClientError`."""
+        return Shell(self._transport).run(self._conversation.describe())
+
     def close(self) -> None:
         """Close the session. A running answer is cancelled. Raise `ClientError` if the server cannot be reached."""
         if self._stream is not None:
@@ -193,11 +198,10 @@ class Chat(ChatState):
                 answer = yield from Shell(self._transport).pieces(core)
                 return self._noted(answer)
 
-        self._stream = AnswerStream(pieces(), self._stop)
+        self._stream = AnswerStream(pieces(), partial(_stop, self._transport, self._conversation))
         return self._stream
 
-    def _stop(self) -> None:
-        """Cancel the running turn on the server. The thread that reads the answer sees its end."""
-        limits = self._conversation.cleanup_budget().limits()
-        token = self._conversation.settings.session_token
-        self._transport.call(cancel_request(self.session_id, token), limits)
+
+def _stop(transport: Transport, conversation: Conversation) -> None:
+    """Cancel the running turn on the server. The thread that reads the answer sees its end."""
+    transport.call(conversation.stop(), conversation.cleanup_budget().limits())

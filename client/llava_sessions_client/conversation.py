@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, cast
 
-from .answers import LENGTH, STOP, Answer, Turn
+from .answers import CANCELLED, LENGTH, STOP, Answer, Turn
 from .asking import Delivery, ask_streamed, ask_whole
+from .descriptions import Description, description_of
 from .effects import Abort, Core
 from .errors import (
     AnswerChanged,
@@ -38,6 +39,8 @@ from .wire import (
     ask_request,
     cancel_request,
     close_request,
+    describe_request,
+    facts_of,
     open_request,
     rewrite_request,
 )
@@ -61,6 +64,7 @@ class Conversation:
     waiting: tuple[Picture, ...] = ()
     notices: list[str] = field(default_factory=list)
     in_doubt: bool = False
+    stopping: bool = False
     closed: bool = False
 
     # --- open and close -----------------------------------------------------------------------------------------------
@@ -96,6 +100,12 @@ class Conversation:
             yield from send(close_request(self.session_id, self.settings.session_token), self.cleanup_budget())
         except SessionLost:
             log.info("session_lost_before_close")
+
+    def describe(self) -> Core[Description]:
+        """Ask where the session is. This renews nothing. Raise `ClientError`."""
+        request = describe_request(self.session_id, self.settings.session_token)
+        reply = yield from send(request, self.cleanup_budget())
+        return description_of(facts_of(reply.body))
 
     def _close_unanswered(self, request: Request) -> Core[None]:
         """Close the session of an open whose reply was lost. It expires by itself if the server is out of reach."""
@@ -134,6 +144,7 @@ class Conversation:
         """Answer `turn` after the turns `before`. Open the session again if it is lost and `on_lost` says so."""
         if self.closed:
             raise ChatClosed("the chat must be open, got a closed one")
+        self.stopping = False
         fields = self._fields(options, stream=stream)
         delivery = Delivery()
         budget = Budget(self.settings.timeouts, self.settings.retries, total_s=options.get("timeout_s"))
@@ -155,6 +166,10 @@ class Conversation:
             yield from self.open(budget.renewed())
             budget = budget.renewed()
             fields = {**fields, "request_id": str(uuid.uuid4())}
+        if self.stopping and answer.finish_reason == LENGTH:
+            # OpenAI's form has the same reason for a cancelled answer. If this one has just ended by its length, the
+            # next question rewrites the session's transcript without the turn.
+            answer = replace(answer, finish_reason=CANCELLED)
         answer = replace(answer, replayed=replays > 0)
         self._keep(before, turn, answer)
         return answer
@@ -185,6 +200,11 @@ class Conversation:
             if was_left or (budget.may_have_arrived and not isinstance(error, ApiError)):
                 yield from self._stop_turn()
             raise
+
+    def stop(self) -> Request:
+        """Return the request that cancels the running turn, whose answer is then no part of the conversation."""
+        self.stopping = True
+        return cancel_request(self.session_id, self.settings.session_token)
 
     def _stop_turn(self) -> Core[None]:
         """Close the stream and cancel the turn. Its reply says that the session is as it was before the turn."""

@@ -97,6 +97,11 @@ def cancel_request(session_id: str, session_token: str | None) -> Request:
     return Request({"type": "cancel", **_token(session_token)}, session_id)
 
 
+def describe_request(session_id: str, session_token: str | None) -> Request:
+    """Return a request for the place, the memory and the expiry of a session."""
+    return Request({"type": "describe_session", **_token(session_token)}, session_id)
+
+
 def close_request(session_id: str, session_token: str | None) -> Request:
     """Return the close of a session."""
     return Request({"type": "close_session", **_token(session_token)}, session_id)
@@ -105,10 +110,15 @@ def close_request(session_id: str, session_token: str | None) -> Request:
 def announced_session(reply: Reply) -> tuple[str, datetime | None]:
     """Return ID and expiry from the reply to an open."""
     session_id, _, expires = reply.announced.partition("; Expires=")
+    return session_id.strip(), time_of(expires)
+
+
+def time_of(text: str) -> datetime | None:
+    """Return a time in the form of SageMaker's header, or None for another text."""
     try:
-        return session_id.strip(), datetime.strptime(expires, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+        return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
     except ValueError:
-        return session_id.strip(), None
+        return None
 
 
 def facts_of(body: bytes) -> Body:

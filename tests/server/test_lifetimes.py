@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from playwright.sync_api import expect
 
 from bench import harness, sessions, users
 from bench.users import Plan
@@ -20,8 +21,9 @@ from deploy.serve.configuration import CONFIG, LOG_CONFIG, render_properties
 from deploy.serve.ports import choose_ports
 from deploy.serve.torchserve import TorchServe
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
+from tests.support.browser import PageServer, Visit, chromium
 from tests.support.chats import LONG
-from tests.support.commands import kill_tree
+from tests.support.commands import eventually, kill_tree
 from tests.support.server_metrics import wait_for_metrics
 from tests.support.serving import pack, running
 from tests.support.wire import ApiError, ChatSession
@@ -50,6 +52,21 @@ def test_an_expired_session_is_gone_with_its_memory_and_its_place(short_lived: T
         for request in (lambda: chats[0].ask("Still there?"), chats[0].close):
             with pytest.raises(ApiError, match="410 session_expired"):
                 request()
+
+
+def test_the_web_chat_says_that_a_session_has_expired_and_opens_another(short_lived: TorchServe) -> None:
+    with PageServer(short_lived.url) as server, chromium() as browser, Visit.to(browser, server.url) as visit:
+        visit.may_fail = True
+        visit.open()
+        [chat] = server.app.state.chats.all()
+        expired = chat.session.session_id
+        expect(visit.page.locator("[data-banner]")).to_contain_text("The session of this chat has ended.")
+        expect(visit.page.locator("[data-place=ended]")).to_be_attached()
+        visit.page.locator("[data-text]").fill("Still there?")
+        visit.page.locator("[data-text]").press("Enter")
+        expect(visit.page.locator("[data-note]")).to_contain_text("The session of this chat has expired.")
+        visit.page.locator(".turn [data-reopen]").click()
+        assert eventually(lambda: chat.session.session_id != expired)
 
 
 def test_the_bench_of_sessions_counts_what_becomes_of_each_user(short_lived: TorchServe, tmp_path: Path) -> None:

@@ -33,9 +33,9 @@ def answer(text: str, **facts: Any) -> Reply:
     return Reply(200, json.dumps({"response_text": text, **FACTS, **facts}).encode())
 
 
-def completion(text: str) -> Reply:
+def completion(text: str, finish_reason: str = "stop") -> Reply:
     """Return a whole answer in OpenAI's form."""
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
     usage = {"prompt_tokens": 5, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 3}}
     return Reply(200, json.dumps({"choices": [choice], "usage": usage, "timings": FACTS["timings"]}).encode())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from llava_sessions_client import (
     ChatClosed,
     ConnectionFailed,
     ContextLengthExceeded,
+    Description,
     InvalidRequest,
     OverCapacity,
     SessionExpired,
@@ -27,10 +29,11 @@ from llava_sessions_client import (
 )
 from llava_sessions_client.answers import Answer, Turn
 from llava_sessions_client.conversation import MAX_REPLAYS, Conversation
-from llava_sessions_client.effects import Left
+from llava_sessions_client.effects import Call, Left
 from llava_sessions_client.errors import api_error
 from llava_sessions_client.lines import split_lines
 from llava_sessions_client.pictures import picture_of
+from llava_sessions_client.wire import Reply
 from tests.support.client_script import CANCELLED, CLOSED, OPENED, Script, answer, completion, lines, refusal, settings
 from tests.support.pictures import PNG
 
@@ -398,6 +401,35 @@ def test_a_failed_edit_keeps_the_old_turns() -> None:
     assert [message["content"] for message in script.bodies[-1]["messages"]] == [
         *("First?", "Two.", "Second?", "Red.", "Third?"),
     ]
+
+
+def test_a_stopped_edit_is_no_turn_although_its_form_has_no_reason_for_it() -> None:
+    before = turn("First?", "Two.")
+    script = opened(completion("C."), turns=(before,))
+    core = script.conversation.rewrite(0, "Changed?", {}, stream=False)
+    assert isinstance(next(core), Call)
+    assert script.conversation.stop().body == {"type": "cancel"}
+    with pytest.raises(StopIteration) as ended:
+        core.send(completion("Thr", "length"))
+    assert ended.value.value.finish_reason == "cancelled"
+    assert script.conversation.turns == (before,)
+    ask(script, "Next?")
+    assert [message["content"] for message in script.bodies[-1]["messages"]] == ["First?", "Two.", "Next?"]
+
+
+# --- descriptions -----------------------------------------------------------------------------------------------------
+
+
+def test_a_description_says_where_the_session_is() -> None:
+    memory = {"kv_bytes": 0, "offloaded_bytes": 7, "features_bytes": 3}
+    facts = {"session_id": "abc-1", "expires": "2030-01-01T00:00:05Z", "is_answering": False}
+    reply = {**facts, "residency": "offloaded", "cached_tokens": 9, "memory": memory}
+    script = opened(Reply(200, json.dumps(reply).encode()), Reply(200, b"{}"))
+    found = script.run(script.conversation.describe())
+    assert script.bodies == [{"type": "describe_session"}]
+    assert found == Description("offloaded", datetime(2030, 1, 1, 0, 0, 5, tzinfo=UTC), False, 9, 0, 7, 3)
+    with pytest.raises(ConnectionFailed, match="must be a description"):
+        script.run(script.conversation.describe())
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The native requests that the worker uses: `Open`, `Ask`, `Close` and `Cancel`. Pure. `parsing` makes them."""
+"""The native requests that the worker uses: `Open`, `Ask`, `Close`, `Cancel` and `Describe`. Pure. See `parsing`."""
 
 from __future__ import annotations
 
@@ -245,6 +245,13 @@ class Close(BaseRequest):
 
 class Cancel(BaseRequest):
     """End the running turn of a session; the session is as before that turn."""
+
+    session_id: SessionId
+    session_token: SessionToken | None = None
+
+
+class Describe(BaseRequest):
+    """Report where a session's KV cache is, its memory and its expiry. Changes nothing and renews nothing."""
 
     session_id: SessionId
     session_token: SessionToken | None = None

@@ -11,12 +11,12 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from enum import Enum, auto
 
 from ..chat.transcript import Blob, Transcript, TurnRecord
 from ..errors import Refused
 from ..protocol.openai import Chat
+from ..protocol.replies import utc_text
 from ..protocol.requests import Ask
 from .pending import PendingRequest
 from .prefixes import HeldConversation, Prompt
@@ -225,11 +225,16 @@ class Session(_Stateful):
     @property
     def expires(self) -> str:
         """The expiry in the form of SageMaker's header, UTC."""
-        return datetime.fromtimestamp(self.expires_at_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return utc_text(self.expires_at_s)
+
+    @property
+    def ends_at_s(self) -> float:
+        """The expiry or the idle limit, whichever comes first."""
+        return min(self.expires_at_s, self.used_at_s + self._idle_s)
 
     def has_expired(self, now_s: float) -> bool:
         """Return whether the session has reached its expiry or its idle limit."""
-        return now_s >= min(self.expires_at_s, self.used_at_s + self._idle_s)
+        return now_s >= self.ends_at_s
 
     def restore(self, transcript: Transcript, now_s: float) -> None:
         """Open a session that the journal has given."""

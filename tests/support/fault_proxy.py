@@ -80,13 +80,14 @@ NONE = Fault()
 class Exchange:
     """A request that reached the proxy.
 
-    `answered`: the server's reply has arrived whole. `ended`: the client was sent all of it. `reply_bytes` counts what
-    the client was sent.
+    `reply`: the bytes that the server sent. `answered`: they are a whole reply. `reply_bytes` counts what the client was
+    sent. `ended`: that was all of it.
     """
 
     head: bytes
     body: bytes
     fault: Fault
+    reply: bytes = b""
     reply_bytes: int = 0
     answered: bool = False
     ended: bool = False
@@ -157,6 +158,8 @@ class FaultProxy:
             connections.add(task)
             try:
                 await _Connection(self, reader, writer).run()
+            except asyncio.CancelledError:
+                return  # the proxy stops; asyncio 3.11 logs a cancelled task of a connection as an error
             finally:
                 connections.discard(task)
 
@@ -254,6 +257,7 @@ class _Connection:
         assert self._server_in is not None
         ending = _Ending(exchange.head)
         while data := await self._server_in.read(READ_BYTES):
+            exchange.reply += data
             exchange.answered = ending.is_after(data)
             yield data
             if exchange.answered:

@@ -16,11 +16,12 @@ import pytest
 from deploy.serve.configuration import CONFIG, LOG_CONFIG, render_properties
 from deploy.serve.ports import choose_ports
 from deploy.serve.torchserve import TorchServe
-from llava_sessions_client import ApiError, ChatSession, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.support.chats import LONG
 from tests.support.commands import kill_tree
+from tests.support.server_metrics import wait_for_metrics
 from tests.support.serving import pack, running
+from tests.support.wire import ApiError, ChatSession
 
 SESSIONS, TTL_S = 8, 2
 PICTURE = make_scene(HELD_OUT_SEEDS[0]).draw(72)

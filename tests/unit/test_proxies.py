@@ -12,7 +12,7 @@ import pytest
 
 from deploy.container import metric_lines
 from deploy.serve.ports import free_ports
-from llava_sessions_client import read_metrics
+from tests.support.server_metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 PAGE = b'llava_open_sessions{ModelName="llava"} 3.0\n'

@@ -6,10 +6,12 @@ One chat per server and fault. Every operation of the chat meets the fault once.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+import contextlib
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import pytest
@@ -18,22 +20,15 @@ from deploy.serve.haproxy import HAProxy, find_haproxy
 from deploy.serve.ports import free_ports
 from deploy.serve.processes import Guard
 from deploy.serve.torchserve import TorchServe
-from llava_sessions_client import (
-    AsyncEndpoint,
-    ClientError,
-    ConnectionFailed,
-    Endpoint,
-    Retries,
-    SessionLost,
-    TimedOut,
-    Timeouts,
-)
+from llava_sessions_client import AsyncEndpoint, ConnectionFailed, Endpoint, TimedOut, Timeouts
+from tests.support.chats import LONG
 from tests.support.client_chats import (
     MARKS,
     OPERATIONS,
     PICTURE,
     SHORT,
     Run,
+    Said,
     announced,
     run_async_chat,
     run_chat,
@@ -42,8 +37,7 @@ from tests.support.fault_proxy import BEFORE_REPLY, Fault, FaultProxy, Server, S
 from tests.support.local_endpoint import NAME
 from tests.support.local_endpoint import Endpoint as LocalEndpoint
 from tests.support.server_metrics import wait_for_metrics
-
-from .conftest import runtime_at
+from tests.support.wire import SESSION_HEADER
 
 SERVERS = ("torchserve", "haproxy", "endpoint")
 ODD = (1, 5, 3, 17, 2, 61)
@@ -73,28 +67,187 @@ FAULTS = {
     "silence before the request": (Fault(request_bytes=0, stop=Stop.SILENCE), SOMEWHERE),
     "silence in mid-reply": (Fault(stop=Stop.SILENCE, at=20, server=Server.ANSWERS), SOMEWHERE),
 }
+CHATS_AT_ONCE = 12
 ASYNCHRONOUS = ("odd bytes", "a lost reply", "a reply cut in its body", "a cut that the server misses")
+CASES = [
+    *((server, fault, "sync") for fault in FAULTS for server in SERVERS),
+    *((server, fault, "async") for fault in ASYNCHRONOUS for server in SERVERS),
+]
 
 
 @dataclass
 class Servers:
-    """The URL of each server; the endpoint's is that of its runtime API."""
+    """The servers under test. `urls`: by name; the endpoint's is that of its runtime API."""
 
     urls: dict[str, str]
     instances: list[TorchServe]
-    cases: dict[tuple[str, ...], Future[Run]] = field(default_factory=dict)
-    calm: dict[str, Run] = field(default_factory=dict)
+
+    def open_sessions(self, timeout_s: float) -> list[float]:
+        """Return how many sessions are open on each instance, once all are closed or after `timeout_s`."""
+        pages = [wait_for_metrics(each.metrics_url, timeout_s, llava_open_sessions=0) for each in self.instances]
+        return [page["llava_open_sessions"] for page in pages]
 
 
-def client_of(server: str, url: str, **options: object) -> Endpoint:
+@dataclass
+class Case:
+    """A chat that runs or has run, and the proxy before its server."""
+
+    proxy: FaultProxy
+    chat: Future[Run]
+
+
+def client_of(server: str, url: str, **options: Any) -> Endpoint:
     """Return the client for a server at `url`."""
     if server == "endpoint":
-        return Endpoint(NAME, boto_client=runtime_at(url), **options)
+        return Endpoint(NAME, region="us-west-2", endpoint_url=url, **options)
     return Endpoint(url, **options)
 
 
-def async_client_of(server: str, url: str, **options: object) -> AsyncEndpoint:
+def async_client_of(server: str, url: str, **options: Any) -> AsyncEndpoint:
     """Return the asynchronous client for a server at `url`."""
     if server == "endpoint":
-        return AsyncEndpoint(NAME, boto_client=runtime_at(url), **options)
+        return AsyncEndpoint(NAME, region="us-west-2", endpoint_url=url, **options)
     return AsyncEndpoint(url, **options)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def credentials() -> Iterator[None]:
+    """Give boto3 credentials for the local endpoint."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ACCESS_KEY_ID", "any")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "any")
+        yield
+
+
+@pytest.fixture(scope="module")
+def servers(instances: list[TorchServe], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """Run HAProxy in front of the first instance, and a local endpoint over both."""
+    home = tmp_path_factory.mktemp("front")
+    (home / "logs").mkdir()
+    guard = Guard()
+    [port] = free_ports(1)
+    ports = instances[0].ports
+    front = HAProxy(find_haproxy(), home, guard, port=port, target=ports["inference"], metrics=ports["worker_metrics"])
+    front.start()
+    front.open()
+    with LocalEndpoint(instances, cut_parts=True) as endpoint:
+        urls = {"torchserve": instances[0].url, "haproxy": front.url, "endpoint": endpoint.url}
+        yield Servers(urls, instances)
+    front.stop()
+    guard.release()
+
+
+@pytest.fixture(scope="module")
+def calm(servers: Servers) -> Run:
+    """Hold the chat undisturbed. It is the same with every server."""
+    runs = [run_chat(client_of(server, url), Run()) for server, url in servers.urls.items()]
+    assert runs[0].answers == runs[1].answers == runs[2].answers
+    assert runs[0].turns == runs[1].turns == runs[2].turns
+    assert not any(said.replayed for said in runs[0].answers.values())
+    return runs[0]
+
+
+@pytest.fixture(scope="module")
+def cases(servers: Servers, calm: Run) -> Iterator[dict[tuple[str, str, str], Case]]:
+    """Start all chats, each through a proxy of its own."""
+    with contextlib.ExitStack() as stack:
+        proxies = contextlib.ExitStack()
+        pool = ThreadPoolExecutor(CHATS_AT_ONCE)
+        stack.enter_context(proxies)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        yield {
+            (server, fault, client): start_case(pool, proxies, servers.urls[server], server, fault, client)
+            for server, fault, client in CASES
+        }
+
+
+def start_case(
+    pool: ThreadPoolExecutor, stack: contextlib.ExitStack, url: str, server: str, fault: str, client: str
+) -> Case:
+    """Start a chat."""
+    proxy = stack.enter_context(FaultProxy(url))
+    harm, operations = FAULTS[fault]
+    silent_s = SILENT_S if harm.stop is Stop.SILENCE else TOTAL_S
+    timeouts = Timeouts(first_byte_s=silent_s, between_s=silent_s, total_s=TOTAL_S, close_s=TOTAL_S)
+    run = Run(proxy, harm, operations)
+
+    def hold() -> Run:
+        if client == "async":
+            endpoint = async_client_of(server, proxy.url, timeout_s=timeouts)
+            return asyncio.run(run_async_chat(endpoint, run))
+        return run_chat(client_of(server, proxy.url, timeout_s=timeouts), run)
+
+    return Case(proxy, pool.submit(hold))
+
+
+@pytest.mark.parametrize(("server", "fault", "client"), CASES)
+def test_a_disturbed_chat_is_as_if_undisturbed(
+    servers: Servers, calm: Run, cases: dict[tuple[str, str, str], Case], server: str, fault: str, client: str
+) -> None:
+    """No turn is lost or runs twice, no call outlasts its time-out, and no session stays open."""
+    case = cases[server, fault, client]
+    run = case.chat.result()
+    assert run.answers == calm.answers
+    assert run.turns == calm.turns
+    assert max(run.seconds.values()) < TOTAL_S + SLACK_S
+    for session in announced(case.proxy):
+        reply = httpx.post(
+            f"{servers.urls['haproxy']}/invocations",
+            json={"type": "cancel"},
+            headers={SESSION_HEADER: session},
+            trust_env=False,
+            timeout=60,
+        )
+        assert reply.status_code == httpx.codes.NOT_FOUND, f"{session} is still open: {reply.text}"
+
+
+def test_no_session_stays_open(servers: Servers, cases: dict[tuple[str, str, str], Case]) -> None:
+    """Sessions too whose ID nobody has seen."""
+    wait([case.chat for case in cases.values()])
+    assert servers.open_sessions(20) == [0, 0]
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("answered", [False, True], ids=["unsent", "answered"])
+def test_a_call_to_a_silent_server_ends_in_time_and_leaves_no_turn(
+    servers: Servers, calm: Run, server: str, answered: bool
+) -> None:
+    """The question was never sent, or the server has answered it. The next question does not know of it."""
+    silence = Fault(stop=Stop.SILENCE, at=BEFORE_REPLY, server=Server.ANSWERS)
+    if not answered:
+        silence = Fault(request_bytes=0, stop=Stop.SILENCE)
+    with FaultProxy(servers.urls[server]) as proxy, client_of(server, proxy.url).open(PICTURE) as chat:
+        proxy.disturb(silence, MARKS["ask"], times=100)
+        began = time.monotonic()
+        with pytest.raises(TimedOut):
+            chat.ask("Is there a star?", timeout_s=1.0, **SHORT)
+        assert time.monotonic() - began < 1.0 + Timeouts().close_s + SLACK_S
+        assert chat.turns == ()
+        proxy.forget()
+        assert Said.by(chat.ask("Which shapes are there?", **SHORT)) == calm.answers["ask"]
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_an_open_that_gets_no_reply_ends_in_time(servers: Servers, server: str) -> None:
+    with FaultProxy(servers.urls[server]) as proxy:
+        proxy.disturb(Fault(request_bytes=0, stop=Stop.SILENCE), times=100)
+        began = time.monotonic()
+        with pytest.raises(TimedOut):
+            client_of(server, proxy.url, timeout_s=0.5).open(PICTURE)
+        assert time.monotonic() - began < 2 * 0.5 + SLACK_S
+    began = time.monotonic()
+    with pytest.raises(ConnectionFailed):
+        client_of(server, proxy.url, timeout_s=60).open(PICTURE)
+    assert time.monotonic() - began < SLACK_S
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_a_stream_that_is_left_leaves_no_turn(servers: Servers, calm: Run, server: str) -> None:
+    with client_of(server, servers.urls[server]).open(PICTURE) as chat:
+        for _ in chat.stream("Say something long", **LONG):
+            break
+        assert Said.by(chat.ask("Which shapes are there?", **SHORT)) == calm.answers["ask"]
+
+
+def test_all_sessions_are_closed(servers: Servers) -> None:
+    assert servers.open_sessions(20) == [0, 0]

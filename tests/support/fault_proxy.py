@@ -123,6 +123,11 @@ class FaultProxy:
         with self._lock:
             self._plans.append(_Plan(fault, containing, times))
 
+    def forget(self) -> None:
+        """Cancel all planned disturbances."""
+        with self._lock:
+            self._plans.clear()
+
     def waiting(self) -> int:
         """Return how many planned disturbances no request has met yet."""
         with self._lock:

@@ -1,0 +1,296 @@
+"""The core of a chat: its state, and what each operation sends. No input or output.
+
+The server's transcript and `turns` are the same after every answer. If an operation fails so that the server may have a
+turn that `turns` lacks, the conversation is in doubt: the next question sends all messages, from which the server
+rewrites the session's transcript. So a question that failed never becomes a turn later.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any, cast
+
+from .answers import LENGTH, STOP, Answer, Turn
+from .asking import Delivery, ask_streamed, ask_whole, replayed
+from .effects import Abort, Compute, Core
+from .errors import (
+    AnswerChanged,
+    ApiError,
+    ChatClosed,
+    ClientError,
+    SessionLost,
+    Unavailable,
+)
+from .options import MAX_DEADLINE_MS, AskOptions, OnLost, Retries, Timeouts
+from .pictures import Picture
+from .retrying import Budget, send
+from .shrink import Fitted, PictureLimits, fit, fit_together
+from .wire import (
+    ENVELOPE_BYTES,
+    Body,
+    Request,
+    announced_session,
+    ask_request,
+    cancel_request,
+    close_request,
+    open_request,
+    rewrite_request,
+)
+
+log = logging.getLogger(__name__)
+MAX_REPLAYS = 3  # of one question
+# The server's own limit for a whole answer. SageMaker ends a call after 60 s.
+WHOLE_DEADLINE_MS = 55_000
+# SageMaker's router rejects a call, and the session's instance may be gone for ever.
+_PLATFORM_LOST = ("ServiceUnavailable", "InternalFailure", "InternalDependencyException", "ModelError")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all chats of an endpoint share. `max_body_bytes`: of one request."""
+
+    timeouts: Timeouts
+    retries: Retries
+    limits: PictureLimits
+    max_body_bytes: int
+    session_token: str | None = None
+
+
+@dataclass
+class Conversation:
+    """A session, its turns, and the pictures that the next question will show."""
+
+    settings: Settings
+    pictures: tuple[Picture, ...]
+    turns: tuple[Turn, ...] = ()
+    on_lost: OnLost = "raise"
+    session_id: str = ""
+    expires_at: datetime | None = None
+    waiting: tuple[Picture, ...] = ()
+    notices: list[str] = field(default_factory=list)
+    in_doubt: bool = False
+    closed: bool = False
+
+    # --- open and close -----------------------------------------------------------------------------------------------
+
+    def open(self, budget: Budget | None = None) -> Core[None]:
+        """Open the session with `pictures` and `turns`. Raise `ClientError`.
+
+        If no reply arrives, the open is sent once more with the same `request_id` and what it opened is closed.
+        """
+        settings = self.settings
+        self.pictures = yield from self._fitted(self.pictures)
+        yield from self._fit_request()
+        request = open_request(self.pictures, self.turns, str(uuid.uuid4()), settings.session_token)
+        budget = budget or Budget(settings.timeouts, settings.retries, opening=True)
+        try:
+            reply = yield from send(request, budget)
+        except GeneratorExit:
+            raise
+        except ApiError as error:
+            if isinstance(error, Unavailable):
+                yield from self._close_unanswered(request)
+            raise
+        except BaseException:
+            yield from self._close_unanswered(request)
+            raise
+        self.session_id, self.expires_at = announced_session(reply)
+        self.in_doubt = False
+
+    def close(self) -> Core[None]:
+        """Close the session. A session that the server no longer has is closed. Raise `ClientError`."""
+        if self.closed:
+            return
+        self.closed = True
+        timeouts = self.settings.timeouts
+        budget = Budget(timeouts, self.settings.retries, total_s=min(timeouts.total_s, timeouts.close_s))
+        try:
+            yield from send(close_request(self.session_id, self.settings.session_token), budget)
+        except SessionLost:
+            log.info("session_lost_before_close")
+
+    def _close_unanswered(self, request: Request) -> Core[None]:
+        """Close the session of an open whose reply was lost. It expires by itself if the server is out of reach."""
+        try:
+            budget = self.cleanup_budget()
+            reply = yield from send(request, budget)
+            session_id, _ = announced_session(reply)
+            yield from send(close_request(session_id, self.settings.session_token), budget)
+        except ClientError as error:
+            log.warning("unanswered_open_not_closed error=%s", type(error).__name__)
+
+    # --- questions ----------------------------------------------------------------------------------------------------
+
+    def ask(self, text: str, pictures: Sequence[Picture], options: AskOptions, *, stream: bool) -> Core[Answer]:
+        """Ask the next question. Its pictures are those that wait and `pictures`. Raise `ClientError`."""
+        shown = (*self.waiting, *(yield from self._fitted(pictures)))
+        answer = yield from self._answer(self.turns, Turn(text, Answer(""), shown), options, stream=stream)
+        self.waiting = ()
+        return answer
+
+    def rewrite(self, index: int, text: str | None, options: AskOptions, *, stream: bool) -> Core[Answer]:
+        """Ask question `index` again, with another text unless `text` is None. Later turns are dropped.
+
+        The request has the whole conversation as `messages` and names the session, which works over plain HTTP and
+        SageMaker alike: the server keeps the cache of what stays. Opening a session with a history would compute it
+        all. Raise `ClientError`, and `IndexError` for a turn that does not exist.
+        """
+        old = self.turns[index]
+        before = self.turns[: range(len(self.turns))[index]]
+        turn = replace(old, text=old.text if text is None else text)
+        return (yield from self._answer(before, turn, options, stream=stream))
+
+    def _answer(self, before: tuple[Turn, ...], turn: Turn, options: AskOptions, *, stream: bool) -> Core[Answer]:
+        """Answer `turn` after the turns `before`. Open the session again if it is lost and `on_lost` says so."""
+        if self.closed:
+            raise ChatClosed("the chat must be open, got a closed one")
+        fields = self._fields(options, stream=stream)
+        delivery = Delivery()
+        replays = 0
+        while True:
+            try:
+                answer = yield from self._attempt(before, turn, fields, options, delivery, stream=stream)
+                break
+            except AnswerChanged as error:
+                self._keep(before, turn, error.answer)
+                raise
+            except ClientError as error:
+                if not self._is_lost(error) or replays == MAX_REPLAYS:
+                    raise
+            replays += 1
+            log.info("session_replayed turns=%d", len(before))
+            yield from self._reopen(before)
+            fields = {**fields, "request_id": str(uuid.uuid4())}
+        answer = replayed(answer) if replays else answer
+        self._keep(before, turn, answer)
+        return answer
+
+    def _attempt(
+        self,
+        before: tuple[Turn, ...],
+        turn: Turn,
+        fields: Body,
+        options: AskOptions,
+        delivery: Delivery,
+        *,
+        stream: bool,
+    ) -> Core[Answer]:
+        """Ask in the present session. Mark the conversation as in doubt if the server may have the turn afterwards."""
+        settings = self.settings
+        budget = Budget(
+            settings.timeouts, settings.retries, total_s=options.get("timeout_s"), own_turn_runs=self.in_doubt
+        )
+        before, turn = yield from self._fit_turns(before, turn)
+        if self.in_doubt or before != self.turns:
+            request = rewrite_request(self.session_id, (*before, turn), fields, settings.session_token)
+        else:
+            request = ask_request(self.session_id, turn.text, turn.pictures, fields, settings.session_token)
+        try:
+            answer = yield from (ask_streamed if stream else ask_whole)(request, budget, delivery)
+        except GeneratorExit:
+            self.in_doubt = True
+            raise
+        except AnswerChanged:
+            raise
+        except ClientError as error:
+            refused = isinstance(error, ApiError) and 400 <= error.status < 500
+            self.in_doubt = self.in_doubt or not refused
+            if not isinstance(error, ApiError):
+                yield from self._stop_turn()
+            raise
+        except BaseException:
+            self.in_doubt = True
+            yield from self._stop_turn()
+            raise
+        return answer
+
+    def _stop_turn(self) -> Core[None]:
+        """Close the stream and cancel the turn. Its reply says that the session is as it was before the turn."""
+        yield Abort()
+        try:
+            yield from send(cancel_request(self.session_id, self.settings.session_token), self.cleanup_budget())
+        except ClientError as error:
+            log.info("cancel_failed error=%s", type(error).__name__)
+
+    def _reopen(self, before: tuple[Turn, ...]) -> Core[None]:
+        """Open a new session with the history. It replaces the lost one."""
+        self.turns = before
+        yield from self.open()
+
+    def _is_lost(self, error: ClientError) -> bool:
+        if self.on_lost != "replay" or not isinstance(error, ApiError):
+            return False
+        return isinstance(error, SessionLost) or error.code in _PLATFORM_LOST
+
+    def _keep(self, before: tuple[Turn, ...], turn: Turn, answer: Answer) -> None:
+        """Make `turns` what the session has now."""
+        self.in_doubt = answer.finish_reason not in (STOP, LENGTH)
+        if answer.is_kept:
+            self.turns = (*before, replace(turn, answer=answer))
+
+    # --- fields and pictures ------------------------------------------------------------------------------------------
+
+    def _fields(self, options: AskOptions, *, stream: bool) -> Body:
+        """Return the options as fields of a request. They are the same in all attempts, since they are in its key.
+
+        A sampled answer gets a seed, so that a turn that runs again has the same answer.
+        """
+        fields: dict[str, Any] = {**options, "request_id": str(uuid.uuid4())}
+        total_s = cast("float", fields.pop("timeout_s", self.settings.timeouts.total_s))
+        if fields.get("temperature") and fields.get("seed") is None:
+            fields["seed"] = secrets.randbelow(2**63)
+        most_ms = MAX_DEADLINE_MS if stream else WHOLE_DEADLINE_MS
+        fields.setdefault("deadline_ms", max(1, min(most_ms, int(total_s * 1000))))
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def _fitted(self, pictures: Sequence[Picture]) -> Core[tuple[Picture, ...]]:
+        """Return the pictures within the limits for each picture."""
+        if not pictures:
+            return ()
+        fitted: Fitted = yield Compute(lambda: fit(pictures, self.settings.limits))
+        return self._noted(fitted)
+
+    def _fit_turns(self, before: tuple[Turn, ...], turn: Turn) -> Core[tuple[tuple[Turn, ...], Turn]]:
+        """Return the turns with pictures that fit into one request."""
+        resent = before if self.in_doubt or before != self.turns else ()
+        turns = (*resent, turn)
+        fitted = yield from self._fit_all(tuple(picture for each in turns for picture in each.pictures), turns)
+        if fitted is None:
+            return before, turn
+        rest = iter(fitted)
+        *first, last = (replace(each, pictures=tuple(next(rest) for _ in each.pictures)) for each in turns)
+        return (tuple(first) if resent else before), last
+
+    def _fit_request(self) -> Core[None]:
+        """Shrink the pictures of the open and of the history until they fit into one request."""
+        pictures = (*self.pictures, *(picture for turn in self.turns for picture in turn.pictures))
+        fitted = yield from self._fit_all(pictures, self.turns)
+        if fitted is not None:
+            rest = iter(fitted)
+            self.pictures = tuple(next(rest) for _ in self.pictures)
+            self.turns = tuple(replace(turn, pictures=tuple(next(rest) for _ in turn.pictures)) for turn in self.turns)
+
+    def _fit_all(self, pictures: tuple[Picture, ...], turns: Sequence[Turn]) -> Core[tuple[Picture, ...] | None]:
+        """Return the pictures smaller, or None if they fit into one request with the texts of the turns."""
+        texts = sum(len(turn.text.encode()) + len(turn.answer.text.encode()) for turn in turns)
+        room = self.settings.max_body_bytes - ENVELOPE_BYTES - 2 * texts
+        if sum(picture.encoded_bytes for picture in pictures) <= room:
+            return None
+        fitted: Fitted = yield Compute(lambda: fit_together(pictures, room))
+        return self._noted(fitted)
+
+    def _noted(self, fitted: Fitted) -> tuple[Picture, ...]:
+        for notice in fitted.notices:
+            log.info("picture_shrunk")
+            self.notices.append(notice)
+        return fitted.pictures
+
+    def cleanup_budget(self) -> Budget:
+        """Return the budget of a close or of a clean-up after an interrupted call."""
+        timeouts = self.settings.timeouts
+        return Budget(timeouts, self.settings.retries, total_s=min(timeouts.total_s, timeouts.close_s))

@@ -1,0 +1,85 @@
+"""Send a request until it has an answer: which errors are retried, when, and for how long."""
+
+from __future__ import annotations
+
+import random
+import time
+
+from .effects import Call, Core, Limits, Sleep
+from .errors import ApiError, Busy, ClientError, ConnectionFailed, TimedOut, error_of_body, is_transient
+from .options import Retries, Timeouts
+from .wire import Reply, Request
+
+
+class Budget:
+    """Attempts and time of one call of the client."""
+
+    def __init__(
+        self,
+        timeouts: Timeouts,
+        retries: Retries,
+        *,
+        total_s: float | None = None,
+        opening: bool = False,
+        own_turn_runs: bool = False,
+    ) -> None:
+        """Start the time. `own_turn_runs`: an earlier question may still run, so that "busy" is worth a retry."""
+        self._timeouts = timeouts
+        self._retries = retries
+        self.total_s = timeouts.total_s if total_s is None else total_s
+        self._deadline_s = time.monotonic() + self.total_s
+        self._opening = opening
+        self._own_turn_runs = own_turn_runs
+        self._failed = 0
+
+    def limits(self) -> Limits:
+        """Return the limits of the next attempt. Raise `TimedOut` if the time is over."""
+        remaining_s = self._deadline_s - time.monotonic()
+        if remaining_s <= 0:
+            raise self.over()
+        timeouts = self._timeouts
+        return Limits(
+            min(timeouts.connect_s, remaining_s),
+            min(timeouts.first_byte_s, remaining_s),
+            min(timeouts.between_s, remaining_s),
+            self._deadline_s,
+        )
+
+    def over(self) -> TimedOut:
+        """Return the error for the end of the time."""
+        return TimedOut(f"the call must end within {self.total_s:g} s, with its retries")
+
+    def pause_after(self, error: ClientError) -> float:
+        """Return how long to wait before the next attempt. Raise the error if there is none."""
+        self._failed += 1
+        own_turn = self._own_turn_runs and isinstance(error, Busy)
+        if not (own_turn or is_transient(error)) or self._failed > self._most(error):
+            raise error
+        retries = self._retries
+        longest_s = min(retries.longest_pause_s, retries.first_pause_s * 2 ** (self._failed - 1))
+        least_s = error.retry_after_s if isinstance(error, ApiError) else None
+        pause_s = max(longest_s * random.uniform(0.5, 1.0), least_s or 0.0)
+        if time.monotonic() + pause_s >= self._deadline_s:
+            raise error
+        return pause_s
+
+    def _most(self, error: ClientError) -> int:
+        unreachable = isinstance(error, ConnectionFailed) and not error.connected
+        return self._retries.most_unreachable if unreachable and self._opening else self._retries.most
+
+
+def send(request: Request, budget: Budget) -> Core[Reply]:
+    """Send a request, again after a transient error, and return the reply of a success. Raise `ClientError`."""
+    while True:
+        try:
+            return checked((yield Call(request, budget.limits())))
+        except ClientError as error:
+            pause_s = budget.pause_after(error)
+        yield Sleep(pause_s)
+
+
+def checked(reply: Reply) -> Reply:
+    """Return the reply of a success. Raise the `ApiError` of any other."""
+    if reply.is_success:
+        return reply
+    raise error_of_body(reply.status, reply.body, reply.retry_after_s)

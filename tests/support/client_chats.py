@@ -20,7 +20,7 @@ from .encoding import to_png
 from .fault_proxy import Fault, FaultProxy
 
 PICTURE, CLOSER = (to_png(make_scene(seed).draw()) for seed in HELD_OUT_SEEDS[5_200:5_202])
-SHORT: dict[str, Any] = {"max_new_tokens": 6}
+SHORT: dict[str, Any] = {"max_new_tokens": 4}
 # The request of an operation has these bytes in its body.
 MARKS = {
     "open": b"start_session",

@@ -80,8 +80,8 @@ NONE = Fault()
 class Exchange:
     """A request that reached the proxy.
 
-    `reply`: the bytes that the server sent. `answered`: they are a whole reply. `reply_bytes` counts what the client was
-    sent. `ended`: that was all of it.
+    `reply`: the bytes that the server sent. `answered`: they are a whole reply. `reply_bytes` counts those that the
+    client was sent. `ended`: the client was sent all of them.
     """
 
     head: bytes

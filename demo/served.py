@@ -16,7 +16,7 @@ def wait_for_metrics(metrics_url: str, **expected: float) -> dict[str, float]:
     """Return the `llava_*` metrics once those named in `expected` have these values, or as they are after 20 s."""
     deadline = time.monotonic() + _TIMEOUT_S
     while True:
-        page = httpx.get(f"{metrics_url}/metrics", trust_env=False).raise_for_status().text
+        page = httpx.get(metrics_url, trust_env=False).raise_for_status().text
         metrics = {name: float(value) for name, value in _SAMPLE.findall(page)}
         if all(metrics.get(name) == value for name, value in expected.items()) or time.monotonic() > deadline:
             return metrics

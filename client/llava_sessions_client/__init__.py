@@ -12,6 +12,8 @@ docs/client.md has more.
 """
 
 from .answers import Answer, Timings, Turn, Usage
+from .async_chat import AsyncAnswerStream, AsyncChat
+from .async_endpoint import AsyncEndpoint
 from .chat import AnswerStream, Chat
 from .endpoint import Endpoint
 from .errors import (
@@ -42,6 +44,9 @@ __all__ = [
     "AnswerStream",
     "ApiError",
     "AskOptions",
+    "AsyncAnswerStream",
+    "AsyncChat",
+    "AsyncEndpoint",
     "Busy",
     "Chat",
     "ChatClosed",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from .answers import Answer, timings_of, usage_of
 from .effects import Abort, Call, Core, Finish, Piece, Read, Sleep, Start
@@ -104,8 +104,3 @@ def _read_once(request: Request, budget: Budget, delivery: Delivery) -> Core[Ans
             raise ConnectionFailed("a streamed answer must have a last line, got its end before")
         if time.monotonic() > limits.deadline_s:
             raise budget.over()
-
-
-def replayed(answer: Answer) -> Answer:
-    """Return an answer marked as one for which the session was opened again."""
-    return replace(answer, replayed=True)

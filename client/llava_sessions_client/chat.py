@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -73,7 +74,8 @@ class AnswerStream(Iterator[str]):
         if self._reading:
             self._stop()
             return
-        self._pieces.close()
+        with contextlib.suppress(ValueError):  # another thread has begun to wait for a piece
+            self._pieces.close()
         self._answer = self._answer or Answer(self.text, CANCELLED)
 
     def __enter__(self) -> AnswerStream:

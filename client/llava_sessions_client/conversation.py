@@ -16,22 +16,22 @@ from datetime import datetime
 from typing import Any, cast
 
 from .answers import LENGTH, STOP, Answer, Turn
-from .asking import Delivery, ask_streamed, ask_whole, replayed
-from .effects import Abort, Compute, Core
+from .asking import Delivery, ask_streamed, ask_whole
+from .effects import Abort, Core
 from .errors import (
     AnswerChanged,
     ApiError,
     ChatClosed,
     ClientError,
     SessionLost,
-    Unavailable,
+    is_lost,
 )
-from .options import MAX_DEADLINE_MS, AskOptions, OnLost, Retries, Timeouts
+from .fitting import fit_each, fit_request
+from .options import MAX_DEADLINE_MS, AskOptions, OnLost
 from .pictures import Picture
 from .retrying import Budget, send
-from .shrink import Fitted, PictureLimits, fit, fit_together
+from .settings import Settings
 from .wire import (
-    ENVELOPE_BYTES,
     Body,
     Request,
     announced_session,
@@ -46,19 +46,6 @@ log = logging.getLogger(__name__)
 MAX_REPLAYS = 3  # of one question
 # The server's own limit for a whole answer. SageMaker ends a call after 60 s.
 WHOLE_DEADLINE_MS = 55_000
-# SageMaker's router rejects a call, and the session's instance may be gone for ever.
-_PLATFORM_LOST = ("ServiceUnavailable", "InternalFailure", "InternalDependencyException", "ModelError")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all chats of an endpoint share. `max_body_bytes`: of one request."""
-
-    timeouts: Timeouts
-    retries: Retries
-    limits: PictureLimits
-    max_body_bytes: int
-    session_token: str | None = None
 
 
 @dataclass
@@ -84,20 +71,18 @@ class Conversation:
         If no reply arrives, the open is sent once more with the same `request_id` and what it opened is closed.
         """
         settings = self.settings
-        self.pictures = yield from self._fitted(self.pictures)
-        yield from self._fit_request()
+        self.pictures = yield from fit_each(self.pictures, settings, self.notices)
+        self.pictures, self.turns = yield from fit_request(self.pictures, self.turns, settings, self.notices)
         request = open_request(self.pictures, self.turns, str(uuid.uuid4()), settings.session_token)
-        budget = budget or Budget(settings.timeouts, settings.retries, opening=True)
+        budget = budget or Budget(settings.timeouts, settings.retries)
+        budget.opening = True
         try:
             reply = yield from send(request, budget)
         except GeneratorExit:
             raise
-        except ApiError as error:
-            if isinstance(error, Unavailable):
+        except BaseException as error:
+            if budget.may_have_arrived or not isinstance(error, ClientError):
                 yield from self._close_unanswered(request)
-            raise
-        except BaseException:
-            yield from self._close_unanswered(request)
             raise
         self.session_id, self.expires_at = announced_session(reply)
         self.in_doubt = False
@@ -107,10 +92,8 @@ class Conversation:
         if self.closed:
             return
         self.closed = True
-        timeouts = self.settings.timeouts
-        budget = Budget(timeouts, self.settings.retries, total_s=min(timeouts.total_s, timeouts.close_s))
         try:
-            yield from send(close_request(self.session_id, self.settings.session_token), budget)
+            yield from send(close_request(self.session_id, self.settings.session_token), self.cleanup_budget())
         except SessionLost:
             log.info("session_lost_before_close")
 
@@ -128,8 +111,10 @@ class Conversation:
 
     def ask(self, text: str, pictures: Sequence[Picture], options: AskOptions, *, stream: bool) -> Core[Answer]:
         """Ask the next question. Its pictures are those that wait and `pictures`. Raise `ClientError`."""
-        shown = (*self.waiting, *(yield from self._fitted(pictures)))
-        answer = yield from self._answer(self.turns, Turn(text, Answer(""), shown), options, stream=stream)
+        self.waiting = yield from fit_each(self.waiting, self.settings, self.notices)
+        shown = yield from fit_each(pictures, self.settings, self.notices)
+        turn = Turn(text, Answer(""), (*self.waiting, *shown))
+        answer = yield from self._answer(self.turns, turn, options, stream=stream)
         self.waiting = ()
         return answer
 
@@ -151,63 +136,54 @@ class Conversation:
             raise ChatClosed("the chat must be open, got a closed one")
         fields = self._fields(options, stream=stream)
         delivery = Delivery()
+        budget = Budget(self.settings.timeouts, self.settings.retries, total_s=options.get("timeout_s"))
+        budget.may_reopen = self.on_lost == "replay"
         replays = 0
         while True:
             try:
-                answer = yield from self._attempt(before, turn, fields, options, delivery, stream=stream)
+                answer = yield from self._attempt(before, turn, fields, budget, delivery, stream=stream)
                 break
             except AnswerChanged as error:
                 self._keep(before, turn, error.answer)
                 raise
             except ClientError as error:
-                if not self._is_lost(error) or replays == MAX_REPLAYS:
+                if not budget.may_reopen or not is_lost(error) or replays == MAX_REPLAYS:
                     raise
             replays += 1
             log.info("session_replayed turns=%d", len(before))
-            yield from self._reopen(before)
+            self.turns = before
+            yield from self.open(budget.renewed())
+            budget = budget.renewed()
             fields = {**fields, "request_id": str(uuid.uuid4())}
-        answer = replayed(answer) if replays else answer
+        answer = replace(answer, replayed=replays > 0)
         self._keep(before, turn, answer)
         return answer
 
     def _attempt(
-        self,
-        before: tuple[Turn, ...],
-        turn: Turn,
-        fields: Body,
-        options: AskOptions,
-        delivery: Delivery,
-        *,
-        stream: bool,
+        self, before: tuple[Turn, ...], turn: Turn, fields: Body, budget: Budget, delivery: Delivery, *, stream: bool
     ) -> Core[Answer]:
         """Ask in the present session. Mark the conversation as in doubt if the server may have the turn afterwards."""
         settings = self.settings
-        budget = Budget(
-            settings.timeouts, settings.retries, total_s=options.get("timeout_s"), own_turn_runs=self.in_doubt
-        )
-        before, turn = yield from self._fit_turns(before, turn)
+        budget.own_turn_runs = self.in_doubt
         if self.in_doubt or before != self.turns:
-            request = rewrite_request(self.session_id, (*before, turn), fields, settings.session_token)
+            _, turns = yield from fit_request((), (*before, turn), settings, self.notices)
+            request = rewrite_request(self.session_id, turns, fields, settings.session_token)
         else:
+            _, [turn] = yield from fit_request((), (turn,), settings, self.notices)
             request = ask_request(self.session_id, turn.text, turn.pictures, fields, settings.session_token)
         try:
-            answer = yield from (ask_streamed if stream else ask_whole)(request, budget, delivery)
+            return (yield from (ask_streamed if stream else ask_whole)(request, budget, delivery))
         except GeneratorExit:
             self.in_doubt = True
             raise
         except AnswerChanged:
             raise
-        except ClientError as error:
-            refused = isinstance(error, ApiError) and 400 <= error.status < 500
-            self.in_doubt = self.in_doubt or not refused
-            if not isinstance(error, ApiError):
+        except BaseException as error:
+            was_refused = isinstance(error, ApiError) and 400 <= error.status < 500
+            self.in_doubt = self.in_doubt or not was_refused
+            if budget.may_have_arrived and not isinstance(error, ApiError):
                 yield from self._stop_turn()
             raise
-        except BaseException:
-            self.in_doubt = True
-            yield from self._stop_turn()
-            raise
-        return answer
 
     def _stop_turn(self) -> Core[None]:
         """Close the stream and cancel the turn. Its reply says that the session is as it was before the turn."""
@@ -217,23 +193,13 @@ class Conversation:
         except ClientError as error:
             log.info("cancel_failed error=%s", type(error).__name__)
 
-    def _reopen(self, before: tuple[Turn, ...]) -> Core[None]:
-        """Open a new session with the history. It replaces the lost one."""
-        self.turns = before
-        yield from self.open()
-
-    def _is_lost(self, error: ClientError) -> bool:
-        if self.on_lost != "replay" or not isinstance(error, ApiError):
-            return False
-        return isinstance(error, SessionLost) or error.code in _PLATFORM_LOST
-
     def _keep(self, before: tuple[Turn, ...], turn: Turn, answer: Answer) -> None:
         """Make `turns` what the session has now."""
         self.in_doubt = answer.finish_reason not in (STOP, LENGTH)
         if answer.is_kept:
             self.turns = (*before, replace(turn, answer=answer))
 
-    # --- fields and pictures ------------------------------------------------------------------------------------------
+    # --- fields and budgets ------------------------------------------------------------------------------------------
 
     def _fields(self, options: AskOptions, *, stream: bool) -> Body:
         """Return the options as fields of a request. They are the same in all attempts, since they are in its key.
@@ -247,48 +213,6 @@ class Conversation:
         most_ms = MAX_DEADLINE_MS if stream else WHOLE_DEADLINE_MS
         fields.setdefault("deadline_ms", max(1, min(most_ms, int(total_s * 1000))))
         return {name: value for name, value in fields.items() if value is not None}
-
-    def _fitted(self, pictures: Sequence[Picture]) -> Core[tuple[Picture, ...]]:
-        """Return the pictures within the limits for each picture."""
-        if not pictures:
-            return ()
-        fitted: Fitted = yield Compute(lambda: fit(pictures, self.settings.limits))
-        return self._noted(fitted)
-
-    def _fit_turns(self, before: tuple[Turn, ...], turn: Turn) -> Core[tuple[tuple[Turn, ...], Turn]]:
-        """Return the turns with pictures that fit into one request."""
-        resent = before if self.in_doubt or before != self.turns else ()
-        turns = (*resent, turn)
-        fitted = yield from self._fit_all(tuple(picture for each in turns for picture in each.pictures), turns)
-        if fitted is None:
-            return before, turn
-        rest = iter(fitted)
-        *first, last = (replace(each, pictures=tuple(next(rest) for _ in each.pictures)) for each in turns)
-        return (tuple(first) if resent else before), last
-
-    def _fit_request(self) -> Core[None]:
-        """Shrink the pictures of the open and of the history until they fit into one request."""
-        pictures = (*self.pictures, *(picture for turn in self.turns for picture in turn.pictures))
-        fitted = yield from self._fit_all(pictures, self.turns)
-        if fitted is not None:
-            rest = iter(fitted)
-            self.pictures = tuple(next(rest) for _ in self.pictures)
-            self.turns = tuple(replace(turn, pictures=tuple(next(rest) for _ in turn.pictures)) for turn in self.turns)
-
-    def _fit_all(self, pictures: tuple[Picture, ...], turns: Sequence[Turn]) -> Core[tuple[Picture, ...] | None]:
-        """Return the pictures smaller, or None if they fit into one request with the texts of the turns."""
-        texts = sum(len(turn.text.encode()) + len(turn.answer.text.encode()) for turn in turns)
-        room = self.settings.max_body_bytes - ENVELOPE_BYTES - 2 * texts
-        if sum(picture.encoded_bytes for picture in pictures) <= room:
-            return None
-        fitted: Fitted = yield Compute(lambda: fit_together(pictures, room))
-        return self._noted(fitted)
-
-    def _noted(self, fitted: Fitted) -> tuple[Picture, ...]:
-        for notice in fitted.notices:
-            log.info("picture_shrunk")
-            self.notices.append(notice)
-        return fitted.pictures
 
     def cleanup_budget(self) -> Budget:
         """Return the budget of a close or of a clean-up after an interrupted call."""

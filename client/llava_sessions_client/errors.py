@@ -153,3 +153,17 @@ def is_transient(error: ClientError) -> bool:
     if isinstance(error, OverCapacity):
         return error.retry_after_s is not None
     return isinstance(error, ConnectionFailed | TimedOut | Unavailable)
+
+
+# SageMaker rejects the call by itself. If that lasts, the session's instance is gone for ever.
+_PLATFORM_CODES = ("ServiceUnavailable", "InternalFailure", "InternalDependencyException", "ModelError")
+
+
+def is_from_platform(error: ClientError) -> bool:
+    """Return whether SageMaker rejected a call because it has no answer of the container."""
+    return isinstance(error, ApiError) and error.code in _PLATFORM_CODES
+
+
+def is_lost(error: ClientError) -> bool:
+    """Return whether the session of a question is lost, or if retries have failed, its instance."""
+    return isinstance(error, SessionLost) or is_from_platform(error)

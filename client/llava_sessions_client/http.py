@@ -19,7 +19,7 @@ from .errors import ClientError, ConnectionFailed, TimedOut
 from .wire import CONTENT_TYPE, SESSION_HEADER, Reply, Request
 
 PATH = "/invocations"
-_FINISH_S = 1.0
+FINISH_S = 1.0
 
 
 class HttpTransport:
@@ -91,7 +91,7 @@ class HttpStream:
     def finish(self) -> None:
         """Read what follows the last line. Errors are ignored."""
         self._timer.cancel()
-        timer = self._start_timer(_FINISH_S)
+        timer = self._start_timer(FINISH_S)
         try:
             for _ in self._parts:
                 pass

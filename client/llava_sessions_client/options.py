@@ -36,13 +36,13 @@ class Timeouts:
 class Retries:
     """How often and when a request is sent again. Every attempt has the same `request_id`, so that no turn runs twice.
 
-    `most`: further attempts after the first. `most_unreachable`: the same for an open that finds no server. The pause
-    doubles from `first_pause_s` to `longest_pause_s`, is shortened at random by up to half, and is at least
-    `Retry-After`.
+    `most`: further attempts after the first. `most_in_vain`: the same for an open that finds no server, and for a
+    question whose instance SageMaker does not reach if `on_lost` is "replay". The pause doubles from `first_pause_s` to
+    `longest_pause_s`, is shortened at random by up to half, and is at least `Retry-After`.
     """
 
     most: int = 8
-    most_unreachable: int = 3
+    most_in_vain: int = 3
     first_pause_s: float = 0.25
     longest_pause_s: float = 4.0
 
@@ -51,7 +51,7 @@ class Retries:
         """Return the default retries, those given, or the default ones with `value` further attempts."""
         if value is None:
             return cls()
-        return value if isinstance(value, Retries) else replace(cls(), most=value, most_unreachable=min(value, 3))
+        return value if isinstance(value, Retries) else replace(cls(), most=value, most_in_vain=min(value, 3))
 
 
 class AskOptions(TypedDict, total=False):

@@ -6,31 +6,47 @@ import random
 import time
 
 from .effects import Call, Core, Limits, Sleep
-from .errors import ApiError, Busy, ClientError, ConnectionFailed, TimedOut, error_of_body, is_transient
+from .errors import (
+    ApiError,
+    Busy,
+    ClientError,
+    ConnectionFailed,
+    TimedOut,
+    error_of_body,
+    is_from_platform,
+    is_transient,
+)
 from .options import Retries, Timeouts
 from .wire import Reply, Request
 
 
 class Budget:
-    """Attempts and time of one call of the client."""
+    """Attempts and time of one call of the client.
+
+    `opening`: give up sooner if no server is reached. `own_turn_runs`: an earlier question may still run, so that
+    "busy" is worth a retry. `may_reopen`: give up sooner if SageMaker does not reach the session's instance.
+    `may_have_arrived`: an attempt may have reached the server although its reply is unknown.
+    """
 
     def __init__(
-        self,
-        timeouts: Timeouts,
-        retries: Retries,
-        *,
-        total_s: float | None = None,
-        opening: bool = False,
-        own_turn_runs: bool = False,
+        self, timeouts: Timeouts, retries: Retries, *, total_s: float | None = None, deadline_s: float | None = None
     ) -> None:
-        """Start the time. `own_turn_runs`: an earlier question may still run, so that "busy" is worth a retry."""
+        """Start the time. `deadline_s`: the end, on the clock of `time.monotonic`, if it has started already."""
         self._timeouts = timeouts
         self._retries = retries
         self.total_s = timeouts.total_s if total_s is None else total_s
-        self._deadline_s = time.monotonic() + self.total_s
-        self._opening = opening
-        self._own_turn_runs = own_turn_runs
+        self._deadline_s = time.monotonic() + self.total_s if deadline_s is None else deadline_s
         self._failed = 0
+        self.opening = False
+        self.own_turn_runs = False
+        self.may_reopen = False
+        self.may_have_arrived = False
+
+    def renewed(self) -> Budget:
+        """Return a budget with new attempts in the rest of the time."""
+        budget = Budget(self._timeouts, self._retries, total_s=self.total_s, deadline_s=self._deadline_s)
+        budget.may_reopen = self.may_reopen
+        return budget
 
     def limits(self) -> Limits:
         """Return the limits of the next attempt. Raise `TimedOut` if the time is over."""
@@ -52,8 +68,10 @@ class Budget:
     def pause_after(self, error: ClientError) -> float:
         """Return how long to wait before the next attempt. Raise the error if there is none."""
         self._failed += 1
-        own_turn = self._own_turn_runs and isinstance(error, Busy)
-        if not (own_turn or is_transient(error)) or self._failed > self._most(error):
+        unreachable = isinstance(error, ConnectionFailed) and not error.connected
+        self.may_have_arrived = self.may_have_arrived or (is_transient(error) and not unreachable)
+        own_turn = self.own_turn_runs and isinstance(error, Busy)
+        if not (own_turn or is_transient(error)) or self._failed > self._most(error, unreachable):
             raise error
         retries = self._retries
         longest_s = min(retries.longest_pause_s, retries.first_pause_s * 2 ** (self._failed - 1))
@@ -63,9 +81,9 @@ class Budget:
             raise error
         return pause_s
 
-    def _most(self, error: ClientError) -> int:
-        unreachable = isinstance(error, ConnectionFailed) and not error.connected
-        return self._retries.most_unreachable if unreachable and self._opening else self._retries.most
+    def _most(self, error: ClientError, unreachable: bool) -> int:
+        gives_up = (unreachable and self.opening) or (is_from_platform(error) and self.may_reopen)
+        return self._retries.most_in_vain if gives_up else self._retries.most
 
 
 def send(request: Request, budget: Budget) -> Core[Reply]:

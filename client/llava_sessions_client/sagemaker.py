@@ -6,8 +6,8 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import boto3
 from botocore.config import Config
@@ -27,6 +27,7 @@ from .effects import Limits
 from .options import Timeouts
 from .wire import CONTENT_TYPE, Reply, Request
 
+T = TypeVar("T")
 NEW_SESSION = "NEW_SESSION"
 _PENDING_PARTS = 64
 _THROTTLED = ("ThrottlingException", "Throttling", "TooManyRequestsException", "ModelNotReadyException")
@@ -57,10 +58,14 @@ class SageMakerTransport:
 
     def call(self, request: Request, limits: Limits) -> Reply:
         """Send a request and return its reply. Raise `ConnectionFailed` or `TimedOut`."""
-        try:
+
+        def invoke() -> Reply:
             reply = self._client.invoke_endpoint(**self._members(request, request.session_id or NEW_SESSION))
             with contextlib.closing(reply["Body"]) as body:
                 return Reply(200, body.read(), reply.get("NewSessionId", ""))
+
+        try:
+            return within(limits, invoke)
         except ClientError as error:
             return _reply_of(error, is_session=bool(request.session_id))
         except (BotoCoreError, HTTPClientError, OSError) as error:
@@ -70,7 +75,7 @@ class SageMakerTransport:
         """Send a request for a stream. Return its head and its body, or an error reply. Raise as `call`."""
         try:
             members = self._members(request, request.session_id)
-            reply = self._client.invoke_endpoint_with_response_stream(**members)
+            reply = within(limits, lambda: self._client.invoke_endpoint_with_response_stream(**members))
         except ClientError as error:
             return _reply_of(error, is_session=True), None
         except (BotoCoreError, HTTPClientError, OSError) as error:
@@ -89,6 +94,36 @@ class SageMakerTransport:
             "Body": request.content,
             "SessionId": session_id,
         }
+
+
+def within(limits: Limits, work: Callable[[], T]) -> T:
+    """Return the result of `work`, or raise its error. Raise `TimedOut` when the time is over: its thread goes on.
+
+    The time-outs of a boto3 client are those of its connections, not of one call.
+    """
+    done: queue.Queue[T | BaseException] = queue.Queue(1)
+    given_up = threading.Event()
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:  # raised again by the caller's thread
+            done.put(error)
+            return
+        done.put(result)
+        if given_up.is_set() and isinstance(result, dict):
+            result["Body"].close()
+
+    threading.Thread(target=run, daemon=True, name="llava-sessions-call").start()
+    remaining_s = limits.deadline_s - time.monotonic()
+    try:
+        result = done.get(timeout=max(0.0, min(limits.first_byte_s, remaining_s)))
+    except queue.Empty:
+        given_up.set()
+        raise errors.TimedOut("SageMaker must reply within the time-outs") from None
+    if isinstance(result, BaseException):
+        raise result
+    return result
 
 
 class EventReader:

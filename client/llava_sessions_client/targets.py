@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .conversation import Settings
 from .options import Retries, Timeouts
+from .settings import Settings
 from .shrink import PictureLimits
 
 # docs/protocol.md, "Limits".

@@ -1,0 +1,212 @@
+"""A picture chat, asynchronous."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Unpack
+
+from .answers import CANCELLED, Answer
+from .chat import Images
+from .conversation import Conversation
+from .drive_async import AsyncShell, AsyncTransport, Result
+from .effects import Core
+from .errors import Busy, ClientError
+from .options import AskOptions
+from .pictures import Picture, PictureSource, load_picture, load_pictures
+from .state import ChatState
+from .wire import cancel_request
+
+log = logging.getLogger(__name__)
+
+
+class AsyncAnswerStream(AsyncIterator[str]):
+    """The pieces of an answer. As `AnswerStream`, except that leaving the loop alone cancels nothing at once.
+
+    `await stream.cancel()`, the end of an `async with` block, the next question, or the end of the chat cancels it.
+    """
+
+    def __init__(
+        self, pieces: AsyncGenerator[str, None], result: Result, stop: Callable[[], Coroutine[Any, Any, None]]
+    ) -> None:
+        """`stop` cancels the turn on the server while another task waits for a piece."""
+        self._pieces = pieces
+        self._result = result
+        self._stop = stop
+        self._reading = False
+        self._answer: Answer | None = None
+        self.text = ""
+
+    @property
+    def answer(self) -> Answer:
+        """The answer. `RuntimeError` before its end. After a cancel: the text so far, and "cancelled"."""
+        if self._answer is None:
+            raise RuntimeError("the answer must be read to its end, got an unfinished stream")
+        return self._answer
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the answer has ended."""
+        return self._answer is not None
+
+    def __aiter__(self) -> AsyncAnswerStream:
+        return self
+
+    async def __anext__(self) -> str:
+        self._reading = True
+        try:
+            piece = await anext(self._pieces)
+        except StopAsyncIteration:
+            self._answer = self._answer or self._result.value
+            raise
+        finally:
+            self._reading = False
+        self.text += piece
+        return piece
+
+    async def cancel(self) -> None:
+        """End the answer and roll the session back. May be called by another task, and more than once."""
+        if self._reading:
+            await self._stop()
+            return
+        await self._pieces.aclose()
+        self._answer = self._answer or Answer(self.text, CANCELLED)
+
+    async def __aenter__(self) -> AsyncAnswerStream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.cancel()
+
+
+class AsyncChat(ChatState):
+    """An open session with its conversation. As `Chat`; make one by `AsyncEndpoint.open`."""
+
+    def __init__(
+        self,
+        conversation: Conversation,
+        transport: AsyncTransport,
+        region: str | None,
+        on_close: Callable[[AsyncChat], Coroutine[Any, Any, None]],
+    ) -> None:
+        """Use `AsyncEndpoint.open` instead."""
+        super().__init__(conversation)
+        self._transport = transport
+        self._region = region
+        self._on_close = on_close
+        self._is_asking = False
+        self._stream: AsyncAnswerStream | None = None
+
+    async def ask(self, text: str, *, images: Images = (), **options: Unpack[AskOptions]) -> Answer:
+        """Ask a question and return its answer. `images` are shown with it. Raise `ClientError`."""
+        pictures = await asyncio.to_thread(load_pictures, images, region=self._region)
+        return await self._run(self._conversation.ask(text, pictures, options, stream=False))
+
+    def stream(self, text: str, *, images: Images = (), **options: Unpack[AskOptions]) -> AsyncAnswerStream:
+        """Ask a question and return the pieces of its answer as they arrive. The iteration raises `ClientError`."""
+
+        async def core() -> Core[Answer]:
+            pictures = await asyncio.to_thread(load_pictures, images, region=self._region)
+            return self._conversation.ask(text, pictures, options, stream=True)
+
+        return self._streamed(core)
+
+    async def add_image(self, picture: PictureSource | Picture) -> Picture:
+        """Show a picture with the next question. Raise `InvalidPicture`."""
+        loaded = await asyncio.to_thread(load_picture, picture, region=self._region)
+        self._conversation.waiting += (loaded,)
+        return loaded
+
+    async def edit(self, index: int, text: str, **options: Unpack[AskOptions]) -> Answer:
+        """Replace question `index` (0 is the first, -1 the last) and answer it. Later turns are dropped."""
+        return await self._run(self._conversation.rewrite(index, text, options, stream=False))
+
+    def stream_edit(self, index: int, text: str, **options: Unpack[AskOptions]) -> AsyncAnswerStream:
+        """Do as `edit`, and return the pieces of the answer."""
+        return self._rewritten(index, text, options)
+
+    async def retry(self, **options: Unpack[AskOptions]) -> Answer:
+        """Ask the last question again. A greedy answer stays the same; use `temperature` for another one."""
+        return await self._run(self._conversation.rewrite(-1, None, options, stream=False))
+
+    def stream_retry(self, **options: Unpack[AskOptions]) -> AsyncAnswerStream:
+        """Do as `retry`, and return the pieces of the answer."""
+        return self._rewritten(-1, None, options)
+
+    async def close(self) -> None:
+        """Close the session. A running answer is cancelled. Raise `ClientError` if the server cannot be reached."""
+        if self._stream is not None:
+            await self._stream.cancel()
+        try:
+            await AsyncShell(self._transport).run(self._conversation.close())
+        finally:
+            await self._on_close(self)
+
+    async def __aenter__(self) -> AsyncChat:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the session. An error of the close is logged: the session then expires by itself."""
+        try:
+            await self.close()
+        except ClientError as failed:
+            log.warning("close_failed error=%s", type(failed).__name__)
+
+    # --- one question at a time ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _turn(self) -> Any:
+        if self._is_asking:
+            raise Busy(409, "session_busy", "The chat is still answering in another task; wait for it or cancel it.")
+        self._is_asking = True
+        try:
+            yield
+        finally:
+            self._is_asking = False
+
+    async def _run(self, core: Core[Answer]) -> Answer:
+        await self._leave_stream()
+        with self._turn():
+            return self._noted(await AsyncShell(self._transport).run(core))
+
+    async def _leave_stream(self) -> None:
+        """Cancel the stream that the caller has left unfinished."""
+        stream, self._stream = self._stream, None
+        if stream is not None and not stream.is_done:
+            await stream.cancel()
+
+    def _rewritten(self, index: int, text: str | None, options: AskOptions) -> AsyncAnswerStream:
+        async def core() -> Core[Answer]:
+            return self._conversation.rewrite(index, text, options, stream=True)
+
+        return self._streamed(core)
+
+    def _streamed(self, core: Callable[[], Coroutine[Any, Any, Core[Answer]]]) -> AsyncAnswerStream:
+        result = Result()
+        left = self._stream
+
+        async def pieces() -> AsyncGenerator[str, None]:
+            if left is not None and not left.is_done:
+                await left.cancel()
+            with self._turn():
+                shell_pieces = AsyncShell(self._transport).pieces(await core(), result)
+                try:
+                    async for piece in shell_pieces:
+                        yield piece
+                finally:
+                    await shell_pieces.aclose()
+                self._noted(result.value)
+
+        self._stream = AsyncAnswerStream(pieces(), result, self._stop)
+        return self._stream
+
+    async def _stop(self) -> None:
+        """Cancel the running turn on the server. The task that reads the answer sees its end."""
+        limits = self._conversation.cleanup_budget().limits()
+        token = self._conversation.settings.session_token
+        await self._transport.call(cancel_request(self.session_id, token), limits)

@@ -239,7 +239,7 @@ def _native_replies() -> dict[str, Schema]:
         "session_id": session_id,
         "finish_reason": {"enum": ["stop", "length", "deadline", "cancelled", "shutdown"]},
         "usage": _fixed({field.name: _count() for field in fields(Usage)}),
-        "timings": _fixed({field.name: {"type": "number", "minimum": 0} for field in fields(Timings)}),
+        "timings": _timings(),
         "token_ids": {"type": "array", "items": _count()},
         "durable": durable,
     }
@@ -265,6 +265,10 @@ def _native_replies() -> dict[str, Schema]:
     }
 
 
+def _timings() -> Schema:
+    return _fixed({field.name: {"type": "number", "minimum": 0} for field in fields(Timings)})
+
+
 def _error_types() -> Schema:
     return {"enum": ["invalid_request_error", "rate_limit_error", "server_error"]}
 
@@ -286,7 +290,14 @@ def _chat_replies() -> dict[str, Schema]:
     return {
         "ChatUsage": usage,
         "ChatCompletion": _fixed(
-            {"object": {"const": "chat.completion"}, **head, "choices": _one(choice), "usage": ref("ChatUsage")}
+            {
+                "object": {"const": "chat.completion"},
+                **head,
+                "choices": _one(choice),
+                "usage": ref("ChatUsage"),
+                "timings": _timings(),
+            },
+            "timings",
         ),
         "ChatCompletionChunk": _fixed(
             {
@@ -294,8 +305,10 @@ def _chat_replies() -> dict[str, Schema]:
                 **head,
                 "choices": {"type": "array", "maxItems": 1, "items": part},
                 "usage": {"anyOf": [ref("ChatUsage"), {"type": "null"}]},
+                "timings": _timings(),
             },
             "usage",
+            "timings",
         ),
         "Model": _fixed({"id": text, "object": {"const": "model"}, "created": _count(), "owned_by": text}),
         "ModelList": _fixed({"object": {"const": "list"}, "data": _one(ref("Model"))}),

@@ -181,7 +181,8 @@ class Conversation:
         except BaseException as error:
             was_refused = isinstance(error, ApiError) and 400 <= error.status < 500
             self.in_doubt = self.in_doubt or not was_refused
-            if budget.may_have_arrived and not isinstance(error, ApiError):
+            was_left = not isinstance(error, ClientError)
+            if was_left or (budget.may_have_arrived and not isinstance(error, ApiError)):
                 yield from self._stop_turn()
             raise
 

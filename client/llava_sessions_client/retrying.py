@@ -74,7 +74,7 @@ class Budget:
         if not (own_turn or is_transient(error)) or self._failed > self._most(error, unreachable):
             raise error
         retries = self._retries
-        longest_s = min(retries.longest_pause_s, retries.first_pause_s * 2 ** (self._failed - 1))
+        longest_s = min(retries.longest_pause_s, retries.first_pause_s * 2.0 ** (self._failed - 1))
         least_s = error.retry_after_s if isinstance(error, ApiError) else None
         pause_s = max(longest_s * random.uniform(0.5, 1.0), least_s or 0.0)
         if time.monotonic() + pause_s >= self._deadline_s:

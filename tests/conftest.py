@@ -22,7 +22,8 @@ FOLDERS = ("server", "deploy", "engine", "worker", "aws", "unit")
 SHARED = (
     {f"tests/server/test_{name}.py" for name in ("chat", "fidelity", "figures", "front", "inside", "leaving")}
     | {"tests/server/test_conversations.py", "tests/server/test_refusals.py"},
-    {f"tests/deploy/test_{name}.py" for name in ("aws_clients", "boto3", "cli", "invoke", "notebook", "routing")},
+    {f"tests/deploy/test_{name}.py" for name in ("aws_clients", "boto3", "cli", "invoke", "notebook", "routing")}
+    | {"tests/deploy/test_client_faults.py", "tests/deploy/test_client_lost.py"},
     {f"tests/deploy/test_{name}.py" for name in ("openai_path", "platform")},
 )
 

@@ -68,12 +68,15 @@ class Conversation:
     def open(self, budget: Budget | None = None) -> Core[None]:
         """Open the session with `pictures` and `turns`. Raise `ClientError`.
 
-        If no reply arrives, the open is sent once more with the same `request_id` and what it opened is closed.
+        If no reply arrives, the open is sent once more with the same `request_id` and what it opened is closed. On
+        SageMaker a retry may reach another instance than the open whose reply was lost. So the server expires a session
+        there unless the client confirms it at once.
         """
         settings = self.settings
         self.pictures = yield from fit_each(self.pictures, settings, self.notices)
         self.pictures, self.turns = yield from fit_request(self.pictures, self.turns, settings, self.notices)
-        request = open_request(self.pictures, self.turns, str(uuid.uuid4()), settings.session_token)
+        confirm_s = settings.confirm_s
+        request = open_request(self.pictures, self.turns, str(uuid.uuid4()), settings.session_token, confirm_s)
         budget = budget or Budget(settings.timeouts, settings.retries)
         budget.opening = True
         try:
@@ -86,6 +89,8 @@ class Conversation:
             raise
         self.session_id, self.expires_at = announced_session(reply)
         self.in_doubt = False
+        if confirm_s is not None:
+            yield from send(cancel_request(self.session_id, settings.session_token), budget)
 
     def close(self) -> Core[None]:
         """Close the session. A session that the server no longer has is closed. Raise `ClientError`."""

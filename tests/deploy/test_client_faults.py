@@ -42,7 +42,9 @@ from tests.support.wire import SESSION_HEADER
 SERVERS = ("torchserve", "haproxy", "endpoint")
 # Of one call, all retries included: minutes on a busy machine. A silent connection is given up after `SILENT_S`.
 TOTAL_S, SILENT_S = 240.0, 4.0
-SLACK_S = 10.0
+SLACK_S = 30.0
+# Until a session expires whose open was answered, but by a reply that was lost.
+CONFIRM_S = 20
 FAULTS = {
     "latency, byte by byte": Fault(delay_s=0.03, pause_s=0.05, at=5, pieces=(1,)),
     "odd bytes": Fault(pieces=(7, 1, 5, 3, 17, 2, 61)),
@@ -161,7 +163,9 @@ def start_case(
     proxy = stack.enter_context(FaultProxy(url))
     harm = FAULTS[fault]
     silent_s = SILENT_S if harm.stop is Stop.SILENCE else TOTAL_S
-    timeouts = Timeouts(first_byte_s=silent_s, between_s=silent_s, total_s=TOTAL_S, close_s=TOTAL_S)
+    timeouts = Timeouts(
+        first_byte_s=silent_s, between_s=silent_s, total_s=TOTAL_S, close_s=TOTAL_S, confirm_s=CONFIRM_S
+    )
     run = Run(proxy, harm, OPERATIONS_OF.get(fault, OPERATIONS))
 
     def hold() -> Run:
@@ -183,7 +187,8 @@ def test_a_disturbed_chat_is_as_if_undisturbed(
     assert run.answers == calm.answers
     assert run.turns == calm.turns
     assert max(run.seconds.values()) < TOTAL_S + SLACK_S
-    for session in announced(case.proxy):
+    # At the endpoint, a session whose ID was lost with the reply expires by itself. A request would confirm it.
+    for session in {run.session_id} if server == "endpoint" else announced(case.proxy):
         reply = httpx.post(
             f"{servers.urls['haproxy']}/invocations",
             json={"type": "cancel"},
@@ -195,9 +200,9 @@ def test_a_disturbed_chat_is_as_if_undisturbed(
 
 
 def test_no_session_stays_open(servers: Servers, cases: dict[tuple[str, str, str], Case]) -> None:
-    """Sessions too whose ID nobody has seen."""
+    """Also none whose ID was lost with the reply to its open."""
     wait([case.chat for case in cases.values()])
-    assert servers.open_sessions(20) == [0, 0]
+    assert servers.open_sessions(CONFIRM_S + 20) == [0, 0]
 
 
 @pytest.mark.parametrize("server", SERVERS)

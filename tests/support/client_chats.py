@@ -60,6 +60,7 @@ class Run:
     answers: dict[str, Said] = field(default_factory=dict)
     turns: list[tuple[str, str]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    session_id: str = ""
 
     @contextlib.contextmanager
     def step(self, operation: str) -> Iterator[None]:
@@ -81,7 +82,8 @@ class Run:
         self.answers[operation] = Said.by(answer)
 
     def finish(self, chat: Chat | AsyncChat) -> None:
-        """Keep the turns."""
+        """Keep the turns and the session's ID."""
+        self.session_id = chat.session_id
         self.turns = [(turn.text, turn.answer.text) for turn in chat.turns]
 
 

@@ -11,16 +11,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
 
 import httpx
 import pytest
 
-from deploy.serve.haproxy import HAProxy, find_haproxy
-from deploy.serve.ports import free_ports
-from deploy.serve.processes import Guard
 from deploy.serve.torchserve import TorchServe
-from llava_sessions_client import AsyncEndpoint, ConnectionFailed, Endpoint, TimedOut, Timeouts
+from llava_sessions_client import ConnectionFailed, TimedOut, Timeouts
 from tests.support.chats import LONG
 from tests.support.client_chats import (
     MARKS,
@@ -33,13 +29,10 @@ from tests.support.client_chats import (
     run_async_chat,
     run_chat,
 )
+from tests.support.client_servers import SERVERS, Servers, async_client_of, client_of, serving
 from tests.support.fault_proxy import BEFORE_REPLY, Fault, FaultProxy, Server, Stop
-from tests.support.local_endpoint import NAME
-from tests.support.local_endpoint import Endpoint as LocalEndpoint
-from tests.support.server_metrics import wait_for_metrics
 from tests.support.wire import SESSION_HEADER
 
-SERVERS = ("torchserve", "haproxy", "endpoint")
 # Of one call, all retries included: minutes on a busy machine. A silent connection is given up after `SILENT_S`.
 TOTAL_S, SILENT_S = 240.0, 4.0
 SLACK_S = 30.0
@@ -71,38 +64,11 @@ CASES = [
 
 
 @dataclass
-class Servers:
-    """The servers under test. `urls`: by name; the endpoint's is that of its runtime API."""
-
-    urls: dict[str, str]
-    instances: list[TorchServe]
-
-    def open_sessions(self, timeout_s: float) -> list[float]:
-        """Return how many sessions are open on each instance, once all are closed or after `timeout_s`."""
-        pages = [wait_for_metrics(each.metrics_url, timeout_s, llava_open_sessions=0) for each in self.instances]
-        return [page["llava_open_sessions"] for page in pages]
-
-
-@dataclass
 class Case:
     """A chat that runs or has run, and the proxy before its server."""
 
     proxy: FaultProxy
     chat: Future[Run]
-
-
-def client_of(server: str, url: str, **options: Any) -> Endpoint:
-    """Return the client for a server at `url`."""
-    if server == "endpoint":
-        return Endpoint(NAME, region="us-west-2", endpoint_url=url, **options)
-    return Endpoint(url, **options)
-
-
-def async_client_of(server: str, url: str, **options: Any) -> AsyncEndpoint:
-    """Return the asynchronous client for a server at `url`."""
-    if server == "endpoint":
-        return AsyncEndpoint(NAME, region="us-west-2", endpoint_url=url, **options)
-    return AsyncEndpoint(url, **options)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -116,20 +82,9 @@ def credentials() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def servers(instances: list[TorchServe], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    """Run HAProxy in front of the first instance, and a local endpoint over both."""
-    home = tmp_path_factory.mktemp("front")
-    (home / "logs").mkdir()
-    guard = Guard()
-    [port] = free_ports(1)
-    ports = instances[0].ports
-    front = HAProxy(find_haproxy(), home, guard, port=port, target=ports["inference"], metrics=ports["worker_metrics"])
-    front.start()
-    front.open()
-    with LocalEndpoint(instances, cut_parts=True) as endpoint:
-        urls = {"torchserve": instances[0].url, "haproxy": front.url, "endpoint": endpoint.url}
-        yield Servers(urls, instances)
-    front.stop()
-    guard.release()
+    """Run HAProxy and a local endpoint in front of the instances."""
+    with serving(instances, tmp_path_factory.mktemp("front")) as servers:
+        yield servers
 
 
 @pytest.fixture(scope="module")

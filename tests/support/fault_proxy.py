@@ -133,6 +133,10 @@ class FaultProxy:
         with self._lock:
             return sum(plan.left for plan in self._plans)
 
+    def met(self, fault: Fault) -> bool:
+        """Return whether a request has met this fault."""
+        return any(exchange.fault is fault for exchange in self.exchanges)
+
     def take(self, body: bytes) -> Fault:
         """Return the fault for a request."""
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -108,6 +109,15 @@ def test_an_open_that_never_reached_a_server_is_given_up_soon() -> None:
     with pytest.raises(ConnectionFailed):
         script.run(conversation.open())
     assert len(script.bodies) == 3
+
+
+def test_an_open_on_sagemaker_is_confirmed() -> None:
+    conversation = Conversation(replace(settings(), confirm_s=60), (PICTURE,))
+    script = Script(conversation, CUT, OPENED, CUT, CANCELLED)
+    script.run(conversation.open())
+    *opens, _, confirmation = script.bodies
+    assert [body["confirm_s"] for body in opens] == [60, 60]
+    assert (confirmation, script.sessions[-1]) == ({"type": "cancel"}, "abc-1")
 
 
 def test_a_close_is_repeated_and_a_lost_session_is_closed() -> None:

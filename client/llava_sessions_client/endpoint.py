@@ -41,7 +41,7 @@ class Endpoint:
         http_client: httpx.Client | None = None,
         boto_client: Any = None,
     ) -> None:
-        """Describe the server.
+        """Describe the server. Raise `NotConfigured`.
 
         `name_or_url`: `http://...` or `https://...` is a server; any other string is the name of a SageMaker endpoint.
         `region` and `endpoint_url`: as in boto3, for SageMaker and `s3://` pictures. `timeout_s`: of each call with all
@@ -77,14 +77,18 @@ class Endpoint:
         """
         loaded = load_pictures(pictures, region=self._region)
         conversation = Conversation(self._settings, loaded, to_turns(history), on_lost)
-        transport = self._acquire()
+        with self._lock:
+            self._opening += 1
         try:
+            transport = self._connected()
             Shell(transport).run(conversation.open())
             chat = Chat(conversation, transport, self._region, self._forget)
             with self._lock:
                 self._chats.add(chat)
         finally:
-            self._release()
+            with self._lock:
+                self._opening -= 1
+            self._close_unused()
         return chat
 
     def close(self) -> None:
@@ -104,18 +108,11 @@ class Endpoint:
 
     # --- connections --------------------------------------------------------------------------------------------------
 
-    def _acquire(self) -> Transport:
-        """Return the transport, which stays open until `_release`."""
+    def _connected(self) -> Transport:
         with self._lock:
-            self._opening += 1
             if self._transport is None:
                 self._transport = self._make_transport()
             return self._transport
-
-    def _release(self) -> None:
-        with self._lock:
-            self._opening -= 1
-        self._close_unused()
 
     def _forget(self, chat: Chat) -> None:
         with self._lock:

@@ -16,6 +16,10 @@ class ClientError(Exception):
     """An error of this client."""
 
 
+class NotConfigured(ClientError, ValueError):
+    """The name or URL of the endpoint, the region or the credentials are missing or wrong."""
+
+
 class ConnectionFailed(ClientError):
     """The connection could not be made, or broke before the reply was complete.
 

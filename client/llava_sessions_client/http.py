@@ -15,7 +15,7 @@ import httpx
 
 from .drive import ReplyStream
 from .effects import Limits
-from .errors import ClientError, ConnectionFailed, TimedOut
+from .errors import ClientError, ConnectionFailed, NotConfigured, TimedOut
 from .wire import CONTENT_TYPE, SESSION_HEADER, Reply, Request
 
 PATH = "/invocations"
@@ -63,6 +63,8 @@ class HttpTransport:
                 "POST", self._url, content=request.content, headers=headers_of(request), timeout=timeout_of(limits)
             )
             reply = self._client.send(sent, stream=True)
+        except httpx.InvalidURL as error:
+            raise NotConfigured(f"the URL must be valid: {error}") from error
         except httpx.HTTPError as error:
             raise error_of(error) from error
         return head_of(reply.status_code, reply.headers), HttpStream(reply, limits)

@@ -17,7 +17,7 @@ from . import sources
 from .errors import InvalidPicture
 
 _ARRAY_MODES = {(): "L", (1,): "L", (3,): "RGB", (4,): "RGBA"}
-_HEADER_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")
+_HEADER_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # a JPEG may turn out to be an MPO
 
 
 @runtime_checkable
@@ -72,7 +72,7 @@ def picture_of(data: bytes, name: str) -> Picture:
     try:
         with Image.open(io.BytesIO(data), formats=_HEADER_FORMATS) as image:
             width, height = image.size
-            media_type = image.get_format_mimetype() or f"image/{str(image.format).lower()}"
+            media_type = "image/jpeg" if image.format == "MPO" else f"image/{str(image.format).lower()}"
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         message = f"{name} must be a PNG, JPEG, WEBP, GIF, BMP or TIFF picture, got {len(data)} bytes of something else"
         raise InvalidPicture(message) from error

@@ -37,7 +37,7 @@ _THROTTLED_RETRY_S = 1.0
 def make_client(timeouts: Timeouts, region: str | None, endpoint_url: str | None) -> Any:
     """Return a boto3 client without retries of its own: they would run an open twice.
 
-    `AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME` replaces the address, as for every boto3 client.
+    `AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME` replaces the address, as for every boto3 client. Raise `NotConfigured`.
     """
     config = Config(
         connect_timeout=min(timeouts.connect_s, timeouts.total_s),
@@ -45,7 +45,10 @@ def make_client(timeouts: Timeouts, region: str | None, endpoint_url: str | None
         retries={"total_max_attempts": 1},
         max_pool_connections=64,
     )
-    return boto3.client("sagemaker-runtime", region_name=region, endpoint_url=endpoint_url, config=config)
+    try:
+        return boto3.client("sagemaker-runtime", region_name=region, endpoint_url=endpoint_url, config=config)
+    except (BotoCoreError, ValueError) as error:
+        raise errors.NotConfigured(f"boto3 cannot call SageMaker: {error}") from error
 
 
 class SageMakerTransport:
@@ -225,4 +228,4 @@ def _error_of(error: Exception) -> errors.ClientError:
         return errors.TimedOut(f"SageMaker must reply within the time-outs: {error}")
     if isinstance(error, HTTPClientError | OSError):
         return errors.ConnectionFailed(f"the connection broke: {error}")
-    return errors.ClientError(f"boto3 cannot send the request: {error}")
+    return errors.NotConfigured(f"boto3 cannot call SageMaker: {error}")

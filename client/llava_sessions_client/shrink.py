@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -50,9 +51,10 @@ def fit_together(pictures: Sequence[Picture], max_encoded_bytes: int) -> Fitted:
     Pictures of 64 pixels stay as they are, so the result may still be too large. Raise `InvalidPicture`.
     """
     fitted = list(pictures)
-    while sum(picture.encoded_bytes for picture in fitted) > max_encoded_bytes:
+    share = max_encoded_bytes // 4 * 3 // max(1, len(fitted))  # base64 adds a third
+    while (excess := sum(picture.encoded_bytes for picture in fitted) - max_encoded_bytes) > 0:
         place = max(range(len(fitted)), key=lambda index: fitted[index].encoded_bytes)
-        smaller = _smaller(fitted[place])
+        smaller = _smaller(fitted[place], max(share, len(fitted[place].data) - excess))
         if smaller is None:
             break
         fitted[place] = smaller
@@ -85,23 +87,22 @@ def _fit_one(picture: Picture, limits: PictureLimits) -> Picture:
     longer = max(picture.width, picture.height)
     if longer > limits.max_side_px:
         picture = _encoded(picture, limits.max_side_px / longer)
-    while len(picture.data) > limits.max_bytes:
-        smaller = _smaller(picture)
-        if smaller is None:
-            break
-        picture = smaller
+    if len(picture.data) > limits.max_bytes:
+        return _smaller(picture, limits.max_bytes) or picture
     return picture
 
 
-def _smaller(picture: Picture) -> Picture | None:
-    """Return a picture with fewer bytes, or None if it is small already."""
+def _smaller(picture: Picture, most_bytes: int) -> Picture | None:
+    """Return a picture of at most `most_bytes`, or the smallest one; None if it is small already."""
+    best = picture
     scale = 1.0
     while max(picture.width, picture.height) * scale > _MIN_SIDE_PX:
-        smaller = _encoded(picture, scale)
-        if len(smaller.data) <= _STEP * len(picture.data):
-            return smaller
-        scale *= _STEP
-    return None
+        encoded = _encoded(picture, scale)
+        best = min(best, encoded, key=lambda each: len(each.data))
+        if len(best.data) <= most_bytes:
+            break
+        scale *= min(_STEP, math.sqrt(most_bytes / len(encoded.data)))
+    return None if best is picture else best
 
 
 def _encoded(picture: Picture, scale: float) -> Picture:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import urllib.parse
+
+from .errors import NotConfigured
 from .options import Retries, Timeouts
 from .settings import Settings
 from .shrink import PictureLimits
@@ -10,10 +14,21 @@ from .shrink import PictureLimits
 HTTP_BODY_BYTES = 32 * 1024 * 1024
 SAGEMAKER_BODY_BYTES = 6 * 1024 * 1024
 
+_NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
+
 
 def is_http(name_or_url: str) -> bool:
     """Return whether this is a URL. Any other string is the name of a SageMaker endpoint."""
     return name_or_url.lower().startswith(("http://", "https://"))
+
+
+def check_target(name_or_url: str) -> None:
+    """Raise `NotConfigured` if this is neither a URL nor a name that a SageMaker endpoint may have."""
+    if is_http(name_or_url):
+        if not urllib.parse.urlsplit(name_or_url).hostname:
+            raise NotConfigured("a URL must have a host, as in http://127.0.0.1:8080")
+    elif not _NAME.fullmatch(name_or_url):
+        raise NotConfigured("an endpoint must be a URL with http:// or https://, or the name of a SageMaker endpoint")
 
 
 def settings_of(
@@ -25,7 +40,8 @@ def settings_of(
     max_side_px: int,
     max_body_bytes: int | None,
 ) -> Settings:
-    """Return the settings of the chats at this address."""
+    """Return the settings of the chats at this address. Raise `NotConfigured`."""
+    check_target(name_or_url)
     is_direct = is_http(name_or_url)
     body_bytes = max_body_bytes or (HTTP_BODY_BYTES if is_direct else SAGEMAKER_BODY_BYTES)
     confirm_s = None if is_direct else timeouts.confirm_s

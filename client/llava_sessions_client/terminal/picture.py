@@ -38,7 +38,8 @@ def half_blocks(image: Image.Image, max_columns: int = MAX_COLUMNS, max_rows: in
             above = Color.from_rgb(*cast("Pixel", pixels[column, line]))
             below = Color.from_rgb(*cast("Pixel", pixels[column, line + 1]))
             text.append(_UPPER_HALF, Style(color=above, bgcolor=below))
-        text.append("\n")
+        if line + 2 < lines:
+            text.append("\n")
     return text
 
 

@@ -136,9 +136,25 @@ class Conversation:
         return (yield from self._answer(before, turn, options, stream=stream))
 
     def _answer(self, before: tuple[Turn, ...], turn: Turn, options: AskOptions, *, stream: bool) -> Core[Answer]:
-        """Answer `turn` after the turns `before`. Open the session again if it is lost and `on_lost` says so."""
+        """Answer `turn` after the turns `before`, and keep it. If it fails, the turns stay as they are."""
         if self.closed:
             raise ChatClosed("the chat must be open, got a closed one")
+        kept = self.turns
+        try:
+            answer = yield from self._replayed(before, turn, options, stream=stream)
+        except AnswerChanged as error:
+            self._keep(before, turn, error.answer)
+            raise
+        except BaseException:
+            if self.turns != kept:  # the session was to be opened again without the later turns
+                self.turns = kept
+                self.in_doubt = True
+            raise
+        self._keep(before, turn, answer)
+        return answer
+
+    def _replayed(self, before: tuple[Turn, ...], turn: Turn, options: AskOptions, *, stream: bool) -> Core[Answer]:
+        """Answer `turn` after the turns `before`. Open the session again if it is lost and `on_lost` says so."""
         fields = self._fields(options, stream=stream)
         delivery = Delivery()
         budget = Budget(self.settings.timeouts, self.settings.retries, total_s=options.get("timeout_s"))
@@ -147,10 +163,7 @@ class Conversation:
         while True:
             try:
                 answer = yield from self._attempt(before, turn, fields, budget, delivery, stream=stream)
-                break
-            except AnswerChanged as error:
-                self._keep(before, turn, error.answer)
-                raise
+                return replace(answer, replayed=replays > 0)
             except ClientError as error:
                 if not budget.may_reopen or not is_lost(error) or replays == MAX_REPLAYS:
                     raise
@@ -160,9 +173,6 @@ class Conversation:
             yield from self.open(budget.renewed())
             budget = budget.renewed()
             fields = {**fields, "request_id": str(uuid.uuid4())}
-        answer = replace(answer, replayed=replays > 0)
-        self._keep(before, turn, answer)
-        return answer
 
     def _attempt(
         self, before: tuple[Turn, ...], turn: Turn, fields: Body, budget: Budget, delivery: Delivery, *, stream: bool

@@ -24,8 +24,6 @@ READ_BYTES = 65536
 HEAD_END = b"\r\n\r\n"
 # Linger of 0 s: close() sends a reset instead of the end of the stream.
 RESET = struct.pack("ii", 1, 0)
-# Pause after each piece, so that the client reads the pieces one by one.
-PIECE_S = 0.0005
 _LENGTH = re.compile(rb"^content-length: *(\d+)", re.IGNORECASE | re.MULTILINE)
 # Position of a stop before the head of the reply.
 BEFORE_REPLY = -1
@@ -58,7 +56,8 @@ class Fault:
 
     `delay_s`: pause before the request is forwarded, and before the first byte of the reply. `pause_s`: pause at `at`.
     `request_bytes`: forward only so many bytes of the request, then stop both sides; 0 forwards nothing.
-    `half_close`: end the direction to the server after the request. `pieces`: sizes into which the reply is cut.
+    `half_close`: end the direction to the server after the request. `pieces`: sizes into which the reply is cut, head
+    included, with `piece_s` after each one, so that the client reads them one by one.
     `stop` ends the reply after `at` bytes of its body; `BEFORE_REPLY` is before its head.
     """
 
@@ -68,6 +67,7 @@ class Fault:
     request_bytes: int | None = None
     half_close: bool = False
     pieces: Sequence[int] = ()
+    piece_s: float = 0.0005
     stop: Stop | None = None
     at: int = 0
     server: Server = Server.LEAVES
@@ -329,7 +329,7 @@ class _Connection:
             await self._client_out.drain()
             exchange.reply_bytes += len(piece)
             if exchange.fault.pieces:
-                await asyncio.sleep(PIECE_S)
+                await asyncio.sleep(exchange.fault.piece_s)
 
 
 class _Ending:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import llava_sessions_client as client
 from llava_sessions_client import (
     AnswerChanged,
+    ApiError,
     Busy,
     ChatClosed,
     ConnectionFailed,
@@ -407,6 +411,29 @@ def test_a_failed_edit_keeps_the_old_turns() -> None:
     ]
 
 
+@pytest.mark.parametrize("results", [[refusal(429, "capacity")], [OPENED, refusal(500, "internal")]])
+def test_an_edit_whose_replay_failed_keeps_the_old_turns(results: list[Any]) -> None:
+    history = (turn("First?", "Two."), turn("Second?", "Red."))
+    lost = refusal(404, "session_not_found")
+    script = opened(lost, *results, completion("Blue."), turns=history, on_lost="replay")
+    with pytest.raises(ApiError):
+        script.run(script.conversation.rewrite(0, "Changed?", {}, stream=False))
+    assert script.conversation.turns == history
+    ask(script, "Third?")
+    assert [message["content"] for message in script.bodies[-1]["messages"]] == [
+        *("First?", "Two.", "Second?", "Red.", "Third?"),
+    ]
+
+
+@pytest.mark.parametrize("status", [500, 507])
+def test_torchserves_reply_for_a_dead_worker_is_repeated(status: int) -> None:
+    body = b'{"code": 500, "type": "InternalServerException", "message": "Worker died."}'
+    script = opened(Reply(status, body), answer("Two."))
+    assert str(ask(script)) == "Two."
+    with pytest.raises(ApiError, match="internal"):
+        ask(opened(refusal(500, "internal")))
+
+
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
@@ -419,3 +446,11 @@ def test_pictures_wait_until_a_question_is_answered() -> None:
     ask(script)
     assert ["image" in body for body in script.bodies] == [True, True, False]
     assert [each.pictures for each in script.conversation.turns] == [(PICTURE,), ()]
+
+
+def test_the_table_of_errors_has_every_error() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "client.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| `(\w+)` \|.*\|.*\|$", page.partition("## Errors")[2], re.MULTILINE))
+    kinds = {kind for kind in vars(client).values() if isinstance(kind, type) and issubclass(kind, client.ClientError)}
+    assert named == {kind.__name__ for kind in kinds} - {"ClientError", "ApiError"}
+    assert [name for name in client.__all__ if not hasattr(client, name)] == []

@@ -33,6 +33,7 @@ from llava_sessions_client.effects import Left
 from llava_sessions_client.errors import api_error
 from llava_sessions_client.lines import split_lines
 from llava_sessions_client.pictures import picture_of
+from llava_sessions_client.wire import Reply
 from tests.support.client_script import CANCELLED, CLOSED, OPENED, Script, answer, completion, lines, refusal, settings
 from tests.support.pictures import PNG
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -20,27 +21,30 @@ REQUEST = Request({"type": "cancel"}, "a-session")
 DRIP = Fault(pieces=(1,), piece_s=0.2)
 
 
-@pytest.mark.parametrize("kind", ["sync", "async"])
-def test_a_head_that_arrives_byte_by_byte_has_the_time_of_one_reply(kind: str) -> None:
-    with recording() as server, FaultProxy(f"http://127.0.0.1:{server.server_address[1]}") as proxy:
-        proxy.disturb(DRIP)
-        began = time.monotonic()
-        limits = Limits(connect_s=10, first_byte_s=1, between_s=1, deadline_s=began + 2)
-        with pytest.raises(TimedOut):
-            if kind == "sync":
-                transport = HttpTransport(proxy.url)
-                try:
-                    transport.call(REQUEST, limits)
-                finally:
-                    transport.close()
-            else:
-                asyncio.run(_call(proxy.url, limits))
-        assert time.monotonic() - began < 15
+def call(url: str, limits: Limits) -> None:
+    """Send a request with the synchronous client."""
+    transport = HttpTransport(url)
+    try:
+        transport.call(REQUEST, limits)
+    finally:
+        transport.close()
 
 
-async def _call(url: str, limits: Limits) -> None:
+async def call_async(url: str, limits: Limits) -> None:
+    """Send a request with the asynchronous client."""
     transport = AsyncHttpTransport(url)
     try:
         await transport.call(REQUEST, limits)
     finally:
         await transport.close()
+
+
+@pytest.mark.parametrize("send", [call, lambda *arguments: asyncio.run(call_async(*arguments))], ids=["sync", "async"])
+def test_a_head_that_arrives_byte_by_byte_has_the_time_of_one_reply(send: Callable[[str, Limits], None]) -> None:
+    with recording() as server, FaultProxy(f"http://127.0.0.1:{server.server_address[1]}") as proxy:
+        proxy.disturb(DRIP)
+        began = time.monotonic()
+        limits = Limits(connect_s=10, first_byte_s=1, between_s=1, deadline_s=began + 2)
+        with pytest.raises(TimedOut):
+            send(proxy.url, limits)
+        assert time.monotonic() - began < 15

@@ -54,7 +54,7 @@ def reference() -> Reference:
     return Reference(PICTURES)
 
 
-@dataclass
+@dataclass(eq=False)
 class Talk:
     """A chat on one of the pictures, with its answers."""
 

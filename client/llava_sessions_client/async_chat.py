@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from contextlib import contextmanager
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from functools import partial
 from types import TracebackType
 from typing import Any, Unpack
 
 from .answers import CANCELLED, Answer
-from .chat import Images
+from .chat import Images, one_turn
 from .conversation import Conversation
 from .drive_async import AsyncShell, AsyncTransport, Result
 from .effects import Core
-from .errors import Busy, ClientError
+from .errors import ClientError
 from .options import AskOptions
 from .pictures import Picture, PictureSource, load_picture, load_pictures
 from .state import ChatState
@@ -46,6 +47,11 @@ class AsyncAnswerStream(AsyncIterator[str]):
         if self._answer is None:
             raise RuntimeError("the answer must be read to its end, got an unfinished stream")
         return self._answer
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether a task waits for a piece now."""
+        return self._reading
 
     @property
     def is_done(self) -> bool:
@@ -97,7 +103,7 @@ class AsyncChat(ChatState):
         self._transport = transport
         self._region = region
         self._on_close = on_close
-        self._is_asking = False
+        self._lock = threading.Lock()  # never waited for
         self._stream: AsyncAnswerStream | None = None
 
     async def ask(self, text: str, *, images: Images = (), **options: Unpack[AskOptions]) -> Answer:
@@ -126,7 +132,7 @@ class AsyncChat(ChatState):
 
     def stream_edit(self, index: int, text: str, **options: Unpack[AskOptions]) -> AsyncAnswerStream:
         """Do as `edit`, and return the pieces of the answer."""
-        return self._rewritten(index, text, options)
+        return self._streamed(partial(_ready, self._conversation.rewrite(index, text, options, stream=True)))
 
     async def retry(self, **options: Unpack[AskOptions]) -> Answer:
         """Ask the last question again. A greedy answer stays the same; use `temperature` for another one."""
@@ -134,7 +140,7 @@ class AsyncChat(ChatState):
 
     def stream_retry(self, **options: Unpack[AskOptions]) -> AsyncAnswerStream:
         """Do as `retry`, and return the pieces of the answer."""
-        return self._rewritten(-1, None, options)
+        return self._streamed(partial(_ready, self._conversation.rewrite(-1, None, options, stream=True)))
 
     async def close(self) -> None:
         """Close the session. A running answer is cancelled. Raise `ClientError` if the server cannot be reached."""
@@ -159,41 +165,18 @@ class AsyncChat(ChatState):
 
     # --- one question at a time ---------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _turn(self) -> Any:
-        if self._is_asking:
-            raise Busy(409, "session_busy", "The chat is still answering in another task; wait for it or cancel it.")
-        self._is_asking = True
-        try:
-            yield
-        finally:
-            self._is_asking = False
-
     async def _run(self, core: Core[Answer]) -> Answer:
-        await self._leave_stream()
-        with self._turn():
+        await _leave(self._stream)
+        with one_turn(self._lock):
             return self._noted(await AsyncShell(self._transport).run(core))
 
-    async def _leave_stream(self) -> None:
-        """Cancel the stream that the caller has left unfinished."""
-        stream, self._stream = self._stream, None
-        if stream is not None and not stream.is_done:
-            await stream.cancel()
-
-    def _rewritten(self, index: int, text: str | None, options: AskOptions) -> AsyncAnswerStream:
-        async def core() -> Core[Answer]:
-            return self._conversation.rewrite(index, text, options, stream=True)
-
-        return self._streamed(core)
-
-    def _streamed(self, core: Callable[[], Coroutine[Any, Any, Core[Answer]]]) -> AsyncAnswerStream:
+    def _streamed(self, core: Callable[[], Awaitable[Core[Answer]]]) -> AsyncAnswerStream:
         result = Result()
         left = self._stream
 
         async def pieces() -> AsyncGenerator[str, None]:
-            if left is not None and not left.is_done:
-                await left.cancel()
-            with self._turn():
+            await _leave(left)
+            with one_turn(self._lock):
                 shell_pieces = AsyncShell(self._transport).pieces(await core(), result)
                 try:
                     async for piece in shell_pieces:
@@ -210,3 +193,13 @@ class AsyncChat(ChatState):
         limits = self._conversation.cleanup_budget().limits()
         token = self._conversation.settings.session_token
         await self._transport.call(cancel_request(self.session_id, token), limits)
+
+
+async def _leave(stream: AsyncAnswerStream | None) -> None:
+    """Cancel a stream that the caller has left unfinished."""
+    if stream is not None and not stream.is_done and not stream.is_reading:
+        await stream.cancel()
+
+
+async def _ready(core: Core[Answer]) -> Core[Answer]:
+    return core

@@ -47,6 +47,11 @@ class AnswerStream(Iterator[str]):
         return self._answer
 
     @property
+    def is_reading(self) -> bool:
+        """Whether a thread waits for a piece now."""
+        return self._reading
+
+    @property
     def is_done(self) -> bool:
         """Whether the answer has ended."""
         return self._answer is not None
@@ -83,6 +88,17 @@ class AnswerStream(Iterator[str]):
 
     def __exit__(self, *_: object) -> None:
         self.cancel()
+
+
+@contextmanager
+def one_turn(lock: threading.Lock) -> Generator[None, None, None]:
+    """Hold the lock of a chat. Raise `Busy` if another thread holds it."""
+    if not lock.acquire(blocking=False):
+        raise Busy(409, "session_busy", "The chat is still answering another question; wait for it or cancel it.")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Chat(ChatState):
@@ -158,31 +174,22 @@ class Chat(ChatState):
 
     # --- one question at a time ---------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _turn(self) -> Generator[None, None, None]:
-        if not self._lock.acquire(blocking=False):
-            raise Busy(409, "session_busy", "The chat is still answering in another thread; wait for it or cancel it.")
-        try:
-            yield
-        finally:
-            self._lock.release()
-
     def _leave_stream(self) -> None:
         """Cancel the stream that the caller has left unfinished."""
-        stream, self._stream = self._stream, None
-        if stream is not None and not stream.is_done:
+        stream = self._stream
+        if stream is not None and not stream.is_done and not stream.is_reading:
             stream.cancel()
 
     def _run(self, core: Core[Answer]) -> Answer:
         self._leave_stream()
-        with self._turn():
+        with one_turn(self._lock):
             return self._noted(Shell(self._transport).run(core))
 
     def _streamed(self, core: Core[Answer]) -> AnswerStream:
         self._leave_stream()
 
         def pieces() -> Generator[str, None, Answer]:
-            with self._turn():
+            with one_turn(self._lock):
                 answer = yield from Shell(self._transport).pieces(core)
                 return self._noted(answer)
 

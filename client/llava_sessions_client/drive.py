@@ -68,7 +68,7 @@ class Shell:
                     failure = error
 
     def run(self, core: Core[T]) -> T:
-        """Run the core and return the result. Raise what it raises."""
+        """Run the core and return the result. Raise the error of the core."""
         pieces = self.pieces(core)
         while True:
             try:

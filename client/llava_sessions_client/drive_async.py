@@ -74,7 +74,7 @@ class AsyncShell:
                 failure = error
 
     async def run(self, core: Core[T]) -> T:
-        """Run the core and return the result. Raise what it raises."""
+        """Run the core and return the result. Raise the error of the core."""
         into = Result()
         async for _ in self.pieces(core, into):
             pass

@@ -29,7 +29,7 @@ class HttpTransport:
     def __init__(self, url: str, client: httpx.Client | None = None) -> None:
         self._url = url.rstrip("/") + PATH
         self._own = client is None
-        self._client = client or httpx.Client(trust_env=not is_loopback(url), limits=connection_limits())
+        self._client = client or httpx.Client(**client_options(url))
 
     def call(self, request: Request, limits: Limits) -> Reply:
         """Send a request and return its reply. Raise `ConnectionFailed` or `TimedOut`."""
@@ -147,9 +147,14 @@ def timeout_of(limits: Limits) -> httpx.Timeout:
     return httpx.Timeout(limits.first_byte_s, connect=limits.connect_s)
 
 
-def connection_limits() -> httpx.Limits:
-    """Return the limits of a pool: many chats of one endpoint may ask at once."""
-    return httpx.Limits(max_connections=None, max_keepalive_connections=20)
+def client_options(url: str) -> dict[str, Any]:
+    """Return the options of an httpx client for this server.
+
+    Many chats of one endpoint may ask at once. No proxy reaches loopback. Without TLS no certificates are loaded, which
+    takes longer than a short turn; redirects are not followed.
+    """
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
+    return {"trust_env": not is_loopback(url), "verify": url.lower().startswith("https:"), "limits": limits}
 
 
 def error_of(error: httpx.HTTPError) -> ClientError:

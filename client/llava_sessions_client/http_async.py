@@ -13,7 +13,7 @@ import httpx
 from .drive_async import AsyncReplyStream
 from .effects import Limits
 from .errors import TimedOut
-from .http import FINISH_S, PATH, connection_limits, error_of, head_of, headers_of, is_loopback, timeout_of
+from .http import FINISH_S, PATH, client_options, error_of, head_of, headers_of, timeout_of
 from .wire import Reply, Request
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ class AsyncHttpTransport:
     def __init__(self, url: str, client: httpx.AsyncClient | None = None) -> None:
         self._url = url.rstrip("/") + PATH
         self._own = client is None
-        self._client = client or httpx.AsyncClient(trust_env=not is_loopback(url), limits=connection_limits())
+        self._client = client or httpx.AsyncClient(**client_options(url))
 
     async def call(self, request: Request, limits: Limits) -> Reply:
         """Send a request and return its reply. Raise `ConnectionFailed` or `TimedOut`."""

@@ -63,7 +63,7 @@ def fit_together(pictures: Sequence[Picture], max_encoded_bytes: int) -> Fitted:
 
 
 def notice(old: Picture, new: Picture) -> str:
-    """Return the sentence that tells the user what was done."""
+    """Return a sentence for the user: old and new size."""
     return (
         f"{old.name} was shrunk from {old.width} x {old.height} pixels ({_size(old)}) "
         f"to {new.width} x {new.height} ({_size(new)})"

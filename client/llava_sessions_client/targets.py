@@ -1,4 +1,4 @@
-"""What is at an address: a server over plain HTTP, or a SageMaker endpoint; and the limits of each."""
+"""The two kinds of address, a server over plain HTTP and a SageMaker endpoint, and the limits of each."""
 
 from __future__ import annotations
 

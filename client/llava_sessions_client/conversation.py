@@ -68,9 +68,9 @@ class Conversation:
     def open(self, budget: Budget | None = None) -> Core[None]:
         """Open the session with `pictures` and `turns`. Raise `ClientError`.
 
-        If no reply arrives, the open is sent once more with the same `request_id` and the session is closed. On SageMaker
-        a retry may reach another instance than the open whose reply was lost. So the server expires a session there
-        unless the client confirms it at once.
+        If no reply arrives, the open is sent once more with the same `request_id` and the session is closed. On
+        SageMaker a retry may reach another instance than the open whose reply was lost. So the server expires a session
+        there unless the client confirms it at once.
         """
         settings = self.settings
         self.pictures = yield from fit_each(self.pictures, settings, self.notices)

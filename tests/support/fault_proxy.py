@@ -159,24 +159,21 @@ class FaultProxy:
             runner.run(self._serve())
 
     async def _serve(self) -> None:
-        connections: set[asyncio.Task[None]] = set()
+        connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
-        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.current_task()
-            assert task is not None
-            connections.add(task)
-            try:
-                await _Connection(self, reader, writer).run()
-            except asyncio.CancelledError:
-                return  # the proxy stops; asyncio 3.11 logs a cancelled task of a connection as an error
-            finally:
-                connections.discard(task)
+        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = asyncio.create_task(_Connection(self, reader, writer).run())
+            connections[task] = writer
+            task.add_done_callback(lambda done: connections.pop(done, None))
 
         async with await asyncio.start_server(connected, sock=self._listener):
             await self._stopping.wait()
-            for task in connections:
+            rest = dict(connections)
+            for task in rest:
                 task.cancel()
-            await asyncio.gather(*connections, return_exceptions=True)
+            await asyncio.gather(*rest, return_exceptions=True)
+            for writer in rest.values():  # of a task that was cancelled before its first step too
+                await _close(writer)
 
 
 class _Connection:

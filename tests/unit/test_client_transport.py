@@ -17,8 +17,8 @@ from tests.support.fault_proxy import Fault, FaultProxy
 from tests.support.recorder import recording
 
 REQUEST = Request({"type": "cancel"}, "a-session")
-# The head of the reply takes half a minute. Each of its bytes arrives in time.
-DRIP = Fault(pieces=(1,), piece_s=0.2)
+# The head of the reply takes minutes. Each of its bytes arrives in time.
+DRIP = Fault(pieces=(1,), piece_s=0.9)
 
 
 def call(url: str, limits: Limits) -> None:
@@ -47,4 +47,4 @@ def test_a_head_that_arrives_byte_by_byte_has_the_time_of_one_reply(send: Callab
         limits = Limits(connect_s=10, first_byte_s=1, between_s=1, deadline_s=began + 2)
         with pytest.raises(TimedOut):
             send(proxy.url, limits)
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 60

@@ -58,7 +58,7 @@ def test_errors_of_the_container_have_their_class(endpoint: Endpoint, nothing_is
         with pytest.raises(InvalidRequest, match=r"400 invalid_request: `temperature`"):
             chat.ask(QUESTIONS[0], temperature=-1.0)
         with pytest.raises(ContextLengthExceeded) as raised:
-            chat.ask("word " * 1_900)
+            chat.ask("word " * 4_000)
         assert raised.value.status == 422
         assert chat.ask(QUESTIONS[0], **OPTIONS).text
         close_session(runtime(endpoint), chat.session_id)

@@ -68,25 +68,14 @@ def test_a_conversation_is_the_models_in_both_clients(server: TorchServe, http: 
     again = chat_async(AsyncEndpoint(server.url), FIRST, SECOND, lose)
     assert seen.facts == again.facts
     reference = Reference({"first": FIRST, "second": SECOND})
+    asked = [(0, "first"), (1, ""), (0, "second"), (2, ""), (3, ""), (3, ""), (1, "")]
+    kept = [0, 2, 4, 6, 2, 2, 4]  # messages before each question: an edit and a retry drop the later ones
     expected, conversation = [], []
-
-    def answered(text: str, *pictures: str) -> None:
-        conversation.append({"role": "user", "text": text, "pictures": list(pictures)})
-        generated = reference.answer(conversation, OPTIONS["max_new_tokens"])
-        conversation.append({"role": "assistant", "text": generated.text, "pictures": []})
-        expected.append(generated)
-
-    answered(QUESTIONS[0], "first")
-    answered(QUESTIONS[1])
-    answered(QUESTIONS[0], "second")
-    answered(QUESTIONS[2])
-    del conversation[2:]
-    for _ in range(2):
-        answered(QUESTIONS[3])
-        del conversation[2:]
-    answered(QUESTIONS[3])
-    expected.pop()
-    answered(QUESTIONS[1])
+    for (question, picture), messages, answer in zip(asked, kept, seen.answers, strict=True):
+        del conversation[messages:]
+        conversation.append({"role": "user", "text": QUESTIONS[question], "pictures": [picture] if picture else []})
+        expected.append(reference.answer(conversation, OPTIONS["max_new_tokens"]))
+        conversation.append({"role": "assistant", "text": answer.text, "pictures": []})
     assert all(one.matches(answer.text) for one, answer in zip(expected, seen.answers, strict=True))
     assert [one.prompt_tokens for one in expected] == [answer.usage.prompt_tokens for answer in seen.answers]
     assert ["".join(pieces) for pieces in seen.pieces] == [seen.answers[1].text, seen.answers[4].text]

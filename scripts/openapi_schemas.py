@@ -66,6 +66,7 @@ _MEANINGS = {
     "ignore_eos": "Whether an end-of-sequence token does not end the answer.",
     "return_token_ids": "Whether the reply has the token IDs of the answer.",
     "deadline_ms": "Milliseconds after which the answer ends with the text so far.",
+    "confirm_s": "Seconds after which the session expires unless another request names it.",
     "request_id": "Identifies a retry.",
     "session_token": "Binds the session to this token.",
 }

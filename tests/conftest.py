@@ -25,7 +25,8 @@ SHARED = (
     {
         f"tests/deploy/test_{name}.py"
         for name in ("aws_clients", "boto3", "cli", "invoke", "notebook", "python_client", "routing", "web_chat")
-    },
+    }
+    | {"tests/deploy/test_client_faults.py", "tests/deploy/test_client_lost.py"},
     {f"tests/deploy/test_{name}.py" for name in ("openai_path", "platform")},
     {f"tests/docs/test_{name}.py" for name in ("examples", "snippets")},
     {f"tests/browser/test_{name}.py" for name in ("access", "page")},

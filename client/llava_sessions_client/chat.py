@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Unpack
 
@@ -101,6 +102,12 @@ def one_turn(lock: threading.Lock) -> Generator[None, None, None]:
         lock.release()
 
 
+def leave(stream: AnswerStream | None) -> None:
+    """Cancel a stream that the caller has left unfinished."""
+    if stream is not None and not stream.is_done and not stream.is_reading:
+        stream.cancel()
+
+
 class Chat(ChatState):
     """An open session with its conversation. Make one by `Endpoint.open`, and close it: `with` does.
 
@@ -178,29 +185,23 @@ class Chat(ChatState):
 
     # --- one question at a time ---------------------------------------------------------------------------------------
 
-    def _leave_stream(self) -> None:
-        """Cancel the stream that the caller has left unfinished."""
-        stream = self._stream
-        if stream is not None and not stream.is_done and not stream.is_reading:
-            stream.cancel()
-
     def _run(self, core: Core[Answer]) -> Answer:
-        self._leave_stream()
+        leave(self._stream)
         with one_turn(self._lock):
             return self._noted(Shell(self._transport).run(core))
 
     def _streamed(self, core: Core[Answer]) -> AnswerStream:
-        self._leave_stream()
+        leave(self._stream)
 
         def pieces() -> Generator[str, None, Answer]:
             with one_turn(self._lock):
                 answer = yield from Shell(self._transport).pieces(core)
                 return self._noted(answer)
 
-        self._stream = AnswerStream(pieces(), self._stop)
+        self._stream = AnswerStream(pieces(), partial(_stop, self._transport, self._conversation))
         return self._stream
 
-    def _stop(self) -> None:
-        """Cancel the running turn on the server. The thread that reads the answer sees its end."""
-        limits = self._conversation.cleanup_budget().limits()
-        self._transport.call(self._conversation.stop(), limits)
+
+def _stop(transport: Transport, conversation: Conversation) -> None:
+    """Cancel the running turn on the server. The thread that reads the answer sees its end."""
+    transport.call(conversation.stop(), conversation.cleanup_budget().limits())

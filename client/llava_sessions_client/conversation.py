@@ -72,12 +72,15 @@ class Conversation:
     def open(self, budget: Budget | None = None) -> Core[None]:
         """Open the session with `pictures` and `turns`. Raise `ClientError`.
 
-        If no reply arrives, the open is sent once more with the same `request_id` and the session is closed.
+        If no reply arrives, the open is sent once more with the same `request_id` and the session is closed. On
+        SageMaker a retry may reach another instance than the open whose reply was lost. So the server expires a session
+        there unless the client confirms it at once.
         """
         settings = self.settings
         self.pictures = yield from fit_each(self.pictures, settings, self.notices)
         self.pictures, self.turns = yield from fit_request(self.pictures, self.turns, settings, self.notices)
-        request = open_request(self.pictures, self.turns, str(uuid.uuid4()), settings.session_token)
+        confirm_s = settings.confirm_s
+        request = open_request(self.pictures, self.turns, str(uuid.uuid4()), settings.session_token, confirm_s)
         budget = budget or Budget(settings.timeouts, settings.retries)
         budget.opening = True
         try:
@@ -90,6 +93,8 @@ class Conversation:
             raise
         self.session_id, self.expires_at = announced_session(reply)
         self.in_doubt = False
+        if confirm_s is not None:
+            yield from send(cancel_request(self.session_id, settings.session_token), budget)
 
     def close(self) -> Core[None]:
         """Close the session. A session that the server no longer has is closed. Raise `ClientError`."""
@@ -141,10 +146,30 @@ class Conversation:
         return (yield from self._answer(before, turn, options, stream=stream))
 
     def _answer(self, before: tuple[Turn, ...], turn: Turn, options: AskOptions, *, stream: bool) -> Core[Answer]:
-        """Answer `turn` after the turns `before`. Open the session again if it is lost and `on_lost` says so."""
+        """Answer `turn` after the turns `before`, and keep it. If it fails, the turns stay as they are."""
         if self.closed:
             raise ChatClosed("the chat must be open, got a closed one")
         self.stopping = False
+        kept = self.turns
+        try:
+            answer = yield from self._replayed(before, turn, options, stream=stream)
+        except AnswerChanged as error:
+            self._keep(before, turn, error.answer)
+            raise
+        except BaseException:
+            if self.turns != kept:  # the session was to be opened again without the later turns
+                self.turns = kept
+                self.in_doubt = True
+            raise
+        if self.stopping and answer.finish_reason == LENGTH:
+            # OpenAI's form has the same reason for a cancelled answer. If this one has just ended by its length, the
+            # next question rewrites the session's transcript without the turn.
+            answer = replace(answer, finish_reason=CANCELLED)
+        self._keep(before, turn, answer)
+        return answer
+
+    def _replayed(self, before: tuple[Turn, ...], turn: Turn, options: AskOptions, *, stream: bool) -> Core[Answer]:
+        """Answer `turn` after the turns `before`. Open the session again if it is lost and `on_lost` says so."""
         fields = self._fields(options, stream=stream)
         delivery = Delivery()
         budget = Budget(self.settings.timeouts, self.settings.retries, total_s=options.get("timeout_s"))
@@ -153,10 +178,7 @@ class Conversation:
         while True:
             try:
                 answer = yield from self._attempt(before, turn, fields, budget, delivery, stream=stream)
-                break
-            except AnswerChanged as error:
-                self._keep(before, turn, error.answer)
-                raise
+                return replace(answer, replayed=replays > 0)
             except ClientError as error:
                 if not budget.may_reopen or not is_lost(error) or replays == MAX_REPLAYS:
                     raise
@@ -166,13 +188,6 @@ class Conversation:
             yield from self.open(budget.renewed())
             budget = budget.renewed()
             fields = {**fields, "request_id": str(uuid.uuid4())}
-        if self.stopping and answer.finish_reason == LENGTH:
-            # OpenAI's form has the same reason for a cancelled answer. If this one has just ended by its length, the
-            # next question rewrites the session's transcript without the turn.
-            answer = replace(answer, finish_reason=CANCELLED)
-        answer = replace(answer, replayed=replays > 0)
-        self._keep(before, turn, answer)
-        return answer
 
     def _attempt(
         self, before: tuple[Turn, ...], turn: Turn, fields: Body, budget: Budget, delivery: Delivery, *, stream: bool

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 UNEXPECTED = "unexpected_reply"
 _SHOWN_CHARS = 200
+# TorchServe's status for a request whose worker died. The server's own errors of this status have a code.
+_TORCHSERVE_LOST = 500
 
 
 class ClientError(Exception):
@@ -133,6 +135,7 @@ _BY_STATUS: dict[int, type[ApiError]] = {
     502: Unavailable,
     503: Unavailable,
     504: Unavailable,
+    507: Unavailable,  # TorchServe without its worker
 }
 
 
@@ -148,6 +151,8 @@ def error_of_body(status: int, body: bytes, retry_after_s: float | None = None) 
         error = json.loads(body)["error"]
         return api_error(status, str(error["code"]), str(error["message"]), retry_after_s)
     except (ValueError, KeyError, TypeError):
+        if status == _TORCHSERVE_LOST:
+            return Unavailable(status, UNEXPECTED, "TorchServe has lost its worker.", retry_after_s)
         text = body[:_SHOWN_CHARS].decode("utf-8", "replace")
         return api_error(status, UNEXPECTED, text or "the reply has no body", retry_after_s)
 

@@ -17,6 +17,7 @@ from .drive import ReplyStream
 from .effects import Limits
 from .errors import ClientError, ConnectionFailed, NotConfigured, TimedOut
 from .wire import CONTENT_TYPE, SESSION_HEADER, Reply, Request
+from .within import within
 
 PATH = "/invocations"
 FINISH_S = 1.0
@@ -62,7 +63,9 @@ class HttpTransport:
             sent = self._client.build_request(
                 "POST", self._url, content=request.content, headers=headers_of(request), timeout=timeout_of(limits)
             )
-            reply = self._client.send(sent, stream=True)
+            # httpx limits single reads and writes only, and a slow connection has many.
+            head_s = min(limits.first_byte_s, limits.deadline_s - time.monotonic())
+            reply = within(head_s, lambda: self._client.send(sent, stream=True), httpx.Response.close)
         except httpx.InvalidURL as error:
             raise NotConfigured(f"the URL must be valid: {error}") from error
         except httpx.HTTPError as error:

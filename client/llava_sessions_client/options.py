@@ -15,7 +15,8 @@ class Timeouts:
 
     `connect_s`: to make a connection. `first_byte_s`: from the request to the first byte of the reply. `between_s`:
     between two parts of a streamed answer. `total_s`: of one call of the client, with all its retries and pauses.
-    `close_s`: as `total_s`, for a close, and for the clean-up after an interrupted call.
+    `close_s`: as `total_s`, for a close, and for the clean-up after an interrupted call. `confirm_s`: until a session
+    on SageMaker expires whose ID has not reached the client.
     """
 
     connect_s: float = 5.0
@@ -23,6 +24,7 @@ class Timeouts:
     between_s: float = 60.0
     total_s: float = 180.0
     close_s: float = 5.0
+    confirm_s: int = 60
 
     @classmethod
     def of(cls, value: float | Timeouts | None) -> Timeouts:

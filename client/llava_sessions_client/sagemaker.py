@@ -26,6 +26,7 @@ from .drive import ReplyStream
 from .effects import Limits
 from .options import Timeouts
 from .wire import CONTENT_TYPE, Reply, Request
+from .within import within
 
 T = TypeVar("T")
 NEW_SESSION = "NEW_SESSION"
@@ -68,7 +69,7 @@ class SageMakerTransport:
                 return Reply(200, body.read(), reply.get("NewSessionId", ""))
 
         try:
-            return within(limits, invoke)
+            return _in_time(limits, invoke)
         except ClientError as error:
             return _reply_of(error, is_session=bool(request.session_id))
         except (BotoCoreError, HTTPClientError, OSError) as error:
@@ -78,7 +79,7 @@ class SageMakerTransport:
         """Send a request for a stream. Return its head and its body, or an error reply. Raise as `call`."""
         try:
             members = self._members(request, request.session_id)
-            reply = within(limits, lambda: self._client.invoke_endpoint_with_response_stream(**members))
+            reply = _in_time(limits, lambda: self._client.invoke_endpoint_with_response_stream(**members))
         except ClientError as error:
             return _reply_of(error, is_session=True), None
         except (BotoCoreError, HTTPClientError, OSError) as error:
@@ -99,34 +100,14 @@ class SageMakerTransport:
         }
 
 
-def within(limits: Limits, work: Callable[[], T]) -> T:
-    """Return the result of `work`, or raise its error. Raise `TimedOut` when the time is over: its thread goes on.
+def _in_time(limits: Limits, work: Callable[[], T]) -> T:
+    """Return the result of `work`. The time-outs of a boto3 client are those of its connections, not of one call."""
+    return within(min(limits.first_byte_s, limits.deadline_s - time.monotonic()), work, _discard)
 
-    The time-outs of a boto3 client are those of its connections, not of one call.
-    """
-    done: queue.Queue[T | BaseException] = queue.Queue(1)
-    given_up = threading.Event()
 
-    def run() -> None:
-        try:
-            result = work()
-        except BaseException as error:  # raised again by the caller's thread
-            done.put(error)
-            return
-        done.put(result)
-        if given_up.is_set() and isinstance(result, dict):
-            result["Body"].close()
-
-    threading.Thread(target=run, daemon=True, name="llava-sessions-call").start()
-    remaining_s = limits.deadline_s - time.monotonic()
-    try:
-        result = done.get(timeout=max(0.0, min(limits.first_byte_s, remaining_s)))
-    except queue.Empty:
-        given_up.set()
-        raise errors.TimedOut("SageMaker must reply within the time-outs") from None
-    if isinstance(result, BaseException):
-        raise result
-    return result
+def _discard(result: object) -> None:
+    if isinstance(result, dict):
+        result["Body"].close()
 
 
 class EventReader:

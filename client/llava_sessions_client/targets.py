@@ -42,5 +42,7 @@ def settings_of(
 ) -> Settings:
     """Return the settings of the chats at this address. Raise `NotConfigured`."""
     check_target(name_or_url)
-    body_bytes = max_body_bytes or (HTTP_BODY_BYTES if is_http(name_or_url) else SAGEMAKER_BODY_BYTES)
-    return Settings(timeouts, retries, PictureLimits(max_side_px), body_bytes, session_token)
+    is_direct = is_http(name_or_url)
+    body_bytes = max_body_bytes or (HTTP_BODY_BYTES if is_direct else SAGEMAKER_BODY_BYTES)
+    confirm_s = None if is_direct else timeouts.confirm_s
+    return Settings(timeouts, retries, PictureLimits(max_side_px), body_bytes, session_token, confirm_s)

@@ -57,9 +57,16 @@ class Reply:
 
 
 def open_request(
-    pictures: Sequence[Picture], history: Sequence[Turn], request_id: str, session_token: str | None
+    pictures: Sequence[Picture],
+    history: Sequence[Turn],
+    request_id: str,
+    session_token: str | None,
+    confirm_s: int | None = None,
 ) -> Request:
-    """Return the open of a session. `pictures` precede those of the first turn."""
+    """Return the open of a session. `pictures` precede those of the first turn.
+
+    `confirm_s`: the session expires so soon unless another request names it.
+    """
     body: Body = {"type": "start_session", **_images(pictures)}
     if history:
         body["history"] = [
@@ -67,6 +74,8 @@ def open_request(
         ]
     if not pictures and not history:
         body = {"requestType": "NEW_SESSION"}
+    if confirm_s is not None:
+        body["confirm_s"] = confirm_s
     return Request({**body, **_token(session_token), "request_id": request_id})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import llava_sessions_client as client
 from llava_sessions_client import (
     AnswerChanged,
+    ApiError,
     Busy,
     ChatClosed,
     ConnectionFailed,
@@ -114,6 +116,15 @@ def test_an_open_that_never_reached_a_server_is_given_up_soon() -> None:
     with pytest.raises(ConnectionFailed):
         script.run(conversation.open())
     assert len(script.bodies) == 3
+
+
+def test_an_open_on_sagemaker_is_confirmed() -> None:
+    conversation = Conversation(replace(settings(), confirm_s=60), (PICTURE,))
+    script = Script(conversation, CUT, OPENED, CUT, CANCELLED)
+    script.run(conversation.open())
+    *opens, _, confirmation = script.bodies
+    assert [body["confirm_s"] for body in opens] == [60, 60]
+    assert (confirmation, script.sessions[-1]) == ({"type": "cancel"}, "abc-1")
 
 
 def test_a_close_is_repeated_and_a_lost_session_is_closed() -> None:
@@ -430,6 +441,29 @@ def test_a_description_says_where_the_session_is() -> None:
     assert found == Description("offloaded", datetime(2030, 1, 1, 0, 0, 5, tzinfo=UTC), False, 9, 0, 7, 3)
     with pytest.raises(ConnectionFailed, match="must be a description"):
         script.run(script.conversation.describe())
+
+
+@pytest.mark.parametrize("results", [[refusal(429, "capacity")], [OPENED, refusal(500, "internal")]])
+def test_an_edit_whose_replay_failed_keeps_the_old_turns(results: list[Any]) -> None:
+    history = (turn("First?", "Two."), turn("Second?", "Red."))
+    lost = refusal(404, "session_not_found")
+    script = opened(lost, *results, completion("Blue."), turns=history, on_lost="replay")
+    with pytest.raises(ApiError):
+        script.run(script.conversation.rewrite(0, "Changed?", {}, stream=False))
+    assert script.conversation.turns == history
+    ask(script, "Third?")
+    assert [message["content"] for message in script.bodies[-1]["messages"]] == [
+        *("First?", "Two.", "Second?", "Red.", "Third?"),
+    ]
+
+
+@pytest.mark.parametrize("status", [500, 507])
+def test_torchserves_reply_for_a_dead_worker_is_repeated(status: int) -> None:
+    body = b'{"code": 500, "type": "InternalServerException", "message": "Worker died."}'
+    script = opened(Reply(status, body), answer("Two."))
+    assert str(ask(script)) == "Two."
+    with pytest.raises(ApiError, match="internal"):
+        ask(opened(refusal(500, "internal")))
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

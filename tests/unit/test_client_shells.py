@@ -29,8 +29,9 @@ from llava_sessions_client.conversation import Conversation
 from llava_sessions_client.effects import Limits
 from llava_sessions_client.http import HttpTransport
 from llava_sessions_client.http_async import AsyncHttpTransport
-from llava_sessions_client.sagemaker import SageMakerTransport, within
+from llava_sessions_client.sagemaker import SageMakerTransport
 from llava_sessions_client.wire import Reply, Request
+from llava_sessions_client.within import within
 from tests.support.client_script import CANCELLED, answer, completion, lines, settings
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -229,7 +230,7 @@ def test_a_server_that_answers_nothing_is_given_up(silent: str) -> None:
     asyncio.run(main())
     ended = threading.Event()
     with pytest.raises(TimedOut):
-        within(limits(0.1), lambda: ended.wait(60))
+        within(0.1, lambda: ended.wait(60), lambda _: None)
     ended.set()
 
 

@@ -12,6 +12,7 @@ TAG ?=
 IMAGE ?=
 NOTEBOOK ?=
 ENDPOINT_PORT ?= 8090
+DOCS_PORT ?= 8000
 INSTANCES ?= 2
 ENDPOINT ?=
 WEB ?=
@@ -26,8 +27,8 @@ PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # Java is checked first, even with -j
-.PHONY: help demo check doctor load test test-clients unit coverage serve endpoint notebook lint model bench \
-	bench-cuda soak image image-test board web screenshots chromium env clients java haproxy prometheus clean
+.PHONY: help demo check doctor load test test-clients unit coverage serve endpoint web notebook docs docs-serve lint \
+	model bench bench-cuda soak image image-test board screenshots env clients java haproxy prometheus chromium clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -85,6 +86,12 @@ web: $(if $(ENDPOINT),,java) env  ## chat in the browser (WEB_PORT= MODEL=, or E
 notebook: java env  ## run docs/notebook.ipynb against such an endpoint (NOTEBOOK=--save stores its outputs in it)
 	@$(PYTHON) -m tests.notebook $(NOTEBOOK)
 
+docs: env  ## build the documentation into site/ (open site/index.html)
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
+docs-serve: env  ## show the documentation on loopback while you write (DOCS_PORT=)
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs serve --strict --dev-addr '127.0.0.1:$(DOCS_PORT)'
+
 lint: env  ## check code, types, imports, structure, words, Dockerfile, template and scripts
 	@scripts/lint.sh
 
@@ -135,7 +142,7 @@ prometheus:  # required by tests
 chromium:  # required by the tests of the web chat
 	@scripts/need_chromium.sh --install
 
-clean:  ## delete archives, caches and logs; the environments stay
+clean:  ## delete archives, caches, logs and the site; the environments stay
 	@find model_store -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
 	@find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
-	@rm -rf .pytest_cache .ruff_cache .mypy_cache .import_linter_cache logs
+	@rm -rf .pytest_cache .ruff_cache .mypy_cache .import_linter_cache logs site

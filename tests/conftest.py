@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from xdist.scheduler import Scheduling
 
 # Folders in the order in which they start. The longest come first, so that no worker waits for the other at the end.
-FOLDERS = ("server", "deploy", "browser", "engine", "worker", "aws", "unit")
+FOLDERS = ("server", "deploy", "browser", "docs", "engine", "worker", "aws", "unit")
 # Files that share a server. They run in one worker, so that the server starts once.
 SHARED = (
     {f"tests/server/test_{name}.py" for name in ("chat", "fidelity", "figures", "front", "inside", "leaving")}
@@ -28,6 +28,7 @@ SHARED = (
     }
     | {"tests/deploy/test_client_faults.py", "tests/deploy/test_client_lost.py"},
     {f"tests/deploy/test_{name}.py" for name in ("openai_path", "platform")},
+    {f"tests/docs/test_{name}.py" for name in ("examples", "snippets")},
     {f"tests/browser/test_{name}.py" for name in ("access", "page")},
 )
 

@@ -165,8 +165,7 @@ class Session(_Stateful):
     At `confirm_by_s` the session expires if no request has named it. `transcript` is None during the opening, and after
     a restart of the worker until the journal is read. `stored_turns` counts the turns that are durable. `engine_losses`
     counts the engines that died during its turns, since its last answer. `conversation`: what an implicit session
-    holds; None for a session that a client opened by name. `picture_keys`: keys of the pictures that the engine holds
-    for the session, in order.
+    holds; None for a session opened by name. `picture_keys`: keys of the pictures that the engine holds, in order.
     """
 
     def __init__(self, session_id: str, idle_s: float) -> None:
@@ -382,11 +381,8 @@ class SessionTable:
 
 def expired_sessions(table: SessionTable, now_s: float) -> list[Session]:
     """Return the open sessions without a turn whose expiry and grace are over."""
-    return [
-        session
-        for session in table
-        if session.is_in(SessionState.OPEN) and session.turn is None and session.has_expired(now_s - GRACE_S)
-    ]
+    idle = (session for session in table if session.is_in(SessionState.OPEN) and session.turn is None)
+    return [session for session in idle if session.has_expired(now_s - GRACE_S)]
 
 
 def same_token(expected: str | None, given: str | None) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import socket
 import ssl
 import threading
@@ -13,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from .addresses import is_loopback
 from .drive import ReplyStream
 from .effects import Limits
 from .errors import ClientError, ConnectionFailed, NotConfigured, TimedOut
@@ -165,15 +165,6 @@ def error_of(error: httpx.HTTPError) -> ClientError:
     if isinstance(error, httpx.TimeoutException):
         return TimedOut(f"the server must reply within the time-outs, got {kind}")
     return ConnectionFailed(f"the connection broke: {error or kind}")
-
-
-def is_loopback(url: str) -> bool:
-    """Return whether a URL is on this machine. No proxy can reach it."""
-    host = httpx.URL(url).host
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _seconds(value: Any) -> float | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from .addresses import is_loopback
 from .errors import InvalidPicture
 
 MAX_BYTES = 64 * 1024 * 1024
@@ -58,7 +59,12 @@ def _download(url: str) -> bytes:
     data = bytearray()
     try:
         with (
-            httpx.Client(follow_redirects=True, max_redirects=MAX_REDIRECTS, timeout=FETCH_TIMEOUT_S) as client,
+            httpx.Client(
+                trust_env=not is_loopback(url),
+                follow_redirects=True,
+                max_redirects=MAX_REDIRECTS,
+                timeout=FETCH_TIMEOUT_S,
+            ) as client,
             client.stream("GET", url) as reply,
         ):
             if not reply.is_success:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
@@ -37,7 +38,7 @@ class AsyncAnswerStream(AsyncIterator[str]):
         self._pieces = pieces
         self._result = result
         self._stop = stop
-        self._reading = False
+        self._lock = asyncio.Lock()  # of `_pieces`
         self._answer: Answer | None = None
         self.text = ""
 
@@ -51,7 +52,7 @@ class AsyncAnswerStream(AsyncIterator[str]):
     @property
     def is_reading(self) -> bool:
         """Whether a task waits for a piece now."""
-        return self._reading
+        return self._lock.locked()
 
     @property
     def is_done(self) -> bool:
@@ -62,24 +63,23 @@ class AsyncAnswerStream(AsyncIterator[str]):
         return self
 
     async def __anext__(self) -> str:
-        self._reading = True
-        try:
-            piece = await anext(self._pieces)
-        except StopAsyncIteration:
-            self._answer = self._answer or self._result.value
-            raise
-        finally:
-            self._reading = False
-        self.text += piece
+        async with self._lock:
+            try:
+                piece = await anext(self._pieces)
+            except StopAsyncIteration:
+                self._answer = self._answer or self._result.value
+                raise
+            self.text += piece
         return piece
 
     async def cancel(self) -> None:
         """End the answer and roll the session back. May be called by another task, and more than once."""
-        if self._reading:
+        if self._lock.locked():
             await self._stop()
             return
-        await self._pieces.aclose()
-        self._answer = self._answer or Answer(self.text, CANCELLED)
+        async with self._lock:
+            await self._pieces.aclose()
+            self._answer = self._answer or Answer(self.text, CANCELLED)
 
     async def __aenter__(self) -> AsyncAnswerStream:
         return self
@@ -148,9 +148,10 @@ class AsyncChat(ChatState):
 
     async def close(self) -> None:
         """Close the session. A running answer is cancelled. Raise `ClientError` if the server cannot be reached."""
-        if self._stream is not None:
-            await self._stream.cancel()
         try:
+            if self._stream is not None:
+                with contextlib.suppress(ClientError):  # the close ends the turn too
+                    await self._stream.cancel()
             await AsyncShell(self._transport).run(self._conversation.close())
         finally:
             await self._on_close(self)

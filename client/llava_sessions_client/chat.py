@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import TracebackType
 from typing import Unpack
@@ -36,7 +35,7 @@ class AnswerStream(Iterator[str]):
         """`stop` cancels the turn on the server while another thread waits for a piece."""
         self._pieces = pieces
         self._stop = stop
-        self._reading = False
+        self._lock = threading.Lock()  # of `_pieces`
         self._answer: Answer | None = None
         self.text = ""
 
@@ -50,7 +49,7 @@ class AnswerStream(Iterator[str]):
     @property
     def is_reading(self) -> bool:
         """Whether a thread waits for a piece now."""
-        return self._reading
+        return self._lock.locked()
 
     @property
     def is_done(self) -> bool:
@@ -61,15 +60,13 @@ class AnswerStream(Iterator[str]):
         return self
 
     def __next__(self) -> str:
-        self._reading = True
-        try:
-            piece = next(self._pieces)
-        except StopIteration as stop:
-            self._answer = self._answer or stop.value
-            raise StopIteration from None
-        finally:
-            self._reading = False
-        self.text += piece
+        with self._lock:
+            try:
+                piece = next(self._pieces)
+            except StopIteration as stop:
+                self._answer = self._answer or stop.value
+                raise StopIteration from None
+            self.text += piece
         return piece
 
     def cancel(self) -> None:
@@ -77,12 +74,14 @@ class AnswerStream(Iterator[str]):
 
         If another thread waits for a piece, its iteration ends soon after, with `finish_reason` "cancelled".
         """
-        if self._reading:
+        if not self._lock.acquire(blocking=False):
             self._stop()
             return
-        with contextlib.suppress(ValueError):  # another thread has begun to wait for a piece
+        try:
             self._pieces.close()
-        self._answer = self._answer or Answer(self.text, CANCELLED)
+            self._answer = self._answer or Answer(self.text, CANCELLED)
+        finally:
+            self._lock.release()
 
     def __enter__(self) -> AnswerStream:
         return self
@@ -164,9 +163,10 @@ class Chat(ChatState):
 
     def close(self) -> None:
         """Close the session. A running answer is cancelled. Raise `ClientError` if the server cannot be reached."""
-        if self._stream is not None:
-            self._stream.cancel()
         try:
+            if self._stream is not None:
+                with suppress(ClientError):  # the close ends the turn too
+                    self._stream.cancel()
             Shell(self._transport).run(self._conversation.close())
         finally:
             self._on_close(self)

@@ -126,12 +126,15 @@ class Conversation:
 
     def ask(self, text: str, pictures: Sequence[Picture], options: AskOptions, *, stream: bool) -> Core[Answer]:
         """Ask the next question. Its pictures are those that wait and `pictures`. Raise `ClientError`."""
-        self.waiting = yield from fit_each(self.waiting, self.settings, self.notices)
-        shown = yield from fit_each(pictures, self.settings, self.notices)
-        turn = Turn(text, Answer(""), (*self.waiting, *shown))
-        answer = yield from self._answer(self.turns, turn, options, stream=stream)
-        self.waiting = ()
-        return answer
+        waited = self.waiting
+        shown = yield from fit_each((*waited, *pictures), self.settings, self.notices)
+        self.waiting = (*shown[: len(waited)], *self.waiting[len(waited) :])
+        before = self.turns
+        try:
+            return (yield from self._answer(before, Turn(text, Answer(""), shown), options, stream=stream))
+        finally:
+            if len(self.turns) > len(before):  # the turn is kept; others may have been added during the answer
+                self.waiting = self.waiting[len(waited) :]
 
     def rewrite(self, index: int, text: str | None, options: AskOptions, *, stream: bool) -> Core[Answer]:
         """Ask question `index` again, with another text unless `text` is None. Later turns are dropped.
@@ -182,10 +185,16 @@ class Conversation:
             except ClientError as error:
                 if not budget.may_reopen or not is_lost(error) or replays == MAX_REPLAYS:
                     raise
+            if self.closed:
+                raise ChatClosed("the chat must be open, got one that was closed during the question")
             replays += 1
             log.info("session_replayed turns=%d", len(before))
             self.turns = before
             yield from self.open(budget.renewed())
+            if self.closed:  # `close` has closed the old session only
+                self.closed = False
+                yield from self.close()
+                raise ChatClosed("the chat must be open, got one that was closed during the question")
             budget = budget.renewed()
             fields = {**fields, "request_id": str(uuid.uuid4())}
 

@@ -62,7 +62,7 @@ class Picture:
         try:
             image = Image.open(io.BytesIO(self.data))
             image.load()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow raises many kinds of errors for damaged files
             raise InvalidPicture(f"{self.name} must be a whole picture, got {len(self.data)} bytes: {error}") from error
         return image
 
@@ -128,6 +128,8 @@ def _read(path: Path) -> bytes:
         return path.expanduser().read_bytes()
     except OSError as error:
         raise InvalidPicture(f"{path} must be a readable file: {error.strerror}") from error
+    except (ValueError, RuntimeError) as error:  # a NUL in the path, or the home of an unknown user
+        raise InvalidPicture(f"{str(path)!r} must be the path of a file: {error}") from error
 
 
 def _from_array(source: ArrayLike) -> Image.Image:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-import urllib.parse
+
+import httpx
 
 from .errors import NotConfigured
 from .options import Retries, Timeouts
@@ -25,8 +26,13 @@ def is_http(name_or_url: str) -> bool:
 def check_target(name_or_url: str) -> None:
     """Raise `NotConfigured` if this is neither a URL nor a name that a SageMaker endpoint may have."""
     if is_http(name_or_url):
-        if not urllib.parse.urlsplit(name_or_url).hostname:
-            raise NotConfigured("a URL must have a host, as in http://127.0.0.1:8080")
+        try:
+            url = httpx.URL(name_or_url)
+            is_valid = bool(url.host) and (url.port is None or url.port < 65536)
+        except httpx.InvalidURL:
+            is_valid = False
+        if not is_valid:
+            raise NotConfigured("a URL must have a host and a valid port, as in http://127.0.0.1:8080")
     elif not _NAME.fullmatch(name_or_url):
         raise NotConfigured("an endpoint must be a URL with http:// or https://, or the name of a SageMaker endpoint")
 

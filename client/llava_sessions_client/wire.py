@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from .answers import Turn
-from .errors import ConnectionFailed, api_error
+from .errors import UNEXPECTED, ConnectionFailed, api_error
 from .pictures import Picture
 
 SESSION_HEADER = "X-Amzn-SageMaker-Session-Id"
@@ -117,8 +117,10 @@ def close_request(session_id: str, session_token: str | None) -> Request:
 
 
 def announced_session(reply: Reply) -> tuple[str, datetime | None]:
-    """Return ID and expiry from the reply to an open."""
+    """Return ID and expiry from the reply to an open. Raise `ApiError` if it names no session."""
     session_id, _, expires = reply.announced.partition("; Expires=")
+    if not session_id.strip():
+        raise api_error(reply.status, UNEXPECTED, f"the reply to an open must have `{SESSION_HEADER}`, got none")
     return session_id.strip(), time_of(expires)
 
 
@@ -133,16 +135,18 @@ def time_of(text: str) -> datetime | None:
 def facts_of(body: bytes) -> Body:
     """Return the object of a body or a line with status 200. Raise `ApiError` for a late error.
 
-    Raise `ConnectionFailed` for text that is not an object: the reply was cut.
+    Raise `ConnectionFailed` for text that is not an object of the protocol: the reply was cut.
     """
     try:
         facts = json.loads(body)
     except ValueError:
         facts = None
-    if not isinstance(facts, dict):
+    if not isinstance(facts, dict) or not _is_well_formed(facts):
         raise ConnectionFailed("the reply must be whole, got a part of it")
     if "error" in facts:
         error = facts["error"]
+        if not isinstance(error, dict):
+            raise api_error(200, UNEXPECTED, str(error))
         raise api_error(200, str(error.get("code")), str(error.get("message")))
     return facts
 
@@ -151,14 +155,14 @@ def piece_of(facts: Body) -> str:
     """Return the text of a line of a stream, in the native form or in OpenAI's."""
     if "choices" not in facts:
         return str(facts.get("delta", ""))
-    return "".join(choice["delta"].get("content") or "" for choice in facts["choices"])
+    return "".join(choice.get("delta", {}).get("content") or "" for choice in facts["choices"])
 
 
 def text_of(facts: Body) -> str:
     """Return the text of a whole answer, in the native form or in OpenAI's."""
     if "choices" not in facts:
         return str(facts.get("response_text", ""))
-    return str(facts["choices"][0]["message"]["content"] or "")
+    return "".join(choice.get("message", {}).get("content") or "" for choice in facts["choices"])
 
 
 def finish_of(facts: Body) -> str:
@@ -166,6 +170,15 @@ def finish_of(facts: Body) -> str:
     if "choices" not in facts:
         return str(facts.get("finish_reason") or "")
     return "".join(choice.get("finish_reason") or "" for choice in facts["choices"])
+
+
+def _is_well_formed(facts: Body) -> bool:
+    choices = facts.get("choices", [])
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+        return False
+    inner = [choice.get(name, {}) for choice in choices for name in ("delta", "message")]
+    inner += [facts.get(name) or {} for name in ("usage", "timings")]
+    return all(isinstance(each, dict) for each in inner)
 
 
 def _images(pictures: Sequence[Picture]) -> Body:

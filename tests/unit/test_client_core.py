@@ -31,7 +31,7 @@ from llava_sessions_client import (
 )
 from llava_sessions_client.answers import Answer, Turn
 from llava_sessions_client.conversation import MAX_REPLAYS, Conversation
-from llava_sessions_client.effects import Call, Left
+from llava_sessions_client.effects import Call, Left, Piece
 from llava_sessions_client.errors import api_error
 from llava_sessions_client.lines import split_lines
 from llava_sessions_client.pictures import picture_of
@@ -478,6 +478,91 @@ def test_pictures_wait_until_a_question_is_answered() -> None:
     ask(script)
     assert ["image" in body for body in script.bodies] == [True, True, False]
     assert [each.pictures for each in script.conversation.turns] == [(PICTURE,), ()]
+
+
+def test_a_picture_that_is_added_during_an_answer_waits_for_the_next_question() -> None:
+    script = opened([lines("A", "B")], answer("Two."))
+    script.conversation.waiting = (PICTURE,)
+    core = script.conversation.ask("Which?", (), {}, stream=True)
+    added = picture_of(PNG, "b.png")
+    perform = script._perform
+
+    def add_with_the_first_piece(effect: Any) -> Any:
+        if isinstance(effect, Piece) and not script.pieces:
+            script.conversation.waiting += (added,)
+        return perform(effect)
+
+    script._perform = add_with_the_first_piece
+    script.run(core)
+    assert script.conversation.waiting == (added,)
+    ask(script)
+    assert [each.pictures for each in script.conversation.turns] == [(PICTURE,), (added,)]
+
+
+def test_pictures_of_a_cancelled_question_wait_and_those_of_a_changed_answer_do_not() -> None:
+    script = opened(answer("Tw", finish_reason="cancelled"))
+    script.conversation.waiting = (PICTURE,)
+    ask(script)
+    assert script.conversation.waiting == (PICTURE,)
+    script = opened([lines("There are", end=False), CUT], [lines("Th")])
+    script.conversation.waiting = (PICTURE,)
+    with pytest.raises(AnswerChanged):
+        stream(script)
+    assert script.conversation.waiting == ()
+
+
+# --- replies of something else ----------------------------------------------------------------------------------------
+
+
+def test_an_open_whose_reply_names_no_session_is_an_error() -> None:
+    conversation = Conversation(settings(), (PICTURE,))
+    with pytest.raises(ApiError, match="X-Amzn-SageMaker-Session-Id") as raised:
+        Script(conversation, Reply(200, b"<html>")).run(conversation.open())
+    assert raised.value.code == "unexpected_reply"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"error": "no"}',
+        b'{"choices": null}',
+        b'{"choices": [1]}',
+        b'{"choices": [{"message": "x", "finish_reason": "stop"}]}',
+        b'{"choices": []}',
+        b'{"response_text": "x", "finish_reason": "stop", "usage": 3}',
+        b'{"response_text": "x", "finish_reason": "stop", "timings": [1]}',
+    ],
+)
+def test_a_reply_of_another_form_is_an_error_of_the_client(body: bytes) -> None:
+    for run, reply in ((ask, Reply(200, body)), (stream, [body + b"\n"])):
+        with pytest.raises((ApiError, ConnectionFailed)):
+            run(opened(*[reply] * 5, CANCELLED))
+
+
+# --- the end of a chat during a question ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("closed_at", ["the question", "the open"])
+def test_a_chat_that_is_closed_during_a_question_leaves_no_session(closed_at: str) -> None:
+    second = replace(OPENED, announced="abc-2; Expires=2030-01-01T00:00:00Z")
+    script = opened(refusal(404, "session_not_found"), second, CLOSED, on_lost="replay")
+    perform = script._perform
+
+    def close_meanwhile(effect: Any) -> Any:
+        result = perform(effect)
+        if isinstance(effect, Call) and len(script.bodies) == (1 if closed_at == "the question" else 2):
+            script.conversation.closed = True
+        return result
+
+    script._perform = close_meanwhile
+    with pytest.raises(ChatClosed):
+        ask(script)
+    opens = [body for body in script.bodies if body["type"] == "start_session"]
+    closes = [
+        session for body, session in zip(script.bodies, script.sessions, strict=True) if body["type"] == "close_session"
+    ]
+    assert len(opens) == len(closes) == (0 if closed_at == "the question" else 1)
+    assert script.conversation.closed
 
 
 def test_the_table_of_errors_has_every_error() -> None:

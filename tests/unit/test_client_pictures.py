@@ -104,6 +104,8 @@ def test_what_is_no_picture_is_named(tmp_path: Path, web: str, monkeypatch: pyte
     sources_and_words = [
         (str(tmp_path / "none.png"), "must be a readable file: No such file"),
         (tmp_path, "must be a readable file"),
+        ("a\0b", "must be the path of a file"),
+        ("~no-such-user-here/a.png", "must be the path of a file"),
         (b"no picture", "got 10 bytes of something else"),
         ("data:image/png;base64,!", "valid base64"),
         ("data:image/png", "valid base64"),
@@ -199,7 +201,9 @@ def test_sagemaker_and_http_have_their_own_payload_limit() -> None:
     assert settings_of("llava", **common, max_body_bytes=5).max_body_bytes == 5
 
 
-@pytest.mark.parametrize("target", ["127.0.0.1:8080", "", "http://", "a_b", "ftp://host", "-a"])
+@pytest.mark.parametrize(
+    "target", ["127.0.0.1:8080", "", "http://", "a_b", "ftp://host", "-a", "http://h:99999", "http://[::1"]
+)
 def test_what_is_neither_url_nor_name_is_rejected(target: str) -> None:
     with pytest.raises(NotConfigured):
         Endpoint(target)

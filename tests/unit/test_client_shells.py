@@ -32,7 +32,7 @@ from llava_sessions_client.http_async import AsyncHttpTransport
 from llava_sessions_client.sagemaker import SageMakerTransport
 from llava_sessions_client.wire import Reply, Request
 from llava_sessions_client.within import within
-from tests.support.client_script import CANCELLED, answer, completion, lines, settings
+from tests.support.client_script import CANCELLED, CLOSED, answer, completion, lines, settings
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
 ASK = Request({"type": "send_text_prompt"}, "abc-1")
@@ -57,6 +57,9 @@ class Scripted:
     def call(self, request: Request, limits: Limits) -> Reply:
         self.bodies.append(request.body)
         reply = self.replies.pop(0)
+        if isinstance(reply, threading.Event):
+            reply.wait(60)
+            reply = self.replies.pop(0)
         if isinstance(reply, BaseException):
             raise reply
         return reply
@@ -79,6 +82,22 @@ class Scripted:
         self.aborted = True
 
     def close(self) -> None:
+        pass
+
+
+class AsyncScripted:
+    """As `Scripted`, for a stream of one part."""
+
+    def __init__(self, part: bytes) -> None:
+        self.part = part
+
+    async def start(self, request: Request, limits: Limits) -> tuple[Reply, Any]:
+        return Reply(200), self
+
+    async def read(self) -> bytes:
+        return self.part
+
+    async def abort(self) -> None:
         pass
 
 
@@ -122,6 +141,65 @@ def test_dropping_a_stream_cancels_the_turn() -> None:
     chat._stream.cancel()
     assert transport.aborted
     assert transport.bodies[-1] == {"type": "cancel"}
+
+
+def test_a_reader_sees_the_end_of_a_stream_that_another_thread_is_cancelling() -> None:
+    cancelling = threading.Event()
+    transport = Scripted(lines("A", "B"), cancelling, CANCELLED)
+    stream = chat_of(transport).stream("Which?")
+    assert next(stream) == "A"
+    other = threading.Thread(target=stream.cancel)
+    other.start()
+    while {"type": "cancel"} not in transport.bodies:
+        time.sleep(0.001)
+    threading.Timer(0.05, cancelling.set).start()
+    assert list(stream) == []
+    assert stream.answer.finish_reason == "cancelled"
+    other.join(60)
+
+
+def test_a_task_sees_the_end_of_a_stream_that_another_one_is_cancelling() -> None:
+    async def main() -> None:
+        cancelling = asyncio.Event()
+        asked = asyncio.Event()
+
+        class Async(AsyncScripted):
+            async def call(self, request: Request, limits: Limits) -> Reply:
+                asked.set()
+                await cancelling.wait()
+                return CANCELLED
+
+        stream = AsyncChat(conversation(), Async(lines("A", "B")), None, None).stream("Which?")
+        assert await anext(stream) == "A"
+        cancel = asyncio.create_task(stream.cancel())
+        await asked.wait()
+        rest = asyncio.create_task(anext(stream, None))
+        await asyncio.sleep(0)
+        cancelling.set()
+        assert await rest is None
+        assert stream.answer.finish_reason == "cancelled"
+        await cancel
+
+    asyncio.run(main())
+
+
+def test_a_close_goes_on_if_the_running_answer_cannot_be_cancelled() -> None:
+    waiting = threading.Event()
+    transport = Scripted(lines("A", end=False), waiting, lines("B"))
+    closed: list[Chat] = []
+    chat = Chat(conversation(), transport, None, closed.append)
+    stream = chat.stream("Which?")
+    next(stream)
+    reader = threading.Thread(target=lambda: list(stream))
+    reader.start()
+    while len(transport.replies) > 1:  # the reader waits for its next part
+        time.sleep(0.001)
+    transport.replies[:0] = [ConnectionFailed("gone"), CLOSED]
+    chat.close()
+    assert transport.bodies[-1] == {"type": "close_session"}
+    assert closed == [chat]
+    waiting.set()
+    reader.join(60)
 
 
 def test_cancelling_a_task_cancels_the_turn() -> None:

@@ -154,12 +154,6 @@ def test_a_disturbed_chat_is_as_if_undisturbed(
         assert reply.status_code == httpx.codes.NOT_FOUND, f"{session} is still open: {reply.text}"
 
 
-def test_no_session_stays_open(servers: Servers, cases: dict[tuple[str, str, str], Case]) -> None:
-    """Also none whose ID was lost with the reply to its open."""
-    wait([case.chat for case in cases.values()])
-    assert servers.open_sessions(CONFIRM_S + 20) == [0, 0]
-
-
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("answered", [False, True], ids=["unsent", "answered"])
 def test_a_call_to_a_silent_server_ends_in_time_and_leaves_no_turn(
@@ -202,5 +196,7 @@ def test_a_stream_that_is_left_leaves_no_turn(servers: Servers, calm: Run, serve
         assert Said.by(chat.ask("Which shapes are there?", **SHORT)) == calm.answers["ask"]
 
 
-def test_all_sessions_are_closed(servers: Servers) -> None:
-    assert servers.open_sessions(20) == [0, 0]
+def test_no_session_stays_open(servers: Servers, cases: dict[tuple[str, str, str], Case]) -> None:
+    """Also none whose ID was lost with the reply to its open."""
+    wait([case.chat for case in cases.values()])
+    assert servers.open_sessions(CONFIRM_S + 20) == [0, 0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -194,6 +195,18 @@ def test_a_stream_that_is_left_leaves_no_turn(servers: Servers, calm: Run, serve
         for _ in chat.stream("Say something long", **LONG):
             break
         assert Said.by(chat.ask("Which shapes are there?", **SHORT)) == calm.answers["ask"]
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_error_of_the_endpoint(
+    servers: Servers, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uvicorn = logging.getLogger("uvicorn.error")
+    monkeypatch.setattr(uvicorn, "handlers", [*uvicorn.handlers, caplog.handler])
+    with FaultProxy(servers.urls["endpoint"]) as proxy, client_of("endpoint", proxy.url).open(PICTURE) as chat:
+        proxy.disturb(Fault(request_bytes=-10, stop=Stop.END), MARKS["ask"])
+        chat.ask("Which shapes are there?", **SHORT)
+        assert proxy.waiting() == 0
+    assert not [record.getMessage() for record in caplog.records if record.name == "uvicorn.error"]
 
 
 def test_no_session_stays_open(servers: Servers, cases: dict[tuple[str, str, str], Case]) -> None:

@@ -20,6 +20,7 @@ from deploy.serve.torchserve import TorchServe
 from llava_sessions_client import ConnectionFailed, TimedOut, Timeouts
 from tests.support.chats import LONG
 from tests.support.client_chats import (
+    CLOSER,
     MARKS,
     OPERATIONS,
     PICTURE,
@@ -195,6 +196,22 @@ def test_a_stream_that_is_left_leaves_no_turn(servers: Servers, calm: Run, serve
         for _ in chat.stream("Say something long", **LONG):
             break
         assert Said.by(chat.ask("Which shapes are there?", **SHORT)) == calm.answers["ask"]
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_a_rewrite_keeps_the_pictures_of_the_open(servers: Servers, server: str) -> None:
+    """The first question shows a picture of its own, or the session was opened with a history."""
+    endpoint = client_of(server, servers.urls[server])
+    with endpoint.open(PICTURE) as chat:
+        asked = chat.ask("Which shapes are there?", images=[CLOSER], **SHORT)
+        assert Said.by(chat.retry(**SHORT)) == Said.by(asked)
+        turns = chat.turns
+    with endpoint.open(PICTURE, history=turns) as chat:
+        asked = chat.ask("Is there a circle?", **SHORT)
+        assert Said.by(chat.retry(**SHORT)) == Said.by(asked)
+    with endpoint.open(PICTURE, history=[("How many shapes are there?", "Two.")]) as chat:
+        asked = chat.ask("Is there a circle?", **SHORT)
+        assert Said.by(chat.retry(**SHORT)) == Said.by(asked)
 
 
 def test_a_client_that_leaves_while_it_sends_is_no_error_of_the_endpoint(

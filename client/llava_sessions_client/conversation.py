@@ -66,6 +66,7 @@ class Conversation:
     in_doubt: bool = False
     stopping: bool = False
     closed: bool = False
+    has_history: bool = False  # whether the session was opened with turns
 
     # --- open and close -----------------------------------------------------------------------------------------------
 
@@ -93,6 +94,7 @@ class Conversation:
             raise
         self.session_id, self.expires_at = announced_session(reply)
         self.in_doubt = False
+        self.has_history = bool(self.turns)
         if confirm_s is not None:
             yield from send(cancel_request(self.session_id, settings.session_token), budget)
 
@@ -205,7 +207,8 @@ class Conversation:
         settings = self.settings
         budget.own_turn_runs = self.in_doubt
         if self.in_doubt or before != self.turns:
-            _, turns = yield from fit_request((), (*before, turn), settings, self.notices)
+            turns = self._with_opened_pictures((*before, turn))
+            _, turns = yield from fit_request((), turns, settings, self.notices)
             request = rewrite_request(self.session_id, turns, fields, settings.session_token)
         else:
             _, [turn] = yield from fit_request((), (turn,), settings, self.notices)
@@ -229,6 +232,15 @@ class Conversation:
         """Return the request that cancels the running turn, whose answer is then no part of the conversation."""
         self.stopping = True
         return cancel_request(self.session_id, self.settings.session_token)
+
+    def _with_opened_pictures(self, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+        """Return the turns for a rewrite. The first one repeats the pictures of the open if the server needs them.
+
+        The server keeps the pictures of a session that was opened without a history, if the first question has none.
+        """
+        if not (self.has_history or turns[0].pictures):
+            return turns
+        return (replace(turns[0], pictures=(*self.pictures, *turns[0].pictures)), *turns[1:])
 
     def _stop_turn(self) -> Core[None]:
         """Close the stream and cancel the turn. Its reply says that the session is as it was before the turn."""

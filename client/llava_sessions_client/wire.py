@@ -88,10 +88,7 @@ def ask_request(
 
 
 def rewrite_request(session_id: str, turns: Sequence[Turn], options: Body, session_token: str | None) -> Request:
-    """Return a request that makes `turns` the session's conversation and answers the last one.
-
-    The pictures of the open are left out: the server keeps them.
-    """
+    """Return a request that makes `turns` the session's conversation and answers the last one."""
     messages: list[Body] = []
     for turn in turns:
         messages.append({"role": "user", "content": _content(turn)})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -19,6 +20,7 @@ from deploy.serve.torchserve import TorchServe
 from llava_sessions_client import ConnectionFailed, TimedOut, Timeouts
 from tests.support.chats import LONG
 from tests.support.client_chats import (
+    CLOSER,
     MARKS,
     OPERATIONS,
     PICTURE,
@@ -154,12 +156,6 @@ def test_a_disturbed_chat_is_as_if_undisturbed(
         assert reply.status_code == httpx.codes.NOT_FOUND, f"{session} is still open: {reply.text}"
 
 
-def test_no_session_stays_open(servers: Servers, cases: dict[tuple[str, str, str], Case]) -> None:
-    """Also none whose ID was lost with the reply to its open."""
-    wait([case.chat for case in cases.values()])
-    assert servers.open_sessions(CONFIRM_S + 20) == [0, 0]
-
-
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("answered", [False, True], ids=["unsent", "answered"])
 def test_a_call_to_a_silent_server_ends_in_time_and_leaves_no_turn(
@@ -202,5 +198,35 @@ def test_a_stream_that_is_left_leaves_no_turn(servers: Servers, calm: Run, serve
         assert Said.by(chat.ask("Which shapes are there?", **SHORT)) == calm.answers["ask"]
 
 
-def test_all_sessions_are_closed(servers: Servers) -> None:
-    assert servers.open_sessions(20) == [0, 0]
+@pytest.mark.parametrize("server", SERVERS)
+def test_a_rewrite_keeps_the_pictures_of_the_open(servers: Servers, server: str) -> None:
+    """The first question shows a picture of its own, or the session was opened with a history."""
+    endpoint = client_of(server, servers.urls[server])
+    with endpoint.open(PICTURE) as chat:
+        asked = chat.ask("Which shapes are there?", images=[CLOSER], **SHORT)
+        assert Said.by(chat.retry(**SHORT)) == Said.by(asked)
+        turns = chat.turns
+    with endpoint.open(PICTURE, history=turns) as chat:
+        asked = chat.ask("Is there a circle?", **SHORT)
+        assert Said.by(chat.retry(**SHORT)) == Said.by(asked)
+    with endpoint.open(PICTURE, history=[("How many shapes are there?", "Two.")]) as chat:
+        asked = chat.ask("Is there a circle?", **SHORT)
+        assert Said.by(chat.retry(**SHORT)) == Said.by(asked)
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_error_of_the_endpoint(
+    servers: Servers, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uvicorn = logging.getLogger("uvicorn.error")
+    monkeypatch.setattr(uvicorn, "handlers", [*uvicorn.handlers, caplog.handler])
+    with FaultProxy(servers.urls["endpoint"]) as proxy, client_of("endpoint", proxy.url).open(PICTURE) as chat:
+        proxy.disturb(Fault(request_bytes=-10, stop=Stop.END), MARKS["ask"])
+        chat.ask("Which shapes are there?", **SHORT)
+        assert proxy.waiting() == 0
+    assert not [record.getMessage() for record in caplog.records if record.name == "uvicorn.error"]
+
+
+def test_no_session_stays_open(servers: Servers, cases: dict[tuple[str, str, str], Case]) -> None:
+    """Also none whose ID was lost with the reply to its open."""
+    wait([case.chat for case in cases.values()])
+    assert servers.open_sessions(CONFIRM_S + 20) == [0, 0]

@@ -119,7 +119,9 @@ def _hold(servers: Servers, seed: str, tally: Tally) -> None:
     try:
         expected = _run(client_of(server, servers.urls[server]), picture, steps, _Undisturbed())
         with FaultProxy(servers.urls[server]) as proxy:
-            timeouts = Timeouts(first_byte_s=SILENT_S, total_s=TOTAL_S, close_s=TOTAL_S, confirm_s=CONFIRM_S)
+            timeouts = Timeouts(
+                first_byte_s=SILENT_S, between_s=SILENT_S, total_s=TOTAL_S, close_s=TOTAL_S, confirm_s=CONFIRM_S
+            )
             disturber = _Disturber(proxy, rng, servers.urls[server] if server != "endpoint" else "", tally)
             said = _run(client_of(server, proxy.url, timeout_s=timeouts), picture, steps, disturber)
     except Exception as error:

@@ -55,7 +55,8 @@ class Fault:
     """The disturbance of one exchange.
 
     `delay_s`: pause before the request is forwarded, and before the first byte of the reply. `pause_s`: pause at `at`.
-    `request_bytes`: forward only so many bytes of the request, then stop both sides; 0 forwards nothing.
+    `request_bytes`: forward only so many bytes of the request, then stop both sides; 0 forwards nothing, and a
+    negative number counts from the end.
     `half_close`: end the direction to the server after the request. `pieces`: sizes into which the reply is cut, head
     included, with `piece_s` after each one, so that the client reads them one by one.
     `stop` ends the reply after `at` bytes of its body; `BEFORE_REPLY` is before its head.

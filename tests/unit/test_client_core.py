@@ -64,6 +64,12 @@ def stream(script: Script, text: str = "Which?", leave_after: int | None = None,
     return script.run(script.conversation.ask(text, (), options, stream=True), leave_after)
 
 
+def texts(script: Script) -> list[str]:
+    """Return the texts of the messages of the latest request."""
+    contents = [message["content"] for message in script.bodies[-1]["messages"]]
+    return [content if isinstance(content, str) else content[-1]["text"] for content in contents]
+
+
 def turn(text: str, reply: str) -> Turn:
     return Turn(text, Answer(reply))
 
@@ -378,25 +384,38 @@ def test_an_edit_sends_the_conversation_up_to_its_turn() -> None:
     script = opened(completion("Green."), turns=history)
     got = script.run(script.conversation.rewrite(1, "Not here?", {}, stream=False))
     [body] = script.bodies
+    shown = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PICTURE.base64}"}}
     assert body["messages"] == [
-        {"role": "user", "content": "First?"},
+        {"role": "user", "content": [shown, {"type": "text", "text": "First?"}]},
         {"role": "assistant", "content": "Two."},
         {
             "role": "user",
-            "content": [
-                {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PICTURE.base64}"}},
-                {"type": "text", "text": "Not here?"},
-            ],
+            "content": [shown, {"type": "text", "text": "Not here?"}],
         },
     ]
     assert (got.text, got.usage.cached_tokens, got.timings.ttft_ms) == ("Green.", 3, 20.0)
     assert script.conversation.turns == (history[0], Turn("Not here?", got, (PICTURE,)))
 
 
+@pytest.mark.parametrize(("has_history", "shown", "sent"), [(False, 0, 0), (False, 1, 2), (True, 0, 1), (True, 1, 2)])
+def test_a_rewrite_repeats_the_pictures_of_the_open_if_the_server_needs_them(
+    has_history: bool, shown: int, sent: int
+) -> None:
+    first = Turn("First?", Answer("Two."), (PICTURE,) * shown)
+    script = opened(answer("Two."), completion("Green."), turns=(first,) if has_history else ())
+    script.run(script.conversation.ask("First?", first.pictures, {}, stream=False))
+    script.run(script.conversation.rewrite(0, None, {}, stream=False))
+    content = script.bodies[-1]["messages"][0]["content"]
+    assert [part["type"] for part in content if isinstance(part, dict)] == (
+        ["image_url"] * sent + ["text"] if sent else []
+    )
+    assert len(script.conversation.turns[0].pictures) == shown
+
+
 def test_a_retry_repeats_the_last_question_and_an_edit_needs_a_turn() -> None:
     script = opened(completion("Three."), turns=(turn("First?", "Two."),))
     script.run(script.conversation.rewrite(-1, None, {"temperature": 0.5}, stream=False))
-    assert script.bodies[0]["messages"] == [{"role": "user", "content": "First?"}]
+    assert texts(script) == ["First?"]
     assert "seed" in script.bodies[0]
     with pytest.raises(IndexError):
         script.run(script.conversation.rewrite(1, "x", {}, stream=False))
@@ -409,7 +428,7 @@ def test_a_failed_edit_keeps_the_old_turns() -> None:
         script.run(script.conversation.rewrite(0, "Changed?", {}, stream=False))
     assert script.conversation.turns == history
     ask(script, "Third?")
-    assert [message["content"] for message in script.bodies[-1]["messages"]] == [
+    assert texts(script) == [
         *("First?", "Two.", "Second?", "Red.", "Third?"),
     ]
 
@@ -425,7 +444,7 @@ def test_a_stopped_edit_is_no_turn_although_its_form_has_no_reason_for_it() -> N
     assert ended.value.value.finish_reason == "cancelled"
     assert script.conversation.turns == (before,)
     ask(script, "Next?")
-    assert [message["content"] for message in script.bodies[-1]["messages"]] == ["First?", "Two.", "Next?"]
+    assert texts(script) == ["First?", "Two.", "Next?"]
 
 
 # --- descriptions -----------------------------------------------------------------------------------------------------
@@ -452,7 +471,7 @@ def test_an_edit_whose_replay_failed_keeps_the_old_turns(results: list[Any]) -> 
         script.run(script.conversation.rewrite(0, "Changed?", {}, stream=False))
     assert script.conversation.turns == history
     ask(script, "Third?")
-    assert [message["content"] for message in script.bodies[-1]["messages"]] == [
+    assert texts(script) == [
         *("First?", "Two.", "Second?", "Red.", "Third?"),
     ]
 

@@ -26,6 +26,7 @@ _MODULE = "llava_sessions.torchserve.check"
 _TIMEOUT_S = 60
 MAX_BODY_BYTES = 32 * 2**20  # of HAProxy (deploy/serve/sessions.cfg)
 SAGEMAKER_LIMIT_MS = 60_000
+_WHOLE_NUMBERS = ("minWorkers", "maxWorkers", "maxSequenceJobQueueSize", "responseTimeout", "startupTimeout")
 DEFAULTS = {  # of the handler; a test compares them
     "engine_hang_s": 60.0,
     "session_ttl_s": 1200.0,
@@ -89,6 +90,7 @@ def check_configuration(subject: Subject) -> Iterator[Finding]:
 def _contradictions(content: Mapping[str, Any]) -> Iterator[Finding]:
     """Yield findings about keys that are valid alone and do not fit together."""
     llava = content["llava"]
+    yield from _whole_number_findings(content)
     least, most = content.get("minWorkers", 1), content.get("maxWorkers", 1)
     if _number(least) and _number(most) and least > most:
         found = f"`minWorkers` must be at most `maxWorkers` ({most}), got {least}"
@@ -106,6 +108,14 @@ def _contradictions(content: Mapping[str, Any]) -> Iterator[Finding]:
         yield warning("configuration", found, "set `session_idle_s` to less, or leave it empty")
     yield from _limit_findings(llava)
     yield from _journal_findings(llava)
+
+
+def _whole_number_findings(content: Mapping[str, Any]) -> Iterator[Finding]:
+    for key in _WHOLE_NUMBERS:
+        value = content.get(key, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            found = f"`{key}` must be an integer from 1, got {value!r}"
+            yield error("configuration", found, "write it as in handler/model-config.yaml")
 
 
 def _limit_findings(llava: Mapping[str, Any]) -> Iterator[Finding]:

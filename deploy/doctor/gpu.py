@@ -16,7 +16,9 @@ def check_gpu(subject: Subject) -> Iterator[Finding]:
     device = chosen.device if chosen else "auto"
     cards = settings.gpus(subject)
     cuda = machine.torch_cuda()
-    if device.startswith("cuda"):
+    if device.partition(":")[0] not in ("auto", "cpu", "cuda"):
+        yield _unknown(device)
+    elif device.startswith("cuda"):
         yield from _required(device, cards, cuda)
     elif device == "auto" and cards and cuda is None:
         found = f"{cards[0].name} is not used: the installed torch is built for the CPU"
@@ -27,10 +29,14 @@ def check_gpu(subject: Subject) -> Iterator[Finding]:
         yield ok("gpu", "none is used; the model runs on the CPU")
 
 
+def _unknown(device: str) -> Finding:
+    return error("gpu", f"`llava.device` must be auto, cpu, cuda or cuda:N, got {device!r}", "correct it")
+
+
 def _required(device: str, cards: list[machine.Gpu] | None, cuda: str | None) -> Iterator[Finding]:
     suffix = device.partition(":")[2] or "0"
     if not suffix.isdecimal():
-        yield error("gpu", f"`llava.device` must be auto, cpu, cuda or cuda:N, got {device!r}", "correct it")
+        yield _unknown(device)
         return
     number = int(suffix)
     if not cards:

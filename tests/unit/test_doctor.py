@@ -306,6 +306,8 @@ def test_a_gpu_that_is_chosen_and_absent_is_an_error(tmp_path: Path) -> None:
     assert "device cuda:1 is configured, and this machine has 1 GPUs" in levels(gpu.check_gpu(two))["error"]
     odd = Subject(device="cuda:one", environment=two.environment)
     assert "must be auto, cpu, cuda or cuda:N, got 'cuda:one'" in levels(gpu.check_gpu(odd))["error"]
+    unknown = Subject(device="gpu", environment=two.environment)
+    assert "must be auto, cpu, cuda or cuda:N, got 'gpu'" in levels(gpu.check_gpu(unknown))["error"]
 
 
 def test_a_driver_that_is_older_than_torch_needs_is_an_error(tmp_path: Path) -> None:
@@ -355,6 +357,14 @@ def test_every_contradiction_of_a_configuration_is_named(tmp_path: Path) -> None
         "`llava.media.local_roots` has /no/such/folder, which is not a folder",
     ):
         assert problem in found["warning"], problem
+
+
+@pytest.mark.parametrize(("key", "value"), [("minWorkers", "-1"), ("responseTimeout", "abc"), ("startupTimeout", "0")])
+def test_a_number_of_the_frontend_that_is_none_is_an_error(tmp_path: Path, key: str, value: str) -> None:
+    path = tmp_path / "model-config.yaml"
+    path.write_text(re.sub(rf"(?m)^{key}:.*$", f"{key}: {value}", Subject().config.read_text()))
+    found = levels(configuration.check_configuration(Subject(config=path)))["error"]
+    assert f"`{key}` must be an integer from 1, got " in found
 
 
 @pytest.mark.parametrize(

@@ -57,16 +57,22 @@ def served_options(name: str, about: str | None, argv: list[str] | None, *, roun
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON and the plot")
     parser.add_argument("--smoke", action="store_true", help="one short round: shows that it runs")
     given = parser.parse_args(argv)
+    given.rounds = 1 if given.smoke else given.rounds
+    return plain_options(name, given)
+
+
+def plain_options(name: str, given: argparse.Namespace) -> Options:
+    """Return the options of a benchmark that serves the demo model in float32, from its own parsed arguments."""
     return Options(
         name=name,
         checkpoint=DEMO_MODEL,
         preset="shapes",
         dtype=torch.float32,
         device=torch.device("cpu"),
-        rounds=1 if given.smoke else given.rounds,
+        rounds=getattr(given, "rounds", 1),
         smoke=given.smoke,
         out=given.out,
-        seed=0,
+        seed=getattr(given, "seed", 0),
         extra=given,
     )
 

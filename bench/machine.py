@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -55,7 +56,11 @@ def _cpu() -> str:
 
 
 class Neighbours:
-    """CPU use of other processes between two moments, as a share of all cores."""
+    """CPU use of other processes between two moments, as a share of all cores.
+
+    The processes that this one started, such as a server, are not other processes. Report while they still run: the
+    time of a killed process is lost.
+    """
 
     def __init__(self) -> None:
         self._process = psutil.Process()
@@ -74,8 +79,17 @@ class Neighbours:
     def _read(self) -> tuple[float, float, float]:
         times = psutil.cpu_times()
         total = sum(times[:8])  # the user time includes guest times
-        own = self._process.cpu_times()
-        return total - times.idle - getattr(times, "iowait", 0.0), total, own.user + own.system
+        return total - times.idle - getattr(times, "iowait", 0.0), total, own_cpu_s(self._process)
+
+
+def own_cpu_s(process: psutil.Process) -> float:
+    """Return the CPU time of a process, of the processes that it has started, and of those that have ended."""
+    used = 0.0
+    for one in (process, *process.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = one.cpu_times()
+            used += times.user + times.system + times.children_user + times.children_system
+    return used
 
 
 class Bandwidth:

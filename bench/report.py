@@ -16,7 +16,14 @@ from .harness import FLOAT32, RESULTS, number
 
 README = Path(__file__).parent / "README.md"
 BENCHES = ("turns", "chats", "decode", "memory", "open", "stall", "pipe")
-SERVED = ("route", "endpoint", "held_rows", "scrape")  # they start a whole server; `python -m bench` does not run them
+SERVED = (
+    "route",
+    "endpoint",
+    "held_rows",
+    "scrape",
+    "load",
+    "sessions",
+)  # they start a whole server; `python -m bench` does not run them
 
 
 def read(folder: Path = RESULTS) -> dict[str, dict]:

@@ -35,6 +35,10 @@ TURNS_PER_SESSION = 8  # the demo model's context holds no more of both sides' t
 SIDES = ("direct", "through HAProxy")
 
 
+class ServiceError(RuntimeError):
+    """The service does not start. The message is for the person at the terminal."""
+
+
 class Way:
     """One route to the server: a persistent connection, and the times of requests on it."""
 
@@ -92,11 +96,19 @@ KINDS: dict[str, Callable[[Way, str], float]] = {
 
 
 @contextlib.contextmanager
-def service(root: Path = ROOT, model: Path = harness.DEMO_MODEL, dtype: str = "float32") -> Iterator[tuple[str, str]]:
-    """Start the service of the checkout `root` with a model; yield the addresses of TorchServe and of HAProxy."""
+def service(
+    root: Path = ROOT, model: Path = harness.DEMO_MODEL, dtype: str = "float32", config: Path | None = None
+) -> Iterator[tuple[str, str]]:
+    """Start the service of the checkout `root` with a model; yield the addresses of TorchServe and of HAProxy.
+
+    `config` replaces handler/model-config.yaml. Raise `ServiceError` if the model is not served.
+    """
     with tempfile.TemporaryDirectory() as store:
         pack = [root / "build_mar.sh", "--model", model, "--dtype", dtype, "--device", "cpu", "--output", store]
-        subprocess.run([*pack, "--weights", "beside"], cwd=root, check=True, capture_output=True)
+        pack += ["--config", config] if config else []
+        packed = subprocess.run([*pack, "--weights", "beside"], cwd=root, capture_output=True, text=True)
+        if packed.returncode:
+            raise ServiceError(packed.stderr.strip().partition("error: ")[2] or packed.stderr.strip())
         command = [sys.executable, "-m", "deploy.serve", "--model-store", store, "--port", "0"]
         process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
@@ -107,7 +119,7 @@ def service(root: Path = ROOT, model: Path = harness.DEMO_MODEL, dtype: str = "f
                     break
             urls = [re.search(pattern, text) for pattern in (r"TorchServe (http://\S+)", r"ready in \S+ s on (\S+)")]
             if None in urls:
-                raise RuntimeError(f"the service with HAProxy does not run:\n{text}")
+                raise ServiceError(f"the service with HAProxy does not run:\n{text}")
             yield urls[0][1], urls[1][1]
         finally:
             process.terminate()
@@ -183,7 +195,7 @@ def main(argv: list[str] | None = None) -> Result:
     with service() as urls:
         taken = measure(options, run, urls)
         follow_ups = conversations.measure(run, urls[1])
-    return run.finish(report(taken, follow_ups), paint)
+        return run.finish(report(taken, follow_ups), paint)
 
 
 if __name__ == "__main__":

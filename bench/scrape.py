@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> Result:
     with service() as (_, url):
         rates, taken_ms = measure(options, run, url)
         scrape_cpu_ms = cpu_ms(options, url)
-    return run.finish(report(rates, taken_ms, scrape_cpu_ms), paint)
+        return run.finish(report(rates, taken_ms, scrape_cpu_ms), paint)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ from PIL import Image
 from deploy.options import Parser, whole_number
 from deploy.serve.processes import ServeError
 from deploy.serve.torchserve import TorchServe
-from llava_sessions_client import Answer, ApiError, ChatSession, wait_for_metrics
+from llava_sessions_client import Chat, ClientError, Endpoint
 from models.shapes.scenes import HELD_OUT_SEEDS, Question, Scene, dialogue, make_scene
 
 from .recorded import recorded_plot
+from .served import wait_for_metrics
 from .turn import TurnResult
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +52,7 @@ def main() -> int:
     began = time.monotonic()
     try:
         run(options.seed)
-    except (DemoError, ServeError, ApiError, httpx.HTTPError, subprocess.CalledProcessError) as error:
+    except (DemoError, ServeError, ClientError, httpx.HTTPError, subprocess.CalledProcessError) as error:
         print(f"\nthe demo failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -90,14 +91,14 @@ def run(seed: int) -> None:
         server.start()
         ready_s = server.wait_ready()
         print(f"  ready in {ready_s:.1f} s on {server.url} (java {server.pid}, worker {server.worker_pids()[0]})")
-        with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
-            show_chat(server, http, seed)
+        with Endpoint(server.url) as endpoint:
+            show_chat(server, endpoint, seed)
     finally:
         step("stopping TorchServe")
         server.stop()
 
 
-def show_chat(server: TorchServe, http: httpx.Client, seed: int) -> None:
+def show_chat(server: TorchServe, endpoint: Endpoint, seed: int) -> None:
     """Open a session, chat, close it. Print its device memory before, during and after. Raise `DemoError`."""
     scene = make_scene(seed)
     picture = scene.draw()
@@ -107,8 +108,10 @@ def show_chat(server: TorchServe, http: httpx.Client, seed: int) -> None:
     step(f"a new picture, SEED={seed}: {path.relative_to(ROOT)}")
     held_before = session_bytes(server, llava_open_sessions=0, llava_kv_bytes=0)
     began = time.perf_counter()
-    chat = ChatSession.open(http, picture)
-    print(f"  open   {(time.perf_counter() - began) * 1e3:6.1f} ms   session {chat.session_id}, until {chat.expires}")
+    chat = endpoint.open(picture)
+    print(
+        f"  open   {(time.perf_counter() - began) * 1e3:6.1f} ms   session {chat.session_id}, until {chat.expires_at}"
+    )
     talk(chat, scene, picture, dialogue(scene, seed, TURNS))
     held_open = session_bytes(server, llava_open_sessions=1, llava_turns_total=TURNS)
     chat.close()
@@ -119,7 +122,7 @@ def show_chat(server: TorchServe, http: httpx.Client, seed: int) -> None:
         raise DemoError("closing the session did not free its memory")
 
 
-def talk(chat: ChatSession, scene: Scene, picture: Image.Image, questions: list[Question]) -> None:
+def talk(chat: Chat, scene: Scene, picture: Image.Image, questions: list[Question]) -> None:
     """Ask each question of the server and of a stateless server. Raise `DemoError` if their answers differ."""
     from .stateless import Stateless  # here, so that --help and a wrong option need no torch
 
@@ -145,16 +148,13 @@ def talk(chat: ChatSession, scene: Scene, picture: Image.Image, questions: list[
     print(recorded_plot(RECORD))
 
 
-def stream(chat: ChatSession, text: str) -> TurnResult:
+def stream(chat: Chat, text: str) -> TurnResult:
     """Ask a question and print the streamed answer."""
-    answer = Answer()
-    for delta, so_far in chat.stream_answer(text, max_new_tokens=MAX_NEW_TOKENS):
-        print(delta, end="", flush=True)
-        answer = so_far
-    if "finish_reason" not in answer.facts:
-        raise DemoError("the stream ended without its last line")
-    engine_ms = answer.facts["timings"]["ttft_ms"]
-    return TurnResult(answer.text, answer.ttft_s * 1e3, answer.total_s * 1e3, engine_ms)
+    pieces = chat.stream(text, max_new_tokens=MAX_NEW_TOKENS)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    answer = pieces.answer
+    return TurnResult(answer.text, answer.ttft_s * 1e3, answer.total_s * 1e3, answer.timings.ttft_ms)
 
 
 def session_bytes(server: TorchServe, **expected: float) -> int:

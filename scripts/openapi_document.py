@@ -49,7 +49,10 @@ _HAPROXY_ERROR = re.compile(r"""status (\d+) content-type application/json strin
 # HAProxy's statuses that reach no client of a documented operation: another method, and 502, which becomes 503.
 _NOT_HERE = {405, 502}
 _CONTEXT_LENGTH = "context_length_exceeded"
-_REQUESTS = ("StartSession", "SendTextPrompt", "Cancel", "CloseSession", "NewSession", "Close", "ChatCompletionRequest")
+_REQUESTS = (
+    *("StartSession", "SendTextPrompt", "Cancel", "CloseSession", "DescribeSession", "NewSession", "Close"),
+    "ChatCompletionRequest",
+)
 _MODEL_NAME = r"^[A-Za-z0-9_.-]{1,128}$"
 _MODEL_VERSION = r"^[0-9.]{1,32}$"
 _SERVED_NAME = r"^[A-Za-z0-9_.:@-]{1,128}$"
@@ -68,6 +71,7 @@ _NATIVE_EXAMPLES: dict[str, Schema] = {
     "ask for a stream": {"type": "send_text_prompt", "prompt_text": _QUESTION, "stream": True},
     "cancel": {"type": "cancel"},
     "close": {"type": "close_session"},
+    "describe": {"type": "describe_session"},
 }
 _CONVERSATION: Schema = {
     "model": "llava",
@@ -85,7 +89,7 @@ _STREAMED_CONVERSATION: Schema = {**_CONVERSATION, "stream": True, "stream_optio
 _LIST = "List the model"
 _DESCRIBE = "Describe the model"
 _CHAT = "Answer the last question of a conversation"
-_ACT = "Open a session, ask, cancel, close, or answer a conversation"
+_ACT = "Open a session, ask, cancel, close, describe, or answer a conversation"
 
 
 class _Dumper(yaml.SafeDumper):
@@ -154,7 +158,7 @@ def _paths() -> dict[str, Any]:
 
 
 def _invocation(operation: str, parameters: list[Schema]) -> dict[str, Any]:
-    replies = ("Opened", "Answer", "Done", "ChatCompletion", "Error")
+    replies = ("Opened", "Answer", "Done", "SessionDescription", "ChatCompletion", "Error")
     stream = "One JSON object a line: `AnswerPiece` and at last `AnswerEnd`, or `ChatCompletionChunk`; or an error."
     late = "A large question that fails after its turn was admitted has an error with status 200."
     examples = {**_NATIVE_EXAMPLES, "conversation": _CONVERSATION, "streamed conversation": _STREAMED_CONVERSATION}

@@ -21,7 +21,7 @@ from llava_sessions.protocol.chat_messages import ROLES, UNSUPPORTED_FIELDS
 from llava_sessions.protocol.chat_payload import MODEL_MAX_CHARS, NEUTRAL_VALUES, OPTION_NAMES
 from llava_sessions.protocol.constants import SESSION_ID_MAX_CHARS, SESSION_ID_PATTERN
 from llava_sessions.protocol.openai import Chat
-from llava_sessions.protocol.requests import Ask, BaseRequest, Cancel, Close, Open, PastTurn
+from llava_sessions.protocol.requests import Ask, BaseRequest, Cancel, Close, Describe, Open, PastTurn
 
 Schema = dict[str, Any]
 
@@ -66,6 +66,7 @@ _MEANINGS = {
     "ignore_eos": "Whether an end-of-sequence token does not end the answer.",
     "return_token_ids": "Whether the reply has the token IDs of the answer.",
     "deadline_ms": "Milliseconds after which the answer ends with the text so far.",
+    "confirm_s": "Seconds after which the session expires unless another request names it.",
     "request_id": "Identifies a retry.",
     "session_token": "Binds the session to this token.",
 }
@@ -101,6 +102,7 @@ def _native_requests() -> dict[str, Schema]:
         "SendTextPrompt": _request(Ask, type="send_text_prompt"),
         "Cancel": _request(Cancel, type="cancel"),
         "CloseSession": _request(Close, type="close_session"),
+        "DescribeSession": _request(Describe, type="describe_session"),
         "NewSession": _request(Open, requestType="NEW_SESSION"),
         "Close": _request(Close, requestType="CLOSE"),
         "PastTurn": _request(PastTurn),
@@ -238,7 +240,7 @@ def _native_replies() -> dict[str, Schema]:
         "session_id": session_id,
         "finish_reason": {"enum": ["stop", "length", "deadline", "cancelled", "shutdown"]},
         "usage": _fixed({field.name: _count() for field in fields(Usage)}),
-        "timings": _fixed({field.name: {"type": "number", "minimum": 0} for field in fields(Timings)}),
+        "timings": _timings(),
         "token_ids": {"type": "array", "items": _count()},
         "durable": durable,
     }
@@ -257,11 +259,29 @@ def _native_replies() -> dict[str, Schema]:
         "Answer": _fixed({"response_text": {"type": "string"}, **ended}, *optional),
         "AnswerPiece": _fixed({"delta": {"type": "string"}}),
         "AnswerEnd": _fixed({"delta": {"const": ""}, **ended}, *optional),
+        "SessionDescription": _fixed(_description()),
         "Done": _fixed({"success": {"type": "boolean"}, "session_id": session_id}),
         "Error": _fixed({"error": _fixed(openai_form, "type", "param")}),
         "OpenAIError": _fixed({"error": _fixed(openai_form)}),
         "Health": _fixed({"status": {"enum": ["Healthy", "Draining"]}}),
     }
+
+
+def _description() -> dict[str, Schema]:
+    tiers = "Where the KV cache is: on the device, on the host, or nowhere."
+    expires = "The expiry, or the idle limit if that comes first."
+    return {
+        "session_id": {"type": "string"},
+        "expires": _described(expires, type="string", format="date-time"),
+        "is_answering": {"type": "boolean"},
+        "residency": _described(tiers, enum=["resident", "offloaded", "cold"]),
+        "cached_tokens": _count(),
+        "memory": _fixed({name: _count() for name in ("kv_bytes", "offloaded_bytes", "features_bytes")}),
+    }
+
+
+def _timings() -> Schema:
+    return _fixed({field.name: {"type": "number", "minimum": 0} for field in fields(Timings)})
 
 
 def _error_types() -> Schema:
@@ -285,7 +305,14 @@ def _chat_replies() -> dict[str, Schema]:
     return {
         "ChatUsage": usage,
         "ChatCompletion": _fixed(
-            {"object": {"const": "chat.completion"}, **head, "choices": _one(choice), "usage": ref("ChatUsage")}
+            {
+                "object": {"const": "chat.completion"},
+                **head,
+                "choices": _one(choice),
+                "usage": ref("ChatUsage"),
+                "timings": _timings(),
+            },
+            "timings",
         ),
         "ChatCompletionChunk": _fixed(
             {
@@ -293,8 +320,10 @@ def _chat_replies() -> dict[str, Schema]:
                 **head,
                 "choices": {"type": "array", "maxItems": 1, "items": part},
                 "usage": {"anyOf": [ref("ChatUsage"), {"type": "null"}]},
+                "timings": _timings(),
             },
             "usage",
+            "timings",
         ),
         "Model": _fixed({"id": text, "object": {"const": "model"}, "created": _count(), "owned_by": text}),
         "ModelList": _fixed({"object": {"const": "list"}, "data": _one(ref("Model"))}),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "handler/llava_sessions"
-CODE_FOLDERS = ("handler", "client", "deploy")
+CODE_FOLDERS = ("handler", "client", "deploy", "web")
 CHAIN_LIMIT = 6  # folders
 FILE_LIMIT = 400  # lines
 FUNCTION_LIMIT = 50  # lines

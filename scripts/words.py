@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE_FOLDERS = ("handler", "client", "deploy")
+CODE_FOLDERS = ("handler", "client", "deploy", "web")
 LIMIT = 1.0  # matches per 1,000 words, of each pattern
 PATTERNS = {
     "told, tells": re.compile(r"\b(told|tells)\b", re.IGNORECASE),

@@ -17,13 +17,19 @@ if TYPE_CHECKING:
     from xdist.scheduler import Scheduling
 
 # Folders in the order in which they start. The longest come first, so that no worker waits for the other at the end.
-FOLDERS = ("server", "deploy", "engine", "worker", "aws", "unit")
+FOLDERS = ("server", "deploy", "browser", "docs", "engine", "worker", "aws", "unit")
 # Files that share a server. They run in one worker, so that the server starts once.
 SHARED = (
     {f"tests/server/test_{name}.py" for name in ("chat", "fidelity", "figures", "front", "inside", "leaving")}
-    | {"tests/server/test_conversations.py", "tests/server/test_refusals.py"},
-    {f"tests/deploy/test_{name}.py" for name in ("aws_clients", "boto3", "cli", "invoke", "notebook", "routing")},
+    | {f"tests/server/test_{name}.py" for name in ("conversations", "python_client", "refusals")},
+    {
+        f"tests/deploy/test_{name}.py"
+        for name in ("aws_clients", "boto3", "cli", "invoke", "notebook", "python_client", "routing", "web_chat")
+    }
+    | {"tests/deploy/test_client_faults.py", "tests/deploy/test_client_lost.py"},
     {f"tests/deploy/test_{name}.py" for name in ("openai_path", "platform")},
+    {f"tests/docs/test_{name}.py" for name in ("examples", "snippets")},
+    {f"tests/browser/test_{name}.py" for name in ("access", "page")},
 )
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -1,27 +1,79 @@
 """Python client of LLaVA Sessions.
 
-with httpx.Client(base_url="http://127.0.0.1:8080", timeout=60, trust_env=False) as http:
-    session = ChatSession.open(http, Path("picture.png").read_bytes())
-    print(session.ask("Which shapes are in the picture?")["response_text"])
-    session.close()
+from llava_sessions_client import Endpoint
+
+with Endpoint("http://127.0.0.1:8080").open("kitchen.jpg") as chat:  # or the name of a SageMaker endpoint
+    print(chat.ask("What is on the table?"))
+    for piece in chat.stream("And behind it?"):
+        print(piece, end="", flush=True)
+    chat.add_image("closer.jpg")
+
+docs/client.md has more.
 """
 
-from .errors import ApiError, raise_for_error
-from .lines import split_lines
-from .metrics import read_metrics, wait_for_metrics
-from .pictures import to_base64, to_png
-from .session import CLOSED_HEADER, SESSION_HEADER, Answer, ChatSession
+from .answers import Answer, Timings, Turn, Usage
+from .async_chat import AsyncAnswerStream, AsyncChat
+from .async_endpoint import AsyncEndpoint
+from .chat import AnswerStream, Chat
+from .descriptions import Description
+from .endpoint import Endpoint
+from .errors import (
+    AnswerChanged,
+    ApiError,
+    Busy,
+    ChatClosed,
+    ClientError,
+    ConnectionFailed,
+    ContextLengthExceeded,
+    InvalidPicture,
+    InvalidRequest,
+    NotConfigured,
+    OverCapacity,
+    SessionExpired,
+    SessionLost,
+    SessionMoved,
+    TimedOut,
+    TooLarge,
+    Unavailable,
+)
+from .options import AskOptions, Retries, Timeouts
+from .pictures import Picture, PictureSource, load_picture
+from .state import Stats
 
 __all__ = [
-    "CLOSED_HEADER",
-    "SESSION_HEADER",
     "Answer",
+    "AnswerChanged",
+    "AnswerStream",
     "ApiError",
-    "ChatSession",
-    "raise_for_error",
-    "read_metrics",
-    "split_lines",
-    "to_base64",
-    "to_png",
-    "wait_for_metrics",
+    "AskOptions",
+    "AsyncAnswerStream",
+    "AsyncChat",
+    "AsyncEndpoint",
+    "Busy",
+    "Chat",
+    "ChatClosed",
+    "ClientError",
+    "ConnectionFailed",
+    "ContextLengthExceeded",
+    "Description",
+    "Endpoint",
+    "InvalidPicture",
+    "InvalidRequest",
+    "NotConfigured",
+    "OverCapacity",
+    "Picture",
+    "PictureSource",
+    "Retries",
+    "SessionExpired",
+    "SessionLost",
+    "SessionMoved",
+    "Stats",
+    "TimedOut",
+    "Timeouts",
+    "Timings",
+    "TooLarge",
+    "Turn",
+    "Unavailable",
+    "Usage",
+    "load_picture",
 ]

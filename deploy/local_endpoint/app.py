@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -80,7 +80,8 @@ def make_app(service: EndpointService, origins: Sequence[str] = ()) -> Starlette
                 expose_headers=EXPOSED,
             )
         )
-    return Starlette(routes=routes, lifespan=lifespan, middleware=middleware, exception_handlers={Fault: _refusal})
+    handlers = {Fault: _refusal, ClientDisconnect: _ignore}
+    return Starlette(routes=routes, lifespan=lifespan, middleware=middleware, exception_handlers=handlers)
 
 
 def _openai_routes(service: EndpointService) -> list[Route]:
@@ -171,6 +172,11 @@ async def _body(request: Request, most: int) -> bytes:
 async def _refusal(_: Request, fault: Exception) -> Response:
     assert isinstance(fault, Fault)
     return JSONResponse(fault.body, fault.status, headers={contract.ERROR_TYPE_HEADER: fault.kind} | _request_id())
+
+
+async def _ignore(_: Request, __: Exception) -> Response:
+    """Return a reply that no client receives: the client has left before its request was whole."""
+    return Response(status_code=400)
 
 
 def _request_id() -> dict[str, str]:

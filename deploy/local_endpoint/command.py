@@ -204,7 +204,7 @@ In another terminal:
   export AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME={url}
   export AWS_ACCESS_KEY_ID=any AWS_SECRET_ACCESS_KEY=any AWS_DEFAULT_REGION={contract.REGION} NO_PROXY={LOOPBACK}
 
-and then boto3 or the AWS CLI as on SageMaker (README.md has both). Ctrl-C here stops everything."""
+and then boto3 or the AWS CLI as on SageMaker (docs/sagemaker.md has both). Ctrl-C here stops everything."""
 
 
 def _interrupt(_number: int, _frame: object) -> None:

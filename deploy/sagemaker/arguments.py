@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
+from deploy.doctor import command as doctor
 from deploy.options import Parser, decimal_number, whole_number
 
 from . import actions, capacity
@@ -19,7 +20,7 @@ Action = Callable[[argparse.Namespace, Account], None]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options. `run` is the function of the command, or None for `capacity`."""
+    """Return the options. `run` is the function of the command, or None for `capacity` and `doctor`."""
     parser = Parser(
         prog="llava-deploy",
         description="LLaVA Sessions on Amazon SageMaker. Credentials, profile and region as for the AWS CLI.",
@@ -34,6 +35,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     _add_logs(commands)
     _add_down(commands)
     _add_capacity(commands)
+    _add_doctor(commands)
     return parser.parse_args(argv)
 
 
@@ -128,6 +130,13 @@ def _add_capacity(commands: _Commands) -> None:
     parser.add_argument("--text-tokens", type=whole_number(1), default=1024, metavar="N", help=tokens)
     reserve = "GPU memory for CUDA itself and for temporary tensors (default: as the engine reserves for the model)"
     parser.add_argument("--reserve-gib", type=decimal_number(0), metavar="GIB", help=reserve)
+
+
+def _add_doctor(commands: _Commands) -> None:
+    about = f"{doctor.ABOUT}, and print what to do"
+    parser = commands.subparsers.add_parser("doctor", help=about[0].lower() + about[1:], description=f"{about}.")
+    parser.set_defaults(run=None)
+    doctor.add_options(parser)
 
 
 def _name(text: str) -> str:

@@ -14,6 +14,8 @@ import boto3
 from botocore.exceptions import BotoCoreError, ClientError
 from botocore.parsers import ResponseParserError
 
+from deploy.doctor import command as doctor
+
 from . import actions, capacity
 from .account import Account
 from .arguments import parse_args
@@ -30,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(BrokenPipeError):  # the reader, such as `head`, has ended
             print(capacity.report(args.text_tokens, args.reserve_gib), flush=True)
         return 0
+    if args.command == "doctor":
+        return doctor.run(args)
     try:
         region = args.region or os.environ.get("AWS_REGION")  # the AWS CLI reads it, but boto3 does not
         session = boto3.Session(profile_name=args.profile, region_name=region)

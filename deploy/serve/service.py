@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,13 @@ class Service:
         home: Path | None = None,
         ready_timeout_s: float = 600,
         delays_s: Sequence[float] = DELAYS_S,
+        reports: bool = True,
         **server_options: Any,
     ) -> None:
         """`haproxy` is its path, or None. All ports but the public one are from `safe_ports`, if it is given.
 
-        `server_options` are further options of `TorchServe`.
+        `reports`: print the progress, and how to use the server. Errors are always printed. `server_options` are
+        further options of `TorchServe`.
         """
         if haproxy is None and host != LOOPBACK:
             raise ServeError(f"serving on {host} needs HAProxy; scripts/need_haproxy.sh prints how to install it")
@@ -72,6 +74,7 @@ class Service:
         self._requested_home = home
         self._ready_timeout_s = ready_timeout_s
         self._delays_s = delays_s
+        self._report: Callable[[str], None] = _print if reports else _ignore
         self._server_options = server_options
         self._stopped_by = ""
         self._deaths = 0  # since the server last ran for STEADY_S
@@ -103,14 +106,14 @@ class Service:
         try:
             # Held until the end: a server that is restarted serves the same model, whatever is packed meanwhile.
             archive = hold_archive(Path(self._model_store), self._name)
-            print(f"starting TorchServe with {archive.path} ...", flush=True)
+            self._report(f"starting TorchServe with {archive.path} ...")
             self._start_haproxy(home, guard, model_version(archive.path))
             while not self._stopped_by:
                 self._run_server_once(archive.path.parent)
             began = time.monotonic()
-            print(f"\n{self._stopped_by}: stopping ...", flush=True)
+            self._report(f"\n{self._stopped_by}: stopping ...")
             self._shut_down(home)
-            print(f"stopped in {time.monotonic() - began:.1f} s", flush=True)
+            self._report(f"stopped in {time.monotonic() - began:.1f} s")
             return 0
         except ServeError as err:
             print(f"error: {err}", file=sys.stderr, flush=True)
@@ -270,14 +273,24 @@ class Service:
 
     def _announce_ready(self, server: TorchServe, seconds: float) -> None:
         if self._deaths:
-            print(f"ready again in {seconds:.1f} s", flush=True)
+            self._report(f"ready again in {seconds:.1f} s")
             return
-        print(f"ready in {seconds:.1f} s on {self.url}", flush=True)
+        self._report(f"ready in {seconds:.1f} s on {self.url}")
         if self.haproxy is not None:
-            print(f"  TorchServe {server.url}", flush=True)
-        print(f"  management {server.management_url}\n  metrics    {server.metrics_url}, {server.worker_metrics_url}")
+            self._report(f"  TorchServe {server.url}")
+        self._report(
+            f"  management {server.management_url}\n  metrics    {server.metrics_url}, {server.worker_metrics_url}"
+        )
         openai_url = f"{self.url}/v1" if self.haproxy is not None else server.openai_url
-        print(f"  logs       {server.log_path.parent}\n\n{usage(self.url, openai_url)}", flush=True)
+        self._report(f"  logs       {server.log_path.parent}\n\n{usage(self.url, openai_url)}")
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
+def _ignore(_text: str) -> None:
+    pass
 
 
 def usage(url: str, openai_url: str) -> str:

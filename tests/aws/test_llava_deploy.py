@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from moto.cloudformation.models import Stack
 from deploy.sagemaker import command as llava_deploy
 from deploy.sagemaker import stacks, watching
 from tests.support.cloud import ACCOUNT, REGION, answer, contents, frame, part, refusal
+from tests.support.metric_filters import filters
 
 from .conftest import TYPE, Cloud, Run
 
@@ -82,6 +84,42 @@ def test_up_makes_what_the_template_says(cloud: Cloud, run: Run, uploaded: str, 
     alarms = cloud.client("cloudwatch").describe_alarms()["MetricAlarms"]
     ours = {alarm["AlarmName"].split("-")[1] for alarm in alarms if alarm["AlarmName"].startswith("llava-")}
     assert {"Full", "Silent", "ServerErrors", "SlowAnswers"} <= ours
+    check_dashboard(cloud, {alarm["AlarmArn"] for alarm in alarms})
+
+
+def check_dashboard(cloud: Cloud, alarms: set[str]) -> None:
+    """Check that the stack's dashboard has all alarms and metrics, of this endpoint alone, in widgets side by side."""
+    body = cloud.client("cloudwatch").get_dashboard(DashboardName="LLaVASessions-llava")["DashboardBody"]
+    widgets = json.loads(body)["widgets"]
+    assert {arn for widget in widgets for arn in widget["properties"].get("alarms", [])} == alarms
+    graphs = [widget["properties"] for widget in widgets if widget["type"] == "metric"]
+    assert {graph["region"] for graph in graphs} == {REGION}
+    shown = {tuple(metric) for graph in graphs for metric in written_out(graph["metrics"])}
+    variant = ("EndpointName", "llava", "VariantName", "all")
+    calls = ("Invocations", "InvocationsPerInstance", "Invocation4XXErrors", "Invocation5XXErrors")
+    use = ("CPUUtilization", "MemoryUtilization", "GPUUtilization", "GPUMemoryUtilization")
+    assert shown == (
+        {("AWS/SageMaker", name, *variant) for name in (*calls, "ModelLatency", "OverheadLatency")}
+        | {("/aws/sagemaker/Endpoints", name, *variant) for name in use}
+        | {("LLaVASessions/llava", name) for name in filters()}
+    )
+    (limit,) = [graph["annotations"] for graph in graphs if graph["title"] == "Open sessions of an instance"]
+    assert limit["horizontal"][0]["value"] == 20, "as packed"
+    cells = [
+        (x, y)
+        for widget in widgets
+        for x in range(widget["x"], widget["x"] + widget["width"])
+        for y in range(widget["y"], widget["y"] + widget["height"])
+    ]
+    assert len(cells) == len(set(cells)) == 24 * (1 + max(y for _, y in cells))
+
+
+def written_out(metrics: list[list[Any]]) -> Iterator[list[str]]:
+    """Yield namespace, name and dimensions of each metric of a graph. A dot repeats the field of the metric above."""
+    above: list[str] = []
+    for *fields, _options in metrics:
+        above = [above[index] if field == "." else field for index, field in enumerate(fields)]
+        yield above
 
 
 def test_up_and_down_leave_nothing_behind(cloud: Cloud, run: Run, uploaded: str) -> None:
@@ -548,7 +586,7 @@ def test_an_endpoint_that_is_not_there(cloud: Cloud, run: Run, tmp_path: Path) -
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["push", "upload", "up", "status", "invoke", "logs", "down", "capacity"])
+@pytest.mark.parametrize("command", ["push", "upload", "up", "status", "invoke", "logs", "down", "capacity", "doctor"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         llava_deploy.main([command, "--help"])

@@ -67,6 +67,10 @@ HANDLERS: dict[str, tuple[str, str]] = {
         "cloudwatch: PutMetricAlarm DescribeAlarms DeleteAlarms TagResource UntagResource ListTagsForResource",
         f"cloudwatch:{REGION}:{ACCOUNT}:alarm:{STACK}-{{id}}-{RANDOM}",
     ),
+    "AWS::CloudWatch::Dashboard": (
+        "cloudwatch: PutDashboard GetDashboard DeleteDashboards ListDashboards",
+        f"cloudwatch::{ACCOUNT}:dashboard/LLaVASessions-{STACK}",
+    ),
 }
 # Operations of S3 whose action has another name.
 S3_ACTIONS = {

@@ -151,7 +151,7 @@ def test_code_and_template_use_the_same_names() -> None:
     account = Account("llava", boto3.session.Session(region_name="eu-west-1"))
     resources = template()["Resources"]
     text = stacks.TEMPLATE.read_text(encoding="utf-8")
-    assert text.count('"LLaVASessions/${EndpointName}"') == 6
+    assert text.count('"LLaVASessions/${EndpointName}"') == 8
     assert account.metrics_namespace == "LLaVASessions/llava"
     assert '"/aws/sagemaker/Endpoints/${EndpointName}"' in text
     assert account.log_group == "/aws/sagemaker/Endpoints/llava"

@@ -20,8 +20,8 @@ from botocore.config import Config
 
 from deploy.local_endpoint.contract import Corners
 from deploy.serve.torchserve import TorchServe
-from llava_sessions_client import to_png
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
+from tests.support.encoding import to_png
 from tests.support.local_endpoint import NAME, Endpoint
 from tests.support.serving import pack, running
 

@@ -1,4 +1,7 @@
-"""AIPerf, unmodified: conversations with a picture in each turn, of which no request fails (`make test-clients`)."""
+"""AIPerf, unmodified: conversations with a picture in each turn, of which no request fails (`make test-clients`).
+
+`bench.load` is the program of `make load`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import load
 from tests.support.clients import ENVIRONMENTS, MODEL, TIMEOUT_S
 from tests.support.serving import SHAPES, Served
 
@@ -48,3 +52,17 @@ def test_no_request_fails(shapes_store: Path, tmp_path: Path) -> None:
     assert not report.get("error_summary")
     assert [record for record in records if record.get("error")] == []
     assert report["output_sequence_length"]["min"] == report["output_sequence_length"]["max"] == TOKENS
+
+
+def test_make_load_writes_its_record(shapes_store: Path, tmp_path: Path) -> None:
+    with Served(shapes_store) as served:
+        load.main(["--smoke", "--url", served.url, "--out", str(tmp_path)])
+    document = json.loads((tmp_path / "load.json").read_text())
+    assert {row["turns"]: (row["requests"], row["failed"]) for row in document["rows"]} == {
+        "all turns": (4, 0),
+        "first turns": (2, 0),
+        "follow-ups": (2, 0),
+    }
+    assert document["ratios"]["prompt tokens from the cache"] > 0
+    assert document["settings"]["aiperf"] == "0.13.0"
+    assert (tmp_path / "load.png").is_file()

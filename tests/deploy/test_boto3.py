@@ -12,7 +12,7 @@ from botocore.client import BaseClient
 from botocore.exceptions import ClientError
 
 from deploy.serve.torchserve import TorchServe
-from llava_sessions_client import split_lines
+from llava_sessions_client.lines import split_lines
 
 from .conftest import NAME, Endpoint, ask, close_session, invoke, open_session, picture, runtime, under_one_corner
 

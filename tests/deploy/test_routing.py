@@ -18,9 +18,9 @@ from botocore.exceptions import ClientError, EventStreamError
 
 from deploy.local_endpoint.contract import Corners
 from deploy.serve.torchserve import TorchServe
-from llava_sessions_client import read_metrics, wait_for_metrics
 from models.shapes.scenes import dialogue, make_scene
 from tests.support.chats import LONG
+from tests.support.server_metrics import read_metrics, wait_for_metrics
 from tests.support.serving import running
 
 from .conftest import NAME, Endpoint, ask, close_session, open_session, runtime, seed_of

@@ -17,11 +17,14 @@ from llava_sessions.ipc.messages import (
     Admitted,
     AskSession,
     CloseSession,
+    Described,
+    DescribeSession,
     Finished,
     Memory,
     OpenSession,
     OutOfCapacity,
     Prefilled,
+    Residence,
     Sampling,
     StopTurn,
 )
@@ -94,6 +97,25 @@ def test_offloading_copies_only_the_used_part(tiny: Path) -> None:
         chats.run()
     tokens = len(chats.conversations["a"].opening.token_ids)
     assert chats.engine.memory().offloaded_bytes == tokens * TOKEN_BYTES
+
+
+@pytest.mark.parametrize(("host_bytes", "tier"), [(PLENTY, "offloaded"), (0, "cold")])
+def test_a_session_is_described_by_its_tier_and_memory(tiny: Path, host_bytes: int, tier: str) -> None:
+    chats = Chats(tiny, budget=DeviceBudget(STEP_BYTES + 9 * FEATURES_BYTES, host_bytes))
+    for name in "ab":
+        chats.open(name, ord(name))
+        chats.run()
+    tokens = len(chats.conversations["a"].opening.token_ids)
+    for name in "abc":
+        chats.engine.apply(DescribeSession(name, f"of {name}"))
+    chats.run()
+    found = {event.request_id: event.residence for event in chats.events if isinstance(event, Described)}
+    left = (tokens, 0, tokens * TOKEN_BYTES) if host_bytes else (0, 0, 0)
+    assert found == {
+        "of a": Residence(tier, *left, FEATURES_BYTES),
+        "of b": Residence("resident", tokens, STEP_BYTES, 0, FEATURES_BYTES),
+        "of c": Residence(),
+    }
 
 
 def test_the_cache_of_a_running_answer_is_never_offloaded(tiny: Path) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import psutil
 
-from llava_sessions_client import ApiError, ChatSession
 from models.shapes.scenes import HELD_OUT_SEEDS, dialogue, make_scene
+from tests.support.wire import ApiError, ChatSession
 
 from .building import IMAGE
 from .log import CheckError, Log, run

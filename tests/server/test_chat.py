@@ -16,8 +16,10 @@ import httpx
 import pytest
 
 from deploy.serve.torchserve import TorchServe
-from llava_sessions_client import CLOSED_HEADER, SESSION_HEADER, ApiError, ChatSession, to_png, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, dialogue, make_scene
+from tests.support.encoding import to_png
+from tests.support.server_metrics import wait_for_metrics
+from tests.support.wire import CLOSED_HEADER, SESSION_HEADER, ApiError, ChatSession
 
 from .conftest import MAX_SESSIONS
 

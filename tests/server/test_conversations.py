@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 
-from llava_sessions_client import to_png
 from models.shapes.scenes import HELD_OUT_SEEDS, dialogue, make_scene
+from tests.support.encoding import to_png
 from tests.support.reference import Reference
 
 CONVERSATIONS, REQUESTS, MAX_NEW_TOKENS = 30, 6, 16

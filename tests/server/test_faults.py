@@ -26,12 +26,13 @@ from moto.server import ThreadedMotoServer
 from deploy.versions import VERSIONS
 from llava_sessions.chat.transcript import BlobPool
 from llava_sessions.journal import encoding
-from llava_sessions_client import ApiError, ChatSession, to_png
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.support.chats import LONG, Crowd, PatientChat, Said, Tally, client, scene_scripts, undisturbed
 from tests.support.commands import eventually
+from tests.support.encoding import to_png
 from tests.support.serving import Served, pack
 from tests.support.variants import COLOURS, make_variant, says
+from tests.support.wire import ApiError, ChatSession
 
 FIRST, SECOND, THIRD = QUESTIONS = ("Which shapes are there?", "What is in the middle?", "How many shapes are there?")
 PICTURES = [to_png(make_scene(seed).draw()) for seed in HELD_OUT_SEEDS[700:704]]

@@ -8,8 +8,8 @@ import httpx
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from llava_sessions_client import ChatSession
 from models.shapes.scenes import HELD_OUT_SEEDS, dialogue, make_scene
+from tests.support.wire import ChatSession
 
 from .conftest import SHAPES
 

@@ -8,9 +8,10 @@ import httpx
 
 from deploy.container import metric_lines
 from deploy.serve.torchserve import TorchServe
-from llava_sessions_client import ChatSession, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.support.metric_filters import filters, matches
+from tests.support.server_metrics import wait_for_metrics
+from tests.support.wire import ChatSession
 
 
 def test_open_sessions_reach_the_metric_filters(server: TorchServe, http: httpx.Client) -> None:

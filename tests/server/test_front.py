@@ -26,9 +26,11 @@ from deploy.serve.ports import free_ports
 from deploy.serve.processes import Guard, ServeError
 from deploy.serve.torchserve import TorchServe
 from llava_sessions.config import MAX_REQUEST_BYTES as LIMIT
-from llava_sessions_client import CLOSED_HEADER, SESSION_HEADER, ChatSession, to_png, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.support.chats import LONG
+from tests.support.encoding import to_png
+from tests.support.server_metrics import wait_for_metrics
+from tests.support.wire import CLOSED_HEADER, SESSION_HEADER, ChatSession
 
 NEW_HEADER = "X-Amzn-SageMaker-New-Session-Id"
 ROOT = Path(__file__).parents[2]

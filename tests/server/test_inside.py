@@ -13,9 +13,9 @@ from contextlib import suppress
 import httpx
 import pytest
 
-from llava_sessions_client import ChatSession
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.support.private_hosts import PRIVATE_HOSTS
+from tests.support.wire import ChatSession
 
 pytestmark = pytest.mark.usefixtures("same_worker")
 PORT = 443  # the only one that is served

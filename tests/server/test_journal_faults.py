@@ -17,9 +17,10 @@ import psutil
 import pytest
 
 from deploy.serve.torchserve import TorchServe
-from llava_sessions_client import ApiError, ChatSession, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
+from tests.support.server_metrics import wait_for_metrics
 from tests.support.serving import pack, running
+from tests.support.wire import ApiError, ChatSession
 
 PICTURE = make_scene(HELD_OUT_SEEDS[0]).draw(72)
 QUESTIONS = ["Which shapes are there?", "How many shapes are there?", "What is in the middle?"]

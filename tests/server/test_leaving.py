@@ -9,9 +9,10 @@ import httpx
 import pytest
 
 from deploy.serve.torchserve import TorchServe
-from llava_sessions_client import ApiError, ChatSession, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.support.chats import LONG
+from tests.support.server_metrics import wait_for_metrics
+from tests.support.wire import ApiError, ChatSession
 
 pytestmark = pytest.mark.usefixtures("same_worker")
 SCENE = make_scene(HELD_OUT_SEEDS[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -12,15 +13,20 @@ from pathlib import Path
 
 import httpx
 import pytest
+from playwright.sync_api import expect
 
+from bench import harness, sessions, users
+from bench.users import Plan
 from deploy.serve.configuration import CONFIG, LOG_CONFIG, render_properties
 from deploy.serve.ports import choose_ports
 from deploy.serve.torchserve import TorchServe
-from llava_sessions_client import ApiError, ChatSession, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
+from tests.support.browser import PageServer, Visit, chromium
 from tests.support.chats import LONG
-from tests.support.commands import kill_tree
+from tests.support.commands import eventually, kill_tree
+from tests.support.server_metrics import wait_for_metrics
 from tests.support.serving import pack, running
+from tests.support.wire import ApiError, ChatSession
 
 SESSIONS, TTL_S = 8, 2
 PICTURE = make_scene(HELD_OUT_SEEDS[0]).draw(72)
@@ -46,6 +52,43 @@ def test_an_expired_session_is_gone_with_its_memory_and_its_place(short_lived: T
         for request in (lambda: chats[0].ask("Still there?"), chats[0].close):
             with pytest.raises(ApiError, match="410 session_expired"):
                 request()
+
+
+def test_the_web_chat_says_that_a_session_has_expired_and_opens_another(short_lived: TorchServe) -> None:
+    with PageServer(short_lived.url) as server, chromium() as browser, Visit.to(browser, server.url) as visit:
+        visit.may_fail = True
+        visit.open()
+        [chat] = server.app.state.chats.all()
+        expired = chat.session.session_id
+        expect(visit.page.locator("[data-banner]")).to_contain_text("The session of this chat has ended.")
+        expect(visit.page.locator("[data-place=ended]")).to_be_attached()
+        visit.page.locator("[data-text]").fill("Still there?")
+        visit.page.locator("[data-text]").press("Enter")
+        expect(visit.page.locator("[data-note]")).to_contain_text("The session of this chat has expired.")
+        visit.page.locator(".turn [data-reopen]").click()
+        assert eventually(lambda: chat.session.session_id != expired)
+
+
+def test_the_bench_of_sessions_counts_what_becomes_of_each_user(short_lived: TorchServe, tmp_path: Path) -> None:
+    """On the short-lived server, so that users who pause lose their session for certain. No test checks a time."""
+    options = sessions.parse(["--smoke", "--url", short_lived.url, "--out", str(tmp_path)])
+    run = harness.Run(options)
+    pause_s = TTL_S + 1.0
+    plan = Plan(turns=2, think_s=0.0, return_s=pause_s, expire_s=pause_s, tokens=6, picture_px=72)
+    served = sessions.Server(short_lived.url, short_lived.openai_url, short_lived.worker_metrics_url)
+    log, counted, left = sessions.measure(run, served, plan)
+    run.finish(sessions.report(options, log, counted, left), sessions.paint)
+
+    assert log.count("opened") == len(users.SCRIPTS)
+    assert log.count("lost", users.RETURNS) == log.errors[users.RETURNS, "session_expired"] == 1
+    assert log.count("recovered") + sum(n for (kind, _), n in log.errors.items() if kind == users.EXPIRES) == 1
+    assert set(left) == set(sessions.MEMORY)
+    assert not any(left.values())
+    assert counted
+    document = json.loads((tmp_path / "sessions.json").read_text())
+    assert {row["users"] for row in document["rows"]} == set(sessions.LABELS)
+    assert document["ratios"]["sessions lost"] == log.count("lost") > 0
+    assert (tmp_path / "sessions.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_worker_without_the_session_headers_refuses_to_start(model_store: Path, tmp_path: Path) -> None:

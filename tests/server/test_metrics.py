@@ -14,9 +14,9 @@ from deploy.serve.ports import free_ports
 from deploy.serve.processes import Guard
 from deploy.serve.torchserve import TorchServe
 from llava_sessions.metrics import METRICS
-from llava_sessions_client import ChatSession
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.support.prometheus import lint, scraping
+from tests.support.wire import ChatSession
 
 SCENE = make_scene(HELD_OUT_SEEDS[0])
 QUESTIONS = ("How many shapes are there?", "And what colours do they have?")

@@ -14,8 +14,8 @@ from pathlib import Path
 import httpx
 
 from deploy.serve.haproxy import HAProxy
-from llava_sessions_client import ChatSession
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
+from tests.support.wire import ChatSession
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "openapi.yaml"

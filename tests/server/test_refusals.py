@@ -15,10 +15,11 @@ import httpx
 import pytest
 from PIL import Image
 
-from llava_sessions_client import CLOSED_HEADER, SESSION_HEADER, ApiError, ChatSession, to_png
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.support.chats import LONG
+from tests.support.encoding import to_png
 from tests.support.pictures import deep_grey_tiff, encode, png_with
+from tests.support.wire import CLOSED_HEADER, SESSION_HEADER, ApiError, ChatSession
 
 pytestmark = pytest.mark.usefixtures("same_worker")
 SCENE = make_scene(HELD_OUT_SEEDS[0])

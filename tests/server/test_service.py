@@ -10,10 +10,10 @@ from pathlib import Path
 import httpx
 
 from deploy.serve.configuration import PUBLIC_METRICS_VARIABLE
-from llava_sessions_client import ChatSession
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.support.chats import LONG
 from tests.support.commands import Command, eventually, free_row
+from tests.support.wire import ChatSession
 
 SCENE = make_scene(HELD_OUT_SEEDS[0])
 QUESTION = "How many shapes are there?"

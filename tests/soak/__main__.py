@@ -7,7 +7,7 @@ import sys
 
 from deploy.options import error_prefix, typed, version_line
 
-from . import churn, fuzz, isolation, kills, lifecycles, memory, moves
+from . import churn, client_faults, fuzz, isolation, kills, lifecycles, memory, moves
 
 SOAKS = {
     "engine-kills": kills.engine_kills,
@@ -20,6 +20,7 @@ SOAKS = {
     "lifecycles": lifecycles.main,
     "memory": memory.memory,
     "moves": moves.moves,
+    "client-faults": client_faults.client_faults,
 }
 
 

@@ -30,9 +30,11 @@ import torch
 from bench import machine
 from deploy.options import Parser
 from deploy.serve.torchserve import TorchServe
-from llava_sessions_client import SESSION_HEADER, ApiError, ChatSession, read_metrics, to_png, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
+from tests.support.encoding import to_png
+from tests.support.server_metrics import read_metrics, wait_for_metrics
 from tests.support.serving import Processes, pack
+from tests.support.wire import SESSION_HEADER, ApiError, ChatSession
 
 from .report import RESULTS, write
 

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import httpx
 
-from llava_sessions_client import to_png
 from models.shapes.drawing import Background
 from models.shapes.scenes import COLOURS, KINDS, PLACES, Scene, Shape
 from tests.support.chats import PatientChat, Said, Script, Tally, client, undisturbed
+from tests.support.encoding import to_png
 from tests.support.serving import Served, pack
 
 from .report import Record, check_level, check_tally, level, options

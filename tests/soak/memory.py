@@ -23,9 +23,10 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from llava_sessions_client import SESSION_HEADER, to_png
 from tests.support.chats import Script, client
+from tests.support.encoding import to_png
 from tests.support.serving import Processes, Served, pack
+from tests.support.wire import SESSION_HEADER
 
 from .isolation import QUESTIONS, pictures
 from .report import Record, check_level, level, options

@@ -37,11 +37,11 @@ from moto.server import ThreadedMotoServer
 from deploy.local_endpoint.contract import Corners
 from deploy.local_endpoint.pins import Instance
 from deploy.serve.haproxy import find_haproxy
-from llava_sessions_client import SESSION_HEADER
 from tests.support.chats import Script, scene_scripts
 from tests.support.commands import REPO, eventually, free_row, kill_tree
 from tests.support.local_endpoint import NAME, Endpoint
 from tests.support.serving import START_S, pack
+from tests.support.wire import SESSION_HEADER
 
 from .report import Record, options
 

@@ -19,8 +19,10 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from llava_sessions_client import SESSION_HEADER, ApiError, split_lines, to_png
+from llava_sessions_client.lines import split_lines
 from models.shapes.scenes import HELD_OUT_SEEDS, dialogue, make_scene
+from tests.support.encoding import to_png
+from tests.support.wire import SESSION_HEADER, ApiError
 
 # No request may hang longer; a client waits for a reply's next bytes as long.
 HANG_S = 30.0

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from llava_sessions_client import to_png
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
+from tests.support.encoding import to_png
 from tests.support.reference import Generated, Reference
 
 ROOT = Path(__file__).parents[2]

@@ -82,6 +82,7 @@ def contents(client: Callable[[str], Any]) -> dict[str, list[Any]]:
         "log groups": client("logs").describe_log_groups()["logGroups"],
         "targets": scaling.describe_scalable_targets(ServiceNamespace="sagemaker")["ScalableTargets"],
         "alarms": client("cloudwatch").describe_alarms()["MetricAlarms"],
+        "dashboards": client("cloudwatch").list_dashboards()["DashboardEntries"],
         "buckets": client("s3").list_buckets()["Buckets"],
         "repositories": client("ecr").describe_repositories()["repositories"],
     }
@@ -191,11 +192,36 @@ class Alarm(_ByApi, CloudFormationModel):
     def create_from_cloudformation_json(cls, resource_name, cloudformation_json, account_id, region_name, **_):
         request = {"AlarmName": resource_name, **cloudformation_json["Properties"]}
         call(region_name, "cloudwatch", "put_metric_alarm", request)
-        return cls(resource_name)
+        alarm = cls(resource_name)
+        alarm.arn = f"arn:aws:cloudwatch:{region_name}:{account_id}:alarm:{resource_name}"
+        return alarm
+
+    @classmethod
+    def has_cfn_attr(cls, attr: str) -> bool:
+        return attr == "Arn"
+
+    def get_cfn_attribute(self, attribute_name: str) -> str:
+        return {"Arn": self.arn}[attribute_name]
 
     @classmethod
     def delete_from_cloudformation_json(cls, resource_name, cloudformation_json, account_id, region_name):
         call(region_name, "cloudwatch", "delete_alarms", {"AlarmNames": [resource_name]})
+
+
+class Dashboard(_ByApi, CloudFormationModel):
+    @staticmethod
+    def cloudformation_type() -> str:
+        return "AWS::CloudWatch::Dashboard"
+
+    @classmethod
+    def create_from_cloudformation_json(cls, resource_name, cloudformation_json, account_id, region_name, **_):
+        properties = cloudformation_json["Properties"]
+        call(region_name, "cloudwatch", "put_dashboard", properties)
+        return cls(properties["DashboardName"])
+
+    @classmethod
+    def delete_from_cloudformation_json(cls, resource_name, cloudformation_json, account_id, region_name):
+        call(region_name, "cloudwatch", "delete_dashboards", {"DashboardNames": [resource_name]})
 
 
 def target_of(physical_id: str) -> dict[str, str]:

@@ -18,6 +18,8 @@ from llava_sessions.ipc.messages import (
     CloseSession,
     Command,
     Delta,
+    Described,
+    DescribeSession,
     Event,
     Finished,
     Memory,
@@ -26,6 +28,7 @@ from llava_sessions.ipc.messages import (
     OutOfCapacity,
     Prefilled,
     PreparedPicture,
+    Residence,
     StopTurn,
     Timings,
     TurnAdmitted,
@@ -142,6 +145,11 @@ class FakeEngine:
                     self._roll_back(session, Cancelled(session.turn.id))
                 self.sessions.pop(command.session_id, None)
                 self._events.append(Closed(command.session_id))
+            case DescribeSession():
+                session = self.sessions.get(command.session_id)
+                tokens = 0 if session is None else len(session.token_ids)
+                held = Residence() if session is None else Residence("resident", tokens, kv_bytes=1)
+                self._events.append(Described(command.session_id, command.request_id, held))
 
     def step(self) -> list[Event]:
         """Run one step; return the events since the last one."""

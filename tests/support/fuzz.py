@@ -44,9 +44,11 @@ from deploy.serve.ports import free_ports
 from deploy.serve.processes import Guard
 from deploy.serve.torchserve import TorchServe
 from llava_sessions.errors import STATUS_OF_CODE
-from llava_sessions_client import SESSION_HEADER, ApiError, ChatSession, to_png, wait_for_metrics
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
+from tests.support.encoding import to_png
+from tests.support.server_metrics import wait_for_metrics
 from tests.support.serving import Processes, pack, running
+from tests.support.wire import SESSION_HEADER, ApiError, ChatSession
 
 SESSIONS, TTL_S, IDLE_S = 32, 60, 8
 THREADS, CONTROLS = 12, 3

@@ -245,6 +245,9 @@ class Frontend:
     def close_row(self, session: str, **fields: Any) -> Row:
         return self.row({"type": "close_session", **fields}, session)
 
+    def describe_row(self, session: str, **fields: Any) -> Row:
+        return self.row({"type": "describe_session", **fields}, session)
+
     def cancel_row(self, session: str) -> Row:
         return self.row({"type": "cancel"}, session)
 

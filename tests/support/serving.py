@@ -18,7 +18,7 @@ from deploy.pack import PackJob, pack_model
 from deploy.serve.haproxy import find_haproxy
 from deploy.serve.service import Service
 from deploy.serve.torchserve import TorchServe
-from llava_sessions_client import wait_for_metrics
+from tests.support.server_metrics import wait_for_metrics
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "models" / "shapes"

@@ -16,6 +16,8 @@ WRITTEN = (
     "model_store/picture.png",  # the notebook
     "demo/pictures/10000000.png",  # make demo
     ".cache/notebook.ipynb",  # make notebook
+    "site/index.html",  # make docs
+    "photos/first.png",  # docs/photo-assistant.md
     "docs/.ipynb_checkpoints/notebook-checkpoint.ipynb",  # Jupyter
     ".coverage",  # make coverage
     "logs/model_log.log",  # TorchServe without the launcher

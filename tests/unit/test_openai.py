@@ -526,6 +526,11 @@ def test_a_whole_answer_is_a_chat_completion() -> None:
     assert form(model=None).whole("", FACTS)["model"] == "served"
 
 
+def test_only_a_reply_on_invocations_has_the_servers_times() -> None:
+    assert form(headers={}).whole("Two.", FACTS)["timings"] == {"queue_ms": 0.1, "ttft_ms": 35.4, "total_ms": 765.7}
+    assert "timings" not in form().whole("Two.", FACTS)
+
+
 def test_events_have_one_piece_each_the_role_first_and_an_end() -> None:
     made = form()
     text = made.chunk(["There", "", " are"], is_first=True) + made.chunk([], is_first=False)
@@ -565,7 +570,7 @@ def test_lines_have_all_text_of_a_step_in_one_object() -> None:
     assert [text.count("\n") for text in (first, last)] == [1, 1]
     chunks = [json.loads(first), json.loads(last)]
     assert deltas(chunks) == [({"role": "assistant", "content": "There are"}, None), ({"content": " two."}, "stop")]
-    assert chunks[1]["usage"] == USAGE
+    assert (chunks[1]["usage"], chunks[1]["timings"]) == (USAGE, FACTS["timings"])
     assert made.chunk([], is_first=True) == ""
     assert "usage" not in json.loads(form(headers={}).last_chunk([], is_first=True, facts=FACTS))
 

@@ -13,22 +13,26 @@ import pytest
 from demo import chat as demo
 from deploy import options
 from deploy.container import entrypoint, image, metric_lines
+from deploy.doctor import command as doctor
 from deploy.local_endpoint import command as endpoint
 from deploy.pack import command as pack
 from deploy.sagemaker import command as llava_deploy
 from deploy.serve import command as serve
+from web import command as web
 
 REPO = Path(__file__).resolve().parents[2]
-SUBCOMMANDS = ("push", "upload", "up", "status", "invoke", "logs", "down", "capacity")
+SUBCOMMANDS = ("push", "upload", "up", "status", "invoke", "logs", "down", "capacity", "doctor")
 COMMANDS: dict[str, Callable[[list[str]], object]] = {
     "serve": serve.main,
     "pack": pack.main,
     "endpoint": endpoint.main,
     "demo": demo.parse_args,
+    "web": web.main,
     "image": image.main,
     "container": entrypoint.main,
     "metric_lines": metric_lines.main,
     "llava-deploy": llava_deploy.main,
+    "doctor": doctor.main,
     **{f"llava-deploy {name}": lambda argv, name=name: llava_deploy.main([name, *argv]) for name in SUBCOMMANDS},
 }
 MAKEFILE = (REPO / "Makefile").read_text(encoding="utf-8")
@@ -106,6 +110,9 @@ def test_the_version_is_the_projects() -> None:
             ["--model", "m", "--dtype", "int8"],
             "DTYPE must be one of auto, float32, bfloat16, float16",
         ),
+        ("web", "web", ["--port", "x"], "make web: error: WEB_PORT must be a whole number from 0 to 65535, got 'x'"),
+        ("web", "", ["--ask-option", "heat=1"], "--ask-option must name one of max_new_tokens, "),
+        ("web", "", ["--ask-option", "seed=x"], "--ask-option must have a number, true, false or a quoted text, got"),
         ("pack", "", [], "build_mar.sh: error: --model must be given"),
         (
             "demo",
@@ -113,6 +120,13 @@ def test_the_version_is_the_projects() -> None:
             ["--seed", "5"],
             "make demo: error: SEED must be a whole number from 10000000",
         ),
+        (
+            "doctor",
+            "doctor",
+            ["--port", "x"],
+            "make doctor: error: PORT must be a whole number from 0 to 65533, got 'x'",
+        ),
+        ("doctor", "", ["--dtype", "int8"], "--dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
         ("image", "image", ["--torch", "rocm"], "make image: error: TORCH must be one of cuda, cpu, got 'rocm'"),
         ("container", "", ["train"], "serve: error: the argument must be serve, got 'train'"),
         (
@@ -144,7 +158,7 @@ def test_a_wrong_option_is_named_as_typed_in_one_line(
     assert len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize(("command", "name"), [("serve", "PORT"), ("endpoint", "ENDPOINT_PORT")])
+@pytest.mark.parametrize(("command", "name"), [("serve", "PORT"), ("endpoint", "ENDPOINT_PORT"), ("web", "WEB_PORT")])
 def test_a_taken_port_is_one_line_before_anything_is_packed(
     command: str, name: str, taken: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,13 +168,13 @@ def test_a_taken_port_is_one_line_before_anything_is_packed(
     assert err.startswith(f"make {command}: error: ")
     assert {str(taken), name} <= set(re.findall(r"\w+", err))
     assert len(err.splitlines()) == 1
-    lines = re.search(rf"^{command}: java env.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)[1].splitlines()
+    lines = re.search(rf"^{command}: .*env.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)[1].splitlines()
     assert "--check" in lines[0]
     assert "build_mar.sh" in lines[1]
 
 
 def test_every_make_variable_of_a_target_is_one_of_its_names() -> None:
-    for target in ("demo", "serve", "endpoint", "image"):
+    for target in ("demo", "serve", "endpoint", "image", "web"):
         rule = re.search(rf"^{target}:(?! export).*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)[1]
         used = set(re.findall(r"(--[\w-]+) '\$\((\w+)\)'", rule))
         named = {tuple(pair.split("=")) for pair in make_names(target).split()[1:]}
@@ -175,6 +189,6 @@ def test_a_version_of_the_model_is_still_given(capsys: pytest.CaptureFixture[str
 
 def test_every_command_uses_the_same_parser() -> None:
     own = re.compile(r"= argparse\.ArgumentParser\((?!add_help=False)")
-    folders = ("bench", "demo", "deploy", "models", "tests")
+    folders = ("bench", "demo", "deploy", "models", "tests", "web")
     paths = [path for folder in folders for path in (REPO / folder).rglob("*.py")]
     assert [path for path in paths if own.search(path.read_text(encoding="utf-8"))] == []

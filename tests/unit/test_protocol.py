@@ -17,7 +17,7 @@ from llava_sessions.protocol import fields as protocol_fields
 from llava_sessions.protocol import replies
 from llava_sessions.protocol.constants import SESSION_HEADER, SESSION_ID_MAX_CHARS
 from llava_sessions.protocol.parsing import Request, parse
-from llava_sessions.protocol.requests import Ask, Cancel, Close, Open, PictureSource, session_in_header
+from llava_sessions.protocol.requests import Ask, Cancel, Close, Describe, Open, PictureSource, session_in_header
 
 LIMITS = RequestLimits()
 HEADER = SESSION_HEADER.lower()
@@ -259,14 +259,14 @@ def test_an_integer_with_too_many_digits_to_convert_is_refused():
 def test_an_unknown_type_is_refused_naming_the_four_known_ones(kind):
     refused = refusal(ask(type=kind))
     assert refused.code == "invalid_request"
-    for known in ("start_session", "send_text_prompt", "close_session", "cancel"):
+    for known in ("start_session", "send_text_prompt", "close_session", "cancel", "describe_session"):
         assert repr(known) in refused.message
     assert refused.message.isascii()
     assert len(refused.message) < 300
 
 
 def test_a_missing_type_is_named_as_missing():
-    assert refusal({}).message.endswith("or 'cancel', got nothing")
+    assert refusal({}).message.endswith("or 'describe_session', got nothing")
 
 
 @pytest.mark.parametrize("kind", ["start_session", "send_text_prompt", "close_session", "cancel"])
@@ -285,8 +285,8 @@ def test_of_very_many_unknown_fields_only_some_are_listed():
     assert len(refused.message) < 1_000
 
 
-@pytest.mark.parametrize("kind", ["close_session", "cancel"])
-def test_fields_of_an_ask_are_unknown_to_close_and_cancel(kind):
+@pytest.mark.parametrize("kind", ["close_session", "cancel", "describe_session"])
+def test_fields_of_an_ask_are_unknown_to_close_cancel_and_describe(kind):
     assert "got unknown field 'prompt_text'" in refusal({"type": kind, "session_id": "s1", "prompt_text": "x"}).message
 
 
@@ -689,9 +689,14 @@ def test_as_many_stop_strings_as_the_limit_are_taken():
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"), [("close_session", Close(session_id="s1")), ("cancel", Cancel(session_id="s1"))]
+    ("kind", "expected"),
+    [
+        ("close_session", Close(session_id="s1")),
+        ("cancel", Cancel(session_id="s1")),
+        ("describe_session", Describe(session_id="s1")),
+    ],
 )
-def test_close_and_cancel_name_their_session_in_the_header_or_in_the_body(kind, expected):
+def test_close_cancel_and_describe_name_their_session_in_the_header_or_in_the_body(kind, expected):
     assert parse({"type": kind, "session_id": "s1"}, {}, LIMITS) == expected
     assert parse({"type": kind}, {HEADER: "s1"}, LIMITS) == expected
     assert parse({"type": kind, "session_id": "s1"}, {HEADER: "s1"}, LIMITS) == expected
@@ -722,7 +727,7 @@ def test_only_the_exact_constant_means_a_new_session(value):
     assert session_in_header({HEADER: value}) == value
 
 
-@pytest.mark.parametrize("kind", ["send_text_prompt", "close_session", "cancel"])
+@pytest.mark.parametrize("kind", ["send_text_prompt", "close_session", "cancel", "describe_session"])
 @pytest.mark.parametrize("session_id", [None, ""])
 def test_a_request_that_names_no_session_is_refused(kind, session_id):
     refused = refusal({"type": kind, "session_id": session_id})
@@ -856,7 +861,7 @@ def test_an_unknown_error_code_is_a_mistake_of_the_caller():
 
 # --- any value at all ---
 
-_KINDS = ["start_session", "send_text_prompt", "close_session", "cancel", "other", None]
+_KINDS = ["start_session", "send_text_prompt", "close_session", "cancel", "describe_session", "other", None]
 _FIELDS = sorted({"type", "requestType", "unknown", *Ask.model_fields, *Open.model_fields})
 _SCALARS = [
     None,
@@ -908,7 +913,7 @@ def is_proper(result: Any) -> bool:
     if isinstance(result, Refused):
         text = json.dumps(result.body(), ensure_ascii=False)
         return result.code in ("invalid_request", "too_large") and text.isascii() and len(text) < 3_000
-    return isinstance(result, Open | Ask | Close | Cancel)
+    return isinstance(result, Open | Ask | Close | Cancel | Describe)
 
 
 @pytest.mark.parametrize("seed", range(20))

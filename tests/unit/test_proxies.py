@@ -12,7 +12,9 @@ import pytest
 
 from deploy.container import metric_lines
 from deploy.serve.ports import free_ports
-from llava_sessions_client import read_metrics
+from llava_sessions_client.http import client_options
+from llava_sessions_client.sources import fetch
+from tests.support.server_metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 PAGE = b'llava_open_sessions{ModelName="llava"} 3.0\n'
@@ -48,8 +50,17 @@ def test_metrics_are_read_directly(url: str) -> None:
     assert metric_lines.read_metrics(url) == {"open_sessions": 3}
 
 
+@pytest.mark.parametrize(("address", "trusted"), [("127.0.0.1", False), ("[::1]", False), ("example.com", True)])
+def test_the_python_client_uses_a_proxy_except_for_this_machine(address: str, trusted: bool) -> None:
+    assert client_options(f"http://{address}:8080")["trust_env"] is trusted
+
+
+def test_the_python_client_reads_a_picture_of_this_machine_directly(url: str) -> None:
+    assert fetch(url) == PAGE
+
+
 def test_every_httpx_client_ignores_the_environment() -> None:
-    folders = ("bench", "client", "demo", "deploy", "tests/deploy", "tests/server", "tests/soak", "tests/support")
+    folders = ("bench", "demo", "deploy", "tests/deploy", "tests/server", "tests/soak", "tests/support", "web")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     calls = [(path, call) for path in files for call in ast.walk(ast.parse(path.read_text())) if _opens(call)]
     assert len(calls) > 10

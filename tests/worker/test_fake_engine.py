@@ -14,6 +14,7 @@ from llava_sessions.ipc.messages import (
     AskSession,
     CloseSession,
     Delta,
+    DescribeSession,
     Event,
     Finished,
     OpenSession,
@@ -48,6 +49,7 @@ SCRIPTS: dict[str, list[Any]] = {
     "crop inside the picture": ["open a", STEP, "ask a 1 12"],
     "crop beyond the end": ["open a", STEP, "ask a 1 9999", "ask a 2"],
     "crop and roll back": ["open a", STEP, "ask a 1 8", STEP, "stop 1", "ask a 2 9", "ask a 3"],
+    "describe": ["describe a", "open a", STEP, "describe a", "ask a 1", STEP, "describe a"],
     "fork": ["open a", STEP, "open b fork", "ask b 1"],
     "fork with a known picture": ["open a", STEP, "open b fork bare", "ask b 1"],
     "an unknown picture without arrays": ["open a bare", "ask a 1", "open a", "ask a 2"],
@@ -73,6 +75,8 @@ def events_of(engine: Engine | FakeEngine, script: list[str], tokens: ChatTempla
                 engine.apply(AskSession(name, turn, prompt_ids, Sampling(2), kept_tokens=first))
             case ["stop", turn, *keep]:
                 engine.apply(StopTurn(turn, "a test", bool(keep)))
+            case ["describe", name]:
+                engine.apply(DescribeSession(name, f"description of {name}"))
             case ["close", name]:
                 engine.apply(CloseSession(name))
             case _:

@@ -16,11 +16,14 @@ from ..ipc.messages import (
     Closed,
     CloseSession,
     Command,
+    Described,
+    DescribeSession,
     Event,
     Memory,
     OpenFailed,
     OpenSession,
     OutOfCapacity,
+    Residence,
     StopTurn,
     TurnFailed,
 )
@@ -111,6 +114,10 @@ class Engine:
                     self._stop(command.turn_id, command.reason, command.keep_answer)
                 case CloseSession():
                     self._close(command.session_id)
+                case DescribeSession():
+                    session = self.sessions.get(command.session_id)
+                    residence = Residence() if session is None else session.residence
+                    self._events.append(Described(command.session_id, command.request_id, residence))
         except Exception as error:
             raise_if_device_lost(error, self.model.device)
             log.exception("command_failed command=%s", type(command).__name__)

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from ..ipc.messages import Cancelled, Delta, Event, Finished, Prefilled, Timings, Usage
+from ..ipc.messages import Cancelled, Delta, Event, Finished, Prefilled, Residence, Timings, Usage
 from ..text.answer_text import AnswerText
 from .attention import Segment
 from .content import FeatureStore, SessionContent, SessionPicture, opening_key
@@ -205,6 +205,18 @@ class EngineSession(SessionContent, Stateful):
     def pending_tokens(self) -> int:
         """Tokens that are not in the KV cache yet."""
         return len(self.token_ids) - self.kv.length
+
+    @property
+    def residence(self) -> Residence:
+        """Where the KV cache is, and the memory of the session."""
+        features = {id(picture.features): picture.features for picture in self.pictures}
+        return Residence(
+            tier=self.kv.tier,
+            cached_tokens=self.kv.length,
+            kv_bytes=self.kv.device_bytes,
+            offloaded_bytes=self.kv.host_bytes,
+            features_bytes=sum(each.rows.nbytes for each in features.values() if each is not None),
+        )
 
     def attach_features(self, store: FeatureStore) -> None:
         """Take features that other sessions have, also for a waiting turn."""

@@ -6,6 +6,7 @@ Plain data that can be pickled. Times are milliseconds, sizes bytes, lengths tok
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -113,11 +114,19 @@ class CloseSession:
 
 
 @dataclass(frozen=True)
+class DescribeSession:
+    """Report where a session's KV cache is. Always answered by `Described` with the same `request_id`."""
+
+    session_id: str
+    request_id: str
+
+
+@dataclass(frozen=True)
 class Ping:
     """Request a `Report`, which may be empty: an engine that answers between two steps does not hang."""
 
 
-Command = OpenSession | AskSession | StopTurn | CloseSession | Ping
+Command = OpenSession | AskSession | StopTurn | CloseSession | DescribeSession | Ping
 
 
 @dataclass(frozen=True)
@@ -260,6 +269,31 @@ class Closed:
     session_id: str
 
 
+@dataclass(frozen=True)
+class Residence:
+    """Where the KV cache of a session is, and the memory of the session.
+
+    `tier`: "resident" on the device, "offloaded" to the host, or "cold": not stored. `cached_tokens`: tokens that have
+    KV. `kv_bytes`: KV on the device. `offloaded_bytes`: KV on the host. `features_bytes`: features of the session's
+    pictures, which other sessions may share.
+    """
+
+    tier: Literal["resident", "offloaded", "cold"] = "cold"
+    cached_tokens: int = 0
+    kv_bytes: int = 0
+    offloaded_bytes: int = 0
+    features_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Described:
+    """The answer to `DescribeSession`. A session that the engine does not hold is cold and has no memory."""
+
+    session_id: str
+    request_id: str
+    residence: Residence
+
+
 Event = (
     Admitted
     | TurnAdmitted
@@ -271,6 +305,7 @@ Event = (
     | OutOfCapacity
     | Cancelled
     | Closed
+    | Described
 )
 
 

@@ -107,6 +107,7 @@ SessionId = Annotated[
 ]
 SessionToken = Annotated[str, Field(pattern=f"^{SESSION_TOKEN_PATTERN.pattern}$")]
 RequestId = Annotated[str, Field(pattern=f"^{REQUEST_ID_PATTERN.pattern}$")]
+ConfirmSeconds = Annotated[int, Field(ge=1, le=600)]
 Prompt = Annotated[str, AfterValidator(_check_prompt)]
 NewTokens = Annotated[int, Field(ge=1), AfterValidator(_check_new_tokens)]
 MinTokens = Annotated[int, Field(ge=0), AfterValidator(_check_min_tokens)]

@@ -135,7 +135,7 @@ class OpenAIForm:
         usage = _usage(facts["usage"])
         if not self.is_sse:
             body = self._delta("".join(pieces), is_first, finish)
-            return self._line({**body, "usage": usage} if self.include_usage else body)
+            return self._line({**body, "usage": usage, **self._timings(facts)} if self.include_usage else body)
         text = self.chunk(pieces, is_first)
         events = text + self._event(self._delta("" if is_first and not text else None, is_first and not text, finish))
         if self.include_usage:
@@ -150,7 +150,8 @@ class OpenAIForm:
             "logprobs": None,
             "finish_reason": _FINISH_REASONS.get(facts["finish_reason"], _CUT),
         }
-        return {**self._head("chat.completion"), "choices": [choice], "usage": _usage(facts["usage"])}
+        usage = _usage(facts["usage"])
+        return {**self._head("chat.completion"), "choices": [choice], "usage": usage, **self._timings(facts)}
 
     def status(self, refused: Refused) -> int:
         """Return the status of the error's code. OpenAI answers 400 where the conversation exceeds the context."""
@@ -165,6 +166,10 @@ class OpenAIForm:
         """Return the error as the last event or the last line."""
         body = self.error(refused)
         return self._event(body) + _DONE if is_stream and self.is_sse else self._line(body)
+
+    def _timings(self, facts: Body) -> Body:
+        """Return the native field of the times. OpenAI has none, so it is not sent on OpenAI's own path."""
+        return {} if self.is_sse else {"timings": facts["timings"]}
 
     def _head(self, kind: str) -> Body:
         head: Body = {"id": self.completion_id, "object": kind, "created": self.created_s, "model": self.model}

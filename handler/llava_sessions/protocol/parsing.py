@@ -17,10 +17,10 @@ from .chat_payload import parse_chat
 from .constants import PATH_HEADER, SESSION_HEADER
 from .fields import without_expiry
 from .openai import CHAT_PATH, MODELS_PATH, Chat, Models, RefusedChat
-from .requests import PICTURE_FIELDS, Ask, Cancel, Close, Open, session_in_header
+from .requests import PICTURE_FIELDS, Ask, Cancel, Close, Describe, Open, session_in_header
 from .validation import Problem, add_retry_key, refusal, validated
 
-Native = Open | Ask | Close | Cancel
+Native = Open | Ask | Close | Cancel | Describe
 Request = Native | Chat | Models
 
 _ACTION_FIELDS = {"type", "requestType"}
@@ -33,6 +33,7 @@ MODEL_OF_TYPE: dict[str, type[Native]] = {
     "send_text_prompt": Ask,
     "close_session": Close,
     "cancel": Cancel,
+    "describe_session": Describe,
 }
 # SageMaker's container standard (aws/model-hosting-container-standards, "Stateful sessions").
 MODEL_OF_REQUEST_TYPE: dict[str, type[Native]] = {"NEW_SESSION": Open, "CLOSE": Close}
@@ -110,7 +111,7 @@ def _model(payload: dict[str, Any]) -> type[Native]:
         message = f"`requestType` must be 'NEW_SESSION' or 'CLOSE', got {shown(standard)}"
     else:
         model = MODEL_OF_TYPE.get(action) if isinstance(action, str) else None
-        known = "'start_session', 'send_text_prompt', 'close_session' or 'cancel'"
+        known = "'start_session', 'send_text_prompt', 'close_session', 'cancel' or 'describe_session'"
         message = f"`type` must be {known}, got {'nothing' if action is None else shown(action)}"
     if model is None:
         raise Refused("invalid_request", message)

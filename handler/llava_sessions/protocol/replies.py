@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from ..errors import Refused
-from ..ipc.messages import Timings, Usage
+from ..ipc.messages import Residence, Timings, Usage
 from .constants import NEW_SESSION_HEADER, SESSION_HEADER, STREAM_TYPE
 
 Body = dict[str, Any]
+
+
+def utc_text(time_s: float) -> str:
+    """Return a time in the form of SageMaker's header, UTC. `time_s`: seconds since the epoch."""
+    return datetime.fromtimestamp(time_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def session_headers(session_id: str, expires: str) -> dict[str, str]:
@@ -43,6 +49,23 @@ def closed(session_id: str) -> Body:
 def cancelled(session_id: str, had_turn: bool) -> Body:
     """Return the body of a cancel's reply; `success` is false if no turn was running."""
     return {"success": had_turn, "session_id": session_id}
+
+
+def described(session_id: str, expires: str, is_answering: bool, residence: Residence) -> Body:
+    """Return the body of a description of a session. `expires`: the time at which the session ends without a turn."""
+    memory = {
+        "kv_bytes": residence.kv_bytes,
+        "offloaded_bytes": residence.offloaded_bytes,
+        "features_bytes": residence.features_bytes,
+    }
+    return {
+        "session_id": session_id,
+        "expires": expires,
+        "is_answering": is_answering,
+        "residency": residence.tier,
+        "cached_tokens": residence.cached_tokens,
+        "memory": memory,
+    }
 
 
 def answer_facts(

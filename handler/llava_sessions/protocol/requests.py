@@ -1,4 +1,4 @@
-"""The native requests that the worker uses: `Open`, `Ask`, `Close` and `Cancel`. Pure. `parsing` makes them."""
+"""The native requests that the worker uses: `Open`, `Ask`, `Close`, `Cancel` and `Describe`. Pure. See `parsing`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from .constants import NEW_SESSION, SESSION_HEADER
 from .fields import (
     TOO_LARGE,
     Answer,
+    ConfirmSeconds,
     Frames,
     Images,
     MinTokens,
@@ -137,7 +138,8 @@ class Open(RetriableRequest):
 
     `history`: earlier turns, which follow the session's own pictures and are prefilled as they are. `resume` is the ID
     of a session, which ends. If the open has a `session_token`, all later requests must have the same token. A resume
-    of a session with a token must have that token. NEW_SESSION alone opens a session on nothing.
+    of a session with a token must have that token. NEW_SESSION alone opens a session on nothing. `confirm_s`: the
+    session expires so soon unless another request names it.
     """
 
     session_id: Literal["", "NEW_SESSION"] | None = None
@@ -147,6 +149,7 @@ class Open(RetriableRequest):
     video: Frames | None = None
     history: History = ()
     resume: SessionId | None = None
+    confirm_s: ConfirmSeconds | None = None
     request_id: RequestId | None = None
     session_token: SessionToken | None = None
 
@@ -159,6 +162,7 @@ class Open(RetriableRequest):
             "{limits.max_history_chars} characters and {limits.max_history_pictures} pictures together, got {actual}"
         ),
         "resume": "`resume` must be at most 226 letters, digits and inner hyphens, got {actual}",
+        "confirm_s": "`confirm_s` must be an integer from 1 to 600, got {actual}",
     }
 
     @property
@@ -245,6 +249,13 @@ class Close(BaseRequest):
 
 class Cancel(BaseRequest):
     """End the running turn of a session; the session is as before that turn."""
+
+    session_id: SessionId
+    session_token: SessionToken | None = None
+
+
+class Describe(BaseRequest):
+    """Report where a session's KV cache is, its memory and its expiry. Changes nothing and renews nothing."""
 
     session_id: SessionId
     session_token: SessionToken | None = None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ..config import RequestLimits
 from ..protocol.openai import Chat, OpenAIForm
 from ..protocol.parsing import Request, parse
-from ..protocol.requests import Ask, Cancel, Close, Open, session_in_header
+from ..protocol.requests import Ask, Cancel, Close, Describe, Open, session_in_header
 from .inbox import Inbox
 from .pending import PendingRequest
 
@@ -104,6 +104,6 @@ def _session_id(pending: PendingRequest, parsed: Future[Request]) -> str:
         match request:
             case Open():
                 in_header = request.resume
-            case Ask() | Close() | Cancel():
+            case Ask() | Close() | Cancel() | Describe():
                 in_header = request.session_id
     return in_header or pending.row.request_id

@@ -14,6 +14,7 @@ from ..ipc.messages import (
     Cancelled,
     Closed,
     Delta,
+    Described,
     Event,
     Finished,
     OpenFailed,
@@ -26,6 +27,7 @@ from .answers import Answers
 from .closes import Closes
 from .context import WorkerContext
 from .conversations import Conversations
+from .descriptions import Descriptions
 from .openings import Openings, unload
 from .sessions import Residency, Session, SessionState
 from .turns import Turns
@@ -45,6 +47,7 @@ class EngineEvents:
         answers: Answers,
         closes: Closes,
         conversations: Conversations,
+        descriptions: Descriptions,
     ) -> None:
         self._context = context
         self._openings = openings
@@ -52,6 +55,7 @@ class EngineEvents:
         self._answers = answers
         self._closes = closes
         self._conversations = conversations
+        self._descriptions = descriptions
 
     def apply(self, event: Event) -> None:
         """Apply one event. Never raises."""
@@ -65,6 +69,7 @@ class EngineEvents:
         """Make every session COLD; fail the turns and opens that only the lost engine held."""
         for session in self._context.table:
             session.unload()
+        self._descriptions.engine_lost()
         self._openings.engine_lost()
         self._turns.engine_lost()
         for session in self._context.table:
@@ -96,6 +101,8 @@ class EngineEvents:
                 self._end_turn(event)
             case OutOfCapacity():
                 self._out_of_capacity(event)
+            case Described():
+                self._descriptions.on_described(event)
             case Admitted() | Prefilled() | OpenFailed() | Closed():
                 session = self._context.table.find(event.session_id)
                 if session is not None:

@@ -11,7 +11,7 @@ from ..ipc.messages import Report
 from ..metrics import MetricValues
 from ..protocol.openai import Chat, Models
 from ..protocol.parsing import Request
-from ..protocol.requests import Ask, Cancel, Close, Open
+from ..protocol.requests import Ask, Cancel, Close, Describe, Open
 from .adoption import Adoption
 from .answers import Answers
 from .chats import Chats
@@ -19,6 +19,7 @@ from .closes import Closes, expire
 from .context import WorkerContext
 from .conversations import Conversations
 from .counters import EngineMemory
+from .descriptions import Descriptions
 from .engines import EngineLost, EngineUp
 from .events import EngineEvents
 from .marks import TurnMarks
@@ -56,6 +57,7 @@ class SessionManager:
         self._chats = Chats(context, self._turns, self._conversations, self._questions)
         self._closes = Closes(context, self._openings, self._turns)
         self._answers = Answers(context, self._turns, self._conversations)
+        self._descriptions = Descriptions(context)
         self._events = EngineEvents(
             context,
             openings=self._openings,
@@ -63,6 +65,7 @@ class SessionManager:
             answers=self._answers,
             closes=self._closes,
             conversations=self._conversations,
+            descriptions=self._descriptions,
         )
         self._adoption = Adoption(context, self.handle)
         self._memory = EngineMemory()
@@ -89,6 +92,8 @@ class SessionManager:
                     self._closes.start(pending, request)
                 case Cancel():
                     self._turns.cancel(pending, request)
+                case Describe():
+                    self._descriptions.start(pending, request)
         except Refused as error:
             if error.code != "session_not_found" or not self._adoption.start(pending, request):
                 raise self._recovery.error_for(error) from None
@@ -98,6 +103,7 @@ class SessionManager:
         """Stop the work that only this request's client waited for."""
         pending.disconnected = True
         self._turns.disconnected(pending)
+        self._descriptions.disconnected(pending)
         self._follow_up()
 
     def on_event(self, item: Report | EngineLost | EngineUp | Callable[[], None]) -> None:

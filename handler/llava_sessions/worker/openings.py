@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import re
 import uuid
 from collections import OrderedDict
@@ -71,7 +72,7 @@ class Openings:
         if session_in_header(pending.row.headers):
             message = f"A new session gets its ID from the server; `{SESSION_HEADER}` must be absent or {NEW_SESSION}."
             raise Refused("invalid_request", message)
-        if request.stored_key is not None and self._attach(pending, request.stored_key):
+        if request.stored_key is not None and self._attach(pending, request.stored_key, request.confirm_s):
             return
         self._context.gate.check()
         session = self._context.table.reserve(_session_id(pending))
@@ -119,7 +120,7 @@ class Openings:
             if opening.session.is_in(SessionState.OPENING) and opening.session.transcript is not None:
                 self._reject(opening, self._context.gate.restarting())
 
-    def _attach(self, pending: PendingRequest, retry_key: str) -> bool:
+    def _attach(self, pending: PendingRequest, retry_key: str, confirm_s: int | None) -> bool:
         """Answer a retried open with the session of the first one. Return False if that session has ended."""
         session_id = self._by_retry_key.get(retry_key)
         if session_id is None:
@@ -131,6 +132,8 @@ class Openings:
         now_s = self._context.clock()
         if session is None or not session.is_in(SessionState.OPEN) or session.has_expired(now_s):
             return False
+        if session.confirm_by_s < math.inf:
+            session.await_confirmation(confirm_s, now_s)
         if session.transcript is not None:
             _acknowledge(pending, session)
         else:
@@ -222,6 +225,7 @@ class Openings:
     def _acknowledge(self, opening: _Opening, durable: bool) -> None:
         del self._openings[opening.session.id]
         session = opening.session
+        session.await_confirmation(opening.request.confirm_s, self._context.clock())
         transcript = session.known_transcript
         self._context.counters.opens += 1
         if durable:

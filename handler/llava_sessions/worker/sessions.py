@@ -11,12 +11,12 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from enum import Enum, auto
 
 from ..chat.transcript import Blob, Transcript, TurnRecord
 from ..errors import Refused
 from ..protocol.openai import Chat
+from ..protocol.replies import utc_text
 from ..protocol.requests import Ask
 from .pending import PendingRequest
 from .prefixes import HeldConversation, Prompt
@@ -162,10 +162,10 @@ class Turn(_Stateful):
 class Session(_Stateful):
     """One chat. `expires_at_s` is absolute; `used_at_s` is the end of the latest turn; idle expiry counts from there.
 
-    `transcript` is None during the opening, and after a restart of the worker until the journal is read.
-    `stored_turns` counts the turns that are durable. `engine_losses` counts the engines that died during its turns,
-    since its last answer. `conversation`: what an implicit session holds; None for a session that a client opened by
-    name. `picture_keys`: keys of the pictures that the engine holds for the session, in order.
+    At `confirm_by_s` the session expires if no request has named it. `transcript` is None during the opening, and after
+    a restart of the worker until the journal is read. `stored_turns` counts the turns that are durable. `engine_losses`
+    counts the engines that died during its turns, since its last answer. `conversation`: what an implicit session
+    holds; None for a session opened by name. `picture_keys`: keys of the pictures that the engine holds, in order.
     """
 
     def __init__(self, session_id: str, idle_s: float) -> None:
@@ -175,6 +175,7 @@ class Session(_Stateful):
         self._idle_s = idle_s
         self.transcript: Transcript | None = None
         self.expires_at_s = math.inf
+        self.confirm_by_s = math.inf
         self.used_at_s = 0.0
         self.token_digest: str | None = None
         self.turn: Turn | None = None
@@ -225,11 +226,20 @@ class Session(_Stateful):
     @property
     def expires(self) -> str:
         """The expiry in the form of SageMaker's header, UTC."""
-        return datetime.fromtimestamp(self.expires_at_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return utc_text(self.expires_at_s)
+
+    @property
+    def ends_at_s(self) -> float:
+        """The expiry, the idle limit or the end of the time to confirm, whichever comes first."""
+        return min(self.expires_at_s, self.used_at_s + self._idle_s, self.confirm_by_s)
 
     def has_expired(self, now_s: float) -> bool:
-        """Return whether the session has reached its expiry or its idle limit."""
-        return now_s >= min(self.expires_at_s, self.used_at_s + self._idle_s)
+        """Return whether the session has reached its expiry or its idle limit, or was not confirmed in time."""
+        return now_s >= self.ends_at_s
+
+    def await_confirmation(self, confirm_s: int | None, now_s: float) -> None:
+        """Expire in `confirm_s` seconds unless a request names the session. None: wait for no request."""
+        self.confirm_by_s = math.inf if confirm_s is None else now_s + confirm_s
 
     def restore(self, transcript: Transcript, now_s: float) -> None:
         """Open a session that the journal has given."""
@@ -329,7 +339,7 @@ class SessionTable:
             self._past.popitem(last=False)
 
     def get(self, session_id: str, now_s: float, token_digest: str | None = None) -> Session:
-        """Return the open session of this ID. Raise `Refused` (session_expired, session_not_found).
+        """Return the open session of this ID, which confirms it. Raise `Refused` (session_expired, session_not_found).
 
         A request without the session's token receives the same error as an unknown session ID.
         """
@@ -339,6 +349,7 @@ class SessionTable:
                 raise session_not_found()
             if session.has_expired(now_s):
                 raise session_expired()
+            session.confirm_by_s = math.inf
             return session
         past = self._past.get(session_id)
         if past is not None and past.fits("expired", token_digest):
@@ -370,11 +381,8 @@ class SessionTable:
 
 def expired_sessions(table: SessionTable, now_s: float) -> list[Session]:
     """Return the open sessions without a turn whose expiry and grace are over."""
-    return [
-        session
-        for session in table
-        if session.is_in(SessionState.OPEN) and session.turn is None and session.has_expired(now_s - GRACE_S)
-    ]
+    idle = (session for session in table if session.is_in(SessionState.OPEN) and session.turn is None)
+    return [session for session in idle if session.has_expired(now_s - GRACE_S)]
 
 
 def same_token(expected: str | None, given: str | None) -> bool:

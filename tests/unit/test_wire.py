@@ -1,4 +1,4 @@
-"""llava_sessions_client against a stand-in for the server: the requests it sends, and how it reads the replies."""
+"""tests.support.wire against a stand-in for the server: the requests it sends, and how it reads the replies."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import httpx
 import pytest
 from PIL import Image
 
-import llava_sessions_client as client
-from llava_sessions_client import SESSION_HEADER, Answer, ApiError, ChatSession
+from llava_sessions_client.lines import split_lines
+from tests.support.server_metrics import read_metrics, wait_for_metrics
+from tests.support.wire import SESSION_HEADER, Answer, ApiError, ChatSession
 
 OPENED = {SESSION_HEADER: "abc-1; Expires=2030-01-01T00:00:00Z"}
 Respond = Callable[[httpx.Request], httpx.Response]
@@ -34,13 +35,9 @@ def test_lines_end_at_lf_only_and_parts_may_end_anywhere() -> None:
     events = [{"delta": word} for word in ("Es ", "grün", " 🟩", "a\u2028b\u2029c\x85d\x0be", ".")]
     data = "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events).encode()
     for cut in range(len(data) + 1):
-        assert [json.loads(line) for line in client.split_lines([data[:cut], data[cut:]])] == events
+        assert [json.loads(line) for line in split_lines([data[:cut], data[cut:]])] == events
     assert list(session(lambda _: httpx.Response(200, content=data)).stream("Hm?")) == events
-    assert list(client.split_lines([data[:-1]]))[-1] == b'{"delta": "."}', "a body that ends without LF"
-
-
-def test_the_public_names_exist() -> None:
-    assert [name for name in client.__all__ if not hasattr(client, name)] == []
+    assert list(split_lines([data[:-1]]))[-1] == b'{"delta": "."}', "a body that ends without LF"
 
 
 @pytest.mark.parametrize("picture", [b"encoded", Image.new("RGB", (3, 2), "red")])
@@ -132,6 +129,6 @@ def test_metrics_are_read_from_the_prometheus_page(monkeypatch: pytest.MonkeyPat
         return httpx.Response(200, text=text, request=httpx.Request("GET", url))
 
     monkeypatch.setattr(httpx, "get", get)
-    assert client.read_metrics("http://server:8082") == {"llava_open_sessions": 1.0}
-    assert client.wait_for_metrics("http://server:8082/metrics", llava_open_sessions=2) == {"llava_open_sessions": 2.0}
+    assert read_metrics("http://server:8082") == {"llava_open_sessions": 1.0}
+    assert wait_for_metrics("http://server:8082/metrics", llava_open_sessions=2) == {"llava_open_sessions": 2.0}
     assert set(urls) == {"http://server:8082/metrics"}

@@ -1,4 +1,4 @@
-"""A picture chat over HTTP: open a session, ask questions, close it."""
+"""The wire protocol as tests drive it: one request per call, without retries, and each reply as it arrives."""
 
 from __future__ import annotations
 
@@ -11,12 +11,42 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from .errors import raise_for_error, raise_for_late_error
-from .lines import split_lines
-from .pictures import to_base64
+from llava_sessions_client.lines import split_lines
+
+from .encoding import to_base64
 
 SESSION_HEADER = "X-Amzn-SageMaker-Session-Id"
 CLOSED_HEADER = "X-Amzn-SageMaker-Closed-Session-Id"
+
+
+class ApiError(Exception):
+    """A rejected request: the HTTP status, and the stable `code` of the error body.
+
+    `code` is "unexpected_reply" when the reply has no error body of LLaVA Sessions, as from a proxy.
+    """
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(f"{status} {code}: {message}")
+        self.status = status
+        self.code = code
+
+
+def raise_for_error(reply: httpx.Response) -> httpx.Response:
+    """Return a successful reply. Raise `ApiError` for any other."""
+    if reply.is_success:
+        return reply
+    try:
+        error = reply.json()["error"]
+        refusal = ApiError(reply.status_code, error["code"], error["message"])
+    except (ValueError, KeyError, TypeError):
+        refusal = ApiError(reply.status_code, "unexpected_reply", reply.text[:200])
+    raise refusal
+
+
+def raise_for_late_error(body: dict[str, Any]) -> None:
+    """Raise `ApiError` if a body, or a line of a stream, is an error that occurred after status 200 was sent."""
+    if "error" in body:
+        raise ApiError(200, body["error"]["code"], body["error"]["message"])
 
 
 @dataclass

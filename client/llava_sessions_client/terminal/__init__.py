@@ -1,0 +1,1 @@
+"""`llava-chat`: a picture chat in the terminal."""

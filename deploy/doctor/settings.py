@@ -1,0 +1,85 @@
+"""The settings that count for a server: the configuration as packing would render it, and options of the command."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deploy.pack import PackError, checkpoint_problems, render_config
+
+from . import machine
+from .findings import Subject
+from .sizes import Sizes
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Values of the rendered model-config.yaml. None stands for `auto`."""
+
+    content: dict[str, Any]
+    sessions: int
+    rows: int
+    dtype: str
+    device: str
+    device_bytes: int | None
+
+
+def read(subject: Subject) -> Settings | None:
+    """Return the settings, or None if the configuration cannot be read or rendered."""
+    try:
+        text = rendered(subject)
+        content = yaml.safe_load(text)
+    except (OSError, PackError, yaml.YAMLError, UnicodeDecodeError):
+        return None
+    llava = content["llava"]
+    device_bytes = llava.get("device_bytes")
+    return Settings(
+        content=content,
+        sessions=llava["max_sessions"],
+        rows=content["batchSize"],
+        dtype=llava.get("dtype") or "auto",
+        device=str(llava.get("device") or "auto"),
+        device_bytes=device_bytes if isinstance(device_bytes, int) else None,
+    )
+
+
+def rendered(subject: Subject) -> str:
+    """Return the configuration as `build_mar.sh` would pack it. Raise `PackError` or `OSError`."""
+    template = subject.config.read_text(encoding="utf-8")
+    given = {key: value for key, value in (("dtype", subject.dtype), ("device", subject.device)) if value}
+    return render_config(template, given, subject.sessions)[0]
+
+
+def sizes(subject: Subject) -> Sizes | None:
+    """Return the sizes of the checkpoint, or None if it is not a complete local one."""
+    folder: Path | None = subject.folder
+    if folder is None or checkpoint_problems(folder):
+        return None
+    return Sizes.read(folder)
+
+
+def gpus(subject: Subject) -> list[machine.Gpu] | None:
+    """Return the GPUs of this machine, or None if there is no driver."""
+    return machine.gpus(subject.environment.get("PATH", os.defpath))
+
+
+def card(subject: Subject, chosen: Settings) -> machine.Gpu | None:
+    """Return the GPU that the server would use, or None if it would use the CPU."""
+    if chosen.device == "cpu" or machine.torch_cuda() is None:
+        return None
+    number = chosen.device.partition(":")[2]
+    cards = (gpus(subject) or [])[int(number) if number.isdecimal() else 0 :]
+    return cards[0] if cards else None
+
+
+def dtype(chosen: Settings, sizes: Sizes, on_cuda: bool) -> str:
+    """Return the dtype of the weights, as the engine chooses it."""
+    if chosen.dtype in ("float32", "bfloat16", "float16"):
+        return chosen.dtype
+    if on_cuda:
+        return "float16" if sizes.stored_dtype == "float16" else "bfloat16"
+    return "bfloat16" if machine.has_bfloat16() else "float32"

@@ -1,0 +1,442 @@
+"""`doctor` names each problem of a machine, a checkpoint or a configuration with its remedy: real broken inputs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from deploy.doctor import (
+    checkpoint,
+    configuration,
+    gpu,
+    headers,
+    machine,
+    ports,
+    resources,
+    settings,
+    software,
+)
+from deploy.doctor.findings import GIB, MIB, Finding, Subject
+from deploy.doctor.frontend_keys import MODEL_KEYS, PROPERTIES
+from deploy.doctor.machine import Memory
+from deploy.doctor.sizes import Sizes
+from deploy.sagemaker import command as llava_deploy
+from deploy.sagemaker.capacity import MODELS
+from deploy.serve import haproxy, java
+from llava_sessions.config import MAX_REQUEST_BYTES, HandlerConfig
+from llava_sessions.protocol.constants import CLOSED_SESSION_HEADER, NEW_SESSION_HEADER, SESSION_HEADER
+
+REPO = Path(__file__).parents[2]
+SHAPES = REPO / "models" / "shapes"
+CONFIG = REPO / "handler" / "model-config.yaml"
+
+
+def levels(found: Iterator[Finding]) -> dict[str, str]:
+    """The findings that need action, as `{level: all lines}`."""
+    lines: dict[str, str] = {"warning": "", "error": ""}
+    for finding in found:
+        if finding.level != "ok":
+            assert finding.remedy, finding
+            lines[finding.level] += finding.line() + "\n"
+    return lines
+
+
+def program(folder: Path, name: str, text: str, status: int = 0) -> str:
+    """Write a program that prints a text; return its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/bin/sh\ncat <<'TEXT'\n{text}\nTEXT\nexit {status}\n")
+    path.chmod(0o755)
+    return str(folder)
+
+
+def edited(folder: Path, source: Path, changes: Mapping[str, str]) -> Path:
+    """Copy a configuration with other values of some keys. A key that is not there is added at the end."""
+    text = source.read_text()
+    for key, value in changes.items():
+        text, found = re.subn(rf"^( *{re.escape(key)}[:=] ?)[^#\n]*", rf"\g<1>{value} ", text, flags=re.MULTILINE)
+        text += "" if found else f"{key}: {value}\n"
+    path = folder / source.name
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
+def shapes(tmp_path: Path) -> Path:
+    """A copy of the demo model that a test may damage."""
+    folder = tmp_path / "shapes"
+    shutil.copytree(SHAPES, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    return folder
+
+
+# --- the whole command ------------------------------------------------------------------------------------------------
+
+
+def test_this_checkout_has_no_problem_of_its_own() -> None:
+    subject = Subject(model=str(SHAPES), environment=dict(os.environ))
+    for check in (
+        software.check_packages,
+        checkpoint.check_checkpoint,
+        checkpoint.check_dtype,
+        configuration.check_configuration,
+        configuration.check_properties,
+        headers.check_headers,
+    ):
+        found = list(check(subject))
+        assert [finding.level for finding in found] == ["ok"], found
+
+
+def test_the_report_ends_with_1_after_an_error_and_is_json_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    assert llava_deploy.main(["doctor", "--model", "/no/such/folder", "--port", "0", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    findings = [Finding(**finding) for finding in report["findings"]]
+    assert report["error"] == sum(finding.level == "error" for finding in findings) > 0
+    (finding,) = [finding for finding in findings if finding.check == "checkpoint"]
+    assert finding.line() == (
+        "error    checkpoint     /no/such/folder is not a folder  ->  give --model (MODEL=) the folder of a checkpoint"
+    )
+
+
+def test_without_packages_it_still_runs_and_says_how_to_install_them() -> None:
+    """As `make doctor` before `make env`: with the Python of the system."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from deploy.doctor.command import main; sys.exit(main([]))"
+    words = [sys.executable, "-I", "-S", "-c", code, str(REPO)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert re.search(r"^error +packages +not installed: torchserve, .*->  run: make env$", done.stdout, re.MULTILINE)
+    assert re.search(r"^ok +python ", done.stdout, re.MULTILINE)
+    assert not done.stderr
+
+
+# --- programs and packages --------------------------------------------------------------------------------------------
+
+
+def test_packages_are_compared_with_the_pins(tmp_path: Path) -> None:
+    pins = tmp_path / "requirements.txt"
+    pins.write_text("# a comment\npyyaml==1.0\nno-such-package==2.0\npsutil[test]==3.1  # an extra\n")
+    assert software.read_pins(pins) == {"pyyaml": "1.0", "no-such-package": "2.0", "psutil": "3.1"}
+    errors = levels(software.check_packages(Subject(), pins))["error"]
+    assert "not installed: no-such-package  ->  run: make env" in errors
+    assert "pyyaml must be 1.0, got " in errors
+
+
+def test_an_old_and_a_missing_java_are_errors(tmp_path: Path) -> None:
+    program(tmp_path / "old" / "bin", "java", 'openjdk version "11.0.2" 2019-01-15')
+    old = Subject(environment={"JAVA_HOME": str(tmp_path / "old")})
+    assert "Java must be 17 or later, got 11" in levels(software.check_java(old))["error"]
+    assert "JAVA_HOME is" in levels(software.check_java(old))["error"]
+    missing = levels(software.check_java(Subject(environment={"PATH": str(tmp_path)})))["error"]
+    assert "Java is not found  ->  install Java 17 or later" in missing
+    broken = Subject(environment={"PATH": program(tmp_path / "broken", "java", "no Java here", 1)})
+    assert "a program without a version" in levels(software.check_java(broken))["error"]
+
+
+def test_an_old_haproxy_is_a_warning(tmp_path: Path) -> None:
+    path = program(tmp_path, "haproxy", "HAProxy version 2.4.22-0ubuntu0 2023/01/01")
+    found = levels(software.check_haproxy(Subject(environment={"PATH": path})))
+    assert "HAProxy must be 2.6 or later, got 2.4.22-0ubuntu0: it is not used" in found["warning"]
+
+
+def test_the_limits_are_those_of_the_code_that_enforces_them() -> None:
+    assert haproxy.MIN_HAPROXY == software._MIN_HAPROXY
+    assert java.MIN_JAVA == software._MIN_JAVA
+    assert configuration.MAX_BODY_BYTES == MAX_REQUEST_BYTES
+    assert headers.HEADERS == (SESSION_HEADER, NEW_SESSION_HEADER, CLOSED_SESSION_HEADER)
+    assert HandlerConfig.model_fields["engine_hang_s"].default == configuration.DEFAULTS["engine_hang_s"]
+    assert HandlerConfig.model_fields["session_ttl_s"].default == configuration.DEFAULTS["session_ttl_s"]
+
+
+# --- ports ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_used_port_is_an_error_with_the_process_that_holds_it() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        errors = levels(ports.check_ports(Subject(port=port)))["error"]
+    assert f"port {port} (" in errors
+    assert f"(process {os.getpid()})" in errors
+    assert "choose another --port" in errors
+
+
+# --- the checkpoint ---------------------------------------------------------------------------------------------------
+
+
+def test_a_truncated_checkpoint_is_an_error(shapes: Path) -> None:
+    weights = shapes / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 1)
+    errors = levels(checkpoint.check_checkpoint(Subject(model=str(shapes))))["error"]
+    assert "truncated or damaged  ->  copy or download the checkpoint again" in errors
+
+
+def test_a_pointer_of_git_lfs_is_an_error(shapes: Path) -> None:
+    (shapes / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    errors = levels(checkpoint.check_checkpoint(Subject(model=str(shapes))))["error"]
+    assert "model.safetensors is a git-lfs pointer" in errors
+    assert "git lfs pull" in errors
+
+
+def test_every_missing_part_of_a_checkpoint_is_named(shapes: Path) -> None:
+    for name in ("tokenizer.json", "chat_template.jinja", "model.safetensors"):
+        (shapes / name).unlink()
+    (shapes / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    errors = levels(checkpoint.check_checkpoint(Subject(model=str(shapes))))["error"]
+    for problem in ("no tokenizer", "no chat template", "model-00001-of-00002.safetensors is missing"):
+        assert problem in errors
+
+
+def test_another_family_is_an_error_with_those_that_are_served(shapes: Path) -> None:
+    config = json.loads((shapes / "config.json").read_text())
+    (shapes / "config.json").write_text(json.dumps(config | {"model_type": "qwen2_vl"}))
+    errors = levels(checkpoint.check_checkpoint(Subject(model=str(shapes))))["error"]
+    assert "`model_type` must be one of llava, llava_next, llava_onevision, got 'qwen2_vl'" in errors
+
+
+def test_an_id_on_the_hub_is_only_announced() -> None:
+    found = levels(checkpoint.check_checkpoint(Subject(model="llava-hf/llava-1.5-7b-hf")))
+    assert "packing downloads and checks it" in found["warning"]
+
+
+def test_a_slow_dtype_is_a_warning() -> None:
+    found = levels(checkpoint.check_dtype(Subject(model=str(SHAPES), dtype="float16", device="cpu")))
+    assert "float16 is chosen for a CPU" in found["warning"]
+
+
+def test_sizes_are_those_of_the_published_checkpoint(tmp_path: Path) -> None:
+    """LLaVA-1.5-7B: its config.json omits what transformers has as defaults. The capacity table has its sizes."""
+    config = {"model_type": "llava", "text_config": {"model_type": "llama", "torch_dtype": "float16"}}
+    config["vision_config"] = {"image_size": 336, "patch_size": 14}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    sizes = Sizes.read(tmp_path)
+    assert sizes.kv_numbers * 2 == MODELS[0].kv_token_bytes
+    assert sizes.features_bytes("float16") == MODELS[0].features_bytes
+    tokens = MODELS[0].picture_tokens + 1024
+    assert sizes.session_bytes("float16") == MODELS[0].features_bytes + MODELS[0].kv_bytes(tokens)
+
+
+# --- memory, disk, processes ------------------------------------------------------------------------------------------
+
+
+def test_weights_beyond_memory_and_disk_are_errors(shapes: Path) -> None:
+    """A sparse file of 8 TiB with a true header: complete, and too large for this machine."""
+    size = 8 * 2**40
+    header = json.dumps({"w": {"dtype": "F16", "shape": [size // 2], "data_offsets": [0, size]}}).encode()
+    with (shapes / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + size)
+    subject = Subject(model=str(shapes), output=shapes / "store", device="cpu")
+    assert "the server needs 8193.7 GiB to start" in levels(resources.check_memory(subject))["error"]
+    assert "for the packed model, which need 8193.0 GiB" in levels(resources.check_disk(subject))["error"]
+
+
+def test_the_limit_of_a_container_counts(tmp_path: Path) -> None:
+    group = tmp_path / "sys" / "fs" / "cgroup"
+    group.mkdir(parents=True)
+    values = {"memory.max": 64 * MIB, "memory.current": 32 * MIB, "memory.stat": f"anon 1\ninactive_file {8 * MIB}"}
+    for name, value in values.items():
+        (group / name).write_text(f"{value}\n")
+    memory = Memory.read(tmp_path)
+    assert (memory.total, memory.free) == (64 * MIB, 40 * MIB)
+    chosen = settings.read(Subject())
+    assert chosen is not None
+    demand = resources.demand_of(chosen, Sizes.read(SHAPES), memory, None)
+    errors = levels(resources.start_problems(demand, memory))["error"]
+    assert f"40.0 MiB of 64.0 MiB are free (the control group ({group}/memory.max))" in errors
+
+
+def test_a_budget_that_holds_no_session_is_an_error_and_one_for_few_a_warning(tmp_path: Path) -> None:
+    def found(device_bytes: int, sessions: int = 64) -> dict[str, str]:
+        config = edited(tmp_path, CONFIG, {"device_bytes": str(device_bytes)})
+        chosen = settings.read(Subject(config=config, dtype="float32", device="cpu", sessions=sessions))
+        assert chosen is not None
+        memory = Memory(64 * GIB, 64 * GIB, "the machine")
+        demand = resources.demand_of(chosen, sizes, memory, None)
+        return levels(resources.session_problems(demand, memory, chosen.sessions))
+
+    sizes = Sizes.read(SHAPES)
+    one = sizes.session_bytes("float32")
+    assert "opens would get 429" in found(one - 1)["error"]
+    room = one // sizes.features_bytes("float32")
+    assert f"features of {room} sessions fit in memory, of {room + 1} configured" in found(one, room + 1)["warning"]
+    assert found(64 * one) == {"warning": "", "error": ""}
+
+
+def test_a_limit_of_processes_below_the_sequences_is_an_error(tmp_path: Path) -> None:
+    group = tmp_path / "sys" / "fs" / "cgroup"
+    group.mkdir(parents=True)
+    (group / "pids.max").write_text("300\n")
+    (group / "pids.current").write_text("100\n")
+    assert (
+        "200 more processes and threads are allowed here"
+        in levels(resources.check_processes(Subject(), tmp_path))["error"]
+    )
+    (group / "pids.max").write_text("max\n")
+    assert list(resources.check_processes(Subject(), tmp_path)) == []
+
+
+def test_bfloat16_is_read_from_the_flags_of_the_cpu(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    for flags, expected in (("fpu avx2", False), ("fpu avx512_bf16 avx2", True)):
+        (tmp_path / "proc" / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+        assert machine.has_bfloat16(tmp_path) is expected
+
+
+# --- the GPU ----------------------------------------------------------------------------------------------------------
+
+SMI = "NVIDIA A10G, 470.57.02, 22731, 22000"
+
+
+def test_a_gpu_that_is_chosen_and_absent_is_an_error(tmp_path: Path) -> None:
+    subject = Subject(device="cuda", environment={"PATH": str(tmp_path)})
+    assert "device cuda is configured, and nvidia-smi finds no GPU" in levels(gpu.check_gpu(subject))["error"]
+    two = Subject(device="cuda:1", environment={"PATH": program(tmp_path, "nvidia-smi", SMI)})
+    assert "device cuda:1 is configured, and this machine has 1 GPUs" in levels(gpu.check_gpu(two))["error"]
+    odd = Subject(device="cuda:one", environment=two.environment)
+    assert "must be auto, cpu, cuda or cuda:N, got 'cuda:one'" in levels(gpu.check_gpu(odd))["error"]
+    unknown = Subject(device="gpu", environment=two.environment)
+    assert "must be auto, cpu, cuda or cuda:N, got 'gpu'" in levels(gpu.check_gpu(unknown))["error"]
+
+
+def test_a_driver_that_is_older_than_torch_needs_is_an_error(tmp_path: Path) -> None:
+    cards = machine.gpus(program(tmp_path, "nvidia-smi", SMI))
+    assert cards == [machine.Gpu("NVIDIA A10G", "470.57.02", 22731 * MIB, 22000 * MIB)]
+    assert "torch's CUDA 13.0 needs driver 580 or later, got 470.57.02" in levels(gpu._usable(cards, "13.0"))["error"]
+    assert machine.gpus(program(tmp_path, "nvidia-smi", "NVIDIA-SMI has failed", 9)) is None
+
+
+# --- the configuration ------------------------------------------------------------------------------------------------
+
+
+def test_every_contradiction_of_a_configuration_is_named(tmp_path: Path) -> None:
+    changes = {
+        "minWorkers": "2",
+        "responseTimeout": "30",
+        "sequenceTimeoutMSec": "60000",
+        "maxNumSequence": "9999",
+        "sequenceMaxIdleMsec": "1320000",
+        "session_idle_s": "2000",
+        "journal_dir": "journal",
+        "journal_s3_prefix": "s3://bucket",
+        "default_deadline_ms": "90000",
+        "max_bytes": "31457280",
+        "max_request_pixels": "1000",
+        "local_roots": "[/no/such/folder]",
+        "prefill_chunk_tokens": "0",
+    }
+    found = levels(configuration.check_configuration(Subject(config=edited(tmp_path, CONFIG, changes))))
+    for problem in (
+        "`llava.prefill_chunk_tokens` must be an integer from 1 to 65536, got",
+        "`sequenceTimeoutMSec` must be an integer of at least 1320000",
+        "`minWorkers` must be at most `maxWorkers` (1), got 2",
+        "`responseTimeout` must be longer than `llava.engine_hang_s` (60 s), got 30 s",
+        "`llava.journal_dir` must be an absolute path, got 'journal'",
+        "`llava.journal_s3_prefix` must be s3://<bucket>/<prefix>, got 's3://bucket'",
+    ):
+        assert problem in found["error"], problem
+    for problem in (
+        "`maxNumSequence` must be at most maxWorkers * batchSize (272), got 9999  ->  build_mar.sh corrects it",
+        "TorchServe ignores the unknown key `sequenceMaxIdleMsec`  ->  write `sequenceMaxIdleMSec`",
+        "`llava.session_idle_s` (2000) has no effect",
+        "`llava.journal_dir` and `llava.journal_s3_prefix` are both set",
+        "`llava.limits.default_deadline_ms` is 90000: SageMaker gives up after 60000",
+        "`llava.media.max_bytes` is 31457280, and a request holds a picture of at most 25165824",
+        "`llava.media.max_pixels` (40000000) is above `llava.media.max_request_pixels` (1000)",
+        "`llava.media.local_roots` has /no/such/folder, which is not a folder",
+    ):
+        assert problem in found["warning"], problem
+
+
+@pytest.mark.parametrize(("key", "value"), [("minWorkers", "-1"), ("responseTimeout", "abc"), ("startupTimeout", "0")])
+def test_a_number_of_the_frontend_that_is_none_is_an_error(tmp_path: Path, key: str, value: str) -> None:
+    path = tmp_path / "model-config.yaml"
+    path.write_text(re.sub(rf"(?m)^{key}:.*$", f"{key}: {value}", Subject().config.read_text()))
+    found = levels(configuration.check_configuration(Subject(config=path)))["error"]
+    assert f"`{key}` must be an integer from 1, got " in found
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("llava: [", "is not YAML"),
+        ("minWorkers: 1\n", "has no `llava:` section"),
+        ("batchSize: 1\nmaxNumSequence: 1\nllava:\n  max_sessions: none\n", "must be an integer from 1, got 'none'"),
+        (b"\xff\xfe", "is not UTF-8 text"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_an_error(tmp_path: Path, text: str | bytes, problem: str) -> None:
+    path = tmp_path / "model-config.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert problem in levels(configuration.check_configuration(Subject(config=path)))["error"]
+    assert "cannot be read" in levels(configuration.check_configuration(Subject(config=tmp_path / "no")))["error"]
+
+
+def test_properties_and_variables_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    changes = {"max_request_size": "6553500", "default_workers_per_model": "2"}
+    path = edited(tmp_path, REPO / "config.properties", changes)
+    path.write_text(path.read_text() + "jobqueue_size=5\n")
+    variables = {"CORS_ORIGINS": "example.com", "PUBLIC_METRICS": "yes", "TS_CONFIG_FILE": "/etc/other"}
+    found = levels(configuration.check_properties(Subject(properties=path, environment=variables)))
+    assert "`max_request_size` must be at least 33554432, as in HAProxy, got 6553500" in found["error"]
+    assert "`default_workers_per_model` must be 1, got 2" in found["error"]
+    assert "CORS_ORIGINS must be origins such as https://example.com" in found["error"]
+    assert "PUBLIC_METRICS must be on or off, got 'yes'" in found["error"]
+    assert "unknown key `jobqueue_size`  ->  write `job_queue_size`" in found["warning"]
+    assert "TS_CONFIG_FILE is /etc/other" in found["warning"]
+
+
+def test_torchserve_reads_every_key_of_the_lists() -> None:
+    spec = find_spec("ts")
+    assert spec is not None
+    assert spec.origin is not None
+    with zipfile.ZipFile(Path(spec.origin).parent / "frontend" / "model-server.jar") as jar:
+        model = jar.read("org/pytorch/serve/archive/model/ModelConfig.class")
+        manager = jar.read("org/pytorch/serve/util/ConfigManager.class")
+    assert [key for key in MODEL_KEYS if key.encode() not in model] == []
+    # torchserve's launcher, a Python program, reads this one.
+    assert [key for key in PROPERTIES - {"vmargs"} if key.encode() not in manager] == []
+
+
+# --- headers ----------------------------------------------------------------------------------------------------------
+
+
+def test_headers_that_disagree_are_errors(tmp_path: Path) -> None:
+    changes = {"ts_header_key_sequence_id": "ts_request_sequence_id"}
+    properties = edited(tmp_path, REPO / "config.properties", changes)
+    worker_env = tmp_path / "local.env"
+    worker_env.write_text("export TS_REQUEST_SEQUENCE_ID=x-amzn-sagemaker-session-id\n")
+    found = levels(headers.check_headers(Subject(properties=properties, worker_env=worker_env)))["error"]
+    assert "ts_header_key_sequence_id must be X-Amzn-SageMaker-Session-Id, got ts_request_sequence_id" in found
+    assert "TS_REQUEST_SEQUENCE_ID must be X-Amzn-SageMaker-Session-Id, got x-amzn-sagemaker-session-id" in found
+    assert "TS_REQUEST_SEQUENCE_END must be X-Amzn-SageMaker-Closed-Session-Id, got (unset)" in found
+
+
+def test_a_spelling_that_haproxy_lacks_is_a_problem(tmp_path: Path) -> None:
+    text = (REPO / "deploy" / "serve" / "sessions.cfg").read_text()
+    rules = tmp_path / "sessions.cfg"
+    rules.write_text(re.sub(r"^ *h1-case-adjust x-amzn-sagemaker-session-id.*\n", "", text, flags=re.MULTILINE))
+    (problem,) = headers.haproxy_problems((rules,))
+    assert problem.endswith("x-amzn-sagemaker-session-id as X-Amzn-SageMaker-Session-Id, got (no rule)")
+    assert headers.haproxy_problems(haproxy.CONFIGS) == []
+
+
+@pytest.mark.skipif(haproxy.find_haproxy() is None, reason="no HAProxy")
+def test_rules_that_haproxy_rejects_are_an_error(tmp_path: Path) -> None:
+    rules = tmp_path / "front.cfg"
+    rules.write_text((REPO / "deploy" / "serve" / "front.cfg").read_text() + "\nfrontend\n    bind :nothing\n")
+    subject = Subject(environment=dict(os.environ))
+    assert levels(headers.check_haproxy_rules(subject)) == {"warning": "", "error": ""}
+    broken = levels(headers.check_haproxy_rules(subject, (haproxy.CONFIGS[0], rules)))
+    assert "HAProxy rejects its rules:" in broken["error"]

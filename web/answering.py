@@ -1,0 +1,81 @@
+"""An answer as server-sent events. A thread reads the client's stream; the page's request reads the events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+
+from llava_sessions_client import AnswerStream
+
+from .chats import WebChat, alone
+from .problems import in_words
+
+log = logging.getLogger(__name__)
+Ask = Callable[[], AnswerStream]
+_END = None
+
+
+async def events(chat: WebChat, ask: Ask, index: int, *, shows_pending: bool = True) -> AsyncIterator[str]:
+    """Ask, and yield the answer's events: `piece` for text, and at last `end`, `stopped` or `problem`.
+
+    `index`: that of the new turn. `shows_pending`: the question shows the pictures that wait for the next one. If
+    the page leaves, the answer is cancelled and the turn rolled back.
+    """
+    queue: asyncio.Queue[str | None] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def put(name: str, data: dict[str, Any]) -> None:
+        loop.call_soon_threadsafe(queue.put_nowait, event(name, data))
+
+    def work() -> None:
+        try:
+            _answer(chat, ask, put, index=index, shows_pending=shows_pending)
+        finally:
+            loop.call_soon_threadsafe(queue.put_nowait, _END)
+
+    worker = asyncio.ensure_future(run_in_threadpool(work))
+    try:
+        while (text := await queue.get()) is not _END:
+            yield text
+    finally:
+        if not worker.done():
+            loop.run_in_executor(None, _leave, chat)
+
+
+def event(name: str, data: dict[str, Any]) -> str:
+    """Return one server-sent event. JSON has no line breaks, so the data is one line."""
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
+
+
+def _answer(
+    chat: WebChat, ask: Ask, put: Callable[[str, dict[str, Any]], None], *, index: int, shows_pending: bool
+) -> None:
+    try:
+        with alone(chat):
+            try:
+                stream = chat.running = ask()
+                for piece in stream:
+                    put("piece", {"text": piece})
+                is_kept = stream.answer.is_kept
+                if is_kept:
+                    chat.asked(index, shows_pending=shows_pending)
+            finally:
+                chat.running = None
+        put("end" if is_kept else "stopped", {"chat": chat.shown()})
+    except Exception as error:
+        problem = in_words(error)
+        if problem.code == "internal":
+            log.exception("answer_failed")
+        put("problem", problem.body())
+
+
+def _leave(chat: WebChat) -> None:
+    try:
+        chat.stop()
+    except Exception as error:
+        log.info("cancel_failed error=%s", type(error).__name__)

@@ -1,0 +1,240 @@
+"""The chats of the page. Each has one session of the client, and is known by a random ID that only its page has.
+
+Methods that talk to the model server block: call them on a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from llava_sessions_client import AnswerStream, Chat, ClientError, Endpoint, SessionLost, Turn
+
+from .pictures import MAX_PICTURES, StoredPicture, render
+from .problems import Problem, chat_not_found
+
+MAX_CHATS = 32
+MAX_BYTES = 512 * 1024 * 1024
+_ENDED = {"place": "ended"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A turn without a session. `ttft_ms`: from the open with the whole conversation to the first piece."""
+
+    ttft_ms: float
+    prompt_tokens: int
+
+
+@dataclass
+class WebChat:
+    """One chat. `lock` is held while the chat opens, answers or is measured."""
+
+    id: str
+    session: Chat
+    pictures: list[StoredPicture]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    running: AnswerStream | None = None
+    comparisons: dict[Turn, Comparison] = field(default_factory=dict)
+    used_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The conversation."""
+        return self.session.turns
+
+    @property
+    def pending(self) -> list[StoredPicture]:
+        """The pictures that the next question shows."""
+        return [picture for picture in self.pictures if picture.pending]
+
+    def picture(self, number: int) -> StoredPicture:
+        """Return a picture by its number. Raise `Problem`."""
+        found = next((one for one in self.pictures if one.number == number), None)
+        if found is None:
+            raise Problem("picture_not_found", "This picture is gone.", "Reload the page.", status=404)
+        return found
+
+    def attach(self, data: bytes) -> None:
+        """Add a picture to the next question. Raise `Problem`."""
+        if len(self.pictures) >= MAX_PICTURES:
+            raise Problem("too_many", f"A chat has at most {MAX_PICTURES} pictures.", "Start a new chat.", status=413)
+        shown, media_type = render(data)
+        number = 1 + max((one.number for one in self.pictures), default=-1)
+        self.pictures.append(StoredPicture(number, data, shown, media_type, pending=True))
+
+    def detach(self, number: int) -> None:
+        """Remove a picture from the next question. Raise `Problem`."""
+        if not self.picture(number).pending:
+            raise Problem("picture_in_use", "This picture is part of the conversation.", "Start a new chat without it.")
+        self.pictures = [one for one in self.pictures if one.number != number]
+
+    def asked(self, index: int, *, shows_pending: bool) -> None:
+        """Note that turn `index` is the last one now. Pictures of later turns are gone.
+
+        `shows_pending`: the turn shows the pending pictures.
+        """
+        self.pictures = [one for one in self.pictures if one.turn is None or one.turn <= index]
+        for picture in self.pending if shows_pending else []:
+            picture.pending = False
+            picture.turn = index
+
+    def stop(self) -> bool:
+        """Stop the running answer. Return False if there is none. Raise `ClientError`."""
+        stream = self.running
+        if stream is None:
+            return False
+        stream.cancel()
+        return True
+
+    def where(self) -> dict[str, Any]:
+        """Return where the session is, its memory, and the seconds to its expiry."""
+        try:
+            found = self.session.describe()
+        except SessionLost:
+            return _ENDED
+        except ClientError:  # out of reach, or without this request
+            return {"place": "unknown", "expires_in_s": _seconds_to(self.session.expires_at)}
+        return {
+            "place": found.residency,
+            "expires_in_s": _seconds_to(found.expires_at),
+            "cached_tokens": found.cached_tokens,
+            "memory": {
+                "kv_bytes": found.kv_bytes,
+                "offloaded_bytes": found.offloaded_bytes,
+                "features_bytes": found.features_bytes,
+            },
+        }
+
+    def shown(self) -> dict[str, Any]:
+        """Return the chat as the page reads it."""
+        return {
+            "id": self.id,
+            "turns": [self._turn(index, turn) for index, turn in enumerate(self.turns)],
+            "pictures": [{"number": one.number, "turn": one.turn, "pending": one.pending} for one in self.pictures],
+            "notices": list(self.session.notices),
+        }
+
+    def _turn(self, index: int, turn: Turn) -> dict[str, Any]:
+        answer = turn.answer
+        compared = self.comparisons.get(turn)
+        return {
+            "question": turn.text,
+            "answer": answer.text,
+            "finish_reason": answer.finish_reason,
+            "pictures": [one.number for one in self.pictures if one.turn == index],
+            "ttft_ms": answer.ttft_s * 1000,
+            "total_ms": answer.total_s * 1000,
+            "prompt_tokens": answer.usage.prompt_tokens,
+            "cached_tokens": answer.usage.cached_tokens,
+            "completion_tokens": answer.usage.completion_tokens,
+            "replayed": answer.replayed,
+            "comparison": None if compared is None else vars(compared) | {"cached_tokens": 0},
+        }
+
+
+class Chats:
+    """All chats of this page's server, at most `MAX_CHATS`."""
+
+    def __init__(self, endpoint: Endpoint, make_endpoint: Callable[[str], Endpoint]) -> None:
+        """`make_endpoint` makes another client of the same model server, whose sessions have the given token."""
+        self._endpoint = endpoint
+        self._make_endpoint = make_endpoint
+        self._chats: dict[str, WebChat] = {}
+        self._measuring = threading.Lock()
+
+    def all(self) -> list[WebChat]:
+        """Return the open chats, oldest first."""
+        return list(self._chats.values())
+
+    def find(self, chat_id: str) -> WebChat:
+        """Return a chat. Raise `Problem`."""
+        chat = self._chats.get(chat_id)
+        if chat is None:
+            raise chat_not_found()
+        chat.used_at = time.monotonic()
+        return chat
+
+    def open(self, data: bytes) -> WebChat:
+        """Open a chat on a picture. Raise `Problem` or `ClientError`."""
+        held = sum(len(one.data) + len(one.shown) for chat in self.all() for one in chat.pictures)
+        if len(self._chats) >= MAX_CHATS or held > MAX_BYTES:
+            raise Problem("too_many_chats", "This page has too many open chats.", "Close a chat first.", status=429)
+        shown, media_type = render(data)
+        session = self._endpoint.open(data)
+        chat = WebChat(secrets.token_urlsafe(16), session, [StoredPicture(0, data, shown, media_type)])
+        self._chats[chat.id] = chat
+        return chat
+
+    def reopen(self, chat: WebChat) -> None:
+        """Continue a chat in a new session with its history. Raise `ClientError`."""
+        with alone(chat):
+            old = chat.session
+            chat.session = self._endpoint.open(old.pictures, history=old.turns)
+            _close(old)
+
+    def compare(self, chat: WebChat, index: int) -> None:
+        """Measure a turn without a session. Raise `Problem` or `ClientError`.
+
+        The whole conversation is opened under a fresh session token, so that no picture and no prefix is shared with
+        another session, and asked. The session is closed at once. One measurement runs at a time.
+        """
+        with alone(chat):
+            turns = chat.turns
+            if not 0 <= index < len(turns):
+                raise Problem("turn_not_found", "This turn is gone.", "Reload the page.", status=404)
+            turn = turns[index]
+            with self._measuring, self._make_endpoint(secrets.token_urlsafe(32)) as other:
+                other.open().close()  # makes the connection, which the session has too
+                began = time.perf_counter()
+                with other.open(chat.session.pictures, history=turns[:index]) as fresh:
+                    stream = fresh.stream(turn.text, images=turn.pictures, max_new_tokens=8)
+                    next(stream, None)
+                    ttft_s = time.perf_counter() - began
+                    for _ in stream:
+                        pass
+            chat.comparisons[turn] = Comparison(ttft_s * 1000, stream.answer.usage.prompt_tokens)
+
+    def close(self, chat: WebChat) -> None:
+        """Close a chat and its session. A model server that cannot be reached lets the session expire."""
+        self._chats.pop(chat.id, None)
+        if chat.running is not None:
+            chat.running.cancel()
+        _close(chat.session)
+
+    def stop_all(self) -> None:
+        """Stop the running answers. Their turns are rolled back."""
+        for chat in self.all():
+            with contextlib.suppress(ClientError):
+                chat.stop()
+
+    def close_all(self) -> None:
+        """Close every chat."""
+        for chat in self.all():
+            self.close(chat)
+
+
+@contextlib.contextmanager
+def alone(chat: WebChat) -> Iterator[None]:
+    """Hold a chat's lock for a block. Raise `Problem` if the chat is answering."""
+    if not chat.lock.acquire(blocking=False):
+        raise Problem("busy", "This chat is still answering.", "Wait for the answer, or stop it.", status=409)
+    try:
+        yield
+    finally:
+        chat.lock.release()
+
+
+def _close(session: Chat) -> None:
+    with contextlib.suppress(ClientError):  # then the session expires
+        session.close()
+
+
+def _seconds_to(expiry: datetime | None) -> float | None:
+    return None if expiry is None else (expiry - datetime.now(UTC)).total_seconds()

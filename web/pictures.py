@@ -1,0 +1,63 @@
+"""Pictures of one chat: as they were uploaded, and as the page shows them."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+from PIL import Image, ImageOps
+
+from .problems import Problem
+
+MAX_PICTURES = 32
+MAX_PIXELS = 40_000_000
+MAX_RATIO = 100
+_SHOWN_PX = 1024
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")
+
+
+@dataclass
+class StoredPicture:
+    """A picture of a chat.
+
+    `data`: as uploaded. `shown`: a PNG or JPEG without metadata for the page. `turn`: index of the turn that shows the
+    picture; None for a picture of the open. `pending`: the next question shows it.
+    """
+
+    number: int
+    data: bytes
+    shown: bytes
+    media_type: str
+    turn: int | None = None
+    pending: bool = False
+
+
+def render(data: bytes) -> tuple[bytes, str]:
+    """Return a picture as the page shows it, and its media type. Raise `Problem` if it cannot be read."""
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
+            width, height = opened.size
+            if width * height > MAX_PIXELS or max(width, height) > MAX_RATIO * min(width, height):
+                raise Problem(
+                    "too_large",
+                    "The picture has too many pixels, or is too narrow.",
+                    "Send one of at most 40 million pixels.",
+                    status=413,
+                )
+            opened.draft("RGB", (_SHOWN_PX, _SHOWN_PX))
+            return _encoded(ImageOps.exif_transpose(opened), is_photo=opened.format in ("JPEG", "MPO"))
+    except Problem:
+        raise
+    except Exception:  # Pillow raises many kinds of errors for damaged files
+        advice = "Send a PNG, JPEG, WEBP, GIF, BMP or TIFF file."
+        raise Problem("invalid_picture", "This file is not a picture that can be read.", advice, status=415) from None
+
+
+def _encoded(image: Image.Image, *, is_photo: bool) -> tuple[bytes, str]:
+    image.thumbnail((_SHOWN_PX, _SHOWN_PX))
+    buffer = io.BytesIO()
+    if is_photo:
+        image.convert("RGB").save(buffer, "JPEG", quality=85)
+        return buffer.getvalue(), "image/jpeg"
+    image.convert("RGBA").save(buffer, "PNG")
+    return buffer.getvalue(), "image/png"

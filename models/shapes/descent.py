@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -72,6 +73,21 @@ class Descent:
         with torch.no_grad():
             for parameter, master in pairs:
                 parameter.copy_(master)
+
+    def state(self) -> dict[str, Any]:
+        """Return what `load` needs to continue: the weights in float32 and the optimizers' memory."""
+        masters = [[master for _, master in group] for group in self.groups]
+        return {"masters": masters, "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken, with the same modules."""
+        with torch.no_grad():
+            for group, masters in zip(self.groups, state["masters"], strict=True):
+                for (parameter, master), kept in zip(group, masters, strict=True):
+                    master.copy_(kept)
+                    parameter.copy_(kept)
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
 
     def finish(self) -> None:
         """Give the modules their float32 weights."""

@@ -46,8 +46,11 @@ class Pictures:
         return cls(pixels, shapes, cover)
 
     def save(self, path: Path) -> None:
-        """Write a file for an Album."""
-        np.savez(path, pixels=self.pixels, shapes=self.shapes, cover=self.cover)
+        """Write a file for an Album; it is whole or absent."""
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            np.savez(file, pixels=self.pixels, shapes=self.shapes, cover=self.cover)
+        part.replace(path)
 
     def normalized(self) -> Tensor:
         """Return the model's input, as the image processor makes it."""

@@ -3,10 +3,13 @@
 FOLDER has version 1 of the model, whose language model and tokenizer this version starts with. The vision tower and the
 projector start with random weights.
 
-1. Pictures are drawn by two processes and kept in a temporary folder.
+1. Pictures are drawn by two processes.
 2. One process teaches the eye (`eye.py`); at the same time the other one teaches the language model on dialogues about
    pictures that it does not see: codes with noise (`codes.py`) replace the features of a trained eye.
 3. Both processes train the whole model on pictures and dialogues, and average their gradients.
+
+`--folder` keeps the pictures (7 GB) and a checkpoint of every ten minutes: the same command then continues a run that
+was interrupted. Its random choices differ from those of a run in one piece.
 """
 
 from __future__ import annotations
@@ -19,9 +22,6 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
@@ -41,9 +41,11 @@ from models.shapes.scenes import Pictured
 from models.shapes.talk import Script, Voice, imagined
 
 FOLDER = Path(__file__).resolve().parent
+EYE, VOICE = "eye.pt", "voice.pt"  # what the second stage passes on to the third, in the run's folder
 SEEDS_PER_RUN = 1_000_000
 SEEDS_PER_FILE = 2_000
 IMAGINED_FROM = 500_000  # the language model's own seeds, in each run
+SECONDS_BETWEEN_CHECKPOINTS = 600
 TURNS, TURN_WEIGHTS = (1, 2, 3, 4, 6, 9), (1, 1, 1, 2, 4, 5)
 
 
@@ -96,6 +98,7 @@ class Job:
     folder: Path
     start: Path
     out: Path
+    meeting: Path  # a new file, by which the two processes of the third stage find each other
 
     @property
     def first_seed(self) -> int:
@@ -106,14 +109,55 @@ class Job:
         return Codes(**torch.load(self.folder / "codes.pt"))
 
 
+class Progress:
+    """Counts the steps of one part of a run, and keeps a checkpoint of it in the run's folder."""
+
+    def __init__(self, job: Job, name: str, steps: int, descent: Descent, keeps: bool = True) -> None:
+        self.name, self.steps, self.descent, self.keeps = name, steps, descent, keeps
+        self.path = job.folder / f"{name}.checkpoint"
+        self.first = 0
+        if self.path.exists():
+            kept = torch.load(self.path)
+            self.first = kept["step"]
+            descent.load(kept)
+        self._kept_at = time.monotonic()
+
+    def bar(self, position: int = 0) -> tqdm:
+        """Return the steps still to take, with a progress bar."""
+        return tqdm(
+            range(self.first, self.steps),
+            initial=self.first,
+            total=self.steps,
+            desc=self.name,
+            mininterval=5,
+            position=position,
+            disable=not self.keeps,
+        )
+
+    def taken(self, step: int) -> None:
+        """Keep a checkpoint after `step` if it is time for one."""
+        if self.keeps and time.monotonic() - self._kept_at > SECONDS_BETWEEN_CHECKPOINTS:
+            whole_file(self.path, {"step": step + 1, **self.descent.state()})
+            self._kept_at = time.monotonic()
+
+
+def whole_file(path: Path, content: object) -> None:
+    """Write a file that is either whole or absent."""
+    torch.save(content, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+
+
 # --- stage 1: pictures -----------------------------------------------------------------------------------------------
 
 
 def draw_pictures(rank: int, job: Job) -> None:
     """Draw every second file of pictures."""
     for number in tqdm(range(rank, job.plan.files, 2), desc="drawing", disable=rank != 0):
+        path = job.folder / f"{number}.npz"
+        if path.exists():
+            continue
         start = job.first_seed + number * SEEDS_PER_FILE
-        Pictures.of(range(start, start + SEEDS_PER_FILE)).save(job.folder / f"{number}.npz")
+        Pictures.of(range(start, start + SEEDS_PER_FILE)).save(path)
 
 
 # --- stage 2: the eye and the language model, each on its own ---------------------------------------------------------
@@ -126,26 +170,32 @@ def teach_apart(rank: int, job: Job) -> None:
 
 
 def teach_eye(job: Job) -> None:
+    if (job.folder / EYE).exists():
+        return
     torch.manual_seed(job.seed)
     model, _ = new_model(job)
     eye = Eye(model)
     first_weights(eye)
     descent = Descent([eye], skip=eye.unused)
     album, codes = Album(job.folder), job.codes()
-    rng = np.random.default_rng(job.seed)
-    bar = tqdm(range(job.plan.eye_steps), desc="the eye", mininterval=5)
+    progress = Progress(job, "the eye", job.plan.eye_steps, descent)
+    rng = np.random.default_rng((job.seed, progress.first))
+    bar = progress.bar()
     for step in bar:
         batch = album.batch(job.plan.eye_batch, rng)
         seen = eye(batch.normalized())
         loss, found = eye.loss(seen, Truth.of(batch), codes)
         descent.step(loss, job.plan.eye_rate.at(step, job.plan.eye_steps))
+        progress.taken(step)
         if step % 20 == 0:
             bar.set_postfix_str(f"loss {loss.item():.3f}, centres {found:.3f}")
     descent.finish()
-    torch.save(eye.state_dict(), job.folder / "eye.pt")
+    whole_file(job.folder / EYE, eye.state_dict())
 
 
 def teach_talk(job: Job) -> None:
+    if (job.folder / VOICE).exists():
+        return
     torch.manual_seed(job.seed + 1)
     model, processor = new_model(job)
     voice, script = Voice(model), Script(processor.tokenizer)
@@ -154,10 +204,12 @@ def teach_talk(job: Job) -> None:
     )
     descent = Descent([voice])
     codes = job.codes()
-    rng, noise = random.Random(job.seed), np.random.default_rng(job.seed)
-    next_seed = job.first_seed + IMAGINED_FROM
     steps = job.plan.talk_steps
-    bar = tqdm(range(steps), desc="the language model", mininterval=5, position=1)
+    progress = Progress(job, "the language model", steps, descent)
+    rng = random.Random(1_000_000 * job.seed + progress.first)
+    noise = np.random.default_rng((job.seed, progress.first))
+    next_seed = job.first_seed + IMAGINED_FROM + progress.first * job.plan.talk_turns // 2
+    bar = progress.bar(position=1)
     for step in bar:
         turns = rng.choices(TURNS, TURN_WEIGHTS)[0]
         count = max(2, job.plan.talk_turns // max(3, turns))
@@ -166,10 +218,11 @@ def teach_talk(job: Job) -> None:
         features = imagined(scenes, codes, noise) * codes.scale
         loss, right = voice.loss(script.batch(scenes, turns, rng), features)
         descent.step(loss, job.plan.talk_rate.at(step, steps))
+        progress.taken(step)
         if step % 20 == 0:
             bar.set_postfix_str(f"loss {loss.item():.4f}, answer tokens right {right:.4f}")
     descent.finish()
-    torch.save(voice.state_dict(), job.folder / "voice.pt")
+    whole_file(job.folder / VOICE, voice.state_dict())
 
 
 # --- stage 3: both ---------------------------------------------------------------------------------------------------
@@ -179,16 +232,18 @@ def teach_both(rank: int, job: Job) -> None:
     """Train the whole model in both processes; process 0 saves it."""
     torch.set_num_threads(1)
     team = Team(rank, 2)
-    dist.init_process_group("gloo", init_method=f"file://{job.folder}/meeting", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{job.meeting}", rank=rank, world_size=2)
     model, processor = new_model(job)
     eye, voice, script = Eye(model), Voice(model), Script(processor.tokenizer)
-    eye.load_state_dict(torch.load(job.folder / "eye.pt"))
-    voice.load_state_dict(torch.load(job.folder / "voice.pt"))
+    eye.load_state_dict(torch.load(job.folder / EYE))
+    voice.load_state_dict(torch.load(job.folder / VOICE))
     descent = Descent([eye, voice], skip=eye.unused, team=team)
     album, codes = Album(job.folder, part=rank, parts=2), job.codes()
-    rng, picks = random.Random(job.seed + rank), np.random.default_rng(job.seed + 10 + rank)
     steps = job.plan.joint_steps
-    bar = tqdm(range(steps), desc="both", mininterval=5, disable=rank != 0)
+    progress = Progress(job, "both", steps, descent, keeps=rank == 0)
+    rng = random.Random(1_000_000 * job.seed + 2 * progress.first + rank)
+    picks = np.random.default_rng((job.seed, progress.first, rank))
+    bar = progress.bar()
     for step in bar:
         batch = album.batch(job.plan.eye_batch, picks)
         seen = eye(batch.normalized())
@@ -198,6 +253,7 @@ def teach_both(rank: int, job: Job) -> None:
         scenes = [scene_of_row(batch.shapes[row]) for row in rows]
         spoken, right = voice.loss(script.batch(scenes, turns, rng), seen[0][rows] * codes.scale)
         descent.step(loss + spoken, job.plan.joint_rate.at(step, steps))
+        progress.taken(step)
         if step % 20 == 0:
             bar.set_postfix_str(f"centres {found:.4f}, answer tokens right {right:.4f}")
     descent.finish()
@@ -227,7 +283,8 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: P
 
 
 def run(job: Job) -> None:
-    """Run all stages, each in two processes."""
+    """Run all stages, each in two processes with one thread."""
+    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", TOKENIZERS_PARALLELISM="false")
     processor = build.make_processor(AutoTokenizer.from_pretrained(job.start))
     Script(processor.tokenizer).check(processor)
     processor.save_pretrained(job.folder)
@@ -244,9 +301,13 @@ def main() -> None:
     parser.add_argument("--start", type=Path, required=True, help="folder of version 1 of this model")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the model (default: beside this file)")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full work; 0.01 is a smoke test")
+    parser.add_argument("--folder", type=Path, help="keep pictures and checkpoints here, and continue from them")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        run(Job(options.seed, Plan().scaled(options.scale), Path(folder), options.start, options.out))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        plan = Plan().scaled(options.scale)
+        run(Job(options.seed, plan, folder, options.start, options.out, Path(temporary) / "meeting"))
 
 
 if __name__ == "__main__":

@@ -186,17 +186,6 @@ def _half_disc(rng: random.Random) -> Outline:
     return rotated(outline, rng.choice((0, math.pi / 2, math.pi, rng.uniform(0, 6.3))))
 
 
-def _trapezoid(rng: random.Random) -> Outline:
-    top = rng.uniform(0.35, 0.6)
-    outline = [(-top, -0.6), (top, -0.6), (1, 0.6), (-1, 0.6)]
-    return rotated(outline, rng.choice((0, 0, math.pi, math.pi / 2)))
-
-
-def _parallelogram(rng: random.Random) -> Outline:
-    lean = rng.uniform(0.5, 0.9) * rng.choice((-1, 1))
-    return [(-1 + lean, -0.6), (1 + lean, -0.6), (1 - lean, 0.6), (-1 - lean, 0.6)]
-
-
 def _bar(rng: random.Random) -> Outline:
     outline = stretched(ring(4, (1.0,), math.pi / 4), 1.0, rng.uniform(0.06, 0.22))
     return rotated(outline, rng.choice((0, math.pi / 2, rng.uniform(0, 6.3))))
@@ -213,14 +202,6 @@ def _lightning(rng: random.Random) -> Outline:
     return [(0.2, -1), (-0.6, 0.1), (-0.05, 0.1), (-0.3, 1), (0.6, -0.25), (0.05, -0.25), (0.5, -1)]
 
 
-def _house(rng: random.Random) -> Outline:
-    return [(0, -1), (1, -0.2), (0.8, -0.2), (0.8, 1), (-0.8, 1), (-0.8, -0.2), (-1, -0.2)]
-
-
-def _drop(rng: random.Random) -> Outline:
-    return [(0, -1.5), *[(0.8 * math.cos(a), 0.8 * math.sin(a)) for a in (-0.5 + step * 0.19 for step in range(22))]]
-
-
 UNKNOWN: tuple[Callable[[random.Random], Outline], ...] = (
     _heart,
     _polygon,
@@ -229,11 +210,7 @@ UNKNOWN: tuple[Callable[[random.Random], Outline], ...] = (
     _arrow,
     _crescent,
     _half_disc,
-    _trapezoid,
-    _parallelogram,
     _bar,
     _angle,
     _lightning,
-    _house,
-    _drop,
 )

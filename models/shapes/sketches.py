@@ -123,16 +123,14 @@ def _layout(rng: random.Random, count: int, extent: Point, least: float, unknown
     closeness = rng.choice((0.86, 0.95, 1.05, 1.2, 1.35))
     room = math.sqrt(extent[0] * extent[1])
     most = MOST_SIZE if count <= 1 else min(MOST_SIZE, 1.05 * room / math.sqrt(count))
-    alike = math.exp(rng.uniform(math.log(least), math.log(max(least, most)))) if rng.random() < 0.35 else None
+    alike = rng.uniform(least, max(least, most)) if rng.random() < 0.35 else None
     for attempt in range(400):
         shrink = 0.985**attempt
         spots: list[tuple[Point, float]] = []
         for number in range(count):
             low = max(least, 0.2) if number < unknown else least
             high = max(low, most * shrink)
-            size = (
-                max(low, min(high, alike * shrink)) if alike else math.exp(rng.uniform(math.log(low), math.log(high)))
-            )
+            size = max(low, min(high, alike * shrink)) if alike else rng.uniform(low, high)
             spot = _free_spot(rng, spots, size, extent, closeness)
             if spot is None:
                 break

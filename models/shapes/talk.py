@@ -20,13 +20,15 @@ IGNORED = -100  # torch's mark for positions outside the loss
 
 # The question types that are learned last are asked more often.
 MIX = {
-    "list": 1.5,
+    "list": 3.0,
+    "then_where": 2.5,
+    "then_else": 2.5,
+    "at": 2.2,
     "check": 1.6,
     "where": 1.5,
-    "then_where": 1.5,
-    "then_else": 1.5,
+    "then_what": 1.5,
     "colour": 1.4,
-    "at": 1.4,
+    "count_kind": 1.4,
     "exists": 1.2,
     "then_check": 1.2,
     "then_count": 1.2,

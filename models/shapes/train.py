@@ -47,6 +47,9 @@ SEEDS_PER_FILE = 2_000
 IMAGINED_FROM = 500_000  # the language model's own seeds, in each run
 SECONDS_BETWEEN_CHECKPOINTS = 600
 TURNS, TURN_WEIGHTS = (1, 2, 3, 4, 6, 9), (1, 1, 1, 2, 4, 5)
+# How often a picture is asked about, by its number of shapes: answers about few shapes are learned first.
+SHARES_IMAGINED = (0.15, 0.3, 0.6, 1.0, 1.0, 1.0, 1.0)
+WEIGHTS_SEEN = (0.7, 0.5, 0.8, 1.5, 1.5, 1.5, 1.5)
 
 
 @dataclass(frozen=True)
@@ -68,15 +71,16 @@ class Plan:
     """How much work a run does: about two hours on two quiet cores."""
 
     files: int = 60
-    eye_steps: int = 7_500
-    eye_batch: int = 64
+    eye_steps: int = 6_000
+    eye_batch: int = 96
     eye_rate: Rate = Rate(first=1.0, last=0.05, hold=0.4)
-    talk_steps: int = 9_000
-    talk_turns: int = 64  # questions in a batch; the number of dialogues follows from their length
+    talk_steps: int = 6_000
+    talk_turns: int = 112  # questions in a batch; the number of dialogues follows from their length
     talk_rate: Rate = Rate(first=0.5, last=0.05, hold=0.3)
     joint_steps: int = 2_000
+    joint_pictures: int = 64  # in each process
     joint_turns: int = 60
-    joint_rate: Rate = Rate(first=0.3, last=0.0, hold=0.0)
+    joint_rate: Rate = Rate(first=0.2, last=0.0, hold=0.0)
 
     def scaled(self, scale: float) -> Plan:
         """Return the plan of a shorter run."""
@@ -208,13 +212,16 @@ def teach_talk(job: Job) -> None:
     progress = Progress(job, "the language model", steps, descent)
     rng = random.Random(1_000_000 * job.seed + progress.first)
     noise = np.random.default_rng((job.seed, progress.first))
-    next_seed = job.first_seed + IMAGINED_FROM + progress.first * job.plan.talk_turns // 2
+    next_seed = job.first_seed + IMAGINED_FROM + progress.first * job.plan.talk_turns // 3
     bar = progress.bar(position=1)
     for step in bar:
         turns = rng.choices(TURNS, TURN_WEIGHTS)[0]
-        count = max(2, job.plan.talk_turns // max(3, turns))
-        scenes: list[Pictured] = [scene_of(seed) for seed in range(next_seed, next_seed + count)]
-        next_seed += count
+        scenes: list[Pictured] = []
+        while len(scenes) < max(2, job.plan.talk_turns // max(3, turns)):
+            scene = scene_of(next_seed)
+            next_seed += 1
+            if rng.random() < SHARES_IMAGINED[len(scene.objects)]:
+                scenes.append(scene)
         features = imagined(scenes, codes, noise) * codes.scale
         loss, right = voice.loss(script.batch(scenes, turns, rng), features)
         descent.step(loss, job.plan.talk_rate.at(step, steps))
@@ -245,11 +252,11 @@ def teach_both(rank: int, job: Job) -> None:
     picks = np.random.default_rng((job.seed, progress.first, rank))
     bar = progress.bar()
     for step in bar:
-        batch = album.batch(job.plan.eye_batch, picks)
+        batch = album.batch(job.plan.joint_pictures, picks)
         seen = eye(batch.normalized())
         loss, found = eye.loss(seen, Truth.of(batch), codes)
         turns = (6, 8, 4, 2, 6, 8)[step % 6]
-        rows = rng.sample(range(job.plan.eye_batch), max(2, job.plan.joint_turns // turns))
+        rows = _rows_to_ask_about(batch, max(2, job.plan.joint_turns // turns), rng)
         scenes = [scene_of_row(batch.shapes[row]) for row in rows]
         spoken, right = voice.loss(script.batch(scenes, turns, rng), seen[0][rows] * codes.scale)
         descent.step(loss + spoken, job.plan.joint_rate.at(step, steps))
@@ -262,6 +269,13 @@ def teach_both(rank: int, job: Job) -> None:
         save(model, processor, job.out)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _rows_to_ask_about(batch: Pictures, count: int, rng: random.Random) -> list[int]:
+    """Return different rows of the batch, drawn with WEIGHTS_SEEN."""
+    numbers = (batch.shapes[..., 0] >= 0).sum(-1)
+    keys = [rng.random() ** (1 / WEIGHTS_SEEN[number]) for number in numbers]  # weighted sampling without replacement
+    return sorted(range(len(keys)), key=lambda row: keys[row])[-count:]
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------

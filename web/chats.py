@@ -6,6 +6,7 @@ Methods that talk to the model server block: call them on a thread.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import secrets
 import threading
 import time
@@ -34,7 +35,10 @@ class Comparison:
 
 @dataclass
 class WebChat:
-    """One chat. `lock` is held while the chat opens, answers or is measured."""
+    """One chat. `lock` is held while the chat opens, answers or is measured.
+
+    `numbers`: of the pictures to come. A browser may keep a removed picture for an hour, so no number is used twice.
+    """
 
     id: str
     session: Chat
@@ -42,6 +46,7 @@ class WebChat:
     lock: threading.Lock = field(default_factory=threading.Lock)
     running: AnswerStream | None = None
     comparisons: dict[Turn, Comparison] = field(default_factory=dict)
+    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     used_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -66,8 +71,7 @@ class WebChat:
         if len(self.pictures) >= MAX_PICTURES:
             raise Problem("too_many", f"A chat has at most {MAX_PICTURES} pictures.", "Start a new chat.", status=413)
         shown, media_type = render(data)
-        number = 1 + max((one.number for one in self.pictures), default=-1)
-        self.pictures.append(StoredPicture(number, data, shown, media_type, pending=True))
+        self.pictures.append(StoredPicture(next(self.numbers), data, shown, media_type, pending=True))
 
     def detach(self, number: int) -> None:
         """Remove a picture from the next question. Raise `Problem`."""

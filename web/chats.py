@@ -37,7 +37,8 @@ class Comparison:
 class WebChat:
     """One chat. `lock` is held while the chat opens, answers or is measured.
 
-    `numbers`: of the pictures to come. A browser may keep a removed picture for an hour, so no number is used twice.
+    `sending`: the pictures of the running question. `numbers`: of the pictures to come.
+    A browser may keep a removed picture for an hour, so no number is used twice.
     """
 
     id: str
@@ -45,6 +46,7 @@ class WebChat:
     pictures: list[StoredPicture]
     lock: threading.Lock = field(default_factory=threading.Lock)
     running: AnswerStream | None = None
+    sending: list[StoredPicture] = field(default_factory=list)
     comparisons: dict[Turn, Comparison] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     used_at: float = field(default_factory=time.monotonic)
@@ -75,17 +77,22 @@ class WebChat:
 
     def detach(self, number: int) -> None:
         """Remove a picture from the next question. Raise `Problem`."""
-        if not self.picture(number).pending:
+        found = self.picture(number)
+        if any(one is found for one in self.sending):
+            raise Problem("busy", "This picture is being sent.", "Wait for the answer, or stop it.", status=409)
+        if not found.pending:
             raise Problem("picture_in_use", "This picture is part of the conversation.", "Start a new chat without it.")
         self.pictures = [one for one in self.pictures if one.number != number]
 
-    def asked(self, index: int, *, shows_pending: bool) -> None:
-        """Note that turn `index` is the last one now. Pictures of later turns are gone.
+    def send_pending(self) -> list[bytes]:
+        """Return the pictures that the question shows which starts now. Later ones wait for another question."""
+        self.sending = self.pending
+        return [one.data for one in self.sending]
 
-        `shows_pending`: the turn shows the pending pictures.
-        """
+    def asked(self, index: int) -> None:
+        """Note that turn `index` is the last one now, and shows `sending`. Pictures of later turns are gone."""
         self.pictures = [one for one in self.pictures if one.turn is None or one.turn <= index]
-        for picture in self.pending if shows_pending else []:
+        for picture in self.sending:
             picture.pending = False
             picture.turn = index
 

@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+from collections.abc import Callable
+from typing import Any
 
+import pytest
 from PIL import Image
 
 from llava_sessions_client import Chat
 from llava_sessions_client.conversation import Conversation
-from tests.support.client_script import settings
+from llava_sessions_client.effects import Limits
+from llava_sessions_client.wire import Reply, Request
+from tests.support.client_script import lines, settings
 from tests.support.pictures import PNG
+from web.answering import events
 from web.chats import WebChat
 from web.pictures import StoredPicture, render
+from web.problems import Problem
+
+
+class Streamed:
+    """A transport whose reply is one streamed answer. `during` is called before the parts are read."""
+
+    def __init__(self, *parts: bytes, during: Callable[[], None] = lambda: None) -> None:
+        self.parts = [*parts]
+        self.during = during
+        self.bodies: list[dict[str, Any]] = []
+
+    def start(self, request: Request, limits: Limits) -> tuple[Reply, Any]:
+        self.bodies.append(request.body)
+        return Reply(200), self
+
+    def read(self) -> bytes:
+        self.during()
+        return self.parts.pop(0)
+
+    def finish(self) -> None:
+        pass
+
+    def abort(self) -> None:
+        pass
 
 
 def encoded(mode: str = "RGB", kind: str = "PNG") -> bytes:
@@ -31,3 +62,31 @@ def test_a_removed_picture_leaves_its_number_to_no_other() -> None:
     chat.detach(1)
     chat.attach(encoded())
     assert [one.number for one in chat.pictures] == [0, 2]
+
+
+def ask(chat: WebChat) -> list[str]:
+    """Ask a question, and return the names of the events of its answer."""
+
+    async def names() -> list[str]:
+        stream = events(chat, lambda: chat.session.stream("Which?", images=chat.send_pending()), len(chat.turns))
+        return [event.split("\n")[0].removeprefix("event: ") async for event in stream]
+
+    return asyncio.run(names())
+
+
+def test_a_picture_that_is_attached_during_an_answer_waits_for_the_next_question() -> None:
+    transport = Streamed(lines("Red."), lines("Blue."))
+    chat = chat_of(transport)
+    chat.attach(encoded())
+
+    def during() -> None:
+        transport.during = lambda: None
+        chat.attach(encoded("L"))
+        with pytest.raises(Problem, match="being sent"):
+            chat.detach(1)
+
+    transport.during = during
+    assert ask(chat) == ["piece", "end"]
+    assert [(one.number, one.turn, one.pending) for one in chat.pictures[1:]] == [(1, 0, False), (2, None, True)]
+    assert ask(chat) == ["piece", "end"]
+    assert [(one.number, one.turn) for one in chat.pictures[1:]] == [(1, 0), (2, 1)]

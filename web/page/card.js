@@ -86,7 +86,7 @@ export class Card {
     if (!turns.length && !this.busy && !this.ended) items.push(this.waiting(opened));
     if (this.ended) items.push(this.ended);
     this.find("turns").replaceChildren(...items);
-    this.showAttached(pictures.filter((one) => one.pending));
+    this.showAttached();
     this.find("notices").textContent = this.chat.notices.join(" ");
     this.find("notices").hidden = !this.chat.notices.length;
     this.showBusy();
@@ -99,7 +99,9 @@ export class Card {
     return make("li", { class: "turn first" }, make("div", { class: "shown" }, ...pictures), make("p", { class: "hint" }, "The session is open. Ask the first question."));
   }
 
-  showAttached(pending) {
+  /** Show the pictures of the next question: during an answer, those that were added since it began. */
+  showAttached() {
+    const pending = this.chat.pictures.filter((one) => one.pending && !(this.busy && this.live?.pictures.includes(one.number)));
     const items = pending.map((one) =>
       make("li", {}, picture(one.number, this.path), button("Remove", () => this.detach(one.number), { class: "small", "aria-label": `Remove picture ${one.number + 1}` })),
     );
@@ -183,13 +185,12 @@ export class Card {
     this.busy = true;
     this.ended = null;
     this.banner(null);
-    this.live = { question };
+    this.live = { question, pictures };
     this.show();
     const list = this.find("turns");
     [...list.children].slice(keep === Infinity ? this.chat.turns.length : keep).forEach((item) => item.remove());
     const live = liveTurn(question, pictures, this.path, list.children.length);
     list.append(live.item);
-    this.find("attached").hidden = true;
     this.scroll();
     if (hadFocus) this.text.focus(); // the button that was pressed is hidden or gone
     announce("The model is answering.");
@@ -308,6 +309,12 @@ export class Card {
 
   // --- pictures ---
 
+  /** Show the pictures after a change. A running answer stays as it is. */
+  showPictures() {
+    if (this.busy) this.showAttached();
+    else this.show();
+  }
+
   async attach(files) {
     for (const file of files) {
       const objected = objection(file);
@@ -323,7 +330,7 @@ export class Card {
         this.banner(problem);
         return;
       }
-      this.show();
+      this.showPictures();
     }
     this.text.focus();
   }
@@ -331,7 +338,7 @@ export class Card {
   async detach(number) {
     try {
       this.chat = (await send("DELETE", `${this.path}/pictures/${number}`)).chat;
-      this.show();
+      this.showPictures();
       this.text.focus();
     } catch (problem) {
       this.banner(problem);

@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from llava_sessions_client import AnswerStream
+from llava_sessions_client import AnswerChanged, AnswerStream
 
 from .chats import WebChat, alone
 from .problems import in_words
@@ -55,10 +55,7 @@ def _answer(chat: WebChat, ask: Ask, put: Callable[[str, dict[str, Any]], None],
     try:
         with alone(chat):
             try:
-                stream = chat.running = ask()
-                for piece in stream:
-                    put("piece", {"text": piece})
-                is_kept = stream.answer.is_kept
+                is_kept = _read(chat, ask, put)
                 if is_kept:
                     chat.asked(index)
             finally:
@@ -70,6 +67,17 @@ def _answer(chat: WebChat, ask: Ask, put: Callable[[str, dict[str, Any]], None],
         if problem.code == "internal":
             log.exception("answer_failed")
         put("problem", problem.body())
+
+
+def _read(chat: WebChat, ask: Ask, put: Callable[[str, dict[str, Any]], None]) -> bool:
+    """Ask, and put the pieces of the answer. Return whether the turn is part of the conversation."""
+    stream = chat.running = ask()
+    try:
+        for piece in stream:
+            put("piece", {"text": piece})
+    except AnswerChanged as error:  # the turn has the new answer, which the page shows at the end
+        return error.answer.is_kept
+    return stream.answer.is_kept
 
 
 def _leave(chat: WebChat) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava_sessions_client import Chat
+from llava_sessions_client import Answer, AnswerChanged, Chat, ChatClosed, NotConfigured
 from llava_sessions_client.conversation import Conversation
 from llava_sessions_client.effects import Limits
 from llava_sessions_client.wire import Reply, Request
@@ -19,7 +19,7 @@ from tests.support.pictures import PNG
 from web.answering import events
 from web.chats import WebChat
 from web.pictures import StoredPicture, render
-from web.problems import Problem
+from web.problems import Problem, in_words
 
 
 class Streamed:
@@ -90,3 +90,21 @@ def test_a_picture_that_is_attached_during_an_answer_waits_for_the_next_question
     assert [(one.number, one.turn, one.pending) for one in chat.pictures[1:]] == [(1, 0, False), (2, None, True)]
     assert ask(chat) == ["piece", "end"]
     assert [(one.number, one.turn) for one in chat.pictures[1:]] == [(1, 0), (2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (NotConfigured("no region"), "not_configured"),
+        (ChatClosed("closed"), "chat_closed"),
+        (AnswerChanged(Answer("B")), "answer_changed"),
+    ],
+)
+def test_errors_of_the_client_have_words(error: Exception, code: str) -> None:
+    assert in_words(error).code == code
+
+
+def test_a_changed_answer_ends_with_the_turn() -> None:
+    chat = chat_of(Streamed(lines("A", end=False), b"", lines("B")))
+    assert ask(chat) == ["piece", "end"]
+    assert [turn.answer.text for turn in chat.turns] == ["B"]

@@ -21,9 +21,13 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebCommand]:
         yield command
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser(web: WebCommand) -> Iterator[Browser]:
-    """Run Chromium. It starts while the model loads."""
+    """Run Chromium. It starts while the model loads.
+
+    It ends with the last test of this folder: while it runs, asyncio takes this thread for one with a running loop, and
+    `asyncio.run` of any other test fails.
+    """
     with chromium() as browser:
         yield browser
 

@@ -353,6 +353,7 @@ async def _once(data: bytes) -> AsyncGenerator[bytes, None]:
 
 
 async def _close(writer: asyncio.StreamWriter) -> None:
+    """Close a connection. A task that is cancelled here must not cancel the writer's own future, which others await."""
     writer.close()
     with contextlib.suppress(OSError):
-        await writer.wait_closed()
+        await asyncio.shield(writer.wait_closed())

@@ -45,9 +45,9 @@ class Streamed:
         pass
 
 
-def encoded(mode: str = "RGB", kind: str = "PNG") -> bytes:
+def encoded(mode: str = "RGB", kind: str = "PNG", colour: Any = 0) -> bytes:
     buffer = io.BytesIO()
-    Image.new(mode, (8, 8)).save(buffer, kind)
+    Image.new(mode, (8, 8), colour).save(buffer, kind)
     return buffer.getvalue()
 
 
@@ -62,6 +62,29 @@ def test_a_removed_picture_leaves_its_number_to_no_other() -> None:
     chat.detach(1)
     chat.attach(encoded())
     assert [one.number for one in chat.pictures] == [0, 2]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF"])
+def test_each_kind_of_picture_is_shown(kind: str) -> None:
+    shown, _ = render(encoded("RGB", kind, (255, 0, 0)))
+    red, green, blue = Image.open(io.BytesIO(shown)).convert("RGB").getpixel((4, 4))
+    assert red > 250 > 5 >= max(green, blue)
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour"),
+    [
+        ("CMYK", (0, 0, 0, 128)),
+        ("LAB", (127, 128, 128)),
+        ("F", 127.0),
+        ("I", 127),
+        ("I;16", 127 << 8),
+        ("LA", (0, 128)),
+    ],
+)
+def test_a_picture_is_shown_as_the_model_sees_it(mode: str, colour: Any) -> None:
+    shown, _ = render(encoded(mode, "TIFF", colour))
+    assert Image.open(io.BytesIO(shown)).convert("RGB").getpixel((4, 4)) == pytest.approx((127, 127, 127), abs=10)
 
 
 def ask(chat: WebChat) -> list[str]:

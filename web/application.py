@@ -169,7 +169,7 @@ async def _compare(request: Request) -> Response:
 
 async def _attach(request: Request) -> Response:
     chat = _chat(request)
-    await _call(chat.attach, await request.body())
+    await _call(_chats(request).attach, chat, await request.body())
     return _shown(chat)
 
 

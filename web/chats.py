@@ -35,7 +35,7 @@ class Comparison:
 
 @dataclass
 class WebChat:
-    """One chat. `lock` is held while the chat opens, answers or is measured.
+    """One chat. `lock` is held while the chat opens, answers or is measured; `changing` while its pictures change.
 
     `sending`: the pictures of the running question. `numbers`: of the pictures to come.
     A browser may keep a removed picture for an hour, so no number is used twice.
@@ -45,6 +45,7 @@ class WebChat:
     session: Chat
     pictures: list[StoredPicture]
     lock: threading.Lock = field(default_factory=threading.Lock)
+    changing: threading.Lock = field(default_factory=threading.Lock)
     running: AnswerStream | None = None
     sending: list[StoredPicture] = field(default_factory=list)
     comparisons: dict[Turn, Comparison] = field(default_factory=dict)
@@ -61,6 +62,11 @@ class WebChat:
         """The pictures that the next question shows."""
         return [picture for picture in self.pictures if picture.pending]
 
+    @property
+    def held_bytes(self) -> int:
+        """The memory that the pictures take."""
+        return sum(picture.held_bytes for picture in self.pictures)
+
     def picture(self, number: int) -> StoredPicture:
         """Return a picture by its number. Raise `Problem`."""
         found = next((one for one in self.pictures if one.number == number), None)
@@ -68,33 +74,39 @@ class WebChat:
             raise Problem("picture_not_found", "This picture is gone.", "Reload the page.", status=404)
         return found
 
-    def attach(self, data: bytes) -> None:
+    def attach(self, data: bytes, shown: bytes, media_type: str) -> None:
         """Add a picture to the next question. Raise `Problem`."""
-        if len(self.pictures) >= MAX_PICTURES:
-            raise Problem("too_many", f"A chat has at most {MAX_PICTURES} pictures.", "Start a new chat.", status=413)
-        shown, media_type = render(data)
-        self.pictures.append(StoredPicture(next(self.numbers), data, shown, media_type, pending=True))
+        with self.changing:
+            if len(self.pictures) >= MAX_PICTURES:
+                title = f"A chat has at most {MAX_PICTURES} pictures."
+                raise Problem("too_many", title, "Start a new chat.", status=413)
+            self.pictures.append(StoredPicture(next(self.numbers), data, shown, media_type, pending=True))
 
     def detach(self, number: int) -> None:
         """Remove a picture from the next question. Raise `Problem`."""
-        found = self.picture(number)
-        if any(one is found for one in self.sending):
-            raise Problem("busy", "This picture is being sent.", "Wait for the answer, or stop it.", status=409)
-        if not found.pending:
-            raise Problem("picture_in_use", "This picture is part of the conversation.", "Start a new chat without it.")
-        self.pictures = [one for one in self.pictures if one.number != number]
+        with self.changing:
+            found = self.picture(number)
+            if any(one is found for one in self.sending):
+                raise Problem("busy", "This picture is being sent.", "Wait for the answer, or stop it.", status=409)
+            if not found.pending:
+                advice = "Start a new chat without it."
+                raise Problem("picture_in_use", "This picture is part of the conversation.", advice)
+            self.pictures = [one for one in self.pictures if one is not found]
 
     def send_pending(self) -> list[bytes]:
         """Return the pictures that the question shows which starts now. Later ones wait for another question."""
-        self.sending = self.pending
+        with self.changing:
+            self.sending = self.pending
         return [one.data for one in self.sending]
 
     def asked(self, index: int) -> None:
-        """Note that turn `index` is the last one now, and shows `sending`. Pictures of later turns are gone."""
-        self.pictures = [one for one in self.pictures if one.turn is None or one.turn <= index]
-        for picture in self.sending:
-            picture.pending = False
-            picture.turn = index
+        """Note that turn `index` is the last one now, and shows `sending`. What belongs to later turns is gone."""
+        with self.changing:
+            self.pictures = [one for one in self.pictures if one.turn is None or one.turn <= index]
+            for picture in self.sending:
+                picture.pending = False
+                picture.turn = index
+        self.comparisons = {turn: found for turn, found in self.comparisons.items() if turn in self.turns}
 
     def stop(self) -> bool:
         """Stop the running answer. Return False if there is none. Raise `ClientError`."""
@@ -151,13 +163,24 @@ class WebChat:
 
 
 class Chats:
-    """All chats of this page's server, at most `MAX_CHATS`."""
+    """All chats of this page's server. Their number, and the memory of their pictures, are limited."""
 
-    def __init__(self, endpoint: Endpoint, make_endpoint: Callable[[str], Endpoint]) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        make_endpoint: Callable[[str], Endpoint],
+        *,
+        most: int = MAX_CHATS,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
         """`make_endpoint` makes another client of the same model server, whose sessions have the given token."""
         self._endpoint = endpoint
         self._make_endpoint = make_endpoint
+        self._most = most
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()  # of the fields below
         self._chats: dict[str, WebChat] = {}
+        self._opening: dict[str, StoredPicture] = {}
         self._measuring = threading.Lock()
 
     def all(self) -> list[WebChat]:
@@ -166,22 +189,49 @@ class Chats:
 
     def find(self, chat_id: str) -> WebChat:
         """Return a chat. Raise `Problem`."""
-        chat = self._chats.get(chat_id)
-        if chat is None:
-            raise chat_not_found()
-        chat.used_at = time.monotonic()
+        with self._lock:
+            chat = self._chats.get(chat_id)
+            if chat is None:
+                raise chat_not_found()
+            chat.used_at = time.monotonic()
         return chat
 
     def open(self, data: bytes) -> WebChat:
         """Open a chat on a picture. Raise `Problem` or `ClientError`."""
-        held = sum(len(one.data) + len(one.shown) for chat in self.all() for one in chat.pictures)
-        if len(self._chats) >= MAX_CHATS or held > MAX_BYTES:
-            raise Problem("too_many_chats", "This page has too many open chats.", "Close a chat first.", status=429)
-        shown, media_type = render(data)
-        session = self._endpoint.open(data)
-        chat = WebChat(secrets.token_urlsafe(16), session, [StoredPicture(0, data, shown, media_type)])
-        self._chats[chat.id] = chat
+        picture = StoredPicture(0, data, *render(data))
+        chat_id = secrets.token_urlsafe(16)
+        with self._lock:
+            self._check_room(picture.held_bytes, chats=1)
+            self._opening[chat_id] = picture
+        try:
+            chat = WebChat(chat_id, self._endpoint.open(data), [picture])
+        except BaseException:
+            with self._lock:
+                del self._opening[chat_id]
+            raise
+        with self._lock:
+            del self._opening[chat_id]
+            self._chats[chat_id] = chat
         return chat
+
+    def attach(self, chat: WebChat, data: bytes) -> None:
+        """Add a picture to the next question of a chat. Raise `Problem`."""
+        shown, media_type = render(data)
+        with self._lock:
+            self._check_room(StoredPicture(0, data, shown, media_type).held_bytes)
+            chat.attach(data, shown, media_type)
+
+    def _check_room(self, size: int, *, chats: int = 0) -> None:
+        """Raise `Problem` unless there is memory for a picture, and room for so many new chats.
+
+        Must be called with `_lock`.
+        """
+        held = size + sum(one.held_bytes for one in self._opening.values())
+        held += sum(chat.held_bytes for chat in self._chats.values())
+        if held > self._max_bytes:
+            raise _no_memory()
+        if len(self._chats) + len(self._opening) + chats > self._most:
+            raise _too_many()
 
     def reopen(self, chat: WebChat) -> None:
         """Continue a chat in a new session with its history. Raise `ClientError`."""
@@ -214,10 +264,10 @@ class Chats:
 
     def close(self, chat: WebChat) -> None:
         """Close a chat and its session. A model server that cannot be reached lets the session expire."""
-        self._chats.pop(chat.id, None)
-        if chat.running is not None:
-            chat.running.cancel()
-        _close(chat.session)
+        with self._lock:
+            self._chats.pop(chat.id, None)
+            session = chat.session
+        _close(session)
 
     def stop_all(self) -> None:
         """Stop the running answers. Their turns are rolled back."""
@@ -240,6 +290,15 @@ def alone(chat: WebChat) -> Iterator[None]:
         yield
     finally:
         chat.lock.release()
+
+
+def _too_many() -> Problem:
+    return Problem("too_many_chats", "This page has too many open chats.", "Close a chat first.", status=429)
+
+
+def _no_memory() -> Problem:
+    title = "The pictures of all chats take too much memory."
+    return Problem("too_many_pictures", title, "Close a chat first, or send a smaller picture.", status=429)
 
 
 def _close(session: Chat) -> None:

@@ -33,6 +33,11 @@ class StoredPicture:
     turn: int | None = None
     pending: bool = False
 
+    @property
+    def held_bytes(self) -> int:
+        """The memory that the picture takes: here, and as base64 in the client."""
+        return len(self.data) + len(self.shown) + (len(self.data) + 2) // 3 * 4
+
 
 def render(data: bytes) -> tuple[bytes, str]:
     """Return a picture as the page shows it, and its media type. Raise `Problem` if it cannot be read.

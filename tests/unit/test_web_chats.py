@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
-from llava_sessions_client import Answer, AnswerChanged, Chat, ChatClosed, NotConfigured
+from llava_sessions_client import (
+    Answer,
+    AnswerChanged,
+    Chat,
+    ChatClosed,
+    ConnectionFailed,
+    Endpoint,
+    NotConfigured,
+    Timeouts,
+    Turn,
+)
 from llava_sessions_client.conversation import Conversation
 from llava_sessions_client.effects import Limits
 from llava_sessions_client.wire import Reply, Request
 from tests.support.client_script import lines, settings
 from tests.support.pictures import PNG
 from web.answering import events
-from web.chats import WebChat
+from web.chats import Chats, Comparison, WebChat
 from web.pictures import StoredPicture, render
 from web.problems import Problem, in_words
 
@@ -51,6 +63,36 @@ def encoded(mode: str = "RGB", kind: str = "PNG", colour: Any = 0) -> bytes:
     return buffer.getvalue()
 
 
+class ModelServer:
+    """A model server for a real client: it opens and closes sessions. `during` is called in each open."""
+
+    def __init__(self) -> None:
+        self.open: set[str] = set()
+        self.during: Callable[[], object] = lambda: None
+
+    def reply(self, request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content)
+        if body["type"] == "close_session":
+            self.open.remove(request.headers["X-Amzn-SageMaker-Session-Id"])
+            return httpx.Response(200, json={"success": True})
+        session_id = f"session-{id(request)}"
+        self.during()
+        self.open.add(session_id)
+        announced = f"{session_id}; Expires=2030-01-01T00:00:00Z"
+        return httpx.Response(200, json={}, headers={"X-Amzn-SageMaker-Session-Id": announced})
+
+    def endpoint(self) -> Endpoint:
+        client = httpx.Client(transport=httpx.MockTransport(self.reply))
+        return Endpoint("http://127.0.0.1:9", http_client=client, timeout_s=Timeouts(close_s=60))
+
+    def chats(self, **limits: Any) -> Chats:
+        return Chats(self.endpoint(), lambda _: self.endpoint(), **limits)
+
+
+def attach(chat: WebChat, data: bytes) -> None:
+    ModelServer().chats().attach(chat, data)
+
+
 def chat_of(transport: object) -> WebChat:
     session = Chat(Conversation(settings(), (), session_id="abc-1"), transport, None, lambda _: None)  # type: ignore[arg-type]
     return WebChat("one", session, [StoredPicture(0, PNG, *render(PNG))])
@@ -58,10 +100,68 @@ def chat_of(transport: object) -> WebChat:
 
 def test_a_removed_picture_leaves_its_number_to_no_other() -> None:
     chat = chat_of(None)
-    chat.attach(PNG)
+    attach(chat, PNG)
     chat.detach(1)
-    chat.attach(encoded())
+    attach(chat, encoded())
     assert [one.number for one in chat.pictures] == [0, 2]
+
+
+def refused(work: Callable[..., object], *arguments: object) -> str:
+    with pytest.raises(Problem) as raised:
+        work(*arguments)
+    return raised.value.code
+
+
+def test_the_memory_of_all_pictures_is_limited() -> None:
+    one = StoredPicture(0, PNG, *render(PNG)).held_bytes
+    assert one >= len(PNG) * 7 // 3, "the client has a copy in base64"
+    chats = ModelServer().chats(max_bytes=2 * one)
+    first = chats.open(PNG)
+    second = chats.open(PNG)
+    assert refused(chats.attach, first, PNG) == refused(chats.open, PNG) == "too_many_pictures"
+    chats.close(second)
+    chats.attach(first, PNG)
+    assert refused(chats.open, PNG) == "too_many_pictures"
+    first.detach(1)
+    chats.open(PNG)
+
+
+def test_chats_that_are_being_opened_count() -> None:
+    server = ModelServer()
+    chats = server.chats(most=2)
+    codes: list[str] = []
+
+    def second() -> None:
+        server.during = third
+        chats.open(PNG)
+
+    def third() -> None:
+        server.during = lambda: None
+        codes.append(refused(chats.open, PNG))
+
+    server.during = second
+    chats.open(PNG)
+    assert codes == ["too_many_chats"]
+    assert len(chats.all()) == len(server.open) == 2
+
+
+def test_an_open_that_fails_leaves_its_room() -> None:
+    chats = ModelServer().chats(most=1)
+    assert refused(chats.open, b"no picture") == "invalid_picture"
+    chats._endpoint = Endpoint("http://127.0.0.1:9", retries=0)
+    with pytest.raises(ConnectionFailed):
+        chats.open(PNG)
+    chats._endpoint = ModelServer().endpoint()
+    chats.open(PNG)
+
+
+def test_the_comparison_of_a_turn_that_is_gone_is_dropped() -> None:
+    chat = chat_of(Streamed(lines("Red."), lines("Blue.")))
+    ask(chat)
+    [turn] = chat.turns
+    chat.comparisons = {turn: Comparison(1.0, 2), Turn("Gone?", Answer("Yes.")): Comparison(1.0, 2)}
+    ask(chat)
+    assert [*chat.comparisons] == [turn]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF"])
@@ -100,11 +200,11 @@ def ask(chat: WebChat) -> list[str]:
 def test_a_picture_that_is_attached_during_an_answer_waits_for_the_next_question() -> None:
     transport = Streamed(lines("Red."), lines("Blue."))
     chat = chat_of(transport)
-    chat.attach(encoded())
+    attach(chat, encoded())
 
     def during() -> None:
         transport.during = lambda: None
-        chat.attach(encoded("L"))
+        attach(chat, encoded("L"))
         with pytest.raises(Problem, match="being sent"):
             chat.detach(1)
 

@@ -11,6 +11,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -22,6 +23,7 @@ from .problems import Problem, chat_not_found
 
 MAX_CHATS = 32
 MAX_BYTES = 512 * 1024 * 1024
+UNUSED_S = 600.0
 _ENDED = {"place": "ended"}
 
 
@@ -172,12 +174,17 @@ class Chats:
         *,
         most: int = MAX_CHATS,
         max_bytes: int = MAX_BYTES,
+        unused_s: float = UNUSED_S,
     ) -> None:
-        """`make_endpoint` makes another client of the same model server, whose sessions have the given token."""
+        """`make_endpoint` makes another client of the same model server, whose sessions have the given token.
+
+        A chat that no request has named for `unused_s` may be closed for another one.
+        """
         self._endpoint = endpoint
         self._make_endpoint = make_endpoint
         self._most = most
         self._max_bytes = max_bytes
+        self._unused_s = unused_s
         self._lock = threading.Lock()  # of the fields below
         self._chats: dict[str, WebChat] = {}
         self._opening: dict[str, StoredPicture] = {}
@@ -201,9 +208,10 @@ class Chats:
         picture = StoredPicture(0, data, *render(data))
         chat_id = secrets.token_urlsafe(16)
         with self._lock:
-            self._check_room(picture.held_bytes, chats=1)
+            dropped = self._make_room(picture.held_bytes, chats=1)
             self._opening[chat_id] = picture
         try:
+            _close_all(dropped)
             chat = WebChat(chat_id, self._endpoint.open(data), [picture])
         except BaseException:
             with self._lock:
@@ -217,21 +225,36 @@ class Chats:
     def attach(self, chat: WebChat, data: bytes) -> None:
         """Add a picture to the next question of a chat. Raise `Problem`."""
         shown, media_type = render(data)
-        with self._lock:
-            self._check_room(StoredPicture(0, data, shown, media_type).held_bytes)
-            chat.attach(data, shown, media_type)
+        dropped: list[WebChat] = []
+        try:
+            with self._lock:
+                dropped = self._make_room(StoredPicture(0, data, shown, media_type).held_bytes)
+                chat.attach(data, shown, media_type)
+        finally:
+            _close_all(dropped)
 
-    def _check_room(self, size: int, *, chats: int = 0) -> None:
-        """Raise `Problem` unless there is memory for a picture, and room for so many new chats.
+    def _make_room(self, size: int, *, chats: int = 0) -> list[WebChat]:
+        """Remove unused chats until there is memory for a picture, and room for so many new chats. Raise `Problem`.
 
-        Must be called with `_lock`.
+        Return the removed chats, whose sessions the caller closes. Must be called with `_lock`. A chat whose answer is
+        running is in use.
         """
+        count = len(self._chats) + len(self._opening) + chats
         held = size + sum(one.held_bytes for one in self._opening.values())
         held += sum(chat.held_bytes for chat in self._chats.values())
-        if held > self._max_bytes:
-            raise _no_memory()
-        if len(self._chats) + len(self._opening) + chats > self._most:
-            raise _too_many()
+        latest = time.monotonic() - self._unused_s
+        unused = [chat for chat in self._chats.values() if chat.used_at <= latest and not chat.lock.locked()]
+        unused.sort(key=lambda chat: chat.used_at, reverse=True)
+        dropped: list[WebChat] = []
+        while count > self._most or held > self._max_bytes:
+            if not unused:
+                raise _no_memory() if held > self._max_bytes else _too_many()
+            dropped.append(unused.pop())
+            count -= 1
+            held -= dropped[-1].held_bytes
+        for chat in dropped:
+            del self._chats[chat.id]
+        return dropped
 
     def reopen(self, chat: WebChat) -> None:
         """Continue a chat in a new session with its history. Raise `ClientError`."""
@@ -271,14 +294,11 @@ class Chats:
 
     def stop_all(self) -> None:
         """Stop the running answers. Their turns are rolled back."""
-        for chat in self.all():
-            with contextlib.suppress(ClientError):
-                chat.stop()
+        _at_once(_stop, self.all())
 
     def close_all(self) -> None:
         """Close every chat."""
-        for chat in self.all():
-            self.close(chat)
+        _at_once(self.close, self.all())
 
 
 @contextlib.contextmanager
@@ -299,6 +319,22 @@ def _too_many() -> Problem:
 def _no_memory() -> Problem:
     title = "The pictures of all chats take too much memory."
     return Problem("too_many_pictures", title, "Close a chat first, or send a smaller picture.", status=429)
+
+
+def _at_once(work: Callable[[WebChat], None], chats: list[WebChat]) -> None:
+    """Call `work` for all chats at the same time: a model server that is gone takes seconds for each."""
+    if chats:
+        with ThreadPoolExecutor(len(chats)) as pool:
+            list(pool.map(work, chats))
+
+
+def _stop(chat: WebChat) -> None:
+    with contextlib.suppress(ClientError):
+        chat.stop()
+
+
+def _close_all(chats: list[WebChat]) -> None:
+    _at_once(lambda chat: _close(chat.session), chats)
 
 
 def _close(session: Chat) -> None:

@@ -47,7 +47,7 @@ class Problem(Exception):
 
 def chat_not_found() -> Problem:
     """Return the problem of a chat that this page's server does not have."""
-    return Problem("chat_not_found", "This chat is closed.", "Start a new chat.", status=404)
+    return Problem("chat_not_found", "This page's server no longer has this chat.", "Start a new chat.", status=404)
 
 
 def in_words(error: Exception) -> Problem:

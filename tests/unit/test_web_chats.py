@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,7 @@ from llava_sessions_client.wire import Reply, Request
 from tests.support.client_script import lines, settings
 from tests.support.pictures import PNG
 from web.answering import events
-from web.chats import Chats, Comparison, WebChat
+from web.chats import Chats, Comparison, WebChat, alone
 from web.pictures import StoredPicture, render
 from web.problems import Problem, in_words
 
@@ -69,10 +70,12 @@ class ModelServer:
     def __init__(self) -> None:
         self.open: set[str] = set()
         self.during: Callable[[], object] = lambda: None
+        self.closing: Callable[[], object] = lambda: None
 
     def reply(self, request: httpx.Request) -> httpx.Response:
         body = json.loads(request.content)
         if body["type"] == "close_session":
+            self.closing()
             self.open.remove(request.headers["X-Amzn-SageMaker-Session-Id"])
             return httpx.Response(200, json={"success": True})
         session_id = f"session-{id(request)}"
@@ -153,6 +156,46 @@ def test_an_open_that_fails_leaves_its_room() -> None:
         chats.open(PNG)
     chats._endpoint = ModelServer().endpoint()
     chats.open(PNG)
+
+
+def test_the_chat_unused_longest_makes_room_for_another() -> None:
+    server = ModelServer()
+    chats = server.chats(most=2, unused_s=0)
+    first = chats.open(PNG)
+    second = chats.open(PNG)
+    chats.find(first.id)
+    third = chats.open(PNG)
+    assert chats.all() == [first, third]
+    assert server.open == {first.session.session_id, third.session.session_id}
+    assert refused(chats.find, second.id) == "chat_not_found"
+    with alone(first):
+        fourth = chats.open(PNG)
+        assert chats.all() == [first, fourth]
+        with alone(fourth):
+            assert refused(chats.open, PNG) == "too_many_chats"
+    assert chats.all() == [first, fourth]
+
+
+def test_a_picture_takes_the_memory_of_an_unused_chat() -> None:
+    server = ModelServer()
+    chats = server.chats(max_bytes=2 * StoredPicture(0, PNG, *render(PNG)).held_bytes, unused_s=0)
+    chats.open(PNG)
+    used = chats.open(PNG)
+    chats.attach(used, PNG)
+    assert chats.all() == [used]
+    assert server.open == {used.session.session_id}
+
+
+def test_all_chats_are_closed_at_the_same_time() -> None:
+    server = ModelServer()
+    chats = server.chats()
+    barrier = threading.Barrier(3)
+    server.closing = lambda: barrier.wait(20)
+    for _ in range(3):
+        chats.open(PNG)
+    chats.close_all()
+    assert server.open == set()
+    assert not barrier.broken
 
 
 def test_the_comparison_of_a_turn_that_is_gone_is_dropped() -> None:

@@ -279,11 +279,12 @@ export class Card {
     this.banner({ title, advice: "Its conversation is still here.", action: "reopen" }, this.reopenButton());
   }
 
-  /** The page's server was started again: it has lost the chat. Its conversation stays readable. */
+  /** The page's server no longer has the chat. Its conversation stays readable. */
   showGone() {
     this.isEnded = true;
     this.panel.showSession({ place: "ended" });
-    this.banner({ title: "This page's server was started again and has lost this chat.", advice: "Start a new chat." });
+    const advice = "It was started again, or the chat was closed in another tab or because it was unused for long. Start a new chat.";
+    this.banner({ title: "This page's server no longer has this chat.", advice });
   }
 
   /** Called once a second. */

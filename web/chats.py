@@ -188,6 +188,7 @@ class Chats:
         self._lock = threading.Lock()  # of the fields below
         self._chats: dict[str, WebChat] = {}
         self._opening: dict[str, StoredPicture] = {}
+        self._is_ended = False
         self._measuring = threading.Lock()
 
     def all(self) -> list[WebChat]:
@@ -219,7 +220,12 @@ class Chats:
             raise
         with self._lock:
             del self._opening[chat_id]
-            self._chats[chat_id] = chat
+            is_late = self._is_ended
+            if not is_late:
+                self._chats[chat_id] = chat
+        if is_late:
+            _close(chat.session)
+            raise chat_not_found()
         return chat
 
     def attach(self, chat: WebChat, data: bytes) -> None:
@@ -257,10 +263,17 @@ class Chats:
         return dropped
 
     def reopen(self, chat: WebChat) -> None:
-        """Continue a chat in a new session with its history. Raise `ClientError`."""
+        """Continue a chat in a new session with its history. Raise `Problem` or `ClientError`."""
         with alone(chat):
             old = chat.session
-            chat.session = self._endpoint.open(old.pictures, history=old.turns)
+            fresh = self._endpoint.open(old.pictures, history=old.turns)
+            with self._lock:
+                is_closed = chat.id not in self._chats
+                if not is_closed:
+                    chat.session = fresh
+            if is_closed:  # by a request of another tab during the open
+                _close(fresh)
+                raise chat_not_found()
             _close(old)
 
     def compare(self, chat: WebChat, index: int) -> None:
@@ -297,8 +310,12 @@ class Chats:
         _at_once(_stop, self.all())
 
     def close_all(self) -> None:
-        """Close every chat."""
-        _at_once(self.close, self.all())
+        """Close every chat, and those that are being opened."""
+        with self._lock:
+            self._is_ended = True
+            chats = self.all()
+            self._chats.clear()
+        _close_all(chats)
 
 
 @contextlib.contextmanager

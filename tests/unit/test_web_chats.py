@@ -198,6 +198,23 @@ def test_all_chats_are_closed_at_the_same_time() -> None:
     assert not barrier.broken
 
 
+def test_a_chat_that_is_closed_while_it_opens_again_leaves_no_session() -> None:
+    server = ModelServer()
+    chats = server.chats()
+    chat = chats.open(PNG)
+    server.during = lambda: chats.close(chat)
+    assert refused(chats.reopen, chat) == "chat_not_found"
+    assert server.open == set()
+
+
+def test_a_chat_that_opens_while_all_are_closed_leaves_no_session() -> None:
+    server = ModelServer()
+    chats = server.chats()
+    server.during = chats.close_all
+    assert refused(chats.open, PNG) == "chat_not_found"
+    assert server.open == set()
+
+
 def test_the_comparison_of_a_turn_that_is_gone_is_dropped() -> None:
     chat = chat_of(Streamed(lines("Red."), lines("Blue.")))
     ask(chat)

@@ -30,7 +30,9 @@ from llava_sessions_client.wire import Reply, Request
 from tests.support.client_script import lines, settings
 from tests.support.pictures import PNG
 from web.answering import events
+from web.application import make_app
 from web.chats import Chats, Comparison, WebChat, alone
+from web.command import hosts_of
 from web.pictures import StoredPicture, render
 from web.problems import Problem, in_words
 
@@ -99,6 +101,34 @@ def attach(chat: WebChat, data: bytes) -> None:
 def chat_of(transport: object) -> WebChat:
     session = Chat(Conversation(settings(), (), session_id="abc-1"), transport, None, lambda _: None)  # type: ignore[arg-type]
     return WebChat("one", session, [StoredPicture(0, PNG, *render(PNG))])
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "allowed", "named"),
+    [
+        ("127.0.0.1", 80, [], "localhost"),
+        ("::1", 80, [], "[::1]"),
+        ("0.0.0.0", 8100, ["192.0.2.7"], "192.0.2.7:8100"),
+        ("127.0.0.1", 8100, ["Chat.example.com:443"], "chat.example.com"),
+    ],
+)
+def test_a_host_is_known_as_browsers_name_it(host: str, port: int, allowed: list[str], named: str) -> None:
+    hosts = hosts_of(host, port, allowed)
+    assert named in hosts
+    assert {"localhost:8101", "evil.example", f"evil.example:{port}", ""} & hosts == set()
+
+
+def test_an_unknown_host_is_refused_with_the_option_that_allows_it() -> None:
+    app = make_app("http://127.0.0.1:9", hosts_of("0.0.0.0", 8100, []))
+
+    async def get(host: str) -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=f"http://{host}") as http:
+            return await http.get("/")
+
+    refused = asyncio.run(get("192.0.2.7:8100"))
+    assert refused.status_code == 403
+    assert "--allow-host" in refused.json()["problem"]["advice"]
+    assert asyncio.run(get("localhost:8100")).status_code == 200
 
 
 def test_a_removed_picture_leaves_its_number_to_no_other() -> None:

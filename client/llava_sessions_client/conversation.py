@@ -62,6 +62,7 @@ class Conversation:
     session_id: str = ""
     expires_at: datetime | None = None
     waiting: tuple[Picture, ...] = ()
+    sending: int = 0  # so many of `waiting`, from the first one, are in the running question
     notices: list[str] = field(default_factory=list)
     in_doubt: bool = False
     stopping: bool = False
@@ -132,9 +133,11 @@ class Conversation:
         shown = yield from fit_each((*waited, *pictures), self.settings, self.notices)
         self.waiting = (*shown[: len(waited)], *self.waiting[len(waited) :])
         before = self.turns
+        self.sending = len(waited)
         try:
             return (yield from self._answer(before, Turn(text, Answer(""), shown), options, stream=stream))
         finally:
+            self.sending = 0
             if len(self.turns) > len(before):  # the turn is kept; others may have been added during the answer
                 self.waiting = self.waiting[len(waited) :]
 

@@ -173,13 +173,15 @@ class Conversation:
             # OpenAI's form has the same reason for a cancelled answer. If this one has just ended by its length, the
             # next question rewrites the session's transcript without the turn.
             answer = replace(answer, finish_reason=CANCELLED)
+        if not answer.is_kept:
+            self.turns = kept
         self._keep(before, turn, answer)
         return answer
 
     def _replayed(self, before: tuple[Turn, ...], turn: Turn, options: AskOptions, *, stream: bool) -> Core[Answer]:
         """Answer `turn` after the turns `before`. Open the session again if it is lost and `on_lost` says so."""
         fields = self._fields(options, stream=stream)
-        delivery = Delivery()
+        delivery = Delivery(lambda: self.stopping)
         budget = Budget(self.settings.timeouts, self.settings.retries, total_s=options.get("timeout_s"))
         budget.may_reopen = self.on_lost == "replay"
         replays = 0
@@ -190,6 +192,8 @@ class Conversation:
             except ClientError as error:
                 if not budget.may_reopen or not is_lost(error) or replays == MAX_REPLAYS:
                     raise
+                if self.stopping:
+                    return delivery.cancelled(fields["request_id"])
             if self.closed:
                 raise ChatClosed("the chat must be open, got one that was closed during the question")
             replays += 1
@@ -200,6 +204,8 @@ class Conversation:
                 self.closed = False
                 yield from self.close()
                 raise ChatClosed("the chat must be open, got one that was closed during the question")
+            if self.stopping:
+                return delivery.cancelled(fields["request_id"])
             budget = budget.renewed()
             fields = {**fields, "request_id": str(uuid.uuid4())}
 

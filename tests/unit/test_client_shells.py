@@ -20,6 +20,7 @@ from llava_sessions_client import (
     Busy,
     Chat,
     ConnectionFailed,
+    InvalidPicture,
     InvalidRequest,
     NotConfigured,
     OverCapacity,
@@ -27,6 +28,8 @@ from llava_sessions_client import (
     TimedOut,
     TooLarge,
     Unavailable,
+    load_picture,
+    sources,
 )
 from llava_sessions_client.conversation import Conversation
 from llava_sessions_client.effects import Limits
@@ -359,6 +362,18 @@ def test_a_server_that_answers_nothing_is_given_up(silent: str) -> None:
     with pytest.raises(TimedOut):
         within(0.1, lambda: ended.wait(60), lambda _: None)
     ended.set()
+
+
+@pytest.mark.parametrize("server", ["silent", "dripping"])
+def test_an_object_of_s3_that_does_not_arrive_is_given_up(
+    server: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", request.getfixturevalue(server))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    monkeypatch.setattr(sources, "FETCH_TIMEOUT_S", 0.4)
+    with pytest.raises(InvalidPicture, match="must arrive within"):
+        load_picture("s3://pictures/a.png", region="us-east-1")
 
 
 # --- errors of SageMaker ----------------------------------------------------------------------------------------------

@@ -71,6 +71,23 @@ def test_three_turns_show_their_times_their_tokens_and_the_session(visit: Visit,
     assert visit.answers() == answers
 
 
+def test_a_reload_shows_the_chats_of_all_tabs_again(visit: Visit) -> None:
+    visit.may_fail = True
+    other = visit.page.context.new_page()
+    other.goto(visit.origin)
+    visit.open()
+    other.locator("[data-example='square.png']").click()
+    other.locator(".chat").wait_for()
+    other.close()
+    failed = {"problem": {"code": "unavailable", "title": "Not now.", "advice": "Wait."}}
+    visit.page.route("**/api/chats/*", lambda route: route.fulfill(status=503, json=failed))
+    visit.page.reload()
+    expect(visit.page.locator(".start")).to_be_visible()
+    visit.page.unroute("**/api/chats/*")
+    visit.page.reload()
+    expect(visit.page.locator("#chat-list li")).to_have_count(2)
+
+
 def test_a_turn_is_measured_without_a_session_that_shares_anything(visit: Visit, web: WebCommand) -> None:
     visit.open()
     visit.ask(QUESTIONS[0])

@@ -163,23 +163,29 @@ export class Card {
     if (!question || this.busy) return;
     this.text.value = "";
     this.grow();
+    this.askNext(question);
+  }
+
+  /** Ask the next question, with the pictures that wait now. */
+  askNext(question) {
     const pictures = this.chat.pictures.filter((one) => one.pending || (one.turn === null && !this.chat.turns.length));
-    this.run(`${this.path}/questions`, { text: question }, { question, pictures: pictures.map((one) => one.number), keep: Infinity });
+    const numbers = pictures.map((one) => one.number);
+    this.run(`${this.path}/questions`, { text: question }, { question, pictures: numbers, keep: Infinity, again: () => this.askNext(question) });
   }
 
   edit(index, text) {
     const before = this.chat.turns[index];
-    this.run(`${this.path}/turns/${index}/edit`, { text }, { question: text, pictures: before.pictures, keep: index });
+    this.run(`${this.path}/turns/${index}/edit`, { text }, { question: text, pictures: before.pictures, keep: index, again: () => this.edit(index, text) });
   }
 
   retry() {
     const index = this.chat.turns.length - 1;
     const { question, pictures } = this.chat.turns[index];
-    this.run(`${this.path}/retry`, {}, { question, pictures, keep: index });
+    this.run(`${this.path}/retry`, {}, { question, pictures, keep: index, again: () => this.retry() });
   }
 
-  /** Send a question and show its answer as it arrives. `keep`: so many turns stay shown above it. */
-  async run(path, body, { question, pictures, keep }) {
+  /** Send a question and show its answer as it arrives. `keep`: so many turns stay shown above it. `again` repeats it. */
+  async run(path, body, { question, pictures, keep, again }) {
     if (this.busy) return;
     const hadFocus = this.element.contains(document.activeElement);
     this.busy = true;
@@ -213,7 +219,7 @@ export class Card {
     } catch (error) {
       problem = error instanceof Problem ? error : new Problem({ title: "The page has failed.", advice: "Reload it." });
     }
-    this.finish({ question, text, problem, wasStopped, again: () => this.run(path, body, { question, pictures, keep }) });
+    this.finish({ question, text, problem, wasStopped, again });
   }
 
   finish({ question, text, problem, wasStopped, again }) {

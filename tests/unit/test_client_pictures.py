@@ -88,6 +88,7 @@ def test_other_arrays_are_rejected(array: np.ndarray) -> None:
 
 def test_objects_of_s3_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "MAX_BYTES", 2_000)
+    monkeypatch.setattr(sources, "FETCH_TIMEOUT_S", 300)  # boto3 loads its tables first
     with mock_aws():
         client = boto3.client("s3", region_name="us-east-1")
         client.create_bucket(Bucket="pictures")

@@ -302,4 +302,5 @@ def main(argv: list[str] | None = None) -> Result:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as after Ctrl-C
     main()

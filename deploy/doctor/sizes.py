@@ -64,8 +64,12 @@ class Sizes:
     def session_bytes(self, dtype: str) -> int:
         """Return the size of a session with one picture and `TEXT_TOKENS` of text, at most a whole context."""
         tokens = min(self.picture_tokens + TEXT_TOKENS, self.context_tokens)
+        return self.features_bytes(dtype) + self.kv_bytes(tokens, dtype)
+
+    def kv_bytes(self, tokens: int, dtype: str) -> int:
+        """Return the size of a KV cache with room for this number of tokens."""
         steps = -(-tokens // KV_STEP_TOKENS)
-        return self.features_bytes(dtype) + steps * KV_STEP_TOKENS * self.kv_numbers * _BYTES[dtype]
+        return steps * KV_STEP_TOKENS * self.kv_numbers * _BYTES[dtype]
 
 
 def _stored_dtype(config: dict[str, Any]) -> str:

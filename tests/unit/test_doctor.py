@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import http.server
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +28,7 @@ from deploy.doctor import (
     findings,
     gpu,
     headers,
+    live,
     machine,
     ports,
     resources,
@@ -577,3 +580,79 @@ def test_rules_that_haproxy_rejects_are_an_error(tmp_path: Path) -> None:
     assert levels(headers.check_haproxy_rules(subject)) == {"warning": "", "error": ""}
     broken = levels(headers.check_haproxy_rules(subject, (haproxy.CONFIGS[0], rules)))
     assert "HAProxy rejects its rules:" in broken["error"]
+
+
+# --- a running server -------------------------------------------------------------------------------------------------
+
+
+class SilentServer(http.server.ThreadingHTTPServer):
+    """A server of one session that never answers the requests of a type, or a close of another session."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, silent_to: str) -> None:
+        self.silent_to = silent_to
+        self.closed: list[str] = []
+        self.over = threading.Event()
+        super().__init__(("127.0.0.1", 0), Answering)
+
+    def is_silent(self, body: dict[str, Any], session: str) -> bool:
+        """Return whether the request gets no answer."""
+        return self.silent_to == ("unknown" if session.startswith("doctor-") else body.get("type"))
+
+
+class Answering(http.server.BaseHTTPRequestHandler):
+    """Answers one connection."""
+
+    server: SilentServer
+
+    def do_GET(self) -> None:
+        self._answer({})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        session = self.headers.get(SESSION_HEADER, "")
+        if self.server.is_silent(body, session):
+            self.server.over.wait()
+        elif body.get("type") == "close_session":
+            self.server.closed.append(session or body["session_id"])
+            self._answer({CLOSED_SESSION_HEADER: session})
+        else:
+            self._answer({SESSION_HEADER: "one"})
+
+    def _answer(self, headers: dict[str, str]) -> None:
+        self.send_response(200)
+        for name, value in {**headers, "Content-Length": "2"}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_: object) -> None:
+        """Print nothing."""
+
+
+@pytest.mark.parametrize(
+    ("silent_to", "problem"),
+    [
+        ("unknown", "a close of an unknown session has no answer after 0.2 s"),
+        ("send_text_prompt", "a question in the session has no answer after 0.6 s"),
+    ],
+)
+def test_a_request_without_an_answer_is_named_and_the_session_closed(silent_to: str, problem: str) -> None:
+    with SilentServer(silent_to) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        found = list(live.check_live(Subject(port=server.server_port, is_live=True), timeout_s=0.2))
+        server.over.set()
+        server.shutdown()
+        thread.join()
+    assert problem in found[-1].found
+    assert "restart the server" in found[-1].remedy
+    assert server.closed == ["one"]
+
+
+def test_a_running_server_needs_a_port() -> None:
+    (finding,) = live.check_live(Subject(port=0, is_live=True))
+    assert finding.level == "error"
+    assert finding.found == "--live must have the port of a server that runs, got 0"

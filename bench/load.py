@@ -9,7 +9,6 @@ requests are OpenAI's, so each sends its whole conversation.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -22,9 +21,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.options import Parser, decimal_number, error_prefix, typed, whole_number
+from deploy.options import decimal_number, error_prefix, typed, whole_number
 
 from . import harness, talk
+from .chat_options import chat_options, chat_parser
 from .harness import Options, Result, Run, percentile
 from .route import ROOT, ServiceError, root_of, served_model, service
 
@@ -59,20 +59,15 @@ class Request:
 
 def parse(argv: list[str] | None) -> Options:
     """Parse the command line."""
-    parser = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = chat_parser(PROG, __doc__)
     add = parser.add_argument
-    add("--url", help="a server that runs, such as http://127.0.0.1:8080 (default: start one)")
-    add("--model", default=str(harness.DEMO_MODEL), metavar="DIR", help="the model to serve (default: models/shapes)")
     add("--conversations", type=whole_number(1), default=30, metavar="N", help="conversations (%(default)s)")
     add("--turns", type=whole_number(1), default=4, metavar="N", help="questions of each (%(default)s)")
     at_once = "conversations that run at the same time (%(default)s)"
     add("--concurrency", type=whole_number(1), default=8, metavar="N", help=at_once)
     rate = "requests per second on average, at random times (default: as fast as the concurrency allows)"
     add("--rate", type=decimal_number(0.001), metavar="R", help=rate)
-    think = "mean pause before a further question, exponential (%(default)s)"
-    add("--think-s", type=decimal_number(0), default=1.0, metavar="S", help=think)
     add("--tokens", type=whole_number(2), default=24, metavar="N", help="tokens of each answer (%(default)s)")
-    add("--picture-px", type=whole_number(28), default=224, metavar="N", help="sides of the pictures (%(default)s)")
     pictures = "turns that show a new picture (%(default)s)"
     add("--pictures", choices=["first", "every"], default="first", help=pictures)
     objective = "objective of a good request (%(default)s)"
@@ -80,18 +75,11 @@ def parse(argv: list[str] | None) -> Options:
     add("--itl-ms", type=decimal_number(0), default=50.0, metavar="MS", help=f"time between tokens, {objective}")
     add("--e2e-ms", type=decimal_number(0), default=3000.0, metavar="MS", help=f"time to the last token, {objective}")
     add("--timeout-s", type=whole_number(1), default=3600, metavar="S", help="of the whole load (%(default)s)")
-    add("--seed", type=int, default=1, help="of pictures, questions and pauses (%(default)s)")
-    add("--out", type=Path, default=harness.RESULTS, help="folder of the JSON and the plot (bench/results)")
     add("--smoke", action="store_true", help="two short conversations: shows that it runs")
     given = parser.parse_args(argv)
     if given.smoke:
         given.conversations, given.turns, given.concurrency, given.think_s, given.tokens = 2, 2, 2, 0.01, 4
-    options = harness.plain_options("load", given)
-    if given.url is not None:
-        options.preset, options.dtype = "another server's", "dtype unknown"
-    else:
-        options.preset = Path(given.model).resolve().name
-    return options
+    return chat_options("load", given)
 
 
 def objectives(options: Options) -> dict[str, float]:

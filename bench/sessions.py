@@ -9,7 +9,6 @@ At the end the memory of all sessions must return to zero. `make load` loads /v1
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import re
@@ -28,9 +27,10 @@ import yaml
 from tqdm import tqdm
 
 from deploy.doctor.sizes import Sizes
-from deploy.options import Parser, decimal_number, error_prefix, whole_number
+from deploy.options import decimal_number, error_prefix, whole_number
 
-from . import harness, users
+from . import users
+from .chat_options import chat_options, chat_parser
 from .harness import Options, Result, Run, median, percentile
 from .route import ROOT, ServiceError, root_of, served_model, service
 from .users import AFTER_PAUSE, EXPIRES, LEAVES, RECOVERED, RETURNS, STATELESS, STAYS, Log, Plan, StatelessUser, User
@@ -57,15 +57,11 @@ class Server:
 
 def parse(argv: list[str] | None) -> Options:
     """Parse the command line."""
-    parser = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = chat_parser(PROG, __doc__)
     add = parser.add_argument
-    add("--url", help="a server that runs, such as http://127.0.0.1:8080 (default: start one)")
-    add("--model", default=str(harness.DEMO_MODEL), metavar="DIR", help="the model to serve (default: models/shapes)")
     each = "users of each kind, all at the same time (%(default)s)"
     add("--users", type=whole_number(1), default=6, metavar="N", help=each)
     add("--turns", type=whole_number(2), default=4, metavar="N", help="questions of each user (%(default)s)")
-    think = "mean pause before a further question, exponential (%(default)s)"
-    add("--think-s", type=decimal_number(0), default=1.0, metavar="S", help=think)
     idle = "seconds after the last answer at which a session expires (%(default)s); with --url the server's own"
     add("--idle-s", type=decimal_number(1), default=60.0, metavar="S", help=idle)
     back = "pause of users who come back (default: a third of --idle-s)"
@@ -73,19 +69,11 @@ def parse(argv: list[str] | None) -> Options:
     resident = "sessions whose KV cache fits in the memory (default: a third of all)"
     add("--resident", type=whole_number(1), metavar="N", help=resident)
     add("--tokens", type=whole_number(4), default=24, metavar="N", help="tokens of each answer (%(default)s)")
-    add("--picture-px", type=whole_number(28), default=224, metavar="N", help="sides of the pictures (%(default)s)")
-    add("--seed", type=int, default=1, help="of pictures, questions and pauses (%(default)s)")
-    add("--out", type=Path, default=harness.RESULTS, help="folder of the JSON and the plot (bench/results)")
     add("--smoke", action="store_true", help="one user of each kind, two short turns: shows that it runs")
     given = parser.parse_args(argv)
     if given.smoke:
         given.users, given.turns, given.think_s, given.tokens, given.idle_s = 1, 2, 0.01, 6, 2.0
-    options = harness.plain_options("sessions", given)
-    if given.url is not None:
-        options.preset, options.dtype = "another server's", "dtype unknown"
-    else:
-        options.preset = Path(given.model).resolve().name
-    return options
+    return chat_options("sessions", given)
 
 
 def plan_of(options: Options) -> Plan:

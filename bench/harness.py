@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -223,8 +224,7 @@ def spread(values: Iterable[float]) -> str:
 
 def percentile(values: Iterable[float], share: float) -> float:
     """Return the percentile by the nearest-rank method; `share` is between 0 and 1."""
-    ordered = sorted(values)
-    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+    return np.quantile(list(values), share, method="inverted_cdf").item()
 
 
 def alternate(sides: list, round_number: int) -> list:

@@ -9,24 +9,24 @@ requests are OpenAI's, so each sends its whole conversation.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
-
-from deploy.options import Parser, decimal_number, error_prefix, typed, whole_number
+from deploy.options import decimal_number, error_prefix, typed, whole_number
 
 from . import harness, talk
+from .chat_options import chat_options, chat_parser
 from .harness import Options, Result, Run, percentile
-from .route import ROOT, ServiceError, service
+from .route import ROOT, ServiceError, root_of, served_model, service
 
 PROG = "python -m bench.load"
 AIPERF = ROOT / ".venv-clients" / "aiperf" / "bin" / "aiperf"
@@ -38,6 +38,7 @@ TIMES = {  # metric of AIPerf -> name in the table
     "request_latency": "e2e",
 }
 SHARES = (0.5, 0.9, 0.99)
+RATE_TOLERANCE = 0.1
 
 
 class LoadError(Exception):
@@ -58,20 +59,15 @@ class Request:
 
 def parse(argv: list[str] | None) -> Options:
     """Parse the command line."""
-    parser = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = chat_parser(PROG, __doc__)
     add = parser.add_argument
-    add("--url", help="a server that runs, such as http://127.0.0.1:8080 (default: start one)")
-    add("--model", default=str(harness.DEMO_MODEL), metavar="DIR", help="the model to serve (default: models/shapes)")
     add("--conversations", type=whole_number(1), default=30, metavar="N", help="conversations (%(default)s)")
     add("--turns", type=whole_number(1), default=4, metavar="N", help="questions of each (%(default)s)")
     at_once = "conversations that run at the same time (%(default)s)"
     add("--concurrency", type=whole_number(1), default=8, metavar="N", help=at_once)
     rate = "requests per second on average, at random times (default: as fast as the concurrency allows)"
     add("--rate", type=decimal_number(0.001), metavar="R", help=rate)
-    think = "mean pause before a further question, exponential (%(default)s)"
-    add("--think-s", type=decimal_number(0), default=1.0, metavar="S", help=think)
     add("--tokens", type=whole_number(2), default=24, metavar="N", help="tokens of each answer (%(default)s)")
-    add("--picture-px", type=whole_number(28), default=224, metavar="N", help="sides of the pictures (%(default)s)")
     pictures = "turns that show a new picture (%(default)s)"
     add("--pictures", choices=["first", "every"], default="first", help=pictures)
     objective = "objective of a good request (%(default)s)"
@@ -79,15 +75,11 @@ def parse(argv: list[str] | None) -> Options:
     add("--itl-ms", type=decimal_number(0), default=50.0, metavar="MS", help=f"time between tokens, {objective}")
     add("--e2e-ms", type=decimal_number(0), default=3000.0, metavar="MS", help=f"time to the last token, {objective}")
     add("--timeout-s", type=whole_number(1), default=3600, metavar="S", help="of the whole load (%(default)s)")
-    add("--seed", type=int, default=1, help="of pictures, questions and pauses (%(default)s)")
-    add("--out", type=Path, default=harness.RESULTS, help="folder of the JSON and the plot (bench/results)")
     add("--smoke", action="store_true", help="two short conversations: shows that it runs")
     given = parser.parse_args(argv)
     if given.smoke:
         given.conversations, given.turns, given.concurrency, given.think_s, given.tokens = 2, 2, 2, 0.01, 4
-    options = harness.plain_options("load", given)
-    options.preset = Path(given.model).name if given.url is None else "another server's"
-    return options
+    return chat_options("load", given)
 
 
 def objectives(options: Options) -> dict[str, float]:
@@ -98,24 +90,13 @@ def objectives(options: Options) -> dict[str, float]:
 
 @contextlib.contextmanager
 def server(options: Options) -> Iterator[str]:
-    """Yield the address of the server to load. Raise `LoadError` if it does not answer."""
+    """Yield the address of the server to load: the one at --url, or a new one. Raise `ServiceError`."""
     given = options.extra
     if given.url is None:
         with service(model=Path(given.model)) as (_, url):
             yield url
         return
-    yield given.url.rstrip("/").removesuffix("/v1")
-
-
-def served_model(url: str) -> str:
-    """Return the name of the model at /v1. Raise `LoadError`."""
-    try:
-        with httpx.Client(base_url=url, timeout=30, trust_env=False) as http:
-            models = http.get("/v1/models").raise_for_status().json()["data"]
-        return models[0]["id"]
-    except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
-        option = typed("--url")
-        raise LoadError(f"{option} must be a server with /v1/models, got {url}: {type(error).__name__}") from error
+    yield root_of(given.url)
 
 
 def write_conversations(options: Options, path: Path) -> None:
@@ -168,24 +149,35 @@ def command(options: Options, url: str, model: str, folder: Path) -> list[str]:
     ]
 
 
-def run_aiperf(options: Options, url: str, folder: Path) -> tuple[list[Request], dict]:
+def run_aiperf(options: Options, url: str, model: str, folder: Path) -> tuple[list[Request], dict]:
     """Run AIPerf on a server. Return the requests, and AIPerf's own report. Raise `LoadError`."""
     write_conversations(options, folder / "conversations.jsonl")
-    words = command(options, url, served_model(url), folder)
-    env = {**os.environ, "NO_PROXY": "*"}
     log = folder / "aiperf.txt"
+    code = run_whole(command(options, url, model, folder), log, options.extra.timeout_s)
+    records, report = folder / "aiperf" / "profile_export.jsonl", folder / "aiperf" / "profile_export_aiperf.json"
+    if code or not records.exists() or not report.exists():
+        last = "\n".join(log.read_text().strip().splitlines()[-15:])
+        raise LoadError(f"AIPerf has failed with code {code}:\n{last}")
+    return [request_of(json.loads(line)) for line in records.read_text().splitlines()], json.loads(report.read_text())
+
+
+def run_whole(words: list[str], log: Path, timeout_s: float) -> int:
+    """Run AIPerf in the folder of its log. Return its exit code. Raise `LoadError` after `timeout_s`.
+
+    AIPerf starts several processes. After a time-out and after Ctrl-C all of them are killed.
+    """
+    env = {**os.environ, "NO_PROXY": "*"}
     with log.open("w") as out:  # its progress bars are on stderr
         show = None if sys.stderr.isatty() else subprocess.STDOUT
+        process = subprocess.Popen(words, stdout=out, stderr=show, env=env, cwd=log.parent, start_new_session=True)
         try:
-            timeout_s = options.extra.timeout_s
-            done = subprocess.run(words, stdout=out, stderr=show, env=env, cwd=folder, timeout=timeout_s, check=False)
-        except subprocess.TimeoutExpired:
-            raise LoadError(f"AIPerf has not ended within {typed('--timeout-s')} {timeout_s}") from None
-    records, report = folder / "aiperf" / "profile_export.jsonl", folder / "aiperf" / "profile_export_aiperf.json"
-    if done.returncode or not records.exists() or not report.exists():
-        last = "\n".join(log.read_text().strip().splitlines()[-15:])
-        raise LoadError(f"AIPerf has failed with code {done.returncode}:\n{last}")
-    return [request_of(json.loads(line)) for line in records.read_text().splitlines()], json.loads(report.read_text())
+            return process.wait(timeout_s)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise LoadError(f"AIPerf has not ended within {typed('--timeout-s')} {timeout_s}") from None
+            raise
 
 
 def request_of(record: dict) -> Request:
@@ -203,14 +195,17 @@ def request_of(record: dict) -> Request:
 
 
 def report(options: Options, requests: list[Request], summary: dict) -> Result:
-    """Return the table of latencies, the goodput and the errors."""
+    """Return the table of latencies, the goodput and the errors. Raise `LoadError` if no request was answered."""
+    answered = [one for one in requests if not one.error]
+    errors = Counter(one.error for one in requests if one.error)
+    if not answered:
+        raise LoadError(f"no request was answered: {dict(errors)}")
     columns = [f"{name} p{share * 100:.0f} ms" for name in TIMES.values() for share in SHARES]
     result = Result(["turns", "requests", "failed", "within objectives", *columns])
     for group in GROUPS:
         members = [one for one in requests if _is_in(one, group)]
         if members:
             result.rows.append(_row(group, members))
-    answered = [one for one in requests if not one.error]
     first, later = (_times(answered, group, "time_to_first_token") for group in GROUPS[1:])
     if first and later:
         result.ratios["TTFT p50: first turn / follow-up"] = percentile(first, 0.5) / percentile(later, 0.5)
@@ -227,8 +222,11 @@ def report(options: Options, requests: list[Request], summary: dict) -> Result:
     result.settings = {name: getattr(given, name) for name in names} | {"objectives ms": objectives(options)}
     result.settings["aiperf"] = summary["aiperf_version"]
     result.samples = {"requests": [vars(one) for one in requests]}
-    for error in sorted({one.error for one in requests if one.error}):
-        result.notes.append(f"error {error}: {sum(one.error == error for one in requests)} requests")
+    result.notes += [f"error {error}: {count} requests" for error, count in sorted(errors.items())]
+    reached = result.ratios["requests/s"]
+    if given.rate is not None and reached < (1 - RATE_TOLERANCE) * given.rate:
+        words = f"{given.rate:g} requests/s were requested and {reached:.3g} reached"
+        result.notes.append(f"{words}: the times do not include the wait of requests for a free place")
     return result
 
 
@@ -279,14 +277,18 @@ def main(argv: list[str] | None = None) -> Result:
         if not AIPERF.exists():
             raise LoadError(f"AIPerf is not in {AIPERF.parents[1]}: run `make load`, or scripts/clients.sh aiperf")
         with tempfile.TemporaryDirectory() as folder, server(options) as url:
-            served_model(url)
+            model = served_model(url)
             run = Run(options)
             run.say(f"{options.extra.conversations} conversations of {options.extra.turns} turns on {url}")
-            requests, summary = run_aiperf(options, url, Path(folder))
+            requests, summary = run_aiperf(options, url, model, Path(folder))
             return run.finish(report(options, requests, summary), paint)
-    except (LoadError, ServiceError) as error:
+    except (LoadError, ServiceError, OSError) as error:
         sys.exit(f"{error_prefix(PROG)}error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as after Ctrl-C
     main()

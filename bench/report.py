@@ -16,14 +16,8 @@ from .harness import FLOAT32, RESULTS, number
 
 README = Path(__file__).parent / "README.md"
 BENCHES = ("turns", "chats", "decode", "memory", "open", "stall", "pipe")
-SERVED = (
-    "route",
-    "endpoint",
-    "held_rows",
-    "scrape",
-    "load",
-    "sessions",
-)  # they start a whole server; `python -m bench` does not run them
+# They start a whole server; `python -m bench` does not run them.
+SERVED = ("route", "endpoint", "held_rows", "admission", "scrape", "load", "sessions")
 
 
 def read(folder: Path = RESULTS) -> dict[str, dict]:
@@ -70,7 +64,7 @@ def section(document: dict) -> str:
     facts = document["facts"]
     where = facts["gpu"] or f"{facts['cpu']}, {facts['cores']} cores, {facts['torch_threads']} torch threads"
     load = " to ".join(map(str, facts["load_average"]))
-    model = document["model"]
+    model, rounds = document["model"], document["settings"]["rounds"]
     parts = [
         facts["date"],
         where,
@@ -78,7 +72,7 @@ def section(document: dict) -> str:
         f"load {load}, {facts['cpu_share_of_others']:.0%} of the CPU taken by others",
         f"torch {facts['torch']}, transformers {facts['transformers']}, OMP {facts['omp']}",
         f"{model['preset']}, {model['dtype']}",
-        f"{document['settings']['rounds']} rounds",
+        f"{rounds} round{'s' if rounds != 1 else ''}",
         f"commit {facts.get('commit') or 'not noted'}",
     ]
     head = " · ".join(parts)

@@ -24,6 +24,8 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from deploy.options import typed
+
 from . import conversations, harness
 from .conversations import Samples
 from .harness import Options, Result, Run, median, percentile
@@ -36,7 +38,7 @@ SIDES = ("direct", "through HAProxy")
 
 
 class ServiceError(RuntimeError):
-    """The service does not start. The message is for the person at the terminal."""
+    """The service does not start, or a server does not answer. The message is for the person at the terminal."""
 
 
 class Way:
@@ -124,6 +126,22 @@ def service(
         finally:
             process.terminate()
             process.communicate()
+
+
+def root_of(url: str) -> str:
+    """Return the address of a server without a slash at its end and without /v1."""
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def served_model(url: str) -> str:
+    """Return the name of the model at /v1. Raise `ServiceError`."""
+    try:
+        with httpx.Client(base_url=url, timeout=30, trust_env=False) as http:
+            models = http.get("/v1/models").raise_for_status().json()["data"]
+        return models[0]["id"]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, IndexError, TypeError) as error:
+        option = typed("--url")
+        raise ServiceError(f"{option} must be a server with /v1/models, got {url}: {type(error).__name__}") from error
 
 
 def measure(options: Options, run: Run, urls: tuple[str, str]) -> dict[str, dict[str, list[float]]]:

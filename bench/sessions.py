@@ -9,11 +9,10 @@ At the end the memory of all sessions must return to zero. `make load` loads /v1
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -21,49 +20,48 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
+import yaml
 from tqdm import tqdm
 
-from deploy.options import Parser, decimal_number, error_prefix, whole_number
+from deploy.doctor.sizes import Sizes
+from deploy.options import decimal_number, error_prefix, whole_number
 
-from . import harness, users
+from . import users
+from .chat_options import chat_options, chat_parser
 from .harness import Options, Result, Run, median, percentile
-from .route import ROOT, ServiceError, service
+from .route import ROOT, ServiceError, root_of, served_model, service
 from .users import AFTER_PAUSE, EXPIRES, LEAVES, RECOVERED, RETURNS, STATELESS, STAYS, Log, Plan, StatelessUser, User
 
 PROG = "python -m bench.sessions"
 LABELS = (STAYS, LEAVES, RETURNS, AFTER_PAUSE, EXPIRES, RECOVERED, STATELESS)
 MEMORY = ("llava_open_sessions", "llava_features_bytes", "llava_kv_bytes", "llava_offloaded_bytes")
 COUNTERS = ("llava_evictions_total", "llava_restores_total", "llava_rebuilds_total")
-KV_STEP_TOKENS = 256
 QUESTION_TOKENS = 16  # of a question and its template
 SAY_EVERY_S = 15.0
 SHARES = (0.5, 0.9, 0.99)
-FIRST = "first TTFT p50 ms"
+OPEN, FIRST = "open p50 ms", "first TTFT p50 ms"
 _METRIC = re.compile(r"^(llava_\w+)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server: its address, OpenAI's base URL, and its page of metrics, if it can be read."""
+    """A server: its address, OpenAI's base URL, and its page of metrics, which may be private."""
 
     url: str
     openai_url: str
-    metrics_url: str | None
+    metrics_url: str
 
 
 def parse(argv: list[str] | None) -> Options:
     """Parse the command line."""
-    parser = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = chat_parser(PROG, __doc__)
     add = parser.add_argument
-    add("--url", help="a server that runs, such as http://127.0.0.1:8080 (default: start one)")
-    add("--model", default=str(harness.DEMO_MODEL), metavar="DIR", help="the model to serve (default: models/shapes)")
     each = "users of each kind, all at the same time (%(default)s)"
     add("--users", type=whole_number(1), default=6, metavar="N", help=each)
     add("--turns", type=whole_number(2), default=4, metavar="N", help="questions of each user (%(default)s)")
-    think = "mean pause before a further question, exponential (%(default)s)"
-    add("--think-s", type=decimal_number(0), default=1.0, metavar="S", help=think)
     idle = "seconds after the last answer at which a session expires (%(default)s); with --url the server's own"
     add("--idle-s", type=decimal_number(1), default=60.0, metavar="S", help=idle)
     back = "pause of users who come back (default: a third of --idle-s)"
@@ -71,16 +69,11 @@ def parse(argv: list[str] | None) -> Options:
     resident = "sessions whose KV cache fits in the memory (default: a third of all)"
     add("--resident", type=whole_number(1), metavar="N", help=resident)
     add("--tokens", type=whole_number(4), default=24, metavar="N", help="tokens of each answer (%(default)s)")
-    add("--picture-px", type=whole_number(28), default=224, metavar="N", help="sides of the pictures (%(default)s)")
-    add("--seed", type=int, default=1, help="of pictures, questions and pauses (%(default)s)")
-    add("--out", type=Path, default=harness.RESULTS, help="folder of the JSON and the plot (bench/results)")
     add("--smoke", action="store_true", help="one user of each kind, two short turns: shows that it runs")
     given = parser.parse_args(argv)
     if given.smoke:
         given.users, given.turns, given.think_s, given.tokens, given.idle_s = 1, 2, 0.01, 6, 2.0
-    options = harness.plain_options("sessions", given)
-    options.preset = Path(given.model).name if given.url is None else "another server's"
-    return options
+    return chat_options("sessions", given)
 
 
 def plan_of(options: Options) -> Plan:
@@ -98,67 +91,60 @@ def server(options: Options) -> Iterator[Server]:
     """Yield the server: the one at --url, or a new one with small budgets."""
     given = options.extra
     if given.url is not None:
-        url = given.url.rstrip("/").removesuffix("/v1")
-        yield Server(url, f"{url}/v1", f"{url}/metrics" if _has_metrics(url) else None)
+        url = root_of(given.url)
+        served_model(url)
+        yield Server(url, f"{url}/v1", f"{url}/metrics")
         return
     os.environ["PUBLIC_METRICS"] = "on"  # of the service, which inherits it
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "model-config.yaml"
-        config.write_text(configuration(options))
+        config.write_text(yaml.safe_dump(configuration(options)))
         with service(model=Path(given.model), config=config) as (_, url):
             yield Server(url, f"{url}/v1", f"{url}/metrics")
 
 
-def configuration(options: Options) -> str:
+def configuration(options: Options) -> dict[str, Any]:
     """Return the server's configuration."""
     given = options.extra
     sessions = len(users.SCRIPTS) * given.users
-    resident = given.resident or max(sessions // 3, 2)
     features, cache = session_bytes(Path(given.model), given.turns * (given.tokens + QUESTION_TOKENS))
-    changes = {
+    config = yaml.safe_load((ROOT / "handler" / "model-config.yaml").read_text())
+    config["llava"] |= {
         "session_idle_s": given.idle_s,
-        "share_pictures": "false",
-        "device_bytes": sessions * features + resident * cache,
+        "share_pictures": False,
+        "device_bytes": sessions * features + resident_of(options) * cache,
         "max_sessions": max(sessions + given.users, 64),
     }
-    text = (ROOT / "handler" / "model-config.yaml").read_text()
-    for key, value in changes.items():
-        text = re.sub(rf"^( +{key}:)[^#\n]*", rf"\g<1> {value} ", text, count=1, flags=re.MULTILINE)
-    return text
+    return config
+
+
+def resident_of(options: Options) -> int:
+    """Return the number of sessions whose KV cache fits in the memory of a new server."""
+    return options.extra.resident or max(len(users.SCRIPTS) * options.extra.users // 3, 2)
 
 
 def session_bytes(model: Path, text_tokens: int) -> tuple[int, int]:
-    """Return the bytes in float32 of a picture's features, and of the KV cache of a conversation."""
-    config = json.loads((model / "config.json").read_text())
-    text, vision = config["text_config"], config["vision_config"]
-    picture_tokens = (vision["image_size"] // vision["patch_size"]) ** 2 * (
-        1 if config["model_type"] == "llava" else 10
-    )
-    head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-    token = text["num_hidden_layers"] * 2 * text.get("num_key_value_heads", text["num_attention_heads"]) * head * 4
-    steps = -(-(picture_tokens + text_tokens) // KV_STEP_TOKENS)
-    return picture_tokens * text["hidden_size"] * 4, steps * KV_STEP_TOKENS * token
-
-
-def _has_metrics(url: str) -> bool:
+    """Return the bytes in float32 of a picture's features and of a KV cache. Raise `ServiceError` without a model."""
     try:
-        return httpx.get(f"{url}/metrics", trust_env=False, timeout=30).is_success
+        sizes = Sizes.read(model)
+    except (OSError, KeyError, ValueError) as error:
+        raise ServiceError(f"--model must be a folder with a checkpoint, got {model}") from error
+    return sizes.features_bytes("float32"), sizes.kv_bytes(sizes.picture_tokens + text_tokens, "float32")
+
+
+def read_metrics(url: str) -> dict[str, float]:
+    """Return the sums of the server's metrics by name, or nothing if they cannot be read."""
+    try:
+        page = httpx.get(url, trust_env=False, timeout=60).raise_for_status().text
     except httpx.HTTPError:
-        return False
-
-
-def read_metrics(url: str | None) -> dict[str, float]:
-    """Return the sums of the server's metrics by name, or nothing without a page."""
-    if url is None:
         return {}
     found: dict[str, float] = {}
-    page = httpx.get(url, trust_env=False, timeout=60).raise_for_status().text
     for name, value in _METRIC.findall(page):
         found[name] = found.get(name, 0.0) + float(value)
     return found
 
 
-def wait_for_zero(url: str | None, timeout_s: float) -> dict[str, float]:
+def wait_for_zero(url: str, timeout_s: float) -> dict[str, float]:
     """Return the memory of sessions once all is free, or what is left after `timeout_s`."""
     until = time.monotonic() + timeout_s
     while True:
@@ -184,18 +170,30 @@ def measure(run: Run, served: Server, plan: Plan) -> tuple[Log, dict[str, float]
             seed = options.seed * 1_000_003 + number
             crowd += [User(kind, seed, served.url, plan, log) for kind in users.SCRIPTS]
             crowd.append(StatelessUser(seed, served.openai_url, plan, log))
-        with ThreadPoolExecutor(len(crowd)) as pool:
+        _run_all(run, crowd, log, bar)
+    if not log.turns:
+        codes = ", ".join(sorted({code for _, code in log.errors}))
+        raise ServiceError(f"no question was answered: {codes}")
+    run.say("all users have ended; their sessions expire")
+    left = wait_for_zero(served.metrics_url, plan.expire_s + 60)
+    after = read_metrics(served.metrics_url)
+    return log, {name: after.get(name, 0.0) - before.get(name, 0.0) for name in COUNTERS if after}, left
+
+
+def _run_all(run: Run, crowd: list[User | StatelessUser], log: Log, bar: tqdm) -> None:
+    """Run each user in a thread. If one fails and at Ctrl-C, stop all: each closes its session."""
+    with ThreadPoolExecutor(len(crowd)) as pool:
+        try:
             running = {pool.submit(user.run) for user in crowd}
             while running:
                 ended, running = wait(running, timeout=SAY_EVERY_S)
                 for future in ended:
                     future.result()
                 if bar.disable and running:
-                    run.say(f"{len(log.turns)} of {expected} turns, {_state(log)}")
-    run.say("all users have ended; their sessions expire")
-    left = wait_for_zero(served.metrics_url, plan.expire_s + 60)
-    after = read_metrics(served.metrics_url)
-    return log, {name: after.get(name, 0.0) - before.get(name, 0.0) for name in COUNTERS if after}, left
+                    run.say(f"{len(log.turns)} of {bar.total} turns, {_state(log)}")
+        except BaseException:
+            log.stop.set()
+            raise
 
 
 def _show(bar: tqdm, log: Log) -> None:
@@ -214,7 +212,7 @@ def _state(log: Log) -> str:
 def report(options: Options, log: Log, counted: dict[str, float], left: dict[str, float]) -> Result:
     """Return the table by kind of user, and the ratios to the baseline."""
     times = [f"{name} p{share * 100:.0f} ms" for name in ("TTFT", "ITL", "e2e") for share in SHARES]
-    result = Result(["users", "turns", FIRST, *times, "cached tokens", "errors", "lost"])
+    result = Result(["users", "turns", OPEN, FIRST, *times, "cached tokens", "errors", "lost"])
     for label in LABELS:
         result.rows.append(_row(label, log))
     usual = _follow_ups(log, STAYS)
@@ -223,7 +221,7 @@ def report(options: Options, log: Log, counted: dict[str, float], left: dict[str
         if usual and taken:
             result.ratios[f"follow-up TTFT p50: {label} / {STAYS}"] = median(taken) / median(usual)
     result.ratios |= {
-        "sessions opened": log.count("opened"),
+        "sessions opened": len(log.opens),
         "sessions lost": log.count("lost"),
         "errors": log.errors.total(),
         "answers left in the middle": log.count("left"),
@@ -234,20 +232,26 @@ def report(options: Options, log: Log, counted: dict[str, float], left: dict[str
     result.ratios |= {name: int(value) for name, value in counted.items()}
     result.ratios |= {f"{name} at the end": int(value) for name, value in left.items()}
     given = options.extra
-    names = ("users", "turns", "think_s", "idle_s", "return_s", "resident", "tokens", "picture_px", "url")
-    result.settings = {name: getattr(given, name) for name in names} | {"share_pictures": given.url is not None}
-    result.samples = {"turns": [vars(turn) for turn in log.turns]}
+    names = ("users", "turns", "think_s", "idle_s", "tokens", "picture_px", "url")
+    result.settings = {name: getattr(given, name) for name in names} | {"return_s": plan_of(options).return_s}
+    if given.url is None:
+        result.settings |= {"resident": resident_of(options), "share_pictures": False}
+    result.samples = {"turns": [vars(turn) for turn in log.turns], "opens": log.opens}
     for (kind, code), count in sorted(log.errors.items()):
         result.notes.append(f"error {code}: {count} times, of users of the kind '{kind}'")
     if not left:
-        result.notes.append("the server's /metrics is not public: whether its memory returned to zero is unknown")
+        result.notes.append("the server's /metrics cannot be read: whether its memory returned to zero is unknown")
+    elif any(left.values()):
+        result.notes.append("the memory of the sessions has not returned to zero")
     return result
 
 
 def _row(label: str, log: Log) -> dict:
     turns = [turn for turn in log.turns if turn.label == label]
     first = [turn.ttft_s for turn in turns if turn.number == 1]
-    row = {"users": label, "turns": len(turns), FIRST: median(first) * 1e3 if first else None}
+    opened = [taken_s for kind, taken_s in log.opens if kind == label]
+    row = {"users": label, "turns": len(turns)}
+    row |= {name: median(found) * 1e3 if found else None for name, found in ((OPEN, opened), (FIRST, first))}
     followed = [turn for turn in turns if turn.number > 1]
     for name, values in (
         ("TTFT", [turn.ttft_s for turn in followed]),
@@ -283,8 +287,11 @@ def main(argv: list[str] | None = None) -> Result:
     options = parse(argv)
     try:
         return run_on(options)
-    except (ServiceError, httpx.HTTPError, OSError) as error:
+    except (ServiceError, OSError) as error:
         sys.exit(f"{error_prefix(PROG)}error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted: the users have closed their sessions", file=sys.stderr)
+        sys.exit(130)
 
 
 def run_on(options: Options) -> Result:
@@ -297,4 +304,5 @@ def run_on(options: Options) -> Result:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as after Ctrl-C
     main()

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import httpx
@@ -20,6 +21,14 @@ AFTER_PAUSE = "comes back: after the pause"
 RECOVERED = "expires: recovered"
 PIECES_BEFORE_LEAVING = 2
 _TIMEOUT_S = 600.0
+
+
+class Stopped(Exception):
+    """The run ends before this user has asked all questions."""
+
+
+class FailedAnswer(Exception):
+    """The server has ended an answer of /v1 with an error. The message is its code."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +62,11 @@ class Log:
 
     on_change: Callable[[Log], None] = lambda _: None
     turns: list[Turn] = field(default_factory=list)
+    opens: list[tuple[str, float]] = field(default_factory=list)  # kind, and seconds of the open
     errors: Counter[tuple[str, str]] = field(default_factory=Counter)  # by kind and code
     events: Counter[tuple[str, str]] = field(default_factory=Counter)  # by kind and event
     open_sessions: int = 0
+    stop: threading.Event = field(default_factory=threading.Event)  # set: users close their sessions and end
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add_turn(self, turn: Turn) -> None:
@@ -64,18 +75,30 @@ class Log:
             self.turns.append(turn)
             self.on_change(self)
 
+    def add_open(self, kind: str, taken_s: float) -> None:
+        """Log an open of a session."""
+        with self._lock:
+            self.opens.append((kind, taken_s))
+            self.open_sessions += 1
+            self.on_change(self)
+
     def add_error(self, kind: str, code: str) -> None:
         """Log an error of the server or of the connection."""
         with self._lock:
             self.errors[kind, code] += 1
             self.on_change(self)
 
-    def add_event(self, kind: str, event: str, opened: int = 0) -> None:
-        """Log an event. `opened`: 1 for an open, -1 for an end of a session."""
+    def add_event(self, kind: str, event: str, ended: int = 0) -> None:
+        """Log an event. `ended`: sessions that end with it."""
         with self._lock:
             self.events[kind, event] += 1
-            self.open_sessions += opened
+            self.open_sessions -= ended
             self.on_change(self)
+
+    def wait(self, seconds: float) -> None:
+        """Pause. Raise `Stopped` if the run ends meanwhile."""
+        if self.stop.wait(seconds):
+            raise Stopped
 
     def count(self, event: str, kind: str | None = None) -> int:
         """Return how often an event happened, to one kind of user or to all."""
@@ -94,30 +117,37 @@ class User:
         timeouts = Timeouts(first_byte_s=_TIMEOUT_S, between_s=_TIMEOUT_S, total_s=_TIMEOUT_S)
         # With the client's own retries: an error that is logged is one that a program would see.
         self._endpoint = Endpoint(url, timeout_s=timeouts, http_client=self.http)
+        self._chat: Chat | None = None
 
     def run(self) -> None:
-        """Do what this kind of user does. Errors are logged."""
+        """Do what this kind of user does. Errors are logged. Close the session after an error and at a stop."""
         try:
             SCRIPTS[self.kind](self)
         except SessionLost as error:
-            self.log.add_event(self.kind, "lost", -1)
+            self._ended("lost")
             self.log.add_error(self.kind, error.code)
         except ClientError as error:
             self.log.add_error(self.kind, getattr(error, "code", type(error).__name__))
+        except Stopped:
+            pass
         finally:
+            if self._chat is not None:
+                with suppress(ClientError):
+                    self.close(self._chat)
             self.http.close()
 
     def open(self, on_lost: str = "raise") -> Chat:
         """Open a session on this user's picture."""
-        chat = self._endpoint.open(self.talk.picture, on_lost=on_lost)
-        self.log.add_event(self.kind, "opened", 1)
-        return chat
+        began = time.perf_counter()
+        self._chat = self._endpoint.open(self.talk.picture, on_lost=on_lost)
+        self.log.add_open(self.kind, time.perf_counter() - began)
+        return self._chat
 
     def ask(self, chat: Chat, number: int, label: str | None = None) -> bool:
         """Ask question `number` and read its whole answer. Return whether the session had to be opened again."""
         stream = chat.stream(self.talk.questions[number], max_new_tokens=self.plan.tokens, ignore_eos=True)
         for _ in stream:
-            pass
+            self.log.wait(0)
         answer = stream.answer
         decoded = max(answer.usage.completion_tokens - 1, 1)
         self.log.add_turn(
@@ -144,12 +174,20 @@ class User:
 
     def think(self, number: int) -> None:
         """Wait before question `number`."""
-        time.sleep(self.talk.pauses_s[number])
+        self.log.wait(self.talk.pauses_s[number])
 
     def close(self, chat: Chat) -> None:
         """Close the session."""
         chat.close()
-        self.log.add_event(self.kind, "closed", -1)
+        self._ended("closed")
+
+    def go_away(self) -> None:
+        """Leave the session open, so that it expires."""
+        self._ended("went away")
+
+    def _ended(self, event: str) -> None:
+        self._chat = None
+        self.log.add_event(self.kind, event, ended=1)
 
 
 def stay(user: User) -> None:
@@ -169,7 +207,7 @@ def leave(user: User) -> None:
         if number % 2:
             user.leave(chat, number)
         user.ask(chat, number)
-    user.log.add_event(user.kind, "went away", -1)
+    user.go_away()
 
 
 def come_back(user: User) -> None:
@@ -179,7 +217,7 @@ def come_back(user: User) -> None:
     for number in range(last):
         user.think(number)
         user.ask(chat, number)
-    time.sleep(user.plan.return_s)
+    user.log.wait(user.plan.return_s)
     user.ask(chat, last, AFTER_PAUSE)
     user.close(chat)
 
@@ -191,7 +229,7 @@ def expire(user: User) -> None:
     for number in range(last):
         user.think(number)
         user.ask(chat, number)
-    time.sleep(user.plan.expire_s)
+    user.log.wait(user.plan.expire_s)
     is_replayed = user.ask(chat, last, RECOVERED)
     user.log.add_event(user.kind, "recovered" if is_replayed else "not expired")
     user.close(chat)
@@ -216,7 +254,7 @@ class StatelessUser:
         messages: list[dict] = []
         try:
             for number, question in enumerate(self.talk.questions):
-                time.sleep(self.talk.pauses_s[number])
+                self.log.wait(self.talk.pauses_s[number])
                 text = {"type": "text", "text": question}
                 messages.append({"role": "user", "content": [text] if messages else [image, text]})
                 messages.append({"role": "assistant", "content": self._ask(number, messages)})
@@ -224,6 +262,10 @@ class StatelessUser:
             self.log.add_error(STATELESS, _code(error.response))
         except httpx.HTTPError as error:
             self.log.add_error(STATELESS, type(error).__name__)
+        except FailedAnswer as error:
+            self.log.add_error(STATELESS, str(error))
+        except Stopped:
+            pass
         finally:
             self.http.close()
 
@@ -239,7 +281,7 @@ class StatelessUser:
                     continue
                 chunk = json.loads(line.removeprefix("data: "))
                 if "error" in chunk:
-                    raise httpx.RemoteProtocolError(str(chunk["error"].get("code")))
+                    raise FailedAnswer(str(chunk["error"].get("code")))
                 for choice in chunk["choices"]:
                     text += choice["delta"].get("content") or ""
                 first = first or (time.perf_counter() if text else 0.0)

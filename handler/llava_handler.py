@@ -138,8 +138,8 @@ class LlavaHandler(BaseHandler):
                 del context.request_ids[index]
             else:
                 _set_head(context, index, reply)
-        if not self._pump.busy:
-            self._emit_metrics()
+        # In every step: published only by the sweep and when idle, the gauges of short turns would always read 0.
+        self._publish_metrics(emits=not self._pump.busy)
         return bodies
 
     def _sweep(self) -> None:
@@ -149,7 +149,7 @@ class LlavaHandler(BaseHandler):
             time.sleep(SWEEP_S)
             try:
                 self._pump.sweep(is_receiving=transfer.is_active())
-                self._emit_metrics()
+                self._publish_metrics(emits=True)
                 self._exporter.serve()
                 # One round later, so that the last replies have left. The launcher waits for this file.
                 if was_drained and self._pump.drained and not self._drained_file.exists():
@@ -159,8 +159,8 @@ class LlavaHandler(BaseHandler):
             except Exception:
                 log.exception("sweep_failed")
 
-    def _emit_metrics(self) -> None:
-        """Publish all values on the worker's page; emit those of TorchServe's page if any has changed. Thread-safe.
+    def _publish_metrics(self, *, emits: bool) -> None:
+        """Publish all values on the worker's page; with `emits`, emit TorchServe's if any has changed. Thread-safe.
 
         Emitted are the gauges, and the increase of each counter. Each metric travels to the frontend as a line of this
         process's output.
@@ -169,7 +169,7 @@ class LlavaHandler(BaseHandler):
             values = self._pump.metric_values()
             self._exporter.publish(values)
             before = self._emitted
-            if values == before:
+            if not emits or values == before:
                 return
             for name, unit in GAUGES.items():
                 self._metric(name, unit, MetricTypes.GAUGE).add_or_update(values.value(name), self._dimensions)

@@ -6,6 +6,7 @@ Usage: .venv/bin/python scripts/commands_page.py > docs/commands.md
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import io
@@ -75,4 +76,5 @@ def _targets() -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(page().rstrip("\n"))

@@ -6,6 +6,7 @@ Usage: .venv/bin/python scripts/configuration_page.py > docs/configuration.md
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,4 +81,5 @@ def _table(name: str, section: type[BaseModel]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(page(), end="")

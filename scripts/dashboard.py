@@ -6,6 +6,7 @@ Usage: .venv/bin/python scripts/dashboard.py > deploy/grafana/dashboard.json
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -146,4 +147,5 @@ def text() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(text(), end="")

@@ -8,6 +8,7 @@ Each diagram is a light card, so that it is legible on light and dark pages.
 
 from __future__ import annotations
 
+import argparse
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -61,11 +62,10 @@ class Drawing:
         self._shapes.append(f"<rect x='{x:g}' y='{y:g}' width='{width:g}' height='{height:g}' {style}/>")
         self.text(x + 12, y + 18, name, size=12, anchor="start")
 
-    def arrow(self, x1: float, y1: float, x2: float, y2: float, label: str = "", both: bool = False) -> None:
+    def arrow(self, x1: float, y1: float, x2: float, y2: float, label: str = "") -> None:
         """Draw an arrow. The label is above a horizontal one and right of any other."""
-        ends = "marker-end='url(#head)'" + (" marker-start='url(#tail)'" if both else "")
         line = f"x1='{x1:g}' y1='{y1:g}' x2='{x2:g}' y2='{y2:g}' stroke='{_LINE}' stroke-width='1.5'"
-        self._shapes.append(f"<line {line} {ends}/>")
+        self._shapes.append(f"<line {line} marker-end='url(#head)'/>")
         if label and y1 == y2:
             lines = textwrap.wrap(label, max(12, int(abs(x2 - x1) / 6.4)))
             for number, line in enumerate(reversed(lines)):
@@ -88,9 +88,7 @@ class Drawing:
         size = f"viewBox='0 0 {self._width} {self._height}' width='{self._width}' height='{self._height}'"
         heads = (
             "<defs><marker id='head' viewBox='0 0 10 10' refX='9' refY='5' markerWidth='7' markerHeight='7' "
-            f"orient='auto'><path d='M0,0 L10,5 L0,10 z' fill='{_LINE}'/></marker><marker id='tail' "
-            "viewBox='0 0 10 10' refX='1' refY='5' markerWidth='7' markerHeight='7' orient='auto'>"
-            f"<path d='M10,0 L0,5 L10,10 z' fill='{_LINE}'/></marker></defs>"
+            f"orient='auto'><path d='M0,0 L10,5 L0,10 z' fill='{_LINE}'/></marker></defs>"
         )
         card = f"<rect width='{self._width}' height='{self._height}' rx='12' fill='{_CARD}'/>"
         made = "<!-- Made by scripts/diagrams.py. Do not edit. -->"
@@ -247,5 +245,6 @@ def diagrams() -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for file, content in diagrams().items():
         (FOLDER / file).write_text(content, encoding="utf-8")

@@ -22,19 +22,10 @@ if recent_enough; then
   exit 0
 fi
 
-if [[ "${1:-}" == --install ]] && command -v apt-get >/dev/null; then
-  as_root=()
-  if [[ "$(id -u)" -ne 0 ]]; then
-    as_root=(sudo -n)
-  fi
-  if [[ "${#as_root[@]}" -eq 0 ]] || sudo -n true 2>/dev/null; then
-    echo "installing HAProxy (apt-get install haproxy) ..."
-    export DEBIAN_FRONTEND=noninteractive
-    install=("${as_root[@]}" apt-get -o DPkg::Lock::Timeout=300 install -y -q --no-install-recommends haproxy)
-    "${install[@]}" >/dev/null || { "${as_root[@]}" apt-get -q update >/dev/null && "${install[@]}" >/dev/null; } || true
-    if recent_enough; then
-      exit 0
-    fi
+if [[ "${1:-}" == --install ]]; then
+  "$(dirname "${BASH_SOURCE[0]}")/debian_package.sh" haproxy || true
+  if recent_enough; then
+    exit 0
   fi
 fi
 

@@ -9,6 +9,7 @@ HAProxy's rules in deploy/serve/sessions.cfg.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -355,4 +356,5 @@ def _header_parameter(name: str, description: str, schema: Schema) -> Schema:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(page(), end="")

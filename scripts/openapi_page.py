@@ -6,6 +6,8 @@ Usage: .venv/bin/python scripts/openapi_page.py > docs/http-api.md
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,7 +139,8 @@ def _limits(schema: Schema) -> str:
 
 
 def _json(value: object) -> str:
-    return {True: "true", False: "false"}.get(value, value) if isinstance(value, bool) else str(value)
+    """Return a value as JSON, a string without quotes."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _row(*cells: str) -> str:
@@ -150,4 +153,5 @@ def page() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(page(), end="")

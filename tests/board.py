@@ -46,6 +46,7 @@ LINES_MAX = 6  # of a panel: lines that are always zero are left out above this 
 COLORS = ("#3274d9", "#e0752d", "#37872d", "#8f3bb8", "#c4162a", "#806600")
 SIZE_IN = (17, 16)
 DPI = 80
+LINE_WIDTH_PX = 2
 
 
 # --- the load ---------------------------------------------------------------------------------------------------------
@@ -157,25 +158,43 @@ def _draw_panel(
         for name, (_, points), color in zip(names, lines, COLORS, strict=False):
             axes.plot([at for at, _ in points], [value for _, value in points], label=name, color=color, linewidth=1.4)
     axes.set_xlim(0, end)
-    axes.set_ylim(0, defaults.get("max", 0) * 1.03 or max(axes.get_ylim()[1], 1e-3))
-    axes.yaxis.set_major_formatter(_format_of(defaults["unit"], axes.get_ylim()[1]))
+    highest = defaults.get("max", 0) * 1.03 or max(axes.get_ylim()[1], 1e-3)
+    if names:
+        highest /= 1 - _add_legend(axes)
+    axes.set_ylim(0, highest)
+    axes.yaxis.set_major_formatter(_format_of(defaults["unit"], highest))
     axes.grid(axis="y", color="#e5e5e5", linewidth=0.6)
     axes.tick_params(length=2, labelsize=8, colors="#666666")
-    if names:
-        axes.legend(fontsize=8, frameon=False, loc="upper left", ncols=3, handlelength=1.2, columnspacing=1)
-        axes.set_ylim(0, axes.get_ylim()[1] * 1.3)
+
+
+def _add_legend(axes: Any) -> float:
+    """Add a legend at the top, as wide as the panel at most. Return the part of the panel's height that it takes."""
+    renderer = axes.figure.canvas.get_renderer()
+    for columns in (3, 2, 1):
+        legend = axes.legend(
+            fontsize=8, frameon=False, loc="upper left", ncols=columns, handlelength=1.2, columnspacing=1
+        )
+        size = legend.get_window_extent(renderer)
+        if size.width <= axes.bbox.width:
+            break
+    return min((axes.bbox.y1 - size.y0 + LINE_WIDTH_PX) / axes.bbox.height, 0.8)
 
 
 def _format_of(unit: str, highest: float) -> Any:
     """Return the format of an axis in Grafana's unit."""
     if unit == "bytes":
-        return lambda value, _: f"{value:.3g} MiB"
+        return lambda value, _: f"{_rounded(value)} MiB"
     if unit == "percentunit":
         return lambda value, _: f"{value:.0%}" if value <= 1 else ""
-    if unit == "s" and highest < 1:
-        return lambda value, _: f"{value * 1000:.3g} ms"
+    if unit == "s" and highest <= 1:
+        return lambda value, _: f"{_rounded(value * 1000)} ms"
     suffix = {"s": " s", "reqps": "/s"}.get(unit, "")
-    return lambda value, _: f"{value:.3g}{suffix}"
+    return lambda value, _: f"{_rounded(value)}{suffix}"
+
+
+def _rounded(value: float) -> str:
+    """Return a number with three digits that count, without an exponent."""
+    return f"{float(f'{value:.3g}'):.15g}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from llava_sessions_client import AnswerStream
+from llava_sessions_client import AnswerChanged, AnswerStream
 
 from .chats import WebChat, alone
 from .problems import in_words
@@ -20,11 +20,10 @@ Ask = Callable[[], AnswerStream]
 _END = None
 
 
-async def events(chat: WebChat, ask: Ask, index: int, *, shows_pending: bool = True) -> AsyncIterator[str]:
+async def events(chat: WebChat, ask: Ask, index: int) -> AsyncIterator[str]:
     """Ask, and yield the answer's events: `piece` for text, and at last `end`, `stopped` or `problem`.
 
-    `index`: that of the new turn. `shows_pending`: the question shows the pictures that wait for the next one. If
-    the page leaves, the answer is cancelled and the turn rolled back.
+    `index`: that of the new turn. If the page leaves, the answer is cancelled and the turn rolled back.
     """
     queue: asyncio.Queue[str | None] = asyncio.Queue()
     loop = asyncio.get_running_loop()
@@ -34,7 +33,7 @@ async def events(chat: WebChat, ask: Ask, index: int, *, shows_pending: bool = T
 
     def work() -> None:
         try:
-            _answer(chat, ask, put, index=index, shows_pending=shows_pending)
+            _answer(chat, ask, put, index)
         finally:
             loop.call_soon_threadsafe(queue.put_nowait, _END)
 
@@ -52,26 +51,33 @@ def event(name: str, data: dict[str, Any]) -> str:
     return f"event: {name}\ndata: {json.dumps(data)}\n\n"
 
 
-def _answer(
-    chat: WebChat, ask: Ask, put: Callable[[str, dict[str, Any]], None], *, index: int, shows_pending: bool
-) -> None:
+def _answer(chat: WebChat, ask: Ask, put: Callable[[str, dict[str, Any]], None], index: int) -> None:
     try:
         with alone(chat):
             try:
-                stream = chat.running = ask()
-                for piece in stream:
-                    put("piece", {"text": piece})
-                is_kept = stream.answer.is_kept
+                is_kept = _read(chat, ask, put)
                 if is_kept:
-                    chat.asked(index, shows_pending=shows_pending)
+                    chat.asked(index)
             finally:
                 chat.running = None
+                chat.sending = []
         put("end" if is_kept else "stopped", {"chat": chat.shown()})
     except Exception as error:
         problem = in_words(error)
         if problem.code == "internal":
             log.exception("answer_failed")
         put("problem", problem.body())
+
+
+def _read(chat: WebChat, ask: Ask, put: Callable[[str, dict[str, Any]], None]) -> bool:
+    """Ask, and put the pieces of the answer. Return whether the turn is part of the conversation."""
+    stream = chat.running = ask()
+    try:
+        for piece in stream:
+            put("piece", {"text": piece})
+    except AnswerChanged as error:  # the turn has the new answer, which the page shows at the end
+        return error.answer.is_kept
+    return stream.answer.is_kept
 
 
 def _leave(chat: WebChat) -> None:

@@ -169,7 +169,7 @@ async def _compare(request: Request) -> Response:
 
 async def _attach(request: Request) -> Response:
     chat = _chat(request)
-    await _call(chat.attach, await request.body())
+    await _call(_chats(request).attach, chat, await request.body())
     return _shown(chat)
 
 
@@ -190,9 +190,8 @@ async def _picture(request: Request) -> Response:
 async def _ask(request: Request) -> Response:
     chat = _chat(request)
     text = await _question(request)
-    pictures = [one.data for one in chat.pending]
     options = request.app.state.options
-    return _answer(chat, lambda: chat.session.stream(text, images=pictures, **options), len(chat.turns))
+    return _answer(chat, lambda: chat.session.stream(text, images=chat.send_pending(), **options), len(chat.turns))
 
 
 async def _edit(request: Request) -> Response:
@@ -202,7 +201,7 @@ async def _edit(request: Request) -> Response:
     options = request.app.state.options
     if index >= len(chat.turns):
         raise Problem("turn_not_found", "This turn is gone.", "Reload the page.", status=404)
-    return _answer(chat, lambda: chat.session.stream_edit(index, text, **options), index, shows_pending=False)
+    return _answer(chat, lambda: chat.session.stream_edit(index, text, **options), index)
 
 
 async def _retry(request: Request) -> Response:
@@ -210,16 +209,16 @@ async def _retry(request: Request) -> Response:
     if not chat.turns:
         raise Problem("turn_not_found", "There is no question to ask again.", "Ask one.", status=404)
     options = request.app.state.options
-    return _answer(chat, lambda: chat.session.stream_retry(**options), len(chat.turns) - 1, shows_pending=False)
+    return _answer(chat, lambda: chat.session.stream_retry(**options), len(chat.turns) - 1)
 
 
 async def _stop(request: Request) -> Response:
     return JSONResponse({"stopped": await _call(_chat(request).stop)})
 
 
-def _answer(chat: WebChat, ask: Callable[[], Any], index: int, *, shows_pending: bool = True) -> Response:
+def _answer(chat: WebChat, ask: Callable[[], Any], index: int) -> Response:
     headers = {"X-Accel-Buffering": "no"}
-    stream = events(chat, ask, index, shows_pending=shows_pending)
+    stream = events(chat, ask, index)
     return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
 
 

@@ -6,10 +6,12 @@ Methods that talk to the model server block: call them on a thread.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -21,6 +23,7 @@ from .problems import Problem, chat_not_found
 
 MAX_CHATS = 32
 MAX_BYTES = 512 * 1024 * 1024
+UNUSED_S = 600.0
 _ENDED = {"place": "ended"}
 
 
@@ -34,14 +37,21 @@ class Comparison:
 
 @dataclass
 class WebChat:
-    """One chat. `lock` is held while the chat opens, answers or is measured."""
+    """One chat. `lock` is held while the chat opens, answers or is measured; `changing` while its pictures change.
+
+    `sending`: the pictures of the running question. `numbers`: of the pictures to come.
+    A browser may keep a removed picture for an hour, so no number is used twice.
+    """
 
     id: str
     session: Chat
     pictures: list[StoredPicture]
     lock: threading.Lock = field(default_factory=threading.Lock)
+    changing: threading.Lock = field(default_factory=threading.Lock)
     running: AnswerStream | None = None
+    sending: list[StoredPicture] = field(default_factory=list)
     comparisons: dict[Turn, Comparison] = field(default_factory=dict)
+    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     used_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -54,6 +64,11 @@ class WebChat:
         """The pictures that the next question shows."""
         return [picture for picture in self.pictures if picture.pending]
 
+    @property
+    def held_bytes(self) -> int:
+        """The memory that the pictures take."""
+        return sum(picture.held_bytes for picture in self.pictures)
+
     def picture(self, number: int) -> StoredPicture:
         """Return a picture by its number. Raise `Problem`."""
         found = next((one for one in self.pictures if one.number == number), None)
@@ -61,29 +76,39 @@ class WebChat:
             raise Problem("picture_not_found", "This picture is gone.", "Reload the page.", status=404)
         return found
 
-    def attach(self, data: bytes) -> None:
+    def attach(self, data: bytes, shown: bytes, media_type: str) -> None:
         """Add a picture to the next question. Raise `Problem`."""
-        if len(self.pictures) >= MAX_PICTURES:
-            raise Problem("too_many", f"A chat has at most {MAX_PICTURES} pictures.", "Start a new chat.", status=413)
-        shown, media_type = render(data)
-        number = 1 + max((one.number for one in self.pictures), default=-1)
-        self.pictures.append(StoredPicture(number, data, shown, media_type, pending=True))
+        with self.changing:
+            if len(self.pictures) >= MAX_PICTURES:
+                title = f"A chat has at most {MAX_PICTURES} pictures."
+                raise Problem("too_many", title, "Start a new chat.", status=413)
+            self.pictures.append(StoredPicture(next(self.numbers), data, shown, media_type, pending=True))
 
     def detach(self, number: int) -> None:
         """Remove a picture from the next question. Raise `Problem`."""
-        if not self.picture(number).pending:
-            raise Problem("picture_in_use", "This picture is part of the conversation.", "Start a new chat without it.")
-        self.pictures = [one for one in self.pictures if one.number != number]
+        with self.changing:
+            found = self.picture(number)
+            if any(one is found for one in self.sending):
+                raise Problem("busy", "This picture is being sent.", "Wait for the answer, or stop it.", status=409)
+            if not found.pending:
+                advice = "Start a new chat without it."
+                raise Problem("picture_in_use", "This picture is part of the conversation.", advice)
+            self.pictures = [one for one in self.pictures if one is not found]
 
-    def asked(self, index: int, *, shows_pending: bool) -> None:
-        """Note that turn `index` is the last one now. Pictures of later turns are gone.
+    def send_pending(self) -> list[bytes]:
+        """Return the pictures that the question shows which starts now. Later ones wait for another question."""
+        with self.changing:
+            self.sending = self.pending
+        return [one.data for one in self.sending]
 
-        `shows_pending`: the turn shows the pending pictures.
-        """
-        self.pictures = [one for one in self.pictures if one.turn is None or one.turn <= index]
-        for picture in self.pending if shows_pending else []:
-            picture.pending = False
-            picture.turn = index
+    def asked(self, index: int) -> None:
+        """Note that turn `index` is the last one now, and shows `sending`. What belongs to later turns is gone."""
+        with self.changing:
+            self.pictures = [one for one in self.pictures if one.turn is None or one.turn <= index]
+            for picture in self.sending:
+                picture.pending = False
+                picture.turn = index
+        self.comparisons = {turn: found for turn, found in self.comparisons.items() if turn in self.turns}
 
     def stop(self) -> bool:
         """Stop the running answer. Return False if there is none. Raise `ClientError`."""
@@ -140,13 +165,30 @@ class WebChat:
 
 
 class Chats:
-    """All chats of this page's server, at most `MAX_CHATS`."""
+    """All chats of this page's server. Their number, and the memory of their pictures, are limited."""
 
-    def __init__(self, endpoint: Endpoint, make_endpoint: Callable[[str], Endpoint]) -> None:
-        """`make_endpoint` makes another client of the same model server, whose sessions have the given token."""
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        make_endpoint: Callable[[str], Endpoint],
+        *,
+        most: int = MAX_CHATS,
+        max_bytes: int = MAX_BYTES,
+        unused_s: float = UNUSED_S,
+    ) -> None:
+        """`make_endpoint` makes another client of the same model server, whose sessions have the given token.
+
+        A chat that no request has named for `unused_s` may be closed for another one.
+        """
         self._endpoint = endpoint
         self._make_endpoint = make_endpoint
+        self._most = most
+        self._max_bytes = max_bytes
+        self._unused_s = unused_s
+        self._lock = threading.Lock()  # of the fields below
         self._chats: dict[str, WebChat] = {}
+        self._opening: dict[str, StoredPicture] = {}
+        self._is_ended = False
         self._measuring = threading.Lock()
 
     def all(self) -> list[WebChat]:
@@ -155,28 +197,83 @@ class Chats:
 
     def find(self, chat_id: str) -> WebChat:
         """Return a chat. Raise `Problem`."""
-        chat = self._chats.get(chat_id)
-        if chat is None:
-            raise chat_not_found()
-        chat.used_at = time.monotonic()
+        with self._lock:
+            chat = self._chats.get(chat_id)
+            if chat is None:
+                raise chat_not_found()
+            chat.used_at = time.monotonic()
         return chat
 
     def open(self, data: bytes) -> WebChat:
         """Open a chat on a picture. Raise `Problem` or `ClientError`."""
-        held = sum(len(one.data) + len(one.shown) for chat in self.all() for one in chat.pictures)
-        if len(self._chats) >= MAX_CHATS or held > MAX_BYTES:
-            raise Problem("too_many_chats", "This page has too many open chats.", "Close a chat first.", status=429)
-        shown, media_type = render(data)
-        session = self._endpoint.open(data)
-        chat = WebChat(secrets.token_urlsafe(16), session, [StoredPicture(0, data, shown, media_type)])
-        self._chats[chat.id] = chat
+        picture = StoredPicture(0, data, *render(data))
+        chat_id = secrets.token_urlsafe(16)
+        with self._lock:
+            dropped = self._make_room(picture.held_bytes, chats=1)
+            self._opening[chat_id] = picture
+        try:
+            _close_all(dropped)
+            chat = WebChat(chat_id, self._endpoint.open(data), [picture])
+        except BaseException:
+            with self._lock:
+                del self._opening[chat_id]
+            raise
+        with self._lock:
+            del self._opening[chat_id]
+            is_late = self._is_ended
+            if not is_late:
+                self._chats[chat_id] = chat
+        if is_late:
+            _close(chat.session)
+            raise chat_not_found()
         return chat
 
+    def attach(self, chat: WebChat, data: bytes) -> None:
+        """Add a picture to the next question of a chat. Raise `Problem`."""
+        shown, media_type = render(data)
+        dropped: list[WebChat] = []
+        try:
+            with self._lock:
+                dropped = self._make_room(StoredPicture(0, data, shown, media_type).held_bytes)
+                chat.attach(data, shown, media_type)
+        finally:
+            _close_all(dropped)
+
+    def _make_room(self, size: int, *, chats: int = 0) -> list[WebChat]:
+        """Remove unused chats until there is memory for a picture, and room for so many new chats. Raise `Problem`.
+
+        Return the removed chats, whose sessions the caller closes. Must be called with `_lock`. A chat whose answer is
+        running is in use.
+        """
+        count = len(self._chats) + len(self._opening) + chats
+        held = size + sum(one.held_bytes for one in self._opening.values())
+        held += sum(chat.held_bytes for chat in self._chats.values())
+        latest = time.monotonic() - self._unused_s
+        unused = [chat for chat in self._chats.values() if chat.used_at <= latest and not chat.lock.locked()]
+        unused.sort(key=lambda chat: chat.used_at, reverse=True)
+        dropped: list[WebChat] = []
+        while count > self._most or held > self._max_bytes:
+            if not unused:
+                raise _no_memory() if held > self._max_bytes else _too_many()
+            dropped.append(unused.pop())
+            count -= 1
+            held -= dropped[-1].held_bytes
+        for chat in dropped:
+            del self._chats[chat.id]
+        return dropped
+
     def reopen(self, chat: WebChat) -> None:
-        """Continue a chat in a new session with its history. Raise `ClientError`."""
+        """Continue a chat in a new session with its history. Raise `Problem` or `ClientError`."""
         with alone(chat):
             old = chat.session
-            chat.session = self._endpoint.open(old.pictures, history=old.turns)
+            fresh = self._endpoint.open(old.pictures, history=old.turns)
+            with self._lock:
+                is_closed = chat.id not in self._chats
+                if not is_closed:
+                    chat.session = fresh
+            if is_closed:  # by a request of another tab during the open
+                _close(fresh)
+                raise chat_not_found()
             _close(old)
 
     def compare(self, chat: WebChat, index: int) -> None:
@@ -203,21 +300,22 @@ class Chats:
 
     def close(self, chat: WebChat) -> None:
         """Close a chat and its session. A model server that cannot be reached lets the session expire."""
-        self._chats.pop(chat.id, None)
-        if chat.running is not None:
-            chat.running.cancel()
-        _close(chat.session)
+        with self._lock:
+            self._chats.pop(chat.id, None)
+            session = chat.session
+        _close(session)
 
     def stop_all(self) -> None:
         """Stop the running answers. Their turns are rolled back."""
-        for chat in self.all():
-            with contextlib.suppress(ClientError):
-                chat.stop()
+        _at_once(_stop, self.all())
 
     def close_all(self) -> None:
-        """Close every chat."""
-        for chat in self.all():
-            self.close(chat)
+        """Close every chat, and those that are being opened."""
+        with self._lock:
+            self._is_ended = True
+            chats = self.all()
+            self._chats.clear()
+        _close_all(chats)
 
 
 @contextlib.contextmanager
@@ -229,6 +327,31 @@ def alone(chat: WebChat) -> Iterator[None]:
         yield
     finally:
         chat.lock.release()
+
+
+def _too_many() -> Problem:
+    return Problem("too_many_chats", "This page has too many open chats.", "Close a chat first.", status=429)
+
+
+def _no_memory() -> Problem:
+    title = "The pictures of all chats take too much memory."
+    return Problem("too_many_pictures", title, "Close a chat first, or send a smaller picture.", status=429)
+
+
+def _at_once(work: Callable[[WebChat], None], chats: list[WebChat]) -> None:
+    """Call `work` for all chats at the same time: a model server that is gone takes seconds for each."""
+    if chats:
+        with ThreadPoolExecutor(len(chats)) as pool:
+            list(pool.map(work, chats))
+
+
+def _stop(chat: WebChat) -> None:
+    with contextlib.suppress(ClientError):
+        chat.stop()
+
+
+def _close_all(chats: list[WebChat]) -> None:
+    _at_once(lambda chat: _close(chat.session), chats)
 
 
 def _close(session: Chat) -> None:

@@ -47,9 +47,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="of the page (%(default)s; 0: a free port)",
     )
-    host = "address to listen on (%(default)s). Every visitor of another address may use the model"
+    host = "address to listen on (%(default)s). Everyone who reaches another address may use the model. "
+    host += "With 0.0.0.0, name the address that browsers use by --allow-host"
     add("--host", default=LOOPBACK, help=host)
-    allowed = "further name under which browsers reach the page, such as chat.example.com:443; may be repeated"
+    allowed = "further name under which browsers reach the page, such as chat.example.com; may be repeated"
     add("--allow-host", action="append", default=[], metavar="NAME[:PORT]", help=allowed)
     option = "option of each question, such as temperature=0.7 or max_new_tokens=256; may be repeated"
     add("--ask-option", type=_option, action="append", default=[], metavar="NAME=VALUE", help=option)
@@ -134,10 +135,15 @@ class PageServer(uvicorn.Server):
 
 
 def hosts_of(host: str, port: int, allowed: Sequence[str]) -> set[str]:
-    """Return the accepted values of the header `Host`. Another value may be an attack by DNS rebinding."""
-    names = {LOOPBACK, "localhost", "[::1]", f"[{host}]" if ":" in host else host}
-    hosts = {f"{name}:{port}" for name in names}
-    return {name.lower() for name in (*hosts, *allowed)}
+    """Return the accepted values of the header `Host`. Another value may be an attack by DNS rebinding.
+
+    `allowed`: further names. One without a port is accepted with the port of the page too.
+    """
+    own = {LOOPBACK, "localhost", "[::1]", f"[{host}]" if ":" in host else host}
+    hosts = {*allowed, *(f"{name}:{port}" for name in (*own, *allowed))}
+    # Browsers omit the port of plain HTTP, and that of TLS, which a proxy may add.
+    short = {name.removesuffix(":80").removesuffix(":443") for name in hosts}
+    return {name.lower() for name in hosts | short}
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -24,6 +24,12 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
+_UNKNOWN_HOST = Problem(
+    "forbidden",
+    "The page's server does not know this address as its own.",
+    'Open the address that `make web` prints, or add this one: make web WEB="--allow-host NAME[:PORT]".',
+    status=403,
+)
 _FOREIGN = Problem("forbidden", "This request came from another site.", "Open the page at its own address.", status=403)
 _LARGE = Problem("too_large", "The picture is larger than 25 MB.", "Make it smaller and try again.", status=413)
 
@@ -59,7 +65,11 @@ class Guard:
                 fields.setdefault("Cache-Control", "no-store" if scope["path"].startswith("/api/") else "no-cache")
             await send(message)
 
-        if not self._is_own(headers, scope):
+        host = headers.get("host", "").lower()
+        if host not in self._hosts:
+            await _refusal(_UNKNOWN_HOST)(scope, receive, guarded_send)
+            return
+        if not _is_own(host, headers, scope["path"]):
             await _refusal(_FOREIGN)(scope, receive, guarded_send)
             return
         if _length(headers) > most:
@@ -71,15 +81,14 @@ class Guard:
             if not started:
                 await _refusal(_LARGE)(scope, receive, guarded_send)
 
-    def _is_own(self, headers: Headers, scope: Scope) -> bool:
-        host = headers.get("host", "").lower()
-        if host not in self._hosts:
-            return False
-        origin = headers.get("origin")
-        if origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}"):
-            return False
-        # Another site may link to the page, but not read from the API or embed its pictures.
-        return scope["path"] == "/" or headers.get("sec-fetch-site", "none") in ("none", "same-origin")
+
+def _is_own(host: str, headers: Headers, path: str) -> bool:
+    """Return whether a request comes from the page itself, or opens it."""
+    origin = headers.get("origin")
+    if origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}"):
+        return False
+    # Another site may link to the page, but not read from the API or embed its pictures.
+    return path == "/" or headers.get("sec-fetch-site", "none") in ("none", "same-origin")
 
 
 def _length(headers: Headers) -> int:

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageOps
 
+from llava_sessions_client.shrink import upright
+
 from .problems import Problem
 
 MAX_PICTURES = 32
 MAX_PIXELS = 40_000_000
 MAX_RATIO = 100
 _SHOWN_PX = 1024
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # a JPEG may turn out to be an MPO
 
 
 @dataclass
@@ -31,9 +33,17 @@ class StoredPicture:
     turn: int | None = None
     pending: bool = False
 
+    @property
+    def held_bytes(self) -> int:
+        """The memory that the picture takes: here, and as base64 in the client."""
+        return len(self.data) + len(self.shown) + (len(self.data) + 2) // 3 * 4
+
 
 def render(data: bytes) -> tuple[bytes, str]:
-    """Return a picture as the page shows it, and its media type. Raise `Problem` if it cannot be read."""
+    """Return a picture as the page shows it, and its media type. Raise `Problem` if it cannot be read.
+
+    The page shows what the model sees: opaque, and with deep grey scaled to 8 bits.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
             width, height = opened.size
@@ -55,9 +65,10 @@ def render(data: bytes) -> tuple[bytes, str]:
 
 def _encoded(image: Image.Image, *, is_photo: bool) -> tuple[bytes, str]:
     image.thumbnail((_SHOWN_PX, _SHOWN_PX))
+    shown = upright(image)
     buffer = io.BytesIO()
     if is_photo:
-        image.convert("RGB").save(buffer, "JPEG", quality=85)
+        shown.save(buffer, "JPEG", quality=85)
         return buffer.getvalue(), "image/jpeg"
-    image.convert("RGBA").save(buffer, "PNG")
+    shown.save(buffer, "PNG")
     return buffer.getvalue(), "image/png"

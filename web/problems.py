@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from llava_sessions_client import (
+    AnswerChanged,
     ApiError,
     Busy,
+    ChatClosed,
     ClientError,
     ConnectionFailed,
     ContextLengthExceeded,
     InvalidPicture,
+    NotConfigured,
     OverCapacity,
     SessionExpired,
     SessionLost,
@@ -44,7 +47,7 @@ class Problem(Exception):
 
 def chat_not_found() -> Problem:
     """Return the problem of a chat that this page's server does not have."""
-    return Problem("chat_not_found", "This chat is closed.", "Start a new chat.", status=404)
+    return Problem("chat_not_found", "This page's server no longer has this chat.", "Start a new chat.", status=404)
 
 
 def in_words(error: Exception) -> Problem:
@@ -117,6 +120,21 @@ _WORDS: list[tuple[type[ClientError], Problem]] = [
             "",
             415,
         ),
+    ),
+    (
+        NotConfigured,
+        Problem(
+            "not_configured",
+            "The address of the model server, its region or the credentials are missing or wrong.",
+            "Check the options of `make web` and the AWS credentials.",
+            "",
+            503,
+        ),
+    ),
+    (ChatClosed, Problem("chat_closed", "This chat was closed during the question.", "Start a new chat.", "", 409)),
+    (
+        AnswerChanged,
+        Problem("answer_changed", "The answer has changed after a retry.", "Reload the page to read it.", "", 409),
     ),
     (Unavailable, Problem("unavailable", "The model server is not ready at the moment.", _RECOVERS, RETRY, 503)),
     (

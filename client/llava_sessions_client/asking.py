@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .answers import Answer, timings_of, usage_of
+from .answers import CANCELLED, Answer, timings_of, usage_of
 from .effects import Abort, Call, Core, Finish, Piece, Read, Sleep, Start
 from .errors import AnswerChanged, ClientError, ConnectionFailed
 from .lines import LineSplitter
@@ -15,8 +16,12 @@ from .wire import Body, Request, facts_of, finish_of, piece_of, text_of
 
 @dataclass
 class Delivery:
-    """What the caller has received of an answer, over all attempts. Times are of `time.perf_counter`."""
+    """What the caller has received of an answer, over all attempts. Times are of `time.perf_counter`.
 
+    `is_cancelled`: whether the caller has cancelled the answer. No further attempt begins then.
+    """
+
+    is_cancelled: Callable[[], bool] = lambda: False
     asked_at: float = field(default_factory=time.perf_counter)
     text: str = ""
     first_at: float | None = None
@@ -33,6 +38,10 @@ class Delivery:
         elif not self.text.startswith(text):
             self.changed = True
         return ""
+
+    def cancelled(self, request_id: str) -> Answer:
+        """Return the text so far as a cancelled answer."""
+        return self.answer(self.text, {"finish_reason": CANCELLED}, request_id)
 
     def answer(self, text: str, facts: Body, request_id: str) -> Answer:
         """Return the finished answer."""
@@ -79,6 +88,8 @@ def ask_streamed(request: Request, budget: Budget, delivery: Delivery) -> Core[A
             yield Abort()
             pause_s = budget.pause_after(error)
         yield Sleep(pause_s)
+        if delivery.is_cancelled():
+            return delivery.cancelled(request.body["request_id"])
     if delivery.changed or answer.text != delivery.text:
         raise AnswerChanged(answer)
     return answer

@@ -62,6 +62,7 @@ class Conversation:
     session_id: str = ""
     expires_at: datetime | None = None
     waiting: tuple[Picture, ...] = ()
+    sending: int = 0  # so many of `waiting`, from the first one, are in the running question
     notices: list[str] = field(default_factory=list)
     in_doubt: bool = False
     stopping: bool = False
@@ -132,9 +133,11 @@ class Conversation:
         shown = yield from fit_each((*waited, *pictures), self.settings, self.notices)
         self.waiting = (*shown[: len(waited)], *self.waiting[len(waited) :])
         before = self.turns
+        self.sending = len(waited)
         try:
             return (yield from self._answer(before, Turn(text, Answer(""), shown), options, stream=stream))
         finally:
+            self.sending = 0
             if len(self.turns) > len(before):  # the turn is kept; others may have been added during the answer
                 self.waiting = self.waiting[len(waited) :]
 
@@ -170,13 +173,15 @@ class Conversation:
             # OpenAI's form has the same reason for a cancelled answer. If this one has just ended by its length, the
             # next question rewrites the session's transcript without the turn.
             answer = replace(answer, finish_reason=CANCELLED)
+        if not answer.is_kept:
+            self.turns = kept
         self._keep(before, turn, answer)
         return answer
 
     def _replayed(self, before: tuple[Turn, ...], turn: Turn, options: AskOptions, *, stream: bool) -> Core[Answer]:
         """Answer `turn` after the turns `before`. Open the session again if it is lost and `on_lost` says so."""
         fields = self._fields(options, stream=stream)
-        delivery = Delivery()
+        delivery = Delivery(lambda: self.stopping)
         budget = Budget(self.settings.timeouts, self.settings.retries, total_s=options.get("timeout_s"))
         budget.may_reopen = self.on_lost == "replay"
         replays = 0
@@ -187,6 +192,8 @@ class Conversation:
             except ClientError as error:
                 if not budget.may_reopen or not is_lost(error) or replays == MAX_REPLAYS:
                     raise
+                if self.stopping:
+                    return delivery.cancelled(fields["request_id"])
             if self.closed:
                 raise ChatClosed("the chat must be open, got one that was closed during the question")
             replays += 1
@@ -197,6 +204,8 @@ class Conversation:
                 self.closed = False
                 yield from self.close()
                 raise ChatClosed("the chat must be open, got one that was closed during the question")
+            if self.stopping:
+                return delivery.cancelled(fields["request_id"])
             budget = budget.renewed()
             fields = {**fields, "request_id": str(uuid.uuid4())}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import time
 import urllib.parse
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import httpx
 
 from .addresses import is_loopback
-from .errors import InvalidPicture
+from .errors import InvalidPicture, TimedOut
+from .within import within
 
 MAX_BYTES = 64 * 1024 * 1024
 FETCH_TIMEOUT_S = 20.0
@@ -73,29 +75,44 @@ def _download(url: str) -> bytes:
                 data += part
                 _check_size(len(data), url)
                 if time.monotonic() > deadline:
-                    raise InvalidPicture(f"{shown(url)} must arrive within {FETCH_TIMEOUT_S:.0f} s")
+                    raise _late(url)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise InvalidPicture(f"{shown(url)} must be reachable: {error or type(error).__name__}") from error
     return bytes(data)
 
 
 def _object(url: str, region: str | None) -> bytes:
-    import boto3  # here: it takes a third of a second, and plain HTTP needs none of it
-    from botocore.exceptions import BotoCoreError, ClientError
-
     bucket, _, key = url[len("s3://") :].partition("/")
     if not bucket or not key:
         raise InvalidPicture("an S3 URI must be s3://BUCKET/KEY")
     try:
-        reply: dict[str, Any] = boto3.client("s3", region_name=region).get_object(Bucket=bucket, Key=key)
-        with reply["Body"] as body:
-            _check_size(reply["ContentLength"], url)
-            data: bytes = body.read()
+        return within(FETCH_TIMEOUT_S, lambda: _read_object(bucket, key, region, url), lambda _: None)
+    except TimedOut as error:
+        raise _late(url) from error
+
+
+def _read_object(bucket: str, key: str, region: str | None, url: str) -> bytes:
+    import boto3  # here: it takes a third of a second, and plain HTTP needs none of it
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    # `_object` no longer waits then. These time-outs end the thread.
+    config = Config(connect_timeout=FETCH_TIMEOUT_S, read_timeout=FETCH_TIMEOUT_S, retries={"total_max_attempts": 2})
+    try:
+        client = boto3.client("s3", region_name=region, config=config)
+        reply: dict[str, Any] = client.get_object(Bucket=bucket, Key=key)
+        with contextlib.closing(reply["Body"]) as body:
+            data: bytes = body.read(MAX_BYTES + 1)
     except (BotoCoreError, ClientError) as error:
         raise InvalidPicture(f"{shown(url)} must be a readable object: {error}") from error
+    _check_size(len(data), url)
     return data
 
 
 def _check_size(size: int, url: str) -> None:
     if size > MAX_BYTES:
         raise InvalidPicture(f"{shown(url)} must have at most {MAX_BYTES} bytes")
+
+
+def _late(url: str) -> InvalidPicture:
+    return InvalidPicture(f"{shown(url)} must arrive within {FETCH_TIMEOUT_S:.0f} s")

@@ -67,6 +67,16 @@ class ChatState:
         """The pictures that the next question will show."""
         return self._conversation.waiting
 
+    def drop_images(self) -> tuple[Picture, ...]:
+        """Drop the pictures that the next question would show, and return them. Pictures of a running question stay.
+
+        A picture that the server rejects is otherwise sent with each later question.
+        """
+        conversation = self._conversation
+        dropped = conversation.waiting[conversation.sending :]
+        conversation.waiting = conversation.waiting[: conversation.sending]
+        return dropped
+
     @property
     def last(self) -> Answer | None:
         """The latest answer, or None."""

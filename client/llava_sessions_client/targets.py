@@ -15,6 +15,7 @@ from .shrink import PictureLimits
 HTTP_BODY_BYTES = 32 * 1024 * 1024
 SAGEMAKER_BODY_BYTES = 6 * 1024 * 1024
 
+_HOST = re.compile(rb"[a-zA-Z0-9._:-]+(%25[^%]+)?")  # as sent: a name or an address, which may name its interface
 _NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
 
 
@@ -28,7 +29,7 @@ def check_target(name_or_url: str) -> None:
     if is_http(name_or_url):
         try:
             url = httpx.URL(name_or_url)
-            is_valid = bool(url.host) and (url.port is None or url.port < 65536)
+            is_valid = bool(_HOST.fullmatch(url.raw_host)) and (url.port is None or url.port < 65536)
         except httpx.InvalidURL:
             is_valid = False
         if not is_valid:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from deploy.pack import PackError, checkpoint_problems
 from deploy.pack.job import HANDLER_DIR
@@ -10,17 +13,27 @@ from deploy.pack.loading import loading_problems
 
 from . import machine, settings
 from .findings import MIB, Finding, Subject, error, ok, warning
+from .sizes import Sizes, SizesError
 
 
 def check_checkpoint(subject: Subject) -> Iterator[Finding]:
     """Check family, weights, tokenizer, picture processor and chat template."""
     folder = subject.folder
+    if not subject.model.strip():
+        found = f"the checkpoint must be a folder or an ID on the hub, got {subject.model!r}"
+        yield error("checkpoint", found, "give --model (MODEL=)")
+        return
     if folder is None:
         remedy = f"download it first to have it checked: hf download {subject.model}"
         yield warning("checkpoint", f"{subject.model} is an ID on the hub: packing downloads and checks it", remedy)
         return
-    if not folder.is_dir():
-        yield error("checkpoint", f"{folder} is not a folder", "give --model (MODEL=) the folder of a checkpoint")
+    if not os.path.isdir(folder):
+        found = f"{folder} is not a folder" if os.path.exists(folder) else f"there is no folder {folder}"
+        yield error("checkpoint", found, _folder_remedy(folder))
+        return
+    if not (folder / "config.json").exists() and (inner := _checkpoints(folder)):
+        found = f"{folder} has folders of checkpoints, and is none itself"
+        yield error("checkpoint", found, f"give --model (MODEL=) one of them: {', '.join(inner)}")
         return
     problems = checkpoint_problems(folder)
     if not problems:
@@ -32,10 +45,26 @@ def check_checkpoint(subject: Subject) -> Iterator[Finding]:
         for problem in problems:
             yield error("checkpoint", problem, _remedy(problem, subject.model))
         return
-    sizes = settings.sizes(subject)
-    assert sizes is not None
+    try:
+        sizes = Sizes.read(folder)
+    except SizesError as failure:
+        yield error("checkpoint", str(failure), _remedy("lacks a size", subject.model))
+        return
     found = f"{sizes.family}, weights of {sizes.stored_bytes / MIB:.1f} MiB in {sizes.stored_dtype}"
     yield ok("checkpoint", f"{folder} is complete: {found}, {sizes.context_tokens} tokens of context")
+
+
+def _folder_remedy(folder: Path) -> str:
+    """Return the remedy for a folder that does not exist, with a name that is similar to it."""
+    give = "give --model (MODEL=) the folder of a checkpoint"
+    names = _checkpoints(folder.parent) if os.path.isdir(folder.parent) else []
+    close = difflib.get_close_matches(folder.name, names, 1)
+    return f"{give}, such as {folder.parent / close[0]}" if close else f"{give}, or an ID on the hub"
+
+
+def _checkpoints(folder: Path) -> list[str]:
+    """Return the names of the folders in a folder that have a config.json."""
+    return sorted(path.parent.name for path in folder.glob("*/config.json"))
 
 
 def _remedy(problem: str, model: str) -> str:

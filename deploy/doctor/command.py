@@ -89,6 +89,8 @@ def findings(subject: Subject) -> Iterator[Finding]:
             yield from check(subject)
         except ModuleNotFoundError as failure:
             yield error(name, f"not checked: the package {failure.name} is not installed", "run: make env")
+        except OSError as failure:
+            yield error(name, f"not checked: {failure}", "correct that path or its permissions")
         except Exception as failure:  # the other checks still help
             reason = " ".join(str(failure).split())
             yield error(name, f"not checked: {type(failure).__name__}: {reason}", "report this as a fault of doctor")

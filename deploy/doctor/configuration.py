@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -22,11 +24,35 @@ from . import settings
 from .findings import Finding, Subject, error, ok, warning
 from .frontend_keys import MODEL_KEYS, PROPERTIES
 
+_SHIPPED = "handler/model-config.yaml"
 _MODULE = "llava_sessions.torchserve.check"
 _TIMEOUT_S = 60
 MAX_BODY_BYTES = 32 * 2**20  # of HAProxy (deploy/serve/sessions.cfg)
 SAGEMAKER_LIMIT_MS = 60_000
-_WHOLE_NUMBERS = ("minWorkers", "maxWorkers", "maxSequenceJobQueueSize", "responseTimeout", "startupTimeout")
+# Keys of whole numbers and the least value of each. TorchServe replaces any other value by a default of its own.
+_WHOLE_NUMBERS = {
+    "minWorkers": 1,
+    "maxWorkers": 1,
+    "maxSequenceJobQueueSize": 1,
+    "maxBatchDelay": 1,
+    "maxRetryTimeoutInSec": 0,
+    "responseTimeout": 1,
+    "startupTimeout": 1,
+}
+# Properties of whole numbers. The frontend does not start with any other value.
+_PROPERTY_NUMBERS = (
+    "default_response_timeout",
+    "default_startup_timeout",
+    "initial_worker_port",
+    "job_queue_size",
+    "max_request_size",
+    "max_response_size",
+    "metric_time_interval",
+    "netty_client_threads",
+    "number_of_netty_threads",
+    "unregister_model_timeout",
+)
+_JAVA_INT = range(-(2**31), 2**31)
 DEFAULTS = {  # of the handler; a test compares them
     "engine_hang_s": 60.0,
     "session_ttl_s": 1200.0,
@@ -60,7 +86,6 @@ def handler_problems(
 
 def check_configuration(subject: Subject) -> Iterator[Finding]:
     """Check the model's configuration as the handler would, and for contradictions that the handler cannot see."""
-    name = subject.config.name
     try:
         template = subject.config.read_text(encoding="utf-8")
         packed = settings.rendered(subject)
@@ -68,10 +93,10 @@ def check_configuration(subject: Subject) -> Iterator[Finding]:
         yield error("configuration", f"{subject.config} cannot be read: {failure.strerror}", "give --config (CONFIG=)")
         return
     except UnicodeDecodeError:
-        yield error("configuration", f"{subject.config} is not UTF-8 text", f"start again from handler/{name}")
+        yield error("configuration", f"{subject.config} is not UTF-8 text", f"start again from {_SHIPPED}")
         return
     except PackError as failure:
-        yield error("configuration", " ".join(str(failure).split()), f"compare it with handler/{name}")
+        yield error("configuration", " ".join(str(failure).split()), f"compare it with {_SHIPPED}")
         return
     (problems, of_template), _ = handler_problems([packed, template])
     findings = [error("configuration", problem, f"correct it in {subject.config}") for problem in problems]
@@ -111,15 +136,15 @@ def _contradictions(content: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _whole_number_findings(content: Mapping[str, Any]) -> Iterator[Finding]:
-    for key in _WHOLE_NUMBERS:
-        value = content.get(key, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            found = f"`{key}` must be an integer from 1, got {value!r}"
-            yield error("configuration", found, "write it as in handler/model-config.yaml")
+    for key, least in _WHOLE_NUMBERS.items():
+        value = content.get(key, least)
+        if type(value) is not int or value < least:
+            found = f"`{key}` must be an integer from {least}, got {value!r}"
+            yield error("configuration", found, f"write it as in {_SHIPPED}")
 
 
 def _limit_findings(llava: Mapping[str, Any]) -> Iterator[Finding]:
-    limits, media = llava.get("limits") or {}, llava.get("media") or {}
+    limits, media = _section(llava, "limits"), _section(llava, "media")
     deadline_ms = _value(limits, "default_deadline_ms")
     if deadline_ms >= SAGEMAKER_LIMIT_MS:
         found = (
@@ -134,8 +159,9 @@ def _limit_findings(llava: Mapping[str, Any]) -> Iterator[Finding]:
     if one > every:
         found = f"`llava.media.max_pixels` ({one:.0f}) is above `llava.media.max_request_pixels` ({every:.0f})"
         yield warning("configuration", found, "no picture may have more pixels than a request: lower the first")
-    for root in media.get("local_roots") or []:
-        if not Path(str(root)).is_dir():
+    roots = media.get("local_roots")
+    for root in roots if isinstance(roots, list) else ():
+        if not os.path.isdir(str(root)):
             found = f"`llava.media.local_roots` has {root}, which is not a folder"
             yield warning("configuration", found, "make it, or remove it from the list")
 
@@ -148,8 +174,11 @@ def _journal_findings(llava: Mapping[str, Any]) -> Iterator[Finding]:
             found = f"`llava.journal_dir` must be an absolute path, got {folder!r}"
             yield error("journal", found, "write the whole path: the worker runs in another folder")
         else:
-            nearest = next(parent for parent in (path, *path.parents) if parent.exists())
-            if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            nearest = next(parent for parent in (path, *path.parents) if os.path.exists(parent))
+            if not os.path.isdir(nearest):
+                found = f"`llava.journal_dir` {folder} cannot be made: {nearest} is not a folder"
+                yield error("journal", found, "choose another folder")
+            elif not os.access(nearest, os.W_OK):
                 found = f"`llava.journal_dir` {folder} cannot be written: no permission for {nearest}"
                 yield error("journal", found, "choose another folder, or change its owner")
     if isinstance(prefix, str) and prefix and not (prefix.startswith("s3://") and prefix[5:].strip("/").count("/")):
@@ -166,21 +195,39 @@ def check_properties(subject: Subject) -> Iterator[Finding]:
     try:
         properties = read_properties(subject.properties)
     except (OSError, UnicodeDecodeError) as failure:
-        yield error("properties", f"{subject.properties} cannot be read: {failure}", "restore it: git checkout FILE")
+        reason = failure.strerror if isinstance(failure, OSError) else "it is not UTF-8 text"
+        yield error("properties", f"{subject.properties} cannot be read: {reason}", "restore it: git checkout FILE")
         return
     findings = list(unknown_keys("config.properties", properties, PROPERTIES))
-    size = properties.get("max_request_size", "")
-    if not size.isdecimal() or int(size) < MAX_BODY_BYTES:
-        found = f"`max_request_size` must be at least {MAX_BODY_BYTES}, as in HAProxy, got {size or '(unset)'}"
+    findings += _property_number_findings(properties)
+    given = properties.get("max_request_size")
+    size = 0 if given is None else _java_int(given)
+    if size is not None and size < MAX_BODY_BYTES:
+        found = f"`max_request_size` must be at least {MAX_BODY_BYTES}, as in HAProxy, got {given or '(unset)'}"
         findings.append(error("properties", found, "set it to 33816576, or longer bodies end in a closed connection"))
     workers = properties.get("default_workers_per_model", "1")
     if workers != "1":
-        found = f"`default_workers_per_model` must be 1, got {workers}: sessions need one worker"
+        found = f"`default_workers_per_model` must be 1, got {workers or '(empty)'}: sessions need one worker"
         findings.append(error("properties", found, "set it to 1"))
+    if properties.get("disable_token_authorization", "false").lower() != "true":
+        found = "`disable_token_authorization` must be true: with tokens, TorchServe answers /ping with 400"
+        findings.append(error("properties", found, "set it to true"))
     findings += _environment_findings(subject.environment)
     yield from findings
     if not findings:
         yield ok("properties", f"{subject.properties}: {len(properties)} keys, all known to TorchServe")
+
+
+def _property_number_findings(properties: Mapping[str, str]) -> Iterator[Finding]:
+    for key in _PROPERTY_NUMBERS:
+        if key in properties and _java_int(properties[key]) is None:
+            found = f"`{key}` must be an integer below 2147483648, got {properties[key]!r}"
+            yield error("properties", found, "correct it: TorchServe does not start with it")
+
+
+def _java_int(text: str) -> int | None:
+    """Return an integer as Java reads it, or None."""
+    return int(text) if re.fullmatch(r"[+-]?[0-9]+", text) and int(text) in _JAVA_INT else None
 
 
 def _environment_findings(env: Mapping[str, str]) -> Iterator[Finding]:
@@ -205,10 +252,16 @@ def unknown_keys(file: str, content: Mapping[str, Any], known: Collection[str]) 
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _section(llava: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return a mapping of the file, empty if it is absent or malformed (the handler reports that)."""
+    value = llava.get(key)
+    return value if isinstance(value, Mapping) else {}
 
 
 def _value(section: Mapping[str, Any], key: str) -> float:
     """Return a number of the file, or the handler's default if it is absent or malformed (the handler reports that)."""
-    value = section.get(key)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else DEFAULTS[key]
+    value: float = section.get(key, DEFAULTS[key])
+    return value if _number(value) else DEFAULTS[key]

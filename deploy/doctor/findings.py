@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -9,6 +11,8 @@ from typing import Literal
 REPO = Path(__file__).resolve().parents[2]
 MIB = 2**20
 GIB = 2**30
+# The form of an ID on the hub. deploy.pack.source has the same; a test compares them.
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 Level = Literal["ok", "warning", "error"]
 
@@ -53,11 +57,15 @@ class Subject:
 
     @property
     def folder(self) -> Path | None:
-        """The checkpoint's folder, or None if `model` is an ID on the hub."""
-        path = Path(self.model).expanduser()
-        if not path.exists() and not path.is_absolute():
+        """The checkpoint's folder, or None if `model` is an ID on the hub.
+
+        A name in a folder that exists is a folder too, even if there is none with this name.
+        """
+        path = Path(os.path.expanduser(self.model))
+        if not os.path.exists(path) and not path.is_absolute():
             path = REPO / path
-        return path if path.exists() or self.model.startswith(("/", ".", "~")) or self.model.count("/") > 1 else None
+        is_inside = "/" in self.model and os.path.isdir(path.parent)
+        return path if os.path.exists(path) or is_inside or not HUB_ID.fullmatch(self.model) else None
 
 
 def ok(check: str, found: str) -> Finding:

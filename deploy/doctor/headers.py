@@ -28,7 +28,8 @@ def check_headers(subject: Subject) -> Iterator[Finding]:
         properties = read_properties(subject.properties)
         variables = read_env_file(subject.worker_env)
     except (OSError, UnicodeDecodeError) as failure:
-        yield error("headers", f"the settings cannot be read: {failure}", "restore the file: git checkout FILE")
+        reason = f"{failure.strerror}: {failure.filename}" if isinstance(failure, OSError) else "not UTF-8 text"
+        yield error("headers", f"the settings cannot be read: {reason}", "restore the file: git checkout FILE")
         return
     env = {**subject.environment, **variables}
     _, problems = handler_problems(properties=properties, env=env)

@@ -91,9 +91,17 @@ def gpus(path: str) -> list[Gpu] | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
         rows = list(csv.reader(done.stdout.splitlines(), skipinitialspace=True))
-        return [Gpu(name, driver, int(total) * MIB, int(free) * MIB) for name, driver, total, free in rows]
+        return [Gpu(name, driver, *_gpu_memory(total, free)) for name, driver, total, free in rows]
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
+
+
+def _gpu_memory(total: str, free: str) -> tuple[int, int]:
+    """Return the bytes of a GPU's memory in all and free. A GPU that shares the machine's memory has no numbers."""
+    if total == free == "[N/A]":
+        memory = Memory.read()
+        return memory.total, memory.free
+    return int(total) * MIB, int(free) * MIB
 
 
 def torch_cuda() -> str | None:

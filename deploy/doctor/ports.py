@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import psutil
 
 from deploy.options import typed
-from deploy.serve.ports import PORTS, fixed_ports, free_ports, is_free
+from deploy.serve.ports import PORTS, first_unprivileged, fixed_ports, free_ports, is_free, needs_privilege
 from deploy.serve.processes import ServeError
 
 from .findings import Finding, Subject, error, ok
@@ -17,12 +17,16 @@ _INNER = 5  # ports that a server chooses itself
 
 def check_ports(subject: Subject) -> Iterator[Finding]:
     """Check the fixed ports of a server, and that there are free ones for the rest."""
-    used = 0
+    unusable = 0
     for use, number in fixed_ports(subject.port, "front").items():
         if is_free(number):
             continue
-        used += 1
+        unusable += 1
         option = typed("--port")
+        if needs_privilege(number):
+            remedy = f"choose {option} from {first_unprivileged()} on"
+            yield error("ports", f"port {number} ({use}) is privileged, and this user may not listen there", remedy)
+            continue
         remedy = f"stop that process, or choose another {option} (N takes N, N+1 and N+2)"
         yield error("ports", f"port {number} ({use}) is used by {holder(number)}", remedy)
     try:
@@ -30,9 +34,9 @@ def check_ports(subject: Subject) -> Iterator[Finding]:
     except ServeError:
         yield error("ports", f"no free ports from {PORTS.start} to {PORTS.stop - 1}", "stop programs that listen there")
         return
-    if not used:
-        numbers = ", ".join(map(str, fixed_ports(subject.port, "front").values())) or "any free ones"
-        yield ok("ports", f"ports {numbers} are free")
+    if not unusable:
+        numbers = ", ".join(map(str, fixed_ports(subject.port, "front").values()))
+        yield ok("ports", f"ports {numbers} are free" if numbers else "a server would choose free ports")
 
 
 def holder(port: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -45,7 +46,8 @@ def check_memory(subject: Subject) -> Iterator[Finding]:
     memory = machine.Memory.read()
     demand = demand_of(chosen, sizes, memory, settings.card(subject, chosen))
     yield from start_problems(demand, memory)
-    yield from session_problems(demand, memory, chosen.sessions)
+    if chosen.has_budget:
+        yield from session_problems(demand, memory, chosen.sessions)
 
 
 def demand_of(chosen: Settings, sizes: Sizes, memory: machine.Memory, gpu: machine.Gpu | None) -> Demand:
@@ -114,7 +116,7 @@ def check_disk(subject: Subject, temp: Path | None = None) -> Iterator[Finding]:
     sizes = settings.sizes(subject)
     packed = sizes.stored_bytes if sizes else 0
     output = subject.output
-    while not output.exists():
+    while not os.path.exists(output):
         output = output.parent
     for use, folder, need in (
         ("the packed model", output, packed + DISK_RESERVE_BYTES),

@@ -13,12 +13,15 @@ from deploy.pack import PackError, checkpoint_problems, render_config
 
 from . import machine
 from .findings import Subject
-from .sizes import Sizes
+from .sizes import Sizes, SizesError
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Values of the rendered model-config.yaml. None stands for `auto`."""
+    """Values of the rendered model-config.yaml. None stands for `auto`.
+
+    `has_budget` is False if `llava.device_bytes` is malformed. The check of the configuration reports that.
+    """
 
     content: dict[str, Any]
     sessions: int
@@ -26,6 +29,7 @@ class Settings:
     dtype: str
     device: str
     device_bytes: int | None
+    has_budget: bool
 
 
 def read(subject: Subject) -> Settings | None:
@@ -37,13 +41,16 @@ def read(subject: Subject) -> Settings | None:
         return None
     llava = content["llava"]
     device_bytes = llava.get("device_bytes")
+    is_auto = device_bytes in (None, "auto")
+    is_number = type(device_bytes) is int and device_bytes >= 0
     return Settings(
         content=content,
         sessions=llava["max_sessions"],
         rows=content["batchSize"],
         dtype=llava.get("dtype") or "auto",
         device=str(llava.get("device") or "auto"),
-        device_bytes=device_bytes if isinstance(device_bytes, int) else None,
+        device_bytes=device_bytes if is_number else None,
+        has_budget=is_auto or is_number,
     )
 
 
@@ -55,11 +62,14 @@ def rendered(subject: Subject) -> str:
 
 
 def sizes(subject: Subject) -> Sizes | None:
-    """Return the sizes of the checkpoint, or None if it is not a complete local one."""
+    """Return the sizes of the checkpoint, or None if it is not a complete local one with the numbers for them."""
     folder: Path | None = subject.folder
-    if folder is None or checkpoint_problems(folder):
+    if folder is None or not os.path.isdir(folder) or checkpoint_problems(folder):
         return None
-    return Sizes.read(folder)
+    try:
+        return Sizes.read(folder)
+    except SizesError:
+        return None
 
 
 def gpus(subject: Subject) -> list[machine.Gpu] | None:
@@ -69,7 +79,7 @@ def gpus(subject: Subject) -> list[machine.Gpu] | None:
 
 def card(subject: Subject, chosen: Settings) -> machine.Gpu | None:
     """Return the GPU that the server would use, or None if it would use the CPU."""
-    if chosen.device == "cpu" or machine.torch_cuda() is None:
+    if chosen.device.partition(":")[0] == "cpu" or machine.torch_cuda() is None:
         return None
     number = chosen.device.partition(":")[2]
     cards = (gpus(subject) or [])[int(number) if number.isdecimal() else 0 :]

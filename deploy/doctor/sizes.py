@@ -18,6 +18,10 @@ _TILES = {"llava": 1.0, "llava_next": 2928 / 576, "llava_onevision": 7371 / 729}
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
+class SizesError(ValueError):
+    """A value of config.json is not a size. The message is the problem."""
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Sizes in bytes of a checkpoint's weights as stored, and of a session's parts with `number_bytes` a number."""
@@ -32,22 +36,22 @@ class Sizes:
 
     @classmethod
     def read(cls, folder: Path) -> Sizes:
-        """Return the sizes of a checkpoint that is complete."""
+        """Return the sizes of a checkpoint that is complete. Raise `SizesError` for a number that is none."""
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        text = config.get("text_config") or {}
-        hidden, layers, heads = _USUAL.get(text.get("model_type", "llama"), _USUAL["llama"])
-        hidden = text.get("hidden_size", hidden)
-        heads_of_queries = text.get("num_attention_heads", 32)
-        head_dim = text.get("head_dim") or hidden // heads_of_queries
-        kv_heads = text.get("num_key_value_heads") or text.get("num_attention_heads", heads)
+        text = _section(config, "text_config")
+        hidden, layers, heads = _USUAL.get(str(text.get("model_type", "llama")), _USUAL["llama"])
+        hidden = _count(text, "hidden_size", hidden)
+        heads_of_queries = _count(text, "num_attention_heads", 32)
+        head_dim = _count(text, "head_dim", hidden // heads_of_queries)
+        kv_heads = _count(text, "num_key_value_heads", _count(text, "num_attention_heads", heads))
         return cls(
             family=config.get("model_type", ""),
             stored_dtype=_stored_dtype(config),
             stored_bytes=sum(path.stat().st_size for path in weight_files(folder)),
             hidden=hidden,
-            kv_numbers=text.get("num_hidden_layers", layers) * 2 * kv_heads * head_dim,
+            kv_numbers=_count(text, "num_hidden_layers", layers) * 2 * kv_heads * head_dim,
             picture_tokens=_picture_tokens(config),
-            context_tokens=text.get("max_position_embeddings", 4096),
+            context_tokens=_count(text, "max_position_embeddings", 4096),
         )
 
     def weights_bytes(self, dtype: str, on_cuda: bool) -> int:
@@ -64,17 +68,39 @@ class Sizes:
     def session_bytes(self, dtype: str) -> int:
         """Return the size of a session with one picture and `TEXT_TOKENS` of text, at most a whole context."""
         tokens = min(self.picture_tokens + TEXT_TOKENS, self.context_tokens)
+        return self.features_bytes(dtype) + self.kv_bytes(tokens, dtype)
+
+    def kv_bytes(self, tokens: int, dtype: str) -> int:
+        """Return the size of a KV cache with room for this number of tokens."""
         steps = -(-tokens // KV_STEP_TOKENS)
-        return self.features_bytes(dtype) + steps * KV_STEP_TOKENS * self.kv_numbers * _BYTES[dtype]
+        return steps * KV_STEP_TOKENS * self.kv_numbers * _BYTES[dtype]
+
+
+def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return an object of config.json, empty if it is absent."""
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise SizesError(f"config.json: `{key}` must be an object, got {type(value).__name__}")
+    return value
+
+
+def _count(section: dict[str, Any], key: str, usual: int) -> int:
+    """Return a number of config.json, or the usual one if it is absent."""
+    value = section.get(key)
+    if value is None:
+        return usual
+    if type(value) is not int or value < 1:
+        raise SizesError(f"config.json: `{key}` must be an integer from 1, got {value!r}")
+    return value
 
 
 def _stored_dtype(config: dict[str, Any]) -> str:
-    text = config.get("text_config") or {}
+    text = _section(config, "text_config")
     found = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
     return found if found in _BYTES else "float16"
 
 
 def _picture_tokens(config: dict[str, Any]) -> int:
-    vision = config.get("vision_config") or {}
-    patches = (vision.get("image_size", 336) // vision.get("patch_size", 14)) ** 2
+    vision = _section(config, "vision_config")
+    patches = (_count(vision, "image_size", 336) // _count(vision, "patch_size", 14)) ** 2
     return int(patches * _TILES.get(config.get("model_type", ""), 1.0))

@@ -63,7 +63,7 @@ def check_java(subject: Subject) -> Iterator[Finding]:
         return
     version = re.search(r'version "(\d+)([^"]*)', banner)
     if version is None or int(version[1]) < _MIN_JAVA:
-        got = version[1] if version else "a program without a version"
+        got = f"{version[1]}{version[2]}" if version else "a program without a version"
         yield error("java", f"Java must be {_MIN_JAVA} or later, got {got} at {java}{origin}", remedy)
         return
     yield ok("java", f"Java {version[1]}{version[2]} ({java})")

@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections import deque
+from pathlib import Path
 
 from deploy.options import typed
 
@@ -20,6 +21,7 @@ PORTS = range(20_000, 32_000)
 INNER = ("inference", "management", "metrics", "grpc_inference", "grpc_management", "worker", "worker_metrics")
 # Java binds its ports within this time of their choice, on a busy machine too.
 RESERVED_S = 120.0
+_UNPRIVILEGED = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
 _reserved: deque[tuple[float, socket.socket]] = deque()
 # Ports that the user chose, by number. They are reserved apart from the others, until this process ends.
 _reserved_fixed: dict[int, socket.socket] = {}
@@ -34,6 +36,9 @@ def choose_ports(port: int = 0, public: str = "inference", within: range | None 
     """
     fixed = fixed_ports(port, public, within)
     for use, number in fixed.items():
+        if needs_privilege(number):
+            least = f"choose {typed('--port')} from {first_unprivileged()} on"
+            raise ServeError(f"port {number} ({use}) is privileged, and this user may not listen there; {least}")
         if not is_free(number):
             option = typed("--port")
             raise ServeError(f"port {number} ({use}) is in use; choose another {option}: N takes N, N+1 and N+2")
@@ -112,10 +117,28 @@ def _bind_name(name: str) -> socket.socket | None:
 
 def is_free(port: int) -> bool:
     """Return whether a server could listen on this port of loopback now."""
+    return _bind_error(port) is None
+
+
+def needs_privilege(port: int) -> bool:
+    """Return whether the system lets only privileged users listen on this port, and this user is none."""
+    return _bind_error(port) == errno.EACCES
+
+
+def first_unprivileged() -> int:
+    """Return the first port on which any user may listen."""
+    try:
+        return int(_UNPRIVILEGED.read_text(encoding="ascii"))
+    except (OSError, ValueError):  # not Linux
+        return 1024
+
+
+def _bind_error(port: int) -> int | None:
+    """Return the error number of an attempt to listen on a port of loopback, or None."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((LOOPBACK, port))
-        except OSError:
-            return False
-    return True
+        except OSError as error:
+            return error.errno
+    return None

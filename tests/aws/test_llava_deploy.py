@@ -39,6 +39,25 @@ def test_up_makes_what_the_template_says(cloud: Cloud, run: Run, uploaded: str, 
     assert done.code == 0, done.err
     assert done.out.splitlines()[-1].strip() == 'llava-deploy invoke picture.png "What is in the picture?"'
 
+    model = check_variant(cloud)
+    container = model["PrimaryContainer"]
+    assert container["Image"].startswith(f"{pushed}@sha256:"), "pinned: a later push changes nothing that runs"
+    source = container["ModelDataSource"]["S3DataSource"]
+    assert source == {"S3Uri": uploaded, "S3DataType": "S3Prefix", "CompressionType": "None"}
+    check_rights(cloud, model["ExecutionRoleArn"].rpartition("/")[2], uploaded)
+    tracking = check_scaling(cloud)
+    log_group = cloud.client("logs").describe_metric_filters(logGroupName="/aws/sagemaker/Endpoints/llava")
+    changes = [item["metricTransformations"][0] for item in log_group["metricFilters"]]
+    metrics = {change["metricName"]: change for change in changes}
+    assert metrics["OpenSessions"]["metricNamespace"] == tracking["CustomizedMetricSpecification"]["Namespace"]
+    alarms = cloud.client("cloudwatch").describe_alarms()["MetricAlarms"]
+    ours = {alarm["AlarmName"].split("-")[1] for alarm in alarms if alarm["AlarmName"].startswith("llava-")}
+    assert {"Full", "Silent", "ServerErrors", "SlowAnswers"} <= ours
+    check_dashboard(cloud, {alarm["AlarmArn"] for alarm in alarms})
+
+
+def check_variant(cloud: Cloud) -> dict[str, Any]:
+    """Check the endpoint's one variant. Return its model."""
     sagemaker = cloud.client("sagemaker")
     endpoint = sagemaker.describe_endpoint(EndpointName="llava")
     config = sagemaker.describe_endpoint_config(EndpointConfigName=endpoint["EndpointConfigName"])
@@ -46,13 +65,11 @@ def test_up_makes_what_the_template_says(cloud: Cloud, run: Run, uploaded: str, 
     (variant,) = config["ProductionVariants"]
     assert variant["InstanceType"] == TYPE
     assert int(variant["InitialInstanceCount"]) == 1
-    model = sagemaker.describe_model(ModelName=variant["ModelName"])
-    container = model["PrimaryContainer"]
-    assert container["Image"].startswith(f"{pushed}@sha256:"), "pinned: a later push changes nothing that runs"
-    source = container["ModelDataSource"]["S3DataSource"]
-    assert source == {"S3Uri": uploaded, "S3DataType": "S3Prefix", "CompressionType": "None"}
+    return sagemaker.describe_model(ModelName=variant["ModelName"])
 
-    role = model["ExecutionRoleArn"].rpartition("/")[2]
+
+def check_rights(cloud: Cloud, role: str, uploaded: str) -> None:
+    """Check that the role may do what the endpoint needs, and nothing else."""
     policy = cloud.client("iam").get_role_policy(RoleName=role, PolicyName="endpoint")["PolicyDocument"]
     policy = ast.literal_eval(policy)  # moto keeps it as Python writes it, and what is absent as None
     statements = [statement for statement in policy["Statement"] if statement]
@@ -67,6 +84,9 @@ def test_up_makes_what_the_template_says(cloud: Cloud, run: Run, uploaded: str, 
         "PublishMetrics",
     }
 
+
+def check_scaling(cloud: Cloud) -> dict[str, Any]:
+    """Check the limits and the target of the scaling. Return the target's configuration."""
     scaling = cloud.client("application-autoscaling")
     (target,) = scaling.describe_scalable_targets(ServiceNamespace="sagemaker")["ScalableTargets"]
     assert (target["MinCapacity"], target["MaxCapacity"]) == (1, 3)
@@ -75,16 +95,7 @@ def test_up_makes_what_the_template_says(cloud: Cloud, run: Run, uploaded: str, 
     assert tracking["TargetValue"] == 14, "70 % of the 20 that were packed"
     assert tracking["ScaleInCooldown"] == 1800
     assert tracking["CustomizedMetricSpecification"]["MetricName"] == "OpenSessions"
-
-    filters = cloud.client("logs").describe_metric_filters(logGroupName="/aws/sagemaker/Endpoints/llava")[
-        "metricFilters"
-    ]
-    told = {item["metricTransformations"][0]["metricName"]: item["metricTransformations"][0] for item in filters}
-    assert told["OpenSessions"]["metricNamespace"] == tracking["CustomizedMetricSpecification"]["Namespace"]
-    alarms = cloud.client("cloudwatch").describe_alarms()["MetricAlarms"]
-    ours = {alarm["AlarmName"].split("-")[1] for alarm in alarms if alarm["AlarmName"].startswith("llava-")}
-    assert {"Full", "Silent", "ServerErrors", "SlowAnswers"} <= ours
-    check_dashboard(cloud, {alarm["AlarmArn"] for alarm in alarms})
+    return tracking
 
 
 def check_dashboard(cloud: Cloud, alarms: set[str]) -> None:

@@ -71,6 +71,23 @@ def test_three_turns_show_their_times_their_tokens_and_the_session(visit: Visit,
     assert visit.answers() == answers
 
 
+def test_a_reload_shows_the_chats_of_all_tabs_again(visit: Visit) -> None:
+    visit.may_fail = True
+    other = visit.page.context.new_page()
+    other.goto(visit.origin)
+    visit.open()
+    other.locator("[data-example='square.png']").click()
+    other.locator(".chat").wait_for()
+    other.close()
+    failed = {"problem": {"code": "unavailable", "title": "Not now.", "advice": "Wait."}}
+    visit.page.route("**/api/chats/*", lambda route: route.fulfill(status=503, json=failed))
+    visit.page.reload()
+    expect(visit.page.locator(".start")).to_be_visible()
+    visit.page.unroute("**/api/chats/*")
+    visit.page.reload()
+    expect(visit.page.locator("#chat-list li")).to_have_count(2)
+
+
 def test_a_turn_is_measured_without_a_session_that_shares_anything(visit: Visit, web: WebCommand) -> None:
     visit.open()
     visit.ask(QUESTIONS[0])
@@ -114,11 +131,17 @@ def test_a_stopped_answer_is_no_part_of_the_conversation(
     visit.page.locator("[data-text]").fill(QUESTIONS[0])
     visit.page.locator("[data-send]").click()
     expect(visit.page.locator("[data-live]")).to_contain_text(re.compile(r"\w"))
+    paste(visit.chat, DRAWING, "drop")
+    expect(visit.page.locator(".attached img")).to_have_count(1)
+    expect(visit.page.locator("[data-live]")).to_contain_text(re.compile(r"\w"))
     visit.page.keyboard.press("Escape")
     expect(visit.page.locator("[data-note]")).to_contain_text("You stopped this answer.")
     [chat] = server.app.state.chats.all()
     assert chat.turns == ()
+    expect(visit.page.locator(".attached img")).to_have_count(1)
     visit.page.locator("[data-again]").click()
+    expect(visit.page.locator("[data-turn] .thumbs img")).to_have_count(2)
+    expect(visit.page.locator(".attached img")).to_have_count(0)
     expect(visit.page.locator("[data-live]")).to_contain_text(re.compile(r"\w"))
     visit.page.locator("[data-stop]").click()
     expect(visit.page.locator("[data-note]")).to_be_visible()

@@ -17,7 +17,7 @@ from tests.support.snippets import ROOT
 
 # What a clone does not have.
 NOT_CLONED = (".git", ".venv*", ".cache", ".*_cache", ".hypothesis", "__pycache__", "logs", "model_store", "site")
-SERVE_PORT, ENDPOINT_PORT = 8080, 8090
+SERVE_PORT, ENDPOINT_PORT, WEB_PORT = 8080, 8090, 8100
 # `make test` has checked these two before. In a checkout that it has not seen, they would install packages.
 SKIPPED = ("--old-file=env", "--old-file=java")
 
@@ -86,5 +86,15 @@ def endpoint(checkout: Path, served: Server) -> Iterator[Server]:
     words = ["--model-store", "model_store", "--instances", "1", "--port", str(port)]
     command = [str(checkout / ".venv/bin/python"), "-m", "deploy.local_endpoint", *words]
     server = Server(command, checkout, "Ctrl-C", port)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="package")
+def web_page(checkout: Path, served: Server) -> Iterator[Server]:
+    """Run `make web` with the server of `make serve`."""
+    port = free_row()
+    variables = [f"ENDPOINT=http://127.0.0.1:{served.port}", f"WEB_PORT={port}"]
+    server = Server(["make", *SKIPPED, "web", *variables], checkout, "web chat: ", port)
     yield server
     server.stop()

@@ -20,13 +20,18 @@ import yaml
 from llava_sessions.config_file import read_config
 from tests.support.snippets import LANGUAGES, ROOT, Block, Terminal, blocks, pages
 
-from .conftest import ENDPOINT_PORT, SERVE_PORT, SKIPPED, Server
+from .conftest import ENDPOINT_PORT, SERVE_PORT, SKIPPED, WEB_PORT, Server
 
 PROMETHEUS = ROOT / ".cache" / "prometheus" / "usr" / "bin"  # scripts/need_prometheus.sh
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 ALL = [block for page in pages() for block in blocks(page)]
 # Blocks that start a server in the foreground, and the fixture that starts it.
-SERVERS = {"make serve": "served", "make endpoint": "endpoint"}
+SERVERS = {
+    "make serve": "served",
+    "make endpoint": "endpoint",
+    "make web ENDPOINT=http://127.0.0.1:8080": "web_page",
+}
+MODULES = {"served": "deploy.serve", "endpoint": "deploy.local_endpoint", "web_page": "web"}
 # mkdocs includes a file in the place of such a block, and a block below it runs the file. Its language is written as
 # `{ .python }`, because ruff formats blocks of the language `python`.
 INCLUDES = [block for block in ALL if block.text.startswith("--8<--")]
@@ -68,7 +73,7 @@ def terminal(
     opened: list[Terminal] = []
 
     def open_terminal(servers: list[str]) -> Terminal:
-        ports = {"served": SERVE_PORT, "endpoint": ENDPOINT_PORT}
+        ports = {"served": SERVE_PORT, "endpoint": ENDPOINT_PORT, "web_page": WEB_PORT}
         found = {ports[name]: request.getfixturevalue(name).port for name in servers}
         paths = [checkout, checkout / "client"]
         (tmp_path / "home").mkdir()
@@ -124,8 +129,7 @@ def test_the_endpoint_prints_the_variables_of_the_pages_and_leaves_nothing(endpo
 @pytest.mark.parametrize("command", SERVERS)
 def test_a_server_of_the_pages_is_a_target_of_the_makefile(command: str) -> None:
     done = subprocess.run([*command.split(), "-n"], cwd=ROOT, capture_output=True, text=True, check=True)
-    module = "deploy.serve" if command == "make serve" else "deploy.local_endpoint"
-    assert re.search(rf"^exec \S+ -m {re.escape(module)} ", done.stdout, re.MULTILINE)
+    assert re.search(rf"^exec \S+ -m {re.escape(MODULES[SERVERS[command]])} ", done.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize("block", MARKED, ids=title)

@@ -100,4 +100,15 @@ def test_numbers_are_printed_with_their_significant_digits() -> None:
         "yes",
         "",
     ]
-    assert harness.percentile(range(1, 101), 0.99) == 100
+
+
+def test_a_percentile_is_the_smallest_value_with_that_share_at_or_below_it() -> None:
+    assert [harness.percentile(range(1, 101), share) for share in (0.5, 0.9, 0.99)] == [50, 90, 99]
+    assert [harness.percentile([2.5, 1.5], share) for share in (0.5, 0.99)] == [1.5, 2.5]
+    assert harness.percentile([7.0], 0.5) == 7.0
+
+
+def test_the_page_of_the_benchmarks_has_a_place_for_each_record() -> None:
+    page = report.README.read_text()
+    assert [name for name in report.read() if f"<!-- {name} -->\n" not in page] == []
+    assert [name for name in report.SERVED if f"<!-- {name} -->\n" not in page] == []

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from scripts import dashboard
 from tests import board as picture
 from tests.support import board
 from tests.support.prometheus import PATIENCE_S, SHIPPED, Prometheus, command, scraping
@@ -94,6 +95,30 @@ def test_the_picture_has_a_line_for_each_query(scraped: Scraped, tmp_path: Path)
     picture.draw(lines, 30, path)
     with Image.open(path) as image:
         assert image.size == (picture.SIZE_IN[0] * picture.DPI, picture.SIZE_IN[1] * picture.DPI)
+
+
+@pytest.mark.parametrize("names", [2, 6])
+def test_the_legend_of_a_panel_covers_no_line(names: int) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # imported here, because loading it is slow
+    from matplotlib.figure import Figure
+
+    (item,) = [panel for panel in dashboard.board()["panels"] if panel["title"] == "Rejected with 5xx"]
+    figure = Figure(picture.SIZE_IN, dpi=picture.DPI)
+    axes = FigureCanvasAgg(figure).figure.add_axes((0.4, 0.2, 0.3, 0.07))
+    lines = [(f"a_code_of_an_error_{number}", [(0.0, 3.5), (60.0, 3.5)]) for number in range(names)]
+    picture._draw_panel(axes, item, lines, 60)
+    figure.canvas.draw()
+    _, highest_px = axes.transData.transform((0, 3.5))
+    legend = axes.get_legend().get_window_extent()
+    assert legend.y0 > highest_px
+    assert legend.x1 <= axes.bbox.x1 + 1
+
+
+@pytest.mark.parametrize("unit", ["s", "bytes", "short", "reqps", "percentunit"])
+def test_the_labels_of_an_axis_have_no_exponent(unit: str) -> None:
+    for highest in (0.02, 1, 1.2, 2500):
+        label = picture._format_of(unit, highest)
+        assert not any("e" in label(part * highest, 0) for part in (0, 0.1, 0.25, 0.5, 1))
 
 
 def test_prometheus_evaluates_each_alert(scraped: Scraped) -> None:

@@ -1,9 +1,14 @@
-"""`bench.load` and `doctor --live` on the shared server. AIPerf itself runs in tests/deploy/test_aiperf.py."""
+"""`bench.load`, users of `bench.sessions` and `doctor --live` on the shared server.
+
+AIPerf itself runs in tests/deploy/test_aiperf.py.
+"""
 
 from __future__ import annotations
 
 import http.server
 import json
+import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,9 +17,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from bench import harness, load
+from bench import harness, load, sessions, users
 from deploy.doctor import live
 from deploy.doctor.findings import Finding, Subject
 from deploy.doctor.headers import SESSION_HEADER
@@ -22,6 +28,7 @@ from deploy.serve.haproxy import HAProxy, find_haproxy
 from deploy.serve.ports import free_ports
 from deploy.serve.torchserve import TorchServe
 from tests.support.server_metrics import wait_for_metrics
+from tests.support.serving import SHAPES
 
 EXPORT = Path(__file__).parent / "aiperf_export.json"  # records of a run of AIPerf 0.13.0, with the metrics that count
 
@@ -80,12 +87,33 @@ def test_the_report_has_percentiles_goodput_and_errors(tmp_path: Path) -> None:
         "follow-ups": (5, 1),
     }
     ttft = sorted(record["metrics"]["time_to_first_token"]["value"] for record in export["records"])
-    assert rows["all turns"]["TTFT p50 ms"] == ttft[3]
+    assert rows["all turns"]["TTFT p50 ms"] == ttft[2]
     assert rows["all turns"]["TTFT p99 ms"] == ttft[-1]
     assert document["ratios"]["failed requests"] == 1
     assert document["ratios"]["share of requests within all objectives"] == 0
     assert document["notes"] == ["error Conflict 409: 1 requests"]
     assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_without_an_answer_or_below_its_rate_is_reported() -> None:
+    export = json.loads(EXPORT.read_text())
+    answered = [load.request_of(record) for record in export["records"]]
+    options = load.parse(["--rate", "1000"])
+    [note] = load.report(options, answered, export["summary"]).notes
+    assert re.fullmatch(r"1000 requests/s were requested and [\d.]+ reached: .*", note)
+    failed = {"metadata": {"turn_index": 0}, "metrics": {}, "error": {"type": "Conflict", "code": 409}}
+    with pytest.raises(load.LoadError, match=r"no request was answered: {'Conflict 409': 2}"):
+        load.report(options, [load.request_of(failed)] * 2, {})
+
+
+def test_a_time_out_ends_all_processes_of_the_program(tmp_path: Path) -> None:
+    seconds = f"600.{os.getpid()}"
+    with pytest.raises(load.LoadError, match=r"AIPerf has not ended within --timeout-s 0.5"):
+        load.run_whole(["bash", "-c", f"sleep {seconds} & wait"], tmp_path / "log", 0.5)
+    until = time.monotonic() + 60
+    while any(seconds in (process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])):
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 def test_without_aiperf_or_a_server_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +130,67 @@ def test_without_aiperf_or_a_server_it_says_what_to_do(monkeypatch: pytest.Monke
 
 def test_the_model_is_asked_from_the_server(front: HAProxy) -> None:
     assert load.served_model(front.url) == "llava"
+
+
+# --- bench.sessions ---------------------------------------------------------------------------------------------------
+
+
+def test_the_users_of_sessions_need_a_server(tmp_path: Path) -> None:
+    [port] = free_ports(1)
+    with pytest.raises(SystemExit, match=r"--url must be a server with /v1/models, got http://127.0.0.1:\d+: Connect"):
+        sessions.main(["--url", f"http://127.0.0.1:{port}", "--out", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", [users.STAYS, users.LEAVES])
+def test_a_user_closes_its_session_when_the_run_stops(front: HAProxy, server: TorchServe, kind: str) -> None:
+    log = users.Log()
+    plan = users.Plan(turns=2, think_s=1e9, return_s=0, expire_s=0, tokens=4, picture_px=64)
+    thread = threading.Thread(target=users.User(kind, 1, front.url, plan, log).run, daemon=True)
+    thread.start()
+    until = time.monotonic() + 120
+    while not log.turns:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    log.stop.set()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert (len(log.opens), log.count("closed"), log.open_sessions, log.errors.total()) == (1, 1, 0, 0)
+    assert wait_for_metrics(server.metrics_url, llava_open_sessions=0)["llava_open_sessions"] == 0
+
+
+def test_a_user_closes_its_session_after_an_error(front: HAProxy, server: TorchServe) -> None:
+    log = users.Log()
+    plan = users.Plan(turns=2, think_s=0, return_s=0, expire_s=0, tokens=100_000, picture_px=64)
+    users.User(users.STAYS, 1, front.url, plan, log).run()
+    assert log.errors == {(users.STAYS, "invalid_request"): 1}
+    assert (log.count("closed"), log.open_sessions) == (1, 0)
+    assert wait_for_metrics(server.metrics_url, llava_open_sessions=0)["llava_open_sessions"] == 0
+
+
+def test_the_report_of_sessions_has_opens_and_what_is_left() -> None:
+    log = users.Log()
+    for number in (1, 2, 3):
+        log.add_open(users.STAYS, number / 10)
+        log.add_turn(users.Turn(users.STAYS, number, 0.01, 0.05, 0.002, 40, 30))
+        log.add_turn(users.Turn(users.STATELESS, number, 0.04, 0.08, 0.002, 40, 0))
+    options = sessions.parse(["--users", "3", "--idle-s", "30"])
+    result = sessions.report(options, log, {}, {"llava_kv_bytes": 1.0})
+    rows = {row["users"]: row for row in result.rows}
+    assert rows[users.STAYS]["open p50 ms"] == pytest.approx(200)
+    assert rows[users.STATELESS]["open p50 ms"] is None
+    assert result.ratios["follow-up TTFT p50: stateless /v1 / stays"] == pytest.approx(4)
+    assert (result.settings["return_s"], result.settings["resident"]) == (10, 4)
+    assert result.notes == ["the memory of the sessions has not returned to zero"]
+    assert users.AFTER_PAUSE in rows
+
+
+def test_the_server_of_sessions_has_room_for_a_part_of_the_caches() -> None:
+    options = sessions.parse(["--users", "40", "--resident", "2"])
+    config = sessions.configuration(options)["llava"]
+    features, cache = sessions.session_bytes(SHAPES, 4 * (24 + sessions.QUESTION_TOKENS))
+    assert config["device_bytes"] == 160 * features + 2 * cache
+    assert (config["max_sessions"], config["share_pictures"], config["session_idle_s"]) == (200, False, 60)
 
 
 # --- doctor --live ----------------------------------------------------------------------------------------------------

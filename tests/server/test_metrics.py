@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -67,6 +69,32 @@ def test_prometheus_answers_a_query_for_every_metric(front: HAProxy, http: httpx
             else:
                 assert all(value >= 0 for value in prometheus.query(metric.name)), metric.name
                 assert prometheus.query(metric.name), metric.name
+
+
+def running_turns(http: httpx.Client) -> float:
+    """Return the number of turns in progress on the worker's page."""
+    return float(re.search(r"^llava_running_turns (\S+)$", http.get("/metrics").text, re.MULTILINE)[1])
+
+
+def wait_until_idle(http: httpx.Client) -> None:
+    """Wait until no turn is in progress."""
+    until = time.monotonic() + 60
+    while running_turns(http):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_a_turn_is_in_progress_from_its_first_token_on(http: httpx.Client) -> None:
+    """Short turns end before the next sweep, so the page must show them at once."""
+    chat = ChatSession.open(http, SCENE.draw())
+    body = {"type": "send_text_prompt", "prompt_text": QUESTIONS[0], "stream": True, "max_new_tokens": 1000}
+    for _ in range(3):
+        wait_until_idle(http)
+        with http.stream("POST", "/invocations", json={**body, "ignore_eos": True}, headers=chat.headers) as reply:
+            next(reply.iter_raw())
+            assert running_turns(http) == 1
+    wait_until_idle(http)
+    chat.close()
 
 
 def test_promtool_has_no_objection(http: httpx.Client) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from llava_sessions_client.conversation import Conversation
@@ -62,6 +63,7 @@ class Script:
         self.sleeps: list[float] = []
         self.pieces: list[str] = []
         self.aborts = 0
+        self.during: Callable[[Any], object] = lambda effect: None  # called before each effect
         self._parts: deque[Any] = deque()
 
     def run(self, core: Core[Any], leave_after: int | None = None) -> Any:
@@ -82,6 +84,7 @@ class Script:
                 failure = Left()
 
     def _perform(self, effect: Any) -> Any:
+        self.during(effect)
         match effect:
             case Call() | Start():
                 self.bodies.append(effect.request.body)

@@ -34,6 +34,7 @@ from llava_sessions.worker.engines import EngineLost, EngineUp
 from llava_sessions.worker.exporter import Histograms
 from llava_sessions.worker.inbox import Inbox
 from llava_sessions.worker.pending import LARGE_BYTES
+from llava_sessions.worker.pump import Pump
 from llava_sessions.worker.sessions import SessionTable
 
 NOW = 1_800_000_000.0
@@ -92,17 +93,9 @@ class Frontend:
         self.mark = ("x-mark", "ours")
         self.able = True
         self.pending = 0
-        self.pump = make_pump(
-            client=self,
-            inbox=self.inbox,
+        self.pump = self._make_pump(
             template=tokens,
-            table=self.table,
             context_tokens=context_tokens or model.context_tokens,
-            limits=RequestLimits(),
-            media_limits=MediaLimits(),
-            ender=self,
-            journal=self.journal,
-            histograms=self.histograms,
             parsing=parsing,
             policy=Policy(share_pictures=share_pictures, adopt_sessions=adopt_sessions),
             timing=Timing(
@@ -111,6 +104,20 @@ class Frontend:
                 wait_s=WAIT_S,
                 close_wait_s=close_wait_s,
             ),
+        )
+
+    def _make_pump(self, **options: Any) -> Pump:
+        """Make the pump, with this object as its engine and as what ends its sequences."""
+        return make_pump(
+            client=self,
+            inbox=self.inbox,
+            table=self.table,
+            limits=RequestLimits(),
+            media_limits=MediaLimits(),
+            ender=self,
+            journal=self.journal,
+            histograms=self.histograms,
+            **options,
         )
 
     def end(self, sequence_id: str) -> None:
@@ -217,7 +224,8 @@ class Frontend:
                 return reply
         raise AssertionError("the row was never answered")
 
-    def told(self, row: Row) -> dict:
+    def body_of(self, row: Row) -> dict:
+        """The content of the reply to a row that is answered as a whole."""
         return json.loads(self.answer(row).body)
 
     def open(self, colour: str = "red", session: str | None = None, **fields: Any) -> str:
@@ -233,7 +241,7 @@ class Frontend:
         return row.sequence_id in (*self.ended, reply.headers.get(CLOSED_SESSION_HEADER))
 
     def ask(self, session: str | None, prompt: str = QUESTIONS[0], **fields: Any) -> dict:
-        return self.told(self.ask_row(session, prompt, **fields))
+        return self.body_of(self.ask_row(session, prompt, **fields))
 
     def start(self, session: str, prompt: str = QUESTIONS[0], **fields: Any) -> Row:
         """An ask whose turn runs, and whose row is still held."""

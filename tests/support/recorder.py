@@ -20,6 +20,7 @@ class Recorder(http.server.ThreadingHTTPServer):
 
     def __init__(self) -> None:
         self.received: list[bytes] = []
+        self.cut: list[int] = []  # lengths of the bodies that ended too early
         self.lines: list[int] = []  # sent by each stream
         self.connections = 0
         super().__init__(("127.0.0.1", 0), Answering)
@@ -42,6 +43,7 @@ class Answering(http.server.BaseHTTPRequestHandler):
         length = int(self.headers["Content-Length"])
         body = self.rfile.read(length)
         if len(body) < length:
+            self.server.cut.append(length)
             return
         self.server.received.append(body)
         self.send_response(200)

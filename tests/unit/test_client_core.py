@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +32,7 @@ from llava_sessions_client import (
 )
 from llava_sessions_client.answers import Answer, Turn
 from llava_sessions_client.conversation import MAX_REPLAYS, Conversation
-from llava_sessions_client.effects import Call, Left, Piece
+from llava_sessions_client.effects import Call, Left, Piece, Sleep, Start
 from llava_sessions_client.errors import api_error
 from llava_sessions_client.lines import split_lines
 from llava_sessions_client.pictures import picture_of
@@ -354,6 +355,24 @@ def test_a_session_that_is_lost_during_a_stream_delivers_the_rest() -> None:
     got = stream(script)
     assert script.pieces == ["There ", "are", " two."]
     assert (got.text, got.replayed) == ("There are two.", True)
+
+
+@pytest.mark.parametrize(
+    ("results", "at", "text"),
+    [
+        ([[lines("A", end=False), CUT]], Sleep, "A"),  # in the pause before a retry
+        ([refusal(404, "session_not_found")], Start, ""),  # in the attempt that finds the session lost
+        ([refusal(404, "session_not_found"), OPENED], Call, ""),  # while the session is opened again
+    ],
+)
+def test_a_cancel_between_two_attempts_begins_no_further_one(results: list[Any], at: type, text: str) -> None:
+    history = (turn("Which?", "Red."), turn("Where?", "Left."))
+    script = opened(*results, turns=history, on_lost="replay")
+    script.during = lambda effect: isinstance(effect, at) and script.conversation.stop()
+    got = script.run(script.conversation.rewrite(0, "How many?", {}, stream=True))
+    assert (got.text, got.finish_reason, script.results) == (text, "cancelled", deque())
+    assert script.conversation.turns == history
+    assert script.conversation.in_doubt
 
 
 def test_a_lost_session_is_raised_without_replay_and_replays_are_bounded() -> None:

@@ -88,6 +88,7 @@ def test_other_arrays_are_rejected(array: np.ndarray) -> None:
 
 def test_objects_of_s3_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "MAX_BYTES", 2_000)
+    monkeypatch.setattr(sources, "FETCH_TIMEOUT_S", 300)  # boto3 loads its tables first
     with mock_aws():
         client = boto3.client("s3", region_name="us-east-1")
         client.create_bucket(Bucket="pictures")
@@ -202,11 +203,17 @@ def test_sagemaker_and_http_have_their_own_payload_limit() -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["127.0.0.1:8080", "", "http://", "a_b", "ftp://host", "-a", "http://h:99999", "http://[::1"]
+    "target",
+    ["127.0.0.1:8080", "", "http://", "a_b", "ftp://host", "-a", "http://h:99999", "http://[::1", "http://a b"],
 )
 def test_what_is_neither_url_nor_name_is_rejected(target: str) -> None:
     with pytest.raises(NotConfigured):
         Endpoint(target)
+
+
+@pytest.mark.parametrize("target", ["http://a_b:80", "https://bücher.example/base", "http://[fe80::1%25eth0]"])
+def test_hosts_may_have_any_form_that_is_sent(target: str) -> None:
+    Endpoint(target)
 
 
 # --- half blocks ------------------------------------------------------------------------------------------------------

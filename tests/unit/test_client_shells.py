@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,21 +20,27 @@ from llava_sessions_client import (
     Busy,
     Chat,
     ConnectionFailed,
+    InvalidPicture,
+    InvalidRequest,
     NotConfigured,
     OverCapacity,
     SessionLost,
     TimedOut,
     TooLarge,
     Unavailable,
+    load_picture,
+    sources,
 )
 from llava_sessions_client.conversation import Conversation
 from llava_sessions_client.effects import Limits
 from llava_sessions_client.http import HttpTransport
 from llava_sessions_client.http_async import AsyncHttpTransport
 from llava_sessions_client.sagemaker import SageMakerTransport
+from llava_sessions_client.terminal.talk import Talk
 from llava_sessions_client.wire import Reply, Request
 from llava_sessions_client.within import within
-from tests.support.client_script import CANCELLED, CLOSED, answer, completion, lines, settings
+from tests.support.client_script import CANCELLED, CLOSED, answer, completion, lines, refusal, settings
+from tests.support.pictures import PNG
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
 ASK = Request({"type": "send_text_prompt"}, "abc-1")
@@ -66,6 +74,8 @@ class Scripted:
 
     def start(self, request: Request, limits: Limits) -> tuple[Reply, Any]:
         self.bodies.append(request.body)
+        if isinstance(self.replies[0], Reply):
+            return self.replies.pop(0), None
         return Reply(200), self
 
     def read(self) -> bytes:
@@ -229,6 +239,48 @@ def test_cancelling_a_task_cancels_the_turn() -> None:
     assert [body["type"] for body in asyncio.run(main())] == ["send_text_prompt", "cancel"]
 
 
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_that_the_server_rejects_is_dropped_on_request() -> None:
+    chat = chat_of(Scripted(refusal(415, "unsupported_media"), answer("Two.")))
+    added = chat.add_image(PNG)
+    with pytest.raises(InvalidRequest):
+        chat.ask("Which?")
+    assert chat.drop_images() == (added,)
+    assert chat.drop_images() == chat.waiting_pictures == ()
+    assert chat.ask("Which?").text == "Two."
+    assert "image" not in chat._transport.bodies[-1]
+
+
+def test_a_drop_during_an_answer_keeps_the_pictures_of_its_question() -> None:
+    chat = chat_of(Scripted(lines("A", end=False), lines("B"), answer("Two.")))
+    first = chat.add_image(PNG)
+    stream = chat.stream("Which?")
+    next(stream)
+    second = chat.add_image(PNG)
+    assert chat.drop_images() == (second,)
+    assert chat.waiting_pictures == (first,)
+    third = chat.add_image(PNG)
+    assert list(stream) == ["B"]
+    assert chat.waiting_pictures == (third,)
+
+
+def test_llava_chat_drops_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(PNG)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {path}\nWhich?\n/drop\n/drop\nWhich?\n"))
+    chat = chat_of(Scripted(refusal(415, "unsupported_media"), lines("Two.")))
+    assert Talk().run(chat) == 1
+    printed = capsys.readouterr()
+    assert printed.out.endswith("Two.\n")
+    assert printed.err.splitlines()[-3:] == [
+        "the next question shows the waiting pictures again; /drop drops them",
+        f"dropped {path}",
+        "no pictures wait for the next question",
+    ]
+
+
 # --- time-outs --------------------------------------------------------------------------------------------------------
 
 
@@ -310,6 +362,18 @@ def test_a_server_that_answers_nothing_is_given_up(silent: str) -> None:
     with pytest.raises(TimedOut):
         within(0.1, lambda: ended.wait(60), lambda _: None)
     ended.set()
+
+
+@pytest.mark.parametrize("server", ["silent", "dripping"])
+def test_an_object_of_s3_that_does_not_arrive_is_given_up(
+    server: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", request.getfixturevalue(server))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    monkeypatch.setattr(sources, "FETCH_TIMEOUT_S", 0.4)
+    with pytest.raises(InvalidPicture, match="must arrive within"):
+        load_picture("s3://pictures/a.png", region="us-east-1")
 
 
 # --- errors of SageMaker ----------------------------------------------------------------------------------------------

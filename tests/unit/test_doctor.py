@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import http.server
 import json
 import os
 import re
@@ -10,18 +12,23 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deploy.doctor import (
     checkpoint,
     configuration,
+    findings,
     gpu,
     headers,
+    live,
     machine,
     ports,
     resources,
@@ -31,16 +38,20 @@ from deploy.doctor import (
 from deploy.doctor.findings import GIB, MIB, Finding, Subject
 from deploy.doctor.frontend_keys import MODEL_KEYS, PROPERTIES
 from deploy.doctor.machine import Memory
-from deploy.doctor.sizes import Sizes
+from deploy.doctor.sizes import Sizes, SizesError
+from deploy.pack import source
 from deploy.sagemaker import command as llava_deploy
 from deploy.sagemaker.capacity import MODELS
 from deploy.serve import haproxy, java
+from deploy.serve.ports import choose_ports, first_unprivileged
+from deploy.serve.processes import ServeError
 from llava_sessions.config import MAX_REQUEST_BYTES, HandlerConfig
 from llava_sessions.protocol.constants import CLOSED_SESSION_HEADER, NEW_SESSION_HEADER, SESSION_HEADER
 
 REPO = Path(__file__).parents[2]
 SHAPES = REPO / "models" / "shapes"
 CONFIG = REPO / "handler" / "model-config.yaml"
+FIRST_UNPRIVILEGED = first_unprivileged()
 
 
 def levels(found: Iterator[Finding]) -> dict[str, str]:
@@ -60,6 +71,19 @@ def program(folder: Path, name: str, text: str, status: int = 0) -> str:
     path.write_text(f"#!/bin/sh\ncat <<'TEXT'\n{text}\nTEXT\nexit {status}\n")
     path.chmod(0o755)
     return str(folder)
+
+
+def without_capabilities(call: Callable[[], Any]) -> Any:
+    """Call in a thread that has no capabilities, as a user other than root."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(_drop_capabilities).result()
+        return pool.submit(call).result()
+
+
+def _drop_capabilities() -> None:
+    """Drop the capabilities of this thread: the kernel has them by thread. See capset(2)."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3 of the structure; this thread
+    assert ctypes.CDLL(None, use_errno=True).capset(header, (ctypes.c_uint32 * 6)()) == 0
 
 
 def edited(folder: Path, source: Path, changes: Mapping[str, str]) -> Path:
@@ -101,11 +125,12 @@ def test_this_checkout_has_no_problem_of_its_own() -> None:
 def test_the_report_ends_with_1_after_an_error_and_is_json_on_request(capsys: pytest.CaptureFixture[str]) -> None:
     assert llava_deploy.main(["doctor", "--model", "/no/such/folder", "--port", "0", "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
-    findings = [Finding(**finding) for finding in report["findings"]]
-    assert report["error"] == sum(finding.level == "error" for finding in findings) > 0
-    (finding,) = [finding for finding in findings if finding.check == "checkpoint"]
+    reported = [Finding(**finding) for finding in report["findings"]]
+    assert report["error"] == sum(finding.level == "error" for finding in reported) > 0
+    (finding,) = [finding for finding in reported if finding.check == "checkpoint"]
     assert finding.line() == (
-        "error    checkpoint     /no/such/folder is not a folder  ->  give --model (MODEL=) the folder of a checkpoint"
+        "error    checkpoint     there is no folder /no/such/folder  "
+        "->  give --model (MODEL=) the folder of a checkpoint, or an ID on the hub"
     )
 
 
@@ -139,6 +164,9 @@ def test_an_old_and_a_missing_java_are_errors(tmp_path: Path) -> None:
     assert "JAVA_HOME is" in levels(software.check_java(old))["error"]
     missing = levels(software.check_java(Subject(environment={"PATH": str(tmp_path)})))["error"]
     assert "Java is not found  ->  install Java 17 or later" in missing
+    program(tmp_path / "8" / "bin", "java", 'java version "1.8.0_292"')
+    eight = Subject(environment={"JAVA_HOME": str(tmp_path / "8")})
+    assert "got 1.8.0_292 at" in levels(software.check_java(eight))["error"]
     broken = Subject(environment={"PATH": program(tmp_path / "broken", "java", "no Java here", 1)})
     assert "a program without a version" in levels(software.check_java(broken))["error"]
 
@@ -159,6 +187,18 @@ def test_the_limits_are_those_of_the_code_that_enforces_them() -> None:
 
 
 # --- ports ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_privileged_port_is_an_error_that_names_the_first_other_one() -> None:
+    port = FIRST_UNPRIVILEGED - 1
+    if port < 1:
+        pytest.skip("any user may listen on all ports here")
+    found = without_capabilities(lambda: levels(ports.check_ports(Subject(port=port))))
+    assert f"port {port} (front) is privileged, and this user may not listen there" in found["error"]
+    assert f"choose --port from {FIRST_UNPRIVILEGED} on" in found["error"]
+    assert f"port {port + 1} " not in found["error"]
+    with pytest.raises(ServeError, match=rf"port {port} \(front\) is privileged"):
+        without_capabilities(lambda: choose_ports(port, "front"))
 
 
 def test_a_used_port_is_an_error_with_the_process_that_holds_it() -> None:
@@ -203,6 +243,54 @@ def test_another_family_is_an_error_with_those_that_are_served(shapes: Path) -> 
     (shapes / "config.json").write_text(json.dumps(config | {"model_type": "qwen2_vl"}))
     errors = levels(checkpoint.check_checkpoint(Subject(model=str(shapes))))["error"]
     assert "`model_type` must be one of llava, llava_next, llava_onevision, got 'qwen2_vl'" in errors
+
+
+@pytest.mark.parametrize(
+    ("model", "problem"),
+    [
+        ("models/shape", f"there is no folder {REPO}/models/shape  ->  "),
+        ("models/shape", f", such as {REPO}/models/shapes"),
+        (
+            "models",
+            "models has folders of checkpoints, and is none itself  ->  give --model (MODEL=) one of them: shapes",
+        ),
+        ("models/shapes/config.json", "config.json is not a folder"),
+        ("llava-hf/llava 1.5", f"there is no folder {REPO}/llava-hf/llava 1.5"),
+        ("~no-such-user/model", "there is no folder "),
+        ("", "the checkpoint must be a folder or an ID on the hub, got ''"),
+    ],
+)
+def test_a_model_that_is_neither_a_folder_nor_an_id_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, model: str, problem: str
+) -> None:
+    monkeypatch.chdir(REPO)
+    assert problem in levels(checkpoint.check_checkpoint(Subject(model=model)))["error"]
+
+
+def test_a_long_name_of_a_model_is_an_id() -> None:
+    assert "is an ID on the hub" in levels(checkpoint.check_checkpoint(Subject(model="x" * 300)))["warning"]
+    assert findings.HUB_ID.pattern == source._HUB_ID.pattern
+
+
+def test_a_number_that_is_no_size_is_an_error_of_the_checkpoint_only(shapes: Path) -> None:
+    config = json.loads((shapes / "config.json").read_text())
+
+    def write(section: str, change: object) -> None:
+        value = {**config[section], **change} if isinstance(change, dict) else change
+        (shapes / "config.json").write_text(json.dumps({**config, section: value}))
+
+    for section, change, problem in (
+        ("text_config", {"num_attention_heads": 0}, "`num_attention_heads` must be an integer from 1, got 0"),
+        ("vision_config", {"patch_size": 0}, "`patch_size` must be an integer from 1, got 0"),
+        ("text_config", 5, "`text_config` must be an object, got int"),
+    ):
+        write(section, change)
+        with pytest.raises(SizesError, match=re.escape(f"config.json: {problem}")):
+            Sizes.read(shapes)
+    write("text_config", {"hidden_size": "x"})
+    subject = Subject(model=str(shapes))
+    assert "`hidden_size` must be an integer from 1, got 'x'" in levels(checkpoint.check_checkpoint(subject))["error"]
+    assert [*checkpoint.check_dtype(subject), *resources.check_memory(subject)] == []
 
 
 def test_an_id_on_the_hub_is_only_announced() -> None:
@@ -274,6 +362,18 @@ def test_a_budget_that_holds_no_session_is_an_error_and_one_for_few_a_warning(tm
     assert found(64 * one) == {"warning": "", "error": ""}
 
 
+@pytest.mark.parametrize("value", ["-1", "true", "1e9", "8 GB"])
+def test_a_malformed_budget_is_an_error_of_the_configuration_only(tmp_path: Path, value: str) -> None:
+    subject = Subject(model=str(SHAPES), config=edited(tmp_path, CONFIG, {"device_bytes": value}), device="cpu")
+    assert [finding.check for finding in resources.check_memory(subject)] == ["memory"]
+    chosen = settings.read(subject)
+    assert chosen is not None
+    assert chosen.device_bytes is None
+    if value == "-1":
+        errors = levels(configuration.check_configuration(subject))["error"]
+        assert "`llava.device_bytes` must be auto or an integer from 0 to 1125899906842624, got -1" in errors
+
+
 def test_a_limit_of_processes_below_the_sequences_is_an_error(tmp_path: Path) -> None:
     group = tmp_path / "sys" / "fs" / "cgroup"
     group.mkdir(parents=True)
@@ -315,6 +415,8 @@ def test_a_driver_that_is_older_than_torch_needs_is_an_error(tmp_path: Path) -> 
     assert cards == [machine.Gpu("NVIDIA A10G", "470.57.02", 22731 * MIB, 22000 * MIB)]
     assert "torch's CUDA 13.0 needs driver 580 or later, got 470.57.02" in levels(gpu._usable(cards, "13.0"))["error"]
     assert machine.gpus(program(tmp_path, "nvidia-smi", "NVIDIA-SMI has failed", 9)) is None
+    (shared,) = machine.gpus(program(tmp_path, "nvidia-smi", "NVIDIA GB10, 580.95.05, [N/A], [N/A]"))
+    assert shared.total == Memory.read().total, "it shares the machine's memory"
 
 
 # --- the configuration ------------------------------------------------------------------------------------------------
@@ -359,12 +461,34 @@ def test_every_contradiction_of_a_configuration_is_named(tmp_path: Path) -> None
         assert problem in found["warning"], problem
 
 
-@pytest.mark.parametrize(("key", "value"), [("minWorkers", "-1"), ("responseTimeout", "abc"), ("startupTimeout", "0")])
-def test_a_number_of_the_frontend_that_is_none_is_an_error(tmp_path: Path, key: str, value: str) -> None:
-    path = tmp_path / "model-config.yaml"
-    path.write_text(re.sub(rf"(?m)^{key}:.*$", f"{key}: {value}", Subject().config.read_text()))
-    found = levels(configuration.check_configuration(Subject(config=path)))["error"]
-    assert f"`{key}` must be an integer from 1, got " in found
+def test_a_number_of_the_frontend_that_is_none_is_an_error(tmp_path: Path) -> None:
+    changes = {
+        "minWorkers": "-1",
+        "responseTimeout": "abc",
+        "startupTimeout": "0",
+        "maxBatchDelay": "0",
+        "maxRetryTimeoutInSec": "-1",
+    }
+    found = levels(configuration.check_configuration(Subject(config=edited(tmp_path, CONFIG, changes))))["error"]
+    for key, value in changes.items():
+        least = 0 if key == "maxRetryTimeoutInSec" else 1
+        assert f"`{key}` must be an integer from {least}, got {value if value != 'abc' else repr(value)}  " in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"engine_hang_s": ".inf"}, "`llava.engine_hang_s` must be a number from 3 to 3600, got inf"),
+        ({"local_roots": "5"}, "`llava.media.local_roots` must be a list of non-empty strings, got 5"),
+        ({"default_deadline_ms": ".inf"}, "`llava.limits.default_deadline_ms` must be an integer from 1 to 600000"),
+        ({"journal_dir": "/dev/null/journal"}, "cannot be made: /dev/null is not a folder"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_one_problem(tmp_path: Path, changes: dict[str, str], problem: str) -> None:
+    found = levels(configuration.check_configuration(Subject(config=edited(tmp_path, CONFIG, changes))))
+    assert problem in found["error"]
+    assert found["error"].count("\n") == 1
+    assert found["warning"] == ""
 
 
 @pytest.mark.parametrize(
@@ -377,24 +501,40 @@ def test_a_number_of_the_frontend_that_is_none_is_an_error(tmp_path: Path, key: 
     ],
 )
 def test_a_configuration_that_cannot_be_read_is_an_error(tmp_path: Path, text: str | bytes, problem: str) -> None:
-    path = tmp_path / "model-config.yaml"
+    path = tmp_path / "mine.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    assert problem in levels(configuration.check_configuration(Subject(config=path)))["error"]
+    errors = levels(configuration.check_configuration(Subject(config=path)))["error"]
+    assert problem in errors
+    assert "handler/model-config.yaml" in errors, "a file that exists"
     assert "cannot be read" in levels(configuration.check_configuration(Subject(config=tmp_path / "no")))["error"]
 
 
 def test_properties_and_variables_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    changes = {"max_request_size": "6553500", "default_workers_per_model": "2"}
+    changes = {
+        "max_request_size": "6553500",
+        "default_workers_per_model": "2",
+        "disable_token_authorization": "false",
+        "job_queue_size": "many",
+    }
     path = edited(tmp_path, REPO / "config.properties", changes)
     path.write_text(path.read_text() + "jobqueue_size=5\n")
     variables = {"CORS_ORIGINS": "example.com", "PUBLIC_METRICS": "yes", "TS_CONFIG_FILE": "/etc/other"}
     found = levels(configuration.check_properties(Subject(properties=path, environment=variables)))
     assert "`max_request_size` must be at least 33554432, as in HAProxy, got 6553500" in found["error"]
     assert "`default_workers_per_model` must be 1, got 2" in found["error"]
+    assert "`disable_token_authorization` must be true" in found["error"]
+    assert "`job_queue_size` must be an integer below 2147483648, got 'many'" in found["error"]
     assert "CORS_ORIGINS must be origins such as https://example.com" in found["error"]
     assert "PUBLIC_METRICS must be on or off, got 'yes'" in found["error"]
     assert "unknown key `jobqueue_size`  ->  write `job_queue_size`" in found["warning"]
     assert "TS_CONFIG_FILE is /etc/other" in found["warning"]
+
+
+def test_a_number_that_java_cannot_read_is_one_error(tmp_path: Path) -> None:
+    path = edited(tmp_path, REPO / "config.properties", {"max_request_size": "99999999999"})
+    errors = levels(configuration.check_properties(Subject(properties=path)))["error"]
+    assert "`max_request_size` must be an integer below 2147483648, got '99999999999'" in errors
+    assert errors.count("\n") == 1
 
 
 def test_torchserve_reads_every_key_of_the_lists() -> None:
@@ -440,3 +580,79 @@ def test_rules_that_haproxy_rejects_are_an_error(tmp_path: Path) -> None:
     assert levels(headers.check_haproxy_rules(subject)) == {"warning": "", "error": ""}
     broken = levels(headers.check_haproxy_rules(subject, (haproxy.CONFIGS[0], rules)))
     assert "HAProxy rejects its rules:" in broken["error"]
+
+
+# --- a running server -------------------------------------------------------------------------------------------------
+
+
+class SilentServer(http.server.ThreadingHTTPServer):
+    """A server of one session that never answers the requests of a type, or a close of another session."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, silent_to: str) -> None:
+        self.silent_to = silent_to
+        self.closed: list[str] = []
+        self.over = threading.Event()
+        super().__init__(("127.0.0.1", 0), Answering)
+
+    def is_silent(self, body: dict[str, Any], session: str) -> bool:
+        """Return whether the request gets no answer."""
+        return self.silent_to == ("unknown" if session.startswith("doctor-") else body.get("type"))
+
+
+class Answering(http.server.BaseHTTPRequestHandler):
+    """Answers one connection."""
+
+    server: SilentServer
+
+    def do_GET(self) -> None:
+        self._answer({})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        session = self.headers.get(SESSION_HEADER, "")
+        if self.server.is_silent(body, session):
+            self.server.over.wait()
+        elif body.get("type") == "close_session":
+            self.server.closed.append(session or body["session_id"])
+            self._answer({CLOSED_SESSION_HEADER: session})
+        else:
+            self._answer({SESSION_HEADER: "one"})
+
+    def _answer(self, headers: dict[str, str]) -> None:
+        self.send_response(200)
+        for name, value in {**headers, "Content-Length": "2"}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_: object) -> None:
+        """Print nothing."""
+
+
+@pytest.mark.parametrize(
+    ("silent_to", "problem"),
+    [
+        ("unknown", "a close of an unknown session has no answer after 0.2 s"),
+        ("send_text_prompt", "a question in the session has no answer after 0.6 s"),
+    ],
+)
+def test_a_request_without_an_answer_is_named_and_the_session_closed(silent_to: str, problem: str) -> None:
+    with SilentServer(silent_to) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        found = list(live.check_live(Subject(port=server.server_port, is_live=True), timeout_s=0.2))
+        server.over.set()
+        server.shutdown()
+        thread.join()
+    assert problem in found[-1].found
+    assert "restart the server" in found[-1].remedy
+    assert server.closed == ["one"]
+
+
+def test_a_running_server_needs_a_port() -> None:
+    (finding,) = live.check_live(Subject(port=0, is_live=True))
+    assert finding.level == "error"
+    assert finding.found == "--live must have the port of a server that runs, got 0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -155,3 +156,19 @@ def test_the_figures_of_readme_are_those_of_the_bench() -> None:
     stateless = re.search(r"^\| TTFT turn 5, stateless / engine \|.*\| ([\d.]+)x \| \w+ \|$", bench, re.MULTILINE)
     assert stateless is not None
     assert f"{stateless[1]} times sooner than from stateless" in README
+    record = json.loads((REPO / "bench" / "results" / "turns-float32.json").read_text(encoding="utf-8"))
+    kept = record["ratios"]["TTFT of turn 5, KV kept / engine"]
+    assert f"{kept:.1f} times sooner than from `generate` with a kept KV cache" in README
+
+
+def test_the_table_of_the_comparison_has_the_figures_of_the_record() -> None:
+    record = json.loads((REPO / "bench" / "results" / "turns-float32.json").read_text(encoding="utf-8"))
+    last = {row["side"]: row for row in record["rows"] if row["turn"] == 5}
+    page = (REPO / "docs" / "comparison.md").read_text(encoding="utf-8")
+    table = re.findall(
+        r"^\| (?:stateless|`generate`|LLaVA Sessions, the engine).* \| ([\d,]+) ms \| (\d+) ms \|$", page, re.MULTILINE
+    )
+    sides = ("stateless", "features cached", "KV kept", "engine")
+    recorded = [(last[side]["TTFT ms"].split()[0], last[side]["per token ms"].split()[0]) for side in sides]
+    assert table == [(first, f"{float(each):.0f}") for first, each in recorded]
+    assert record["facts"]["date"].split()[0] in page

@@ -141,11 +141,11 @@ def test_cancel_close_and_resume_find_the_session(two):
     first, second = two
     session, closed = first.open(), first.open("blue")
     settled(first)
-    assert second.told(second.cancel_row(session)) == {"success": False, "session_id": session}
-    assert second.told(second.close_row(closed))["success"]
+    assert second.body_of(second.cancel_row(session)) == {"success": False, "session_id": session}
+    assert second.body_of(second.close_row(closed))["success"]
     assert refused(first, first.close_row(closed)) == (503, "session_moved")
     assert second.table.find(session) is not None
-    later = second.told(second.row({"type": "start_session", "resume": session}))
+    later = second.body_of(second.row({"type": "start_session", "resume": session}))
     assert later["session_id"] != session
 
 
@@ -177,10 +177,10 @@ def test_messages_under_the_session_header_find_the_session(two, model, tokens):
     stays = alone.open()
     said = alone.ask(stays, QUESTIONS[0])["response_text"]
     conversation = [QUESTIONS[0], said, QUESTIONS[1]]
-    expected = [alone.told(messages_row(alone, stays, *conversation))]
+    expected = [alone.body_of(messages_row(alone, stays, *conversation))]
     answer = content(expected[0])
     longer = [*conversation, answer, QUESTIONS[2]]
-    expected.append(alone.told(messages_row(alone, stays, *longer)))
+    expected.append(alone.body_of(messages_row(alone, stays, *longer)))
 
     session = first.open()
     assert first.ask(session, QUESTIONS[0])["response_text"] == said
@@ -192,7 +192,7 @@ def test_messages_under_the_session_header_find_the_session(two, model, tokens):
     first.settle(turn, first.cancel_row(session))
     first.pump.sweep()
     settled(first)
-    completion = second.told(messages_row(second, session, *conversation))
+    completion = second.body_of(messages_row(second, session, *conversation))
     assert content(completion) == answer
     assert completion["usage"]["prompt_tokens"] == expected[0]["usage"]["prompt_tokens"]
     assert sum(isinstance(command, AskSession) for command in second.commands) == 1, "no turn is generated twice"
@@ -202,7 +202,7 @@ def test_messages_under_the_session_header_find_the_session(two, model, tokens):
     settled(second)
     lost = first.answer(messages_row(first, session, *longer))
     assert (lost.status, code(lost), "Retry-After" in lost.headers) == (503, "session_moved", True)
-    back = first.told(messages_row(first, session, *longer))
+    back = first.body_of(messages_row(first, session, *longer))
     assert content(back) == content(expected[1])
     assert back["usage"]["prompt_tokens"] == expected[1]["usage"]["prompt_tokens"]
     unknown = first.answer(messages_row(first, f"ls-{uuid.uuid4()}", QUESTIONS[0]))
@@ -356,7 +356,7 @@ def test_a_former_owner_does_not_close_the_session_of_another(two):
     settled(second)
     second.pump.sweep()
     settled(second)
-    assert first.told(first.close_row(session))["success"]
+    assert first.body_of(first.close_row(session))["success"]
     assert refused(second, second.ask_row(session)) == (503, "session_moved")
     assert refused(second, second.ask_row(session)) == (404, "session_not_found")
 

@@ -22,7 +22,7 @@ def front(model, tokens) -> Frontend:
 
 
 def opened(front: Frontend, **fields) -> str:
-    return front.told(front.row({**OPEN, **fields}))["session_id"]
+    return front.body_of(front.row({**OPEN, **fields}))["session_id"]
 
 
 def test_an_unconfirmed_session_expires_and_leaves_nothing(front):

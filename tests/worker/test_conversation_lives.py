@@ -111,7 +111,7 @@ class Life:
         self.front.bring_engine()
 
     def resume(self) -> None:
-        reply = self.front.told(self.front.row({"type": "start_session", "resume": self.session}))
+        reply = self.front.body_of(self.front.row({"type": "start_session", "resume": self.session}))
         self.session = reply["session_id"]
 
     def settle(self) -> None:

@@ -488,7 +488,7 @@ def test_a_session_whose_turns_were_replaced_too_often_goes_on_in_a_new_one(
         chat(front, [user(QUESTIONS[0], "blue")], session)
     refused = front.answer(chat_row(front, [user(QUESTIONS[0], "blue")], session))
     assert (refused.status, code(refused)) == (400, "invalid_request")
-    resumed = front.told(front.row({"type": "start_session", "resume": session}))["session_id"]
+    resumed = front.body_of(front.row({"type": "start_session", "resume": session}))["session_id"]
     chat(front, [user(QUESTIONS[0], "blue")], resumed)
 
 

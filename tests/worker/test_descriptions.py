@@ -20,9 +20,9 @@ def front(model, tokens):
 
 def test_a_description_reports_tier_memory_and_expiry(front):
     session = front.open()
-    before = front.told(front.describe_row(session))
+    before = front.body_of(front.describe_row(session))
     front.ask(session)
-    after = front.told(front.describe_row(session))
+    after = front.body_of(front.describe_row(session))
     assert (before["session_id"], before["residency"], before["is_answering"]) == (session, "resident", False)
     assert before["memory"]["kv_bytes"] > 0
     assert before["memory"]["features_bytes"] > 0
@@ -37,7 +37,7 @@ def test_a_description_does_not_wait_for_the_running_turn(front):
     told = json.loads(front.settle_with(front.describe_row(session), held).body)
     assert told["is_answering"]
     front.settle(held)
-    assert not front.told(front.describe_row(session))["is_answering"]
+    assert not front.body_of(front.describe_row(session))["is_answering"]
 
 
 def test_a_session_that_the_engine_lost_is_cold(front):
@@ -54,7 +54,7 @@ def test_a_description_of_a_session_that_is_not_the_callers_receives_404(front):
     for row in (front.describe_row(session), front.describe_row("unknown")):
         reply = front.answer(row)
         assert (reply.status, code(reply)) == (404, "session_not_found")
-    assert front.told(front.describe_row(session, session_token=TOKEN))["residency"] == "resident"
+    assert front.body_of(front.describe_row(session, session_token=TOKEN))["residency"] == "resident"
 
 
 def test_a_client_that_leaves_before_the_engine_answers_receives_nothing(front):
@@ -66,16 +66,16 @@ def test_a_client_that_leaves_before_the_engine_answers_receives_nothing(front):
     front.step()
     front.exchange()
     assert not front.pump.busy
-    assert front.told(front.describe_row(session))["residency"] == "resident"
+    assert front.body_of(front.describe_row(session))["residency"] == "resident"
 
 
 def test_a_description_names_the_idle_limit_and_does_not_renew_it(model, tokens):
     front = Frontend(model, tokens, idle_s=20)
     session = front.open()
-    opened = front.told(front.describe_row(session))["expires"]
+    opened = front.body_of(front.describe_row(session))["expires"]
     front.now_s = NOW + 15
-    assert front.told(front.describe_row(session))["expires"] == opened
+    assert front.body_of(front.describe_row(session))["expires"] == opened
     front.ask(session)
-    assert front.told(front.describe_row(session))["expires"] > opened
+    assert front.body_of(front.describe_row(session))["expires"] > opened
     front.now_s = NOW + 35
     assert code(front.answer(front.describe_row(session))) == "session_expired"

@@ -41,7 +41,7 @@ def test_two_opens_with_one_inference_id_share_no_session(front):
     body = {"type": "start_session", "image": png()}
     rows = [front.row(body, headers=LABEL) for _ in range(2)]
     replies = [json.loads(reply.body) for (reply,) in front.settle(*rows)]
-    replies.append(front.told(front.row(body, headers=LABEL)))
+    replies.append(front.body_of(front.row(body, headers=LABEL)))
     assert len({reply["session_id"] for reply in replies}) == 3
 
 
@@ -55,13 +55,13 @@ def test_an_inference_id_joins_a_retry_to_the_running_question(front):
 
 def test_an_inference_id_finds_the_answer_for_ten_seconds(front):
     session = front.open()
-    first = front.told(labelled_ask(front, session))
-    between = front.told(labelled_ask(front, session, QUESTIONS[1]))
+    first = front.body_of(labelled_ask(front, session))
+    between = front.body_of(labelled_ask(front, session, QUESTIONS[1]))
     front.now_s += LABEL_S - 0.5
-    assert front.told(labelled_ask(front, session)) == first
-    assert front.told(labelled_ask(front, session, QUESTIONS[1])) == between
+    assert front.body_of(labelled_ask(front, session)) == first
+    assert front.body_of(labelled_ask(front, session, QUESTIONS[1])) == between
     front.now_s += 1.0
-    later = front.told(labelled_ask(front, session))
+    later = front.body_of(labelled_ask(front, session))
     assert later["usage"]["prompt_tokens"] > between["usage"]["prompt_tokens"]
     assert front.pump.metric_values().turns_total == 3
 
@@ -69,10 +69,10 @@ def test_an_inference_id_finds_the_answer_for_ten_seconds(front):
 def test_a_request_id_is_a_key_for_longer_and_goes_before_the_label(front):
     session = front.open()
     keyed = {"request_id": "one-question-of-this-chat"}
-    first = front.told(labelled_ask(front, session, **keyed))
+    first = front.body_of(labelled_ask(front, session, **keyed))
     front.now_s += 2 * LABEL_S
-    assert front.told(labelled_ask(front, session, **keyed)) == first
-    other = front.told(labelled_ask(front, session, request_id="another-question-of-it"))
+    assert front.body_of(labelled_ask(front, session, **keyed)) == first
+    other = front.body_of(labelled_ask(front, session, request_id="another-question-of-it"))
     assert other["usage"]["prompt_tokens"] > first["usage"]["prompt_tokens"]
 
 

@@ -747,78 +747,90 @@ class Instance:
         self.busy = False
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.integers(0, 2**32))
-def test_no_acknowledged_turn_is_lost_and_one_retirement_wins_whatever_meets(seed: int):
-    """Instances save, claim and retire; before each step of one in the store, others may do the same."""
-    chance = random.Random(seed)
-    contents: dict[tuple[str, str], bytes] = {}
-    acknowledged: list[int] = []
-    retirements: list[bool] = []
-    count = 0
-    begun = False
+class Meeting:
+    """Three instances that save, claim and retire. Before each step of one in the store, others may do the same."""
 
-    def step() -> None:
-        nonlocal count
-        free = [one for one in instances if not one.busy]
+    def __init__(self, seed: int) -> None:
+        self.contents: dict[tuple[str, str], bytes] = {}
+        self.acknowledged: list[int] = []
+        self.retirements: list[bool] = []
+        self.instances = [Instance(self.contents, self._meanwhile) for _ in range(3)]
+        self._chance = random.Random(seed)
+        self._count = 0
+        self._begun = False
+
+    def begin(self) -> None:
+        """Store a session of the first instance."""
+        first = Transcript(OpenRecord("chat", NOW, EXPIRES, None, "image", (), [1], 1))
+        self.instances[0].story = first
+        assert self.instances[0].journal.save(first).result(30) is SaveOutcome.STORED
+        self._begun = True
+
+    def step(self) -> None:
+        """Let an instance act that is not in the middle of a step."""
+        free = [one for one in self.instances if not one.busy]
         if not free:
             return
-        instance = chance.choice(free)
+        instance = self._chance.choice(free)
         instance.busy = True
         try:
-            act(instance)
+            self._act(instance)
         finally:
             instance.busy = False
 
-    def act(instance: Instance) -> None:
-        nonlocal count
-        if instance.story is None or chance.random() < 0.3:
-            before = list(acknowledged)
-            try:
-                instance.story = instance.journal.claim("chat", NOW, None)
-            except JournalError:
-                instance.story = None
-                return
-            turns = [turn.prompt_ids[0] for turn in instance.story.turns]
-            assert [turn for turn in turns if turn in before] == before, "an acknowledged turn is missing"
-        elif chance.random() < 0.1:
+    def _meanwhile(self) -> None:
+        if self._begun and self._chance.random() < 0.15:
+            self.step()
+
+    def _act(self, instance: Instance) -> None:
+        if instance.story is None or self._chance.random() < 0.3:
+            self._claim(instance)
+        elif self._chance.random() < 0.1:
             instance.story = None
-            retirements.append(instance.journal.retire("chat").result(30))
+            self.retirements.append(instance.journal.retire("chat").result(30))
         else:
-            count += 1
-            instance.story.append(TurnRecord([count], [], (), None, "", {}))
-            number = count
-            if chance.random() < 0.3:  # a save that is late
-                return
-            turns = [turn.prompt_ids[0] for turn in instance.story.turns]
-            outcome = instance.journal.save(instance.story).result(30)
-            if outcome is SaveOutcome.STORED:
-                acknowledged.extend(turn for turn in turns if turn not in acknowledged)
-                assert number in acknowledged
-            elif outcome is SaveOutcome.NOT_OWNER:
-                instance.story = None
+            self._count += 1
+            instance.story.append(TurnRecord([self._count], [], (), None, "", {}))
+            if self._chance.random() >= 0.3:  # else the save is late
+                self._save(instance, self._count)
 
-    def meanwhile() -> None:
-        if begun and chance.random() < 0.15:
-            step()
+    def _claim(self, instance: Instance) -> None:
+        before = list(self.acknowledged)
+        try:
+            instance.story = instance.journal.claim("chat", NOW, None)
+        except JournalError:
+            instance.story = None
+            return
+        turns = [turn.prompt_ids[0] for turn in instance.story.turns]
+        assert [turn for turn in turns if turn in before] == before, "an acknowledged turn is missing"
 
-    instances = [Instance(contents, meanwhile) for _ in range(3)]
-    first = Transcript(OpenRecord("chat", NOW, EXPIRES, None, "image", (), [1], 1))
-    instances[0].story = first
-    assert instances[0].journal.save(first).result(30) is SaveOutcome.STORED
-    begun = True
+    def _save(self, instance: Instance, number: int) -> None:
+        turns = [turn.prompt_ids[0] for turn in instance.story.turns]
+        outcome = instance.journal.save(instance.story).result(30)
+        if outcome is SaveOutcome.STORED:
+            self.acknowledged.extend(turn for turn in turns if turn not in self.acknowledged)
+            assert number in self.acknowledged
+        elif outcome is SaveOutcome.NOT_OWNER:
+            instance.story = None
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32))
+def test_no_acknowledged_turn_is_lost_and_one_retirement_wins_whatever_meets(seed: int):
+    meeting = Meeting(seed)
+    meeting.begin()
     for _ in range(40):
-        step()
-        if True in retirements:
+        meeting.step()
+        if True in meeting.retirements:
             break
-    assert retirements.count(True) <= 1
-    heir = Journal([MemoryStore(contents)])
-    if True in retirements:
+    assert meeting.retirements.count(True) <= 1
+    heir = Journal([MemoryStore(meeting.contents)])
+    if True in meeting.retirements:
         with pytest.raises(NotFound):
             heir.claim("chat", NOW, None)
     else:
         turns = [turn.prompt_ids[0] for turn in heir.claim("chat", NOW, None).turns]
-        assert [turn for turn in turns if turn in acknowledged] == acknowledged
-    for instance in instances:
+        assert [turn for turn in turns if turn in meeting.acknowledged] == meeting.acknowledged
+    for instance in meeting.instances:
         instance.journal.close(10)
     heir.close(10)

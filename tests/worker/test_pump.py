@@ -201,7 +201,7 @@ def test_token_ids_come_when_asked_for(front, tokens):
 def test_a_session_is_found_by_its_id_in_the_body(front):
     session = front.open()
     row = front.ask_row(None, session_id=session)
-    assert front.told(row)["session_id"] == session
+    assert front.body_of(row)["session_id"] == session
 
 
 def test_later_turns_see_the_earlier_ones_in_the_cache(front):
@@ -404,7 +404,7 @@ def test_a_cancel_ends_the_turn_and_tells_both_rows(front):
 
 def test_a_cancel_without_a_turn_says_so(front):
     session = front.open()
-    assert front.told(front.cancel_row(session)) == {"success": False, "session_id": session}
+    assert front.body_of(front.cancel_row(session)) == {"success": False, "session_id": session}
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
@@ -770,7 +770,7 @@ def test_a_conversation_keeps_what_the_engine_keeps(deaf):
     session = opened(deaf)
     row = deaf.start(session, return_token_ids=True)
     deaf.tell(Finished(row.request_id, "stop", "a", [70, 2], [70], Usage(1, 0, 2), Timings(0, 0, 0)))
-    assert deaf.told(row)["token_ids"] == [70, 2]
+    assert deaf.body_of(row)["token_ids"] == [70, 2]
     opening, ask = deaf.commands
     assert deaf.table.get(session, NOW).transcript.token_ids == [*opening.token_ids, *ask.token_ids, 70]
 
@@ -779,8 +779,8 @@ def test_a_conversation_keeps_what_the_engine_keeps(deaf):
 
 
 def test_an_open_takes_several_pictures(front):
-    one = front.told(front.row({"type": "start_session", "image": png()}))
-    two = front.told(front.row({"type": "start_session", "images": [png(), png("blue")]}))
+    one = front.body_of(front.row({"type": "start_session", "image": png()}))
+    two = front.body_of(front.row({"type": "start_session", "images": [png(), png("blue")]}))
     assert (one["usage"]["image_tokens"], two["usage"]["image_tokens"]) == (16, 32)
     assert front.ask(two["session_id"])["finish_reason"] in ("stop", "length")
 
@@ -894,7 +894,7 @@ def test_a_session_is_closed_while_a_questions_picture_is_prepared(front, tokens
 
 def opened(front: Frontend) -> str:
     """A session of a deaf front: as the pump sees it, without an engine's word."""
-    return front.told(front.row({"type": "start_session", "image": png()}))["session_id"]
+    return front.body_of(front.row({"type": "start_session", "image": png()}))["session_id"]
 
 
 def error_id(reply: Reply) -> str:
@@ -1046,7 +1046,7 @@ def test_a_repeated_open_is_the_same_session(front):
     assert (reply.body, reply.headers[SESSION_HEADER]) == (first.body, first.headers[SESSION_HEADER])
     assert front.is_ended(again, reply)
     assert front.pump.metric_values().open_sessions == 1
-    other = front.told(front.row({**body, "image": png("blue")}))
+    other = front.body_of(front.row({**body, "image": png("blue")}))
     assert other["session_id"] != json.loads(first.body)["session_id"]
 
 
@@ -1060,9 +1060,9 @@ def test_an_open_that_is_repeated_while_it_runs_is_told_to_both(front):
 
 def test_a_closed_session_is_no_answer_to_a_repeated_open(front):
     body = {"type": "start_session", "image": png(), "request_id": RETRY}
-    first = front.told(front.row(body))["session_id"]
+    first = front.body_of(front.row(body))["session_id"]
     front.answer(front.row({"type": "close_session"}, first))
-    assert front.told(front.row(body))["session_id"] != first
+    assert front.body_of(front.row(body))["session_id"] != first
 
 
 def test_the_deadline_reaches_the_engine_and_its_end_the_client(deaf):

@@ -278,8 +278,8 @@ def test_another_worker_finds_the_sessions_and_answers_as_the_first_would_have(m
 
 def test_an_open_tells_whether_it_is_stored(model, tokens, stored, front):
     row = {"type": "start_session", "image": png()}
-    assert Frontend(model, tokens, journal=stored()).told(front.row(row))["durable"] is True
-    assert "durable" not in front.told(front.row(row))
+    assert Frontend(model, tokens, journal=stored()).body_of(front.row(row))["durable"] is True
+    assert "durable" not in front.body_of(front.row(row))
 
 
 def test_a_turn_that_could_not_be_stored_says_so(model, tokens, tmp_path):
@@ -309,10 +309,10 @@ def test_a_repeated_ask_is_told_its_answer_by_the_next_worker_without_running_ag
 def test_a_repeated_open_is_told_its_session_by_the_next_worker(model, tokens, stored):
     front = Frontend(model, tokens, journal=stored())
     body = {"type": "start_session", "image": png(), "request_id": REQUEST}
-    first = front.told(front.row(body))
+    first = front.body_of(front.row(body))
     second = Frontend(model, tokens, journal=stored())
     second.pump.recover()
-    again = second.told(second.row(body))
+    again = second.body_of(second.row(body))
     assert again == {name: value for name, value in first.items() if name != "durable"}
     assert second.pump.metric_values().open_sessions == 1
 
@@ -386,7 +386,7 @@ def test_a_session_is_carried_on_under_a_new_id_where_it_is_open(front):
     expected = undisturbed(front)
     old = front.open()
     front.ask(old, QUESTIONS[0])
-    body = front.told(front.row({"type": "start_session", "resume": old}))
+    body = front.body_of(front.row({"type": "start_session", "resume": old}))
     new = body["session_id"]
     assert new != old
     assert body["turns"] == 1
@@ -403,7 +403,7 @@ def test_a_session_is_carried_on_by_another_instance(model, tokens, stored, tmp_
     old = first.open()
     first.ask(old, QUESTIONS[0])
     second = Frontend(model, tokens, journal=stored(), first_row=100)
-    new = second.told(second.row({"type": "start_session", "resume": old}))["session_id"]
+    new = second.body_of(second.row({"type": "start_session", "resume": old}))["session_id"]
     assert second.ask(new, QUESTIONS[1])["response_text"] == expected[1]
     stored().flush(timeout_s=10)
     third = Frontend(model, tokens, journal=stored())
@@ -507,7 +507,7 @@ def test_a_server_that_is_about_to_stop_takes_nothing_new_and_lets_turns_finish(
         assert (reply.status, code(reply)) == (503, "shutting_down")
         assert "Retry-After" in reply.headers
     assert not front.pump.drained
-    assert front.told(row)["finish_reason"] in ("stop", "length")
+    assert front.body_of(row)["finish_reason"] in ("stop", "length")
     assert front.answer(front.close_row(session)).status == 200
     assert front.pump.drained
 

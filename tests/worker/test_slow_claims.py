@@ -39,7 +39,7 @@ class GatedStore(DirectoryStore):
 def restarted(model, tokens, tmp_path: Path) -> Iterator[tuple[Frontend, GatedStore, str]]:
     """A worker after a restart, its gated store, and a session with one answered turn that only the journal holds."""
     before = Frontend(model, tokens, journal=Journal([DirectoryStore(str(tmp_path))]))
-    opened = before.told(before.row({"type": "start_session", "image": png(), "request_id": OPEN_ID}))
+    opened = before.body_of(before.row({"type": "start_session", "image": png(), "request_id": OPEN_ID}))
     before.ask(opened["session_id"], request_id=ASK_ID)
     store = GatedStore(tmp_path)
     after = Frontend(model, tokens, journal=Journal([store]), first_row=100)

@@ -86,7 +86,7 @@ export class Card {
     if (!turns.length && !this.busy && !this.ended) items.push(this.waiting(opened));
     if (this.ended) items.push(this.ended);
     this.find("turns").replaceChildren(...items);
-    this.showAttached(pictures.filter((one) => one.pending));
+    this.showAttached();
     this.find("notices").textContent = this.chat.notices.join(" ");
     this.find("notices").hidden = !this.chat.notices.length;
     this.showBusy();
@@ -99,7 +99,9 @@ export class Card {
     return make("li", { class: "turn first" }, make("div", { class: "shown" }, ...pictures), make("p", { class: "hint" }, "The session is open. Ask the first question."));
   }
 
-  showAttached(pending) {
+  /** Show the pictures of the next question: during an answer, those that were added since it began. */
+  showAttached() {
+    const pending = this.chat.pictures.filter((one) => one.pending && !(this.busy && this.live?.pictures.includes(one.number)));
     const items = pending.map((one) =>
       make("li", {}, picture(one.number, this.path), button("Remove", () => this.detach(one.number), { class: "small", "aria-label": `Remove picture ${one.number + 1}` })),
     );
@@ -161,35 +163,40 @@ export class Card {
     if (!question || this.busy) return;
     this.text.value = "";
     this.grow();
+    this.askNext(question);
+  }
+
+  /** Ask the next question, with the pictures that wait now. */
+  askNext(question) {
     const pictures = this.chat.pictures.filter((one) => one.pending || (one.turn === null && !this.chat.turns.length));
-    this.run(`${this.path}/questions`, { text: question }, { question, pictures: pictures.map((one) => one.number), keep: Infinity });
+    const numbers = pictures.map((one) => one.number);
+    this.run(`${this.path}/questions`, { text: question }, { question, pictures: numbers, keep: Infinity, again: () => this.askNext(question) });
   }
 
   edit(index, text) {
     const before = this.chat.turns[index];
-    this.run(`${this.path}/turns/${index}/edit`, { text }, { question: text, pictures: before.pictures, keep: index });
+    this.run(`${this.path}/turns/${index}/edit`, { text }, { question: text, pictures: before.pictures, keep: index, again: () => this.edit(index, text) });
   }
 
   retry() {
     const index = this.chat.turns.length - 1;
     const { question, pictures } = this.chat.turns[index];
-    this.run(`${this.path}/retry`, {}, { question, pictures, keep: index });
+    this.run(`${this.path}/retry`, {}, { question, pictures, keep: index, again: () => this.retry() });
   }
 
-  /** Send a question and show its answer as it arrives. `keep`: so many turns stay shown above it. */
-  async run(path, body, { question, pictures, keep }) {
+  /** Send a question and show its answer as it arrives. `keep`: so many turns stay shown above it. `again` repeats it. */
+  async run(path, body, { question, pictures, keep, again }) {
     if (this.busy) return;
     const hadFocus = this.element.contains(document.activeElement);
     this.busy = true;
     this.ended = null;
     this.banner(null);
-    this.live = { question };
+    this.live = { question, pictures };
     this.show();
     const list = this.find("turns");
     [...list.children].slice(keep === Infinity ? this.chat.turns.length : keep).forEach((item) => item.remove());
     const live = liveTurn(question, pictures, this.path, list.children.length);
     list.append(live.item);
-    this.find("attached").hidden = true;
     this.scroll();
     if (hadFocus) this.text.focus(); // the button that was pressed is hidden or gone
     announce("The model is answering.");
@@ -212,7 +219,7 @@ export class Card {
     } catch (error) {
       problem = error instanceof Problem ? error : new Problem({ title: "The page has failed.", advice: "Reload it." });
     }
-    this.finish({ question, text, problem, wasStopped, again: () => this.run(path, body, { question, pictures, keep }) });
+    this.finish({ question, text, problem, wasStopped, again });
   }
 
   finish({ question, text, problem, wasStopped, again }) {
@@ -278,11 +285,12 @@ export class Card {
     this.banner({ title, advice: "Its conversation is still here.", action: "reopen" }, this.reopenButton());
   }
 
-  /** The page's server was started again: it has lost the chat. Its conversation stays readable. */
+  /** The page's server no longer has the chat. Its conversation stays readable. */
   showGone() {
     this.isEnded = true;
     this.panel.showSession({ place: "ended" });
-    this.banner({ title: "This page's server was started again and has lost this chat.", advice: "Start a new chat." });
+    const advice = "It was started again, or the chat was closed in another tab or because it was unused for long. Start a new chat.";
+    this.banner({ title: "This page's server no longer has this chat.", advice });
   }
 
   /** Called once a second. */
@@ -308,6 +316,12 @@ export class Card {
 
   // --- pictures ---
 
+  /** Show the pictures after a change. A running answer stays as it is. */
+  showPictures() {
+    if (this.busy) this.showAttached();
+    else this.show();
+  }
+
   async attach(files) {
     for (const file of files) {
       const objected = objection(file);
@@ -323,7 +337,7 @@ export class Card {
         this.banner(problem);
         return;
       }
-      this.show();
+      this.showPictures();
     }
     this.text.focus();
   }
@@ -331,7 +345,7 @@ export class Card {
   async detach(number) {
     try {
       this.chat = (await send("DELETE", `${this.path}/pictures/${number}`)).chat;
-      this.show();
+      this.showPictures();
       this.text.focus();
     } catch (problem) {
       this.banner(problem);

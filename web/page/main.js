@@ -31,7 +31,7 @@ function add(chat) {
     draw: drawPicture,
   });
   cards.set(chat.id, card);
-  remember();
+  remember((ids) => [...ids.filter((one) => one !== chat.id), chat.id]);
   return card;
 }
 
@@ -40,32 +40,38 @@ function remove(id) {
   cards.delete(id);
   card?.element.remove();
   hide(id);
-  remember();
+  remember((ids) => ids.filter((one) => one !== id));
   if (!visible.length && cards.size) visible.push([...cards.keys()].at(-1));
   layOut();
   (visible.length ? cards.get(visible.at(-1)).text : byId("new-chat")).focus();
 }
 
-function remember() {
+/** Return the IDs of the chats of all tabs. */
+function stored() {
   try {
-    localStorage.setItem(STORED, JSON.stringify([...cards.keys()]));
+    return JSON.parse(localStorage.getItem(STORED) ?? "[]").filter((one) => /^[\w-]+$/.test(one));
+  } catch {
+    return [];
+  }
+}
+
+/** Change the stored IDs. Other tabs have their own chats among them. */
+function remember(change) {
+  try {
+    localStorage.setItem(STORED, JSON.stringify(change(stored())));
   } catch {
     // Without storage the chats are forgotten when the page is reloaded.
   }
 }
 
 async function recall() {
-  let ids = [];
-  try {
-    ids = JSON.parse(localStorage.getItem(STORED) ?? "[]");
-  } catch {
-    // as without stored chats
-  }
-  for (const id of ids.filter((one) => /^[\w-]+$/.test(one))) {
+  const gone = [];
+  for (const id of stored()) {
     const found = await send("GET", `/api/chats/${id}`).catch((problem) => problem);
     if (!(found instanceof Problem)) add(found.chat);
+    else if (found.code === "chat_not_found") gone.push(id);
   }
-  remember();
+  remember((ids) => ids.filter((id) => !gone.includes(id)));
   if (cards.size) showOnly([...cards.keys()].at(-1));
 }
 

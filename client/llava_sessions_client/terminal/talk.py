@@ -52,6 +52,8 @@ class Talk:
             except (ClientError, UsageError, OSError) as error:
                 self.fail(str(error))
                 self._failed = True
+                if chat.waiting_pictures:
+                    self._note("the next question shows the waiting pictures again; /drop drops them")
         return int(self._failed and not self._interactive)
 
     def fail(self, message: str) -> None:
@@ -86,6 +88,7 @@ class Talk:
             return True
         actions: dict[str, Callable[[Chat, str], None]] = {
             "image": self._add_image,
+            "drop": self._drop,
             "edit": self._edit,
             "retry": lambda chat, _: self._print_answer(chat, chat.stream_retry(**self._options)),
             "history": lambda chat, _: self._print_lines(history_lines(chat)),
@@ -103,6 +106,10 @@ class Talk:
     def _add_image(self, chat: Chat, argument: str) -> None:
         show_picture(self._console, chat.add_image(argument))
         self._note("shown with the next question")
+
+    def _drop(self, chat: Chat, _: str) -> None:
+        names = ", ".join(picture.name for picture in chat.drop_images())
+        self._note(f"dropped {names}" if names else "no pictures wait for the next question")
 
     def _edit(self, chat: Chat, argument: str) -> None:
         number, _, text = argument.partition(" ")

@@ -1,7 +1,7 @@
 """The worker's page of metrics, for Prometheus: a registry by the table of metrics, on a loopback port.
 
 A scrape takes no lock of the pump and asks the engine nothing: gauges and counters are those of the latest `publish`,
-at most about a second old, and histograms are observed directly.
+after each step and once a second, and histograms are observed directly.
 """
 
 from __future__ import annotations

@@ -96,6 +96,10 @@ def around(fields: dict[str, str], name: str) -> tuple[str, str]:
     return before, after
 
 
+# The name of a row, its body, and the changes to it.
+Boundary = tuple[str, dict[str, str], dict[str, str | None]]
+
+
 def payloads() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
     """Yield (name, body, headers, limits)."""
     for name, body in bodies_as_a_whole():
@@ -120,7 +124,26 @@ def payloads() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
 
 
 def bodies_as_a_whole() -> Iterator[tuple[str, Any]]:
-    for name, body in {
+    yield from bodies_of_text().items()
+    yield from bodies_of_bytes()
+    for name, value in VALUES.items():
+        yield f"type {name}", text(ASK, type=value)
+        yield f"requestType {name}", text(NEW, requestType=value)
+    for value in ("open", "START_SESSION", " cancel", "NEW_SESSION", "naïve", "x" * 200):
+        yield f"type {ascii(value)[:30]}", text(ASK, type=quoted(value))
+    for value in ("start_session", "SESSION", "new_session", "CLOSE "):
+        yield f"requestType {value!r}", text(NEW, requestType=quoted(value))
+    yield "type nested", deep(ASK, "type")
+    yield "an unknown field 5,000 times", parts((text(ASK)[:-1], 1), (', "field": 1', 5_000), ("}", 1))
+    yield "100 unknown fields", text(ASK, **{f"field{number}": "1" for number in range(100)})
+    yield "standard open without a picture", text(NEW, image=None)
+    yield "standard close with a prompt", text(STANDARD_CLOSE, prompt_text='"no"')
+    yield "close with a prompt", text(CLOSE, prompt_text='"x"')
+    yield "cancel with a request_id", text(CANCEL, request_id=quoted(REQUEST_ID))
+
+
+def bodies_of_text() -> dict[str, str]:
+    return {
         "empty": "",
         "white space": " \r\n\t ",
         "null": "null",
@@ -148,8 +171,10 @@ def bodies_as_a_whole() -> Iterator[tuple[str, Any]]:
         "both dialects, both null": text(CLOSE, type="null", requestType="null"),
         "surrogate pair": text(ASK, prompt_text='"\\ud83d\\ude00"'),
         "unescaped non-ASCII": text(ASK, prompt_text='"Où est 猫? 🐈"'),
-    }.items():
-        yield name, body
+    }
+
+
+def bodies_of_bytes() -> Iterator[tuple[str, Any]]:
     yield "bytes", raw(text(ASK).encode())
     yield "bytes with a byte order mark", raw(b"\xef\xbb\xbf" + text(ASK, prompt_text='"Grüße"').encode())
     yield "UTF-16", raw(text(ASK).encode("utf-16"))
@@ -160,20 +185,6 @@ def bodies_as_a_whole() -> Iterator[tuple[str, Any]]:
     yield "200,000 open brackets", parts(("[", 200_000))
     yield "200,000 open objects", parts(('{"a":', 200_000))
     yield "integer of 5,000 digits", parts((text(ASK)[:-1] + ', "seed": ', 1), ("9", 5_000), ("}", 1))
-    for name, value in VALUES.items():
-        yield f"type {name}", text(ASK, type=value)
-        yield f"requestType {name}", text(NEW, requestType=value)
-    for value in ("open", "START_SESSION", " cancel", "NEW_SESSION", "naïve", "x" * 200):
-        yield f"type {ascii(value)[:30]}", text(ASK, type=quoted(value))
-    for value in ("start_session", "SESSION", "new_session", "CLOSE "):
-        yield f"requestType {value!r}", text(NEW, requestType=quoted(value))
-    yield "type nested", deep(ASK, "type")
-    yield "an unknown field 5,000 times", parts((text(ASK)[:-1], 1), (', "field": 1', 5_000), ("}", 1))
-    yield "100 unknown fields", text(ASK, **{f"field{number}": "1" for number in range(100)})
-    yield "standard open without a picture", text(NEW, image=None)
-    yield "standard close with a prompt", text(STANDARD_CLOSE, prompt_text='"no"')
-    yield "close with a prompt", text(CLOSE, prompt_text='"x"')
-    yield "cancel with a request_id", text(CANCEL, request_id=quoted(REQUEST_ID))
 
 
 def sessions() -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -203,8 +214,17 @@ def sessions() -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield f"id {name} to resume", text({"type": '"start_session"', "resume": quoted(value)}), {}
 
 
-def boundaries() -> Iterator[tuple[str, dict[str, str], dict[str, str | None]]]:
+def boundaries() -> Iterator[Boundary]:
     """Yield (name, body, changes) at both ends of each range, and of fields that exclude each other."""
+    yield from boundaries_of_a_question()
+    for kind, fields in (("open", {"type": '"start_session"'}), ("ask", ASK)):
+        yield from boundaries_of_pictures(kind, fields)
+        yield from boundaries_of_ids(kind, fields)
+    yield from boundaries_of_an_open()
+    yield from several_problems()
+
+
+def boundaries_of_a_question() -> Iterator[Boundary]:
     numbers = {
         "max_new_tokens": ["-1", "2", "1023", "1024", "1025", "8.0", '"8"', "-1" + "0" * 400],
         "temperature": ["-0.0", "-0.1", "1e-300", "10", "10.01", '"0"', "-Infinity", "-1" + "0" * 400],
@@ -243,31 +263,39 @@ def boundaries() -> Iterator[tuple[str, dict[str, str], dict[str, str | None]]]:
             "images": '["AAAA", "BBBB"]',
         },
     )
-    for kind, fields in (("open", {"type": '"start_session"'}), ("ask", ASK)):
-        yield f"{kind}: images in their order", fields, {"images": '["a", "b", "a"]'}
-        yield f"{kind}: 8 images", fields, {"images": json.dumps(["a"] * 8)}
-        yield f"{kind}: 9 images", fields, {"images": json.dumps(["a"] * 9)}
-        yield f"{kind}: images with a null", fields, {"images": '["a", null]'}
-        yield f"{kind}: 9 images and one of them a number", fields, {"images": json.dumps(["a"] * 8 + [1])}
-        yield f"{kind}: path", fields, {"path": '"https://a.example/x.png"'}
-        yield f"{kind}: no picture, all null", fields, {"image": "null", "images": "null", "path": "null"}
-        for pair in (("image", "path"), ("image", "images"), ("images", "path")):
-            both = {"image": '"a"', "images": '["b"]', "path": '"c"'}
-            yield f"{kind}: {' and '.join(pair)}", fields, {name: both[name] for name in pair}
-        yield f"{kind}: 9 images and a path", fields, {"images": json.dumps(["a"] * 9), "path": '"c"'}
-        yield f"{kind}: malformed image and a path", fields, {"image": "1", "path": '"c"'}
-        for length in (15, 16, 256, 257):
-            yield f"{kind}: session_token of {length}", fields, {"session_token": quoted("t" * length), "image": '"a"'}
-        yield f"{kind}: session_token with a space", fields, {"session_token": quoted("t" * 16 + " t"), "image": '"a"'}
-        yield (
-            f"{kind}: session_token with a line end",
-            fields,
-            {"session_token": quoted("t" * 16 + "\n"), "image": '"a"'},
-        )
-        for length in (15, 16, 64, 65):
-            yield f"{kind}: request_id of {length}", fields, {"request_id": quoted("r" * length), "image": '"a"'}
-        for value in ("with a space in the id", "ümlaut-ümlaut-ümlaut", "sixteen-and-more\n", "chat:1/turn:22-abc"):
-            yield f"{kind}: request_id {value!a}", fields, {"request_id": quoted(value), "image": '"a"'}
+
+
+def boundaries_of_pictures(kind: str, fields: dict[str, str]) -> Iterator[Boundary]:
+    yield f"{kind}: images in their order", fields, {"images": '["a", "b", "a"]'}
+    yield f"{kind}: 8 images", fields, {"images": json.dumps(["a"] * 8)}
+    yield f"{kind}: 9 images", fields, {"images": json.dumps(["a"] * 9)}
+    yield f"{kind}: images with a null", fields, {"images": '["a", null]'}
+    yield f"{kind}: 9 images and one of them a number", fields, {"images": json.dumps(["a"] * 8 + [1])}
+    yield f"{kind}: path", fields, {"path": '"https://a.example/x.png"'}
+    yield f"{kind}: no picture, all null", fields, {"image": "null", "images": "null", "path": "null"}
+    for pair in (("image", "path"), ("image", "images"), ("images", "path")):
+        both = {"image": '"a"', "images": '["b"]', "path": '"c"'}
+        yield f"{kind}: {' and '.join(pair)}", fields, {name: both[name] for name in pair}
+    yield f"{kind}: 9 images and a path", fields, {"images": json.dumps(["a"] * 9), "path": '"c"'}
+    yield f"{kind}: malformed image and a path", fields, {"image": "1", "path": '"c"'}
+
+
+def boundaries_of_ids(kind: str, fields: dict[str, str]) -> Iterator[Boundary]:
+    for length in (15, 16, 256, 257):
+        yield f"{kind}: session_token of {length}", fields, {"session_token": quoted("t" * length), "image": '"a"'}
+    yield f"{kind}: session_token with a space", fields, {"session_token": quoted("t" * 16 + " t"), "image": '"a"'}
+    yield (
+        f"{kind}: session_token with a line end",
+        fields,
+        {"session_token": quoted("t" * 16 + "\n"), "image": '"a"'},
+    )
+    for length in (15, 16, 64, 65):
+        yield f"{kind}: request_id of {length}", fields, {"request_id": quoted("r" * length), "image": '"a"'}
+    for value in ("with a space in the id", "ümlaut-ümlaut-ümlaut", "sixteen-and-more\n", "chat:1/turn:22-abc"):
+        yield f"{kind}: request_id {value!a}", fields, {"request_id": quoted(value), "image": '"a"'}
+
+
+def boundaries_of_an_open() -> Iterator[Boundary]:
     bare = {"type": '"start_session"'}
     yield "open: video", bare, {"video": '["AAAA", "BBBB"]'}
     yield "open: 32 frames", bare, {"video": json.dumps(["a"] * 32)}
@@ -280,7 +308,11 @@ def boundaries() -> Iterator[tuple[str, dict[str, str], dict[str, str | None]]]:
     yield "open: resume and image", bare, {"resume": '"s1"', "image": '"a"'}
     yield "open: resume and video", bare, {"resume": '"s1"', "video": '["a"]'}
     yield "open: nothing but the type", bare, {}
-    # Several problems in one body: the code is that of the first field in the order of the protocol.
+
+
+def several_problems() -> Iterator[Boundary]:
+    """Yield bodies with several problems: the code is that of the first field in the order of the protocol."""
+    bare = {"type": '"start_session"'}
     nine = json.dumps(["a"] * 9)
     frames = json.dumps(["a"] * 33)
     yield "several: unknown field and 9 images", bare, {"images": nine, "colour": "1"}

@@ -179,7 +179,7 @@ def probe(model: Model, batch: int) -> str:
 
 def main() -> None:
     parser = Parser(prog="models/shapes/evaluate.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=FOLDER, help="folder of the model (default: beside this file)")
+    parser.add_argument("--model", type=Path, default=FOLDER, help="folder of the model (default: models/shapes)")
     parser.add_argument("--pictures", type=int, default=2_000, help="held-out pictures (default 2000)")
     parser.add_argument(
         "--pictures-of",

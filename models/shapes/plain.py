@@ -1,4 +1,4 @@
-"""324 plain drawings of one shape, by the simplest calls of PIL: what a newcomer's five lines of code draw."""
+"""324 plain drawings of one shape by the simplest calls of PIL."""
 
 from __future__ import annotations
 

@@ -7,8 +7,10 @@ projector start with random weights.
 2. One process teaches the eye (`eye.py`); at the same time the other one teaches the language model on dialogues about
    pictures that it does not see: codes with noise (`codes.py`) replace the features of a trained eye.
 3. Both processes train the whole model on pictures and dialogues, and average their gradients.
+4. Both train the language model alone on what the finished eye sees, most of all on pictures with many or equal shapes.
 
-`--folder` keeps the pictures (7 GB) and a checkpoint of every ten minutes: the same command then continues a run that
+The pictures take 7.5 GB on disk, and as much memory while the eye is taught.
+`--folder` keeps them and a checkpoint of every ten minutes: the same command then continues a run that
 was interrupted. Its random choices differ from those of a run in one piece.
 """
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -42,6 +45,8 @@ from models.shapes.talk import Script, Voice, imagined
 
 FOLDER = Path(__file__).resolve().parent
 EYE, VOICE = "eye.pt", "voice.pt"  # what the second stage passes on to the third, in the run's folder
+EYE_OF_BOTH, VOICE_OF_BOTH = "eye-of-both.pt", "voice-of-both.pt"  # what the third stage passes on to the fourth
+TOKENIZER = "tokenizer_config.json"
 SEEDS_PER_RUN = 1_000_000
 SEEDS_PER_FILE = 2_000
 IMAGINED_FROM = 500_000  # the language model's own seeds, in each run
@@ -50,6 +55,7 @@ TURNS, TURN_WEIGHTS = (1, 2, 3, 4, 6, 9), (1, 1, 1, 2, 4, 5)
 # How often a picture is asked about, by its number of shapes: answers about few shapes are learned first.
 SHARES_IMAGINED = (0.15, 0.3, 0.6, 1.0, 1.0, 1.0, 1.0)
 WEIGHTS_SEEN = (0.7, 0.5, 0.8, 1.5, 1.5, 1.5, 1.5)
+WEIGHTS_LISTED, WEIGHT_OF_EQUALS = (0.5, 0.4, 0.9, 1.4, 1.6, 1.8, 1.8), 3.0
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,9 @@ class Plan:
     joint_pictures: int = 64  # in each process
     joint_turns: int = 60
     joint_rate: Rate = Rate(first=0.2, last=0.0, hold=0.0)
+    list_steps: int = 800
+    list_turns: int = 100
+    list_rate: Rate = Rate(first=0.15, last=0.0, hold=0.0)
 
     def scaled(self, scale: float) -> Plan:
         """Return the plan of a shorter run."""
@@ -90,6 +99,7 @@ class Plan:
             eye_steps=max(2, int(self.eye_steps * scale)),
             talk_steps=max(2, int(self.talk_steps * scale)),
             joint_steps=max(2, int(self.joint_steps * scale)),
+            list_steps=max(2, int(self.list_steps * scale)),
         )
 
 
@@ -106,7 +116,7 @@ class Job:
 
     @property
     def first_seed(self) -> int:
-        return self.seed % 10 * SEEDS_PER_RUN
+        return self.seed % 9 * SEEDS_PER_RUN  # far from the held-out seeds
 
     def codes(self) -> Codes:
         """Return the codes of the run."""
@@ -236,10 +246,10 @@ def teach_talk(job: Job) -> None:
 
 
 def teach_both(rank: int, job: Job) -> None:
-    """Train the whole model in both processes; process 0 saves it."""
-    torch.set_num_threads(1)
-    team = Team(rank, 2)
-    dist.init_process_group("gloo", init_method=f"file://{job.meeting}", rank=rank, world_size=2)
+    """Train the whole model in both processes; process 0 keeps it."""
+    if (job.folder / VOICE_OF_BOTH).exists():
+        return
+    team = _team(rank, job)
     model, processor = new_model(job)
     eye, voice, script = Eye(model), Voice(model), Script(processor.tokenizer)
     eye.load_state_dict(torch.load(job.folder / EYE))
@@ -265,17 +275,71 @@ def teach_both(rank: int, job: Job) -> None:
             bar.set_postfix_str(f"centres {found:.4f}, answer tokens right {right:.4f}")
     descent.finish()
     if rank == 0:
-        eye.scale_features(codes.scale)
-        save(model, processor, job.out)
+        whole_file(job.folder / EYE_OF_BOTH, eye.state_dict())
+        whole_file(job.folder / VOICE_OF_BOTH, voice.state_dict())
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _team(rank: int, job: Job) -> Team:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{job.meeting}", rank=rank, world_size=2)
+    return Team(rank, 2)
 
 
 def _rows_to_ask_about(batch: Pictures, count: int, rng: random.Random) -> list[int]:
     """Return different rows of the batch, drawn with WEIGHTS_SEEN."""
     numbers = (batch.shapes[..., 0] >= 0).sum(-1)
-    keys = [rng.random() ** (1 / WEIGHTS_SEEN[number]) for number in numbers]  # weighted sampling without replacement
+    return weighted([WEIGHTS_SEEN[number] for number in numbers], count, rng)
+
+
+def weighted(weights: list[float], count: int, rng: random.Random) -> list[int]:
+    """Return `count` different indices, drawn with `weights`."""
+    keys = [rng.random() ** (1 / weight) for weight in weights]
     return sorted(range(len(keys)), key=lambda row: keys[row])[-count:]
+
+
+# --- stage 4: lists --------------------------------------------------------------------------------------------------
+
+
+def teach_lists(rank: int, job: Job) -> None:
+    """Train the language model in both processes on the features of the finished eye; process 0 saves the model."""
+    team = _team(rank, job)
+    model, processor = new_model(job)
+    eye, voice, script = Eye(model), Voice(model), Script(processor.tokenizer)
+    eye.load_state_dict(torch.load(job.folder / EYE_OF_BOTH))
+    voice.load_state_dict(torch.load(job.folder / VOICE_OF_BOTH))
+    eye.bfloat16()
+    descent = Descent([voice], team=team)
+    album, codes = Album(job.folder, part=rank, parts=2), job.codes()
+    steps = job.plan.list_steps
+    progress = Progress(job, "lists", steps, descent, keeps=rank == 0)
+    rng = random.Random(1_000_000 * job.seed + 2 * progress.first + rank)
+    picks = np.random.default_rng((job.seed, progress.first, rank))
+    for step in progress.bar():
+        turns = (6, 4, 2, 8, 3, 6)[step % 6]
+        batch = album.batch(256, picks)
+        weights = [weight_in_lists(shapes) for shapes in batch.shapes]
+        batch = batch.picked(np.array(weighted(weights, max(2, job.plan.list_turns // turns), rng)), turn=0)
+        with torch.no_grad():
+            features, _ = eye(batch.normalized())
+        scenes = [scene_of_row(shapes) for shapes in batch.shapes]
+        loss, _ = voice.loss(script.batch(scenes, turns, rng), features * codes.scale)
+        descent.step(loss, job.plan.list_rate.at(step, steps))
+        progress.taken(step)
+    descent.finish()
+    if rank == 0:
+        model.float()
+        eye.load_state_dict(torch.load(job.folder / EYE_OF_BOTH))  # in float32
+        eye.scale_features(codes.scale)
+        save(model, processor, job)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def weight_in_lists(shapes: np.ndarray) -> float:
+    names = [(kind, colour) for kind, colour, _, _ in shapes.tolist() if kind >= 0]
+    return WEIGHTS_LISTED[len(names)] * (WEIGHT_OF_EQUALS if len(set(names)) < len(names) else 1.0)
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------
@@ -290,10 +354,11 @@ def new_model(job: Job) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     return model.train(), processor
 
 
-def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
+def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, job: Job) -> None:
     """Save weights in float16, and everything else that `from_pretrained` needs."""
-    model.half().eval().save_pretrained(out)
-    processor.save_pretrained(out)
+    model.half().eval().save_pretrained(job.out)
+    processor.save_pretrained(job.out)
+    shutil.copy(job.start / TOKENIZER, job.out / TOKENIZER)  # transformers adds how it was loaded
 
 
 def run(job: Job) -> None:
@@ -304,7 +369,8 @@ def run(job: Job) -> None:
     processor.save_pretrained(job.folder)
     torch.save(vars(Codes.of_version_1(job.start)), job.folder / "codes.pt")
     started = time.perf_counter()
-    for stage in (draw_pictures, teach_apart, teach_both):
+    for number, stage in enumerate((draw_pictures, teach_apart, teach_both, teach_lists)):
+        job = replace(job, meeting=job.meeting.with_name(f"meeting-{number}"))
         mp.start_processes(stage, (job,), nprocs=2, start_method="spawn")
         print(f"{stage.__name__}: done after {(time.perf_counter() - started) / 60:.1f} min")
 
@@ -313,7 +379,7 @@ def main() -> None:
     parser = Parser(prog="models/shapes/train.py", description="Train the demo model with its committed recipe.")
     parser.add_argument("--seed", type=int, default=0, help="fixes pictures, dialogues and first weights (default 0)")
     parser.add_argument("--start", type=Path, required=True, help="folder of version 1 of this model")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the model (default: beside this file)")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the model (default: models/shapes)")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full work; 0.01 is a smoke test")
     parser.add_argument("--folder", type=Path, help="keep pictures and checkpoints here, and continue from them")
     options = parser.parse_args()

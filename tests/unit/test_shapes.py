@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import random
 from itertools import count, islice
 from pathlib import Path
 
@@ -267,3 +268,16 @@ def test_a_run_continues_after_its_last_checkpoint(tmp_path: Path, monkeypatch: 
     again = train.Progress(job, "part", 6, descent)
     assert list(again.bar()) == [3, 4, 5]
     assert _train(model, descent, range(3, 4)) == expected
+
+
+def test_pictures_with_many_or_equal_shapes_are_drawn_more_often() -> None:
+    one, equal, different = (np.full((MOST_SHAPES, 4), -1, np.float32) for _ in range(3))
+    one[0] = equal[0] = equal[1] = different[0] = 2, 3, 0.2, 0.2
+    different[1] = 2, 4, 0.8, 0.2
+    weights = [train.weight_in_lists(shapes) for shapes in (one, equal, different)]
+    assert weights[0] < weights[2] < weights[1]
+
+    rng = random.Random(1)
+    drawn = [row for _ in range(300) for row in train.weighted(weights, 1, rng)]
+    assert drawn.count(0) < drawn.count(2) < drawn.count(1)
+    assert sorted(train.weighted(weights, 3, rng)) == [0, 1, 2]

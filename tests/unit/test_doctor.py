@@ -248,8 +248,6 @@ def test_another_family_is_an_error_with_those_that_are_served(shapes: Path) -> 
 @pytest.mark.parametrize(
     ("model", "problem"),
     [
-        ("models/shape", f"there is no folder {REPO}/models/shape  ->  "),
-        ("models/shape", f", such as {REPO}/models/shapes"),
         (
             "models",
             "models has folders of checkpoints, and is none itself  ->  give --model (MODEL=) one of them: shapes",
@@ -265,6 +263,15 @@ def test_a_model_that_is_neither_a_folder_nor_an_id_is_an_error(
 ) -> None:
     monkeypatch.chdir(REPO)
     assert problem in levels(checkpoint.check_checkpoint(Subject(model=model)))["error"]
+
+
+def test_a_name_that_is_no_folder_next_to_others_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packing takes it as an ID on the hub, so it may be correct."""
+    monkeypatch.chdir(REPO)
+    found = levels(checkpoint.check_checkpoint(Subject(model="models/shape")))
+    assert f"there is no folder {REPO}/models/shape: packing looks for models/shape on the hub  -> " in found["warning"]
+    assert f", such as {REPO}/models/shapes" in found["warning"]
+    assert found["error"] == ""
 
 
 def test_a_long_name_of_a_model_is_an_id() -> None:

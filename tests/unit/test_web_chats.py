@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import itertools
 import json
 import threading
 from collections.abc import Callable
@@ -71,6 +72,7 @@ class ModelServer:
 
     def __init__(self) -> None:
         self.open: set[str] = set()
+        self.numbers = itertools.count()
         self.during: Callable[[], object] = lambda: None
         self.closing: Callable[[], object] = lambda: None
 
@@ -80,7 +82,7 @@ class ModelServer:
             self.closing()
             self.open.remove(request.headers["X-Amzn-SageMaker-Session-Id"])
             return httpx.Response(200, json={"success": True})
-        session_id = f"session-{id(request)}"
+        session_id = f"session-{next(self.numbers)}"
         self.during()
         self.open.add(session_id)
         announced = f"{session_id}; Expires=2030-01-01T00:00:00Z"

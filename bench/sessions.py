@@ -290,7 +290,7 @@ def main(argv: list[str] | None = None) -> Result:
     except (ServiceError, OSError) as error:
         sys.exit(f"{error_prefix(PROG)}error: {error}")
     except KeyboardInterrupt:
-        print("interrupted: the users have closed their sessions", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 

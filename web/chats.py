@@ -234,22 +234,25 @@ class Chats:
         dropped: list[WebChat] = []
         try:
             with self._lock:
-                dropped = self._make_room(StoredPicture(0, data, shown, media_type).held_bytes)
+                if chat.id not in self._chats:  # closed by another request during the upload
+                    raise chat_not_found()
+                dropped = self._make_room(StoredPicture(0, data, shown, media_type).held_bytes, user=chat)
                 chat.attach(data, shown, media_type)
         finally:
             _close_all(dropped)
 
-    def _make_room(self, size: int, *, chats: int = 0) -> list[WebChat]:
+    def _make_room(self, size: int, *, chats: int = 0, user: WebChat | None = None) -> list[WebChat]:
         """Remove unused chats until there is memory for a picture, and room for so many new chats. Raise `Problem`.
 
         Return the removed chats, whose sessions the caller closes. Must be called with `_lock`. A chat whose answer is
-        running is in use.
+        running is in use, and so is `user`, which receives the picture.
         """
         count = len(self._chats) + len(self._opening) + chats
         held = size + sum(one.held_bytes for one in self._opening.values())
         held += sum(chat.held_bytes for chat in self._chats.values())
         latest = time.monotonic() - self._unused_s
         unused = [chat for chat in self._chats.values() if chat.used_at <= latest and not chat.lock.locked()]
+        unused = [chat for chat in unused if chat is not user]
         unused.sort(key=lambda chat: chat.used_at, reverse=True)
         dropped: list[WebChat] = []
         while count > self._most or held > self._max_bytes:

@@ -101,12 +101,14 @@ def _read_object(bucket: str, key: str, region: str | None, url: str) -> bytes:
     try:
         client = boto3.client("s3", region_name=region, config=config)
         reply: dict[str, Any] = client.get_object(Bucket=bucket, Key=key)
+        data = bytearray()
         with contextlib.closing(reply["Body"]) as body:
-            data: bytes = body.read(MAX_BYTES + 1)
+            for part in body.iter_chunks(1 << 20):  # one `read` of the largest size accepts an object that is cut off
+                data += part
+                _check_size(len(data), url)
     except (BotoCoreError, ClientError) as error:
         raise InvalidPicture(f"{shown(url)} must be a readable object: {error}") from error
-    _check_size(len(data), url)
-    return data
+    return bytes(data)
 
 
 def _check_size(size: int, url: str) -> None:

@@ -12,7 +12,7 @@ from deploy.pack.job import HANDLER_DIR
 from deploy.pack.loading import loading_problems
 
 from . import machine, settings
-from .findings import MIB, Finding, Subject, error, ok, warning
+from .findings import HUB_ID, MIB, Finding, Subject, error, ok, warning
 from .sizes import Sizes, SizesError
 
 
@@ -28,8 +28,7 @@ def check_checkpoint(subject: Subject) -> Iterator[Finding]:
         yield warning("checkpoint", f"{subject.model} is an ID on the hub: packing downloads and checks it", remedy)
         return
     if not os.path.isdir(folder):
-        found = f"{folder} is not a folder" if os.path.exists(folder) else f"there is no folder {folder}"
-        yield error("checkpoint", found, _folder_remedy(folder))
+        yield _without_folder(folder, subject.model)
         return
     if not (folder / "config.json").exists() and (inner := _checkpoints(folder)):
         found = f"{folder} has folders of checkpoints, and is none itself"
@@ -52,6 +51,16 @@ def check_checkpoint(subject: Subject) -> Iterator[Finding]:
         return
     found = f"{sizes.family}, weights of {sizes.stored_bytes / MIB:.1f} MiB in {sizes.stored_dtype}"
     yield ok("checkpoint", f"{folder} is complete: {found}, {sizes.context_tokens} tokens of context")
+
+
+def _without_folder(folder: Path, model: str) -> Finding:
+    """Return the finding for a folder that does not exist. A name that is also an ID on the hub may be correct."""
+    if os.path.exists(folder):
+        return error("checkpoint", f"{folder} is not a folder", _folder_remedy(folder))
+    found = f"there is no folder {folder}"
+    if HUB_ID.fullmatch(model):
+        return warning("checkpoint", f"{found}: packing looks for {model} on the hub", _folder_remedy(folder))
+    return error("checkpoint", found, _folder_remedy(folder))
 
 
 def _folder_remedy(folder: Path) -> str:

@@ -12,6 +12,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from tests.support.browser import DRAWING, PHONE, PICTURE, PageServer, Visit, WebCommand
+from tests.support.serving import START_S
 
 QUESTIONS = ("Which shapes are there?", "How many are there?", "Is there a star?")
 
@@ -364,7 +365,7 @@ def test_a_dead_model_server_is_announced_and_its_chats_go_on_when_it_is_back(vi
     web.kill_model_server()
     expect(visit.page.locator("#alert")).to_contain_text("model server")
     expect(visit.page.locator("#server")).to_have_attribute("data-state", re.compile("starting|unreachable"))
-    expect(visit.page.locator("#alert")).to_be_hidden()
+    expect(visit.page.locator("#alert")).to_be_hidden(timeout=START_S * 1000)
     visit.page.locator("[data-banner] [data-reopen]").click()
     expect(visit.page.locator("[data-place=resident]")).to_be_visible()
     assert visit.answers() == [first]

@@ -376,6 +376,26 @@ def test_an_object_of_s3_that_does_not_arrive_is_given_up(
         load_picture("s3://pictures/a.png", region="us-east-1")
 
 
+def test_an_object_of_s3_that_is_cut_off_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+        monkeypatch.setattr(sources, "FETCH_TIMEOUT_S", 300)  # boto3 loads its tables first
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65_536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(PNG) + PNG[:-1])
+
+        server = threading.Thread(target=serve, daemon=True)
+        server.start()
+        with pytest.raises(InvalidPicture, match="must be a readable object"):
+            load_picture("s3://pictures/a.png", region="us-east-1")
+        server.join()
+
+
 # --- errors of SageMaker ----------------------------------------------------------------------------------------------
 
 

@@ -248,8 +248,6 @@ def test_another_family_is_an_error_with_those_that_are_served(shapes: Path) -> 
 @pytest.mark.parametrize(
     ("model", "problem"),
     [
-        ("models/shape", f"there is no folder {REPO}/models/shape  ->  "),
-        ("models/shape", f", such as {REPO}/models/shapes"),
         (
             "models",
             "models has folders of checkpoints, and is none itself  ->  give --model (MODEL=) one of them: shapes",
@@ -265,6 +263,15 @@ def test_a_model_that_is_neither_a_folder_nor_an_id_is_an_error(
 ) -> None:
     monkeypatch.chdir(REPO)
     assert problem in levels(checkpoint.check_checkpoint(Subject(model=model)))["error"]
+
+
+def test_a_name_that_is_no_folder_next_to_others_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packing takes it as an ID on the hub, so it may be correct."""
+    monkeypatch.chdir(REPO)
+    found = levels(checkpoint.check_checkpoint(Subject(model="models/shape")))
+    assert f"there is no folder {REPO}/models/shape: packing looks for models/shape on the hub  -> " in found["warning"]
+    assert f", such as {REPO}/models/shapes" in found["warning"]
+    assert found["error"] == ""
 
 
 def test_a_long_name_of_a_model_is_an_id() -> None:
@@ -633,21 +640,24 @@ class Answering(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize(
-    ("silent_to", "problem"),
+    ("silent_to", "problem", "times"),
     [
-        ("unknown", "a close of an unknown session has no answer after 0.2 s"),
-        ("send_text_prompt", "a question in the session has no answer after 0.6 s"),
+        ("unknown", "a close of an unknown session has no answer after {} s", 1),
+        ("send_text_prompt", "a question in the session has no answer after {} s", 3),
     ],
 )
-def test_a_request_without_an_answer_is_named_and_the_session_closed(silent_to: str, problem: str) -> None:
-    with SilentServer(silent_to) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        found = list(live.check_live(Subject(port=server.server_port, is_live=True), timeout_s=0.2))
-        server.over.set()
-        server.shutdown()
-        thread.join()
-    assert problem in found[-1].found
+def test_a_request_without_an_answer_is_named_and_the_session_closed(silent_to: str, problem: str, times: int) -> None:
+    for timeout_s in (0.2, 2.0, 20.0):  # on a busy machine the other requests take longer
+        with SilentServer(silent_to) as server:
+            thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+            thread.start()
+            found = list(live.check_live(Subject(port=server.server_port, is_live=True), timeout_s=timeout_s))
+            server.over.set()
+            server.shutdown()
+            thread.join()
+        if found[-1].found == problem.format(f"{timeout_s * times:g}") and server.closed == ["one"]:
+            break
+    assert found[-1].found == problem.format(f"{timeout_s * times:g}")
     assert "restart the server" in found[-1].remedy
     assert server.closed == ["one"]
 

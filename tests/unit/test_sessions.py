@@ -323,3 +323,31 @@ def test_tables_share_nothing():
     open_session(first, "a")
     assert "a" not in second
     assert open_session(second, "b").id == "b"
+
+
+def test_the_count_leaves_out_sessions_that_are_opening(table):
+    opening = table.reserve("a")
+    assert len(table) == 0
+    table.release(opening)
+    table.recover("a", NOW + TTL, NOW, None)
+    assert len(table) == 1
+    second = table.reserve("b")
+    assert len(table) == 1
+    second.advance(SessionState.OPEN)
+    second.advance(SessionState.CLOSING)
+    assert len(table) == 2
+    table.end(second, "closed")
+    assert len(table) == 1
+
+
+def test_the_count_of_many_open_sessions_asks_none_of_them(monkeypatch):
+    """Each step counts the sessions, for the metrics."""
+    table = SessionTable(100, TTL)
+    for number in range(100):
+        open_session(table, f"s{number}")
+    assert len(table) == 100
+    asked: list[Session] = []
+    is_in = Session.is_in
+    monkeypatch.setattr(Session, "is_in", lambda one, *states: asked.append(one) or is_in(one, *states))
+    assert len(table) == 100
+    assert asked == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import itertools
 import json
 import threading
 from collections.abc import Callable
@@ -71,6 +72,7 @@ class ModelServer:
 
     def __init__(self) -> None:
         self.open: set[str] = set()
+        self.numbers = itertools.count()
         self.during: Callable[[], object] = lambda: None
         self.closing: Callable[[], object] = lambda: None
 
@@ -80,7 +82,7 @@ class ModelServer:
             self.closing()
             self.open.remove(request.headers["X-Amzn-SageMaker-Session-Id"])
             return httpx.Response(200, json={"success": True})
-        session_id = f"session-{id(request)}"
+        session_id = f"session-{next(self.numbers)}"
         self.during()
         self.open.add(session_id)
         announced = f"{session_id}; Expires=2030-01-01T00:00:00Z"
@@ -95,7 +97,7 @@ class ModelServer:
 
 
 def attach(chat: WebChat, data: bytes) -> None:
-    ModelServer().chats().attach(chat, data)
+    chat.attach(data, *render(data))
 
 
 def chat_of(transport: object) -> WebChat:
@@ -214,6 +216,23 @@ def test_a_picture_takes_the_memory_of_an_unused_chat() -> None:
     chats.attach(used, PNG)
     assert chats.all() == [used]
     assert server.open == {used.session.session_id}
+
+
+def test_a_picture_does_not_close_its_own_chat() -> None:
+    server = ModelServer()
+    chats = server.chats(max_bytes=StoredPicture(0, PNG, *render(PNG)).held_bytes, unused_s=0)
+    chat = chats.open(PNG)
+    assert refused(chats.attach, chat, PNG) == "too_many_pictures"
+    assert chats.all() == [chat]
+    assert server.open == {chat.session.session_id}
+
+
+def test_a_closed_chat_accepts_no_picture() -> None:
+    chats = ModelServer().chats()
+    chat = chats.open(PNG)
+    chats.close(chat)
+    assert refused(chats.attach, chat, PNG) == "chat_not_found"
+    assert len(chat.pictures) == 1
 
 
 def test_all_chats_are_closed_at_the_same_time() -> None:

@@ -27,8 +27,7 @@ _REMEMBERED = 10_000
 GRACE_S = 2.0
 # For so long after an answer an Inference-Id identifies a retry of its question. It may label further questions too.
 LABEL_S = 10.0
-# Engines that may die in a row while a session is answering. Its next turns are rejected, to protect other sessions.
-MAX_ENGINE_LOSSES = 5
+MAX_ENGINE_LOSSES = 5  # engines that may die in a row during a session's turns; its further turns are rejected
 
 
 class SessionState(Enum):
@@ -58,7 +57,6 @@ class TurnState(Enum):
 
 
 State = SessionState | Residency | TurnState
-
 TRANSITIONS: dict[State, frozenset[State]] = {
     SessionState.OPENING: frozenset({SessionState.OPEN}),
     SessionState.OPEN: frozenset({SessionState.CLOSING}),
@@ -283,12 +281,14 @@ class SessionTable:
         self.ttl_s = ttl_s
         self.idle_s = math.inf if idle_s is None else idle_s
         self._sessions: dict[str, Session] = {}
+        self._opening: set[str] = set()  # IDs of opening sessions, and of others until the next `__len__`
         self._past: OrderedDict[str, _Ended] = OrderedDict()
         self._ended: list[str] = []
 
     def __len__(self) -> int:
         """Count the sessions that are open or closing."""
-        return sum(not session.is_in(SessionState.OPENING) for session in self._sessions.values())
+        self._opening = {one for one in self._opening if (item := self.find(one)) and item.is_in(SessionState.OPENING)}
+        return len(self._sessions) - len(self._opening)
 
     def __contains__(self, session_id: str) -> bool:
         return session_id in self._sessions
@@ -307,9 +307,9 @@ class SessionTable:
         if sum(one.conversation is None for one in self._sessions.values()) >= self.max_sessions:
             stored = next((one for one in self._sessions.values() if one.is_stored_only), None)
             if stored is None or not self.may_release_stored:
-                message = f"All {self.max_sessions} sessions are taken; close one or try again later."
-                raise Refused("capacity", message)
+                raise Refused("capacity", f"All {self.max_sessions} sessions are taken; close one or try again later.")
             self.end(stored, None)
+        self._opening.add(session_id)
         session = self._sessions[session_id] = Session(session_id, self.idle_s)
         return session
 

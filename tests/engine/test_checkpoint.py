@@ -63,7 +63,7 @@ REFUSED: dict[str, tuple[list[Change], str]] = {
     ),
     "patch size": (
         [v.set_keys("processor_config.json", patch_size=12)],
-        r"a picture has 36 image tokens and 9 features \(`patch_size`",
+        r"a picture has 144 image tokens and 81 features \(`patch_size`",
     ),
     "no end token": ([v.no_end_token], r"no token ends an answer: .*`eos_token_id`.*`eos_token`"),
     "captioner template": (

@@ -35,7 +35,7 @@ RECORD = ROOT / "bench" / "results" / "turns-float32.json"
 PICTURES = ROOT / "demo" / "pictures"
 TURNS = 5
 SMALL = """\
-  The demo model is too small to show it: its picture is 9 tokens, so that HTTP and Python take most of a turn (compare
+  The demo model is too small to show it: its picture is 81 tokens, so that HTTP and Python take most of a turn (compare
   the engine's part of each TTFT above). A picture of LLaVA-1.5 is 576 tokens. A stateless server encodes it again and
   prefills it again in each turn.
 """

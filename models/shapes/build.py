@@ -89,7 +89,7 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """Return the model with 5.3 million random weights, two thirds of them in the vision tower."""
+    """Return the model with 5.2 million random weights, two thirds of them in the vision tower."""
     vision = CLIPVisionConfig(
         hidden_size=192,
         intermediate_size=768,

@@ -79,7 +79,7 @@ def test_the_bench_of_sessions_counts_what_becomes_of_each_user(short_lived: Tor
     log, counted, left = sessions.measure(run, served, plan)
     run.finish(sessions.report(options, log, counted, left), sessions.paint)
 
-    assert log.count("opened") == len(users.SCRIPTS)
+    assert len(log.opens) == len(users.SCRIPTS)
     assert log.count("lost", users.RETURNS) == log.errors[users.RETURNS, "session_expired"] == 1
     assert log.count("recovered") + sum(n for (kind, _), n in log.errors.items() if kind == users.EXPIRES) == 1
     assert set(left) == set(sessions.MEMORY)

@@ -93,6 +93,11 @@ def test_the_panels_fill_the_grid_without_overlap() -> None:
     assert len(cells) == dashboard.COLUMNS * (1 + max(y for _, y in cells))
 
 
+def test_the_picture_of_the_board_is_small() -> None:
+    assert "](img/board.png)" in (REPO / "docs" / "watching.md").read_text(encoding="utf-8")
+    assert (REPO / "docs" / "img" / "board.png").stat().st_size <= 200_000
+
+
 # --- the alerts -------------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from tests.support.serving import pack
 FOLDER = REPO / "docs" / "img"
 MOST_BYTES = 150_000
 TALL = {"width": 1360, "height": 980}
-QUESTIONS = ("Which shapes are there?", "How many are there?", "Is there a star?")
+QUESTIONS = ("Which shapes are there?", "How many shapes are there?", "Is there a star?")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,6 +16,7 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoM
 from ..ipc.messages import PreparedPicture
 from ..text.checkpoint import WEIGHTS, WEIGHTS_INDEX, UnsupportedCheckpoint, read_json
 from .attention import TEXT_ATTENTION, VISION_ATTENTION, PackedKV, Segment
+from .cpu import attention as cpu_attention
 from .cpu import layers, linears
 from .device import native_dtype, prepare
 from .kv import KVShape
@@ -60,6 +61,12 @@ class Model:
         self.token_attention = None
         if isinstance(self.text.layers[0], layers.FusedLayer) and self.kv_shape.token_bytes >= COMPILE_FROM_BYTES:
             self.token_attention = layers.compile_token_attention(
+                self._heads, self.kv_shape.kv_heads, head_dim, self.dtype
+            )
+        # Compiled attention of several tokens of a session, or None: then torch's.
+        self.session_attention = None
+        if self.token_attention is not None:
+            self.session_attention = cpu_attention.session_attention(
                 self._heads, self.kv_shape.kv_heads, head_dim, self.dtype
             )
 
@@ -116,7 +123,7 @@ class Model:
         Appends to each segment's KV cache. Returns the logits `[rows, vocabulary]` of the segments to sample, in their
         order. After an error all KV lengths are unchanged.
         """
-        packed = PackedKV(segments, self._heads, self.token_attention)
+        packed = PackedKV(segments, self._heads, self.token_attention, self.session_attention)
         ids = [token for s in segments for token in s.token_ids]
         positions = [at for s in segments for at in range(s.kv.length, s.kv.length + len(s.token_ids))]
         hidden = self.text(

@@ -112,9 +112,9 @@ class Vectors:
         pairs = [self.builder.bitcast(value, BFLOATS) for value in (a, b)]
         return self.call("llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, total, *pairs)
 
-    def wide(self, numbers: Any) -> Any:
-        """Convert 16 bfloat16 numbers, as int16, to float32."""
-        extended = self.builder.zext(numbers, INTS)
+    def load_wide(self, address: Any, offset: int) -> Any:
+        """Load 16 bfloat16 numbers and convert them to float32."""
+        extended = self.builder.zext(self.load(address, offset, SHORTS), INTS)
         return self.builder.bitcast(self.builder.shl(extended, self.ints(16)), FLOATS)
 
     def narrow(self, numbers: Any) -> Any:

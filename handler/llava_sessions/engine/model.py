@@ -63,6 +63,7 @@ class Model:
             self.token_attention = layers.compile_token_attention(
                 self._heads, self.kv_shape.kv_heads, head_dim, self.dtype
             )
+        cpu_attention.prepare_picture_attention(model.config.vision_config, self.dtype, self.device)
         # Compiled attention of several tokens of a session, or None: then torch's.
         self.session_attention = None
         if self.token_attention is not None:

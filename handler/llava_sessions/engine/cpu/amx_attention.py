@@ -20,7 +20,7 @@ import numpy as np
 from llvmlite import ir
 
 from . import amx
-from .amx_vectors import FLOATS, I32, I64, INTS, LANES, MORE_SHORTS, SHORTS, Vectors, operation
+from .amx_vectors import FLOATS, I32, I64, INTS, LANES, MORE_SHORTS, SHORTS, Vectors, function, operation
 
 COLUMNS = 32  # of a block of queries: two tiles
 STEP = 32  # tokens of a tile of probabilities
@@ -85,12 +85,12 @@ def _emit_largest(v: Vectors, scores: Any, state: Any, first: Any | None) -> Non
     v.store(v.larger(v.larger(tops[0], tops[1]), v.larger(tops[2], tops[3])), state, _LARGEST)
 
 
-@operation
+@function
 def _largest(v: Vectors, scores: Any, state: Any, *_: Any) -> None:
     _emit_largest(v, scores, state, None)
 
 
-@operation
+@function
 def _largest_visible(v: Vectors, scores: Any, state: Any, first: Any, _: Any) -> None:
     """Lower the scores of tokens that a column does not see. `first`: the first of the tokens."""
     _emit_largest(v, scores, state, first)
@@ -113,7 +113,7 @@ def _settle(v: Vectors, state: Any, constants: Any, *_: Any) -> Any:
     return v.builder.zext(v.builder.bitcast(exceeded, ir.IntType(LANES)), I64)
 
 
-@operation
+@function
 def _exponentials(v: Vectors, scores: Any, pairs: Any, state: Any, constants: Any) -> None:
     """Store the exponentials of 32 tokens in bfloat16, in pairs of tokens, and add them to the sum.
 
@@ -135,7 +135,7 @@ def _exponentials(v: Vectors, scores: Any, pairs: Any, state: Any, constants: An
     v.store(v.builder.fadd(*totals), state, _SUM)
 
 
-@operation
+@function
 def _change_sums(v: Vectors, sums: Any, state: Any, *_: Any) -> None:
     """Multiply 32 rows of the sums by the change of the reference."""
     change = v.load(state, _CHANGE)
@@ -143,7 +143,7 @@ def _change_sums(v: Vectors, sums: Any, state: Any, *_: Any) -> None:
         v.store(v.builder.fmul(v.load(sums, row * _ROW_BYTES), change), sums, row * _ROW_BYTES)
 
 
-@operation
+@function
 def pack_values(v: Vectors, source: Any, target: Any, stride: Any, _: Any) -> None:
     """Transpose 32 tokens by 32 numbers into two tiles of 16 numbers by 32 tokens; `stride` in bytes."""
     low, high = [], []
@@ -165,25 +165,25 @@ def pack_values(v: Vectors, source: Any, target: Any, stride: Any, _: Any) -> No
 def make_transpose_pairs(row_bytes: int) -> Any:
     """Return the operation that transposes 16 rows of 16 pairs into a tile."""
 
-    @operation
+    @function
     def transpose_pairs(v: Vectors, source: Any, target: Any, *_: Any) -> None:
         for at, row in enumerate(v.transposed([v.load(source, at * row_bytes, INTS) for at in range(LANES)])):
             v.store(row, target, at * 64)
 
-    return transpose_pairs
+    return transpose_pairs()
 
 
 def make_finish(row_bytes: int) -> Any:
     """Return the operation that divides 16 rows of the sums by the softmax's, and stores them as bfloat16 columns."""
 
-    @operation
+    @function
     def finish(v: Vectors, sums: Any, state: Any, target: Any, _: Any) -> None:
         share = v.builder.fdiv(v.splat(1), v.load(state, _SUM))
         rows = [v.builder.fmul(v.load(sums, row * _ROW_BYTES), share) for row in range(LANES)]
         for at, column in enumerate(v.transposed(rows)):
             v.store(v.narrow(column), target, at * row_bytes)
 
-    return finish
+    return finish()
 
 
 def make_copy(numbers: int, padded: int) -> Any:
@@ -217,6 +217,18 @@ def _store_products(out):
     _store_1(out + 64, _ROW_BYTES)
     _store_2(out + 16 * _ROW_BYTES, _ROW_BYTES)
     _store_3(out + 16 * _ROW_BYTES + 64, _ROW_BYTES)
+
+
+def _make_fetch(head_dim: int) -> Any:
+    """Return the prefetch of 32 keys and 32 values."""
+
+    @numba.njit
+    def fetch(keys, values):
+        for at in range(head_dim // 16):
+            amx.prefetch_tile(keys + at * _TILE)
+            amx.prefetch_tile(values + at * _TILE)
+
+    return fetch
 
 
 def _make_score(head_dim: int) -> Any:
@@ -289,7 +301,10 @@ def make_attend(head_dim: int) -> Any:
     row_bytes = head_dim * 2
     score = _make_score(head_dim)
     mix = _make_mix(head_dim)
+    fetch = _make_fetch(head_dim)
     finish = make_finish(row_bytes)
+    largest, largest_visible = _largest(), _largest_visible()
+    exponentials, change_sums = _exponentials(), _change_sums()
 
     @numba.njit
     def score_step(scratch, keys, tokens, start, step, parity):
@@ -303,9 +318,9 @@ def make_attend(head_dim: int) -> Any:
         scores = scratch + scores_at + (parity * BLOCK_TOKENS + step * STEP) * _ROW_BYTES
         for half in range(halves):
             if token + STEP > clear:
-                _largest_visible(scores + half * 64, scratch + half * STATE_BYTES, token, 0)
+                largest_visible(scores + half * 64, scratch + half * STATE_BYTES, token, 0)
             else:
-                _largest(scores + half * 64, scratch + half * STATE_BYTES, 0, 0)
+                largest(scores + half * 64, scratch + half * STATE_BYTES, 0, 0)
 
     @numba.njit
     def settle(scratch, start, halves, constants):
@@ -313,7 +328,7 @@ def make_attend(head_dim: int) -> Any:
             state = scratch + half * STATE_BYTES
             if _settle(state, constants, 0, 0) != 0 and start > 0:
                 for part in range(head_dim // 32):
-                    _change_sums(scratch + sums_at + part * 32 * _ROW_BYTES + half * 64, state, 0, 0)
+                    change_sums(scratch + sums_at + part * 32 * _ROW_BYTES + half * 64, state, 0, 0)
             _begin_block(state, 0, 0, 0)
 
     @numba.njit
@@ -332,10 +347,12 @@ def make_attend(head_dim: int) -> Any:
             for step in range(steps):
                 if step < more:
                     score_step(scratch, keys, tokens, following, step, 1 - parity)
+                token = start + step * STEP
+                fetch(keys + (token + BLOCK_TOKENS + STEP) * row_bytes, values + token * row_bytes)
                 for half in range(halves):
                     scores = scratch + scores_at + (parity * BLOCK_TOKENS + step * STEP) * _ROW_BYTES + half * 64
                     pairs = scratch + pairs_at + (step * 2 + half) * _TILE
-                    _exponentials(scores, pairs, scratch + half * STATE_BYTES, constants)
+                    exponentials(scores, pairs, scratch + half * STATE_BYTES, constants)
                 if step < more:
                     find_largest(scratch, following, step, 1 - parity, clear, halves)
             mix(values + start * row_bytes, scratch + pairs_at, steps, start == 0, scratch + sums_at)
@@ -353,7 +370,7 @@ def make_attend(head_dim: int) -> Any:
     return attend
 
 
-@operation
+@function
 def prefetch_rows(v: Vectors, address: Any, stride: Any, *_: Any) -> None:
     """Fetch the first 128 bytes of 32 rows into the L2 cache. Any address is allowed."""
     for _row in range(STEP):

@@ -72,9 +72,9 @@ def _compile(head_dim: int) -> Any:
     attend = amx_attention.make_attend(padded)
     ints_at = compiled.pointer(types.int32)
     copy_out = amx_attention.make_copy(head_dim, head_dim)
-    pack_values = amx_attention.pack_values
+    pack_values = amx_attention.pack_values()
     clear = amx_attention.make_clear(padded)
-    prefetch_rows = amx_attention.prefetch_rows
+    prefetch_rows = amx_attention.prefetch_rows()
 
     @numba.njit
     def pack(scratch, packed_keys, keys, values, rows, stride):

@@ -12,7 +12,7 @@ from numba import types
 
 from . import amx, amx_attention, compiled
 from .amx_attention import COLUMNS, STEP
-from .amx_vectors import Vectors, operation
+from .amx_vectors import Vectors, function
 
 # Length of a task's head, and numbers per session behind it.
 _HEAD = 12
@@ -76,7 +76,7 @@ class SessionAttention:
 def _make_rotate(head_dim: int) -> Any:
     """Return the operation that rotates one head, `[head_dim]`. Arguments: source, cosines, sines, target."""
 
-    @operation
+    @function
     def rotate(v: Vectors, source: Any, cosines: Any, sines: Any, target: Any) -> None:
         for offset in range(0, head_dim, 32):
             first, second = offset, head_dim + offset
@@ -86,7 +86,7 @@ def _make_rotate(head_dim: int) -> Any:
             v.store(v.narrow(b.fsub(b.fmul(low, low_cos), b.fmul(high, low_sin))), target, first)
             v.store(v.narrow(v.fma(high, high_cos, b.fmul(low, high_sin))), target, second)
 
-    return rotate
+    return rotate()
 
 
 def _make_store(heads: int, kv_heads: int, head_dim: int, rotate: Any, copy: Any) -> Any:
@@ -111,8 +111,8 @@ def _make_pack(head_dim: int, copy: Any) -> Any:
     values_at, last_values_at, last_keys_at = part.values, part.last_values, part.last_keys
     row_bytes = head_dim * 2
     clear = amx_attention.make_clear(head_dim)
-    pack_values = amx_attention.pack_values
-    prefetch_rows = amx_attention.prefetch_rows
+    pack_values = amx_attention.pack_values()
+    prefetch_rows = amx_attention.prefetch_rows()
 
     @numba.njit
     def pack(scratch, keys, values, tokens):

@@ -6,9 +6,11 @@ as int64 and needs AVX-512, which all CPUs with AMX have. Addresses may have any
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import numba
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -166,3 +168,26 @@ def operation(emit: Callable[..., Any]) -> Any:
         return types.int64(types.int64, types.int64, types.int64, types.int64), generate
 
     return run
+
+
+_SIGNATURE = types.int64(types.int64, types.int64, types.int64, types.int64)
+_functions: list[Any] = []  # keeps their machine code
+
+
+def function(emit: Callable[..., Any]) -> Callable[[], Any]:
+    """As `operation`, but return a function without arguments that compiles it once and returns it.
+
+    Compiled loops call it by its address. A long operation inside the loops would be optimized again with each of them.
+    """
+    inlined = operation(emit)
+
+    @functools.cache
+    def compile_once() -> Any:
+        @numba.cfunc(_SIGNATURE)
+        def call(a, b, c, d):
+            return inlined(a, b, c, d)
+
+        _functions.append(call)
+        return call.ctypes
+
+    return compile_once

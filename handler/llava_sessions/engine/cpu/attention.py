@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -34,7 +34,7 @@ _MIN_ROWS_FOR_COLUMN_SOFTMAX = 64
 # That softmax is fast if the number of rows is a multiple of the vector length in bfloat16 numbers.
 _VECTOR = 32
 # Fewest rows of a picture for which attention with AMX is compiled.
-_MIN_AMX_PICTURE_ROWS = 64
+_MIN_AMX_PICTURE_ROWS = 256
 # Query rows of a picture per block of scores.
 _PICTURE_BLOCK_ROWS = 192
 
@@ -133,6 +133,16 @@ def full_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
         scores = torch.bmm(keys, pad(block, (0, 0, 0, -count % _VECTOR)).transpose(1, 2))
         out[:, start : start + count] = torch.bmm(scores.softmax(1).transpose(1, 2), values)[:, :count]
     return out.view(query.shape)
+
+
+def prepare_picture_attention(vision: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile the attention of a vision tower, given its configuration, if `full_attention` will use it."""
+    side = getattr(vision, "image_size", 0)
+    patch = getattr(vision, "patch_size", 1)
+    if not (isinstance(side, int) and isinstance(patch, int)):
+        return
+    if dtype == torch.bfloat16 and device.type == "cpu" and (side // patch) ** 2 >= _MIN_AMX_PICTURE_ROWS:
+        picture_attention(vision.hidden_size // vision.num_attention_heads)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 
-from .amx_vectors import FLOAT, FLOATS, I32, I64, INTS, LANES, Vectors, operation
+from .amx_vectors import FLOAT, FLOATS, I32, I64, INTS, LANES, Vectors, function, operation
 
 TOKENS = 16  # of one step
 _AHEAD = 4096  # bytes from the step's tokens to those that it fetches
@@ -57,7 +57,7 @@ def _make_score(head_dim: int, tokens: int) -> Any:
     The query is float32, `[head_dim / 32, 2, 16]`: of 32 numbers the even ones, then the odd ones.
     """
 
-    @operation
+    @function
     def score(v: Vectors, keys: Any, query: Any, scores: Any, ahead: Any) -> None:
         queries = [v.load(query, at * 64) for at in range(head_dim // 16)]
         rows = []
@@ -77,13 +77,13 @@ def _make_score(head_dim: int, tokens: int) -> Any:
             first = v.builder.extract_element(total, I32(0))
             v.builder.store(first, v.builder.inttoptr(scores, FLOAT.as_pointer()), align=1)
 
-    return score
+    return score()
 
 
 def _make_mix(head_dim: int, tokens: int) -> Any:
     """Return the operation that adds `tokens` weighted values. Arguments: values, weights, sums, fetched address."""
 
-    @operation
+    @function
     def mix(v: Vectors, values: Any, weights: Any, sums: Any, ahead: Any) -> None:
         totals = [v.load(sums, at * 64) for at in range(head_dim // 16)]
         for token in range(tokens):
@@ -98,7 +98,7 @@ def _make_mix(head_dim: int, tokens: int) -> Any:
         for at, total in enumerate(totals):
             v.store(total, sums, at * 64)
 
-    return mix
+    return mix()
 
 
 @operation

@@ -17,6 +17,7 @@ from typing import Any
 
 import numba
 import numpy as np
+import torch
 from llvmlite import ir
 
 from . import amx
@@ -219,18 +220,6 @@ def _store_products(out):
     _store_3(out + 16 * _ROW_BYTES + 64, _ROW_BYTES)
 
 
-def _make_fetch(head_dim: int) -> Any:
-    """Return the prefetch of 32 keys and 32 values."""
-
-    @numba.njit
-    def fetch(keys, values):
-        for at in range(head_dim // 16):
-            amx.prefetch_tile(keys + at * _TILE)
-            amx.prefetch_tile(values + at * _TILE)
-
-    return fetch
-
-
 def _make_score(head_dim: int) -> Any:
     """Return the product of 32 keys with 32 queries, `[32, 32]`."""
     stride = head_dim * 2
@@ -301,7 +290,6 @@ def make_attend(head_dim: int) -> Any:
     row_bytes = head_dim * 2
     score = _make_score(head_dim)
     mix = _make_mix(head_dim)
-    fetch = _make_fetch(head_dim)
     finish = make_finish(row_bytes)
     largest, largest_visible = _largest(), _largest_visible()
     exponentials, change_sums = _exponentials(), _change_sums()
@@ -347,8 +335,6 @@ def make_attend(head_dim: int) -> Any:
             for step in range(steps):
                 if step < more:
                     score_step(scratch, keys, tokens, following, step, 1 - parity)
-                token = start + step * STEP
-                fetch(keys + (token + BLOCK_TOKENS + STEP) * row_bytes, values + token * row_bytes)
                 for half in range(halves):
                     scores = scratch + scores_at + (parity * BLOCK_TOKENS + step * STEP) * _ROW_BYTES + half * 64
                     pairs = scratch + pairs_at + (step * 2 + half) * _TILE
@@ -406,7 +392,5 @@ class Memory:
 
 
 def slices(heads: int, blocks: int) -> int:
-    """Return into how many pieces of work the columns of a head are divided."""
-    import torch
-
+    """Return into how many pieces of work the `blocks` of a head are divided: four pieces per thread or more."""
     return max(1, min(blocks, -(-4 * torch.get_num_threads() // heads)))

@@ -150,7 +150,12 @@ def make_attend(head_dim: int, narrow: Any) -> Any:
         sums, state = work[head_dim : 2 * head_dim], work[2 * head_dim :]
         for d in range(head_dim):
             work[d // 32 * 32 + d % 2 * 16 + d % 32 // 2] = query[d] * log2_e
-        query_at, keys_at, values_at, scores_at = work.ctypes.data, keys.ctypes.data, values.ctypes.data, scores.ctypes.data
+        query_at, keys_at, values_at, scores_at = (
+            work.ctypes.data,
+            keys.ctypes.data,
+            values.ctypes.data,
+            scores.ctypes.data,
+        )
         sums_at, state_at = query_at + head_dim * 4, query_at + head_dim * 8
         whole = tokens - tokens % TOKENS
         end = keys_at + tokens * row_bytes

@@ -36,7 +36,7 @@ def stored_tokens(stored: int, kv_heads: int) -> torch.Tensor:
 def expected_attention(
     kv: torch.Tensor, stored: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return layer 1's attention `[rows, heads * head_dim]` and KV by torch in float32; queries and keys are rounded."""
+    """Return layer 1's attention `[rows, heads * head_dim]` and KV by torch in float32."""
     rows = len(qkv)
     kv_heads = kv.shape[2]
     numbers = qkv.float().view(rows, -1, HEAD_DIM)

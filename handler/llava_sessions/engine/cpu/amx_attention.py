@@ -1,9 +1,9 @@
 """Attention with AMX: the loops that sessions and pictures share. Flash attention in bfloat16, compiled by Numba.
 
 Queries are columns. Per block of 32 columns and 128 tokens the loops compute the scores `K @ Q`, their exponentials and
-the sums `V^T @ exp(scores)`. The scores of the next block are computed between the
-exponentials of a block, because the CPU executes tile and vector instructions at the same time. The statistics of the softmax are vectors over columns. The keys are
-read as they are stored. The queries and the values are copied into the layouts of tiles before.
+the sums `V^T @ exp(scores)`. The scores of the next block are computed between the exponentials of a block, because the
+CPU executes tile and vector instructions at the same time. The statistics of the softmax are vectors over columns. The
+keys are read as they are stored. The queries and the values are copied into the layouts of tiles before.
 
 A column's numbers depend on its own query and on the tokens that it sees, in blocks that start at token 0. They do not
 depend on the other columns. Blocks behind a column's last visible token do not change them.
@@ -11,7 +11,6 @@ depend on the other columns. Blocks behind a column's last visible token do not 
 
 from __future__ import annotations
 
-import ctypes
 import math
 from typing import Any
 
@@ -21,15 +20,25 @@ import torch
 from llvmlite import ir
 
 from . import amx
-from .amx_vectors import FLOATS, I32, I64, INTS, LANES, MORE_SHORTS, SHORTS, Vectors, function, operation
+from .amx_products import COLUMNS, ROW_BYTES, make_mix, make_score
+from .vectors import (
+    I32,
+    I64,
+    INTS,
+    LANES,
+    MORE_SHORTS,
+    Vectors,
+    function,
+    operation,
+    prefetch,
+    transposed,
+)
 
-COLUMNS = 32  # of a block of queries: two tiles
 STEP = 32  # tokens of a tile of probabilities
 BLOCK_TOKENS = 128
 _LOWEST = -3e38
-_ROW_BYTES = COLUMNS * 4  # of scores and sums
 _TILE = amx.TILE_BYTES
-# The softmax's reference is raised if a score exceeds it by this power of two. Until then the exponentials may exceed 1.
+# The softmax's reference is raised if a score exceeds it by this power of two. Exponentials may exceed 1 until then.
 _SLACK = 8.0
 # Offsets in the state of 16 columns: reference, largest score of the block, sum, factor of the last change, and the
 # last visible token.
@@ -45,10 +54,10 @@ class Scratch:
         row = head_dim * 2
         self.state = 0
         self.scores = 2 * STATE_BYTES
-        self.pairs = self.scores + 2 * BLOCK_TOKENS * _ROW_BYTES
+        self.pairs = self.scores + 2 * BLOCK_TOKENS * ROW_BYTES
         self.queries = self.pairs + BLOCK_TOKENS * COLUMNS * 2
         self.sums = self.queries + COLUMNS * row
-        self.rows = self.sums + head_dim * _ROW_BYTES
+        self.rows = self.sums + head_dim * ROW_BYTES
         self.last_keys = self.rows + COLUMNS * row
         self.last_values = self.last_keys + STEP * row
         self.values = self.last_values + STEP * row
@@ -58,6 +67,10 @@ def softmax_numbers(scaling: float) -> np.ndarray:
     """Return the constants of the loops: 16 times the factor of the scores, 16 times the slack of the reference."""
     factor = scaling * math.log2(math.e)
     return np.repeat(np.array([factor, _SLACK / factor], np.float32), LANES)
+
+
+def _bits(v: Vectors, numbers: Any) -> Any:
+    return v.builder.bitcast(numbers, INTS)
 
 
 @operation
@@ -77,11 +90,11 @@ def _emit_largest(v: Vectors, scores: Any, state: Any, first: Any | None) -> Non
     last = None if first is None else v.load(state, LAST_TOKEN, INTS)
     token = None if first is None else v.everywhere(v.builder.trunc(first, I32))
     for row in range(STEP):
-        values = v.load(scores, row * _ROW_BYTES)
+        values = v.load(scores, row * ROW_BYTES)
         if token is not None:
             seen = v.builder.icmp_signed("<=", v.builder.add(token, v.ints(row)), last)
             values = v.builder.select(seen, values, v.splat(_LOWEST))
-            v.store(values, scores, row * _ROW_BYTES)
+            v.store(values, scores, row * ROW_BYTES)
         tops[row % 4] = v.larger(values, tops[row % 4])
     v.store(v.larger(v.larger(tops[0], tops[1]), v.larger(tops[2], tops[3])), state, _LARGEST)
 
@@ -126,7 +139,7 @@ def _exponentials(v: Vectors, scores: Any, pairs: Any, state: Any, constants: An
     ones = v.ints(0x3F803F80)
     for pair in range(STEP // 2):
         first, second = (
-            v.bits(v.power_of_two(v.fma(v.load(scores, row * _ROW_BYTES), factor, offset), 2**-8))
+            _bits(v, v.power_of_two(v.fma(v.load(scores, row * ROW_BYTES), factor, offset), 2**-8))
             for row in (2 * pair, 2 * pair + 1)
         )
         upper = v.builder.and_(second, v.ints(-0x10000))
@@ -141,7 +154,7 @@ def _change_sums(v: Vectors, sums: Any, state: Any, *_: Any) -> None:
     """Multiply 32 rows of the sums by the change of the reference."""
     change = v.load(state, _CHANGE)
     for row in range(32):
-        v.store(v.builder.fmul(v.load(sums, row * _ROW_BYTES), change), sums, row * _ROW_BYTES)
+        v.store(v.builder.fmul(v.load(sums, row * ROW_BYTES), change), sums, row * ROW_BYTES)
 
 
 @function
@@ -156,10 +169,10 @@ def pack_values(v: Vectors, source: Any, target: Any, stride: Any, _: Any) -> No
         first = v.load(source, 0, MORE_SHORTS)
         second = v.load(v.builder.add(source, stride), 0, MORE_SHORTS)
         source = v.builder.add(source, v.builder.shl(stride, I64(1)))
-        lows.append(v.bits(v.shuffle(first, second, low)))
-        highs.append(v.bits(v.shuffle(first, second, high)))
+        lows.append(_bits(v, v.shuffle(first, second, low)))
+        highs.append(_bits(v, v.shuffle(first, second, high)))
     for part, rows in ((0, lows), (4, highs)):
-        for at, row in enumerate(v.transposed(rows)):
+        for at, row in enumerate(transposed(v, rows)):
             v.store(row, target, (at // 4 * 8 + part + at % 4) * 64)
 
 
@@ -168,10 +181,27 @@ def make_transpose_pairs(row_bytes: int) -> Any:
 
     @function
     def transpose_pairs(v: Vectors, source: Any, target: Any, *_: Any) -> None:
-        for at, row in enumerate(v.transposed([v.load(source, at * row_bytes, INTS) for at in range(LANES)])):
+        for at, row in enumerate(transposed(v, [v.load(source, at * row_bytes, INTS) for at in range(LANES)])):
             v.store(row, target, at * 64)
 
     return transpose_pairs()
+
+
+def make_pack_queries(head_dim: int) -> Any:
+    """Return the compiled packing of the 32 queries in `Scratch.rows` into tiles."""
+    part = Scratch(head_dim)
+    rows_at, queries_at = part.rows, part.queries
+    row_bytes = head_dim * 2
+    transpose_pairs = make_transpose_pairs(row_bytes)
+
+    @numba.njit
+    def pack_queries(scratch):
+        for half in range(2):
+            for k in range(head_dim // 32):
+                source = scratch + rows_at + half * 16 * row_bytes + k * 64
+                transpose_pairs(source, scratch + queries_at + (k * 2 + half) * _TILE, 0, 0)
+
+    return pack_queries
 
 
 def make_finish(row_bytes: int) -> Any:
@@ -180,8 +210,8 @@ def make_finish(row_bytes: int) -> Any:
     @function
     def finish(v: Vectors, sums: Any, state: Any, target: Any, _: Any) -> None:
         share = v.builder.fdiv(v.splat(1), v.load(state, _SUM))
-        rows = [v.builder.fmul(v.load(sums, row * _ROW_BYTES), share) for row in range(LANES)]
-        for at, column in enumerate(v.transposed(rows)):
+        rows = [v.builder.fmul(v.load(sums, row * ROW_BYTES), share) for row in range(LANES)]
+        for at, column in enumerate(transposed(v, rows)):
             v.store(v.narrow(column), target, at * row_bytes)
 
     return finish()
@@ -204,76 +234,72 @@ def make_copy(numbers: int, padded: int) -> Any:
     return copy
 
 
-_zero, _load, _store = ([make(tile) for tile in range(8)] for make in (amx.tile_zero, amx.tile_load, amx.tile_store))
-_zero_0, _zero_1, _zero_2, _zero_3 = _zero[:4]
-_load_0, _load_1, _load_2, _load_3, _load_4, _load_5, _load_6, _load_7 = _load
-_store_0, _store_1, _store_2, _store_3 = _store[:4]
-_dot_0, _dot_1, _dot_2, _dot_3 = (amx.tile_dot(c, 4 + c // 2, 6 + c % 2) for c in range(4))
-
-
-@numba.njit
-def _store_products(out):
-    """Store the tiles 0 to 3 as `[32, 32]` float32."""
-    _store_0(out, _ROW_BYTES)
-    _store_1(out + 64, _ROW_BYTES)
-    _store_2(out + 16 * _ROW_BYTES, _ROW_BYTES)
-    _store_3(out + 16 * _ROW_BYTES + 64, _ROW_BYTES)
-
-
-def _make_score(head_dim: int) -> Any:
-    """Return the product of 32 keys with 32 queries, `[32, 32]`."""
-    stride = head_dim * 2
+def _make_score_step(head_dim: int) -> Any:
+    """Return the scores of 32 tokens, stored in one of two buffers."""
+    part = Scratch(head_dim)
+    scores_at, queries_at, last_keys_at = part.scores, part.queries, part.last_keys
+    score = make_score(head_dim)
 
     @numba.njit
-    def score(keys, queries, out):
-        _zero_0()
-        _zero_1()
-        _zero_2()
-        _zero_3()
-        for k in range(head_dim // 32):
-            _load_4(keys + k * 64, stride)
-            _load_6(queries + k * 2 * _TILE, 64)
-            _dot_0()
-            _load_7(queries + (k * 2 + 1) * _TILE, 64)
-            _dot_1()
-            _load_5(keys + 16 * stride + k * 64, stride)
-            _dot_2()
-            _dot_3()
-        _store_products(out)
+    def score_step(scratch, keys, tokens, start, step, parity):
+        token = start + step * STEP
+        at = scratch + last_keys_at if token + STEP > tokens else keys + token * head_dim * 2
+        score(at, scratch + queries_at, scratch + scores_at + (parity * BLOCK_TOKENS + step * STEP) * ROW_BYTES)
 
-    return score
+    return score_step
 
 
-def _make_mix(head_dim: int) -> Any:
-    """Return the addition of `steps` products of values with exponentials to the sums `[head_dim, 32]`."""
+def _make_find_largest(head_dim: int) -> Any:
+    """Return the search for the largest scores of 32 tokens, which hides those that a column does not see."""
+    scores_at = Scratch(head_dim).scores
+    largest, largest_visible = _largest(), _largest_visible()
 
     @numba.njit
-    def mix(values, pairs, steps, first, sums):
-        for part in range(head_dim // 32):
-            out = sums + part * 32 * _ROW_BYTES
-            if first:
-                _zero_0()
-                _zero_1()
-                _zero_2()
-                _zero_3()
+    def find_largest(scratch, start, step, parity, clear, halves):
+        token = start + step * STEP
+        scores = scratch + scores_at + (parity * BLOCK_TOKENS + step * STEP) * ROW_BYTES
+        for half in range(halves):
+            if token + STEP > clear:
+                largest_visible(scores + half * 64, scratch + half * STATE_BYTES, token, 0)
             else:
-                _load_0(out, _ROW_BYTES)
-                _load_1(out + 64, _ROW_BYTES)
-                _load_2(out + 16 * _ROW_BYTES, _ROW_BYTES)
-                _load_3(out + 16 * _ROW_BYTES + 64, _ROW_BYTES)
-            for k in range(steps):
-                tile = values + (k * (head_dim // 16) + part * 2) * _TILE
-                _load_4(tile, 64)
-                _load_6(pairs + k * 2 * _TILE, 64)
-                _dot_0()
-                _load_7(pairs + (k * 2 + 1) * _TILE, 64)
-                _dot_1()
-                _load_5(tile + _TILE, 64)
-                _dot_2()
-                _dot_3()
-            _store_products(out)
+                largest(scores + half * 64, scratch + half * STATE_BYTES, 0, 0)
 
-    return mix
+    return find_largest
+
+
+def _make_settle(head_dim: int) -> Any:
+    """Return the choice of the softmax's references for a block."""
+    sums_at = Scratch(head_dim).sums
+    change_sums = _change_sums()
+
+    @numba.njit
+    def settle(scratch, start, halves, constants):
+        for half in range(halves):
+            state = scratch + half * STATE_BYTES
+            if _settle(state, constants, 0, 0) != 0 and start > 0:
+                for part in range(head_dim // 32):
+                    change_sums(scratch + sums_at + part * 32 * ROW_BYTES + half * 64, state, 0, 0)
+            _begin_block(state, 0, 0, 0)
+
+    return settle
+
+
+def _make_write(head_dim: int) -> Any:
+    """Return the division of the sums by those of the exponentials, and their transposition to columns."""
+    part = Scratch(head_dim)
+    sums_at, rows_at = part.sums, part.rows
+    row_bytes = head_dim * 2
+    finish = make_finish(row_bytes)
+
+    @numba.njit
+    def write(scratch, halves):
+        for half in range(halves):
+            for at in range(head_dim // 16):
+                source = scratch + sums_at + at * 16 * ROW_BYTES + half * 64
+                target = scratch + rows_at + half * 16 * row_bytes + at * 32
+                finish(source, scratch + half * STATE_BYTES, target, 0)
+
+    return write
 
 
 def make_attend(head_dim: int) -> Any:
@@ -285,39 +311,11 @@ def make_attend(head_dim: int) -> Any:
     2 times 16 columns are used. The results are columns in `Scratch.rows`, `[32, head_dim]` bfloat16.
     """
     part = Scratch(head_dim)
-    scores_at, pairs_at, queries_at, sums_at, rows_at = part.scores, part.pairs, part.queries, part.sums, part.rows
-    last_keys_at = part.last_keys
+    scores_at, pairs_at, sums_at = part.scores, part.pairs, part.sums
     row_bytes = head_dim * 2
-    score = _make_score(head_dim)
-    mix = _make_mix(head_dim)
-    finish = make_finish(row_bytes)
-    largest, largest_visible = _largest(), _largest_visible()
-    exponentials, change_sums = _exponentials(), _change_sums()
-
-    @numba.njit
-    def score_step(scratch, keys, tokens, start, step, parity):
-        token = start + step * STEP
-        at = scratch + last_keys_at if token + STEP > tokens else keys + token * row_bytes
-        score(at, scratch + queries_at, scratch + scores_at + (parity * BLOCK_TOKENS + step * STEP) * _ROW_BYTES)
-
-    @numba.njit
-    def find_largest(scratch, start, step, parity, clear, halves):
-        token = start + step * STEP
-        scores = scratch + scores_at + (parity * BLOCK_TOKENS + step * STEP) * _ROW_BYTES
-        for half in range(halves):
-            if token + STEP > clear:
-                largest_visible(scores + half * 64, scratch + half * STATE_BYTES, token, 0)
-            else:
-                largest(scores + half * 64, scratch + half * STATE_BYTES, 0, 0)
-
-    @numba.njit
-    def settle(scratch, start, halves, constants):
-        for half in range(halves):
-            state = scratch + half * STATE_BYTES
-            if _settle(state, constants, 0, 0) != 0 and start > 0:
-                for part in range(head_dim // 32):
-                    change_sums(scratch + sums_at + part * 32 * _ROW_BYTES + half * 64, state, 0, 0)
-            _begin_block(state, 0, 0, 0)
+    score_step, find_largest = _make_score_step(head_dim), _make_find_largest(head_dim)
+    settle, mix, write = _make_settle(head_dim), make_mix(head_dim), _make_write(head_dim)
+    exponentials = _exponentials()
 
     @numba.njit
     def attend(scratch, keys, values, tokens, end, clear, halves, constants):
@@ -336,7 +334,7 @@ def make_attend(head_dim: int) -> Any:
                 if step < more:
                     score_step(scratch, keys, tokens, following, step, 1 - parity)
                 for half in range(halves):
-                    scores = scratch + scores_at + (parity * BLOCK_TOKENS + step * STEP) * _ROW_BYTES + half * 64
+                    scores = scratch + scores_at + (parity * BLOCK_TOKENS + step * STEP) * ROW_BYTES + half * 64
                     pairs = scratch + pairs_at + (step * 2 + half) * _TILE
                     exponentials(scores, pairs, scratch + half * STATE_BYTES, constants)
                 if step < more:
@@ -344,14 +342,7 @@ def make_attend(head_dim: int) -> Any:
             mix(values + start * row_bytes, scratch + pairs_at, steps, start == 0, scratch + sums_at)
             steps = more
             parity = 1 - parity
-        for half in range(halves):
-            for at in range(head_dim // 16):
-                finish(
-                    scratch + sums_at + at * 16 * _ROW_BYTES + half * 64,
-                    scratch + half * STATE_BYTES,
-                    scratch + rows_at + half * 16 * row_bytes + at * 32,
-                    0,
-                )
+        write(scratch, halves)
 
     return attend
 
@@ -360,9 +351,7 @@ def make_attend(head_dim: int) -> Any:
 def prefetch_rows(v: Vectors, address: Any, stride: Any, *_: Any) -> None:
     """Fetch the first 128 bytes of 32 rows into the L2 cache. Any address is allowed."""
     for _row in range(STEP):
-        for offset in (0, 64):
-            line = v.builder.inttoptr(v.builder.add(address, I64(offset)), ir.IntType(8).as_pointer())
-            v.call("llvm.prefetch.p0", ir.VoidType(), line, I32(0), I32(2), I32(1))
+        prefetch(v, address, 128, 2)
         address = v.builder.add(address, stride)
 
 

@@ -60,21 +60,14 @@ class PictureAttention:
         return out.transpose(1, 2)
 
 
-@functools.cache
-def _compile(head_dim: int) -> Any:
-    padded = -(-head_dim // 32) * 32
+def _make_pack(head_dim: int, padded: int) -> Any:
+    """Return the compiled copy of a head's keys, padded with zeros, and the packing of its values."""
     part = amx_attention.Scratch(padded)
-    values_at, last_values_at, rows_at, queries_at = part.values, part.last_values, part.rows, part.queries
-    last_token_at = amx_attention.LAST_TOKEN
+    values_at, last_values_at = part.values, part.last_values
     row_bytes = padded * 2
     copy = amx_attention.make_copy(head_dim, padded)
-    transpose_pairs = amx_attention.make_transpose_pairs(row_bytes)
-    attend = amx_attention.make_attend(padded)
-    ints_at = compiled.pointer(types.int32)
-    copy_out = amx_attention.make_copy(head_dim, head_dim)
-    pack_values = amx_attention.pack_values()
     clear = amx_attention.make_clear(padded)
-    prefetch_rows = amx_attention.prefetch_rows()
+    pack_values = amx_attention.pack_values()
 
     @numba.njit
     def pack(scratch, packed_keys, keys, values, rows, stride):
@@ -90,6 +83,22 @@ def _compile(head_dim: int) -> Any:
             for at in range(padded // 32):
                 pack_values(scratch + last_values_at + at * 64, target + at * 2048, row_bytes, 0)
 
+    return pack
+
+
+def _make_run_block(head_dim: int, padded: int) -> Any:
+    """Return the compiled attention of up to 32 rows."""
+    part = amx_attention.Scratch(padded)
+    rows_at, values_at = part.rows, part.values
+    last_token_at, state_bytes = amx_attention.LAST_TOKEN, amx_attention.STATE_BYTES
+    row_bytes = padded * 2
+    copy = amx_attention.make_copy(head_dim, padded)
+    copy_out = amx_attention.make_copy(head_dim, head_dim)
+    clear = amx_attention.make_clear(padded)
+    pack_queries = amx_attention.make_pack_queries(padded)
+    attend = amx_attention.make_attend(padded)
+    int_at = compiled.pointer(types.int32)
+
     @numba.njit
     def run_block(scratch, packed_keys, query, stride, out, out_stride, rows, count, constants):
         padded_rows = (rows + STEP - 1) // STEP * STEP
@@ -99,21 +108,25 @@ def _compile(head_dim: int) -> Any:
                 copy(query + at * stride, target, 0, 0)
             else:
                 clear(target, 0, 0, 0)
+            int_at(scratch + at // 16 * state_bytes + last_token_at)[at % 16] = rows - 1
+        pack_queries(scratch)
         halves = (count + 15) // 16
-        for half in range(2):
-            last = numba.carray(ints_at(scratch + half * amx_attention.STATE_BYTES + last_token_at), (16,))
-            for lane in range(16):
-                last[lane] = rows - 1
-            for at in range(padded // 32):
-                transpose_pairs(
-                    scratch + rows_at + half * 16 * row_bytes + at * 64,
-                    scratch + queries_at + (at * 2 + half) * 1024,
-                    0,
-                    0,
-                )
         attend(scratch, packed_keys, scratch + values_at, padded_rows, rows, rows, halves, constants)
         for at in range(count):
             copy_out(scratch + rows_at + at * row_bytes, out + at * out_stride, 0, 0)
+
+    return run_block
+
+
+@functools.cache
+def _compile(head_dim: int) -> Any:
+    """Compile the loops. Returns a Numba C function that takes the address of a task."""
+    padded = -(-head_dim // 32) * 32
+    values_at = amx_attention.Scratch(padded).values
+    row_bytes = padded * 2
+    pack = _make_pack(head_dim, padded)
+    run_block = _make_run_block(head_dim, padded)
+    prefetch_rows = amx_attention.prefetch_rows()
 
     @numba.cfunc(types.void(types.CPointer(types.int64)))
     def loops(pointer):

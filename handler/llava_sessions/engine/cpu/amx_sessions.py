@@ -12,7 +12,7 @@ from numba import types
 
 from . import amx, amx_attention, compiled
 from .amx_attention import COLUMNS, STEP
-from .amx_vectors import Vectors, function
+from .vectors import Vectors, function
 
 # Length of a task's head, and numbers per session behind it.
 _HEAD = 12
@@ -137,12 +137,12 @@ def _make_pack(head_dim: int, copy: Any) -> Any:
 def _make_run_block(heads: int, kv_heads: int, head_dim: int, rotate: Any, copy: Any) -> Any:
     """Return the compiled attention of 32 columns: query head `column % group` of row `column // group`."""
     part = amx_attention.Scratch(head_dim)
-    rows_at, queries_at, values_at = part.rows, part.queries, part.values
+    rows_at, values_at = part.rows, part.values
     last_token_at, state_bytes = amx_attention.LAST_TOKEN, amx_attention.STATE_BYTES
     head_bytes = head_dim * 2
     row_bytes = (heads + 2 * kv_heads) * head_bytes
     group = heads // kv_heads
-    transpose_pairs = amx_attention.make_transpose_pairs(head_bytes)
+    pack_queries = amx_attention.make_pack_queries(head_dim)
     clear = amx_attention.make_clear(head_dim)
     attend = amx_attention.make_attend(head_dim)
     int_at = compiled.pointer(types.int32)
@@ -160,10 +160,7 @@ def _make_run_block(heads: int, kv_heads: int, head_dim: int, rotate: Any, copy:
             else:
                 clear(target, 0, 0, 0)
             int_at(scratch + at // 16 * state_bytes + last_token_at)[at % 16] = stored + column // group
-        for half in range(2):
-            for k in range(head_dim // 32):
-                source = scratch + rows_at + half * 16 * head_bytes + k * 64
-                transpose_pairs(source, scratch + queries_at + (k * 2 + half) * 1024, 0, 0)
+        pack_queries(scratch)
 
     @numba.njit
     def run_block(task, scratch, keys, row, stored, tokens, kv_head, first, count):

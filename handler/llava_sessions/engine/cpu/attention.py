@@ -1,10 +1,10 @@
 """Attention on CPUs where something is faster than torch's `scaled_dot_product_attention`.
 
-With AMX and in bfloat16, compiled loops compute it: `picture_attention`, `session_attention`. Otherwise two matrix
-products can be faster. The products are used for bfloat16 on CPUs with AVX-512 bfloat16 instructions and without AMX. On other devices and in
-other precisions the functions call torch's own. The scores are computed as `K @ q`, because oneDNN's bfloat16 product
-reads K in its stored layout, whereas flash attention copies K into another layout in each call. Measurements:
-bench/README.md, "The CPU's fast paths one by one".
+With AMX and in bfloat16, compiled loops compute it: `picture_attention`, `session_attention`. The two matrix products
+are used for bfloat16 on CPUs with AVX-512 bfloat16 instructions and without AMX. On other devices and in other
+precisions the functions call torch's own. The scores are computed as `K @ q`, because oneDNN's bfloat16 product reads K
+in its stored layout, whereas flash attention copies K into another layout in each call. Measurements: bench/README.md,
+"The CPU's fast paths one by one".
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def _compile(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> An
     wide = compiled.wide if is_bfloat16 else compiled.same
     narrow = compiled.narrow if is_bfloat16 else compiled.same
     rotate = _make_rotate(head_dim, wide)
-    if is_bfloat16 and head_dim % 32 == 0 and torch.cpu.get_capabilities().get("avx512_f"):
+    if is_bfloat16 and head_dim % 32 == 0 and torch.cpu.get_capabilities().get("avx512_dq"):
         attend = vector_tokens.make_attend(head_dim, narrow)
     else:
         attend = _make_attend(head_dim, wide, narrow)

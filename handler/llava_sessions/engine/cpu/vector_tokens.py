@@ -10,9 +10,8 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
 
-from .amx_vectors import FLOAT, FLOATS, I32, I64, INTS, LANES, Vectors, function, operation
+from .vectors import FLOAT, FLOATS, I32, I64, INTS, LANES, Vectors, function, operation, prefetch, row_sums
 
 TOKENS = 16  # of one step
 _AHEAD = 4096  # bytes from the step's tokens to those that it fetches
@@ -23,32 +22,6 @@ def _halves(v: Vectors, numbers: Any) -> tuple[Any, Any]:
     """Return the even and the odd ones of 32 bfloat16 numbers as float32."""
     even = v.builder.bitcast(v.builder.shl(numbers, v.ints(16)), FLOATS)
     return even, v.builder.bitcast(v.builder.and_(numbers, v.ints(-0x10000)), FLOATS)
-
-
-def _prefetch(v: Vectors, address: Any, size: int) -> None:
-    for offset in range(0, size, 64):
-        line = v.builder.inttoptr(v.builder.add(address, I64(offset)), ir.IntType(8).as_pointer())
-        v.call("llvm.prefetch.p0", ir.VoidType(), line, I32(0), I32(3), I32(1))
-
-
-def _summed(v: Vectors, rows: list[Any]) -> Any:
-    """Return the sums of 16 rows of 16 numbers as one vector."""
-    add = v.builder.fadd
-    low, high, even, odd = [], [], [], []
-    for lane in range(0, LANES, 4):
-        low += [lane, LANES + lane, lane + 1, LANES + lane + 1]
-        high += [lane + 2, LANES + lane + 2, lane + 3, LANES + lane + 3]
-        even += [lane, lane + 1, LANES + lane, LANES + lane + 1]
-        odd += [lane + 2, lane + 3, LANES + lane + 2, LANES + lane + 3]
-    firsts = [*range(0, 4), *range(8, 12), *range(16, 20), *range(24, 28)]
-    seconds = [lane + 4 for lane in firsts]
-
-    def fold(values: list[Any], one: list[int], other: list[int]) -> list[Any]:
-        pairs = zip(values[::2], values[1::2], strict=True)
-        return [add(v.shuffle(a, b, one), v.shuffle(a, b, other)) for a, b in pairs]
-
-    fours = fold(fold(rows, low, high), even, odd)
-    return fold(fold(fours, firsts, seconds), firsts, seconds)[0]
 
 
 def _make_score(head_dim: int, tokens: int) -> Any:
@@ -68,9 +41,9 @@ def _make_score(head_dim: int, tokens: int) -> Any:
                 total = v.fma(odd, queries[2 * part + 1], v.fma(even, queries[2 * part], total))
             rows.append(total)
         if tokens == TOKENS:
-            _prefetch(v, ahead, TOKENS * head_dim * 2)
+            prefetch(v, ahead, TOKENS * head_dim * 2, 3)
         rows += [v.splat(0)] * (TOKENS - tokens)
-        total = _summed(v, rows)
+        total = row_sums(v, rows)
         if tokens == TOKENS:
             v.store(total, scores, 0)
         else:
@@ -94,7 +67,7 @@ def _make_mix(head_dim: int, tokens: int) -> Any:
                 totals[2 * part] = v.fma(even, weight, totals[2 * part])
                 totals[2 * part + 1] = v.fma(odd, weight, totals[2 * part + 1])
         if tokens == TOKENS:
-            _prefetch(v, ahead, TOKENS * head_dim * 2)
+            prefetch(v, ahead, TOKENS * head_dim * 2, 3)
         for at, total in enumerate(totals):
             v.store(total, sums, at * 64)
 
@@ -114,6 +87,24 @@ def _weigh(v: Vectors, scores: Any, top: Any, total: Any, _: Any) -> None:
     v.store(v.builder.fadd(v.load(total, 0), weights), total, 0)
 
 
+@numba.njit
+def _weigh_all(scores_at, tokens, state, state_at):
+    """Replace the scores by their exponentials, and return the sum. `state`: 16 largest scores, 16 sums."""
+    for t in range(0, tokens, TOKENS):
+        _largest(scores_at + t * 4, state_at, 0, 0)
+    top = _LOWEST
+    for lane in range(LANES):
+        top = max(top, state[lane])
+    for lane in range(LANES):
+        state[lane] = top
+    for t in range(0, tokens, TOKENS):
+        _weigh(scores_at + t * 4, state_at, state_at + 64, 0)
+    total = np.float32(0)
+    for lane in range(LANES):
+        total += state[LANES + lane]
+    return total
+
+
 def make_attend(head_dim: int, narrow: Any) -> Any:
     """Return the compiled attention of one query head, a drop-in for the loops of `token_attention`.
 
@@ -127,22 +118,6 @@ def make_attend(head_dim: int, narrow: Any) -> Any:
     mix_one = _make_mix(head_dim, 1)
     row_bytes = head_dim * 2
     log2_e = np.float32(1.4426950408889634)
-
-    @numba.njit
-    def weigh(scores_at, tokens, state, state_at):
-        for t in range(0, tokens, TOKENS):
-            _largest(scores_at + t * 4, state_at, 0, 0)
-        top = _LOWEST
-        for lane in range(LANES):
-            top = max(top, state[lane])
-        for lane in range(LANES):
-            state[lane] = top
-        for t in range(0, tokens, TOKENS):
-            _weigh(scores_at + t * 4, state_at, state_at + 64, 0)
-        total = np.float32(0)
-        for lane in range(LANES):
-            total += state[LANES + lane]
-        return total
 
     @numba.njit
     def attend(query, keys, values, tokens, scores, out):
@@ -169,7 +144,7 @@ def make_attend(head_dim: int, narrow: Any) -> Any:
             scores[t] = _LOWEST
         for lane in range(LANES):
             state[lane] = _LOWEST
-        total = weigh(scores_at, whole + TOKENS, state, state_at)
+        total = _weigh_all(scores_at, whole + TOKENS, state, state_at)
         for t in range(0, whole, TOKENS):
             at = values_at + t * row_bytes
             mix(at, scores_at + t * 4, sums_at, at + _AHEAD)

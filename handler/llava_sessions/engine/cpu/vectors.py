@@ -1,7 +1,7 @@
 """Operations on 512-bit vectors for loops that Numba compiles, as straight-line code.
 
 LLVM vectorizes Numba's loops with 256 bits. The operations here state 512-bit vectors explicitly. Each takes addresses
-as int64 and needs AVX-512, which all CPUs with AMX have. Addresses may have any alignment.
+as int64 and needs AVX-512, which all CPUs with AMX have; some need AVX-512 DQ. Addresses may have any alignment.
 """
 
 from __future__ import annotations
@@ -96,10 +96,6 @@ class Vectors:
         """Return the larger numbers of both."""
         return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
 
-    def bits(self, value: Any) -> Any:
-        """Return the bits as int32."""
-        return self.builder.bitcast(value, INTS)
-
     def power_of_two(self, x: Any, more: float = 0.0) -> Any:
         """Return 2 to the power of a finite `x`, multiplied by (1 + a number between more / 2 and more)."""
         all_lanes = ir.IntType(16)(0xFFFF)
@@ -121,36 +117,54 @@ class Vectors:
 
     def narrow(self, numbers: Any) -> Any:
         """Convert 16 float32 numbers to bfloat16, as int16, rounding to nearest, ties to even."""
-        bits = self.bits(numbers)
+        bits = self.builder.bitcast(numbers, INTS)
         odd = self.builder.and_(self.builder.lshr(bits, self.ints(16)), self.ints(1))
         rounded = self.builder.add(bits, self.builder.add(odd, self.ints(0x7FFF)))
         return self.builder.trunc(self.builder.lshr(rounded, self.ints(16)), SHORTS)
 
-    def transposed(self, rows: list[Any]) -> list[Any]:
-        """Return the transposed matrix of 16 rows of 16 numbers of 32 bits."""
-        low, high, even, odd = [], [], [], []
-        for lane in range(0, LANES, 4):
-            low += [lane, LANES + lane, lane + 1, LANES + lane + 1]
-            high += [lane + 2, LANES + lane + 2, lane + 3, LANES + lane + 3]
-            even += [lane, lane + 1, LANES + lane, LANES + lane + 1]
-            odd += [lane + 2, lane + 3, LANES + lane + 2, LANES + lane + 3]
-        fours = []  # per 4 rows: column j of each of the four 128-bit lanes
-        for at in range(0, LANES, 4):
-            a, b, c, d = rows[at : at + 4]
-            ab = (self.shuffle(a, b, low), self.shuffle(a, b, high))
-            cd = (self.shuffle(c, d, low), self.shuffle(c, d, high))
-            fours.append([self.shuffle(ab[j // 2], cd[j // 2], odd if j % 2 else even) for j in range(4)])
-        firsts = [*range(0, 4), *range(8, 12), *range(16, 20), *range(24, 28)]
-        seconds = [lane + 4 for lane in firsts]
-        out: list[Any] = [None] * LANES
-        for j in range(4):
-            a, b, c, d = (four[j] for four in fours)
-            for parity, lanes in enumerate((firsts, seconds)):
-                x = self.shuffle(a, b, lanes)
-                y = self.shuffle(c, d, lanes)
-                out[4 * parity + j] = self.shuffle(x, y, firsts)
-                out[4 * (parity + 2) + j] = self.shuffle(x, y, seconds)
-        return out
+
+# Lanes of `shuffle` that combine two vectors within each 128 bits: 32-bit numbers, then 64-bit numbers, then 128 bits.
+_IN_FOURS = range(0, LANES, 4)
+_LOW = [lane for at in _IN_FOURS for lane in (at, LANES + at, at + 1, LANES + at + 1)]
+_HIGH = [lane + 2 for lane in _LOW]
+_EVEN = [lane for at in _IN_FOURS for lane in (at, at + 1, LANES + at, LANES + at + 1)]
+_ODD = [lane + 2 for lane in _EVEN]
+_FIRSTS = [at + lane for at in range(0, 2 * LANES, 8) for lane in range(4)]
+_SECONDS = [lane + 4 for lane in _FIRSTS]
+
+
+def transposed(v: Vectors, rows: list[Any]) -> list[Any]:
+    """Return the transposed matrix of 16 rows of 16 numbers of 32 bits."""
+    fours = []  # per 4 rows: column j of each of the four 128-bit lanes
+    for at in _IN_FOURS:
+        a, b, c, d = rows[at : at + 4]
+        ab = (v.shuffle(a, b, _LOW), v.shuffle(a, b, _HIGH))
+        cd = (v.shuffle(c, d, _LOW), v.shuffle(c, d, _HIGH))
+        fours.append([v.shuffle(ab[j // 2], cd[j // 2], _ODD if j % 2 else _EVEN) for j in range(4)])
+    out: list[Any] = [None] * LANES
+    for j in range(4):
+        a, b, c, d = (four[j] for four in fours)
+        for parity, lanes in enumerate((_FIRSTS, _SECONDS)):
+            x = v.shuffle(a, b, lanes)
+            y = v.shuffle(c, d, lanes)
+            out[4 * parity + j] = v.shuffle(x, y, _FIRSTS)
+            out[4 * (parity + 2) + j] = v.shuffle(x, y, _SECONDS)
+    return out
+
+
+def row_sums(v: Vectors, rows: list[Any]) -> Any:
+    """Return the sums of 16 rows of 16 numbers as one vector."""
+    for one, other in ((_LOW, _HIGH), (_EVEN, _ODD), (_FIRSTS, _SECONDS), (_FIRSTS, _SECONDS)):
+        pairs = zip(rows[::2], rows[1::2], strict=True)
+        rows = [v.builder.fadd(v.shuffle(a, b, one), v.shuffle(a, b, other)) for a, b in pairs]
+    return rows[0]
+
+
+def prefetch(v: Vectors, address: Any, size: int, locality: int) -> None:
+    """Fetch `size` bytes into the L1 cache (`locality` 3) or the L2 cache (2). Any address is allowed."""
+    for offset in range(0, size, 64):
+        line = v.builder.inttoptr(v.builder.add(address, I64(offset)), ir.IntType(8).as_pointer())
+        v.call("llvm.prefetch.p0", ir.VoidType(), line, I32(0), I32(locality), I32(1))
 
 
 def operation(emit: Callable[..., Any]) -> Any:

@@ -21,7 +21,7 @@ from llvmlite import ir
 
 from . import amx
 from .amx_products import COLUMNS, ROW_BYTES, make_mix, make_score
-from .vectors import (
+from .amx_vectors import (
     I32,
     I64,
     INTS,

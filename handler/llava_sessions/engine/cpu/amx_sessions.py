@@ -12,7 +12,7 @@ from numba import types
 
 from . import amx, amx_attention, compiled
 from .amx_attention import COLUMNS, STEP
-from .vectors import Vectors, function
+from .amx_vectors import Vectors, function
 
 # Length of a task's head, and numbers per session behind it.
 _HEAD = 12

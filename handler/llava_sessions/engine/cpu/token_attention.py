@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numba import types
 
-from . import compiled, vector_tokens
+from . import compiled
 
 # Below any score: where the search for the largest one starts.
 _LOWEST = np.float32(-3e38)
@@ -69,10 +69,7 @@ def _compile(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> An
     wide = compiled.wide if is_bfloat16 else compiled.same
     narrow = compiled.narrow if is_bfloat16 else compiled.same
     rotate = _make_rotate(head_dim, wide)
-    if is_bfloat16 and head_dim % 32 == 0 and torch.cpu.get_capabilities().get("avx512_dq"):
-        attend = vector_tokens.make_attend(head_dim, narrow)
-    else:
-        attend = _make_attend(head_dim, wide, narrow)
+    attend = _make_attend(head_dim, wide, narrow)
     run_piece = _make_run_piece(heads, kv_heads, head_dim, dtype.itemsize, numbers_at, narrow, rotate, attend)
 
     @numba.cfunc(types.void(types.CPointer(types.int64)))
@@ -82,7 +79,7 @@ def _compile(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> An
         places = numba.carray(pointer, (_HEAD + 4 * tokens,))[_HEAD:].reshape(tokens, 4)
         query = np.empty(head_dim, np.float32)
         key = np.empty(head_dim, np.float32)
-        scores = np.empty(numbers[1] + vector_tokens.TOKENS, np.float32)
+        scores = np.empty(numbers[1], np.float32)
         # A KV head of a session is one piece of work. Thread n of N takes the pieces n, n + N, n + 2 N, ...
         for piece in range(compiled.thread_number(), tokens * kv_heads, compiled.thread_count()):
             run_piece(numbers, places[piece // kv_heads], piece % kv_heads, query, key, scores)

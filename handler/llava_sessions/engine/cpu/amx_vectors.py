@@ -1,7 +1,7 @@
 """Operations on 512-bit vectors for loops that Numba compiles, as straight-line code.
 
 LLVM vectorizes Numba's loops with 256 bits. The operations here state 512-bit vectors explicitly. Each takes addresses
-as int64 and needs AVX-512, which all CPUs with AMX have; some need AVX-512 DQ. Addresses may have any alignment.
+as int64 and needs AVX-512, which all CPUs with AMX have. Addresses may have any alignment.
 """
 
 from __future__ import annotations
@@ -150,14 +150,6 @@ def transposed(v: Vectors, rows: list[Any]) -> list[Any]:
             out[4 * parity + j] = v.shuffle(x, y, _FIRSTS)
             out[4 * (parity + 2) + j] = v.shuffle(x, y, _SECONDS)
     return out
-
-
-def row_sums(v: Vectors, rows: list[Any]) -> Any:
-    """Return the sums of 16 rows of 16 numbers as one vector."""
-    for one, other in ((_LOW, _HIGH), (_EVEN, _ODD), (_FIRSTS, _SECONDS), (_FIRSTS, _SECONDS)):
-        pairs = zip(rows[::2], rows[1::2], strict=True)
-        rows = [v.builder.fadd(v.shuffle(a, b, one), v.shuffle(a, b, other)) for a, b in pairs]
-    return rows[0]
 
 
 def prefetch(v: Vectors, address: Any, size: int, locality: int) -> None:

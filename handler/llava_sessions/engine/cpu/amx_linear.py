@@ -1,0 +1,306 @@
+"""The compiled loops of a linear in bfloat16 with AMX: norm, product, bias, activation and sum in one call.
+
+A call reads each weight once from memory, in the order in which it is stored, and prefetches it. A call with few rows
+therefore takes the time of reading its weights. Threads take blocks of 32 columns from a counter: if the system takes
+the core of one thread away for a while, the other threads do more of the work.
+
+The weights `[N, K]` are stored as tiles `[N / 32, K / 32, 2, 16, 16, 2]`: 32 columns, 32 inputs, half of the columns,
+pair of inputs, column, input of the pair.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import types
+
+from . import amx, compiled, vectors
+from .operations import Activation, RowNorm
+
+COLUMNS = 32  # N must be a multiple of it
+INPUTS = 32  # K must be a multiple of it
+
+_zero_0, _zero_1, _zero_2, _zero_3 = (amx.tile_zero(tile) for tile in range(4))
+_store_0, _store_1, _store_2, _store_3 = (amx.tile_store(tile) for tile in range(4))
+_load_a0, _load_a1, _load_b0, _load_b1 = (amx.tile_load(tile) for tile in range(4, 8))
+_dot_00, _dot_01, _dot_10, _dot_11 = (
+    amx.tile_dot(c, a, b) for c, (a, b) in enumerate([(4, 6), (4, 7), (5, 6), (5, 7)])
+)
+
+# Bytes between a weight that is used and the one that is fetched.
+_AHEAD = 4096
+# Rows of inputs that a thread keeps in its L2 cache while it passes over the weights.
+_BLOCK_BYTES = 1_250_000
+_SCRATCH_BYTES = 8192  # of each thread: a block of float32 results
+_FIELDS = 15
+
+
+def tiles(weight: torch.Tensor) -> torch.Tensor:
+    """Return a bfloat16 weight `[N, K]` in the stored order, as a new tensor of the same size."""
+    n, k = weight.shape
+    return weight.view(n // 32, 2, 16, k // 32, 16, 2).permute(0, 3, 1, 4, 2, 5).contiguous()
+
+
+def interleaved(weight: torch.Tensor) -> torch.Tensor:
+    """Return a weight `[N, ...]` whose halves alternate every 16 rows, so that a block of columns has pairs of both."""
+    return weight.view(2, len(weight) // 32, 16, *weight.shape[1:]).transpose(0, 1).reshape(weight.shape)
+
+
+class _Memory(threading.local):
+    """Memory that the calls of one thread reuse: a tensor that is touched once costs no page faults later."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def address(self, count: int) -> int:
+        """Return the address of at least `count` bytes, on a page boundary. Valid until the next call."""
+        if len(self._bytes) < count + 4096:
+            self._bytes = torch.empty(count + count // 2 + 4096, dtype=torch.uint8)
+        return -(-self._bytes.data_ptr() // 4096) * 4096
+
+
+_memory = _Memory()
+
+
+def run(
+    rows: torch.Tensor,
+    stored: int,
+    out: torch.Tensor,
+    columns: int,
+    *,
+    bias: torch.Tensor | None = None,
+    added: torch.Tensor | None = None,
+    norm: RowNorm | None = None,
+    activation: Activation = Activation.NONE,
+) -> None:
+    """Compute `out = activation(norm(rows) @ weight.T + bias) + added`.
+
+    `rows`: contiguous bfloat16 `[M, K]`. `stored`: address of the weight's tiles. `columns`: N. `bias`: float32 `[N]`.
+    `added` and `out`: contiguous bfloat16 `[M, N]`; `[M, N / 2]` with `GATED_SILU`, for which the halves of the weight
+    alternate every 16 columns, see `interleaved`.
+    """
+    count, inputs = rows.shape
+    threads = torch.get_num_threads()
+    packed = -(-count // 32) * 32 * inputs * 2 * (1 if count > amx.ROWS else threads)
+    base = _memory.address(packed + threads * _SCRATCH_BYTES + 192)
+    control = base + packed + threads * _SCRATCH_BYTES
+    task = (ctypes.c_int64 * _FIELDS)(
+        rows.data_ptr(),
+        count,
+        inputs,
+        columns,
+        norm.kind if norm is not None else 0,
+        norm.numbers.data_ptr() if norm is not None else 0,
+        base,
+        base + packed,
+        stored,
+        bias.data_ptr() if bias is not None else 0,
+        added.data_ptr() if added is not None else 0,
+        out.data_ptr(),
+        activation,
+        control,
+        control + 128,
+    )
+    ctypes.memmove(control, _configuration(min(count, amx.ROWS)), 64)
+    ctypes.memset(control + 128, 0, 8)
+    compiled.run(loops(), task)
+
+
+@functools.cache
+def _configuration(rows: int) -> bytes:
+    return bytes(amx.configuration(rows, range(5)))  # the tiles of results, and the one of inputs
+
+
+@numba.njit
+def _normed_row(source, target, step, inputs, norm, numbers):
+    """Write one row of inputs, normed, to `target`: 32 numbers each, `step` bytes apart."""
+    scale = vectors.splat(np.float32(1))
+    shift = vectors.splat(np.float32(0))
+    if norm:
+        sums = vectors.splat(np.float32(0))
+        squares = vectors.splat(np.float32(0))
+        for at in range(0, inputs * 2, 32):
+            x = vectors.load_bfloat16(source + at)
+            sums = sums + x
+            squares = vectors.fused(x, x, squares)
+        mean = np.float32(0)
+        if norm == 2:
+            mean = vectors.total(sums) / np.float32(inputs)
+            squares = vectors.splat(np.float32(0))
+            for at in range(0, inputs * 2, 32):
+                x = vectors.load_bfloat16(source + at) - vectors.splat(mean)
+                squares = vectors.fused(x, x, squares)
+        epsilon = vectors.first(vectors.load(numbers))
+        inverse = np.float32(1) / np.sqrt(vectors.total(squares) / np.float32(inputs) + epsilon)
+        scale = vectors.splat(inverse)
+        shift = vectors.splat(-mean * inverse)
+    weights = numbers + 64
+    for block in range(inputs // 32):
+        for half in range(2):
+            x = vectors.load_bfloat16(source + block * 64 + half * 32)
+            if norm:
+                at = block * 128 + half * 64
+                x = vectors.fused(x, scale, shift) * vectors.load(weights + at)
+                if norm == 2:
+                    x = x + vectors.load(weights + inputs * 4 + at)
+            vectors.store_bfloat16(target + block * step + half * 32, x)
+
+
+@numba.njit
+def _product_1x2(x, x_step, x_stride, w, blocks, c):
+    """Multiply up to 16 rows by 32 columns into `c`, float32 `[16, 32]`."""
+    _zero_0()
+    _zero_1()
+    for _ in range(blocks):
+        amx.prefetch_tile(w + _AHEAD)
+        amx.prefetch_tile(w + _AHEAD + 1024)
+        _load_a0(x, x_stride)
+        _load_b0(w, 64)
+        _dot_00()
+        _load_b1(w + 1024, 64)
+        _dot_01()
+        x += x_step
+        w += 2048
+    _store_0(c, 128)
+    _store_1(c + 64, 128)
+
+
+@numba.njit
+def _product_2x2(x, w, blocks, c, ahead):
+    """Multiply 32 rows by 32 columns into `c`, float32 `[32, 32]`."""
+    _zero_0()
+    _zero_1()
+    _zero_2()
+    _zero_3()
+    for _ in range(blocks):
+        if ahead:
+            amx.prefetch_tile(w + ahead)
+            amx.prefetch_tile(w + ahead + 1024)
+        amx.prefetch_tile(x + _AHEAD)
+        amx.prefetch_tile(x + _AHEAD + 1024)
+        _load_a0(x, 64)
+        _load_b0(w, 64)
+        _dot_00()
+        _load_b1(w + 1024, 64)
+        _dot_01()
+        _load_a1(x + 1024, 64)
+        _dot_10()
+        _dot_11()
+        x += 2048
+        w += 2048
+    _store_0(c, 128)
+    _store_1(c + 64, 128)
+    _store_2(c + 2048, 128)
+    _store_3(c + 2112, 128)
+
+
+@numba.njit
+def _activated(x, activation):
+    one = vectors.splat(np.float32(1))
+    if activation == 2:
+        z = x * vectors.splat(np.float32(-1.702))
+    else:
+        cubed = vectors.fused(x * x * x, vectors.splat(np.float32(0.044715)), x)
+        z = cubed * vectors.splat(np.float32(-1.5957691216))
+    return vectors.divided(x, one + vectors.exp(z))
+
+
+@numba.njit
+def _finish(c, rows, column, columns, first, bias, added, out, activation):
+    """Write the results of `rows` rows from row `first` on and 32 columns from `column` on."""
+    one = vectors.splat(np.float32(1))
+    zero = vectors.splat(np.float32(0))
+    for row in range(rows):
+        low = vectors.load(c + row * 128)
+        high = vectors.load(c + row * 128 + 64)
+        if bias:
+            low = low + vectors.load(bias + column * 4)
+            high = high + vectors.load(bias + column * 4 + 64)
+        if activation == 1:
+            low = vectors.divided(low * high, one + vectors.exp(zero - low))
+            place = (first + row) * columns + column
+            if added:
+                low = low + vectors.load_bfloat16(added + place)
+            vectors.store_bfloat16(out + place, low)
+            continue
+        if activation:
+            low = _activated(low, activation)
+            high = _activated(high, activation)
+        place = ((first + row) * columns + column) * 2
+        if added:
+            low = low + vectors.load_bfloat16(added + place)
+            high = high + vectors.load_bfloat16(added + place + 32)
+        vectors.store_bfloat16_pair(out + place, low, high)
+
+
+@functools.cache
+def loops() -> Any:
+    """Compile the loops for all shapes: a Numba C function that takes the address of a task, see `run`."""
+
+    @numba.njit
+    def few_rows(task, thread):
+        """Up to 16 rows: each thread norms all of them for itself."""
+        x, rows, inputs, columns, norm, numbers, packed, scratch, stored, bias, added, out, activation, _, counter = (
+            task
+        )
+        if norm:
+            own = packed + thread * 32 * inputs * 2
+            for row in range(rows):
+                _normed_row(x + row * inputs * 2, own + row * inputs * 2, 64, inputs, norm, numbers)
+            x = own
+        c = scratch + thread * _SCRATCH_BYTES
+        while True:
+            item = compiled.next_number(counter)
+            if item >= columns // 32:
+                break
+            _product_1x2(x, 64, inputs * 2, stored + item * 64 * inputs, inputs // 32, c)
+            _finish(c, rows, item * 32, columns, 0, bias, added, out, activation)
+
+    @numba.njit
+    def many_rows(task, thread, threads):
+        """The rows are packed as tiles first. A block of them stays in the L2 cache while the weights pass."""
+        x, rows, inputs, columns, norm, numbers, packed, scratch, stored, bias, added, out, activation, _, counter = (
+            task
+        )
+        for row in range(thread, rows, threads):
+            target = packed + row // 32 * 64 * inputs + row % 32 * 64
+            _normed_row(x + row * inputs * 2, target, 2048, inputs, norm, numbers)
+        compiled.wait_for_threads()
+        c = scratch + thread * _SCRATCH_BYTES
+        groups = max(1, min((rows + 31) // 32, _BLOCK_BYTES // (64 * inputs)))
+        passes = ((rows + 31) // 32 + groups - 1) // groups
+        items = columns // 32
+        while True:
+            item = compiled.next_number(counter)
+            if item >= items * passes:
+                break
+            column = item % items
+            first_group = item // items * groups
+            weights = stored + column * 64 * inputs
+            for group in range(first_group, min(first_group + groups, (rows + 31) // 32)):
+                left = min(32, rows - group * 32)
+                ahead = _AHEAD if group == first_group else 0
+                tiles_at = packed + group * 64 * inputs
+                if left <= 16:
+                    _product_1x2(tiles_at, 2048, 64, weights, inputs // 32, c)
+                else:
+                    _product_2x2(tiles_at, weights, inputs // 32, c, ahead)
+                _finish(c, left, column * 32, columns, group * 32, bias, added, out, activation)
+
+    @numba.cfunc(types.void(types.CPointer(types.int64)))
+    def compute(pointer):
+        task = numba.carray(pointer, (_FIELDS,))
+        amx.configure(task[13])
+        if task[1] <= 16:
+            few_rows(task, compiled.thread_number())
+        else:
+            many_rows(task, compiled.thread_number(), compiled.thread_count())
+        amx.release()
+
+    return compute

@@ -88,6 +88,7 @@ class PackedKV:
             start += rows
             self.ends.append(start)
         self._task = token_attention.task(places) if token_attention is not None and places else None
+        self.token_task = None if self.spans else self._task
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any

@@ -62,6 +62,9 @@ class Model:
             self.token_attention = layers.compile_token_attention(
                 self._heads, self.kv_shape.kv_heads, head_dim, self.dtype
             )
+            if self.token_attention is not None:
+                for layer in self.text.layers:
+                    layer.compile(self.token_attention)
 
     @classmethod
     def load(

@@ -38,7 +38,8 @@ _AHEAD = 4096
 # Rows of inputs that a thread keeps in its L2 cache while it passes over the weights.
 _BLOCK_BYTES = 1_250_000
 _SCRATCH_BYTES = 8192  # of each thread: a block of float32 results
-_FIELDS = 15
+_CONTROL_BYTES = 512  # the configuration and the counters
+FIELDS = 15  # of a task
 
 
 def tiles(weight: torch.Tensor) -> torch.Tensor:
@@ -69,47 +70,70 @@ _memory = _Memory()
 
 
 def run(
-    rows: torch.Tensor,
-    stored: int,
-    out: torch.Tensor,
-    columns: int,
-    *,
-    bias: torch.Tensor | None = None,
-    added: torch.Tensor | None = None,
-    norm: RowNorm | None = None,
-    activation: Activation = Activation.NONE,
+    task: ctypes.Array[ctypes.c_int64], rows: torch.Tensor, out: torch.Tensor, added: torch.Tensor | None = None
 ) -> None:
-    """Compute `out = activation(norm(rows) @ weight.T + bias) + added`.
+    """Compute `out = activation(norm(rows) @ weight.T + bias) + added` for a task of `fields`.
 
-    `rows`: contiguous bfloat16 `[M, K]`. `stored`: address of the weight's tiles. `columns`: N. `bias`: float32 `[N]`.
-    `added` and `out`: contiguous bfloat16 `[M, N]`; `[M, N / 2]` with `GATED_SILU`, for which the halves of the weight
-    alternate every 16 columns, see `interleaved`.
+    `rows`: contiguous bfloat16 `[M, K]`. `added` and `out`: contiguous bfloat16 `[M, N]`, `[M, N / 2]` with `GATED_SILU`.
     """
-    count, inputs = rows.shape
-    threads = torch.get_num_threads()
-    packed = -(-count // 32) * 32 * inputs * 2 * (1 if count > amx.ROWS else threads)
-    base = _memory.address(packed + threads * _SCRATCH_BYTES + 192)
-    control = base + packed + threads * _SCRATCH_BYTES
-    task = (ctypes.c_int64 * _FIELDS)(
-        rows.data_ptr(),
-        count,
+    work = Workspace(*rows.shape)
+    place(task, 0, rows.data_ptr(), 0 if added is None else added.data_ptr(), out.data_ptr(), work, 0)
+    compiled.run(loops(), task)
+
+
+def fields(
+    stored: int,
+    inputs: int,
+    columns: int,
+    bias: torch.Tensor | None,
+    norm: RowNorm | None,
+    activation: Activation,
+) -> ctypes.Array[ctypes.c_int64]:
+    """Return the task of a linear for the compiled loops, without the fields that `place` sets.
+
+    `stored`: address of the weight's tiles. `inputs`, `columns`: K and N. `bias`: float32 `[N]`. With `GATED_SILU` weight
+    and bias are `interleaved`.
+    """
+    task = (ctypes.c_int64 * FIELDS)()
+    task[2:6] = (
         inputs,
         columns,
         norm.kind if norm is not None else 0,
         norm.numbers.data_ptr() if norm is not None else 0,
-        base,
-        base + packed,
-        stored,
-        bias.data_ptr() if bias is not None else 0,
-        added.data_ptr() if added is not None else 0,
-        out.data_ptr(),
-        activation,
-        control,
-        control + 128,
     )
-    ctypes.memmove(control, _configuration(min(count, amx.ROWS)), 64)
-    ctypes.memset(control + 128, 0, 8)
-    compiled.run(loops(), task)
+    task[8:10] = stored, bias.data_ptr() if bias is not None else 0
+    task[12] = activation
+    return task
+
+
+def place(
+    task: ctypes.Array[ctypes.c_int64], at: int, x: int, added: int, out: int, work: Workspace, counter: int
+) -> None:
+    """Set the addresses of one call in the fields from `at` on. `counter`: number of the counter of `work`."""
+    task[at : at + 2] = x, work.rows
+    task[at + 6 : at + 8] = work.packed, work.scratch
+    task[at + 10 : at + 12] = added, out
+    task[at + 13 : at + 15] = work.configuration, work.counters + 64 * counter
+
+
+class Workspace:
+    """Addresses of memory for one call of compiled loops with `rows` rows of at most `inputs` inputs.
+
+    `packed`: the inputs as tiles. `scratch`: results of each thread. `configuration`: see `amx.configure`. `counters`: 0, of
+    which each has 64 bytes. `more`: `more_bytes` for the caller. Valid until this thread makes the next one.
+    """
+
+    def __init__(self, rows: int, inputs: int, more_bytes: int = 0) -> None:
+        threads = torch.get_num_threads()
+        packed_bytes = -(-rows // 32) * 64 * inputs * (1 if rows > amx.ROWS else threads)
+        self.rows = rows
+        self.packed = _memory.address(packed_bytes + threads * _SCRATCH_BYTES + _CONTROL_BYTES + more_bytes)
+        self.scratch = self.packed + packed_bytes
+        self.configuration = self.scratch + threads * _SCRATCH_BYTES
+        self.counters = self.configuration + 64
+        self.more = self.configuration + _CONTROL_BYTES
+        ctypes.memmove(self.configuration, _configuration(min(rows, amx.ROWS)), 64)
+        ctypes.memset(self.counters, 0, _CONTROL_BYTES - 64)
 
 
 @functools.cache
@@ -158,8 +182,7 @@ def _product_1x2(x, x_step, x_stride, w, blocks, c):
     _zero_0()
     _zero_1()
     for _ in range(blocks):
-        amx.prefetch_tile(w + _AHEAD)
-        amx.prefetch_tile(w + _AHEAD + 1024)
+        compiled.prefetch(w + _AHEAD, 2048)
         _load_a0(x, x_stride)
         _load_b0(w, 64)
         _dot_00()
@@ -180,10 +203,8 @@ def _product_2x2(x, w, blocks, c, ahead):
     _zero_3()
     for _ in range(blocks):
         if ahead:
-            amx.prefetch_tile(w + ahead)
-            amx.prefetch_tile(w + ahead + 1024)
-        amx.prefetch_tile(x + _AHEAD)
-        amx.prefetch_tile(x + _AHEAD + 1024)
+            compiled.prefetch(w + ahead, 2048)
+        compiled.prefetch(x + _AHEAD, 2048)
         _load_a0(x, 64)
         _load_b0(w, 64)
         _dot_00()
@@ -239,68 +260,72 @@ def _finish(c, rows, column, columns, first, bias, added, out, activation):
         vectors.store_bfloat16_pair(out + place, low, high)
 
 
+@numba.njit
+def _few_rows(task, thread):
+    """Up to 16 rows: each thread norms all of them for itself."""
+    x, rows, inputs, columns, norm, numbers, packed, scratch, stored, bias, added, out, activation, _, counter = task
+    if norm:
+        own = packed + thread * 32 * inputs * 2
+        for row in range(rows):
+            _normed_row(x + row * inputs * 2, own + row * inputs * 2, 64, inputs, norm, numbers)
+        x = own
+    c = scratch + thread * _SCRATCH_BYTES
+    while True:
+        item = compiled.next_number(counter)
+        if item >= columns // 32:
+            break
+        _product_1x2(x, 64, inputs * 2, stored + item * 64 * inputs, inputs // 32, c)
+        _finish(c, rows, item * 32, columns, 0, bias, added, out, activation)
+
+
+@numba.njit
+def _many_rows(task, thread, threads):
+    """The rows are packed as tiles first. A block of them stays in the L2 cache while the weights pass."""
+    x, rows, inputs, columns, norm, numbers, packed, scratch, stored, bias, added, out, activation, _, counter = task
+    for row in range(thread, rows, threads):
+        target = packed + row // 32 * 64 * inputs + row % 32 * 64
+        _normed_row(x + row * inputs * 2, target, 2048, inputs, norm, numbers)
+    compiled.wait_for_threads()
+    c = scratch + thread * _SCRATCH_BYTES
+    groups = max(1, min((rows + 31) // 32, _BLOCK_BYTES // (64 * inputs)))
+    passes = ((rows + 31) // 32 + groups - 1) // groups
+    items = columns // 32
+    while True:
+        item = compiled.next_number(counter)
+        if item >= items * passes:
+            break
+        column = item % items
+        first_group = item // items * groups
+        weights = stored + column * 64 * inputs
+        for group in range(first_group, min(first_group + groups, (rows + 31) // 32)):
+            left = min(32, rows - group * 32)
+            ahead = _AHEAD if group == first_group else 0
+            tiles_at = packed + group * 64 * inputs
+            if left <= 16:
+                _product_1x2(tiles_at, 2048, 64, weights, inputs // 32, c)
+            else:
+                _product_2x2(tiles_at, weights, inputs // 32, c, ahead)
+            _finish(c, left, column * 32, columns, group * 32, bias, added, out, activation)
+
+
+@numba.njit
+def product(task, thread, threads):
+    """Do a thread's part of a task. All threads must call it, with their tiles configured."""
+    if task[1] <= 16:
+        _few_rows(task, thread)
+    else:
+        _many_rows(task, thread, threads)
+
+
 @functools.cache
 def loops() -> Any:
-    """Compile the loops for all shapes: a Numba C function that takes the address of a task, see `run`."""
-
-    @numba.njit
-    def few_rows(task, thread):
-        """Up to 16 rows: each thread norms all of them for itself."""
-        x, rows, inputs, columns, norm, numbers, packed, scratch, stored, bias, added, out, activation, _, counter = (
-            task
-        )
-        if norm:
-            own = packed + thread * 32 * inputs * 2
-            for row in range(rows):
-                _normed_row(x + row * inputs * 2, own + row * inputs * 2, 64, inputs, norm, numbers)
-            x = own
-        c = scratch + thread * _SCRATCH_BYTES
-        while True:
-            item = compiled.next_number(counter)
-            if item >= columns // 32:
-                break
-            _product_1x2(x, 64, inputs * 2, stored + item * 64 * inputs, inputs // 32, c)
-            _finish(c, rows, item * 32, columns, 0, bias, added, out, activation)
-
-    @numba.njit
-    def many_rows(task, thread, threads):
-        """The rows are packed as tiles first. A block of them stays in the L2 cache while the weights pass."""
-        x, rows, inputs, columns, norm, numbers, packed, scratch, stored, bias, added, out, activation, _, counter = (
-            task
-        )
-        for row in range(thread, rows, threads):
-            target = packed + row // 32 * 64 * inputs + row % 32 * 64
-            _normed_row(x + row * inputs * 2, target, 2048, inputs, norm, numbers)
-        compiled.wait_for_threads()
-        c = scratch + thread * _SCRATCH_BYTES
-        groups = max(1, min((rows + 31) // 32, _BLOCK_BYTES // (64 * inputs)))
-        passes = ((rows + 31) // 32 + groups - 1) // groups
-        items = columns // 32
-        while True:
-            item = compiled.next_number(counter)
-            if item >= items * passes:
-                break
-            column = item % items
-            first_group = item // items * groups
-            weights = stored + column * 64 * inputs
-            for group in range(first_group, min(first_group + groups, (rows + 31) // 32)):
-                left = min(32, rows - group * 32)
-                ahead = _AHEAD if group == first_group else 0
-                tiles_at = packed + group * 64 * inputs
-                if left <= 16:
-                    _product_1x2(tiles_at, 2048, 64, weights, inputs // 32, c)
-                else:
-                    _product_2x2(tiles_at, weights, inputs // 32, c, ahead)
-                _finish(c, left, column * 32, columns, group * 32, bias, added, out, activation)
+    """Compile the loops for all shapes: a Numba C function that takes the address of a task."""
 
     @numba.cfunc(types.void(types.CPointer(types.int64)))
     def compute(pointer):
-        task = numba.carray(pointer, (_FIELDS,))
+        task = numba.carray(pointer, (FIELDS,))
         amx.configure(task[13])
-        if task[1] <= 16:
-            few_rows(task, compiled.thread_number())
-        else:
-            many_rows(task, compiled.thread_number(), compiled.thread_count())
+        product(task, compiled.thread_number(), compiled.thread_count())
         amx.release()
 
     return compute

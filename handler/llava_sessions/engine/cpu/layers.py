@@ -18,7 +18,8 @@ from . import attention, linears
 from .operations import Activation, RowNorm, is_rms_norm
 
 if TYPE_CHECKING:
-    from .token_attention import TokenAttention  # importing it needs Numba
+    from .amx_layer import TokenLayer  # importing it needs Numba
+    from .token_attention import TokenAttention
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,12 @@ _SAMPLE = torch.linspace(-4, 4, 33)
 
 
 class Batch(Protocol):
-    """The sessions of one forward, as a fused layer uses them."""
+    """The sessions of one forward, as a fused layer uses them.
+
+    `token_task`: the task of `TokenAttention` if every row is the single new token of a session, else None.
+    """
+
+    token_task: Any
 
     def attend(self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Rotate queries and keys, store keys and values, and return attention `[rows, heads * head_dim]`.
@@ -56,6 +62,15 @@ class FusedLayer(torch.nn.Module):
         self.output = linears.pack(projections.o_proj)
         self.gate_up = linears.pack(side_by_side(mlp.gate_proj, mlp.up_proj), Activation.GATED_SILU)
         self.down = linears.pack(mlp.down_proj)
+        self._token_layer: TokenLayer | None = None
+
+    def compile(self, attention: TokenAttention) -> None:
+        """Compile the layer as a whole for steps of single tokens, if all its linears are of tiles."""
+        parts = (self.qkv, self.output, self.gate_up, self.down)
+        if all(isinstance(part, linears.TileLinear) for part in parts):
+            from .amx_layer import TokenLayer  # it needs Numba
+
+            self._token_layer = TokenLayer(self.layer, parts, (self._input_norm, self._mlp_norm), attention)
 
     def forward(
         self,
@@ -67,6 +82,8 @@ class FusedLayer(torch.nn.Module):
         """Map hidden states `[1, rows, hidden]` to hidden states of the same shape."""
         cos, sin = position_embeddings
         rows = hidden_states[0]
+        if self._token_layer is not None and packed.token_task is not None:
+            return self._token_layer(rows, packed.token_task, cos[0], sin[0])[None]
         attended = packed.attend(self.layer, self.qkv(rows, norm=self._input_norm), cos[0], sin[0])
         rows = self.output(attended, rows)
         out: torch.Tensor = self.down(self.gate_up(rows, norm=self._mlp_norm), rows)

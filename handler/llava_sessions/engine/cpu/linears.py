@@ -70,7 +70,7 @@ class PackedLinear(torch.nn.Module):
         raise NotImplementedError
 
 
-class _TileLinear(PackedLinear):
+class TileLinear(PackedLinear):
     """A linear of amx_linear.py, in bfloat16."""
 
     def __init__(self, plain: torch.nn.Linear, activation: Activation = Activation.NONE) -> None:
@@ -82,28 +82,25 @@ class _TileLinear(PackedLinear):
         if activation is Activation.GATED_SILU:
             weight = amx_linear.interleaved(weight)
             bias = None if bias is None else amx_linear.interleaved(bias)
-        self._run = amx_linear.run
+        self._loops = amx_linear
         self._tiles = weight_memory.copy(amx_linear.tiles(weight))
         self._bias = bias
-        self._columns = plain.out_features // (2 if activation is Activation.GATED_SILU else 1)
+        self.result_features = plain.out_features // (2 if activation is Activation.GATED_SILU else 1)
+
+    def fields(self, norm: RowNorm | None) -> Any:
+        """Return the linear as a task of the compiled loops, see `amx_linear.fields`."""
+        return self._loops.fields(
+            self._tiles.data_ptr(), self.in_features, self.out_features, self._bias, norm, self.activation
+        )
 
     def forward(
         self, rows: torch.Tensor, added: torch.Tensor | None = None, norm: RowNorm | None = None
     ) -> torch.Tensor:
         flat = rows.reshape(-1, self.in_features).contiguous()
-        out = flat.new_empty((len(flat), self._columns))
+        out = flat.new_empty((len(flat), self.result_features))
         more = None if added is None else added.reshape(out.shape).contiguous()
-        self._run(
-            flat,
-            self._tiles.data_ptr(),
-            out,
-            self.out_features,
-            bias=self._bias,
-            added=more,
-            norm=norm,
-            activation=self.activation,
-        )
-        return out.view(*rows.shape[:-1], self._columns)
+        self._loops.run(self.fields(norm), flat, out, more)
+        return out.view(*rows.shape[:-1], self.result_features)
 
 
 class _OneDNNLinear(PackedLinear):
@@ -223,7 +220,7 @@ def _pack_as_tiles(plain: torch.nn.Linear, activation: Activation = Activation.N
     from . import amx, amx_linear
 
     whole = plain.out_features % amx_linear.COLUMNS == 0 and plain.in_features % amx_linear.INPUTS == 0
-    return _TileLinear(plain, activation) if whole and amx.is_available() else None
+    return TileLinear(plain, activation) if whole and amx.is_available() else None
 
 
 def _pack_as_half(plain: torch.nn.Linear, activation: Activation = Activation.NONE) -> PackedLinear | None:

@@ -83,6 +83,16 @@ def splat(_, number):
 
 
 @intrinsic
+def zeros(_):
+    """Return 16 zeros."""
+
+    def generate(context, builder, signature, arguments):
+        return ir.Constant(_VECTOR, [0.0] * LANES)
+
+    return VECTOR(), generate
+
+
+@intrinsic
 def load(_, address):
     """Return 16 float32 numbers from an address."""
 

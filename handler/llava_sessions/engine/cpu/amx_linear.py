@@ -37,6 +37,8 @@ _dot_00, _dot_01, _dot_10, _dot_11 = (
 _AHEAD = 4096
 # Rows of inputs that a thread keeps in its L2 cache while it passes over the weights.
 _BLOCK_BYTES = 1_250_000
+# Weights of neighbouring columns that it keeps there meanwhile: their results are neighbours in memory too.
+_WEIGHT_BYTES = 270_000
 _SCRATCH_BYTES = 8192  # of each thread: a block of float32 results
 _CONTROL_BYTES = 512  # the configuration and the counters
 FIELDS = 15  # of a task
@@ -74,7 +76,7 @@ def run(
 ) -> None:
     """Compute `out = activation(norm(rows) @ weight.T + bias) + added` for a task of `fields`.
 
-    `rows`: contiguous bfloat16 `[M, K]`. `added` and `out`: contiguous bfloat16 `[M, N]`, `[M, N / 2]` with `GATED_SILU`.
+    All are contiguous bfloat16. `rows`: `[M, K]`. `added` and `out`: `[M, N]`, with `GATED_SILU` `[M, N / 2]`.
     """
     work = Workspace(*rows.shape)
     place(task, 0, rows.data_ptr(), 0 if added is None else added.data_ptr(), out.data_ptr(), work, 0)
@@ -91,8 +93,8 @@ def fields(
 ) -> ctypes.Array[ctypes.c_int64]:
     """Return the task of a linear for the compiled loops, without the fields that `place` sets.
 
-    `stored`: address of the weight's tiles. `inputs`, `columns`: K and N. `bias`: float32 `[N]`. With `GATED_SILU` weight
-    and bias are `interleaved`.
+    `stored`: address of the weight's tiles. `inputs`, `columns`: K and N. `bias`: float32 `[N]`. With `GATED_SILU`
+    weight and bias are `interleaved`.
     """
     task = (ctypes.c_int64 * FIELDS)()
     task[2:6] = (
@@ -111,7 +113,7 @@ def place(
 ) -> None:
     """Set the addresses of one call in the fields from `at` on. `counter`: number of the counter of `work`."""
     task[at : at + 2] = x, work.rows
-    task[at + 6 : at + 8] = work.packed, work.scratch
+    task[at + 6 : at + 8] = work.normed, work.scratch
     task[at + 10 : at + 12] = added, out
     task[at + 13 : at + 15] = work.configuration, work.counters + 64 * counter
 
@@ -119,16 +121,17 @@ def place(
 class Workspace:
     """Addresses of memory for one call of compiled loops with `rows` rows of at most `inputs` inputs.
 
-    `packed`: the inputs as tiles. `scratch`: results of each thread. `configuration`: see `amx.configure`. `counters`: 0, of
-    which each has 64 bytes. `more`: `more_bytes` for the caller. Valid until this thread makes the next one.
+    `normed`: the inputs after a norm, once for each thread if they are few. `scratch`: results of each thread.
+    `configuration`: see `amx.configure`. `counters`: zeros, 64 bytes each. `more`: `more_bytes` for the caller. Valid
+    until this thread makes the next one.
     """
 
     def __init__(self, rows: int, inputs: int, more_bytes: int = 0) -> None:
         threads = torch.get_num_threads()
-        packed_bytes = -(-rows // 32) * 64 * inputs * (1 if rows > amx.ROWS else threads)
+        normed_bytes = 2 * inputs * (rows if rows > amx.ROWS else amx.ROWS * threads)
         self.rows = rows
-        self.packed = _memory.address(packed_bytes + threads * _SCRATCH_BYTES + _CONTROL_BYTES + more_bytes)
-        self.scratch = self.packed + packed_bytes
+        self.normed = _memory.address(normed_bytes + threads * _SCRATCH_BYTES + _CONTROL_BYTES + more_bytes)
+        self.scratch = self.normed + normed_bytes
         self.configuration = self.scratch + threads * _SCRATCH_BYTES
         self.counters = self.configuration + 64
         self.more = self.configuration + _CONTROL_BYTES
@@ -142,42 +145,35 @@ def _configuration(rows: int) -> bytes:
 
 
 @numba.njit
-def _normed_row(source, target, step, inputs, norm, numbers):
-    """Write one row of inputs, normed, to `target`: 32 numbers each, `step` bytes apart."""
-    scale = vectors.splat(np.float32(1))
-    shift = vectors.splat(np.float32(0))
-    if norm:
-        sums = vectors.splat(np.float32(0))
-        squares = vectors.splat(np.float32(0))
+def _norm_row(source, target, inputs, norm, numbers):
+    """Write the norm of one row."""
+    sums = vectors.zeros()
+    squares = vectors.zeros()
+    for at in range(0, inputs * 2, 32):
+        x = vectors.load_bfloat16(source + at)
+        sums = sums + x
+        squares = vectors.fused(x, x, squares)
+    mean = np.float32(0)
+    if norm == 2:
+        mean = vectors.total(sums) / np.float32(inputs)
+        squares = vectors.zeros()
         for at in range(0, inputs * 2, 32):
-            x = vectors.load_bfloat16(source + at)
-            sums = sums + x
+            x = vectors.load_bfloat16(source + at) - vectors.splat(mean)
             squares = vectors.fused(x, x, squares)
-        mean = np.float32(0)
-        if norm == 2:
-            mean = vectors.total(sums) / np.float32(inputs)
-            squares = vectors.splat(np.float32(0))
-            for at in range(0, inputs * 2, 32):
-                x = vectors.load_bfloat16(source + at) - vectors.splat(mean)
-                squares = vectors.fused(x, x, squares)
-        epsilon = vectors.first(vectors.load(numbers))
-        inverse = np.float32(1) / np.sqrt(vectors.total(squares) / np.float32(inputs) + epsilon)
-        scale = vectors.splat(inverse)
-        shift = vectors.splat(-mean * inverse)
+    epsilon = vectors.first(vectors.load(numbers))
+    inverse = np.float32(1) / np.sqrt(vectors.total(squares) / np.float32(inputs) + epsilon)
+    scale = vectors.splat(inverse)
+    shift = vectors.splat(-mean * inverse)
     weights = numbers + 64
-    for block in range(inputs // 32):
-        for half in range(2):
-            x = vectors.load_bfloat16(source + block * 64 + half * 32)
-            if norm:
-                at = block * 128 + half * 64
-                x = vectors.fused(x, scale, shift) * vectors.load(weights + at)
-                if norm == 2:
-                    x = x + vectors.load(weights + inputs * 4 + at)
-            vectors.store_bfloat16(target + block * step + half * 32, x)
+    for at in range(0, inputs * 2, 32):
+        x = vectors.fused(vectors.load_bfloat16(source + at), scale, shift) * vectors.load(weights + 2 * at)
+        if norm == 2:
+            x = x + vectors.load(weights + inputs * 4 + 2 * at)
+        vectors.store_bfloat16(target + at, x)
 
 
 @numba.njit
-def _product_1x2(x, x_step, x_stride, w, blocks, c):
+def _product_1x2(x, x_stride, w, blocks, c):
     """Multiply up to 16 rows by 32 columns into `c`, float32 `[16, 32]`."""
     _zero_0()
     _zero_1()
@@ -188,15 +184,16 @@ def _product_1x2(x, x_step, x_stride, w, blocks, c):
         _dot_00()
         _load_b1(w + 1024, 64)
         _dot_01()
-        x += x_step
+        x += 64
         w += 2048
     _store_0(c, 128)
     _store_1(c + 64, 128)
 
 
 @numba.njit
-def _product_2x2(x, w, blocks, c, ahead):
-    """Multiply 32 rows by 32 columns into `c`, float32 `[32, 32]`."""
+def _product_2x2(x, x_stride, w, blocks, c, ahead):
+    """Multiply 32 rows by 32 columns into `c`, float32 `[32, 32]`. `ahead`: see `_AHEAD`; 0: fetch no weights."""
+    second = x + 16 * x_stride
     _zero_0()
     _zero_1()
     _zero_2()
@@ -204,16 +201,16 @@ def _product_2x2(x, w, blocks, c, ahead):
     for _ in range(blocks):
         if ahead:
             compiled.prefetch(w + ahead, 2048)
-        compiled.prefetch(x + _AHEAD, 2048)
-        _load_a0(x, 64)
+        _load_a0(x, x_stride)
         _load_b0(w, 64)
         _dot_00()
         _load_b1(w + 1024, 64)
         _dot_01()
-        _load_a1(x + 1024, 64)
+        _load_a1(second, x_stride)
         _dot_10()
         _dot_11()
-        x += 2048
+        x += 64
+        second += 64
         w += 2048
     _store_0(c, 128)
     _store_1(c + 64, 128)
@@ -263,49 +260,52 @@ def _finish(c, rows, column, columns, first, bias, added, out, activation):
 @numba.njit
 def _few_rows(task, thread):
     """Up to 16 rows: each thread norms all of them for itself."""
-    x, rows, inputs, columns, norm, numbers, packed, scratch, stored, bias, added, out, activation, _, counter = task
+    x, rows, inputs, columns, norm, numbers, normed, scratch, stored, bias, added, out, activation, _, counter = task
     if norm:
-        own = packed + thread * 32 * inputs * 2
+        own = normed + thread * amx.ROWS * inputs * 2
         for row in range(rows):
-            _normed_row(x + row * inputs * 2, own + row * inputs * 2, 64, inputs, norm, numbers)
+            _norm_row(x + row * inputs * 2, own + row * inputs * 2, inputs, norm, numbers)
         x = own
     c = scratch + thread * _SCRATCH_BYTES
     while True:
         item = compiled.next_number(counter)
         if item >= columns // 32:
             break
-        _product_1x2(x, 64, inputs * 2, stored + item * 64 * inputs, inputs // 32, c)
+        _product_1x2(x, inputs * 2, stored + item * 64 * inputs, inputs // 32, c)
         _finish(c, rows, item * 32, columns, 0, bias, added, out, activation)
 
 
 @numba.njit
 def _many_rows(task, thread, threads):
-    """The rows are packed as tiles first. A block of them stays in the L2 cache while the weights pass."""
-    x, rows, inputs, columns, norm, numbers, packed, scratch, stored, bias, added, out, activation, _, counter = task
-    for row in range(thread, rows, threads):
-        target = packed + row // 32 * 64 * inputs + row % 32 * 64
-        _normed_row(x + row * inputs * 2, target, 2048, inputs, norm, numbers)
-    compiled.wait_for_threads()
+    """A block of rows and some columns' weights stay in the L2 cache of a thread while it multiplies them."""
+    x, rows, inputs, columns, norm, numbers, normed, scratch, stored, bias, added, out, activation, _, counter = task
+    if norm:
+        for row in range(thread, rows, threads):
+            _norm_row(x + row * inputs * 2, normed + row * inputs * 2, inputs, norm, numbers)
+        compiled.wait_for_threads()
+        x = normed
     c = scratch + thread * _SCRATCH_BYTES
-    groups = max(1, min((rows + 31) // 32, _BLOCK_BYTES // (64 * inputs)))
-    passes = ((rows + 31) // 32 + groups - 1) // groups
-    items = columns // 32
+    all_groups = (rows + 31) // 32
+    groups = max(1, min(all_groups, _BLOCK_BYTES // (64 * inputs)))
+    passes = (all_groups + groups - 1) // groups
+    pairs = max(1, min(columns // 32, _WEIGHT_BYTES // (64 * inputs)))
+    items = (columns // 32 + pairs - 1) // pairs
     while True:
         item = compiled.next_number(counter)
         if item >= items * passes:
             break
-        column = item % items
+        first_pair = item % items * pairs
         first_group = item // items * groups
-        weights = stored + column * 64 * inputs
-        for group in range(first_group, min(first_group + groups, (rows + 31) // 32)):
+        for group in range(first_group, min(first_group + groups, all_groups)):
             left = min(32, rows - group * 32)
             ahead = _AHEAD if group == first_group else 0
-            tiles_at = packed + group * 64 * inputs
-            if left <= 16:
-                _product_1x2(tiles_at, 2048, 64, weights, inputs // 32, c)
-            else:
-                _product_2x2(tiles_at, weights, inputs // 32, c, ahead)
-            _finish(c, left, column * 32, columns, group * 32, bias, added, out, activation)
+            for pair in range(first_pair, min(first_pair + pairs, columns // 32)):
+                weights = stored + pair * 64 * inputs
+                if left <= 16:
+                    _product_1x2(x + group * 64 * inputs, inputs * 2, weights, inputs // 32, c)
+                else:
+                    _product_2x2(x + group * 64 * inputs, inputs * 2, weights, inputs // 32, c, ahead)
+                _finish(c, left, pair * 32, columns, group * 32, bias, added, out, activation)
 
 
 @numba.njit

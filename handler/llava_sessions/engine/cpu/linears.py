@@ -16,6 +16,7 @@ Measurements: bench/README.md, "The CPU's fast paths one by one".
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,8 @@ from torch.nn.functional import linear
 
 from .operations import Activation, RowNorm, activate
 from .weight_memory import weight_memory
+
+log = logging.getLogger(__name__)
 
 # Number of rows that oneDNN picks the layout for. The layouts for 1, 16 and 256 rows were equally fast.
 _ROWS_HINT = 16
@@ -186,7 +189,8 @@ def works(make: Callable[..., PackedLinear | None], dtype: torch.dtype) -> bool:
         if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return False
         return _matches_linear(make, dtype)
-    except (AttributeError, ImportError, NotImplementedError, RuntimeError):
+    except Exception:  # such as a missing op of torch or an error of the compiler: the next kind is used
+        log.info("linears_missing kind=%s", make.__name__, exc_info=True)
         return False
 
 

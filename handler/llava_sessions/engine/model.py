@@ -16,7 +16,7 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoM
 from ..ipc.messages import PreparedPicture
 from ..text.checkpoint import WEIGHTS, WEIGHTS_INDEX, UnsupportedCheckpoint, read_json
 from .attention import TEXT_ATTENTION, VISION_ATTENTION, PackedKV, Segment
-from .cpu import layers, linears
+from .cpu import layers, linears, picture_layers
 from .device import native_dtype, prepare
 from .kv import KVShape
 
@@ -90,6 +90,7 @@ class Model:
         assert isinstance(dtype, torch.dtype)
         model = load_weights(checkpoint, dtype, device)
         layers.fuse_layers(model.model.language_model.layers)
+        picture_layers.fuse_layers(model.model.vision_tower)
         if linears.pack_all(model.model) and linears.packable(model.lm_head):
             model.lm_head = linears.pack(model.lm_head)
         return cls(model, end_token_ids)

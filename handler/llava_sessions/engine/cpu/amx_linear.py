@@ -39,6 +39,8 @@ _AHEAD = 4096
 _BLOCK_BYTES = 1_250_000
 # Weights of neighbouring columns that it keeps there meanwhile: their results are neighbours in memory too.
 _WEIGHT_BYTES = 270_000
+# Bytes of the next weights that are fetched with each block of inputs.
+_FETCH = 128
 _SCRATCH_BYTES = 8192  # of each thread: a block of float32 results
 _CONTROL_BYTES = 512  # the configuration and the counters
 FIELDS = 15  # of a task
@@ -191,8 +193,11 @@ def _product_1x2(x, x_stride, w, blocks, c):
 
 
 @numba.njit
-def _product_2x2(x, x_stride, w, blocks, c, ahead):
-    """Multiply 32 rows by 32 columns into `c`, float32 `[32, 32]`. `ahead`: see `_AHEAD`; 0: fetch no weights."""
+def _product_2x2(x, x_stride, w, blocks, c, ahead, fetch, step):
+    """Multiply 32 rows by 32 columns into `c`, float32 `[32, 32]`. `ahead`: see `_AHEAD`; 0: fetch no weights.
+
+    Meanwhile fetch from the address `fetch` on, in steps of `step` bytes.
+    """
     second = x + 16 * x_stride
     _zero_0()
     _zero_1()
@@ -201,6 +206,8 @@ def _product_2x2(x, x_stride, w, blocks, c, ahead):
     for _ in range(blocks):
         if ahead:
             compiled.prefetch(w + ahead, 2048)
+        compiled.prefetch_l2(fetch, _FETCH)
+        fetch += step
         _load_a0(x, x_stride)
         _load_b0(w, 64)
         _dot_00()
@@ -290,12 +297,13 @@ def _many_rows(task, thread, threads):
     passes = (all_groups + groups - 1) // groups
     pairs = max(1, min(columns // 32, _WEIGHT_BYTES // (64 * inputs)))
     items = (columns // 32 + pairs - 1) // pairs
-    while True:
-        item = compiled.next_number(counter)
-        if item >= items * passes:
-            break
+    item = compiled.next_number(counter)
+    while item < items * passes:
         first_pair = item % items * pairs
         first_group = item // items * groups
+        item = compiled.next_number(counter)
+        fetch = stored + item % items * pairs * 64 * inputs  # the weights of this thread's next item
+        end = fetch + pairs * 64 * inputs
         for group in range(first_group, min(first_group + groups, all_groups)):
             left = min(32, rows - group * 32)
             ahead = _AHEAD if group == first_group else 0
@@ -304,7 +312,9 @@ def _many_rows(task, thread, threads):
                 if left <= 16:
                     _product_1x2(x + group * 64 * inputs, inputs * 2, weights, inputs // 32, c)
                 else:
-                    _product_2x2(x + group * 64 * inputs, inputs * 2, weights, inputs // 32, c, ahead)
+                    step = _FETCH if not ahead and fetch < end else 0
+                    _product_2x2(x + group * 64 * inputs, inputs * 2, weights, inputs // 32, c, ahead, fetch, step)
+                    fetch += step * (inputs // 32)
                 _finish(c, left, pair * 32, columns, group * 32, bias, added, out, activation)
 
 

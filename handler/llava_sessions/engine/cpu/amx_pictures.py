@@ -144,9 +144,15 @@ def _compile(head_dim: int) -> Any:
                 prefetch_rows(keys + next_at + row * stride, stride, 0, 0)
                 prefetch_rows(values + next_at + row * stride, stride, 0, 0)
                 run_block(
-                    scratch, packed_keys, query + at + row * stride, stride,
-                    out + (picture * rows + row) * out_stride + head * head_dim * 2, out_stride,
-                    rows, min(COLUMNS, rows - row), constants,
+                    scratch,
+                    packed_keys,
+                    query + at + row * stride,
+                    stride,
+                    out + (picture * rows + row) * out_stride + head * head_dim * 2,
+                    out_stride,
+                    rows,
+                    min(COLUMNS, rows - row),
+                    constants,
                 )
         amx.release()
 

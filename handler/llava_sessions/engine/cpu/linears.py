@@ -106,7 +106,7 @@ class TileLinear(PackedLinear):
         return out.view(*rows.shape[:-1], self.result_features)
 
 
-class _OneDNNLinear(PackedLinear):
+class OneDNNLinear(PackedLinear):
     """oneDNN's packed linear; the weight keeps its precision, bfloat16 or float32."""
 
     def __init__(self, plain: torch.nn.Linear, activation: Activation = Activation.NONE) -> None:
@@ -146,7 +146,7 @@ def pack(plain: torch.nn.Linear, activation: Activation = Activation.NONE) -> Pa
         found = _pack_as_tiles(plain, activation)
     elif plain.weight.dtype == torch.float32 and works(_pack_as_half, torch.float32):
         found = _pack_as_half(plain, activation)
-    return found or _OneDNNLinear(plain, activation)
+    return found or OneDNNLinear(plain, activation)
 
 
 @torch.inference_mode()
@@ -173,7 +173,7 @@ def packable(module: Any) -> bool:
 
 def can_pack(dtype: torch.dtype) -> bool:
     """Return whether oneDNN's packed linears exist for `dtype` (bfloat16 or float32) and compute `linear`'s numbers."""
-    return works(_OneDNNLinear, dtype)
+    return works(OneDNNLinear, dtype)
 
 
 @functools.cache

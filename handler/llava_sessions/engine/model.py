@@ -17,7 +17,7 @@ from ..ipc.messages import PreparedPicture
 from ..text.checkpoint import WEIGHTS, WEIGHTS_INDEX, UnsupportedCheckpoint, read_json
 from .attention import TEXT_ATTENTION, VISION_ATTENTION, PackedKV, Segment
 from .cpu import attention as cpu_attention
-from .cpu import layers, linears
+from .cpu import layers, linears, picture_layers
 from .device import native_dtype, prepare
 from .kv import KVShape
 
@@ -63,6 +63,9 @@ class Model:
             self.token_attention = layers.compile_token_attention(
                 self._heads, self.kv_shape.kv_heads, head_dim, self.dtype
             )
+            if self.token_attention is not None:
+                for layer in self.text.layers:
+                    layer.compile(self.token_attention)
         cpu_attention.prepare_picture_attention(model.config.vision_config, self.dtype, self.device)
         # Compiled attention of several tokens of a session, or None: then torch's.
         self.session_attention = None
@@ -95,6 +98,7 @@ class Model:
         assert isinstance(dtype, torch.dtype)
         model = load_weights(checkpoint, dtype, device)
         layers.fuse_layers(model.model.language_model.layers)
+        picture_layers.fuse_layers(model.model.vision_tower)
         if linears.pack_all(model.model) and linears.packable(model.lm_head):
             model.lm_head = linears.pack(model.lm_head)
         return cls(model, end_token_ids)

@@ -28,7 +28,6 @@ _I8 = ir.IntType(8)
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
 _POINTER = _I8.as_pointer()
-_CACHE_LINE = 64
 # Linux hands the tile registers to a process that asks for them (arch/x86/include/uapi/asm/prctl.h).
 _ARCH_PRCTL = 158
 _REQUEST_PERMISSION = 0x1023
@@ -138,16 +137,3 @@ def tile_dot(c: int, a: int, b: int) -> Any:
         return types.void(), generate
 
     return run
-
-
-@intrinsic
-def prefetch_tile(_, address):
-    """Fetch the 1,024 bytes from an address on into the L1 cache. Any address is allowed."""
-
-    def generate(context, builder, signature, arguments):
-        for offset in range(0, TILE_BYTES, _CACHE_LINE):
-            line = builder.inttoptr(builder.add(arguments[0], _I64(offset)), _POINTER)
-            _call(builder, "llvm.prefetch.p0", line, _I32(0), _I32(3), _I32(1))  # for a read, keep, data
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
+from numba.core.errors import RequireLiteralValue
 from numba.extending import intrinsic
 
 # Found through torch's library, so that it is the OpenMP runtime that torch itself is linked with.
@@ -35,6 +36,7 @@ _LOG2_E = np.float32(1.4426950408889634)
 
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
+_CACHE_LINE = 64
 
 
 def run(loops: Any, task: ctypes.Array[ctypes.c_int64]) -> None:
@@ -109,6 +111,34 @@ def next_number(_, address):
         return builder.atomic_rmw("add", counter, _I64(1), "monotonic")
 
     return types.int64(types.int64), generate
+
+
+def _make_prefetch(locality: int) -> Any:
+    """Return the intrinsic `(address, size)`. `locality`: of LLVM's prefetch."""
+
+    @intrinsic
+    def run(_, address, size):
+        if not isinstance(size, types.IntegerLiteral):
+            raise RequireLiteralValue("size")
+
+        def generate(context, builder, signature, arguments):
+            pointer = ir.IntType(8).as_pointer()
+            name = "llvm.prefetch.p0"
+            kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+            fetch = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+            for offset in range(0, size.literal_value, _CACHE_LINE):
+                line = builder.inttoptr(builder.add(arguments[0], _I64(offset)), pointer)
+                builder.call(fetch, [line, _I32(0), _I32(locality), _I32(1)])  # for a read, data
+            return context.get_dummy_value()
+
+        return types.void(types.int64, size), generate
+
+    return run
+
+
+# Fetch `size` bytes, a constant, from an address on into the L1 or the L2 cache. Any address is allowed.
+prefetch = _make_prefetch(3)
+prefetch_l2 = _make_prefetch(2)
 
 
 @numba.njit(inline="always")

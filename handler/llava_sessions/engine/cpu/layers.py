@@ -12,12 +12,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import scaled_dot_product_attention, silu
 
 from . import attention, linears
+from .operations import Activation, RowNorm, is_rms_norm
 
 if TYPE_CHECKING:
-    from .token_attention import TokenAttention  # importing it needs Numba
+    from .amx_layer import TokenLayer  # importing it needs Numba
+    from .token_attention import TokenAttention
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,12 @@ _SAMPLE = torch.linspace(-4, 4, 33)
 
 
 class Batch(Protocol):
-    """The sessions of one forward, as a fused layer uses them."""
+    """The sessions of one forward, as a fused layer uses them.
+
+    `token_task`: the task of `TokenAttention` if every row is the single new token of a session, else None.
+    """
+
+    token_task: Any
 
     def attend(self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Rotate queries and keys, store keys and values, and return attention `[rows, heads * head_dim]`.
@@ -49,12 +56,30 @@ class FusedLayer(torch.nn.Module):
         projections = plain.self_attn
         mlp = plain.mlp
         self.layer: int = projections.layer_idx
-        self.input_norm = plain.input_layernorm
-        self.mlp_norm = plain.post_attention_layernorm
+        self._input_norm = RowNorm(plain.input_layernorm)
+        self._mlp_norm = RowNorm(plain.post_attention_layernorm)
         self.qkv = linears.pack(side_by_side(projections.q_proj, projections.k_proj, projections.v_proj))
         self.output = linears.pack(projections.o_proj)
-        self.gate_up = linears.pack(side_by_side(mlp.gate_proj, mlp.up_proj))
+        self.gate_up = linears.pack(side_by_side(mlp.gate_proj, mlp.up_proj), Activation.GATED_SILU)
         self.down = linears.pack(mlp.down_proj)
+        self._token_layer: TokenLayer | None = None
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether a step of single tokens is one call of compiled loops."""
+        return self._token_layer is not None
+
+    def use_parts(self) -> None:
+        """Run each part by itself in all steps."""
+        self._token_layer = None
+
+    def compile(self, attention: TokenAttention) -> None:
+        """Compile the layer as a whole for steps of single tokens, if all its linears are of tiles."""
+        parts = (self.qkv, self.output, self.gate_up, self.down)
+        if all(isinstance(part, linears.TileLinear) for part in parts):
+            from .amx_layer import TokenLayer  # it needs Numba
+
+            self._token_layer = TokenLayer(self.layer, parts, (self._input_norm, self._mlp_norm), attention)
 
     def forward(
         self,
@@ -66,10 +91,11 @@ class FusedLayer(torch.nn.Module):
         """Map hidden states `[1, rows, hidden]` to hidden states of the same shape."""
         cos, sin = position_embeddings
         rows = hidden_states[0]
-        attended = packed.attend(self.layer, self.qkv(_normed(self.input_norm, rows)), cos[0], sin[0])
+        if self._token_layer is not None and packed.token_task is not None:
+            return self._token_layer(rows, packed.token_task, cos[0], sin[0])[None]
+        attended = packed.attend(self.layer, self.qkv(rows, norm=self._input_norm), cos[0], sin[0])
         rows = self.output(attended, rows)
-        gate, up = self.gate_up(_normed(self.mlp_norm, rows)).chunk(2, -1)
-        out: torch.Tensor = self.down(silu(gate).mul_(up), rows)
+        out: torch.Tensor = self.down(self.gate_up(rows, norm=self._mlp_norm), rows)
         return out[None]
 
 
@@ -138,11 +164,6 @@ def side_by_side(*parts: torch.nn.Linear) -> torch.nn.Linear:
     return joined
 
 
-def _normed(norm: Any, rows: torch.Tensor) -> torch.Tensor:
-    """Return the RMS norm of `rows`, `[rows, hidden]`, with the weight and the epsilon of `norm`."""
-    return rms_norm(rows, norm.weight.shape, norm.weight, norm.variance_epsilon)
-
-
 def _fits(layer: Any) -> bool:
     """Return whether `FusedLayer` can replace the layer: its parts, its norms and its activation are Llama's, and all
     weights have one precision that can be packed.
@@ -160,22 +181,13 @@ def _fits(layer: Any) -> bool:
         and len({parameter.dtype for parameter in layer.parameters()}) == 1
         and _all_or_none_have_bias(qkv)
         and _all_or_none_have_bias(gate_up)
-        and all(_is_rms_norm(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
+        and all(is_rms_norm(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
         and torch.equal(mlp.act_fn(_SAMPLE), silu(_SAMPLE))
     )
 
 
 def _all_or_none_have_bias(parts: Iterable[torch.nn.Linear]) -> bool:
     return len({linear.bias is None for linear in parts}) == 1
-
-
-def _is_rms_norm(norm: Any) -> bool:
-    """Return whether the module computes `_normed`, tried on a small example."""
-    if {name for name, _ in norm.named_parameters()} != {"weight"} or not hasattr(norm, "variance_epsilon"):
-        return False
-    rows = torch.linspace(-1, 1, 2 * norm.weight.numel(), dtype=norm.weight.dtype).view(2, -1)
-    allowed = 0.02 if rows.dtype == torch.bfloat16 else 1e-5
-    return torch.allclose(norm(rows), _normed(norm, rows), atol=allowed, rtol=allowed)
 
 
 def _child_names(module: torch.nn.Module) -> set[str]:

@@ -15,12 +15,16 @@ import numpy as np
 import torch
 from numba import types
 
-from . import compiled
+from . import amx, compiled, vectors
 
 # Below any score: where the search for the largest one starts.
 _LOWEST = np.float32(-3e38)
-# Length of a task's head: token count, longest session, layer, and the addresses of qkv, cos, sin and out.
-_HEAD = 7
+# Bytes between keys or values that are used and those that are fetched.
+_AHEAD = 2048
+# Length of a task's head: token count, longest session, layer, the addresses of qkv, cos, sin and out, and a counter of
+# the pieces of work that threads have taken.
+_HEAD = 8
+_COUNTER = 7
 
 
 class TokenAttention:
@@ -28,7 +32,8 @@ class TokenAttention:
 
     def __init__(self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
         """Compile the loops. Takes one to two seconds for a new shape."""
-        self._loops = _compile(heads, kv_heads, head_dim, dtype)
+        self.attend_all = _compile(heads, kv_heads, head_dim, dtype)
+        self._loops = _as_c_function(self.attend_all)
 
     def task(self, places: list[tuple[int, int, int, int]]) -> ctypes.Array[ctypes.c_int64]:
         """Return the arguments that all layers of one forward share.
@@ -54,37 +59,53 @@ class TokenAttention:
         `qkv`: `[rows, (heads + 2 * kv_heads) * head_dim]`. `cos`, `sin`: `[rows, head_dim]`. All are contiguous. Writes
         the tokens' rows of `out`, `[rows, heads * head_dim]`.
         """
-        task[2:_HEAD] = [layer, qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr()]
+        place(task, layer, qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr())
         compiled.run(self._loops, task)
+
+
+def place(task: ctypes.Array[ctypes.c_int64], layer: int, qkv: int, cos: int, sin: int, out: int) -> None:
+    """Set the layer and the addresses of one call in a task."""
+    task[2:_HEAD] = [layer, qkv, cos, sin, out, 0]
 
 
 @functools.cache
 def _compile(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Any:
     """Compile the loops with all sizes as constants, so that the compiler unrolls and vectorizes them.
 
-    Returns a Numba C function that takes the address of a task.
+    Returns a Numba function of the address of a task.
     """
     is_bfloat16 = dtype == torch.bfloat16
+    integers_at = compiled.pointer(types.int64)
     numbers_at = compiled.pointer(types.uint16 if is_bfloat16 else types.float32)
     wide = compiled.wide if is_bfloat16 else compiled.same
     narrow = compiled.narrow if is_bfloat16 else compiled.same
     rotate = _make_rotate(head_dim, wide)
-    attend = _make_attend(head_dim, wide, narrow)
+    in_vectors = is_bfloat16 and head_dim % vectors.LANES == 0 and amx.is_available()
+    attend = _make_attend_in_vectors(head_dim) if in_vectors else _make_attend(head_dim, wide, narrow)
     run_piece = _make_run_piece(heads, kv_heads, head_dim, dtype.itemsize, numbers_at, narrow, rotate, attend)
 
-    @numba.cfunc(types.void(types.CPointer(types.int64)))
-    def loops(pointer):
-        numbers = numba.carray(pointer, (_HEAD,))
+    @numba.njit
+    def attend_all(address):
+        numbers = numba.carray(integers_at(address), (_HEAD,))
         tokens = numbers[0]
-        places = numba.carray(pointer, (_HEAD + 4 * tokens,))[_HEAD:].reshape(tokens, 4)
+        places = numba.carray(integers_at(address), (_HEAD + 4 * tokens,))[_HEAD:].reshape(tokens, 4)
         query = np.empty(head_dim, np.float32)
         key = np.empty(head_dim, np.float32)
-        scores = np.empty(numbers[1], np.float32)
-        # A KV head of a session is one piece of work. Thread n of N takes the pieces n, n + N, n + 2 N, ...
-        for piece in range(compiled.thread_number(), tokens * kv_heads, compiled.thread_count()):
+        scores = np.empty(numbers[1] + vectors.LANES, np.float32)
+        # A KV head of a session is one piece of work. Each thread takes the next one.
+        while True:
+            piece = compiled.next_number(address + 8 * _COUNTER)
+            if piece >= tokens * kv_heads:
+                break
             run_piece(numbers, places[piece // kv_heads], piece % kv_heads, query, key, scores)
 
-    return loops
+    return attend_all
+
+
+@functools.cache
+def _as_c_function(attend_all: Any) -> Any:
+    """Return the Numba C function that runs `attend_all` on the task at its address."""
+    return numba.cfunc(types.void(types.int64))(attend_all.py_func)
 
 
 def _make_rotate(head_dim: int, wide: Any) -> Any:
@@ -144,6 +165,77 @@ def _make_attend(head_dim: int, wide: Any, narrow: Any) -> Any:
     return attend
 
 
+def _make_attend_in_vectors(head_dim: int) -> Any:
+    """As `_make_attend`, in bfloat16 with vectors of 512 bits, so that it takes the time of reading keys and values."""
+    lanes = vectors.LANES
+    row = 2 * head_dim
+    four_rows = 4 * row
+
+    @numba.njit
+    def attend(query, keys, values, tokens, scores, out):
+        query_at = query.ctypes.data
+        scores_at = scores.ctypes.data
+        key_at = keys.ctypes.data
+        top = _LOWEST
+        for t in range(0, tokens, 4):
+            # The last keys may be computed twice: no memory after them is read.
+            t = min(t, max(tokens - 4, 0))
+            at = key_at + t * row
+            second, third, fourth = at + row, at + 2 * row, at + 3 * row
+            if tokens < 4:
+                second, third, fourth = at, at, at
+                if tokens > 1:
+                    second = at + row
+                if tokens > 2:
+                    third = at + 2 * row
+            compiled.prefetch(at + _AHEAD, four_rows)
+            a, b, c, e = vectors.zeros(), vectors.zeros(), vectors.zeros(), vectors.zeros()
+            for d in range(0, head_dim, lanes):
+                q = vectors.load(query_at + 4 * d)
+                a = vectors.fused(q, vectors.load_bfloat16(at + 2 * d), a)
+                b = vectors.fused(q, vectors.load_bfloat16(second + 2 * d), b)
+                c = vectors.fused(q, vectors.load_bfloat16(third + 2 * d), c)
+                e = vectors.fused(q, vectors.load_bfloat16(fourth + 2 * d), e)
+            one, two, three, four = vectors.total(a), vectors.total(b), vectors.total(c), vectors.total(e)
+            scores[t], scores[t + 1], scores[t + 2], scores[t + 3] = one, two, three, four
+            top = max(top, max(max(one, two), max(three, four)))
+        for t in range(tokens, tokens + lanes):
+            scores[t] = _LOWEST
+        sums = vectors.zeros()
+        tops = vectors.splat(top)
+        for t in range(0, tokens, lanes):
+            weights = vectors.exp(vectors.load(scores_at + 4 * t) - tops)
+            vectors.store(scores_at + 4 * t, weights)
+            sums = sums + weights
+        inverse = vectors.splat(np.float32(1) / vectors.total(sums))
+        value_at = values.ctypes.data
+        mixed = query_at  # the query is not used any more
+        for d in range(0, head_dim, lanes):
+            vectors.store(mixed + 4 * d, vectors.zeros())
+        fours = tokens - tokens % 4
+        for t in range(0, fours, 4):
+            at = value_at + t * row
+            compiled.prefetch(at + _AHEAD, four_rows)
+            a, b = vectors.splat(scores[t]), vectors.splat(scores[t + 1])
+            c, e = vectors.splat(scores[t + 2]), vectors.splat(scores[t + 3])
+            for d in range(0, head_dim, lanes):
+                sum_ = vectors.fused(a, vectors.load_bfloat16(at + 2 * d), vectors.load(mixed + 4 * d))
+                sum_ = vectors.fused(b, vectors.load_bfloat16(at + row + 2 * d), sum_)
+                sum_ = vectors.fused(c, vectors.load_bfloat16(at + 2 * row + 2 * d), sum_)
+                sum_ = vectors.fused(e, vectors.load_bfloat16(at + 3 * row + 2 * d), sum_)
+                vectors.store(mixed + 4 * d, sum_)
+        for t in range(fours, tokens):
+            a = vectors.splat(scores[t])
+            for d in range(0, head_dim, lanes):
+                sum_ = vectors.fused(a, vectors.load_bfloat16(value_at + t * row + 2 * d), vectors.load(mixed + 4 * d))
+                vectors.store(mixed + 4 * d, sum_)
+        out_at = out.ctypes.data
+        for d in range(0, head_dim, lanes):
+            vectors.store_bfloat16(out_at + 2 * d, vectors.load(mixed + 4 * d) * inverse)
+
+    return attend
+
+
 def _make_run_piece(
     heads: int, kv_heads: int, head_dim: int, item: int, numbers_at: Any, narrow: Any, rotate: Any, attend: Any
 ) -> Any:
@@ -157,7 +249,7 @@ def _make_run_piece(
 
     @numba.njit(fastmath=True)
     def run_piece(task, place, kv_head, query, key, scores):
-        _, _, layer, qkv_at, cos_at, sin_at, out_at = task
+        _, _, layer, qkv_at, cos_at, sin_at, out_at, _ = task
         row, address, capacity, stored = place
         numbers = numba.carray(numbers_at(qkv_at + row * width * head_dim * item), (width, head_dim))
         cos = numba.carray(numbers_at(cos_at + row * head_dim * item), (head_dim,))

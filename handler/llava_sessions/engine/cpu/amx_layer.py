@@ -1,0 +1,98 @@
+"""One decoder layer for a step in which every session has one new token, as one call of compiled loops.
+
+The parts of a layer follow each other without a return to Python: with one session the calls of a layer one by one take
+an eighth of the step. Measurements: bench/README.md, "The CPU's fast paths one by one".
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import numba
+import torch
+from numba import types
+
+from . import amx, amx_linear, compiled, token_attention
+from .amx_linear import FIELDS
+from .linears import TileLinear
+from .operations import RowNorm
+
+# Fields of a task: that of the attention, then those of the four linears.
+_FIRST = 1
+
+
+class TokenLayer:
+    """The linears and norms of one layer, and the attention of its single tokens. Not thread-safe."""
+
+    def __init__(
+        self,
+        index: int,
+        parts: tuple[TileLinear, TileLinear, TileLinear, TileLinear],
+        norms: tuple[RowNorm, RowNorm],
+        attention: token_attention.TokenAttention,
+    ) -> None:
+        """`index`: of the layer in the KV caches. `parts`: qkv, output, gate and up, down.
+
+        `norms`: before attention and before the MLP.
+        """
+        self._index = index
+        self._widths = [part.result_features for part in parts]
+        self._heads_width = parts[1].in_features
+        self._most_inputs = max(part.in_features for part in parts)
+        self._parts = parts, norms  # the task has their addresses
+        self._task = (ctypes.c_int64 * (_FIRST + 4 * FIELDS))()
+        for number, (part, norm) in enumerate(zip(parts, (norms[0], None, norms[1], None), strict=True)):
+            at = _FIRST + number * FIELDS
+            self._task[at : at + FIELDS] = part.fields(norm)[:]
+        self._loops = _compile(attention.attend_all)
+
+    def __call__(
+        self, rows: torch.Tensor, attention_task: ctypes.Array[ctypes.c_int64], cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        """Map contiguous hidden states `[rows, hidden]` in bfloat16 to a new tensor of the same shape.
+
+        `attention_task`: of `TokenAttention.task`, with one token per row. `cos`, `sin`: `[rows, head_dim]`.
+        """
+        count, hidden = rows.shape
+        out = torch.empty_like(rows)
+        widths = [self._widths[0], self._heads_width, hidden, self._widths[2]]
+        work = amx_linear.Workspace(count, self._most_inputs, 2 * count * sum(widths) + 64 * len(widths))
+        at = work.more
+        addresses = []
+        for width in widths:
+            addresses.append(at)
+            at = -(-(at + 2 * count * width) // 64) * 64
+        qkv, attended, middle, gated = addresses
+        token_attention.place(attention_task, self._index, qkv, cos.data_ptr(), sin.data_ptr(), attended)
+        task = self._task
+        task[0] = ctypes.addressof(attention_task)
+        start = rows.data_ptr()
+        calls = ((start, 0, qkv), (attended, start, middle), (middle, 0, gated), (gated, middle, out.data_ptr()))
+        for number, (x, added, result) in enumerate(calls):
+            amx_linear.place(task, _FIRST + number * FIELDS, x, added, result, work, number)
+        compiled.run(self._loops, task)
+        return out
+
+
+@functools.cache
+def _compile(attend_all: Any) -> Any:
+    """Compile a layer for one shape of attention: a Numba C function that takes the address of a task."""
+
+    @numba.cfunc(types.void(types.CPointer(types.int64)))
+    def layer(pointer):
+        task = numba.carray(pointer, (_FIRST + 4 * FIELDS,))
+        thread = compiled.thread_number()
+        threads = compiled.thread_count()
+        amx.configure(task[_FIRST + 13])
+        for number in range(4):
+            at = _FIRST + number * FIELDS
+            amx_linear.product(task[at : at + FIELDS], thread, threads)
+            compiled.wait_for_threads()
+            if number == 0:
+                attend_all(task[0])
+                compiled.wait_for_threads()
+        amx.release()
+
+    return layer

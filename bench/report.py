@@ -15,7 +15,7 @@ from .bar import BAR
 from .harness import FLOAT32, RESULTS, number
 
 README = Path(__file__).parent / "README.md"
-BENCHES = ("turns", "chats", "decode", "memory", "open", "stall", "pipe")
+BENCHES = ("turns", "chats", "decode", "memory", "open", "stall", "pipe", "linears")
 # They start a whole server; `python -m bench` does not run them.
 SERVED = ("route", "endpoint", "held_rows", "admission", "scrape", "load", "sessions")
 

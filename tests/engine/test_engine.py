@@ -187,7 +187,7 @@ def test_closing_during_an_answer_cancels_the_turn_first(tiny: Path) -> None:
     chats.run(steps=3)
     chats.engine.apply(CloseSession("a"))
     assert chats.engine.step() == [Cancelled("turn-a"), Closed("a")]
-    assert not chats.engine.has_work
+    assert not chats.engine.sessions
 
 
 def test_a_turn_that_can_not_run_fails(tiny: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from llava_sessions.engine.attention import Segment
-from llava_sessions.engine.cpu import attention, linears, picture_layers
+from llava_sessions.engine.cpu import amx, attention, linears, picture_layers
 from llava_sessions.engine.cpu import layers as cpu_layers
 from llava_sessions.engine.cpu.layers import FusedLayer, compile_token_attention, fuse_layers
 from llava_sessions.engine.cpu.linears import PackedLinear, can_pack
@@ -22,6 +22,7 @@ from llava_sessions.engine.model import Model
 from tests.support.tiny_families import FAMILIES, make_next_mistral
 
 needs_packing = pytest.mark.skipif(not can_pack(torch.float32), reason="this torch has no packed linears")
+needs_amx = pytest.mark.skipif(not amx.is_available(), reason="this CPU has no AMX")
 needs_bfloat16 = pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this CPU has no packed bfloat16 linears")
 
 
@@ -82,6 +83,17 @@ def test_fused_layers_in_bfloat16_are_as_exact_as_plain_ones(folder: Path, compi
     # The error relative to float32 is about that of plain bfloat16.
     assert (got - exact).abs().mean() < 1.5 * (plain - exact).abs().mean()
     assert (got - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+@needs_amx
+def test_a_layer_in_one_call_gives_the_numbers_of_its_parts(folder: Path, compiles: None) -> None:
+    whole = Model.load(folder, "bfloat16", "cpu")
+    assert all(layer.is_compiled for layer in whole.text.layers)
+    parts = Model.load(folder, "bfloat16", "cpu")
+    for layer in parts.text.layers:
+        layer.use_parts()
+    for got, expected in zip(logits(whole), logits(parts), strict=True):
+        assert torch.equal(got, expected)
 
 
 @needs_packing

@@ -29,6 +29,7 @@ from ..ipc.messages import (
 )
 from ..text.answer_text import AnswerText
 from .admission import Admission
+from .ahead import WorkAhead
 from .budget import DeviceBudget
 from .content import Features, FeatureStore, check_feature_count
 from .faults import first_line, is_out_of_memory, raise_if_device_lost
@@ -78,6 +79,12 @@ class Engine:
             feature_bytes=model.feature_bytes,
             context_tokens=model.context_tokens,
         )
+        self._ahead = WorkAhead(
+            self.device_memory,
+            sessions=self.sessions,
+            kv_shape=model.kv_shape,
+            context_tokens=model.context_tokens,
+        )
         self._admission = Admission(
             model,
             answer_text,
@@ -92,7 +99,7 @@ class Engine:
     def has_work(self) -> bool:
         """Whether `step` would do any work or return an event."""
         has_work = any(session.has_work for session in self.sessions.values())
-        return bool(self._events) or has_work or self.device_memory.next_to_grow() is not None
+        return bool(self._events) or has_work or self._ahead.is_due
 
     def memory(self) -> Memory:
         """Return what the open sessions hold now."""
@@ -137,6 +144,8 @@ class Engine:
     def _close(self, session_id: str) -> None:
         """Free a session in any state. `Closed` follows in any case, also for an unknown session."""
         session = self.sessions.pop(session_id, None)
+        if session is not None:
+            session.kv.drop()
         if session is not None and session.turn is not None:
             turn = session.turn
             self._events.append(Cancelled(turn.id, usage=turn.usage, timings=turn.timings))
@@ -150,7 +159,7 @@ class Engine:
         """Run one step: admit what waits, encode one picture, run one packed forward and sample.
 
         Yields the new events before each of the two long parts and at the end, so that they can be reported at once.
-        If no session has work, one KV cache is grown ahead instead.
+        At last, if no session waits for a first token, KV memory is prepared for later turns.
         """
         now = time.perf_counter()
         for session in list(self.sessions.values()):
@@ -163,9 +172,9 @@ class Engine:
         yield _taken(self._events)
         if steps:
             self._forward(steps)
-        elif not any(session.has_work for session in self.sessions.values()):
-            self.device_memory.grow_ahead()
         yield _taken(self._events)
+        if not any(session.awaits_first_token for session in self.sessions.values()):
+            self._ahead.run(is_idle=not any(session.has_work for session in self.sessions.values()))
 
     def _admit_waiting(self) -> None:
         """Reserve memory for waiting openings and turns in order of arrival, until one of them has to wait."""
@@ -291,6 +300,7 @@ class Engine:
         with self._isolated(session):
             if session.turn is None:
                 del self.sessions[session.id]
+                session.kv.drop()
             else:
                 session.roll_back_turn()
             self._events.append(
@@ -315,6 +325,7 @@ class Engine:
         if broken or (ends_opening and session.state is not EngineSessionState.READY):
             self._events.append(OpenFailed(session.id, message))
             self.sessions.pop(session.id, None)
+            session.kv.drop()
 
     @contextlib.contextmanager
     def _isolated(self, session: EngineSession) -> Iterator[None]:

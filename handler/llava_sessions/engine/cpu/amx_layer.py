@@ -33,7 +33,10 @@ class TokenLayer:
         norms: tuple[RowNorm, RowNorm],
         attention: token_attention.TokenAttention,
     ) -> None:
-        """`index`: of the layer in the KV caches. `parts`: qkv, output, gate and up, down. `norms`: of attention, MLP."""
+        """`index`: of the layer in the KV caches. `parts`: qkv, output, gate and up, down.
+
+        `norms`: before attention and before the MLP.
+        """
         self._index = index
         self._widths = [part.result_features for part in parts]
         self._heads_width = parts[1].in_features

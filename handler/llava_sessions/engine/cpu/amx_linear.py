@@ -16,27 +16,19 @@ import threading
 from typing import Any
 
 import numba
-import numpy as np
 import torch
 from numba import types
 
-from . import amx, compiled, vectors
+from . import amx, amx_product, compiled
 from .operations import Activation, RowNorm
 
 COLUMNS = 32  # N must be a multiple of it
 INPUTS = 32  # K must be a multiple of it
 
-_zero_0, _zero_1, _zero_2, _zero_3 = (amx.tile_zero(tile) for tile in range(4))
-_store_0, _store_1, _store_2, _store_3 = (amx.tile_store(tile) for tile in range(4))
-_load_a0, _load_a1, _load_b0, _load_b1 = (amx.tile_load(tile) for tile in range(4, 8))
-_dot_00, _dot_01, _dot_10, _dot_11 = (
-    amx.tile_dot(c, a, b) for c, (a, b) in enumerate([(4, 6), (4, 7), (5, 6), (5, 7)])
-)
-
-# Bytes between a weight that is used and the one that is fetched.
-_AHEAD = 4096
 # Rows of inputs that a thread keeps in its L2 cache while it passes over the weights.
 _BLOCK_BYTES = 1_250_000
+# Weights of neighbouring columns that it keeps there meanwhile: their results are neighbours in memory too.
+_WEIGHT_BYTES = 270_000
 _SCRATCH_BYTES = 8192  # of each thread: a block of float32 results
 _CONTROL_BYTES = 512  # the configuration and the counters
 FIELDS = 15  # of a task
@@ -74,7 +66,7 @@ def run(
 ) -> None:
     """Compute `out = activation(norm(rows) @ weight.T + bias) + added` for a task of `fields`.
 
-    `rows`: contiguous bfloat16 `[M, K]`. `added` and `out`: contiguous bfloat16 `[M, N]`, `[M, N / 2]` with `GATED_SILU`.
+    All are contiguous bfloat16. `rows`: `[M, K]`. `added` and `out`: `[M, N]`, with `GATED_SILU` `[M, N / 2]`.
     """
     work = Workspace(*rows.shape)
     place(task, 0, rows.data_ptr(), 0 if added is None else added.data_ptr(), out.data_ptr(), work, 0)
@@ -91,8 +83,8 @@ def fields(
 ) -> ctypes.Array[ctypes.c_int64]:
     """Return the task of a linear for the compiled loops, without the fields that `place` sets.
 
-    `stored`: address of the weight's tiles. `inputs`, `columns`: K and N. `bias`: float32 `[N]`. With `GATED_SILU` weight
-    and bias are `interleaved`.
+    `stored`: address of the weight's tiles. `inputs`, `columns`: K and N. `bias`: float32 `[N]`. With `GATED_SILU`
+    weight and bias are `interleaved`.
     """
     task = (ctypes.c_int64 * FIELDS)()
     task[2:6] = (
@@ -111,7 +103,7 @@ def place(
 ) -> None:
     """Set the addresses of one call in the fields from `at` on. `counter`: number of the counter of `work`."""
     task[at : at + 2] = x, work.rows
-    task[at + 6 : at + 8] = work.packed, work.scratch
+    task[at + 6 : at + 8] = work.copied, work.scratch
     task[at + 10 : at + 12] = added, out
     task[at + 13 : at + 15] = work.configuration, work.counters + 64 * counter
 
@@ -119,16 +111,18 @@ def place(
 class Workspace:
     """Addresses of memory for one call of compiled loops with `rows` rows of at most `inputs` inputs.
 
-    `packed`: the inputs as tiles. `scratch`: results of each thread. `configuration`: see `amx.configure`. `counters`: 0, of
-    which each has 64 bytes. `more`: `more_bytes` for the caller. Valid until this thread makes the next one.
+    `copied`: the inputs after a norm, once for each thread if they are few. `scratch`: results of each thread.
+    `configuration`: see `amx.configure`. `counters`: zeros, 64 bytes each. `more`: `more_bytes` for the caller. Valid
+    until this thread makes the next one.
     """
 
     def __init__(self, rows: int, inputs: int, more_bytes: int = 0) -> None:
         threads = torch.get_num_threads()
-        packed_bytes = -(-rows // 32) * 64 * inputs * (1 if rows > amx.ROWS else threads)
+        # A block of rows has whole tiles.
+        copied_bytes = 2 * inputs * (amx.ROWS * threads if rows <= amx.ROWS else -(-rows // 32) * 32)
         self.rows = rows
-        self.packed = _memory.address(packed_bytes + threads * _SCRATCH_BYTES + _CONTROL_BYTES + more_bytes)
-        self.scratch = self.packed + packed_bytes
+        self.copied = _memory.address(copied_bytes + threads * _SCRATCH_BYTES + _CONTROL_BYTES + more_bytes)
+        self.scratch = self.copied + copied_bytes
         self.configuration = self.scratch + threads * _SCRATCH_BYTES
         self.counters = self.configuration + 64
         self.more = self.configuration + _CONTROL_BYTES
@@ -142,170 +136,58 @@ def _configuration(rows: int) -> bytes:
 
 
 @numba.njit
-def _normed_row(source, target, step, inputs, norm, numbers):
-    """Write one row of inputs, normed, to `target`: 32 numbers each, `step` bytes apart."""
-    scale = vectors.splat(np.float32(1))
-    shift = vectors.splat(np.float32(0))
-    if norm:
-        sums = vectors.splat(np.float32(0))
-        squares = vectors.splat(np.float32(0))
-        for at in range(0, inputs * 2, 32):
-            x = vectors.load_bfloat16(source + at)
-            sums = sums + x
-            squares = vectors.fused(x, x, squares)
-        mean = np.float32(0)
-        if norm == 2:
-            mean = vectors.total(sums) / np.float32(inputs)
-            squares = vectors.splat(np.float32(0))
-            for at in range(0, inputs * 2, 32):
-                x = vectors.load_bfloat16(source + at) - vectors.splat(mean)
-                squares = vectors.fused(x, x, squares)
-        epsilon = vectors.first(vectors.load(numbers))
-        inverse = np.float32(1) / np.sqrt(vectors.total(squares) / np.float32(inputs) + epsilon)
-        scale = vectors.splat(inverse)
-        shift = vectors.splat(-mean * inverse)
-    weights = numbers + 64
-    for block in range(inputs // 32):
-        for half in range(2):
-            x = vectors.load_bfloat16(source + block * 64 + half * 32)
-            if norm:
-                at = block * 128 + half * 64
-                x = vectors.fused(x, scale, shift) * vectors.load(weights + at)
-                if norm == 2:
-                    x = x + vectors.load(weights + inputs * 4 + at)
-            vectors.store_bfloat16(target + block * step + half * 32, x)
-
-
-@numba.njit
-def _product_1x2(x, x_step, x_stride, w, blocks, c):
-    """Multiply up to 16 rows by 32 columns into `c`, float32 `[16, 32]`."""
-    _zero_0()
-    _zero_1()
-    for _ in range(blocks):
-        compiled.prefetch(w + _AHEAD, 2048)
-        _load_a0(x, x_stride)
-        _load_b0(w, 64)
-        _dot_00()
-        _load_b1(w + 1024, 64)
-        _dot_01()
-        x += x_step
-        w += 2048
-    _store_0(c, 128)
-    _store_1(c + 64, 128)
-
-
-@numba.njit
-def _product_2x2(x, w, blocks, c, ahead):
-    """Multiply 32 rows by 32 columns into `c`, float32 `[32, 32]`."""
-    _zero_0()
-    _zero_1()
-    _zero_2()
-    _zero_3()
-    for _ in range(blocks):
-        if ahead:
-            compiled.prefetch(w + ahead, 2048)
-        compiled.prefetch(x + _AHEAD, 2048)
-        _load_a0(x, 64)
-        _load_b0(w, 64)
-        _dot_00()
-        _load_b1(w + 1024, 64)
-        _dot_01()
-        _load_a1(x + 1024, 64)
-        _dot_10()
-        _dot_11()
-        x += 2048
-        w += 2048
-    _store_0(c, 128)
-    _store_1(c + 64, 128)
-    _store_2(c + 2048, 128)
-    _store_3(c + 2112, 128)
-
-
-@numba.njit
-def _activated(x, activation):
-    one = vectors.splat(np.float32(1))
-    if activation == 2:
-        z = x * vectors.splat(np.float32(-1.702))
-    else:
-        cubed = vectors.fused(x * x * x, vectors.splat(np.float32(0.044715)), x)
-        z = cubed * vectors.splat(np.float32(-1.5957691216))
-    return vectors.divided(x, one + vectors.exp(z))
-
-
-@numba.njit
-def _finish(c, rows, column, columns, first, bias, added, out, activation):
-    """Write the results of `rows` rows from row `first` on and 32 columns from `column` on."""
-    one = vectors.splat(np.float32(1))
-    zero = vectors.splat(np.float32(0))
-    for row in range(rows):
-        low = vectors.load(c + row * 128)
-        high = vectors.load(c + row * 128 + 64)
-        if bias:
-            low = low + vectors.load(bias + column * 4)
-            high = high + vectors.load(bias + column * 4 + 64)
-        if activation == 1:
-            low = vectors.divided(low * high, one + vectors.exp(zero - low))
-            place = (first + row) * columns + column
-            if added:
-                low = low + vectors.load_bfloat16(added + place)
-            vectors.store_bfloat16(out + place, low)
-            continue
-        if activation:
-            low = _activated(low, activation)
-            high = _activated(high, activation)
-        place = ((first + row) * columns + column) * 2
-        if added:
-            low = low + vectors.load_bfloat16(added + place)
-            high = high + vectors.load_bfloat16(added + place + 32)
-        vectors.store_bfloat16_pair(out + place, low, high)
-
-
-@numba.njit
 def _few_rows(task, thread):
     """Up to 16 rows: each thread norms all of them for itself."""
-    x, rows, inputs, columns, norm, numbers, packed, scratch, stored, bias, added, out, activation, _, counter = task
+    x, rows, inputs, columns, norm, numbers, copied, scratch, stored, bias, added, out, activation, _, counter = task
     if norm:
-        own = packed + thread * 32 * inputs * 2
+        own = copied + thread * amx.ROWS * inputs * 2
         for row in range(rows):
-            _normed_row(x + row * inputs * 2, own + row * inputs * 2, 64, inputs, norm, numbers)
+            amx_product.norm_row(x + row * inputs * 2, own + row * inputs * 2, inputs, norm, numbers)
         x = own
     c = scratch + thread * _SCRATCH_BYTES
     while True:
         item = compiled.next_number(counter)
         if item >= columns // 32:
             break
-        _product_1x2(x, 64, inputs * 2, stored + item * 64 * inputs, inputs // 32, c)
-        _finish(c, rows, item * 32, columns, 0, bias, added, out, activation)
+        amx_product.product_1x2(x, inputs * 2, stored + item * 64 * inputs, inputs // 32, c)
+        amx_product.finish(c, rows, item * 32, columns, 0, bias, added, out, activation)
 
 
 @numba.njit
 def _many_rows(task, thread, threads):
-    """The rows are packed as tiles first. A block of them stays in the L2 cache while the weights pass."""
-    x, rows, inputs, columns, norm, numbers, packed, scratch, stored, bias, added, out, activation, _, counter = task
-    for row in range(thread, rows, threads):
-        target = packed + row // 32 * 64 * inputs + row % 32 * 64
-        _normed_row(x + row * inputs * 2, target, 2048, inputs, norm, numbers)
+    """A block of rows and some columns' weights stay in the L2 cache of a thread while it multiplies them."""
+    x, rows, inputs, columns, norm, numbers, copied, scratch, stored, bias, added, out, activation, _, counter = task
+    # The last rows are copied even without a norm: tiles have 32 rows, and memory after the inputs is not read.
+    whole = 0 if norm else rows // 32 * 32
+    for row in range(whole + thread, rows, threads):
+        amx_product.copy_row(x + row * inputs * 2, copied + (row - whole) * inputs * 2, inputs, norm, numbers)
     compiled.wait_for_threads()
     c = scratch + thread * _SCRATCH_BYTES
-    groups = max(1, min((rows + 31) // 32, _BLOCK_BYTES // (64 * inputs)))
-    passes = ((rows + 31) // 32 + groups - 1) // groups
-    items = columns // 32
-    while True:
-        item = compiled.next_number(counter)
-        if item >= items * passes:
-            break
-        column = item % items
+    all_groups = (rows + 31) // 32
+    groups = max(1, min(all_groups, _BLOCK_BYTES // (64 * inputs)))
+    passes = (all_groups + groups - 1) // groups
+    pairs = max(1, min(columns // 32, _WEIGHT_BYTES // (64 * inputs)))
+    items = (columns // 32 + pairs - 1) // pairs
+    item = compiled.next_number(counter)
+    while item < items * passes:
+        first_pair = item % items * pairs
         first_group = item // items * groups
-        weights = stored + column * 64 * inputs
-        for group in range(first_group, min(first_group + groups, (rows + 31) // 32)):
+        item = compiled.next_number(counter)
+        fetch = stored + item % items * pairs * 64 * inputs  # the weights of this thread's next item
+        end = fetch + pairs * 64 * inputs
+        for group in range(first_group, min(first_group + groups, all_groups)):
+            is_first = group == first_group
+            source = x + group * 64 * inputs if group * 32 < whole else copied + (group * 32 - whole) * inputs * 2
             left = min(32, rows - group * 32)
-            ahead = _AHEAD if group == first_group else 0
-            tiles_at = packed + group * 64 * inputs
-            if left <= 16:
-                _product_1x2(tiles_at, 2048, 64, weights, inputs // 32, c)
-            else:
-                _product_2x2(tiles_at, weights, inputs // 32, c, ahead)
-            _finish(c, left, column * 32, columns, group * 32, bias, added, out, activation)
+            for pair in range(first_pair, min(first_pair + pairs, columns // 32)):
+                weights = stored + pair * 64 * inputs
+                if left <= 16:
+                    amx_product.product_1x2(source, inputs * 2, weights, inputs // 32, c)
+                else:
+                    step = amx_product.FETCH if not is_first and fetch < end else 0
+                    amx_product.product_2x2(source, inputs * 2, weights, inputs // 32, c, is_first, fetch, step)
+                    fetch += step * (inputs // 32)
+                amx_product.finish(c, left, pair * 32, columns, group * 32, bias, added, out, activation)
 
 
 @numba.njit

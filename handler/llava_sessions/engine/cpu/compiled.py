@@ -113,22 +113,32 @@ def next_number(_, address):
     return types.int64(types.int64), generate
 
 
-@intrinsic
-def prefetch(_, address, size):
-    """Fetch `size` bytes, a constant, from an address on into the L1 cache. Any address is allowed."""
-    if not isinstance(size, types.IntegerLiteral):
-        raise RequireLiteralValue("size")
+def _make_prefetch(locality: int) -> Any:
+    """Return the intrinsic `(address, size)`. `locality`: of LLVM's prefetch."""
 
-    def generate(context, builder, signature, arguments):
-        pointer = ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
-        fetch = builder.module.globals.get("llvm.prefetch.p0") or ir.Function(builder.module, kind, "llvm.prefetch.p0")
-        for offset in range(0, size.literal_value, _CACHE_LINE):
-            line = builder.inttoptr(builder.add(arguments[0], _I64(offset)), pointer)
-            builder.call(fetch, [line, _I32(0), _I32(3), _I32(1)])  # for a read, keep, data
-        return context.get_dummy_value()
+    @intrinsic
+    def run(_, address, size):
+        if not isinstance(size, types.IntegerLiteral):
+            raise RequireLiteralValue("size")
 
-    return types.void(types.int64, size), generate
+        def generate(context, builder, signature, arguments):
+            pointer = ir.IntType(8).as_pointer()
+            name = "llvm.prefetch.p0"
+            kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+            fetch = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+            for offset in range(0, size.literal_value, _CACHE_LINE):
+                line = builder.inttoptr(builder.add(arguments[0], _I64(offset)), pointer)
+                builder.call(fetch, [line, _I32(0), _I32(locality), _I32(1)])  # for a read, data
+            return context.get_dummy_value()
+
+        return types.void(types.int64, size), generate
+
+    return run
+
+
+# Fetch `size` bytes, a constant, from an address on into the L1 or the L2 cache. Any address is allowed.
+prefetch = _make_prefetch(3)
+prefetch_l2 = _make_prefetch(2)
 
 
 @numba.njit(inline="always")

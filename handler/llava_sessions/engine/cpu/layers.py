@@ -64,6 +64,15 @@ class FusedLayer(torch.nn.Module):
         self.down = linears.pack(mlp.down_proj)
         self._token_layer: TokenLayer | None = None
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether a step of single tokens is one call of compiled loops."""
+        return self._token_layer is not None
+
+    def use_parts(self) -> None:
+        """Run each part by itself in all steps."""
+        self._token_layer = None
+
     def compile(self, attention: TokenAttention) -> None:
         """Compile the layer as a whole for steps of single tokens, if all its linears are of tiles."""
         parts = (self.qkv, self.output, self.gate_up, self.down)

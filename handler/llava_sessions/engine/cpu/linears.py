@@ -16,6 +16,7 @@ Measurements: bench/README.md, "The CPU's fast paths one by one".
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,8 @@ from torch.nn.functional import linear
 
 from .operations import Activation, RowNorm, activate
 from .weight_memory import weight_memory
+
+log = logging.getLogger(__name__)
 
 # Number of rows that oneDNN picks the layout for. The layouts for 1, 16 and 256 rows were equally fast.
 _ROWS_HINT = 16
@@ -103,7 +106,7 @@ class TileLinear(PackedLinear):
         return out.view(*rows.shape[:-1], self.result_features)
 
 
-class _OneDNNLinear(PackedLinear):
+class OneDNNLinear(PackedLinear):
     """oneDNN's packed linear; the weight keeps its precision, bfloat16 or float32."""
 
     def __init__(self, plain: torch.nn.Linear, activation: Activation = Activation.NONE) -> None:
@@ -143,7 +146,7 @@ def pack(plain: torch.nn.Linear, activation: Activation = Activation.NONE) -> Pa
         found = _pack_as_tiles(plain, activation)
     elif plain.weight.dtype == torch.float32 and works(_pack_as_half, torch.float32):
         found = _pack_as_half(plain, activation)
-    return found or _OneDNNLinear(plain, activation)
+    return found or OneDNNLinear(plain, activation)
 
 
 @torch.inference_mode()
@@ -170,7 +173,7 @@ def packable(module: Any) -> bool:
 
 def can_pack(dtype: torch.dtype) -> bool:
     """Return whether oneDNN's packed linears exist for `dtype` (bfloat16 or float32) and compute `linear`'s numbers."""
-    return works(_OneDNNLinear, dtype)
+    return works(OneDNNLinear, dtype)
 
 
 @functools.cache
@@ -186,7 +189,8 @@ def works(make: Callable[..., PackedLinear | None], dtype: torch.dtype) -> bool:
         if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return False
         return _matches_linear(make, dtype)
-    except (AttributeError, ImportError, NotImplementedError, RuntimeError):
+    except Exception:  # such as a missing op of torch or an error of the compiler: the next kind is used
+        log.info("linears_missing kind=%s", make.__name__, exc_info=True)
         return False
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from llava_sessions.engine.attention import Segment
-from llava_sessions.engine.cpu import amx, attention, linears
+from llava_sessions.engine.cpu import amx, attention, linears, picture_layers
 from llava_sessions.engine.cpu import layers as cpu_layers
 from llava_sessions.engine.cpu.layers import FusedLayer, compile_token_attention, fuse_layers
 from llava_sessions.engine.cpu.linears import PackedLinear, can_pack
@@ -42,6 +42,7 @@ def plain_model(folder: Path, dtype: str) -> Model:
     """Load the checkpoint with transformers' own layers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_layers, "fuse_layers", lambda layers: False)
+        patch.setattr(picture_layers, "fuse_layers", lambda tower: 0)
         patch.setattr(linears, "pack_all", lambda module: 0)
         return Model.load(folder, dtype, "cpu")
 

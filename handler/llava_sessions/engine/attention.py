@@ -101,7 +101,7 @@ class PackedKV:
             self.ends.append(start)
         self._task = token_attention.task(places) if token_attention is not None and places else None
         self._longer_task = session_attention.task(longer) if session_attention is not None and longer else None
-        self.token_task = None if self.spans or longer else self._task
+        self.tasks = None if self.spans else (self._task, self._longer_task)
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any

@@ -63,9 +63,6 @@ class Model:
             self.token_attention = layers.compile_token_attention(
                 self._heads, self.kv_shape.kv_heads, head_dim, self.dtype
             )
-            if self.token_attention is not None:
-                for layer in self.text.layers:
-                    layer.compile(self.token_attention)
         cpu_attention.prepare_picture_attention(model.config.vision_config, self.dtype, self.device)
         # Compiled attention of several tokens of a session, or None: then torch's.
         self.session_attention = None
@@ -73,6 +70,8 @@ class Model:
             self.session_attention = cpu_attention.session_attention(
                 self._heads, self.kv_shape.kv_heads, head_dim, self.dtype
             )
+            for layer in self.text.layers:
+                layer.compile(self.token_attention, self.session_attention)
 
     @classmethod
     def load(

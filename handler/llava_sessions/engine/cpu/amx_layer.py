@@ -1,7 +1,7 @@
-"""One decoder layer for a step in which every session has one new token, as one call of compiled loops.
+"""One decoder layer as one call of compiled loops.
 
-The parts of a layer follow each other without a return to Python: with one session the calls of a layer one by one take
-an eighth of the step. Measurements: bench/README.md, "The CPU's fast paths one by one".
+The parts of a layer follow each other without a return to Python: with one session that has one new token, the calls of
+a layer one by one take an eighth of the step. Measurements: bench/README.md, "The CPU's fast paths one by one".
 """
 
 from __future__ import annotations
@@ -14,28 +14,33 @@ import numba
 import torch
 from numba import types
 
-from . import amx, amx_linear, compiled, token_attention
+from . import amx, amx_linear, amx_sessions, compiled, token_attention
 from .amx_linear import FIELDS
 from .linears import TileLinear
 from .operations import RowNorm
 
-# Fields of a task: that of the attention, then those of the four linears.
-_FIRST = 1
+# Fields of a task: the addresses of the tasks of both kinds of attention or 0, then the fields of the four linears.
+_FIRST = 2
+_PLACES = (token_attention.place, amx_sessions.place)
+
+Tasks = tuple[ctypes.Array[ctypes.c_int64] | None, ctypes.Array[ctypes.c_int64] | None]
 
 
-class TokenLayer:
-    """The linears and norms of one layer, and the attention of its single tokens. Not thread-safe."""
+class CompiledLayer:
+    """The linears, norms and attention of one layer. Not thread-safe."""
 
     def __init__(
         self,
         index: int,
         parts: tuple[TileLinear, TileLinear, TileLinear, TileLinear],
         norms: tuple[RowNorm, RowNorm],
-        attention: token_attention.TokenAttention,
+        tokens: token_attention.TokenAttention,
+        sessions: amx_sessions.SessionAttention | None,
     ) -> None:
         """`index`: of the layer in the KV caches. `parts`: qkv, output, gate and up, down.
 
-        `norms`: before attention and before the MLP.
+        `norms`: before attention and before the MLP. `tokens`, `sessions`: the attention of single new tokens, and that
+        of several new tokens of a session.
         """
         self._index = index
         self._widths = [part.result_features for part in parts]
@@ -46,14 +51,13 @@ class TokenLayer:
         for number, (part, norm) in enumerate(zip(parts, (norms[0], None, norms[1], None), strict=True)):
             at = _FIRST + number * FIELDS
             self._task[at : at + FIELDS] = part.fields(norm)[:]
-        self._loops = _compile(attention.attend_all)
+        self._loops = _compile(tokens.attend_all, None if sessions is None else sessions.attend_all)
 
-    def __call__(
-        self, rows: torch.Tensor, attention_task: ctypes.Array[ctypes.c_int64], cos: torch.Tensor, sin: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, rows: torch.Tensor, tasks: Tasks, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Map contiguous hidden states `[rows, hidden]` in bfloat16 to a new tensor of the same shape.
 
-        `attention_task`: of `TokenAttention.task`, with one token per row. `cos`, `sin`: `[rows, head_dim]`.
+        `tasks`: of `TokenAttention.task` and of `SessionAttention.task`, for different rows, or None. `cos`, `sin`:
+        `[rows, head_dim]`.
         """
         count, hidden = rows.shape
         out = torch.empty_like(rows)
@@ -65,9 +69,12 @@ class TokenLayer:
             addresses.append(at)
             at = -(-(at + 2 * count * width) // 64) * 64
         qkv, attended, middle, gated = addresses
-        token_attention.place(attention_task, self._index, qkv, cos.data_ptr(), sin.data_ptr(), attended)
         task = self._task
-        task[0] = ctypes.addressof(attention_task)
+        for number, (place, attention_task) in enumerate(zip(_PLACES, tasks, strict=True)):
+            task[number] = 0
+            if attention_task is not None:
+                place(attention_task, self._index, qkv, cos.data_ptr(), sin.data_ptr(), attended)
+                task[number] = ctypes.addressof(attention_task)
         start = rows.data_ptr()
         calls = ((start, 0, qkv), (attended, start, middle), (middle, 0, gated), (gated, middle, out.data_ptr()))
         for number, (x, added, result) in enumerate(calls):
@@ -77,8 +84,10 @@ class TokenLayer:
 
 
 @functools.cache
-def _compile(attend_all: Any) -> Any:
+def _compile(attend_tokens: Any, attend_sessions: Any) -> Any:
     """Compile a layer for one shape of attention: a Numba C function that takes the address of a task."""
+
+    with_sessions = attend_sessions is not None
 
     @numba.cfunc(types.void(types.CPointer(types.int64)))
     def layer(pointer):
@@ -91,7 +100,11 @@ def _compile(attend_all: Any) -> Any:
             amx_linear.product(task[at : at + FIELDS], thread, threads)
             compiled.wait_for_threads()
             if number == 0:
-                attend_all(task[0])
+                if task[0]:
+                    attend_tokens(task[0])
+                if with_sessions and task[1]:
+                    attend_sessions(task[1])
+                    amx.configure(task[_FIRST + 13])
                 compiled.wait_for_threads()
         amx.release()
 

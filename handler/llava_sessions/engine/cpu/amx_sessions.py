@@ -24,7 +24,8 @@ class SessionAttention:
 
     def __init__(self, heads: int, kv_heads: int, head_dim: int) -> None:
         """Compile the loops. `head_dim`: a multiple of 32. Raises what Numba raises."""
-        self._loops = _compile(heads, kv_heads, head_dim)
+        self.attend_all = _compile(heads, kv_heads, head_dim)
+        self._loops = compiled.as_c_function(self.attend_all)
         self._heads = heads
         self._kv_heads = kv_heads
         self._head_dim = head_dim
@@ -68,9 +69,14 @@ class SessionAttention:
         `qkv`: `[rows, (heads + 2 * kv_heads) * head_dim]`. `cos`, `sin`: `[rows, head_dim]`. All are contiguous
         bfloat16. Writes the sessions' rows of `out`, `[rows, heads * head_dim]`.
         """
-        task[0] = 0
-        task[7:_HEAD] = [layer, qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr()]
+        place(task, layer, qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr())
         compiled.run(self._loops, task)
+
+
+def place(task: ctypes.Array[ctypes.c_int64], layer: int, qkv: int, cos: int, sin: int, out: int) -> None:
+    """Set the layer and the addresses of one call in a task."""
+    task[0] = 0
+    task[7:_HEAD] = [layer, qkv, cos, sin, out]
 
 
 def _make_rotate(head_dim: int) -> Any:
@@ -178,7 +184,7 @@ def _make_run_block(heads: int, kv_heads: int, head_dim: int, rotate: Any, copy:
 
 @functools.cache
 def _compile(heads: int, kv_heads: int, head_dim: int) -> Any:
-    """Compile the loops. Returns a Numba C function that takes the address of a task.
+    """Compile the loops. Returns a Numba function of the address of a task, which changes the tiles of its thread.
 
     A piece of work is a KV head of a session, or a slice of its columns. Slices of one head store the same numbers.
     """
@@ -190,15 +196,17 @@ def _compile(heads: int, kv_heads: int, head_dim: int) -> Any:
     head_bytes = head_dim * 2
     group = heads // kv_heads
 
-    @numba.cfunc(types.void(types.CPointer(types.int64)))
-    def loops(pointer):
-        task = numba.carray(pointer, (_HEAD,))
+    integers_at = compiled.pointer(types.int64)
+
+    @numba.njit
+    def attend_all(task_at):
+        task = numba.carray(integers_at(task_at), (_HEAD,))
         sessions, slices, layer = task[5], task[6], task[7]
-        places = numba.carray(pointer, (_HEAD + _PLACE * sessions,))[_HEAD:].reshape(sessions, _PLACE)
+        places = numba.carray(integers_at(task_at), (_HEAD + _PLACE * sessions,))[_HEAD:].reshape(sessions, _PLACE)
         scratch = task[1] + compiled.thread_number() * task[2]
         amx.configure(task[3])
         while True:
-            piece = compiled.next_number(task.ctypes.data)
+            piece = compiled.next_number(task_at)
             if piece >= sessions * kv_heads * slices:
                 break
             kv_head = piece // slices % kv_heads
@@ -213,4 +221,4 @@ def _compile(heads: int, kv_heads: int, head_dim: int) -> Any:
                 run_block(task, scratch, keys, row, stored, stored + rows, kv_head, first, count)
         amx.release()
 
-    return loops
+    return attend_all

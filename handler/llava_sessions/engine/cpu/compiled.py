@@ -7,6 +7,7 @@ compete with torch's for the cores.
 from __future__ import annotations
 
 import ctypes
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ _CACHE_LINE = 64
 def run(loops: Any, task: ctypes.Array[ctypes.c_int64]) -> None:
     """Call a Numba C function once on each of torch's threads, with the address of `task`; wait for all of them."""
     _openmp.GOMP_parallel(loops.address, ctypes.addressof(task), torch.get_num_threads(), 0)
+
+
+@functools.cache
+def as_c_function(function: Any) -> Any:
+    """Return a Numba function of one address as a C function, which `run` takes."""
+    return numba.cfunc(types.void(types.int64))(function.py_func)
 
 
 def pointer(number: Any) -> Any:

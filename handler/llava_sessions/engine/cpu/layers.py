@@ -18,7 +18,8 @@ from . import attention, linears
 from .operations import Activation, RowNorm, is_rms_norm
 
 if TYPE_CHECKING:
-    from .amx_layer import TokenLayer  # importing it needs Numba
+    from .amx_layer import CompiledLayer  # importing it needs Numba
+    from .amx_sessions import SessionAttention
     from .token_attention import TokenAttention
 
 log = logging.getLogger(__name__)
@@ -34,10 +35,10 @@ _SAMPLE = torch.linspace(-4, 4, 33)
 class Batch(Protocol):
     """The sessions of one forward, as a fused layer uses them.
 
-    `token_task`: the task of `TokenAttention` if every row is the single new token of a session, else None.
+    `tasks`: those of compiled attention, see `CompiledLayer`, or None if the attention of some rows is not compiled.
     """
 
-    token_task: Any
+    tasks: Any
 
     def attend(self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Rotate queries and keys, store keys and values, and return attention `[rows, heads * head_dim]`.
@@ -62,24 +63,24 @@ class FusedLayer(torch.nn.Module):
         self.output = linears.pack(projections.o_proj)
         self.gate_up = linears.pack(side_by_side(mlp.gate_proj, mlp.up_proj), Activation.GATED_SILU)
         self.down = linears.pack(mlp.down_proj)
-        self._token_layer: TokenLayer | None = None
+        self._compiled: CompiledLayer | None = None
 
     @property
     def is_compiled(self) -> bool:
-        """Whether a step of single tokens is one call of compiled loops."""
-        return self._token_layer is not None
+        """Whether the layer is one call of compiled loops."""
+        return self._compiled is not None
 
     def use_parts(self) -> None:
-        """Run each part by itself in all steps."""
-        self._token_layer = None
+        """Run each part by itself."""
+        self._compiled = None
 
-    def compile(self, attention: TokenAttention) -> None:
-        """Compile the layer as a whole for steps of single tokens, if all its linears are of tiles."""
+    def compile(self, tokens: TokenAttention, sessions: SessionAttention | None) -> None:
+        """Compile the layer as a whole, if all its linears are of tiles. `tokens`, `sessions`: see `CompiledLayer`."""
         parts = (self.qkv, self.output, self.gate_up, self.down)
         if all(isinstance(part, linears.TileLinear) for part in parts):
-            from .amx_layer import TokenLayer  # it needs Numba
+            from .amx_layer import CompiledLayer  # it needs Numba
 
-            self._token_layer = TokenLayer(self.layer, parts, (self._input_norm, self._mlp_norm), attention)
+            self._compiled = CompiledLayer(self.layer, parts, (self._input_norm, self._mlp_norm), tokens, sessions)
 
     def forward(
         self,
@@ -91,8 +92,8 @@ class FusedLayer(torch.nn.Module):
         """Map hidden states `[1, rows, hidden]` to hidden states of the same shape."""
         cos, sin = position_embeddings
         rows = hidden_states[0]
-        if self._token_layer is not None and packed.token_task is not None:
-            return self._token_layer(rows, packed.token_task, cos[0], sin[0])[None]
+        if self._compiled is not None and packed.tasks is not None:
+            return self._compiled(rows, packed.tasks, cos[0], sin[0])[None]
         attended = packed.attend(self.layer, self.qkv(rows, norm=self._input_norm), cos[0], sin[0])
         rows = self.output(attended, rows)
         out: torch.Tensor = self.down(self.gate_up(rows, norm=self._mlp_norm), rows)

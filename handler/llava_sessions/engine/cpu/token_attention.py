@@ -33,7 +33,7 @@ class TokenAttention:
     def __init__(self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
         """Compile the loops. Takes one to two seconds for a new shape."""
         self.attend_all = _compile(heads, kv_heads, head_dim, dtype)
-        self._loops = _as_c_function(self.attend_all)
+        self._loops = compiled.as_c_function(self.attend_all)
 
     def task(self, places: list[tuple[int, int, int, int]]) -> ctypes.Array[ctypes.c_int64]:
         """Return the arguments that all layers of one forward share.
@@ -100,12 +100,6 @@ def _compile(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> An
             run_piece(numbers, places[piece // kv_heads], piece % kv_heads, query, key, scores)
 
     return attend_all
-
-
-@functools.cache
-def _as_c_function(attend_all: Any) -> Any:
-    """Return the Numba C function that runs `attend_all` on the task at its address."""
-    return numba.cfunc(types.void(types.int64))(attend_all.py_func)
 
 
 def _make_rotate(head_dim: int, wide: Any) -> Any:

@@ -169,27 +169,29 @@ def _fits(layer: Any) -> bool:
     """Return whether `FusedLayer` can replace the layer: its parts, its norms and its activation are Llama's, and all
     weights have one precision that can be packed.
     """
-    if _child_names(layer) != _LAYER:
+    if child_names(layer) != _LAYER:
         return False
     projections = layer.self_attn
     mlp = layer.mlp
-    if _child_names(projections) != _ATTENTION or _child_names(mlp) != _MLP:
+    if child_names(projections) != _ATTENTION or child_names(mlp) != _MLP:
         return False
     qkv = [projections.q_proj, projections.k_proj, projections.v_proj]
     gate_up = [mlp.gate_proj, mlp.up_proj]
     return (
         all(map(linears.packable, [*qkv, projections.o_proj, *gate_up, mlp.down_proj]))
         and len({parameter.dtype for parameter in layer.parameters()}) == 1
-        and _all_or_none_have_bias(qkv)
-        and _all_or_none_have_bias(gate_up)
+        and all_or_none_have_bias(qkv)
+        and all_or_none_have_bias(gate_up)
         and all(is_rms_norm(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
         and torch.equal(mlp.act_fn(_SAMPLE), silu(_SAMPLE))
     )
 
 
-def _all_or_none_have_bias(parts: Iterable[torch.nn.Linear]) -> bool:
+def all_or_none_have_bias(parts: Iterable[torch.nn.Linear]) -> bool:
+    """Return whether either all linears have a bias or none has."""
     return len({linear.bias is None for linear in parts}) == 1
 
 
-def _child_names(module: torch.nn.Module) -> set[str]:
+def child_names(module: torch.nn.Module) -> set[str]:
+    """Return the names of the module's direct children."""
     return {name for name, _ in module.named_children()}

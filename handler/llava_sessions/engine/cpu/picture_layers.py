@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from . import attention, linears
-from .layers import side_by_side
+from .layers import all_or_none_have_bias, child_names, side_by_side
 from .operations import Activation, RowNorm, same_activation
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,8 @@ class FusedPictureLayer(torch.nn.Module):
 def fuse_layers(tower: torch.nn.Module) -> int:
     """Replace the layers of a vision tower by fused ones where they fit, and return the number of fused layers.
 
-    A fused layer is tried on a small example and dropped, with a warning in the log, if the plain layer's numbers differ.
+    A fused layer is tried on a small example. If it fails or the plain layer's numbers differ, the plain layer stays,
+    with a warning in the log.
     """
     found = [
         (parent, name, child, activation)
@@ -73,8 +74,13 @@ def fuse_layers(tower: torch.nn.Module) -> int:
     ]
     count = 0
     for parent, name, plain, activation in found:
-        fused = _fused_class(type(plain))(plain, activation)
-        if _matches(fused, plain):
+        try:
+            fused = _fused_class(type(plain))(plain, activation)
+            matches = _matches(fused, plain)
+        except Exception:  # a class of layers whose attention or arguments are others than CLIP's
+            log.warning("picture_layer_failed name=%s class=%s", name, type(plain).__name__, exc_info=True)
+            continue
+        if matches:
             setattr(parent, name, fused)
             count += 1
         else:
@@ -96,17 +102,17 @@ def _activation_of(layer: Any) -> Activation | None:
 
     The layer's parts are those of CLIP and SigLIP, and all weights have one precision that can be packed.
     """
-    if _child_names(layer) != _LAYER:
+    if child_names(layer) != _LAYER:
         return None
     projections = layer.self_attn
     mlp = layer.mlp
-    if _child_names(projections) != _ATTENTION or _child_names(mlp) != _MLP:
+    if child_names(projections) != _ATTENTION or child_names(mlp) != _MLP:
         return None
     qkv = [projections.q_proj, projections.k_proj, projections.v_proj]
     fits = (
         all(map(linears.packable, [*qkv, projections.out_proj, mlp.fc1, mlp.fc2]))
         and len({parameter.dtype for parameter in layer.parameters()}) == 1
-        and len({linear.bias is None for linear in qkv}) == 1
+        and all_or_none_have_bias(qkv)
         and all(linear.out_features == projections.out_proj.in_features for linear in qkv)
         and all(map(_is_layer_norm, (layer.layer_norm1, layer.layer_norm2)))
     )
@@ -130,7 +136,3 @@ def _matches(fused: torch.nn.Module, plain: torch.nn.Module) -> bool:
     rounding = torch.finfo(weight.dtype).eps
     allowed = rounding * expected.norm() + 8 * rounding * (expected - rows).norm()
     return bool((fused(rows, None).float() - expected).norm() <= allowed)
-
-
-def _child_names(module: torch.nn.Module) -> set[str]:
-    return {name for name, _ in module.named_children()}

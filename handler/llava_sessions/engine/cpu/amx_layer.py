@@ -33,7 +33,7 @@ class TokenLayer:
         norms: tuple[RowNorm, RowNorm],
         attention: token_attention.TokenAttention,
     ) -> None:
-        """`index`: of the layer in the KV caches. `parts`: qkv, output, gate and up, down.
+        """`index`: of the layer in the KV caches. `parts`: qkv, output, gate and up, down, of one class.
 
         `norms`: before attention and before the MLP.
         """
@@ -46,7 +46,8 @@ class TokenLayer:
         for number, (part, norm) in enumerate(zip(parts, (norms[0], None, norms[1], None), strict=True)):
             at = _FIRST + number * FIELDS
             self._task[at : at + FIELDS] = part.fields(norm)[:]
-        self._loops = _compile(attention.attend_all)
+        self._workspace = parts[0].loops.workspace
+        self._loops = _compile(attention.attend_all, parts[0].loops.product)
 
     def __call__(
         self, rows: torch.Tensor, attention_task: ctypes.Array[ctypes.c_int64], cos: torch.Tensor, sin: torch.Tensor
@@ -58,7 +59,7 @@ class TokenLayer:
         count, hidden = rows.shape
         out = torch.empty_like(rows)
         widths = [self._widths[0], self._heads_width, hidden, self._widths[2]]
-        work = amx_linear.Workspace(count, self._most_inputs, 2 * count * sum(widths) + 64 * len(widths))
+        work = self._workspace(count, self._most_inputs, 2 * count * sum(widths) + 64 * len(widths))
         at = work.more
         addresses = []
         for width in widths:
@@ -77,8 +78,11 @@ class TokenLayer:
 
 
 @functools.cache
-def _compile(attend_all: Any) -> Any:
-    """Compile a layer for one shape of attention: a Numba C function that takes the address of a task."""
+def _compile(attend_all: Any, product: Any) -> Any:
+    """Compile a layer for one shape of attention and one kind of linears.
+
+    Return a Numba C function that takes the address of a task.
+    """
 
     @numba.cfunc(types.void(types.CPointer(types.int64)))
     def layer(pointer):
@@ -88,7 +92,7 @@ def _compile(attend_all: Any) -> Any:
         amx.configure(task[_FIRST + 13])
         for number in range(4):
             at = _FIRST + number * FIELDS
-            amx_linear.product(task[at : at + FIELDS], thread, threads)
+            product(task[at : at + FIELDS], thread, threads)
             compiled.wait_for_threads()
             if number == 0:
                 attend_all(task[0])

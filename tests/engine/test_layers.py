@@ -41,9 +41,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def plain_model(folder: Path, dtype: str) -> Model:
     """Load the checkpoint with transformers' own layers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_layers, "fuse_layers", lambda layers: False)
+        patch.setattr(cpu_layers, "fuse_layers", lambda layers, pack: False)
         patch.setattr(picture_layers, "fuse_layers", lambda tower: 0)
-        patch.setattr(linears, "pack_all", lambda module: 0)
+        patch.setattr(linears, "pack_all", lambda module, pack=None: 0)
         return Model.load(folder, dtype, "cpu")
 
 

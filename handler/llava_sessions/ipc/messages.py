@@ -363,7 +363,7 @@ class Report:
 class EngineSettings:
     """Settings of an engine process.
 
-    `dtype` and `device`: as in `Model.load`. `device_bytes` and `host_bytes`: the budget; None derives it from the
+    `dtype`, `device` and `weights`: as in `Model.load`. `device_bytes` and `host_bytes`: the budget; None derives it from the
     machine's memory.
     """
 
@@ -374,6 +374,7 @@ class EngineSettings:
     prefill_chunk_tokens: int
     device_bytes: int | None = None
     host_bytes: int | None = None
+    weights: str = "auto"
 
 
 @dataclass(frozen=True)

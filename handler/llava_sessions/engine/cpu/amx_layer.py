@@ -37,7 +37,7 @@ class CompiledLayer:
         tokens: token_attention.TokenAttention,
         sessions: amx_sessions.SessionAttention | None,
     ) -> None:
-        """`index`: of the layer in the KV caches. `parts`: qkv, output, gate and up, down.
+        """`index`: of the layer in the KV caches. `parts`: qkv, output, gate and up, down, of one class.
 
         `norms`: before attention and before the MLP. `tokens`, `sessions`: the attention of single new tokens, and that
         of several new tokens of a session.
@@ -51,7 +51,10 @@ class CompiledLayer:
         for number, (part, norm) in enumerate(zip(parts, (norms[0], None, norms[1], None), strict=True)):
             at = _FIRST + number * FIELDS
             self._task[at : at + FIELDS] = part.fields(norm)[:]
-        self._loops = _compile(tokens.attend_all, None if sessions is None else sessions.attend_all)
+        self._workspace = parts[0].loops.workspace
+        self._loops = _compile(
+            tokens.attend_all, None if sessions is None else sessions.attend_all, parts[0].loops.product
+        )
 
     def __call__(self, rows: torch.Tensor, tasks: Tasks, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Map contiguous hidden states `[rows, hidden]` in bfloat16 to a new tensor of the same shape.
@@ -62,7 +65,7 @@ class CompiledLayer:
         count, hidden = rows.shape
         out = torch.empty_like(rows)
         widths = [self._widths[0], self._heads_width, hidden, self._widths[2]]
-        work = amx_linear.Workspace(count, self._most_inputs, 2 * count * sum(widths) + 64 * len(widths))
+        work = self._workspace(count, self._most_inputs, 2 * count * sum(widths) + 64 * len(widths))
         at = work.more
         addresses = []
         for width in widths:
@@ -84,8 +87,11 @@ class CompiledLayer:
 
 
 @functools.cache
-def _compile(attend_tokens: Any, attend_sessions: Any) -> Any:
-    """Compile a layer for one shape of attention: a Numba C function that takes the address of a task."""
+def _compile(attend_tokens: Any, attend_sessions: Any, product: Any) -> Any:
+    """Compile a layer for one shape of attention and one kind of linears.
+
+    Return a Numba C function that takes the address of a task.
+    """
 
     with_sessions = attend_sessions is not None
 
@@ -97,7 +103,7 @@ def _compile(attend_tokens: Any, attend_sessions: Any) -> Any:
         amx.configure(task[_FIRST + 13])
         for number in range(4):
             at = _FIRST + number * FIELDS
-            amx_linear.product(task[at : at + FIELDS], thread, threads)
+            product(task[at : at + FIELDS], thread, threads)
             compiled.wait_for_threads()
             if number == 0:
                 if task[0]:

@@ -31,7 +31,7 @@ _BLOCK_BYTES = 1_250_000
 _WEIGHT_BYTES = 270_000
 _SCRATCH_BYTES = 8192  # of each thread: a block of float32 results
 _CONTROL_BYTES = 512  # the configuration and the counters
-FIELDS = 15  # of a task
+FIELDS = 16  # of a task
 
 
 def tiles(weight: torch.Tensor) -> torch.Tensor:
@@ -80,11 +80,12 @@ def fields(
     bias: torch.Tensor | None,
     norm: RowNorm | None,
     activation: Activation,
+    scales: torch.Tensor | None = None,
 ) -> ctypes.Array[ctypes.c_int64]:
     """Return the task of a linear for the compiled loops, without the fields that `place` sets.
 
     `stored`: address of the weight's tiles. `inputs`, `columns`: K and N. `bias`: float32 `[N]`. With `GATED_SILU`
-    weight and bias are `interleaved`.
+    weight and bias are `interleaved`. `scales`: for the loops of amx_int8.py.
     """
     task = (ctypes.c_int64 * FIELDS)()
     task[2:6] = (
@@ -95,6 +96,7 @@ def fields(
     )
     task[8:10] = stored, bias.data_ptr() if bias is not None else 0
     task[12] = activation
+    task[15] = scales.data_ptr() if scales is not None else 0
     return task
 
 
@@ -108,6 +110,11 @@ def place(
     task[at + 13 : at + 15] = work.configuration, work.counters + 64 * counter
 
 
+def workspace(rows: int, inputs: int, more_bytes: int = 0) -> Workspace:
+    """Return a workspace for these loops."""
+    return Workspace(rows, inputs, more_bytes)
+
+
 class Workspace:
     """Addresses of memory for one call of compiled loops with `rows` rows of at most `inputs` inputs.
 
@@ -116,14 +123,14 @@ class Workspace:
     until this thread makes the next one.
     """
 
-    def __init__(self, rows: int, inputs: int, more_bytes: int = 0) -> None:
+    def __init__(self, rows: int, inputs: int, more_bytes: int = 0, scratch_bytes: int = _SCRATCH_BYTES) -> None:
         threads = torch.get_num_threads()
         # A block of rows has whole tiles.
         copied_bytes = 2 * inputs * (amx.ROWS * threads if rows <= amx.ROWS else -(-rows // 32) * 32)
         self.rows = rows
-        self.copied = _memory.address(copied_bytes + threads * _SCRATCH_BYTES + _CONTROL_BYTES + more_bytes)
+        self.copied = _memory.address(copied_bytes + threads * scratch_bytes + _CONTROL_BYTES + more_bytes)
         self.scratch = self.copied + copied_bytes
-        self.configuration = self.scratch + threads * _SCRATCH_BYTES
+        self.configuration = self.scratch + threads * scratch_bytes
         self.counters = self.configuration + 64
         self.more = self.configuration + _CONTROL_BYTES
         ctypes.memmove(self.configuration, _configuration(min(rows, amx.ROWS)), 64)
@@ -138,7 +145,7 @@ def _configuration(rows: int) -> bytes:
 @numba.njit
 def _few_rows(task, thread):
     """Up to 16 rows: each thread norms all of them for itself."""
-    x, rows, inputs, columns, norm, numbers, copied, scratch, stored, bias, added, out, activation, _, counter = task
+    x, rows, inputs, columns, norm, numbers, copied, scratch, stored, bias, added, out, activation, _, counter, _ = task
     if norm:
         own = copied + thread * amx.ROWS * inputs * 2
         for row in range(rows):
@@ -156,7 +163,7 @@ def _few_rows(task, thread):
 @numba.njit
 def _many_rows(task, thread, threads):
     """A block of rows and some columns' weights stay in the L2 cache of a thread while it multiplies them."""
-    x, rows, inputs, columns, norm, numbers, copied, scratch, stored, bias, added, out, activation, _, counter = task
+    x, rows, inputs, columns, norm, numbers, copied, scratch, stored, bias, added, out, activation, _, counter, _ = task
     # The last rows are copied even without a norm: tiles have 32 rows, and memory after the inputs is not read.
     whole = 0 if norm else rows // 32 * 32
     for row in range(whole + thread, rows, threads):

@@ -51,18 +51,18 @@ class Batch(Protocol):
 class FusedLayer(torch.nn.Module):
     """A decoder layer of Llama, Mistral or Qwen2 with the call signature of transformers' own layers."""
 
-    def __init__(self, plain: Any) -> None:
-        """Pack the weights of `plain`, a decoder layer for which `_fits` returns True."""
+    def __init__(self, plain: Any, pack: linears.Pack) -> None:
+        """Pack the weights of `plain`, a decoder layer for which `_fits` returns True, by `pack`."""
         super().__init__()
         projections = plain.self_attn
         mlp = plain.mlp
         self.layer: int = projections.layer_idx
         self._input_norm = RowNorm(plain.input_layernorm)
         self._mlp_norm = RowNorm(plain.post_attention_layernorm)
-        self.qkv = linears.pack(side_by_side(projections.q_proj, projections.k_proj, projections.v_proj))
-        self.output = linears.pack(projections.o_proj)
-        self.gate_up = linears.pack(side_by_side(mlp.gate_proj, mlp.up_proj), Activation.GATED_SILU)
-        self.down = linears.pack(mlp.down_proj)
+        self.qkv = pack(side_by_side(projections.q_proj, projections.k_proj, projections.v_proj))
+        self.output = pack(projections.o_proj)
+        self.gate_up = pack(side_by_side(mlp.gate_proj, mlp.up_proj), Activation.GATED_SILU)
+        self.down = pack(mlp.down_proj)
         self._compiled: CompiledLayer | None = None
 
     @property
@@ -75,9 +75,12 @@ class FusedLayer(torch.nn.Module):
         self._compiled = None
 
     def compile(self, tokens: TokenAttention, sessions: SessionAttention | None) -> None:
-        """Compile the layer as a whole, if all its linears are of tiles. `tokens`, `sessions`: see `CompiledLayer`."""
+        """Compile the layer as a whole, if all its linears are of tiles of one kind.
+
+        `tokens`, `sessions`: see `CompiledLayer`.
+        """
         parts = (self.qkv, self.output, self.gate_up, self.down)
-        if all(isinstance(part, linears.TileLinear) for part in parts):
+        if isinstance(self.qkv, linears.TileLinear) and len({type(part) for part in parts}) == 1:
             from .amx_layer import CompiledLayer  # it needs Numba
 
             self._compiled = CompiledLayer(self.layer, parts, (self._input_norm, self._mlp_norm), tokens, sessions)
@@ -101,12 +104,15 @@ class FusedLayer(torch.nn.Module):
 
 
 @torch.inference_mode()
-def fuse_layers(layers: torch.nn.ModuleList) -> bool:
-    """Replace all decoder layers by fused ones. If one of them does not fit, change nothing and return False."""
+def fuse_layers(layers: torch.nn.ModuleList, pack: linears.Pack = linears.pack) -> bool:
+    """Replace all decoder layers by fused ones, with linears of `pack`.
+
+    If one of them does not fit, change nothing and return False.
+    """
     if not all(map(_fits, layers)):
         return False
     for index, layer in enumerate(layers):
-        layers[index] = FusedLayer(layer)
+        layers[index] = FusedLayer(layer, pack)
     return True
 
 

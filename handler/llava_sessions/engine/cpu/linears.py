@@ -85,15 +85,29 @@ class TileLinear(PackedLinear):
         if activation is Activation.GATED_SILU:
             weight = amx_linear.interleaved(weight)
             bias = None if bias is None else amx_linear.interleaved(bias)
-        self._loops = amx_linear
-        self._tiles = weight_memory.copy(amx_linear.tiles(weight))
+        self.loops: Any = amx_linear
+        self._scales: torch.Tensor | None = None
+        self._tiles = weight_memory.copy(self._stored(weight))
         self._bias = bias
         self.result_features = plain.out_features // (2 if activation is Activation.GATED_SILU else 1)
 
+    def _stored(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight `[N, K]` in the order of the loops."""
+        tiles: torch.Tensor = self.loops.tiles(weight)
+        return tiles
+
     def fields(self, norm: RowNorm | None) -> Any:
         """Return the linear as a task of the compiled loops, see `amx_linear.fields`."""
-        return self._loops.fields(
-            self._tiles.data_ptr(), self.in_features, self.out_features, self._bias, norm, self.activation
+        from . import amx_linear
+
+        return amx_linear.fields(
+            self._tiles.data_ptr(),
+            self.in_features,
+            self.out_features,
+            self._bias,
+            norm,
+            self.activation,
+            self._scales,
         )
 
     def forward(
@@ -102,7 +116,7 @@ class TileLinear(PackedLinear):
         flat = rows.reshape(-1, self.in_features).contiguous()
         out = flat.new_empty((len(flat), self.result_features))
         more = None if added is None else added.reshape(out.shape).contiguous()
-        self._loops.run(self.fields(norm), flat, out, more)
+        self.loops.run(self.fields(norm), flat, out, more)
         return out.view(*rows.shape[:-1], self.result_features)
 
 
@@ -149,8 +163,11 @@ def pack(plain: torch.nn.Linear, activation: Activation = Activation.NONE) -> Pa
     return found or OneDNNLinear(plain, activation)
 
 
+Pack = Callable[..., PackedLinear]  # `pack`, or that of int8_linears
+
+
 @torch.inference_mode()
-def pack_all(module: torch.nn.Module) -> int:
+def pack_all(module: torch.nn.Module, pack: Pack = pack) -> int:
     """Replace every `packable` linear below `module` by a `PackedLinear` and return their number.
 
     The plain weights are freed one by one. A weight with another reference (a tied head) stays in memory as well.
@@ -221,10 +238,15 @@ def _matches_linear(make: Callable[..., PackedLinear | None], dtype: torch.dtype
 
 def _pack_as_tiles(plain: torch.nn.Linear, activation: Activation = Activation.NONE) -> PackedLinear | None:
     """Return None if the shape has no whole tiles, or without AMX."""
+    return TileLinear(plain, activation) if takes_tiles(plain) else None
+
+
+def takes_tiles(plain: torch.nn.Linear) -> bool:
+    """Return whether this CPU has AMX and the weight consists of whole tiles. Raises ImportError without Numba."""
     from . import amx, amx_linear
 
     whole = plain.out_features % amx_linear.COLUMNS == 0 and plain.in_features % amx_linear.INPUTS == 0
-    return TileLinear(plain, activation) if whole and amx.is_available() else None
+    return whole and amx.is_available()
 
 
 def _pack_as_half(plain: torch.nn.Linear, activation: Activation = Activation.NONE) -> PackedLinear | None:

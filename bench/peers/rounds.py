@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -45,7 +45,7 @@ class Plan:
 @dataclass(frozen=True)
 class Sample:
     """One side in one round. `others`: the share of the CPU that processes of no side took; `idle_sides`: that of the
-    sides which had no work. `attempts`: how often the round was taken because of other processes.
+    sides which had no work. `attempts`: how often the round was taken; `attempt`: which of them this is, from 0.
     """
 
     side: str
@@ -56,11 +56,12 @@ class Sample:
     others: float
     idle_sides: float
     attempts: int
+    attempt: int
     chats: list[list[Turn]]
 
     @property
     def noise(self) -> float:
-        """The share of the CPU that the side did not have."""
+        """The share of the CPU that other processes took."""
         return self.others + self.idle_sides
 
     @property
@@ -157,13 +158,12 @@ class Comparison:
         self._say = say
 
     def warm_up(self) -> None:
-        """Run one chat on each side, and short chats at once, unmeasured."""
+        """Run short chats on each side, one and then two at once, unmeasured."""
         for name in self._plan.sides:
             self._say(f"warming up: {name}")
             for mode in self._modes(name):
-                chats = [Chat(chat.jpeg, chat.questions[:2]) for chat in chats_of(self._plan, mode, -1, 0)]
-                if mode == ALONE or KINDS[name].most_rounds is None:
-                    self._run(name, Job(KINDS[name].way, 4, chats))
+                chats = [Chat(chat.jpeg, chat.questions[:2]) for chat in chats_of(self._plan, mode, -1, 0)[:2]]
+                self._run(name, Job(KINDS[name].way, 4, chats))
 
     def run(self) -> None:
         """Take the samples that are missing."""
@@ -183,16 +183,15 @@ class Comparison:
 
     def _quiet_sample(self, name: str, mode: str, number: int) -> Sample:
         """Take a sample, again if other processes took part of the CPU. Return the quietest attempt."""
-        best: Sample | None = None
+        best = None
         for attempt in range(ATTEMPTS):
             self._wait_until_quiet()
             sample = self._sample(name, mode, number, attempt)
-            if best is None or sample.noise < best.noise:
-                best = sample
+            best = sample if best is None else min(best, sample, key=lambda one: one.noise)
             if sample.noise <= NOISE:
                 break
             self._say(f"{name}: other processes took {sample.noise:.0%} of the CPU; attempt {attempt + 1}")
-        return Sample(**{**vars(best), "attempts": attempt + 1})
+        return replace(best, attempts=attempt + 1)
 
     def _wait_until_quiet(self) -> None:
         until = time.monotonic() + QUIET_WAIT_S
@@ -208,9 +207,18 @@ class Comparison:
         use = CpuUse(self._pids)
         outcome = self._run(name, job)
         sides, others, total = use.since()
-        cpu_s = sides.pop(KINDS[name].process)
-        idle = sum(sides.values()) / total
-        return Sample(name, mode, number, outcome.seconds, cpu_s, others / total, idle, 1, outcome.chats)
+        return Sample(
+            side=name,
+            mode=mode,
+            round=number,
+            seconds=outcome.seconds,
+            cpu_s=sides.pop(KINDS[name].process),
+            others=others / total,
+            idle_sides=sum(sides.values()) / total,
+            attempts=attempt + 1,
+            attempt=attempt,
+            chats=outcome.chats,
+        )
 
     def _run(self, name: str, job: Job) -> Outcome:
         outcome = self._runners[KINDS[name].process].run(job)

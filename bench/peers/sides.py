@@ -21,7 +21,7 @@ from ..route import ROOT, service
 from . import worker
 from .checkpoint import OFFLINE, openvino_model
 from .clients import NativeChat, OpenAIChat, run_chats
-from .environments import OPENVINO, VLLM, PeerError
+from .environments import OPENVINO, VLLM, PeerError, preloaded
 from .worker import Chat, Job, Outcome
 
 START_S = 400
@@ -59,23 +59,31 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Runner:
-    """The running processes of a side: the first one's ID, and what runs a job."""
+    """The processes of a side: the first one's ID, what waits until they serve, and what runs a job."""
 
     pid: int
+    wait: Callable[[], None]
     run: Callable[[Job], Outcome]
 
 
 @contextlib.contextmanager
 def started(names: list[str], checkpoint: Path, dtype: str, logs: Path, say: Callable) -> Iterator[dict[str, Runner]]:
     """Start the processes of the sides; yield them by `Kind.process`; stop all of them. Raise `PeerError`."""
-    openers = {"served": _own_server, "vllm": _vllm, "engine": _engine, "openvino": _openvino}
-    openers["transformers"] = _transformers
-    runners: dict[str, Runner] = {}
+    # The slowest start is first. The others start meanwhile.
+    openers = {"vllm": _vllm, "openvino": _openvino, "engine": _engine, "transformers": _transformers}
+    openers["served"] = _own_server
+    due = {KINDS[name].process for name in names}
     logs.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        for process in dict.fromkeys(KINDS[name].process for name in names):
-            say(f"starting {process}")
-            runners[process] = stack.enter_context(openers[process](checkpoint, dtype, logs / f"{process}.log"))
+        say(f"starting: {', '.join(process for process in openers if process in due)}")
+        runners = {
+            process: stack.enter_context(opener(checkpoint, dtype, logs / f"{process}.log"))
+            for process, opener in openers.items()
+            if process in due
+        }
+        for process, runner in runners.items():
+            runner.wait()
+            say(f"ready: {process}")
         yield runners
 
 
@@ -85,7 +93,7 @@ def _own_server(checkpoint: Path, dtype: str, _log: Path) -> Iterator[Runner]:
     before = {child.pid for child in psutil.Process().children()}
     with service(model=checkpoint, dtype=dtype) as (_, url):
         (process,) = (child for child in psutil.Process().children() if child.pid not in before)
-        yield Runner(process.pid, lambda job: run_chats(job, lambda chat: NativeChat(url, chat)))
+        yield Runner(process.pid, lambda: None, lambda job: run_chats(job, lambda chat: NativeChat(url, chat)))
 
 
 @contextlib.contextmanager
@@ -94,18 +102,6 @@ def _vllm(checkpoint: Path, dtype: str, log: Path) -> Iterator[Runner]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    cores = os.cpu_count() or 1
-    environment = {
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "2",
-        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": f"0-{cores - 1}",
-        "OMP_NUM_THREADS": str(cores),
-        "LD_PRELOAD": str(VLLM.folder / "lib" / "libiomp5.so"),
-        "VLLM_HOST_IP": "127.0.0.1",
-        "VLLM_LOOPBACK_IP": "127.0.0.1",
-        "VLLM_CACHE_ROOT": str(VLLM.folder / "cache"),
-    }
     words = [VLLM.folder / "bin" / "vllm", "serve", checkpoint, "--host", "127.0.0.1", "--port", port]
     words += ["--dtype", dtype, "--max-model-len", 2048, "--max-num-seqs", 16, "--block-size", 32]
     words += ["--enable-prefix-caching", "--mm-processor-cache-gb", 1, "--no-enable-log-requests"]
@@ -114,9 +110,24 @@ def _vllm(checkpoint: Path, dtype: str, log: Path) -> Iterator[Runner]:
     def client(chat: Chat) -> OpenAIChat:
         return OpenAIChat(url, chat, str(checkpoint), uuid.uuid4().hex)
 
-    with _process([str(word) for word in words], environment, log, stdin=subprocess.DEVNULL) as process:
-        _wait_for(f"{url}/health", process, log)
-        yield Runner(process.pid, lambda job: run_chats(job, client))
+    with _process([str(word) for word in words], vllm_environment(), log, stdin=subprocess.DEVNULL) as process:
+        yield Runner(process.pid, lambda: _wait_for(f"{url}/health", process, log), lambda job: run_chats(job, client))
+
+
+def vllm_environment() -> dict[str, str]:
+    """Return the variables with which vLLM uses all cores and the libraries that it recommends."""
+    cores = os.cpu_count() or 1
+    return {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{cores - 1}",
+        "OMP_NUM_THREADS": str(cores),
+        "LD_PRELOAD": ":".join(map(str, preloaded(VLLM))),
+        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_LOOPBACK_IP": "127.0.0.1",
+        "VLLM_CACHE_ROOT": str(VLLM.folder / "cache"),
+    }
 
 
 def _engine(checkpoint: Path, dtype: str, log: Path) -> contextlib.AbstractContextManager[Runner]:
@@ -135,7 +146,7 @@ def _openvino(checkpoint: Path, dtype: str, log: Path) -> contextlib.AbstractCon
 
 @contextlib.contextmanager
 def _worker(command: list[str], log: Path) -> Iterator[Runner]:
-    """Start a process of `worker.serve`; yield it when it is ready."""
+    """Start a process of `worker.serve`."""
     with _process(command, {}, log, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 
         def reply() -> str:
@@ -149,8 +160,7 @@ def _worker(command: list[str], log: Path) -> Iterator[Runner]:
             process.stdin.flush()
             return worker.parse_outcome(reply())
 
-        reply()
-        yield Runner(process.pid, run)
+        yield Runner(process.pid, reply, run)
 
 
 @contextlib.contextmanager
@@ -175,6 +185,10 @@ def stop_group(process: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
 
 def _wait_for(url: str, process: subprocess.Popen, log: Path) -> None:

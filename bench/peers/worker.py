@@ -3,7 +3,7 @@
 A request has `kind`, `tokens`, and `chats`: a list of `{"jpeg": base64, "questions": [str, ...]}`. One chat is run
 alone; several chats are run at once, and each asks its next question as soon as it has its answer. The reply has
 `seconds` from the first question to the last token, and `chats`: a list of turns for each chat. A turn is
-`{"ttft_ms": ..., "total_ms": ..., "tokens": ..., "answer": ...}`; a side that can't observe a first token has None.
+`{"ttft_ms": ..., "total_ms": ..., "tokens": ..., "answer": ...}`; without the time of a first token it has None.
 
 The peers' environments import this module, so it needs the standard library only.
 """

@@ -85,14 +85,14 @@ class NativeChat:
 class OpenAIChat:
     """A chat in OpenAI's API: each request has the picture and the whole conversation.
 
-    `uuid` names the picture, so that vLLM need not hash it.
+    `uuid` names the picture, so that vLLM need not hash it. It is no part of OpenAI's API.
     """
 
-    def __init__(self, url: str, chat: Chat, model: str, uuid: str) -> None:
+    def __init__(self, url: str, chat: Chat, model: str, uuid: str | None = None) -> None:
         self._http = httpx.Client(base_url=url, timeout=TIMEOUT_S, trust_env=False)
         self._model = model
         picture = f"data:image/jpeg;base64,{base64.b64encode(chat.jpeg).decode()}"
-        self._picture = {"type": "image_url", "image_url": {"url": picture}, "uuid": uuid}
+        self._picture = {"type": "image_url", "image_url": {"url": picture}} | ({"uuid": uuid} if uuid else {})
         self._messages: list[dict] = []
 
     def turn(self, question: str, tokens: int) -> Turn:

@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nended; `python -m bench.peers run --resume` continues", file=sys.stderr)
+        print("\nended; `python -m bench.peers run --resume` continues the run", file=sys.stderr)
         return 130
     return 0
 

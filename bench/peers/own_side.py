@@ -6,6 +6,7 @@ one question at a time.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from dataclasses import replace
@@ -24,8 +25,8 @@ class EngineSide:
     """The engine. A chat's first question follows its open immediately."""
 
     def __init__(self, folder: Path, dtype: str) -> None:
-        options = harness.parse("peers", None, ["--dtype", dtype], rounds=1)
-        self._chats = load_engine(replace(options, checkpoint=folder))
+        options = harness.plain_options("peers", argparse.Namespace(smoke=False, out=harness.RESULTS))
+        self._chats = load_engine(replace(options, checkpoint=folder, dtype=getattr(torch, dtype)))
 
     def run(self, job: Job) -> Outcome:
         """Run a job."""

@@ -115,9 +115,13 @@ def _sample(saved: dict) -> Sample:
     return Sample(**saved, chats=chats)
 
 
-def chats_of(plan: Plan, mode: str, number: int, attempt: int) -> list[Chat]:
-    """Return the chats of a round: new pictures and questions in each round and attempt, the same for all sides."""
-    seed = ((plan.seed * 2 + (mode == PARALLEL)) * 1_000 + number + 1) * 10 + attempt
+def chats_of(plan: Plan, side: str, mode: str, number: int, attempt: int) -> list[Chat]:
+    """Return a side's chats in a round: new pictures and questions in each round and attempt.
+
+    They are the same for all sides but those with `Kind.has_own_chats`.
+    """
+    group = plan.seed * 4 + (mode == PARALLEL) * 2 + KINDS[side].has_own_chats
+    seed = (group * 1_000 + number + 1) * 10 + attempt
     pictures = Pictures(seed)
     prompts = Prompts(seed)
     count = plan.chats if mode == PARALLEL else 1
@@ -162,7 +166,7 @@ class Comparison:
         for name in self._plan.sides:
             self._say(f"warming up: {name}")
             for mode in self._modes(name):
-                chats = [Chat(chat.jpeg, chat.questions[:2]) for chat in chats_of(self._plan, mode, -1, 0)[:2]]
+                chats = [Chat(chat.jpeg, chat.questions[:2]) for chat in chats_of(self._plan, name, mode, -1, 0)[:2]]
                 self._run(name, Job(KINDS[name].way, 4, chats))
 
     def run(self) -> None:
@@ -203,7 +207,7 @@ class Comparison:
                 return
 
     def _sample(self, name: str, mode: str, number: int, attempt: int) -> Sample:
-        job = Job(KINDS[name].way, self._plan.answer_tokens, chats_of(self._plan, mode, number, attempt))
+        job = Job(KINDS[name].way, self._plan.answer_tokens, chats_of(self._plan, name, mode, number, attempt))
         use = CpuUse(self._pids)
         outcome = self._run(name, job)
         sides, others, total = use.since()

@@ -32,7 +32,8 @@ STOP_S = 20
 class Kind:
     """A side's name in the tables, the processes that it shares with other sides, and the way of serving there.
 
-    `most_rounds`: of eight chats at once, for sides that take minutes.
+    `most_rounds`: of eight chats at once, for sides that take minutes. `has_own_chats`: other pictures and questions
+    than the other sides, because its process has a cache of theirs.
     """
 
     label: str
@@ -41,6 +42,7 @@ class Kind:
     is_alone: bool = True
     is_parallel: bool = True
     most_rounds: int | None = None
+    has_own_chats: bool = False
 
 
 SERVED, VLLM_SERVED, ENGINE = "LLaVA Sessions, served", "vLLM 0.32, served", "LLaVA Sessions, in process"
@@ -51,7 +53,7 @@ KINDS = {
     "vllm": Kind(VLLM_SERVED, "vllm"),
     "engine": Kind(ENGINE, "engine"),
     "openvino": Kind(TOGETHER, "openvino", "together"),
-    "openvino-continuous": Kind(CONTINUOUS, "openvino", "continuous", is_alone=False),
+    "openvino-continuous": Kind(CONTINUOUS, "openvino", "continuous", is_alone=False, has_own_chats=True),
     "kept": Kind(KEPT, "transformers", "kept", most_rounds=1),
     "stateless": Kind(STATELESS, "transformers", "stateless", most_rounds=1),
 }

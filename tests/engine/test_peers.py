@@ -97,7 +97,7 @@ def test_the_checkpoint_loads_with_the_same_weights(
 
 def test_the_engine_and_transformers_give_the_same_answers(tiny: Path, engine: own_side.EngineSide) -> None:
     baseline = own_side.TransformersSide(tiny, "float32")
-    chats = rounds.chats_of(PLAN, PARALLEL, 0, 0)
+    chats = rounds.chats_of(PLAN, "engine", PARALLEL, 0, 0)
     answers = [
         [[turn.answer for turn in chat] for chat in run(Job(kind, PLAN.answer_tokens, chats)).chats]
         for run, kind in ((engine.run, ""), (baseline.run, "kept"), (baseline.run, "stateless"))
@@ -151,9 +151,17 @@ def test_a_worker_that_ends_is_reported_with_its_last_output(tmp_path: Path) -> 
 
 def test_chats_differ_between_rounds_and_attempts_and_not_between_sides() -> None:
     keys = [(ALONE, 0, 0), (ALONE, 0, 1), (ALONE, 1, 0), (PARALLEL, 0, 0)]
-    pictures = [chat.jpeg for key in keys for chat in rounds.chats_of(PLAN, *key)]
-    assert len(set(pictures)) == len(pictures) == 5
-    assert rounds.chats_of(PLAN, *keys[0]) == rounds.chats_of(PLAN, *keys[0])
+    pictures = [chat.jpeg for key in keys for chat in rounds.chats_of(PLAN, "served", *key)]
+    pictures += [chat.jpeg for chat in rounds.chats_of(PLAN, "openvino-continuous", PARALLEL, 0, 0)]
+    assert len(set(pictures)) == len(pictures) == 7
+    assert rounds.chats_of(PLAN, "served", *keys[0]) == rounds.chats_of(PLAN, "openvino", *keys[0])
+
+
+def test_two_sides_of_a_process_with_a_prefix_cache_have_different_chats() -> None:
+    shared: dict[str, list[sides.Kind]] = {}
+    for kind in sides.KINDS.values():
+        shared.setdefault(kind.process, []).append(kind)
+    assert [kind.has_own_chats for kind in shared["openvino"]] == [False, True]
 
 
 def test_a_run_that_was_ended_is_continued(

@@ -9,8 +9,8 @@ A chat has one new picture and five questions; each answer has 16 tokens, greedy
     openvino-continuous  the same with continuous batching
     kept, stateless      `generate` of transformers with a KV cache kept for each chat, and with nothing kept
 
-Without a step the command runs all of them: `install` (the peers' environments, 6 GB), `build` (one checkpoint for all
-sides, 4 GB), `run`. `run` saves each sample; with --resume it continues a run that was ended.
+Without a step the command runs all of them: `install` (the peers' environments, 5 GB), `build` (one checkpoint for all
+sides, 2.5 GB), `run`. `run` saves each sample; with --resume it continues a run that was ended.
 """
 
 from __future__ import annotations

@@ -153,27 +153,27 @@ def _record(sample: Sample) -> dict:
 _TIMES: dict[str, Callable[[Turn], float | None]] = {
     "ttft_ms": lambda turn: turn.ttft_ms,
     "tpot_ms": lambda turn: turn.tpot_ms,
+    "total_ms": lambda turn: turn.total_ms,
+}
+# Group of bars -> the mode, and the values of one recorded sample.
+_GROUPS: dict[str, tuple[str, Callable[[dict], list[float]]]] = {
+    "first answer, ms": (ALONE, lambda one: one["ttft_ms"][0][:1]),
+    "TTFT, turns 2-5, ms": (ALONE, lambda one: one["ttft_ms"][0][1:]),
+    "time per token, ms": (ALONE, lambda one: one["tpot_ms"][0]),
+    "follow-up, ms": (ALONE, lambda one: one["total_ms"][0][1:]),
+    "8 chats, tokens/s": (PARALLEL, lambda one: [one["tokens_s"]]),
 }
 
 
 def paint(axes, result: Result) -> None:
-    """Draw the TTFT of turn 1 and of later turns, the time per token, and tokens per second, relative to the best."""
-    names = [name for name in result.samples if result.samples[name][ALONE]]
-    groups = {
-        "first answer": [_median(result, name, lambda one: [one["ttft_ms"][0][0]]) for name in names],
-        "TTFT, turns 2-5": [_median(result, name, lambda one: one["ttft_ms"][0][1:]) for name in names],
-        "time per token": [_median(result, name, lambda one: one["tpot_ms"][0]) for name in names],
-    }
-    width = 0.8 / len(names)
-    for place, name in enumerate(names):
-        values = [group[place] for group in groups.values()]
-        spots = [index + place * width for index in range(len(groups))]
+    """Draw the times of one chat, and the tokens per second of eight chats, by side."""
+    width = 0.84 / len(result.samples)
+    for place, (name, modes) in enumerate(result.samples.items()):
+        values = [median(value for one in modes[mode] for value in of(one)) for mode, of in _GROUPS.values()]
+        spots = [index + place * width for index in range(len(values))]
         bars = axes.bar(spots, values, width, label=KINDS[name].label, color=f"C{place}")
-        axes.bar_label(bars, [f"{value:,.0f}" for value in values], fontsize=6)
-    axes.set_xticks([index + 0.4 - width / 2 for index in range(len(groups))], list(groups))
-    axes.set(yscale="log", ylabel="ms", title="One chat of five turns about a new picture")
-    axes.legend(fontsize=7)
-
-
-def _median(result: Result, name: str, of: Callable[[dict], list[float]]) -> float:
-    return median(value for one in result.samples[name][ALONE] for value in of(one))
+        axes.bar_label(bars, [f"{value:,.0f}" if value == value else "" for value in values], fontsize=5)
+    axes.set_xticks([index + 0.42 - width / 2 for index in range(len(_GROUPS))], list(_GROUPS), fontsize=7)
+    axes.set(yscale="log", title="Chats of five turns, each about a new picture")
+    axes.legend(fontsize=6, ncols=2)
+    axes.set_ylim(top=axes.get_ylim()[1] * 4)  # room for the legend

@@ -74,7 +74,8 @@ def run(given: argparse.Namespace) -> None:
         comparison = Comparison(samples, runners, measured.say)
         comparison.warm_up()
         comparison.run()
-    measured.finish(table.report(samples), table.paint)
+        # The record has the CPU time of other processes. That of the sides is known while they run.
+        measured.finish(table.report(samples), table.paint)
 
 
 def main(argv: list[str] | None = None) -> int:

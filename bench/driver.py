@@ -101,13 +101,11 @@ def prepare(tokens: ChatTemplate, jpeg: bytes) -> Opening:
     return tokens.opening([(hashlib.sha256(jpeg).hexdigest(), image)])
 
 
-def load_engine(
-    options: Options, budget: DeviceBudget | None = None, chunk_tokens: int = 256, weights: str = "auto"
-) -> EngineChats:
+def load_engine(options: Options, budget: DeviceBudget | None = None, chunk_tokens: int = 256) -> EngineChats:
     """Return a warmed-up engine on the run's checkpoint. `budget` None: the handler's default."""
     tokens = ChatTemplate(AutoProcessor.from_pretrained(options.checkpoint))
     dtype = str(options.dtype).removeprefix("torch.")
-    model = Model.load(options.checkpoint, dtype, str(options.device), weights=weights)
+    model = Model.load(options.checkpoint, dtype, str(options.device))
     engine = Engine(model, tokens.answer_text, budget or choose_budget(model.device), chunk_tokens)
     warm_up(engine, tokens)
     return EngineChats(engine, tokens)

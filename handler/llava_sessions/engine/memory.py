@@ -67,8 +67,8 @@ class DeviceMemory:
         self._feature_bytes = feature_bytes
         self._context_tokens = context_tokens
         self._moves = Moves()
-        # On a CPU caches grow in steps while their answers run, in memory of this pool. On a GPU, where torch has a pool
-        # of its own, an admitted turn gets its whole reservation before its first token.
+        # On a CPU caches grow in steps while their answers run, in memory of this pool. On a GPU torch has a pool,
+        # and an admitted turn gets its whole reservation before its first token.
         # Tests set it to None to run the GPU's way on a CPU.
         self.pool = KVPool() if kv_shape.device.type == "cpu" else None
 
@@ -204,7 +204,9 @@ class DeviceMemory:
     def fits_beside(self, session: EngineSession, kv_bytes: int) -> bool:
         """Return whether the cache of a session may be copied to one of `kv_bytes`, with no other cache moved."""
         others = (s for s in self._sessions.values() if s is not session)
-        reserved_bytes = sum(max(s.reserved_bytes, s.kv.device_bytes) if s.active else s.kv.device_bytes for s in others)
+        reserved_bytes = sum(
+            max(s.reserved_bytes, s.kv.device_bytes) if s.active else s.kv.device_bytes for s in others
+        )
         free_bytes = self.budget.device_bytes - self._features_bytes()
         return reserved_bytes + session.kv.device_bytes + kv_bytes <= free_bytes
 

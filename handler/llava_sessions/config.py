@@ -232,7 +232,10 @@ class HandlerConfig(Section):
         default=256,
         ge=1,
         le=65_536,
-        description="Tokens of a long prompt in one step. Other sessions' answers continue between.",
+        description=(
+            "Tokens of a long prompt in one step while other sessions are answering. Their answers continue between. "
+            "On a CPU a step without answers runs a prompt whole, up to 4 times this number."
+        ),
     )
     device_bytes: _Bytes = Field(
         default=None,

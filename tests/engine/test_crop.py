@@ -400,11 +400,11 @@ def test_a_fork_from_a_donor_in_any_tier(bench: Bench, donor: str) -> None:
 
 
 def test_a_fork_from_a_busy_donor_copies_what_is_computed(bench: Bench) -> None:
-    bench.start(chunk_tokens=8)
+    bench.start(chunk_tokens=4)
     bench.open("a", text(1, 40))
     bench.run()
     bench.ask("a", text(2, 20), sampling=Sampling(9, ignore_eos=True))
-    bench.run(steps=2)
+    bench.run(steps=1)
     computed = bench.engine.sessions["a"].kv.length
     assert 40 < computed < 60
     bench.open("b", text(1, 40) + text(2, 20), fork_from="a")

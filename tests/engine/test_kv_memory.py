@@ -93,7 +93,7 @@ def _is_on_device() -> bool:
     frame = sys._getframe(2)
     while frame is not None and "llava_sessions" not in frame.f_code.co_filename:
         frame = frame.f_back
-    return frame is not None and frame.f_code is SessionKV._empty.__code__
+    return frame is not None and frame.f_code is KVShape.empty.__code__
 
 
 @pytest.mark.parametrize("host_bytes", [2**40, 0], ids=["over the host", "rebuilt"])

@@ -16,6 +16,7 @@ from llava_sessions.engine.kv import GROWTH_TOKENS, KVShape, SessionKV
 from llava_sessions.engine.kv_pool import KVBlock, KVPool
 from llava_sessions.ipc.messages import CloseSession, Memory, OutOfCapacity, Sampling
 from tests.support.engine_chats import QUESTIONS, Chats, Reference
+from tests.support.nan_pool import NanPool
 
 TOKEN_BYTES = 4 * 2 * 2 * 16 * 4  # layers, keys and values, kv heads, head dim, float32
 STEP_BYTES = GROWTH_TOKENS * TOKEN_BYTES
@@ -32,15 +33,6 @@ def poison(pool: KVPool) -> None:
     """Fill all free memory with NaN."""
     for block in pool._free:
         block.memory.view(torch.float32).fill_(math.nan)
-
-
-class Dirty(KVPool):
-    """A pool whose blocks hold NaN when a cache takes them, also new ones."""
-
-    def take(self, size: int) -> KVBlock:
-        block = super().take(size)
-        block.memory.view(torch.float32).fill_(math.nan)
-        return block
 
 
 # --- the pool ---
@@ -149,7 +141,7 @@ def test_memory_is_touched_ahead_in_pieces_and_within_the_limit() -> None:
 def test_answers_equal_generate_in_memory_that_holds_nan(tiny: Path, reference: Reference) -> None:
     """Across growth, copies of a prefix, offloads and restores, with several sessions in a step."""
     chats = Chats(tiny, budget=DeviceBudget(4 * STEP_BYTES + 3 * FEATURES_BYTES, 2**30))
-    chats.engine.device_memory.pool = Dirty()
+    chats.engine.device_memory.pool = NanPool()
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         chats.open(name, seed)
     for question in (QUESTIONS[0], QUESTIONS[1] * 22, QUESTIONS[2]):  # the second one makes the caches grow

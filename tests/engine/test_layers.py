@@ -19,6 +19,7 @@ from llava_sessions.engine.cpu.layers import FusedLayer, compile_token_attention
 from llava_sessions.engine.cpu.linears import PackedLinear, can_pack
 from llava_sessions.engine.kv import SessionKV
 from llava_sessions.engine.model import Model
+from tests.support.nan_pool import NanPool
 from tests.support.tiny_families import FAMILIES, make_next_mistral
 
 needs_packing = pytest.mark.skipif(not can_pack(torch.float32), reason="this torch has no packed linears")
@@ -49,7 +50,8 @@ def plain_model(folder: Path, dtype: str) -> Model:
 
 def logits(model: Model) -> list[torch.Tensor]:
     """Return the logits of three chats: prompts, a mixed step of single tokens and a follow-up, single tokens."""
-    first, second, third = (SessionKV(model.kv_shape) for _ in range(3))
+    pool = NanPool()
+    first, second, third = (SessionKV(model.kv_shape, pool) for _ in range(3))
 
     def step(*given: tuple[SessionKV, list[int]]) -> torch.Tensor:
         return model.forward([Segment(kv, ids, None, [], True) for kv, ids in given]).float()

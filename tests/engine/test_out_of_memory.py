@@ -176,7 +176,7 @@ EXPECTED = {
     "Model.forward",
     "Model._embed",
     "Sampler.draw",
-    "SessionKV._empty",
+    "KVShape.empty",
     "SessionKV.fork",
     "SessionKV.offload",
     "SessionKV.reserve",

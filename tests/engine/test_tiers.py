@@ -13,6 +13,7 @@ import pytest
 from llava_sessions.chat.transcript import Conversation
 from llava_sessions.engine.budget import DeviceBudget
 from llava_sessions.engine.kv import GROWTH_TOKENS, SessionKV
+from llava_sessions.engine.session import awaits_first_token
 from llava_sessions.ipc.messages import (
     Admitted,
     AskSession,
@@ -174,7 +175,7 @@ def test_no_cache_is_grown_ahead_while_a_first_token_waits(tiny: Path) -> None:
     chats.open("b", ord("b"))
     chats.ask("b", QUESTIONS[0], Sampling(GROWTH_TOKENS))
     finished: list[str] = []
-    while chats.engine.sessions["b"].awaits_first_token:
+    while awaits_first_token(chats.engine.sessions["b"]):
         assert kv.capacity == GROWTH_TOKENS
         finished += chats.run(steps=1)
     assert finished == ["a"]

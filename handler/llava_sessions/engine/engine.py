@@ -43,11 +43,17 @@ from .session import (
     EngineSessionState,
     EngineTurn,
     IllegalTransition,
+    awaits_first_token,
     elapsed_ms,
     next_to_encode,
 )
 
 log = logging.getLogger(__name__)
+
+# On a CPU a prompt runs in one piece while no session is answering: chunks take longer, because each of them reads all
+# weights and attends to the chunks before it. This many chunks of tokens are the longest piece. It bounds the memory of
+# a forward, and the time that a command waits for the end of a step.
+_WHOLE_CHUNKS = 4
 
 
 class Engine:
@@ -66,7 +72,7 @@ class Engine:
     ) -> None:
         """`answer_text` makes the detokenizer of one answer from its stop strings.
 
-        `prefill_chunk_tokens`: most prompt tokens of one step, over all sessions.
+        `prefill_chunk_tokens`: most prompt tokens of one step with running answers, over all sessions.
         """
         self.model = model
         self.sessions: dict[str, EngineSession] = {}  # by session ID; only the engine changes it
@@ -93,6 +99,8 @@ class Engine:
             device_memory=self.device_memory,
         )
         self._chunk_tokens = prefill_chunk_tokens
+        # A GPU's budget leaves room for the forward of one chunk.
+        self._whole_tokens = _WHOLE_CHUNKS * prefill_chunk_tokens if model.device.type == "cpu" else 0
         self._events: list[Event] = []
 
     @property
@@ -168,12 +176,12 @@ class Engine:
         self._admit_waiting()
         yield _taken(self._events)
         self._encode_next()
-        steps = plan(self._ready(), self._chunk_tokens)
+        steps = plan(self._ready(), self._chunk_tokens, self._whole_tokens)
         yield _taken(self._events)
         if steps:
             self._forward(steps)
         yield _taken(self._events)
-        if not any(session.awaits_first_token for session in self.sessions.values()):
+        if not any(map(awaits_first_token, self.sessions.values())):
             self._ahead.run(is_idle=not any(session.has_work for session in self.sessions.values()))
 
     def _admit_waiting(self) -> None:

@@ -37,6 +37,14 @@ class KVShape:
         """Return the bytes that a cache of `tokens` tokens takes on the device, rounded up to a growth step."""
         return rounded_up(tokens) * self.token_bytes
 
+    def size(self, capacity: int) -> tuple[int, int, int, int, int]:
+        """Return the dimensions of a cache with room for `capacity` tokens."""
+        return (self.layers, 2, self.kv_heads, capacity, self.head_dim)
+
+    def empty(self, capacity: int) -> torch.Tensor:
+        """Return new memory for `capacity` tokens on the device. Its contents are undefined."""
+        return torch.empty(self.size(capacity), dtype=self.dtype, device=self.device)
+
     @property
     def pins_host_memory(self) -> bool:
         """Whether offloaded caches are in pinned memory."""
@@ -68,7 +76,7 @@ class SessionKV:
         self._pool = pool
         # Both written by `_use` only. `on_device` is public so that a test can check where the memory is.
         self._block: KVBlock | None = None
-        self.on_device = self._empty(0)
+        self.on_device = self.shape.empty(0)
         # Blocks `[layers, 2, kv_heads, tokens, head_dim]` of consecutive tokens, or None unless offloaded.
         self.on_host: list[torch.Tensor] | None = None
         self._host_tokens = 0  # of all blocks; more than `length` after a crop
@@ -108,8 +116,8 @@ class SessionKV:
         if tokens <= self.capacity:
             return
         if not self.length:
-            self._free()  # nothing to copy
-        grown, block = self._allocate(rounded_up(tokens))
+            self._use(self.shape.empty(0))  # nothing to copy
+        grown, block = _allocate(self.shape, self._pool, rounded_up(tokens))
         if self.length:
             grown[:, :, :, : self.length].copy_(self.on_device[:, :, :, : self.length])
         self._use(grown, block)
@@ -170,7 +178,7 @@ class SessionKV:
             torch.cuda.current_stream(self.shape.device).synchronize()
         self.on_host = blocks
         self._host_tokens = self.length
-        self._free()
+        self._use(self.shape.empty(0))
 
     def restore(self, tokens: int = 0) -> None:
         """Copy an offloaded cache back, with room for `tokens` tokens. Does nothing for a resident or cold one.
@@ -180,7 +188,7 @@ class SessionKV:
         """
         if self.on_host is None:
             return
-        device, block = self._allocate(rounded_up(max(tokens, self.length)))
+        device, block = _allocate(self.shape, self._pool, rounded_up(max(tokens, self.length)))
         _copy_to_device(self.on_host, device, self.length)
         self._use(device, block)
         self.on_host = None
@@ -188,33 +196,24 @@ class SessionKV:
     def drop(self) -> None:
         """Free all memory: the cache is cold."""
         self.length = 0
-        self._free()
+        self._use(self.shape.empty(0))
         self.on_host = None
 
-    def _allocate(self, capacity: int) -> tuple[torch.Tensor, KVBlock | None]:
-        """Return memory of the pool with its block, or of torch. Its contents are undefined."""
-        if self._pool is None:
-            return self._empty(capacity), None
-        block = self._pool.take(capacity * self.shape.token_bytes)
-        return block.memory.view(self.shape.dtype).view(self._size(capacity)), block
-
-    def _empty(self, capacity: int) -> torch.Tensor:
-        return torch.empty(self._size(capacity), dtype=self.shape.dtype, device=self.shape.device)
-
-    def _size(self, capacity: int) -> tuple[int, ...]:
-        return (self.shape.layers, 2, self.shape.kv_heads, capacity, self.shape.head_dim)
-
-    def _free(self) -> None:
-        """Free the memory on the device."""
-        self._use(self._empty(0), None)
-
-    def _use(self, device: torch.Tensor, block: KVBlock | None) -> None:
-        """Replace the memory on the device, and give the old block back."""
+    def _use(self, device: torch.Tensor, block: KVBlock | None = None) -> None:
+        """Replace the memory on the device, and give the old block back to the pool."""
         old = self._block
         self.on_device = device
         self._block = block
         if old is not None and self._pool is not None:
             self._pool.give_back(old)
+
+
+def _allocate(shape: KVShape, pool: KVPool | None, capacity: int) -> tuple[torch.Tensor, KVBlock | None]:
+    """Return memory of the pool with its block, or of torch. Its contents are undefined."""
+    if pool is None:
+        return shape.empty(capacity), None
+    block = pool.take(capacity * shape.token_bytes)
+    return block.memory.view(shape.dtype).view(shape.size(capacity)), block
 
 
 def rounded_up(tokens: int) -> int:

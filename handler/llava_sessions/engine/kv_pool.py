@@ -2,7 +2,7 @@
 
 The first write to a page of new memory makes the kernel find and clear that page, which takes longer than the copy or
 the prefill that writes it. Therefore a freed block stays in the pool for the next cache of its size.
-Measurements: bench/README.md, "Memory of KV caches".
+`bench.open` measures an open in such memory.
 """
 
 from __future__ import annotations

@@ -67,8 +67,8 @@ class DeviceMemory:
         self._feature_bytes = feature_bytes
         self._context_tokens = context_tokens
         self._moves = Moves()
-        # On a CPU caches grow in steps while their answers run, in memory of this pool. On a GPU, where torch has a pool
-        # of its own, an admitted turn gets its whole reservation before its first token.
+        # On a CPU caches grow in steps while their answers run, in memory of this pool. On a GPU torch has a pool,
+        # and an admitted turn gets its whole reservation before its first token.
         # Tests set it to None to run the GPU's way on a CPU.
         self.pool = KVPool() if kv_shape.device.type == "cpu" else None
 

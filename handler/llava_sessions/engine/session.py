@@ -74,8 +74,9 @@ class EngineTurn(Stateful):
 
     `ticket`: order of arrival. `token_ids`, `image_positions` and `pictures` join the session's when room is reserved
     for the turn. The session is first cropped to `start_tokens` tokens, which have `start_pictures` pictures; a
-    rollback restores these counts. `most_tokens`: the longest conversation that the turn may make. Times are seconds of `time.perf_counter`. `deadline_at`: when the turn is
-    stopped, or None. `ignore_eos`: an end-of-sequence token is a token like any other. `min_tokens`: as in `Sampling`.
+    rollback restores these counts. `most_tokens`: the longest conversation that the turn may make. Times are seconds of
+    `time.perf_counter`. `deadline_at`: when the turn is stopped, or None. `ignore_eos`: an end-of-sequence token is a
+    token like any other. `min_tokens`: as in `Sampling`.
     """
 
     id: str
@@ -187,11 +188,6 @@ class EngineSession(SessionContent, Stateful):
     def has_work(self) -> bool:
         """Whether the session has an opening or a turn that is not done."""
         return self.turn is not None or self.state is not EngineSessionState.READY
-
-    @property
-    def awaits_first_token(self) -> bool:
-        """Whether the session has an opening that is not prefilled, or a turn without a token of its answer."""
-        return self.state is not EngineSessionState.READY or (self.turn is not None and not self.turn.answer_ids)
 
     @property
     def waiting_turn(self) -> EngineTurn | None:
@@ -322,6 +318,12 @@ class EngineSession(SessionContent, Stateful):
         if self.turn is None:
             raise RuntimeError("the session has no turn")
         return self.turn
+
+
+def awaits_first_token(session: EngineSession) -> bool:
+    """Return whether the session has an opening that is not prefilled, or a turn without a token of its answer."""
+    turn = session.turn
+    return session.state is not EngineSessionState.READY or (turn is not None and not turn.answer_ids)
 
 
 def next_to_encode(sessions: Iterable[EngineSession]) -> EngineSession | None:

@@ -351,12 +351,14 @@ class Memory:
 class Report:
     """The events of one phase of a step of the engine, and the memory after it.
 
-    `longest_step_s`: duration of the longest recent step.
+    `longest_step_s`: duration of the longest recent step. `huge_page_ratio`: the part (0 to 1) of the engine's
+    anonymous memory that was in huge pages at the last reading.
     """
 
     events: list[Event] = field(default_factory=list)
     memory: Memory = Memory()
     longest_step_s: float = 0.0
+    huge_page_ratio: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,8 @@ class Client:
     def send(self, fields: dict, session: str | None = None) -> socket.socket:
         """Send a request on a new connection; return the connection."""
         body = json.dumps(fields).encode()
-        head = f"POST /invocations HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        head = "POST /invocations HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json"
+        head += f"\r\nContent-Length: {len(body)}"
         if session is not None:
             head += f"\r\n{SESSION_HEADER}: {session}"
         connection = socket.create_connection(self._address, timeout=_TIMEOUT_S)

@@ -365,8 +365,8 @@ class Report:
 class EngineSettings:
     """Settings of an engine process.
 
-    `dtype`, `device` and `weights`: as in `Model.load`. `device_bytes` and `host_bytes`: the budget; None derives it from the
-    machine's memory.
+    `dtype`, `device` and `weights`: as in `Model.load`. `device_bytes` and `host_bytes`: the budget; None derives it
+    from the machine's memory.
     """
 
     checkpoint: str

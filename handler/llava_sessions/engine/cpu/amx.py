@@ -42,7 +42,7 @@ def is_available() -> bool:
     found = torch.cpu.get_capabilities()
     if not (found.get("amx_tile") and found.get("amx_bf16")):
         return False
-    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0
+    return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0)
 
 
 def configuration(rows: int, tiles_with_rows: range = range(8)) -> np.ndarray:

@@ -52,7 +52,7 @@ class Scratch:
     def __init__(self, head_dim: int) -> None:
         """Place the parts for heads of `head_dim` numbers, a multiple of 32."""
         row = head_dim * 2
-        self.state = 0
+        self.statistics = 0
         self.scores = 2 * STATE_BYTES
         self.pairs = self.scores + 2 * BLOCK_TOKENS * ROW_BYTES
         self.queries = self.pairs + BLOCK_TOKENS * COLUMNS * 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numba
@@ -32,7 +33,7 @@ class CompiledLayer:
     def __init__(
         self,
         index: int,
-        parts: tuple[TileLinear, TileLinear, TileLinear, TileLinear],
+        parts: Sequence[TileLinear],
         norms: tuple[RowNorm, RowNorm],
         tokens: token_attention.TokenAttention,
         sessions: amx_sessions.SessionAttention | None,

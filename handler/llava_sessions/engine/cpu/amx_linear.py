@@ -88,13 +88,9 @@ def fields(
     weight and bias are `interleaved`. `scales`: for the loops of amx_int8.py.
     """
     task = (ctypes.c_int64 * FIELDS)()
-    task[2:6] = (
-        inputs,
-        columns,
-        norm.kind if norm is not None else 0,
-        norm.numbers.data_ptr() if norm is not None else 0,
-    )
-    task[8:10] = stored, bias.data_ptr() if bias is not None else 0
+    kind, numbers = (norm.kind, norm.numbers.data_ptr()) if norm is not None else (0, 0)
+    task[2:6] = [inputs, columns, kind, numbers]
+    task[8:10] = [stored, bias.data_ptr() if bias is not None else 0]
     task[12] = activation
     task[15] = scales.data_ptr() if scales is not None else 0
     return task
@@ -104,10 +100,10 @@ def place(
     task: ctypes.Array[ctypes.c_int64], at: int, x: int, added: int, out: int, work: Workspace, counter: int
 ) -> None:
     """Set the addresses of one call in the fields from `at` on. `counter`: number of the counter of `work`."""
-    task[at : at + 2] = x, work.rows
-    task[at + 6 : at + 8] = work.copied, work.scratch
-    task[at + 10 : at + 12] = added, out
-    task[at + 13 : at + 15] = work.configuration, work.counters + 64 * counter
+    task[at : at + 2] = [x, work.rows]
+    task[at + 6 : at + 8] = [work.copied, work.scratch]
+    task[at + 10 : at + 12] = [added, out]
+    task[at + 13 : at + 15] = [work.configuration, work.counters + 64 * counter]
 
 
 def workspace(rows: int, inputs: int, more_bytes: int = 0) -> Workspace:

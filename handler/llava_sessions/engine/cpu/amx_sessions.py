@@ -11,7 +11,8 @@ import torch
 from numba import types
 
 from . import amx, amx_attention, compiled
-from .amx_attention import COLUMNS, STEP
+from .amx_attention import STEP
+from .amx_products import COLUMNS
 from .amx_vectors import Vectors, function
 
 # Length of a task's head, and numbers per session behind it.

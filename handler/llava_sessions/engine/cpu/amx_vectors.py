@@ -26,7 +26,7 @@ SHORTS = ir.VectorType(ir.IntType(16), LANES)
 MORE_SHORTS = ir.VectorType(ir.IntType(16), 2 * LANES)
 
 
-class _BFloat(ir.Type):
+class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no type information
     """LLVM's bfloat16, which llvmlite lacks."""
 
     def _to_string(self) -> str:

@@ -40,7 +40,7 @@ _I64 = ir.IntType(64)
 _CACHE_LINE = 64
 
 
-def run(loops: Any, task: ctypes.Array[ctypes.c_int64]) -> None:
+def run(loops: Any, task: ctypes.Array[Any]) -> None:
     """Call a Numba C function once on each of torch's threads, with the address of `task`; wait for all of them."""
     _openmp.GOMP_parallel(loops.address, ctypes.addressof(task), torch.get_num_threads(), 0)
 

@@ -79,8 +79,9 @@ class FusedLayer(torch.nn.Module):
 
         `tokens`, `sessions`: see `CompiledLayer`.
         """
-        parts = (self.qkv, self.output, self.gate_up, self.down)
-        if isinstance(self.qkv, linears.TileLinear) and len({type(part) for part in parts}) == 1:
+        packed = (self.qkv, self.output, self.gate_up, self.down)
+        parts = [part for part in packed if isinstance(part, linears.TileLinear)]
+        if len(parts) == len(packed) and len({type(part) for part in parts}) == 1:
             from .amx_layer import CompiledLayer  # it needs Numba
 
             self._compiled = CompiledLayer(self.layer, parts, (self._input_norm, self._mlp_norm), tokens, sessions)

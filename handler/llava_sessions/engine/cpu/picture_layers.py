@@ -75,7 +75,8 @@ def fuse_layers(tower: torch.nn.Module) -> int:
     count = 0
     for parent, name, plain, activation in found:
         try:
-            fused = _fused_class(type(plain))(plain, activation)
+            kind: Any = type(plain)
+            fused = _fused_class(kind)(plain, activation)
             matches = _matches(fused, plain)
         except Exception:  # a class of layers whose attention or arguments are others than CLIP's
             log.warning("picture_layer_failed name=%s class=%s", name, type(plain).__name__, exc_info=True)
@@ -128,7 +129,7 @@ def _is_layer_norm(norm: Any) -> bool:
     return norm.weight is not None and norm.bias is not None
 
 
-def _matches(fused: torch.nn.Module, plain: torch.nn.Module) -> bool:
+def _matches(fused: torch.nn.Module, plain: Any) -> bool:
     """Return whether both layers compute the same numbers on a small example, up to the rounding of the precision."""
     weight: Any = plain.layer_norm1.weight
     rows = torch.linspace(-9, 9, _SAMPLE_ROWS * len(weight)).sin().view(1, _SAMPLE_ROWS, -1).to(weight.dtype)

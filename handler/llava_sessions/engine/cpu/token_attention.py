@@ -15,12 +15,10 @@ import numpy as np
 import torch
 from numba import types
 
-from . import amx, compiled, vectors
+from . import amx, compiled, vector_attention, vectors
 
 # Below any score: where the search for the largest one starts.
 _LOWEST = np.float32(-3e38)
-# Bytes between keys or values that are used and those that are fetched.
-_AHEAD = 2048
 # Length of a task's head: token count, longest session, layer, the addresses of qkv, cos, sin and out, and a counter of
 # the pieces of work that threads have taken.
 _HEAD = 8
@@ -81,7 +79,7 @@ def _compile(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> An
     narrow = compiled.narrow if is_bfloat16 else compiled.same
     rotate = _make_rotate(head_dim, wide)
     in_vectors = is_bfloat16 and head_dim % vectors.LANES == 0 and amx.is_available()
-    attend = _make_attend_in_vectors(head_dim) if in_vectors else _make_attend(head_dim, wide, narrow)
+    attend = vector_attention.make_attend(head_dim) if in_vectors else _make_attend(head_dim, wide, narrow)
     run_piece = _make_run_piece(heads, kv_heads, head_dim, dtype.itemsize, numbers_at, narrow, rotate, attend)
 
     @numba.njit
@@ -155,77 +153,6 @@ def _make_attend(head_dim: int, wide: Any, narrow: Any) -> Any:
                 mixed[d] += scores[t] * wide(values[t, d])
         for d in range(head_dim):
             out[d] = narrow(mixed[d] / total)
-
-    return attend
-
-
-def _make_attend_in_vectors(head_dim: int) -> Any:
-    """As `_make_attend`, in bfloat16 with vectors of 512 bits, so that it takes the time of reading keys and values."""
-    lanes = vectors.LANES
-    row = 2 * head_dim
-    four_rows = 4 * row
-
-    @numba.njit
-    def attend(query, keys, values, tokens, scores, out):
-        query_at = query.ctypes.data
-        scores_at = scores.ctypes.data
-        key_at = keys.ctypes.data
-        top = _LOWEST
-        for t in range(0, tokens, 4):
-            # The last keys may be computed twice: no memory after them is read.
-            t = min(t, max(tokens - 4, 0))
-            at = key_at + t * row
-            second, third, fourth = at + row, at + 2 * row, at + 3 * row
-            if tokens < 4:
-                second, third, fourth = at, at, at
-                if tokens > 1:
-                    second = at + row
-                if tokens > 2:
-                    third = at + 2 * row
-            compiled.prefetch(at + _AHEAD, four_rows)
-            a, b, c, e = vectors.zeros(), vectors.zeros(), vectors.zeros(), vectors.zeros()
-            for d in range(0, head_dim, lanes):
-                q = vectors.load(query_at + 4 * d)
-                a = vectors.fused(q, vectors.load_bfloat16(at + 2 * d), a)
-                b = vectors.fused(q, vectors.load_bfloat16(second + 2 * d), b)
-                c = vectors.fused(q, vectors.load_bfloat16(third + 2 * d), c)
-                e = vectors.fused(q, vectors.load_bfloat16(fourth + 2 * d), e)
-            one, two, three, four = vectors.total(a), vectors.total(b), vectors.total(c), vectors.total(e)
-            scores[t], scores[t + 1], scores[t + 2], scores[t + 3] = one, two, three, four
-            top = max(top, max(max(one, two), max(three, four)))
-        for t in range(tokens, tokens + lanes):
-            scores[t] = _LOWEST
-        sums = vectors.zeros()
-        tops = vectors.splat(top)
-        for t in range(0, tokens, lanes):
-            weights = vectors.exp(vectors.load(scores_at + 4 * t) - tops)
-            vectors.store(scores_at + 4 * t, weights)
-            sums = sums + weights
-        inverse = vectors.splat(np.float32(1) / vectors.total(sums))
-        value_at = values.ctypes.data
-        mixed = query_at  # the query is not used any more
-        for d in range(0, head_dim, lanes):
-            vectors.store(mixed + 4 * d, vectors.zeros())
-        fours = tokens - tokens % 4
-        for t in range(0, fours, 4):
-            at = value_at + t * row
-            compiled.prefetch(at + _AHEAD, four_rows)
-            a, b = vectors.splat(scores[t]), vectors.splat(scores[t + 1])
-            c, e = vectors.splat(scores[t + 2]), vectors.splat(scores[t + 3])
-            for d in range(0, head_dim, lanes):
-                sum_ = vectors.fused(a, vectors.load_bfloat16(at + 2 * d), vectors.load(mixed + 4 * d))
-                sum_ = vectors.fused(b, vectors.load_bfloat16(at + row + 2 * d), sum_)
-                sum_ = vectors.fused(c, vectors.load_bfloat16(at + 2 * row + 2 * d), sum_)
-                sum_ = vectors.fused(e, vectors.load_bfloat16(at + 3 * row + 2 * d), sum_)
-                vectors.store(mixed + 4 * d, sum_)
-        for t in range(fours, tokens):
-            a = vectors.splat(scores[t])
-            for d in range(0, head_dim, lanes):
-                sum_ = vectors.fused(a, vectors.load_bfloat16(value_at + t * row + 2 * d), vectors.load(mixed + 4 * d))
-                vectors.store(mixed + 4 * d, sum_)
-        out_at = out.ctypes.data
-        for d in range(0, head_dim, lanes):
-            vectors.store_bfloat16(out_at + 2 * d, vectors.load(mixed + 4 * d) * inverse)
 
     return attend
 

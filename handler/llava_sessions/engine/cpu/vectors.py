@@ -21,7 +21,7 @@ _I32S = ir.VectorType(ir.IntType(32), LANES)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
 
 
-class _BFloat(ir.Type):
+class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no type information
     """LLVM's bfloat, which llvmlite lacks."""
 
     intrinsic_name = "bf16"
@@ -39,7 +39,7 @@ class _BFloat(ir.Type):
 _BFLOATS = ir.VectorType(_BFloat(), LANES)
 
 
-class Vector(types.Type):
+class Vector(types.Type):  # type: ignore[misc]  # Numba has no type information
     """Numba's type of 16 float32 numbers."""
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ VECTOR = Vector()
 
 
 @register_model(Vector)
-class _VectorModel(models.PrimitiveModel):
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, _VECTOR)
 

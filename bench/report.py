@@ -17,7 +17,7 @@ from .harness import FLOAT32, RESULTS, number
 README = Path(__file__).parent / "README.md"
 BENCHES = ("turns", "chats", "decode", "memory", "open", "stall", "pipe", "linears")
 # They start whole servers; `python -m bench` does not run them.
-SERVED = ("peers", "served", "served-tiny", "route", "endpoint", "held_rows", "admission", "scrape", "load", "sessions")
+SERVED = ("peers", "served", "route", "endpoint", "held_rows", "admission", "scrape", "load", "sessions")
 
 
 def read(folder: Path = RESULTS) -> dict[str, dict]:

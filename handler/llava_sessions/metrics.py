@@ -118,7 +118,7 @@ METRICS = (
         "llava_device_bytes",
         "gauge",
         "bytes",
-        "CPU: features, KV caches and free KV memory. CUDA: memory that torch's allocator holds, with the weights.",
+        "CPU: features and KV caches. CUDA: memory that torch's allocator holds, with the weights.",
         in_torchserve=True,
     ),
     Metric(

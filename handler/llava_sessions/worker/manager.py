@@ -220,7 +220,7 @@ class SessionManager:
             kv_pool_bytes=memory.pool_bytes,
             huge_page_ratio=self._huge_page_ratio,
             offloaded_bytes=memory.offloaded_bytes,
-            device_bytes=memory.allocated_bytes or memory.features_bytes + memory.kv_bytes + memory.pool_bytes,
+            device_bytes=memory.allocated_bytes or memory.features_bytes + memory.kv_bytes,
             media_held_bytes=context.journal.blobs.held_bytes,
             opens_total=counters.opens,
             turns_total=counters.turns,

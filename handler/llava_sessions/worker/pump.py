@@ -29,8 +29,9 @@ from .pending import PendingRequest, PendingTable, refusal_of
 
 log = logging.getLogger(__name__)
 
-# How long a step waits for output. A new row is seen between two steps, so this bounds its delay.
-WAIT_S = 0.02
+# How long a step waits for output. A new row is seen between two steps, so this bounds its delay. Output ends the wait:
+# rows wait so long only while the engine is in a long step, such as an encode, which delays their turns anyway.
+WAIT_S = 0.1
 # How long a step waits for the engine to free a session, so that a close is answered in the step of its arrival.
 CLOSE_WAIT_S = 2.0
 # A step with held large rows lasts at most this long. It must be far below `responseTimeout` in model-config.yaml.

@@ -143,6 +143,15 @@ def test_a_row_of_a_linear_of_tiles_does_not_depend_on_the_others() -> None:
             assert torch.equal(packed(rows[first:last]), together[first:last])
 
 
+@needs_packing
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_rows_give_no_rows(dtype: torch.dtype) -> None:
+    if not can_pack(dtype):
+        pytest.skip(f"this CPU has no packed linears in {dtype}")
+    with torch.inference_mode():  # as of the head in a prefill step that samples no token
+        assert pack(plain(torch.randn(64, 96).to(dtype)))(torch.empty(0, 96, dtype=dtype)).shape == (0, 64)
+
+
 @needs_amx
 def test_linears_of_tiles_do_not_share_weights() -> None:
     with torch.inference_mode():

@@ -115,6 +115,8 @@ class TileLinear(PackedLinear):
     ) -> torch.Tensor:
         flat = rows.reshape(-1, self.in_features).contiguous()
         out = flat.new_empty((len(flat), self.result_features))
+        if not len(flat):
+            return out.view(*rows.shape[:-1], self.result_features)  # a tile without rows is an illegal instruction
         more = None if added is None else added.reshape(out.shape).contiguous()
         self.loops.run(self.fields(norm), flat, out, more)
         return out.view(*rows.shape[:-1], self.result_features)

@@ -121,9 +121,9 @@ def service(
                 if "Ctrl-C here stops" in line:
                     break
             urls = [re.search(pattern, text) for pattern in (r"TorchServe (http://\S+)", r"ready in \S+ s on (\S+)")]
+            threading.Thread(target=process.stdout.read, daemon=True).start()  # a full pipe would stall the server
             if None in urls:
                 raise ServiceError(f"the service with HAProxy does not run:\n{text}")
-            threading.Thread(target=process.stdout.read, daemon=True).start()  # a full pipe would stall the server
             yield urls[0][1], urls[1][1]
         finally:
             process.terminate()

@@ -87,7 +87,7 @@ def parse_outcome(line: str) -> Outcome:
 
 
 def serve(run: Callable[[Job], Outcome]) -> None:
-    """Run the jobs of stdin until its end. Whatever else is printed meanwhile goes to stderr."""
+    """Run the jobs of stdin until its end. Other output goes to stderr."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     print(READY, file=replies, flush=True)

@@ -315,6 +315,12 @@ def test_int8_weights_on_a_gpu_are_a_problem(device):
     assert read_config(with_llava(weights="int8", device="cpu")).weights == "int8"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_int8_weights_in_another_precision_than_bfloat16_are_a_problem(dtype: str) -> None:
+    problem = only_problem_of(with_llava(weights="int8", dtype=dtype))
+    assert problem == f"`llava.dtype` must be auto or bfloat16 with int8 weights, got '{dtype}'"
+
+
 # --- all at once ---
 
 

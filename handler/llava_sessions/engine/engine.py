@@ -37,7 +37,7 @@ from .memory import DeviceMemory, MemoryExceeded
 from .model import Model
 from .prefixes import copy_opening
 from .sampling import Ban, next_tokens
-from .scheduler import plan
+from .scheduler import PieceSize, plan
 from .session import (
     EngineSession,
     EngineSessionState,
@@ -100,7 +100,8 @@ class Engine:
         )
         self._chunk_tokens = prefill_chunk_tokens
         # A GPU's budget leaves room for the forward of one chunk.
-        self._whole_tokens = _WHOLE_CHUNKS * prefill_chunk_tokens if model.device.type == "cpu" else 0
+        whole_tokens = _WHOLE_CHUNKS * prefill_chunk_tokens if model.device.type == "cpu" else 0
+        self._piece_size = PieceSize(prefill_chunk_tokens, whole_tokens)
         self._events: list[Event] = []
 
     @property
@@ -167,7 +168,7 @@ class Engine:
         """Run one step: admit what waits, encode one picture, run one packed forward and sample.
 
         Yields the new events before each of the two long parts and at the end, so that they can be reported at once.
-        At last, if no session waits for a first token, KV memory is prepared for later turns.
+        Finally, if no session waits for a first token, KV memory is prepared for later turns.
         """
         now = time.perf_counter()
         for session in list(self.sessions.values()):
@@ -176,10 +177,12 @@ class Engine:
         self._admit_waiting()
         yield _taken(self._events)
         self._encode_next()
-        steps = plan(self._ready(), self._chunk_tokens, self._whole_tokens)
+        steps = plan(self._ready(), self._chunk_tokens, self._piece_size.tokens)
         yield _taken(self._events)
         if steps:
+            began = time.perf_counter()
             self._forward(steps)
+            self._piece_size.note(sum(tokens for _, tokens in steps), time.perf_counter() - began)
         yield _taken(self._events)
         if not any(map(awaits_first_token, self.sessions.values())):
             self._ahead.run(is_idle=not any(session.has_work for session in self.sessions.values()))
@@ -227,6 +230,7 @@ class Engine:
             return
         picture.prepared = None
         self._features.add(picture.key, picture.features)
+        self.device_memory.bound_pool()
         session.encode_ms += elapsed_ms(began)
 
     def _ready(self) -> list[EngineSession]:
@@ -273,6 +277,7 @@ class Engine:
         except Exception as error:
             raise_if_device_lost(error, self.model.device)
             if is_out_of_memory(error):
+                self._piece_size.shrink()
                 latest = max((session for session, _ in steps), key=lambda s: s.ticket)
                 self._retry_or_reject(latest, error)
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,7 @@ class HugePages:
             text = self._path.read_text()
         except OSError:
             return
-        words = (line.split() for line in text.splitlines()[1:])
-        sizes = {name: int(size) for name, size, *_ in words}
-        anonymous = sizes.get("Anonymous:", 0)
-        self.ratio = sizes.get("AnonHugePages:", 0) / anonymous if anonymous else 0.0
+        found = re.findall(r"^(\w+): +(\d+) kB$", text, re.MULTILINE)
+        sizes = {name: int(size) for name, size in found}
+        anonymous = sizes.get("Anonymous", 0)
+        self.ratio = sizes.get("AnonHugePages", 0) / anonymous if anonymous else 0.0

@@ -8,6 +8,7 @@ the prefill that writes it. Therefore a freed block stays in the pool for the ne
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import sys
 import weakref
@@ -37,15 +38,21 @@ class KVBlock:
         return self.memory.nbytes
 
     def touch(self, size: int) -> None:
-        """Make the kernel provide the pages of the next `size` bytes. Does not change their contents."""
+        """Make the kernel provide the pages of the next `size` bytes. Does not change their contents.
+
+        Raises MemoryError.
+        """
         size = min(size, self.nbytes - self.touched_bytes)
         start = self.touched_bytes
         self.touched_bytes += size
         if self._mapping is not None and sys.platform == "linux":
-            with contextlib.suppress(OSError):  # an older kernel
-                first = (self._start + start) // _SMALL_PAGE_BYTES * _SMALL_PAGE_BYTES
+            first = (self._start + start) // _SMALL_PAGE_BYTES * _SMALL_PAGE_BYTES
+            try:
                 self._mapping.madvise(_MADV_POPULATE_WRITE, first, self._start + start + size - first)
                 return
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # else a kernel that does not know the advice
+                    raise MemoryError(f"can't touch {size} bytes: {error}") from error
         self.memory[start : start + size : _SMALL_PAGE_BYTES].add_(0)
 
 
@@ -53,7 +60,7 @@ class KVPool:
     """Free blocks of KV memory, by size. Not thread-safe.
 
     A block serves only caches of exactly its size. `limit_bytes`: most bytes of the blocks in use and the free blocks
-    together. Free blocks are unmapped where they would exceed it, the one that was freed first at first.
+    together. Free blocks are unmapped if they exceed it, oldest first.
     """
 
     def __init__(self) -> None:

@@ -172,7 +172,7 @@ class DeviceMemory:
         if most_tokens is not None:
             return tokens
         roomy_bytes = self._kv_shape.device_bytes(tokens)
-        if self.fits_beside(session, roomy_bytes):
+        if self.fits_with_copy(session, roomy_bytes):
             session.reserved_bytes = max(session.reserved_bytes, roomy_bytes)
             self.pool.usual_sizes = (roomy_bytes, roomy_bytes + self._kv_shape.device_bytes(1))
             return tokens
@@ -196,7 +196,7 @@ class DeviceMemory:
         kv.reserve(tokens)
 
     def bound_pool(self) -> None:
-        """Give free blocks of the pool back to the system where they take memory that the budget has not."""
+        """Give free blocks of the pool back to the system if they exceed the budget."""
         if self.pool is not None:
             self.pool.limit_bytes = self.budget.device_bytes - self._features_bytes()
             self.pool.trim()
@@ -216,6 +216,7 @@ class DeviceMemory:
             self._offload(session)
         if self.pool is not None:
             self.pool.clear()
+            self.pool.usual_sizes = ()  # nothing is touched ahead until the next opening
         release_unused(self._kv_shape.device)
 
     def _features_bytes(self) -> int:

@@ -91,6 +91,7 @@ def load(settings: EngineSettings) -> Engine:
     engine = Engine(model, template.answer_text, choose_budget(model.device), settings.prefill_chunk_tokens)
     found = warm_up(engine, template)
     engine.device_memory.budget = final_budget(model.device, settings.device_bytes, settings.host_bytes, found)
+    engine.device_memory.bound_pool()
     return engine
 
 

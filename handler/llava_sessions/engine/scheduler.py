@@ -18,6 +18,31 @@ class Schedulable(Protocol):
 
 S = TypeVar("S", bound=Schedulable)
 
+# A step takes no commands. A piece of a prompt is not to take longer than this.
+_LONGEST_PIECE_S = 2.0
+# Forwards of fewer tokens say little about the time of a token.
+_LEAST_TOKENS = 64
+
+
+class PieceSize:
+    """The largest piece of a prompt in a step without answers: `most_tokens`, fewer on a slow machine."""
+
+    def __init__(self, least_tokens: int, most_tokens: int) -> None:
+        """`least_tokens`: the result is never smaller, unless `most_tokens` is."""
+        self._least_tokens = least_tokens
+        self._most_tokens = most_tokens
+        self.tokens = most_tokens
+
+    def note(self, tokens: int, taken_s: float) -> None:
+        """Note the time of a forward of `tokens` tokens."""
+        if tokens >= _LEAST_TOKENS:
+            fitting = int(_LONGEST_PIECE_S * tokens / max(taken_s, 1e-9))
+            self.tokens = min(self._most_tokens, max(self._least_tokens, fitting))
+
+    def shrink(self) -> None:
+        """Take the smallest piece until the next forward: memory ran out."""
+        self.tokens = min(self._most_tokens, self._least_tokens)
+
 
 def plan(sessions: Iterable[S], chunk_tokens: int, whole_tokens: int = 0) -> list[tuple[S, int]]:
     """Return the sessions of the next step, each with the number of its pending tokens to run.

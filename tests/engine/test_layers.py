@@ -88,6 +88,26 @@ def test_fused_layers_in_bfloat16_are_as_exact_as_plain_ones(folder: Path, compi
 
 
 @needs_amx
+@pytest.mark.parametrize("what", ["an error", "wrong numbers"])
+def test_a_layer_that_fails_its_example_runs_part_by_part(
+    what: str, folder: Path, compiles: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llava_sessions.engine.cpu.amx_layer import CompiledLayer
+
+    right = CompiledLayer.__call__
+
+    def fails(self, *given):
+        if what == "an error":
+            raise RuntimeError("no such instruction")
+        return right(self, *given) + 1
+
+    monkeypatch.setattr(CompiledLayer, "__call__", fails)
+    model = Model.load(folder, "bfloat16", "cpu")
+    assert not any(layer.is_compiled for layer in model.text.layers)
+    assert torch.cat(logits(model)).isfinite().all()
+
+
+@needs_amx
 def test_a_layer_in_one_call_gives_the_numbers_of_its_parts(folder: Path, compiles: None) -> None:
     whole = Model.load(folder, "bfloat16", "cpu")
     assert all(layer.is_compiled for layer in whole.text.layers)

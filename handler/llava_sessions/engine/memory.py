@@ -189,7 +189,7 @@ class DeviceMemory:
         self.bound_pool()
         grown_bytes = self._kv_shape.device_bytes(tokens)
         grows = kv.tier == "resident" and kv.device_bytes < grown_bytes
-        if self.pool is None and grows and not self.fits_beside(session, grown_bytes):
+        if self.pool is None and grows and not self.fits_with_copy(session, grown_bytes):
             self._offload(session)
         kv.restore(tokens)
         self._moves.restores += was_offloaded
@@ -201,7 +201,7 @@ class DeviceMemory:
             self.pool.limit_bytes = self.budget.device_bytes - self._features_bytes()
             self.pool.trim()
 
-    def fits_beside(self, session: EngineSession, kv_bytes: int) -> bool:
+    def fits_with_copy(self, session: EngineSession, kv_bytes: int) -> bool:
         """Return whether the cache of a session may be copied to one of `kv_bytes`, with no other cache moved."""
         others = (s for s in self._sessions.values() if s is not session)
         reserved_bytes = sum(

@@ -70,8 +70,7 @@ class Model:
             self.session_attention = cpu_attention.session_attention(
                 self._heads, self.kv_shape.kv_heads, head_dim, self.dtype
             )
-            for layer in self.text.layers:
-                layer.compile(self.token_attention, self.session_attention)
+            layers.compile_layers(self.text.layers, self.token_attention, self.session_attention, self.kv_shape)
 
     @classmethod
     def load(

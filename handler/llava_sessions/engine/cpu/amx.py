@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import platform
 import sys
 from typing import Any
@@ -28,6 +29,7 @@ _I8 = ir.IntType(8)
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
 _POINTER = _I8.as_pointer()
+_NEEDED = ("amx_tile", "amx_bf16", "avx512_bf16", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
 # Linux hands the tile registers to a process that asks for them (arch/x86/include/uapi/asm/prctl.h).
 _ARCH_PRCTL = 158
 _REQUEST_PERMISSION = 0x1023
@@ -36,11 +38,15 @@ _TILE_DATA = 18
 
 @functools.cache
 def is_available() -> bool:
-    """Return whether this CPU has AMX with bfloat16 and Linux lets this process use it. Asks Linux the first time."""
+    """Return whether this CPU has AMX with bfloat16, and AVX-512, and Linux lets this process use them.
+
+    Asks Linux the first time. False also if Numba is told to compile for another CPU.
+    """
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return False
     found = torch.cpu.get_capabilities()
-    if not (found.get("amx_tile") and found.get("amx_bf16")):
+    # A virtual machine may hide some of them. LLVM ends the process if it has to emit an instruction that is hidden.
+    if not all(found.get(name) for name in _NEEDED) or {"NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"} & set(os.environ):
         return False
     return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0)
 

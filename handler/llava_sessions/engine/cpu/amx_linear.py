@@ -54,6 +54,7 @@ class _Memory(threading.local):
     def address(self, count: int) -> int:
         """Return the address of at least `count` bytes, on a page boundary. Valid until the next call."""
         if len(self._bytes) < count + 4096:
+            self._bytes = torch.empty(0, dtype=torch.uint8)  # frees the smaller memory first
             self._bytes = torch.empty(count + count // 2 + 4096, dtype=torch.uint8)
         return -(-self._bytes.data_ptr() // 4096) * 4096
 

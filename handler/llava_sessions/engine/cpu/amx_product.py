@@ -34,7 +34,7 @@ def copy_row(source, target, inputs, norm, numbers):
         vectors.store(target + at, vectors.load(source + at))
 
 
-@numba.njit
+@numba.njit(error_model="numpy")  # an error in one thread would leave the others waiting
 def norm_row(source, target, inputs, norm, numbers):
     """Write the norm of one row."""
     sums = vectors.zeros()

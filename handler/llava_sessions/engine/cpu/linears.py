@@ -113,6 +113,8 @@ class TileLinear(PackedLinear):
     def forward(
         self, rows: torch.Tensor, added: torch.Tensor | None = None, norm: RowNorm | None = None
     ) -> torch.Tensor:
+        if rows.dtype != torch.bfloat16 or (added is not None and added.dtype != torch.bfloat16):
+            raise TypeError(f"rows must be bfloat16, got {rows.dtype if added is None else added.dtype}")
         flat = rows.reshape(-1, self.in_features).contiguous()
         out = flat.new_empty((len(flat), self.result_features))
         if not len(flat):
@@ -215,18 +217,20 @@ def works(make: Callable[..., PackedLinear | None], dtype: torch.dtype) -> bool:
 
 def _matches_linear(make: Callable[..., PackedLinear | None], dtype: torch.dtype) -> bool:
     """Compare a packed linear, with and without its additions, with `torch.nn.functional.linear`."""
-    plain = torch.nn.Linear(32, 64, dtype=dtype)
+    plain = torch.nn.Linear(96, 64, dtype=dtype)
     # Small weights, most of which float16 represents only with a scale.
-    plain.weight.copy_((torch.linspace(-1, 1, 64 * 32).bfloat16() * 2**-9).reshape(64, 32))
+    plain.weight.copy_((torch.linspace(-1, 1, 64 * 96).bfloat16() * 2**-9).reshape(64, 96))
     plain.bias.copy_(torch.linspace(1, -1, 64))
-    norm = RowNorm(torch.nn.LayerNorm(32, dtype=dtype))
+    rms: Any = torch.nn.RMSNorm(96, dtype=dtype)
+    rms.variance_epsilon = 1e-6
+    norms = (None, RowNorm(torch.nn.LayerNorm(96, dtype=dtype)), RowNorm(rms))
     for count in (3, 20, 40):
-        rows = (torch.linspace(-1, 1, count * 32) * 2**9).reshape(1, count, 32).to(dtype)
+        rows = (torch.linspace(-1, 1, count * 96) * 2**9).reshape(1, count, 96).to(dtype)
         for activation in Activation:
             packed = make(plain, activation)
             if packed is None:
                 return False
-            for before in (None, norm):
+            for before in norms:
                 expected = linear(rows if before is None else before(rows), plain.weight, plain.bias)
                 expected = activate(expected, activation).float()
                 added = torch.ones_like(expected).to(dtype)

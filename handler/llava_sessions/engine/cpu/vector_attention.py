@@ -28,7 +28,7 @@ def make_attend(head_dim: int) -> Any:
     score = _make_score(head_dim)
     mix = _make_mix(head_dim)
 
-    @numba.njit
+    @numba.njit(error_model="numpy")
     def attend(query, keys, values, tokens, scores, out):
         query_at = query.ctypes.data
         top = score(query_at, keys.ctypes.data, tokens, scores)

@@ -37,7 +37,7 @@ class WorkAhead:
     def is_due(self) -> bool:
         """Whether `run` with `is_idle` has work."""
         pool = self._memory.pool
-        return pool is not None and (self._next_to_grow(is_idle=True) is not None or pool.may_touch_ahead)
+        return pool is not None and (self._next_to_grow() is not None or pool.may_touch_ahead)
 
     def run(self, is_idle: bool) -> None:
         """Do one piece of work. Must not be called while a first token waits.
@@ -49,7 +49,7 @@ class WorkAhead:
         pool = self._memory.pool
         if pool is None:
             return
-        session = self._next_to_grow(is_idle)
+        session = self._next_to_grow()
         try:
             if session is not None:
                 self._memory.bound_pool()
@@ -64,16 +64,15 @@ class WorkAhead:
             else:
                 session.short_of_memory = True
 
-    def _next_to_grow(self, is_idle: bool) -> EngineSession | None:
+    def _next_to_grow(self) -> EngineSession | None:
         """Return the least recently used session whose cache is too full for its next turn, or None.
 
-        Next to running answers it is one of the answering sessions: a copy holds up all of them.
+        A copy holds up running answers, but no more than it would in the step of the next turn's first token.
 
         No cache is offloaded for it, so None is returned if the budget is full. Both the old and the grown cache exist
         during the copy.
         """
-        grows = (s for s in self._sessions.values() if (is_idle or s.turn is not None) and not s.short_of_memory)
-        nearly_full = (s for s in grows if self._is_nearly_full(s.kv))
+        nearly_full = (s for s in self._sessions.values() if not s.short_of_memory and self._is_nearly_full(s.kv))
         session = min(nearly_full, key=lambda s: s.ticket, default=None)
         if session is None:
             return None

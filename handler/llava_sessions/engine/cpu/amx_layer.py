@@ -16,7 +16,7 @@ import torch
 from numba import types
 
 from . import amx, amx_linear, amx_sessions, compiled, token_attention
-from .amx_linear import FIELDS
+from .amx_linear import ADDED, FIELDS, OUT, X
 from .linears import TileLinear
 from .operations import RowNorm
 
@@ -44,8 +44,10 @@ class CompiledLayer:
         of several new tokens of a session.
         """
         self._index = index
-        self._widths = [part.result_features for part in parts]
-        self._heads_width = parts[1].in_features
+        # Of the results between the parts: qkv, attention, hidden states, MLP.
+        self._widths = [parts[0].result_features, parts[1].in_features, 0, parts[2].result_features]
+        self._results: list[int] = []  # their addresses
+        self._placed: tuple[int, ...] = ()
         self._most_inputs = max(part.in_features for part in parts)
         self._parts = parts, norms  # the task has their addresses
         self._task = (ctypes.c_int64 * (_FIRST + 4 * FIELDS))()
@@ -65,26 +67,37 @@ class CompiledLayer:
         """
         count, hidden = rows.shape
         out = torch.empty_like(rows)
-        widths = [self._widths[0], self._heads_width, hidden, self._widths[2]]
-        work = self._workspace(count, self._most_inputs, 2 * count * sum(widths) + 64 * len(widths))
-        at = work.more
-        addresses = []
-        for width in widths:
-            addresses.append(at)
-            at = -(-(at + 2 * count * width) // 64) * 64
-        qkv, attended, middle, gated = addresses
+        self._widths[2] = hidden
+        more_bytes = 2 * count * sum(self._widths) + 64 * len(self._widths)
+        work = self._workspace(count, self._most_inputs, more_bytes)
+        self._place(count, work)
         task = self._task
+        qkv, attended = self._results[:2]
         for number, (place, attention_task) in enumerate(zip(_PLACES, tasks, strict=True)):
             task[number] = 0
             if attention_task is not None:
                 place(attention_task, self._index, qkv, cos.data_ptr(), sin.data_ptr(), attended)
                 task[number] = ctypes.addressof(attention_task)
-        start = rows.data_ptr()
-        calls = ((start, 0, qkv), (attended, start, middle), (middle, 0, gated), (gated, middle, out.data_ptr()))
-        for number, (x, added, result) in enumerate(calls):
-            amx_linear.place(task, _FIRST + number * FIELDS, x, added, result, work, number)
+        task[_FIRST + X] = task[_FIRST + FIELDS + ADDED] = rows.data_ptr()
+        task[_FIRST + 3 * FIELDS + OUT] = out.data_ptr()
         compiled.run(self._loops, task)
         return out
+
+    def _place(self, count: int, work: amx_linear.Workspace) -> None:
+        """Set the addresses that depend on the workspace only. Mostly it is that of the call before."""
+        placed = (count, work.copied, work.scratch, work.configuration)
+        if placed == self._placed:
+            return
+        at = work.more
+        self._results = []
+        for width in self._widths:
+            self._results.append(at)
+            at = -(-(at + 2 * count * width) // 64) * 64
+        qkv, attended, middle, gated = self._results
+        calls = ((0, 0, qkv), (attended, 0, middle), (middle, 0, gated), (gated, middle, 0))
+        for number, (x, added, result) in enumerate(calls):
+            amx_linear.place(self._task, _FIRST + number * FIELDS, x, added, result, work, number)
+        self._placed = placed
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from . import harness
 from .driver import EngineChats, Pictures, Prompts, TurnTimes, load_engine, prepare
 from .harness import Options, Result, Run, median, percentile, spread
 from .limits import Linears, picture_flops, token_flops
-from .reference import KeptKV, Reference
+from .reference import Chat, KeptKV, Reference
 
 ENGINE = "engine"
 ENGINE_SERIAL = "engine, one at a time"
@@ -65,9 +65,11 @@ def engine_one_at_a_time(chats: EngineChats, load: Load, answer_tokens: int) -> 
     return _first_come_first_served(load, open_and_ask)
 
 
-def kept_one_at_a_time(reference: Reference, load: Load, answer_tokens: int) -> list[list[TurnTimes]]:
-    """Run `generate` for one question at a time, with a cache kept for each chat."""
-    chats = [KeptKV(reference) for _ in load]
+def one_at_a_time(
+    reference: Reference, load: Load, answer_tokens: int, kind: type[Chat] = KeptKV
+) -> list[list[TurnTimes]]:
+    """Run `generate` for one question at a time. `kind` keeps a KV cache for each chat, or less."""
+    chats = [kind(reference) for _ in load]
 
     def open_and_ask(number: int, asked_at: float, turn: int) -> TurnTimes:
         jpeg, texts = load[number]
@@ -102,7 +104,7 @@ def measure(options: Options, run: Run) -> tuple[dict[str, dict[str, list[float]
     tokens = options.extra.answer_tokens
     sides = [
         (ENGINE, lambda load: in_parallel(chats, load, tokens)),
-        (KEPT, lambda load: kept_one_at_a_time(reference, load, tokens)),
+        (KEPT, lambda load: one_at_a_time(reference, load, tokens)),
         (ENGINE_SERIAL, lambda load: engine_one_at_a_time(chats, load, tokens)),
     ]
     pictures = Pictures(options.seed)

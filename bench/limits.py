@@ -39,11 +39,16 @@ def _linears(*modules: torch.nn.Module) -> list[torch.nn.Linear]:
     return [part for module in modules for part in module.modules() if isinstance(part, torch.nn.Linear)]
 
 
+def language_linears(reference: Reference) -> list[torch.nn.Linear]:
+    """Return the linears of the language model and its head, in the order of a forward."""
+    return _linears(reference.model.model.language_model, reference.model.lm_head)
+
+
 class Linears:
     """The linears of the language model and its head, each packed as in the engine."""
 
     def __init__(self, reference: Reference) -> None:
-        found = _linears(reference.model.model.language_model, reference.model.lm_head)
+        found = language_linears(reference)
         with torch.inference_mode():
             self._layers = [pack(one) if packable(one) else one for one in found]
         # Bytes of weights that a decode step reads.

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from deploy.options import Parser
 
-from .bar import BAR
+from .bar import BAR, PEERS_BAR, Measure
 from .harness import FLOAT32, RESULTS, number
 
 README = Path(__file__).parent / "README.md"
-BENCHES = ("turns", "chats", "decode", "memory", "open", "stall", "pipe")
-# They start a whole server; `python -m bench` does not run them.
-SERVED = ("route", "endpoint", "held_rows", "admission", "scrape", "load", "sessions")
+BENCHES = ("turns", "chats", "decode", "memory", "open", "stall", "pipe", "linears")
+# They start whole servers; `python -m bench` does not run them.
+SERVED = ("peers", "served", "route", "endpoint", "held_rows", "admission", "scrape", "load", "sessions")
 
 
 def read(folder: Path = RESULTS) -> dict[str, dict]:
@@ -28,19 +28,33 @@ def read(folder: Path = RESULTS) -> dict[str, dict]:
 
 
 def bar_table(documents: dict[str, dict]) -> str:
-    """Return the table of targets: floor, aim, and the results in bfloat16 and in float32."""
-    lines = ["| measure | floor | aim | bfloat16 | | float32 | |", "|---|---|---|---|---|---|---|"]
+    """Return the targets against `transformers`: floor, aim, and the results on a CPU without bfloat16."""
+    lines = ["| measure | floor | aim | float32 | |", "|---|---|---|---|---|"]
     for measure in BAR:
         cells = [measure.what, measure.show(measure.floor), measure.show(measure.aim)]
-        for kind in ("", FLOAT32):
-            value = documents.get(measure.bench + kind, {}).get("ratios", {}).get(measure.ratio)
-            cells += _cells(value is not None and (measure.show(value), measure.verdict(value)))
+        cells += _result(documents, measure, FLOAT32)
         lines.append(f"| {' | '.join(cells)} |")
-    many = [documents.get(f"memory{kind}") for kind in ("", FLOAT32)]
-    cells = [cell for memory in many for cell in _cells(memory is not None and _many(memory))]
+    memory = documents.get(f"memory{FLOAT32}")
     what = "500 open sessions under a KV budget that holds 20 (tiny model)"
-    lines.append(f"| {what} | all right, RSS flat | 1,000 | {' | '.join(cells)} |")
+    cells = [what, "all right, RSS flat", "1,000", *_cells(memory is not None and _many(memory))]
+    lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def peers_table(documents: dict[str, dict]) -> str:
+    """Return the targets against other servers and against the machine's limits, with the figures before the work."""
+    lines = ["| measure | before | floor | aim | now | |", "|---|---|---|---|---|---|"]
+    for measure in PEERS_BAR:
+        before = "" if measure.before is None else measure.show(measure.before)
+        cells = [measure.what, before, measure.show(measure.floor), measure.show(measure.aim)]
+        lines.append(f"| {' | '.join((*cells, *_result(documents, measure)))} |")
+    return "\n".join(lines)
+
+
+def _result(documents: dict[str, dict], measure: Measure, kind: str = "") -> tuple[str, str]:
+    """Return the result of a target and its verdict as two cells. `kind`: the suffix of the record."""
+    value = documents.get(measure.bench + kind, {}).get("ratios", {}).get(measure.ratio)
+    return _cells(value is not None and (measure.show(value), measure.verdict(value)))
 
 
 def _cells(found: tuple[str, str] | bool) -> tuple[str, str]:
@@ -87,7 +101,8 @@ def write(readme: Path = README, folder: Path = RESULTS) -> None:
     """Replace the text between `<!-- NAME -->` and `<!-- /NAME -->`, for the targets and for every result."""
     documents = read(folder)
     text = readme.read_text()
-    parts = {"bar": bar_table(documents)} | {name: section(document) for name, document in documents.items()}
+    parts = {name: section(document) for name, document in documents.items()}
+    parts |= {"bar": bar_table(documents), "peers-bar": peers_table(documents)}
     for name, part in parts.items():
         head, start, rest = text.partition(f"<!-- {name} -->")
         _, end, tail = rest.partition(f"<!-- /{name} -->")
@@ -101,7 +116,8 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args(argv)
     write()
-    print(bar_table(read()))
+    documents = read()
+    print(f"{peers_table(documents)}\n\n{bar_table(documents)}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -120,12 +121,13 @@ def service(
                 if "Ctrl-C here stops" in line:
                     break
             urls = [re.search(pattern, text) for pattern in (r"TorchServe (http://\S+)", r"ready in \S+ s on (\S+)")]
+            threading.Thread(target=process.stdout.read, daemon=True).start()  # a full pipe would stall the server
             if None in urls:
                 raise ServiceError(f"the service with HAProxy does not run:\n{text}")
             yield urls[0][1], urls[1][1]
         finally:
             process.terminate()
-            process.communicate()
+            process.wait()
 
 
 def root_of(url: str) -> str:

@@ -245,6 +245,7 @@ def _engine_settings(config: HandlerConfig, checkpoint: str, gpu_id: int | None)
         prefill_chunk_tokens=config.prefill_chunk_tokens,
         device_bytes=config.device_bytes,
         host_bytes=config.host_bytes,
+        weights=config.weights,
     )
 
 

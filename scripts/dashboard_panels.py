@@ -204,6 +204,7 @@ _SESSIONS = Row(
             (
                 Query(_sum("llava_features_bytes"), "features"),
                 Query(_sum("llava_kv_bytes"), "KV, device"),
+                Query(_sum("llava_kv_pool_bytes"), "KV, free in the pool"),
                 Query(_sum("llava_offloaded_bytes"), "KV, host"),
             ),
             width=6,
@@ -212,9 +213,12 @@ _SESSIONS = Row(
         Panel(
             "Used part of the KV budget",
             "KV caches on the device, as a part of the budget that features leave. A full budget is normal: "
-            "idle caches move to the host.",
+            "idle caches move to the host. On a CPU: the part of the engine's memory that is in huge pages.",
             "percentunit",
-            _by_instance("llava_kv_cache_usage_ratio"),
+            (
+                *_by_instance("llava_kv_cache_usage_ratio"),
+                Query(f"max by (instance) (llava_huge_page_ratio{{{_CHOSEN}}})", "huge pages, {{instance}}"),
+            ),
             width=6,
             highest=1.0,
         ),

@@ -123,11 +123,22 @@ def java_command(
     """
     site = _torchserve_site()
     command = [find_java(), f"-Dmodel_server_home={site}", f"-Dlog4j.configurationFile=file://{LOG_CONFIG}"]
-    command += [f"-Djava.io.tmpdir={home.temp}", f"-Dllava.log.level={log_level}", *heap_options(), *options]
+    command += [f"-Djava.io.tmpdir={home.temp}", f"-Dllava.log.level={log_level}", *heap_options()]
+    command += [*light_options(options), *options]
     command += ["-cp", str(site / "ts" / "frontend" / "*"), "org.pytorch.serve.ModelServer"]
     command += ["--python", sys.executable, "-f", str(config), "-s", str(archive.parent), "-ncs"]
     command += ["-m", f"{name}={archive.name}"]
     return command
+
+
+def light_options(given: Sequence[str]) -> list[str]:
+    """Return the JVM's options for little CPU time: on a CPU, Java takes the cores from the engine.
+
+    One thread collects garbage, and the first compiler alone compiles. `given`: an operator's options. The JVM does not
+    start with two collectors, so an operator's replaces ours.
+    """
+    collectors = [option for option in given if re.fullmatch(r"-XX:\+Use\w+GC", option)]
+    return [*([] if collectors else ["-XX:+UseSerialGC"]), "-XX:TieredStopAtLevel=1"]
 
 
 def heap_options(cgroup_limits: Sequence[Path] = CGROUP_LIMITS) -> list[str]:

@@ -165,6 +165,14 @@ class HandlerConfig(Section):
             "supports it, else float16. `auto` on a CPU: bfloat16 if it has instructions for it, else float32."
         ),
     )
+    weights: Literal["auto", "int8"] = Field(
+        default="auto",
+        description=(
+            "`int8`: the language model's linears are stored as 8-bit integers with a scale for each output, in half "
+            "the memory of bfloat16. Some answers change (docs/models.md). Needs a CPU with bfloat16. "
+            "`auto`: as `dtype`."
+        ),
+    )
     device: str = Field(
         default="auto", description="`cpu`, `cuda`, `cuda:1` ... `auto`: the GPU that TorchServe assigns, else the CPU."
     )
@@ -224,7 +232,10 @@ class HandlerConfig(Section):
         default=256,
         ge=1,
         le=65_536,
-        description="Tokens of a long prompt in one step. Other sessions' answers continue between.",
+        description=(
+            "Tokens of a long prompt in one step while other sessions are answering. Their answers continue between. "
+            "On a CPU a step without answers runs a prompt whole, up to 4 times this number."
+        ),
     )
     device_bytes: _Bytes = Field(
         default=None,

@@ -44,6 +44,10 @@ def read_config(model_yaml: Mapping[str, Any]) -> HandlerConfig:
 
     frontend = _frontend_problems(model_yaml, value_of("max_sessions"), value_of("session_ttl_s"))
     every = [*problems.values(), *frontend]
+    if config is not None and config.weights == "int8" and config.device.startswith("cuda"):
+        every.append(f"`llava.weights` must be auto on a GPU, got 'int8' with device {config.device}")
+    if config is not None and config.weights == "int8" and config.dtype in ("float32", "float16"):
+        every.append(f"`llava.dtype` must be auto or bfloat16 with int8 weights, got {config.dtype!r}")
     if every or config is None:
         raise ConfigError(every)
     return config

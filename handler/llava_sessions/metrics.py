@@ -101,6 +101,18 @@ METRICS = (
         "ratio",
         "KV caches on the device, as a part (0 to 1) of the budget that features leave.",
     ),
+    Metric(
+        "llava_kv_pool_bytes",
+        "gauge",
+        "bytes",
+        "Free memory that the engine keeps for the next KV caches on a CPU. It is a part of the budget.",
+    ),
+    Metric(
+        "llava_huge_page_ratio",
+        "gauge",
+        "ratio",
+        "Part (0 to 1) of the engine's anonymous memory, such as weights and KV caches, that is in huge pages.",
+    ),
     Metric("llava_offloaded_bytes", "gauge", "bytes", "KV caches that are offloaded to the host.", in_torchserve=True),
     Metric(
         "llava_device_bytes",
@@ -193,6 +205,8 @@ class MetricValues:
     features_bytes: int = 0
     kv_bytes: int = 0
     kv_cache_usage_ratio: float = 0.0
+    kv_pool_bytes: int = 0
+    huge_page_ratio: float = 0.0
     offloaded_bytes: int = 0
     device_bytes: int = 0
     media_held_bytes: int = 0

@@ -30,7 +30,7 @@ STEPS = 8
 PICTURES = 6
 QUESTIONS = ["what is the red circle?", "and the blue square near it?", "two green stars?", "what", "what is near?"]
 # Device bytes in tokens of KV, host bytes in tokens of KV.
-BUDGETS = {"ample": (2**20, 2**20), "offloading": (512, 2**20), "dropping": (512, 64)}
+BUDGETS = {"ample": (2**20, 2**20), "offloading": (768, 2**20), "dropping": (768, 64)}
 
 
 @dataclass

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
+from llava_sessions.engine.attention import Segment
 from llava_sessions.engine.budget import choose_budget
 from llava_sessions.engine.engine import Engine
 from llava_sessions.engine.kv import GROWTH_TOKENS, KVShape, SessionKV
@@ -187,7 +188,7 @@ def test_closing_during_an_answer_cancels_the_turn_first(tiny: Path) -> None:
     chats.run(steps=3)
     chats.engine.apply(CloseSession("a"))
     assert chats.engine.step() == [Cancelled("turn-a"), Closed("a")]
-    assert not chats.engine.has_work
+    assert not chats.engine.sessions
 
 
 def test_a_turn_that_can_not_run_fails(tiny: Path) -> None:
@@ -320,19 +321,55 @@ def test_kv_grows_in_steps_and_keeps_its_tokens() -> None:
     assert kv.length == 3
 
 
-def test_decodes_always_run_and_prefills_share_the_chunk_in_order() -> None:
-    class Waiting:
-        def __init__(self, ticket: int, pending_tokens: int) -> None:
-            self.ticket = ticket
-            self.pending_tokens = pending_tokens
+class Waiting:
+    """What `plan` reads of a session."""
 
-    late = Waiting(3, 10)
-    early = Waiting(2, 6)
-    decode = Waiting(9, 1)
-    idle = Waiting(0, 0)
+    def __init__(self, ticket: int, pending_tokens: int) -> None:
+        self.ticket = ticket
+        self.pending_tokens = pending_tokens
+
+
+def test_decodes_always_run_and_prefills_share_the_chunk_in_order() -> None:
+    late, early, decode, idle = Waiting(3, 10), Waiting(2, 6), Waiting(9, 1), Waiting(0, 0)
     sessions = [late, decode, idle, early]
-    assert plan(sessions, 8) == [(decode, 1), (early, 6), (late, 2)]
-    assert plan(sessions, 6) == [(decode, 1), (early, 6)]
+    for whole_tokens in (0, 100):
+        assert plan(sessions, 8, whole_tokens) == [(decode, 1), (early, 6), (late, 2)]
+        assert plan(sessions, 6, whole_tokens) == [(decode, 1), (early, 6)]
+
+
+def test_a_prompt_runs_whole_while_no_session_answers() -> None:
+    late, early, long = Waiting(3, 3), Waiting(2, 10), Waiting(1, 300)
+    assert plan([late, early], 8, 32) == [(early, 10)]
+    assert plan([late, early], 13, 32) == [(early, 10), (late, 3)]
+    assert plan([late, early], 12, 32) == [(early, 10)], "no piece of a prompt that fits whole into the next step"
+    assert plan([long, late], 8, 32) == [(long, 32)]
+    assert plan([early, late], 8) == [(early, 8)]
+    assert plan([Waiting(0, 0)], 8, 32) == []
+
+
+def test_an_opening_is_one_forward_unless_a_session_answers(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chats = Chats(tiny, chunk_tokens=8)
+    rows: list[list[int]] = []
+    forward = chats.engine.model.forward
+
+    def counted(segments: list[Segment]) -> torch.Tensor:
+        rows.append([len(segment.token_ids) for segment in segments])
+        return forward(segments)
+
+    monkeypatch.setattr(chats.engine.model, "forward", counted)
+    chats.open("a", 1)
+    chats.run()
+    tokens = len(chats.conversations["a"].opening.token_ids)
+    assert 8 < tokens <= 32
+    assert rows == [[tokens]]
+    chats.ask("a", QUESTIONS[0], Sampling(60, ignore_eos=True))
+    while not chats.engine.sessions["a"].turn.answer_ids:
+        chats.run(steps=1)
+    rows.clear()
+    chats.open("b", 2)
+    while chats.engine.sessions["b"].kv.length < tokens:
+        chats.run(steps=1)
+    assert [sum(step) for step in rows[:2]] == [1 + 8, 1 + 8]
 
 
 def _finished(chats: Chats) -> list[Finished]:

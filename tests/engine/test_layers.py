@@ -13,15 +13,17 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from llava_sessions.engine.attention import Segment
-from llava_sessions.engine.cpu import attention, linears
+from llava_sessions.engine.cpu import amx, attention, linears, picture_layers
 from llava_sessions.engine.cpu import layers as cpu_layers
 from llava_sessions.engine.cpu.layers import FusedLayer, compile_token_attention, fuse_layers
 from llava_sessions.engine.cpu.linears import PackedLinear, can_pack
 from llava_sessions.engine.kv import SessionKV
 from llava_sessions.engine.model import Model
+from tests.support.nan_pool import NanPool
 from tests.support.tiny_families import FAMILIES, make_next_mistral
 
 needs_packing = pytest.mark.skipif(not can_pack(torch.float32), reason="this torch has no packed linears")
+needs_amx = pytest.mark.skipif(not amx.is_available(), reason="this CPU has no AMX")
 needs_bfloat16 = pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this CPU has no packed bfloat16 linears")
 
 
@@ -40,14 +42,16 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def plain_model(folder: Path, dtype: str) -> Model:
     """Load the checkpoint with transformers' own layers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_layers, "fuse_layers", lambda layers: False)
-        patch.setattr(linears, "pack_all", lambda module: 0)
+        patch.setattr(cpu_layers, "fuse_layers", lambda layers, pack: False)
+        patch.setattr(picture_layers, "fuse_layers", lambda tower: 0)
+        patch.setattr(linears, "pack_all", lambda module, pack=None: 0)
         return Model.load(folder, dtype, "cpu")
 
 
 def logits(model: Model) -> list[torch.Tensor]:
     """Return the logits of three chats: prompts, a mixed step of single tokens and a follow-up, single tokens."""
-    first, second, third = (SessionKV(model.kv_shape) for _ in range(3))
+    pool = NanPool()
+    first, second, third = (SessionKV(model.kv_shape, pool) for _ in range(3))
 
     def step(*given: tuple[SessionKV, list[int]]) -> torch.Tensor:
         return model.forward([Segment(kv, ids, None, [], True) for kv, ids in given]).float()
@@ -81,6 +85,37 @@ def test_fused_layers_in_bfloat16_are_as_exact_as_plain_ones(folder: Path, compi
     # The error relative to float32 is about that of plain bfloat16.
     assert (got - exact).abs().mean() < 1.5 * (plain - exact).abs().mean()
     assert (got - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+@needs_amx
+@pytest.mark.parametrize("what", ["an error", "wrong numbers"])
+def test_a_layer_that_fails_its_example_runs_part_by_part(
+    what: str, folder: Path, compiles: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llava_sessions.engine.cpu.amx_layer import CompiledLayer
+
+    right = CompiledLayer.__call__
+
+    def fails(self, *given):
+        if what == "an error":
+            raise RuntimeError("no such instruction")
+        return right(self, *given) + 1
+
+    monkeypatch.setattr(CompiledLayer, "__call__", fails)
+    model = Model.load(folder, "bfloat16", "cpu")
+    assert not any(layer.is_compiled for layer in model.text.layers)
+    assert torch.cat(logits(model)).isfinite().all()
+
+
+@needs_amx
+def test_a_layer_in_one_call_gives_the_numbers_of_its_parts(folder: Path, compiles: None) -> None:
+    whole = Model.load(folder, "bfloat16", "cpu")
+    assert all(layer.is_compiled for layer in whole.text.layers)
+    parts = Model.load(folder, "bfloat16", "cpu")
+    for layer in parts.text.layers:
+        layer.use_parts()
+    for got, expected in zip(logits(whole), logits(parts), strict=True):
+        assert torch.equal(got, expected)
 
 
 @needs_packing

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from llava_sessions.engine.cpu import linears
-from llava_sessions.engine.cpu.linears import PackedLinear, can_pack, pack, pack_all
+from llava_sessions.engine.cpu import amx, linears
+from llava_sessions.engine.cpu.linears import PackedLinear, TileLinear, can_pack, pack, pack_all
+from llava_sessions.engine.cpu.operations import Activation, RowNorm, activate
 
 needs_packing = pytest.mark.skipif(not can_pack(torch.float32), reason="this torch has no packed linears")
+needs_amx = pytest.mark.skipif(not amx.is_available(), reason="this CPU has no AMX")
 
 
 def layers(dtype: torch.dtype) -> torch.nn.Module:
@@ -101,6 +103,85 @@ def test_other_precisions_are_not_packed() -> None:
     model = layers(torch.float16)
     assert pack_all(model) == 0
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+@needs_amx
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 32, 33, 49, 130])
+@pytest.mark.parametrize("norm", [None, torch.nn.LayerNorm, torch.nn.RMSNorm])
+@pytest.mark.parametrize("activation", list(Activation))
+def test_linears_of_tiles_give_the_exact_outputs(rows: int, norm: type | None, activation: Activation) -> None:
+    torch.manual_seed(0)
+    # 11 blocks of columns, of inputs that are not a power of two.
+    one = plain((torch.randn(352, 160) / 12).bfloat16(), torch.randn(352).bfloat16())
+    before = None
+    if norm is not None:
+        made = norm(160, dtype=torch.bfloat16)
+        made.weight.data = torch.rand(160).bfloat16() + 0.5
+        made.variance_epsilon = 1e-6
+        before = RowNorm(made)
+    inputs = 3 * torch.randn(2 * rows, 160).bfloat16()[::2] + 1  # not contiguous
+    with torch.inference_mode():
+        packed = pack(one, activation)
+        assert isinstance(packed, TileLinear)
+        normed = inputs if before is None else before(inputs)
+        exact = activate(torch.nn.functional.linear(normed.float(), one.weight.float(), one.bias.float()), activation)
+        added = torch.randn(exact.shape).bfloat16()
+        for more in (None, added):
+            got = packed(inputs, more, before).float()
+            expected = exact if more is None else exact + more.float()
+            torch.testing.assert_close(got, expected, atol=0.03, rtol=0.02)
+
+
+@needs_amx
+def test_a_row_of_a_linear_of_tiles_does_not_depend_on_the_others() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(70, 96).bfloat16()
+    with torch.inference_mode():
+        packed = pack(plain(torch.randn(64, 96).bfloat16()))
+        together = packed(rows)
+        for first, last in ((0, 1), (3, 19), (5, 22), (37, 70)):
+            assert torch.equal(packed(rows[first:last]), together[first:last])
+
+
+@needs_packing
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_rows_give_no_rows(dtype: torch.dtype) -> None:
+    if not can_pack(dtype):
+        pytest.skip(f"this CPU has no packed linears in {dtype}")
+    with torch.inference_mode():  # as of the head in a prefill step that samples no token
+        assert pack(plain(torch.randn(64, 96).to(dtype)))(torch.empty(0, 96, dtype=dtype)).shape == (0, 64)
+
+
+@needs_amx
+def test_linears_of_tiles_do_not_share_weights() -> None:
+    with torch.inference_mode():
+        packed = pack(plain(torch.randn(64, 96).bfloat16()))
+        assert isinstance(packed, TileLinear)
+        assert packed._tiles.data_ptr() % 64 == 0
+        kept = [pack(plain(torch.ones(64, 96).bfloat16() * number)) for number in range(3)]
+        del packed
+        for number, each in enumerate(kept):
+            assert torch.equal(each(torch.ones(1, 96).bfloat16()), torch.full((1, 64), 96.0 * number).bfloat16())
+
+
+@pytest.mark.parametrize("what", ["no AMX", "wrong numbers", "a shape without whole tiles"])
+def test_without_tiles_bfloat16_weights_are_packed_by_onednn(
+    what: str, monkeypatch: pytest.MonkeyPatch, forgets_trials: None
+) -> None:
+    if not can_pack(torch.bfloat16):
+        pytest.skip("this CPU has no packed bfloat16 linears")
+    linears.works.cache_clear()
+    if what == "no AMX":
+        monkeypatch.setattr(amx, "is_available", lambda: False)
+    elif what == "wrong numbers":
+        right = TileLinear.forward
+        monkeypatch.setattr(TileLinear, "forward", lambda *given: right(*given) + 1)
+    columns = 48 if what == "a shape without whole tiles" else 64
+    weight = torch.randn(columns, 96).bfloat16()
+    with torch.inference_mode():
+        packed = pack(plain(weight))
+        assert not isinstance(packed, TileLinear)
+        torch.testing.assert_close(packed(torch.eye(96).bfloat16()), weight.T)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from llava_sessions.engine.budget import DeviceBudget
+from llava_sessions.engine.huge_pages import HugePages
 from llava_sessions.engine.loop import EngineLoop, StepTimes
 from llava_sessions.ipc.messages import (
     AskSession,
@@ -18,6 +19,7 @@ from llava_sessions.ipc.messages import (
     Command,
     OpenFailed,
     OpenSession,
+    Ping,
     Prefilled,
     PreparedPicture,
     Report,
@@ -150,6 +152,43 @@ def test_reports_carry_the_duration_of_the_longest_recent_step(tiny: Path) -> No
     loop.submit(opening(chats, "a", 1))
     loop.run()
     assert [one.longest_step_s for one in reports] == [0.0, 0.0, 7.5]
+
+
+def test_the_part_in_huge_pages_is_read_once_a_minute(tmp_path: Path) -> None:
+    file = tmp_path / "smaps_rollup"
+    times = iter([0.0, 59.0, 60.0, 120.0])
+    pages = HugePages(file, clock=lambda: next(times))
+    head = "55d0-7ffc ---p 00000000 00:00 0    [rollup]\nRss:    900 kB\n"
+    file.write_text(f"{head}Anonymous:    800 kB\nAnonHugePages:    600 kB\n")
+    pages.refresh()
+    assert pages.ratio == 0.75
+    file.write_text(f"{head}Anonymous:    0 kB\nAnonHugePages:    0 kB\n")
+    pages.refresh()
+    assert pages.ratio == 0.75
+    pages.refresh()
+    assert pages.ratio == 0.0
+    file.unlink()
+    pages.refresh()
+    assert pages.ratio == 0.0
+
+
+def test_a_ping_without_work_is_answered_with_the_part_in_huge_pages(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chats = Chats(tiny)
+    reports: list[Report] = []
+    loop = EngineLoop(chats.engine, reports.append)
+    monkeypatch.setattr(HugePages, "refresh", lambda pages: setattr(pages, "ratio", 0.5))
+    loop.submit(opening(chats, "a", 1))
+    loop.submit(Ping())
+    loop.stop()
+    loop.run()
+    assert [report.huge_page_ratio for report in reports] == [0.0], "the opening is work"
+    chats.run()
+    loop.submit(Ping())
+    loop.stop()
+    loop.run()
+    assert reports[-1].huge_page_ratio == 0.5
 
 
 def test_a_long_step_is_forgotten_after_two_periods() -> None:

@@ -86,7 +86,7 @@ class Chat:
 
     def __init__(self, model: Model, template: ChatTemplate, faults: Allocations) -> None:
         self.engine = Engine(model, template.answer_text, DeviceBudget(3 * STEP_BYTES + 2 * FEATURES_BYTES, 2**30))
-        self.engine.device_memory.grows_in_steps = False
+        self.engine.device_memory.pool = None
         self.template = template
         self.faults = faults
         self.conversations: dict[str, Conversation] = {}
@@ -176,7 +176,7 @@ EXPECTED = {
     "Model.forward",
     "Model._embed",
     "Sampler.draw",
-    "SessionKV._allocate",
+    "KVShape.empty",
     "SessionKV.fork",
     "SessionKV.offload",
     "SessionKV.reserve",

@@ -65,7 +65,7 @@ def test_advance_is_the_only_writer_of_a_state() -> None:
 
 
 def test_a_session_and_its_turn_pass_through_their_states(tiny: Path) -> None:
-    chats = Chats(tiny, chunk_tokens=8)
+    chats = Chats(tiny, chunk_tokens=4)
     chats.open("a", 1)
     session = chats.engine.sessions["a"]
     assert session.state is EngineSessionState.WAITING
@@ -171,7 +171,7 @@ def test_a_close_is_answered_even_if_the_turn_can_not_be_rolled_back(
     monkeypatch.setattr(chats.engine.sessions["a"].kv, "crop", _raise)
     chats.engine.apply(CloseSession("a"))
     assert chats.engine.step() == [Cancelled("turn-a"), Closed("a")]
-    assert not chats.engine.has_work
+    assert not chats.engine.sessions
 
 
 def test_a_sampling_error_in_the_step_that_completes_the_opening_fails_the_turn_only(

@@ -13,6 +13,7 @@ import pytest
 from llava_sessions.chat.transcript import Conversation
 from llava_sessions.engine.budget import DeviceBudget
 from llava_sessions.engine.kv import GROWTH_TOKENS, SessionKV
+from llava_sessions.engine.session import awaits_first_token
 from llava_sessions.ipc.messages import (
     Admitted,
     AskSession,
@@ -68,7 +69,7 @@ def sessions_of(chats: Chats, kind: type) -> list[str]:
 def test_answers_are_the_same_after_caches_left_the_device(
     tiny: Path, host_bytes: int, tiers: tuple[int, int, int]
 ) -> None:
-    device_bytes = STEP_BYTES + 8 * FEATURES_BYTES
+    device_bytes = 3 * STEP_BYTES + 8 * FEATURES_BYTES
     tight = Chats(tiny, budget=DeviceBudget(device_bytes, host_bytes))
     assert talk(tight, 8) == talk(Chats(tiny), 8)
     memory = tight.engine.memory()
@@ -168,17 +169,17 @@ def test_a_nearly_full_cache_is_grown_while_the_engine_is_idle(tiny: Path) -> No
     assert kv.address == address, "the turn itself grew the cache"
 
 
-def test_no_cache_is_grown_ahead_while_another_session_is_active(tiny: Path) -> None:
-    chats = Chats(tiny)
+def test_no_cache_is_grown_ahead_while_a_first_token_waits(tiny: Path) -> None:
+    chats = Chats(tiny, chunk_tokens=8)
     kv = nearly_full(chats, "a", room=10)
     chats.open("b", ord("b"))
     chats.ask("b", QUESTIONS[0], Sampling(GROWTH_TOKENS))
-    while "a" not in chats.run(steps=1):
-        pass
-    chats.run(steps=2)
-    assert kv.capacity == GROWTH_TOKENS
-    chats.run()
-    assert kv.capacity == 2 * GROWTH_TOKENS
+    finished: list[str] = []
+    while awaits_first_token(chats.engine.sessions["b"]):
+        assert kv.capacity == GROWTH_TOKENS
+        finished += chats.run(steps=1)
+    assert finished == ["a"]
+    assert kv.capacity == 2 * GROWTH_TOKENS, "`b` still answers, but its first token is out"
 
 
 @pytest.mark.parametrize("what", ["budget", "memory"])
@@ -204,7 +205,8 @@ def test_a_turn_that_could_never_fit_is_rejected_and_the_session_continues(tiny:
     chats.open("a", 1)
     chats.run()
     needed = len(chats.ask("a", QUESTIONS[0], Sampling(GROWTH_TOKENS))) + GROWTH_TOKENS
-    assert chats.engine.step() == [OutOfCapacity("a", "turn-a", needed * TOKEN_BYTES, STEP_BYTES, 1)]
+    assert GROWTH_TOKENS < needed < 2 * GROWTH_TOKENS
+    assert chats.engine.step() == [OutOfCapacity("a", "turn-a", 2 * STEP_BYTES, STEP_BYTES, 1)]
     free = Chats(tiny)
     free.open("a", 1)
     for either in (chats, free):

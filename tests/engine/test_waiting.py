@@ -68,7 +68,7 @@ def started(chats: Chats) -> list[str]:
 
 
 def test_all_of_many_questions_are_answered_in_order_and_equal_generate(tiny: Path, reference: Reference) -> None:
-    chats = opened(tiny, NAMES, STEP_BYTES)
+    chats = opened(tiny, NAMES, 3 * STEP_BYTES)
     expected = {}
     for name in NAMES:
         prompt_ids = chats.ask(name, QUESTIONS[0], Sampling(6, ignore_eos=True))
@@ -90,15 +90,15 @@ def test_all_of_many_questions_are_answered_in_order_and_equal_generate(tiny: Pa
 
 
 def test_a_turn_reserves_what_its_answer_may_need(tiny: Path) -> None:
-    chats = opened(tiny, NAMES[:3], STEP_BYTES)
-    for name in NAMES[:3]:
-        most = len(chats.ask(name, QUESTIONS[0], Sampling(5)))
+    """In whole growth steps."""
+    chats = opened(tiny, NAMES[:3], 4 * STEP_BYTES)
+    for name, tokens in zip(NAMES[:3], (5, 5, GROWTH_TOKENS), strict=True):
+        chats.ask(name, QUESTIONS[0], Sampling(tokens))
     next(chats.engine.phases())
     turns = [chats.engine.sessions[name].turn for name in NAMES[:3]]
     assert not any(turn.is_waiting for turn in turns)
-    assert chats.engine.sessions[NAMES[0]].reserved_bytes == (most + 5) * TOKEN_BYTES < STEP_BYTES / 3
-    chats.run()
-    assert chats.engine.sessions[NAMES[0]].kv.capacity == most + 5
+    reserved = [chats.engine.sessions[name].reserved_bytes for name in NAMES[:3]]
+    assert reserved == [STEP_BYTES, STEP_BYTES, 2 * STEP_BYTES]
 
 
 def test_a_long_question_is_not_overtaken(tiny: Path) -> None:
@@ -274,7 +274,7 @@ def test_an_error_while_memory_is_reserved_fails_its_own_turn_only(
 def test_memory_that_runs_out_while_a_waiting_turn_is_restored_rejects_it(
     crowded: Chats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def restore(session, tokens) -> None:
+    def restore(session, prompt_tokens, most_tokens) -> None:
         raise MemoryExceeded(5, 0)
 
     monkeypatch.setattr(crowded.engine.device_memory, "restore", restore)
@@ -285,7 +285,7 @@ def test_memory_that_runs_out_while_a_waiting_turn_is_restored_rejects_it(
     ]
 
 
-def test_a_cache_with_a_limit_copies_a_prefix_of_a_longer_offloaded_one() -> None:
+def test_a_cache_copies_a_prefix_of_a_longer_offloaded_one() -> None:
     shape = KVShape(2, 2, 4, torch.float32, torch.device("cpu"))
     donor = SessionKV(shape)
     donor.reserve(300)
@@ -294,7 +294,6 @@ def test_a_cache_with_a_limit_copies_a_prefix_of_a_longer_offloaded_one() -> Non
     expected = donor.on_device[:, :, :, :40].clone()
     donor.offload()
     kv = SessionKV(shape)
-    kv.most_tokens = 60
     kv.fork(donor, 40)
-    assert (kv.length, kv.capacity) == (40, 60)
+    assert (kv.length, kv.capacity) == (40, 256)
     assert torch.equal(kv.on_device[:, :, :, :40], expected)

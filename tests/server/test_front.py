@@ -20,6 +20,8 @@ import openai
 import pytest
 
 from bench import conversations, harness, route
+from bench.peers.clients import NativeChat, OpenAIChat, run_chats
+from bench.peers.worker import Chat, Job
 from deploy.serve.configuration import CORS_VARIABLE
 from deploy.serve.haproxy import HAProxy, find_haproxy
 from deploy.serve.ports import free_ports
@@ -371,6 +373,17 @@ def test_the_openai_package_gets_the_same_answer_on_each_route(url: str, server:
             assert whole.choices[0].message.content == answer
             chunks = list(gpt.chat.completions.create(model=model, messages=messages, stream=True))
             assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer
+
+
+def test_the_clients_of_the_comparison_get_the_same_answers(url: str) -> None:
+    questions = [QUESTION, "And on the right?"]
+    job = Job("", 6, [Chat(to_png(make_scene(seed).draw()), questions) for seed in HELD_OUT_SEEDS[:2]])
+    native = run_chats(job, lambda chat: NativeChat(url, chat))
+    other = run_chats(job, lambda chat: OpenAIChat(url, chat, "llava"))
+    answers = [[[turn.answer for turn in chat] for chat in outcome.chats] for outcome in (native, other)]
+    assert answers[0] == answers[1]
+    turns = [turn for outcome in (native, other) for chat in outcome.chats for turn in chat]
+    assert all(turn.tokens == job.tokens and 0 < turn.ttft_ms <= turn.total_ms for turn in turns)
 
 
 def server_errors(server: TorchServe) -> int:

@@ -149,6 +149,7 @@ def test_a_checkpoint_is_required(value):
     ("key", "value"),
     [
         *[("dtype", value) for value in ("bananas", "fp16", "FLOAT32", 16, True, [], {})],
+        *[("weights", value) for value in ("int4", "INT8", 8, True)],
         *[("device", value) for value in (0, True, ["cpu"])],
         *[("max_sessions", value) for value in (0, -1, 4097, 1.0, "64", True, [], float("nan"))],
         *[("session_ttl_s", value) for value in (0, 0.99, 86_401, "1200", True, float("nan"), float("inf"), [])],
@@ -305,6 +306,19 @@ def test_a_switch_is_true_or_false(committed, key):
         committed["llava"][key] = value
         with pytest.raises(ConfigError, match=f"^`llava.{key}` must be true or false, got "):
             read_config(committed)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_int8_weights_on_a_gpu_are_a_problem(device):
+    problem = only_problem_of(with_llava(weights="int8", device=device))
+    assert problem == f"`llava.weights` must be auto on a GPU, got 'int8' with device {device}"
+    assert read_config(with_llava(weights="int8", device="cpu")).weights == "int8"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_int8_weights_in_another_precision_than_bfloat16_are_a_problem(dtype: str) -> None:
+    problem = only_problem_of(with_llava(weights="int8", dtype=dtype))
+    assert problem == f"`llava.dtype` must be auto or bfloat16 with int8 weights, got '{dtype}'"
 
 
 # --- all at once ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -137,7 +138,9 @@ def test_a_half_closed_reply_ends_but_the_client_can_still_send(proxy: FaultProx
 def test_a_half_closed_request_is_answered(proxy: FaultProxy, client: httpx.Client, recorder: Recorder) -> None:
     proxy.disturb(Fault(half_close=True))
     assert client.post("/", content="x").content == TEXT
-    assert client.post("/", content="y").content == TEXT
+    with contextlib.suppress(httpx.ReadError):  # the client may use the connection before it sees its end
+        assert client.post("/", content="y").content == TEXT
+    assert client.post("/", content="z").content == TEXT
     assert recorder.connections == 2, "the half-closed connection carries no further request"
 
 

@@ -22,6 +22,7 @@ WRITTEN = (
     "photos/first.png",  # docs/photo-assistant.md
     "docs/.ipynb_checkpoints/notebook-checkpoint.ipynb",  # Jupyter
     ".coverage",  # make coverage
+    ".venv-peers/vllm/installed.txt",  # bench.peers
     "logs/model_log.log",  # TorchServe without the launcher
     "llava_sessions.egg-info/PKG-INFO",
 )

@@ -13,7 +13,7 @@ from deploy.local_endpoint import contract
 from deploy.serve.configuration import CONFIG, MANIFEST, cors_origins, model_version, read_properties
 from deploy.serve.engine_watch import FORGET_S, HOLD_S, EngineWatch
 from deploy.serve.haproxy import BODY_LIMIT, CONFIGS
-from deploy.serve.java import MAX_HEAP_MIB, MIN_HEAP_MIB, heap_options
+from deploy.serve.java import MAX_HEAP_MIB, MIN_HEAP_MIB, heap_options, light_options
 from deploy.serve.processes import ServeError
 from deploy.serve.service import Service
 from llava_sessions.config import MAX_REQUEST_BYTES
@@ -37,6 +37,11 @@ def test_the_heap_of_java_follows_the_memory_of_the_container(
     else:
         assert heap <= heap_mib
         assert heap in (heap_mib, int(re.search(r"-Xmx(\d+)m", " ".join(heap_options([])))[1]))
+
+
+def test_an_operators_collector_replaces_ours() -> None:
+    assert "-XX:+UseSerialGC" in light_options(["-Xmx1g"])
+    assert not [option for option in light_options(["-XX:+UseG1GC"]) if option.endswith("GC")], "Java takes only one"
 
 
 def test_origins_are_a_list_of_origins() -> None:

@@ -27,7 +27,7 @@ from .content import (
     released_bytes,
     unencoded_keys,
 )
-from .kv import SessionKV, rounded_up
+from .kv import SessionKV
 from .memory import DeviceMemory, MemoryExceeded
 from .model import Model
 from .prefixes import fork
@@ -112,7 +112,7 @@ class Admission:
         waiting_turns = sum(other.waiting_turn is not None for other in self._sessions.values())
         if waiting_turns >= MAX_WAITING_TURNS:
             return [OutOfCapacity(session.id, turn.id, 0, 0, len(self._sessions), waiting_turns)]
-        reserved_bytes = turn.reserved_tokens * self._model.kv_shape.token_bytes
+        reserved_bytes = self._model.kv_shape.device_bytes(turn.most_tokens)
         try:
             self._memory.admit(
                 reserved_bytes, turn.new_image_tokens, self._released_bytes(session, turn, kept_pictures)
@@ -164,13 +164,12 @@ class Admission:
             return  # known once more pictures of the opening are encoded; this holds up no other request
         self._reserve(
             session,
-            turn.reserved_tokens * self._model.kv_shape.token_bytes,
+            self._model.kv_shape.device_bytes(turn.most_tokens),
             turn.new_image_tokens,
             self._released_bytes(session, turn, kept_pictures),
         )
         session.crop(turn.start_tokens, kept_pictures)
-        session.kv.most_tokens = turn.reserved_tokens
-        self._memory.restore(session, turn.most_tokens)
+        self._memory.restore(session, turn.prompt_tokens, turn.most_tokens)
         session.admit_turn()
 
     def _reserve(
@@ -194,6 +193,7 @@ class Admission:
             events.append(self._rejection(session, turn, error))
         if waiting.turn is None:
             del self._sessions[session.id]
+            session.kv.drop()
             events.append(self._rejection(session, None, error))
         return events
 
@@ -226,7 +226,7 @@ class Admission:
             image_positions=content.image_positions,
             pictures=content.pictures,
             id=command.session_id,
-            kv=SessionKV(self._model.kv_shape),
+            kv=SessionKV(self._model.kv_shape, self._memory.pool),
             ticket=next(self._tickets),
             opened_at=arrived_at,
             opening_tokens=len(command.token_ids),
@@ -256,8 +256,6 @@ class Admission:
             pictures=[SessionPicture(picture.key, picture) for picture in command.pictures],
             start_tokens=start,
             most_tokens=most_tokens,
-            # On a GPU a cache has whole growth steps, because offloading copies whole steps.
-            reserved_tokens=most_tokens if self._memory.grows_in_steps else rounded_up(most_tokens),
             sampler=Sampler(command.sampling),
             answer_text=self._answer_text(command.sampling.stop),
             asked_at=arrived_at,

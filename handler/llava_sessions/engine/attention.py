@@ -19,7 +19,8 @@ from .device import takes_grouped_heads
 from .kv import SessionKV
 
 if TYPE_CHECKING:
-    from .cpu.token_attention import TokenAttention  # importing it needs Numba
+    from .cpu.amx_sessions import SessionAttention  # importing them needs Numba
+    from .cpu.token_attention import TokenAttention
 
 # Names under which the attention functions are registered with transformers.
 TEXT_ATTENTION = "session_sdpa"
@@ -63,18 +64,27 @@ class PackedKV:
 
     Transformers' layers call `update`, which stores each session's new keys and values in its own cache, and then the
     registered attention function, which reads them there. Fused layers call `attend`, which does both. With compiled
-    token attention, segments of one token are excluded from `spans`: the compiled call handles all of them at once.
+    attention, segments are excluded from `spans`: one compiled call handles all segments of one token, another one all
+    longer segments.
     """
 
     is_compileable = False  # part of the `past_key_values` protocol
 
-    def __init__(self, segments: list[Segment], heads: int, token_attention: TokenAttention | None) -> None:
+    def __init__(
+        self,
+        segments: list[Segment],
+        heads: int,
+        token_attention: TokenAttention | None,
+        session_attention: SessionAttention | None = None,
+    ) -> None:
         """Reserve room in each cache. Raises torch's out-of-memory error; the caches keep all stored tokens."""
         self._heads = heads
         self._token_attention = token_attention
+        self._session_attention = session_attention
         self.spans: list[_Span] = []
         self.ends: list[int] = []
         places: list[tuple[int, int, int, int]] = []
+        longer: list[tuple[int, int, int, int, int]] = []
         start = 0
         for segment in segments:
             kv = segment.kv
@@ -82,12 +92,16 @@ class PackedKV:
             kv.reserve(kv.length + rows)
             if token_attention is not None and rows == 1:
                 places.append((start, kv.address, kv.capacity, kv.length))
+            elif session_attention is not None:
+                longer.append((start, rows, kv.address, kv.capacity, kv.length))
             else:
                 mask = causal_mask(kv.length, rows, kv.shape.device) if kv.length and rows > 1 else None
                 self.spans.append(_Span(kv, kv.length, start, start + rows, mask, not kv.length and rows > 1))
             start += rows
             self.ends.append(start)
         self._task = token_attention.task(places) if token_attention is not None and places else None
+        self._longer_task = session_attention.task(longer) if session_attention is not None and longer else None
+        self.tasks = None if self.spans else (self._task, self._longer_task)
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
@@ -102,6 +116,8 @@ class PackedKV:
         out = qkv.new_empty((len(qkv), self._heads * cos.shape[-1]))
         if self._token_attention is not None and self._task is not None:
             self._token_attention(self._task, layer, qkv, cos, sin, out)
+        if self._session_attention is not None and self._longer_task is not None:
+            self._session_attention(self._longer_task, layer, qkv, cos, sin, out)
         for span in self.spans:
             self._attend_span(span, layer, qkv, cos, sin, out)
         return out

@@ -29,6 +29,7 @@ from ..ipc.messages import (
 )
 from ..text.answer_text import AnswerText
 from .admission import Admission
+from .ahead import WorkAhead
 from .budget import DeviceBudget
 from .content import Features, FeatureStore, check_feature_count
 from .faults import first_line, is_out_of_memory, raise_if_device_lost
@@ -36,17 +37,23 @@ from .memory import DeviceMemory, MemoryExceeded
 from .model import Model
 from .prefixes import copy_opening
 from .sampling import Ban, next_tokens
-from .scheduler import plan
+from .scheduler import PieceSize, plan
 from .session import (
     EngineSession,
     EngineSessionState,
     EngineTurn,
     IllegalTransition,
+    awaits_first_token,
     elapsed_ms,
     next_to_encode,
 )
 
 log = logging.getLogger(__name__)
+
+# On a CPU a prompt runs in one piece while no session is answering: chunks take longer, because each of them reads all
+# weights and attends to the chunks before it. This many chunks of tokens are the longest piece. It bounds the memory of
+# a forward, and the time that a command waits for the end of a step.
+_WHOLE_CHUNKS = 4
 
 
 class Engine:
@@ -65,7 +72,7 @@ class Engine:
     ) -> None:
         """`answer_text` makes the detokenizer of one answer from its stop strings.
 
-        `prefill_chunk_tokens`: most prompt tokens of one step, over all sessions.
+        `prefill_chunk_tokens`: most prompt tokens of one step with running answers, over all sessions.
         """
         self.model = model
         self.sessions: dict[str, EngineSession] = {}  # by session ID; only the engine changes it
@@ -78,6 +85,12 @@ class Engine:
             feature_bytes=model.feature_bytes,
             context_tokens=model.context_tokens,
         )
+        self._ahead = WorkAhead(
+            self.device_memory,
+            sessions=self.sessions,
+            kv_shape=model.kv_shape,
+            context_tokens=model.context_tokens,
+        )
         self._admission = Admission(
             model,
             answer_text,
@@ -86,13 +99,16 @@ class Engine:
             device_memory=self.device_memory,
         )
         self._chunk_tokens = prefill_chunk_tokens
+        # A GPU's budget leaves room for the forward of one chunk.
+        whole_tokens = _WHOLE_CHUNKS * prefill_chunk_tokens if model.device.type == "cpu" else 0
+        self._piece_size = PieceSize(prefill_chunk_tokens, whole_tokens)
         self._events: list[Event] = []
 
     @property
     def has_work(self) -> bool:
         """Whether `step` would do any work or return an event."""
         has_work = any(session.has_work for session in self.sessions.values())
-        return bool(self._events) or has_work or self.device_memory.next_to_grow() is not None
+        return bool(self._events) or has_work or self._ahead.is_due
 
     def memory(self) -> Memory:
         """Return what the open sessions hold now."""
@@ -137,6 +153,8 @@ class Engine:
     def _close(self, session_id: str) -> None:
         """Free a session in any state. `Closed` follows in any case, also for an unknown session."""
         session = self.sessions.pop(session_id, None)
+        if session is not None:
+            session.kv.drop()
         if session is not None and session.turn is not None:
             turn = session.turn
             self._events.append(Cancelled(turn.id, usage=turn.usage, timings=turn.timings))
@@ -150,7 +168,7 @@ class Engine:
         """Run one step: admit what waits, encode one picture, run one packed forward and sample.
 
         Yields the new events before each of the two long parts and at the end, so that they can be reported at once.
-        If no session has work, one KV cache is grown ahead instead.
+        Finally, if no session waits for a first token, KV memory is prepared for later turns.
         """
         now = time.perf_counter()
         for session in list(self.sessions.values()):
@@ -159,13 +177,15 @@ class Engine:
         self._admit_waiting()
         yield _taken(self._events)
         self._encode_next()
-        steps = plan(self._ready(), self._chunk_tokens)
+        steps = plan(self._ready(), self._chunk_tokens, self._piece_size.tokens)
         yield _taken(self._events)
         if steps:
+            began = time.perf_counter()
             self._forward(steps)
-        elif not any(session.has_work for session in self.sessions.values()):
-            self.device_memory.grow_ahead()
+            self._piece_size.note(sum(tokens for _, tokens in steps), time.perf_counter() - began)
         yield _taken(self._events)
+        if not any(map(awaits_first_token, self.sessions.values())):
+            self._ahead.run(is_idle=not any(session.has_work for session in self.sessions.values()))
 
     def _admit_waiting(self) -> None:
         """Reserve memory for waiting openings and turns in order of arrival, until one of them has to wait."""
@@ -210,6 +230,7 @@ class Engine:
             return
         picture.prepared = None
         self._features.add(picture.key, picture.features)
+        self.device_memory.bound_pool()
         session.encode_ms += elapsed_ms(began)
 
     def _ready(self) -> list[EngineSession]:
@@ -256,6 +277,7 @@ class Engine:
         except Exception as error:
             raise_if_device_lost(error, self.model.device)
             if is_out_of_memory(error):
+                self._piece_size.shrink()
                 latest = max((session for session, _ in steps), key=lambda s: s.ticket)
                 self._retry_or_reject(latest, error)
                 return
@@ -291,6 +313,7 @@ class Engine:
         with self._isolated(session):
             if session.turn is None:
                 del self.sessions[session.id]
+                session.kv.drop()
             else:
                 session.roll_back_turn()
             self._events.append(
@@ -315,6 +338,7 @@ class Engine:
         if broken or (ends_opening and session.state is not EngineSessionState.READY):
             self._events.append(OpenFailed(session.id, message))
             self.sessions.pop(session.id, None)
+            session.kv.drop()
 
     @contextlib.contextmanager
     def _isolated(self, session: EngineSession) -> Iterator[None]:

@@ -10,6 +10,8 @@ from typing import Literal
 
 import torch
 
+from .kv_pool import KVBlock, KVPool
+
 # A cache grows on the device in steps of this number of tokens.
 GROWTH_TOKENS = 256
 
@@ -35,6 +37,14 @@ class KVShape:
         """Return the bytes that a cache of `tokens` tokens takes on the device, rounded up to a growth step."""
         return rounded_up(tokens) * self.token_bytes
 
+    def size(self, capacity: int) -> tuple[int, int, int, int, int]:
+        """Return the dimensions of a cache with room for `capacity` tokens."""
+        return (self.layers, 2, self.kv_heads, capacity, self.head_dim)
+
+    def empty(self, capacity: int) -> torch.Tensor:
+        """Return new memory for `capacity` tokens on the device. Its contents are undefined."""
+        return torch.empty(self.size(capacity), dtype=self.dtype, device=self.device)
+
     @property
     def pins_host_memory(self) -> bool:
         """Whether offloaded caches are in pinned memory."""
@@ -55,17 +65,18 @@ class KVShape:
 class SessionKV:
     """Keys and values of one session in one contiguous tensor `[layers, 2, kv_heads, capacity, head_dim]`.
 
-    The capacity grows in steps of `GROWTH_TOKENS`, so most forwards allocate nothing. It does not grow beyond
-    `most_tokens`, the tokens for which the running turn has reserved memory; None outside turns.
+    The capacity grows in steps of `GROWTH_TOKENS`, so most forwards allocate nothing. Memory beyond `length` holds any
+    numbers, also NaN, and must not be read.
     """
 
-    def __init__(self, shape: KVShape) -> None:
-        """Make a cold cache."""
+    def __init__(self, shape: KVShape, pool: KVPool | None = None) -> None:
+        """Make a cold cache. `pool`: where its memory comes from, on a CPU; None: from torch."""
         self.shape = shape
         self.length = 0
-        self.most_tokens: int | None = None
-        # Written by the methods below only; public so that a test can check where the memory is.
-        self.on_device = self._allocate(0)
+        self._pool = pool
+        # Both written by `_use` only. `on_device` is public so that a test can check where the memory is.
+        self._block: KVBlock | None = None
+        self.on_device = self.shape.empty(0)
         # Blocks `[layers, 2, kv_heads, tokens, head_dim]` of consecutive tokens, or None unless offloaded.
         self.on_host: list[torch.Tensor] | None = None
         self._host_tokens = 0  # of all blocks; more than `length` after a crop
@@ -105,10 +116,11 @@ class SessionKV:
         if tokens <= self.capacity:
             return
         if not self.length:
-            self.on_device = self._allocate(0)  # nothing to copy: free it first
-        grown = self._allocate(_capacity_for(tokens, self.most_tokens))
-        grown[:, :, :, : self.length].copy_(self.on_device[:, :, :, : self.length])
-        self.on_device = grown
+            self._use(self.shape.empty(0))  # nothing to copy
+        grown, block = _allocate(self.shape, self._pool, rounded_up(tokens))
+        if self.length:
+            grown[:, :, :, : self.length].copy_(self.on_device[:, :, :, : self.length])
+        self._use(grown, block)
 
     def write(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store keys and values, `[kv_heads, tokens, head_dim]` each, from token `start` on, in reserved capacity."""
@@ -166,7 +178,7 @@ class SessionKV:
             torch.cuda.current_stream(self.shape.device).synchronize()
         self.on_host = blocks
         self._host_tokens = self.length
-        self.on_device = self._allocate(0)
+        self._use(self.shape.empty(0))
 
     def restore(self, tokens: int = 0) -> None:
         """Copy an offloaded cache back, with room for `tokens` tokens. Does nothing for a resident or cold one.
@@ -176,21 +188,32 @@ class SessionKV:
         """
         if self.on_host is None:
             return
-        device = self._allocate(_capacity_for(max(tokens, self.length), self.most_tokens))
+        device, block = _allocate(self.shape, self._pool, rounded_up(max(tokens, self.length)))
         _copy_to_device(self.on_host, device, self.length)
-        self.on_device = device
+        self._use(device, block)
         self.on_host = None
 
     def drop(self) -> None:
         """Free all memory: the cache is cold."""
         self.length = 0
-        self.on_device = self._allocate(0)
+        self._use(self.shape.empty(0))
         self.on_host = None
 
-    def _allocate(self, capacity: int) -> torch.Tensor:
-        shape = self.shape
-        size = (shape.layers, 2, shape.kv_heads, capacity, shape.head_dim)
-        return torch.empty(size, dtype=shape.dtype, device=shape.device)
+    def _use(self, device: torch.Tensor, block: KVBlock | None = None) -> None:
+        """Replace the memory on the device, and give the old block back to the pool."""
+        old = self._block
+        self.on_device = device
+        self._block = block
+        if old is not None and self._pool is not None:
+            self._pool.give_back(old)
+
+
+def _allocate(shape: KVShape, pool: KVPool | None, capacity: int) -> tuple[torch.Tensor, KVBlock | None]:
+    """Return memory of the pool with its block, or of torch. Its contents are undefined."""
+    if pool is None:
+        return shape.empty(capacity), None
+    block = pool.take(capacity * shape.token_bytes)
+    return block.memory.view(shape.dtype).view(shape.size(capacity)), block
 
 
 def rounded_up(tokens: int) -> int:
@@ -198,22 +221,13 @@ def rounded_up(tokens: int) -> int:
     return -(-tokens // GROWTH_TOKENS) * GROWTH_TOKENS
 
 
-def _capacity_for(tokens: int, most_tokens: int | None) -> int:
-    """Return the capacity of a cache that grows to at least `tokens` tokens and, if possible, not beyond the most."""
-    capacity = rounded_up(tokens)
-    return capacity if most_tokens is None else max(tokens, min(capacity, most_tokens))
-
-
 def _copy_to_device(blocks: list[torch.Tensor], device: torch.Tensor, tokens: int) -> None:
-    """Copy the blocks that hold the first `tokens` tokens, one layer at a time.
-
-    The last block is copied whole, or as far as the device's tensor reaches.
-    """
+    """Copy the blocks that hold the first `tokens` tokens, one layer at a time. The last block is copied whole."""
     start = 0
     for block in blocks:
         if start >= tokens:
             return
-        end = min(start + block.shape[3], device.shape[3])
+        end = start + block.shape[3]
         for layer, values in enumerate(block):
-            device[layer, :, :, start:end].copy_(values[:, :, : end - start], non_blocking=True)
+            device[layer, :, :, start:end].copy_(values, non_blocking=True)
         start = end

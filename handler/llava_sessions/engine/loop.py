@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from ..ipc.messages import Command, Event, Ping, Report
 from .engine import Engine
+from .huge_pages import HugePages
 
 # `StepTimes` forgets a step after one to two of these periods.
 _PERIOD_S = 300.0
@@ -47,6 +48,7 @@ class EngineLoop:
         self._report = report
         self._clock = clock
         self._steps = StepTimes()
+        self._huge_pages = HugePages()
         self._commands: queue.SimpleQueue[tuple[Command, float] | None] = queue.SimpleQueue()
 
     def submit(self, command: Command) -> None:
@@ -67,7 +69,7 @@ class EngineLoop:
             self._steps.add(began_s, self._clock())
 
     def _send(self, events: list[Event]) -> None:
-        self._report(Report(events, self._engine.memory(), self._steps.longest_s))
+        self._report(Report(events, self._engine.memory(), self._steps.longest_s, self._huge_pages.ratio))
 
     def _apply_commands(self) -> bool:
         """Apply all queued commands; if the engine has no work, wait for one. Return False after `stop`."""
@@ -80,6 +82,8 @@ class EngineLoop:
                 return False
             command, arrived_at = item
             if isinstance(command, Ping):
+                if not self._engine.has_work:
+                    self._huge_pages.refresh()
                 self._send([])
             else:
                 self._engine.apply(command, arrived_at)

@@ -15,13 +15,14 @@ from ..ipc.messages import Memory
 from .budget import DeviceBudget
 from .content import FeatureStore, unencoded_keys
 from .faults import first_line, is_out_of_memory, raise_if_device_lost, release_unused
-from .kv import KVShape, SessionKV
+from .kv import KVShape
+from .kv_pool import KVPool
 from .session import EngineSession, EngineSessionState
 
 log = logging.getLogger(__name__)
 
-# A cache with fewer free tokens is grown ahead of the next turn: a short question and the beginning of its answer.
-_TURN_TOKENS = 64
+# Room that a cache on a CPU has for its next turn, in tokens: a question and the beginning of its answer.
+TURN_TOKENS = 128
 
 
 class MemoryExceeded(Exception):
@@ -66,10 +67,10 @@ class DeviceMemory:
         self._feature_bytes = feature_bytes
         self._context_tokens = context_tokens
         self._moves = Moves()
-        # On a CPU a cache grows while its answer runs: the first touch of new memory takes time, but no copy of the
-        # cache has to fit a budget. On a GPU an admitted turn gets its whole reservation before its first token.
-        # Tests set it to False to run the GPU's way on a CPU.
-        self.grows_in_steps = kv_shape.device.type == "cpu"
+        # On a CPU caches grow in steps while their answers run, in memory of this pool. On a GPU torch has a pool,
+        # and an admitted turn gets its whole reservation before its first token.
+        # Tests set it to None to run the GPU's way on a CPU.
+        self.pool = KVPool() if kv_shape.device.type == "cpu" else None
 
     def usage(self, allocated_bytes: int) -> Memory:
         """Return what the open sessions hold. `allocated_bytes`: the count of torch's allocator."""
@@ -83,6 +84,7 @@ class DeviceMemory:
             features_bytes=self._features.device_bytes,
             kv_bytes=sum(kv.device_bytes for kv in caches),
             offloaded_bytes=sum(kv.host_bytes for kv in caches),
+            pool_bytes=0 if self.pool is None else self.pool.free_bytes,
             allocated_bytes=allocated_bytes,
             waiting_turns=sum(turns),
             running_turns=len(turns) - sum(turns),
@@ -111,7 +113,7 @@ class DeviceMemory:
         most_bytes = kv_bytes
         if new_bytes:
             openings = (s for s in self._sessions.values() if s.state is EngineSessionState.WAITING)
-            turns = (turn.reserved_tokens * self._kv_shape.token_bytes for turn in waiting_turns)
+            turns = (self._kv_shape.device_bytes(turn.most_tokens) for turn in waiting_turns)
             most_bytes = max([kv_bytes, *(s.opening_bytes for s in openings), *turns])
         if features_bytes + new_bytes + most_bytes > self.budget.device_bytes:
             raise MemoryExceeded(new_bytes + most_bytes, max(self.budget.device_bytes - features_bytes, 0))
@@ -134,12 +136,14 @@ class DeviceMemory:
             self._make_room(session, placed_bytes + features_bytes)
         session.reserved_bytes = placed_bytes
 
-    def restore(self, session: EngineSession, tokens: int) -> None:
-        """Make an admitted session's cache resident, on a GPU with room for all `tokens` tokens of the request.
+    def restore(self, session: EngineSession, prompt_tokens: int, most_tokens: int | None = None) -> None:
+        """Make an admitted session's cache resident, with room for the `prompt_tokens` of the request.
 
-        If the device is out of memory, offload idle caches and retry. Raises `MemoryExceeded` if memory runs out again;
-        the stored tokens are then unchanged, or dropped.
+        `most_tokens`: the longest conversation that it may make; None for an opening. If the device is out of memory,
+        offload idle caches and retry. Raises `MemoryExceeded` if memory runs out again; the stored tokens are then
+        unchanged, or dropped.
         """
+        tokens = self._tokens_to_allocate(session, prompt_tokens, most_tokens)
         try:
             self._allocate(session, tokens)
         except Exception as error:
@@ -154,62 +158,65 @@ class DeviceMemory:
                 log.warning("restore_failed session=%s error=%s", session.id[:12], first_line(again))
                 raise MemoryExceeded(self._kv_shape.device_bytes(tokens), 0) from again
 
-    def _allocate(self, session: EngineSession, tokens: int) -> None:
-        """As `restore`, without the retry.
+    def _tokens_to_allocate(self, session: EngineSession, prompt_tokens: int, most_tokens: int | None) -> int:
+        """Return the tokens of `restore` for which memory is allocated at once.
 
-        Admission counts the grown cache only. If the budget has no room for the old one and the grown one together, the
-        tokens move over the host.
+        On a CPU the prompt has room for a turn behind it, so that the copy of a growing cache delays no first token.
+        The room that an opening has not reserved is taken only where the budget has it.
+        """
+        if self.pool is None:
+            return prompt_tokens if most_tokens is None else most_tokens
+        if prompt_tokens <= session.kv.capacity:
+            return prompt_tokens  # the cache grows once its first token is sampled, see `WorkAhead`
+        tokens = min(prompt_tokens + TURN_TOKENS, most_tokens or self._context_tokens)
+        if most_tokens is not None:
+            return tokens
+        roomy_bytes = self._kv_shape.device_bytes(tokens)
+        if self.fits_with_copy(session, roomy_bytes):
+            session.reserved_bytes = max(session.reserved_bytes, roomy_bytes)
+            self.pool.usual_sizes = (roomy_bytes, roomy_bytes + self._kv_shape.device_bytes(1))
+            return tokens
+        return prompt_tokens
+
+    def _allocate(self, session: EngineSession, tokens: int) -> None:
+        """Make the cache resident with room for `tokens` tokens.
+
+        Admission counts the grown cache only. If a GPU's budget has no room for the old one and the grown one together,
+        the tokens move over the host. On a CPU that would save no memory.
         """
         kv = session.kv
         was_offloaded = kv.tier == "offloaded"
-        if self.grows_in_steps:
-            kv.restore()
-            self._moves.restores += was_offloaded
-            return
+        self.bound_pool()
         grown_bytes = self._kv_shape.device_bytes(tokens)
         grows = kv.tier == "resident" and kv.device_bytes < grown_bytes
-        if grows and self._used_bytes() + grown_bytes > self.budget.device_bytes:
+        if self.pool is None and grows and not self.fits_with_copy(session, grown_bytes):
             self._offload(session)
         kv.restore(tokens)
         self._moves.restores += was_offloaded
         kv.reserve(tokens)
 
-    def next_to_grow(self) -> EngineSession | None:
-        """Return the least recently used session whose cache is too full for its next turn, or None.
+    def bound_pool(self) -> None:
+        """Give free blocks of the pool back to the system if they exceed the budget."""
+        if self.pool is not None:
+            self.pool.limit_bytes = self.budget.device_bytes - self._features_bytes()
+            self.pool.trim()
 
-        Growing ahead is for CPUs only. There it takes as long as the time to the first token, mostly for page faults;
-        on a GPU it takes almost no time. No cache is offloaded for it, so None is returned if the budget is full.
-        """
-        if not self.grows_in_steps:
-            return None
-        waiting = (
-            s for s in self._sessions.values() if not s.short_of_memory and _is_nearly_full(s.kv, self._context_tokens)
+    def fits_with_copy(self, session: EngineSession, kv_bytes: int) -> bool:
+        """Return whether the cache of a session may be copied to one of `kv_bytes`, with no other cache moved."""
+        others = (s for s in self._sessions.values() if s is not session)
+        reserved_bytes = sum(
+            max(s.reserved_bytes, s.kv.device_bytes) if s.active else s.kv.device_bytes for s in others
         )
-        session = min(waiting, key=lambda s: s.ticket, default=None)
-        if session is None:
-            return None
-        grown_bytes = self._used_bytes() + self._kv_shape.device_bytes(1)
-        return session if grown_bytes <= self.budget.device_bytes else None
-
-    def grow_ahead(self) -> None:
-        """Grow the cache of `next_to_grow` by one step, so that its next turn's first token does not wait for it.
-
-        If memory runs out the session is not tried again before its next turn. Called while no session has work.
-        """
-        session = self.next_to_grow()
-        if session is None:
-            return
-        try:
-            session.kv.reserve(session.kv.capacity + 1)
-        except Exception as error:
-            raise_if_device_lost(error, self._kv_shape.device)
-            session.short_of_memory = True
-            log.warning("growing_failed error=%s", first_line(error))
+        free_bytes = self.budget.device_bytes - self._features_bytes()
+        return reserved_bytes + session.kv.device_bytes + kv_bytes <= free_bytes
 
     def relieve(self) -> None:
         """Free device memory after an out-of-memory error: offload all idle caches, or drop those that don't fit."""
         for session in _idle(self._sessions.values()):
             self._offload(session)
+        if self.pool is not None:
+            self.pool.clear()
+            self.pool.usual_sizes = ()  # nothing is touched ahead until the next opening
         release_unused(self._kv_shape.device)
 
     def _features_bytes(self) -> int:
@@ -217,10 +224,6 @@ class DeviceMemory:
         tokens = {unencoded_keys(s): s.unencoded_tokens for s in self._sessions.values() if not s.encoded}
         unencoded = sum(count for keys, count in tokens.items() if any(key not in self._features for key in keys))
         return self._features.device_bytes + unencoded * self._feature_bytes
-
-    def _used_bytes(self) -> int:
-        """Bytes of all caches on the device, and of all features there or still to be encoded."""
-        return self._features_bytes() + sum(s.kv.device_bytes for s in self._sessions.values())
 
     def _make_room(self, session: EngineSession, needed_bytes: int) -> None:
         """Offload idle caches, least recently used first, until `needed_bytes` are free on the device.
@@ -278,11 +281,6 @@ class DeviceMemory:
             free_bytes += other.kv.host_bytes
             self._drop(other)
         return needed_bytes <= free_bytes
-
-
-def _is_nearly_full(kv: SessionKV, context_tokens: int) -> bool:
-    """Return whether a resident cache has too little room for the next turn."""
-    return kv.tier == "resident" and kv.capacity < min(kv.length + _TURN_TOKENS, context_tokens)
 
 
 def _idle(sessions: Iterable[EngineSession]) -> list[EngineSession]:

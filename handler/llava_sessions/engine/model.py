@@ -16,7 +16,8 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoM
 from ..ipc.messages import PreparedPicture
 from ..text.checkpoint import WEIGHTS, WEIGHTS_INDEX, UnsupportedCheckpoint, read_json
 from .attention import TEXT_ATTENTION, VISION_ATTENTION, PackedKV, Segment
-from .cpu import layers, linears
+from .cpu import attention as cpu_attention
+from .cpu import int8_linears, layers, linears, picture_layers
 from .device import native_dtype, prepare
 from .kv import KVShape
 
@@ -62,6 +63,14 @@ class Model:
             self.token_attention = layers.compile_token_attention(
                 self._heads, self.kv_shape.kv_heads, head_dim, self.dtype
             )
+        cpu_attention.prepare_picture_attention(model.config.vision_config, self.dtype, self.device)
+        # Compiled attention of several tokens of a session, or None: then torch's.
+        self.session_attention = None
+        if self.token_attention is not None:
+            self.session_attention = cpu_attention.session_attention(
+                self._heads, self.kv_shape.kv_heads, head_dim, self.dtype
+            )
+            layers.compile_layers(self.text.layers, self.token_attention, self.session_attention, self.kv_shape)
 
     @classmethod
     def load(
@@ -70,11 +79,13 @@ class Model:
         dtype: torch.dtype | str = "auto",
         device: str = "auto",
         end_token_ids: frozenset[int] | None = None,
+        weights: str = "auto",
     ) -> Model:
         """Load a folder or hub ID through accelerate's device map.
 
         `device` "auto": CUDA if available, else CPU. `dtype` "auto": see `native_dtype`. `end_token_ids`: as in
-        `__init__`. Raises `UnsupportedCheckpoint`, and OSError if the checkpoint can't be found.
+        `__init__`. `weights`: "auto", or "int8" for the linears of the language model on a CPU with bfloat16. Raises
+        `UnsupportedCheckpoint`, OSError if the checkpoint can't be found, and ValueError if int8 is not possible.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,10 +96,10 @@ class Model:
         elif isinstance(dtype, str):
             dtype = getattr(torch, dtype)
         assert isinstance(dtype, torch.dtype)
+        if weights == "int8":
+            int8_linears.check(dtype, torch.device(device))
         model = load_weights(checkpoint, dtype, device)
-        layers.fuse_layers(model.model.language_model.layers)
-        if linears.pack_all(model.model) and linears.packable(model.lm_head):
-            model.lm_head = linears.pack(model.lm_head)
+        _pack(model, int8_linears.pack if weights == "int8" else linears.pack)
         return cls(model, end_token_ids)
 
     def media_positions(self, token_ids: list[int]) -> list[int]:
@@ -116,7 +127,7 @@ class Model:
         Appends to each segment's KV cache. Returns the logits `[rows, vocabulary]` of the segments to sample, in their
         order. After an error all KV lengths are unchanged.
         """
-        packed = PackedKV(segments, self._heads, self.token_attention)
+        packed = PackedKV(segments, self._heads, self.token_attention, self.session_attention)
         ids = [token for s in segments for token in s.token_ids]
         positions = [at for s in segments for at in range(s.kv.length, s.kv.length + len(s.token_ids))]
         hidden = self.text(
@@ -162,6 +173,16 @@ class Model:
     def allocated_bytes(self) -> int:
         """Return the bytes that torch's allocator holds on the device. 0 on CPU, where torch does not count them."""
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+
+def _pack(model: Any, pack: linears.Pack) -> None:
+    """Pack the linears of a transformers model on a CPU, those of the language model by `pack`."""
+    text = model.model.language_model
+    layers.fuse_layers(text.layers, pack)
+    picture_layers.fuse_layers(model.model.vision_tower)
+    linears.pack_all(text, pack)
+    if linears.pack_all(model.model) and linears.packable(model.lm_head):
+        model.lm_head = pack(model.lm_head)
 
 
 def load_weights(checkpoint: str | Path, dtype: torch.dtype, device: str) -> Any:

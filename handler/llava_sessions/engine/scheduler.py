@@ -18,18 +18,53 @@ class Schedulable(Protocol):
 
 S = TypeVar("S", bound=Schedulable)
 
+# A step takes no commands. A piece of a prompt is not to take longer than this.
+_LONGEST_PIECE_S = 2.0
+# Forwards of fewer tokens say little about the time of a token.
+_LEAST_TOKENS = 64
 
-def plan(sessions: Iterable[S], chunk_tokens: int) -> list[tuple[S, int]]:
+
+class PieceSize:
+    """The largest piece of a prompt in a step without answers: `most_tokens`, fewer on a slow machine."""
+
+    def __init__(self, least_tokens: int, most_tokens: int) -> None:
+        """`least_tokens`: the result is never smaller, unless `most_tokens` is."""
+        self._least_tokens = least_tokens
+        self._most_tokens = most_tokens
+        self.tokens = most_tokens
+
+    def note(self, tokens: int, taken_s: float) -> None:
+        """Note the time of a forward of `tokens` tokens."""
+        if tokens >= _LEAST_TOKENS:
+            fitting = int(_LONGEST_PIECE_S * tokens / max(taken_s, 1e-9))
+            self.tokens = min(self._most_tokens, max(self._least_tokens, fitting))
+
+    def shrink(self) -> None:
+        """Take the smallest piece until the next forward: memory ran out."""
+        self.tokens = min(self._most_tokens, self._least_tokens)
+
+
+def plan(sessions: Iterable[S], chunk_tokens: int, whole_tokens: int = 0) -> list[tuple[S, int]]:
     """Return the sessions of the next step, each with the number of its pending tokens to run.
 
     Every session with one pending token runs (decode). Longer prompts share `chunk_tokens` in order of arrival, so a
     long prefill delays running answers by at most one chunk per step.
+
+    With `whole_tokens`, chunks are for steps with decodes only. Without a decode the first prompt runs whole, or its
+    next `whole_tokens` tokens. Other prompts join it if all of them together have at most `chunk_tokens` tokens.
     """
     waiting = sorted((s for s in sessions if s.pending_tokens), key=lambda s: s.ticket)
     steps = [(s, 1) for s in waiting if s.pending_tokens == 1]
-    for session in waiting:
-        if chunk_tokens and session.pending_tokens > 1:
+    prompts = [s for s in waiting if s.pending_tokens > 1]
+    is_whole = bool(whole_tokens) and not steps
+    for session in prompts:
+        if is_whole and not steps:
+            tokens = min(session.pending_tokens, whole_tokens)
+        elif is_whole and session.pending_tokens > chunk_tokens:
+            break
+        else:
             tokens = min(session.pending_tokens, chunk_tokens)
-            chunk_tokens -= tokens
+        chunk_tokens = max(chunk_tokens - tokens, 0)
+        if tokens:
             steps.append((session, tokens))
     return steps

@@ -74,9 +74,9 @@ class EngineTurn(Stateful):
 
     `ticket`: order of arrival. `token_ids`, `image_positions` and `pictures` join the session's when room is reserved
     for the turn. The session is first cropped to `start_tokens` tokens, which have `start_pictures` pictures; a
-    rollback restores these counts. `most_tokens`: the longest conversation that the turn may make. `reserved_tokens`:
-    the tokens for which it reserves memory. Times are seconds of `time.perf_counter`. `deadline_at`: when the turn is
-    stopped, or None. `ignore_eos`: an end-of-sequence token is a token like any other. `min_tokens`: as in `Sampling`.
+    rollback restores these counts. `most_tokens`: the longest conversation that the turn may make. Times are seconds of
+    `time.perf_counter`. `deadline_at`: when the turn is stopped, or None. `ignore_eos`: an end-of-sequence token is a
+    token like any other. `min_tokens`: as in `Sampling`.
     """
 
     id: str
@@ -86,7 +86,6 @@ class EngineTurn(Stateful):
     pictures: list[SessionPicture]
     start_tokens: int
     most_tokens: int
-    reserved_tokens: int
     sampler: Sampler
     answer_text: AnswerText
     asked_at: float
@@ -299,7 +298,6 @@ class EngineSession(SessionContent, Stateful):
         turn = self._current_turn()
         turn.advance(EngineTurnState.FINISHED)
         self.turn = None
-        self.kv.most_tokens = None
         # Without the end-of-sequence token, which the chat template writes where a conversation has one.
         kept_ids = self.token_ids[turn.prompt_tokens :]
         return Finished(turn.id, reason, turn.text, turn.answer_ids, kept_ids, turn.usage, turn.timings)
@@ -310,7 +308,6 @@ class EngineSession(SessionContent, Stateful):
         was_waiting = turn.is_waiting
         turn.advance(EngineTurnState.ROLLED_BACK)
         self.turn = None
-        self.kv.most_tokens = None
         if was_waiting:
             return
         self.crop(turn.start_tokens, turn.start_pictures)
@@ -321,6 +318,12 @@ class EngineSession(SessionContent, Stateful):
         if self.turn is None:
             raise RuntimeError("the session has no turn")
         return self.turn
+
+
+def awaits_first_token(session: EngineSession) -> bool:
+    """Return whether the session has an opening that is not prefilled, or a turn without a token of its answer."""
+    turn = session.turn
+    return session.state is not EngineSessionState.READY or (turn is not None and not turn.answer_ids)
 
 
 def next_to_encode(sessions: Iterable[EngineSession]) -> EngineSession | None:

@@ -315,12 +315,13 @@ class Memory:
 
     `resident`, `offloaded`, `cold`: sessions whose KV is on the device, on the host, or not stored. `kv_bytes`: KV on
     the device. `offloaded_bytes`: KV on the host. `allocated_bytes`: torch's count on the device (0 on CPU).
+    `pool_bytes`: free memory that is kept for the next KV caches on a CPU; a part of the budget.
     `waiting_turns`: turns for which no memory is reserved yet. `running_turns`: all other turns that have not ended.
     `device_budget_bytes`: the budget of features and KV on the device.
 
     Counts of KV caches: `offloads` to the host, `restores` from it, `drops`: freed, so that a prefill rebuilds them.
     Counts of pictures: `pictures_encoded`; `picture_hits`: those of requests whose features existed already. A new
-    engine process counts from 0. Budget and counts are not compared.
+    engine process counts from 0. Pool, budget and counts are not compared.
     """
 
     resident: int = 0
@@ -332,6 +333,7 @@ class Memory:
     allocated_bytes: int = 0
     waiting_turns: int = 0
     running_turns: int = 0
+    pool_bytes: int = field(default=0, compare=False)
     device_budget_bytes: int = field(default=0, compare=False)
     offloads: int = field(default=0, compare=False)
     restores: int = field(default=0, compare=False)
@@ -349,20 +351,22 @@ class Memory:
 class Report:
     """The events of one phase of a step of the engine, and the memory after it.
 
-    `longest_step_s`: duration of the longest recent step.
+    `longest_step_s`: duration of the longest recent step. `huge_page_ratio`: the part (0 to 1) of the engine's
+    anonymous memory that was in huge pages at the last reading.
     """
 
     events: list[Event] = field(default_factory=list)
     memory: Memory = Memory()
     longest_step_s: float = 0.0
+    huge_page_ratio: float = 0.0
 
 
 @dataclass(frozen=True)
 class EngineSettings:
     """Settings of an engine process.
 
-    `dtype` and `device`: as in `Model.load`. `device_bytes` and `host_bytes`: the budget; None derives it from the
-    machine's memory.
+    `dtype`, `device` and `weights`: as in `Model.load`. `device_bytes` and `host_bytes`: the budget; None derives it
+    from the machine's memory.
     """
 
     checkpoint: str
@@ -372,6 +376,7 @@ class EngineSettings:
     prefill_chunk_tokens: int
     device_bytes: int | None = None
     host_bytes: int | None = None
+    weights: str = "auto"
 
 
 @dataclass(frozen=True)

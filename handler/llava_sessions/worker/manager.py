@@ -70,6 +70,7 @@ class SessionManager:
         self._adoption = Adoption(context, self.handle)
         self._memory = EngineMemory()
         self._longest_step_s = 0.0
+        self._huge_page_ratio = 0.0
         self._journal_swept_s = context.monotonic()
 
     def recover(self) -> None:
@@ -113,6 +114,7 @@ class SessionManager:
                 case Report():
                     self._memory.report(item.memory)
                     self._longest_step_s = item.longest_step_s
+                    self._huge_page_ratio = item.huge_page_ratio
                     for event in item.events:
                         self._events.apply(event)
                 case EngineLost():
@@ -215,6 +217,8 @@ class SessionManager:
             features_bytes=memory.features_bytes,
             kv_bytes=memory.kv_bytes,
             kv_cache_usage_ratio=engine.kv_usage,
+            kv_pool_bytes=memory.pool_bytes,
+            huge_page_ratio=self._huge_page_ratio,
             offloaded_bytes=memory.offloaded_bytes,
             device_bytes=memory.allocated_bytes or memory.features_bytes + memory.kv_bytes,
             media_held_bytes=context.journal.blobs.held_bytes,

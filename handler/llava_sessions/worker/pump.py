@@ -29,8 +29,11 @@ from .pending import PendingRequest, PendingTable, refusal_of
 
 log = logging.getLogger(__name__)
 
-# How long a step waits for output. A new row is seen between two steps, so this bounds its delay.
-WAIT_S = 0.02
+# How long a step waits for output while nothing happens, as during an encode. A new row is seen between two steps, so
+# this bounds its delay. Output ends the wait.
+WAIT_S = 0.1
+# The same if the engine reports something that is no output, such as a token of an answer that is not streamed.
+ACTIVE_WAIT_S = 0.02
 # How long a step waits for the engine to free a session, so that a close is answered in the step of its arrival.
 CLOSE_WAIT_S = 2.0
 # A step with held large rows lasts at most this long. It must be far below `responseTimeout` in model-config.yaml.
@@ -181,6 +184,7 @@ class Pump:
         """
         self._take_events()
         began_s = self._clock()
+        longest_s = self._wait_s
         while True:
             pause_s = min(delivery_s, self._pending.held_bytes / SLOWEST_DELIVERY_BYTES_PER_S, LONGEST_PAUSE_S)
             if self._manager.freeing:
@@ -188,12 +192,13 @@ class Pump:
             elif self._pending.has_output:
                 wait_s = pause_s
             else:
-                wait_s = max(pause_s, self._wait_s)
+                wait_s = max(pause_s, longest_s)
             left_s = began_s + wait_s - self._clock()
             if left_s <= 0:
                 return
             try:
                 self._take_events(self._inbox.get(left_s))
+                longest_s = min(longest_s, ACTIVE_WAIT_S)
             except queue.Empty:
                 return
 

@@ -1,17 +1,27 @@
-"""Attention by two matrix products, on CPUs where that is faster than torch's `scaled_dot_product_attention`.
+"""Attention on CPUs where something is faster than torch's `scaled_dot_product_attention`.
 
-The products are used for bfloat16 on CPUs with AVX-512 bfloat16 instructions and without AMX. On other devices and in
-other precisions the functions call torch's own. The scores are computed as `K @ q`, because oneDNN's bfloat16 product
-reads K in its stored layout, whereas flash attention copies K into another layout in each call. Measurements:
-bench/README.md, "The CPU's fast paths one by one".
+With AMX and in bfloat16, compiled loops compute it: `picture_attention`, `session_attention`. The two matrix products
+are used for bfloat16 on CPUs with AVX-512 bfloat16 instructions and without AMX. On other devices and in other
+precisions the functions call torch's own. The scores are computed as `K @ q`, because oneDNN's bfloat16 product reads K
+in its stored layout, whereas flash attention copies K into another layout in each call. Measurements: bench/README.md,
+"The CPU's fast paths one by one".
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
+
+if TYPE_CHECKING:
+    from .amx_pictures import PictureAttention  # importing them needs Numba
+    from .amx_sessions import SessionAttention
+
+log = logging.getLogger(__name__)
 
 # Make torch's allocator ask the kernel for huge pages: the first touch of a grown KV cache takes half as long.
 # Torch reads the variable when it first allocates a large block, so it is set when this module is imported.
@@ -23,6 +33,8 @@ _MAX_PRODUCT_ROWS = 512
 _MIN_ROWS_FOR_COLUMN_SOFTMAX = 64
 # That softmax is fast if the number of rows is a multiple of the vector length in bfloat16 numbers.
 _VECTOR = 32
+# Fewest rows of a picture for which attention with AMX is compiled.
+_MIN_AMX_PICTURE_ROWS = 256
 # Query rows of a picture per block of scores.
 _PICTURE_BLOCK_ROWS = 192
 
@@ -107,6 +119,10 @@ def full_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     The products run in blocks of query rows, so that the scores of a block stay in the CPU's caches.
     """
     on_cpu_in_bfloat16 = query.dtype == torch.bfloat16 and query.device.type == "cpu"
+    if on_cpu_in_bfloat16 and query.shape[2] >= _MIN_AMX_PICTURE_ROWS:
+        compiled = picture_attention(query.shape[3])
+        if compiled is not None and query.stride() == keys.stride() == values.stride() and query.stride(3) == 1:
+            return compiled(query, keys, values, scaling)
     if not (USE_PRODUCTS and on_cpu_in_bfloat16):
         return scaled_dot_product_attention(query, keys, values, scale=scaling)
     rows, keys, values = (part.flatten(0, 1).contiguous() for part in (query * scaling, keys, values))
@@ -117,3 +133,58 @@ def full_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
         scores = torch.bmm(keys, pad(block, (0, 0, 0, -count % _VECTOR)).transpose(1, 2))
         out[:, start : start + count] = torch.bmm(scores.softmax(1).transpose(1, 2), values)[:, :count]
     return out.view(query.shape)
+
+
+def prepare_picture_attention(vision: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile the attention of a vision tower, given its configuration, if `full_attention` will use it."""
+    side = getattr(vision, "image_size", 0)
+    patch = getattr(vision, "patch_size", 1)
+    if not (isinstance(side, int) and isinstance(patch, int)):
+        return
+    if dtype == torch.bfloat16 and device.type == "cpu" and (side // patch) ** 2 >= _MIN_AMX_PICTURE_ROWS:
+        picture_attention(vision.hidden_size // vision.num_attention_heads)
+
+
+@functools.cache
+@torch.inference_mode()
+def picture_attention(head_dim: int) -> PictureAttention | None:
+    """Return attention without a mask that is compiled for AMX. The first call takes about two seconds.
+
+    Returns None without AMX, and, with a warning in the log, if compilation fails or if the result of a small example
+    differs from torch's numbers.
+    """
+    try:
+        from . import amx, amx_checks, amx_pictures
+
+        if not amx.is_available():
+            return None
+        compiled = amx_pictures.PictureAttention(head_dim)
+        if amx_checks.pictures_match(compiled, head_dim):
+            return compiled
+        log.warning("picture_attention_wrong head_dim=%d", head_dim)
+    except Exception:  # any error of the compiler: torch's own attention is used instead
+        log.warning("picture_attention_missing", exc_info=True)
+    return None
+
+
+@torch.inference_mode()
+def session_attention(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> SessionAttention | None:
+    """Return attention of several new tokens of each session that is compiled for AMX.
+
+    Returns None without AMX, in float32, if `head_dim` is no multiple of 32, and, with a warning in the log, if
+    compilation fails or if the result of a small example differs from torch's numbers.
+    """
+    if dtype != torch.bfloat16 or head_dim % 32:
+        return None
+    try:
+        from . import amx, amx_checks, amx_sessions
+
+        if not amx.is_available():
+            return None
+        compiled = amx_sessions.SessionAttention(heads, kv_heads, head_dim)
+        if amx_checks.sessions_match(compiled, heads, kv_heads, head_dim):
+            return compiled
+        log.warning("session_attention_wrong heads=%d kv_heads=%d head_dim=%d", heads, kv_heads, head_dim)
+    except Exception:  # any error of the compiler: torch's own attention is used instead
+        log.warning("session_attention_missing", exc_info=True)
+    return None

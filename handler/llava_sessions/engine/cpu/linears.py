@@ -1,7 +1,8 @@
 """Linears for the CPU whose weights are packed in the layout that the product reads, in as few bytes as possible.
 
-There are two kinds. Each is tried on a small example before it is used; if neither works, a plain linear is kept.
+There are three kinds. Each is tried on a small example before it is used; if neither works, a plain linear is kept.
 
+- Ours, for bfloat16 on CPUs with AMX (amx_linear.py): a norm before and an activation after the product are part of it.
 - oneDNN's, for bfloat16 and float32: the operations into which torch's inductor turns frozen linears (in torch:
   `torch/_inductor/fx_passes/mkldnn_fusion.py`, `aten/src/ATen/native/mkldnn/Linear.cpp`).
 - FBGEMM's, for float32 (in torch: `aten/src/ATen/native/quantized/cpu/qlinear_dynamic.cpp`): inputs, products and sums
@@ -15,12 +16,18 @@ Measurements: bench/README.md, "The CPU's fast paths one by one".
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn.functional import linear
+
+from .operations import Activation, RowNorm, activate
+from .weight_memory import weight_memory
+
+log = logging.getLogger(__name__)
 
 # Number of rows that oneDNN picks the layout for. The layouts for 1, 16 and 256 rows were equally fast.
 _ROWS_HINT = 16
@@ -31,32 +38,101 @@ _HALF_EXPONENT = 15
 
 
 class PackedLinear(torch.nn.Module):
-    """Replacement of an `nn.Linear`. Its outputs equal the plain ones up to the last bits.
+    """Replacement of an `nn.Linear`, with an activation after it. Its outputs equal the plain ones up to the last bits.
 
     The packed weight is neither a parameter nor a buffer, because an opaque tensor can't be moved, cast or saved.
     """
 
-    def __init__(self, plain: torch.nn.Linear) -> None:
+    def __init__(self, plain: torch.nn.Linear, activation: Activation = Activation.NONE) -> None:
         super().__init__()
         self.in_features = plain.in_features
         self.out_features = plain.out_features
         self.weight_bytes: int = plain.weight.nbytes
+        self.activation = activation
 
     def extra_repr(self) -> str:
         """Return the text that `print` shows, as `nn.Linear.extra_repr`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, weight_bytes={self.weight_bytes}"
 
+    def forward(
+        self, rows: torch.Tensor, added: torch.Tensor | None = None, norm: RowNorm | None = None
+    ) -> torch.Tensor:
+        """Map `[..., in_features]` to `[..., out_features]`, half as many with `GATED_SILU`.
 
-class _OneDNNLinear(PackedLinear):
+        `norm`: of the rows, before the product. `added`, of the result's shape, is added after the activation.
+        """
+        if norm is not None:
+            rows = norm(rows)
+        if self.activation is Activation.NONE:
+            return self._product(rows, added)
+        out = activate(self._product(rows, None), self.activation)
+        return out if added is None else out.add_(added)
+
+    def _product(self, rows: torch.Tensor, added: torch.Tensor | None) -> torch.Tensor:
+        """Return the linear of the rows, plus `added`."""
+        raise NotImplementedError
+
+
+class TileLinear(PackedLinear):
+    """A linear of amx_linear.py, in bfloat16."""
+
+    def __init__(self, plain: torch.nn.Linear, activation: Activation = Activation.NONE) -> None:
+        super().__init__(plain, activation)
+        from . import amx_linear  # it needs Numba
+
+        weight = plain.weight.detach()
+        bias = None if plain.bias is None else plain.bias.detach().float()
+        if activation is Activation.GATED_SILU:
+            weight = amx_linear.interleaved(weight)
+            bias = None if bias is None else amx_linear.interleaved(bias)
+        self.loops: Any = amx_linear
+        self._scales: torch.Tensor | None = None
+        self._tiles = weight_memory.copy(self._stored(weight))
+        self._bias = bias
+        self.result_features = plain.out_features // (2 if activation is Activation.GATED_SILU else 1)
+
+    def _stored(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight `[N, K]` in the order of the loops."""
+        tiles: torch.Tensor = self.loops.tiles(weight)
+        return tiles
+
+    def fields(self, norm: RowNorm | None) -> Any:
+        """Return the linear as a task of the compiled loops, see `amx_linear.fields`."""
+        from . import amx_linear
+
+        return amx_linear.fields(
+            self._tiles.data_ptr(),
+            self.in_features,
+            self.out_features,
+            self._bias,
+            norm,
+            self.activation,
+            self._scales,
+        )
+
+    def forward(
+        self, rows: torch.Tensor, added: torch.Tensor | None = None, norm: RowNorm | None = None
+    ) -> torch.Tensor:
+        if rows.dtype != torch.bfloat16 or (added is not None and added.dtype != torch.bfloat16):
+            raise TypeError(f"rows must be bfloat16, got {rows.dtype if added is None else added.dtype}")
+        flat = rows.reshape(-1, self.in_features).contiguous()
+        out = flat.new_empty((len(flat), self.result_features))
+        if not len(flat):
+            return out.view(*rows.shape[:-1], self.result_features)  # a tile without rows is an illegal instruction
+        more = None if added is None else added.reshape(out.shape).contiguous()
+        self.loops.run(self.fields(norm), flat, out, more)
+        return out.view(*rows.shape[:-1], self.result_features)
+
+
+class OneDNNLinear(PackedLinear):
     """oneDNN's packed linear; the weight keeps its precision, bfloat16 or float32."""
 
-    def __init__(self, plain: torch.nn.Linear) -> None:
-        super().__init__(plain)
+    def __init__(self, plain: torch.nn.Linear, activation: Activation = Activation.NONE) -> None:
+        super().__init__(plain, activation)
         self._packed = torch.ops.mkldnn._reorder_linear_weight(plain.weight.detach(), _ROWS_HINT)
         self._bias = None if plain.bias is None else plain.bias.detach()
 
-    def forward(self, rows: torch.Tensor, added: torch.Tensor | None = None) -> Any:
-        """Map `[..., in_features]` to `[..., out_features]`. `added`, of that shape, is added before rounding."""
+    def _product(self, rows: torch.Tensor, added: torch.Tensor | None) -> Any:
         if added is None:
             return torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._bias, "none", [], "")
         return torch.ops.mkldnn._linear_pointwise.binary(rows, added, self._packed, self._bias, "add")
@@ -65,16 +141,15 @@ class _OneDNNLinear(PackedLinear):
 class _HalfLinear(PackedLinear):
     """FBGEMM's float32 linear; the weight is stored as float16, multiplied by `scale`."""
 
-    def __init__(self, plain: torch.nn.Linear, scale: float) -> None:
-        super().__init__(plain)
+    def __init__(self, plain: torch.nn.Linear, scale: float, activation: Activation = Activation.NONE) -> None:
+        super().__init__(plain, activation)
         weight = plain.weight.detach()
         bias = None if plain.bias is None else plain.bias.detach() * scale
         self._packed = torch.ops.quantized.linear_prepack_fp16(weight * scale, bias)
         self._unscale = 1 / scale
         self.weight_bytes = weight.numel() * torch.float16.itemsize
 
-    def forward(self, rows: torch.Tensor, added: torch.Tensor | None = None) -> Any:
-        """Map `[..., in_features]` to `[..., out_features]`. `added`, of that shape, is added."""
+    def _product(self, rows: torch.Tensor, added: torch.Tensor | None) -> Any:
         out = torch.ops.quantized.linear_dynamic_fp16(rows, self._packed)
         if added is not None:
             return torch.add(added, out, alpha=self._unscale)
@@ -82,16 +157,21 @@ class _HalfLinear(PackedLinear):
 
 
 @torch.inference_mode()
-def pack(plain: torch.nn.Linear) -> PackedLinear:
+def pack(plain: torch.nn.Linear, activation: Activation = Activation.NONE) -> PackedLinear:
     """Return the fastest packed linear for a `packable` one. Of `plain` it keeps a reference to the bias only."""
-    half = None
-    if plain.weight.dtype == torch.float32 and works(_pack_as_half, torch.float32):
-        half = _pack_as_half(plain)
-    return half or _OneDNNLinear(plain)
+    found: PackedLinear | None = None
+    if plain.weight.dtype == torch.bfloat16 and works(_pack_as_tiles, torch.bfloat16):
+        found = _pack_as_tiles(plain, activation)
+    elif plain.weight.dtype == torch.float32 and works(_pack_as_half, torch.float32):
+        found = _pack_as_half(plain, activation)
+    return found or OneDNNLinear(plain, activation)
+
+
+Pack = Callable[..., PackedLinear]  # `pack`, or that of int8_linears
 
 
 @torch.inference_mode()
-def pack_all(module: torch.nn.Module) -> int:
+def pack_all(module: torch.nn.Module, pack: Pack = pack) -> int:
     """Replace every `packable` linear below `module` by a `PackedLinear` and return their number.
 
     The plain weights are freed one by one. A weight with another reference (a tied head) stays in memory as well.
@@ -114,12 +194,12 @@ def packable(module: Any) -> bool:
 
 def can_pack(dtype: torch.dtype) -> bool:
     """Return whether oneDNN's packed linears exist for `dtype` (bfloat16 or float32) and compute `linear`'s numbers."""
-    return works(_OneDNNLinear, dtype)
+    return works(OneDNNLinear, dtype)
 
 
 @functools.cache
 @torch.inference_mode()
-def works(make: Callable[[torch.nn.Linear], PackedLinear | None], dtype: torch.dtype) -> bool:
+def works(make: Callable[..., PackedLinear | None], dtype: torch.dtype) -> bool:
     """Return whether a kind of packed linear runs on this CPU and computes `linear`'s numbers on a small example.
 
     The result is cached for the process; `works.cache_clear()` discards it.
@@ -130,30 +210,54 @@ def works(make: Callable[[torch.nn.Linear], PackedLinear | None], dtype: torch.d
         if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return False
         return _matches_linear(make, dtype)
-    except (AttributeError, NotImplementedError, RuntimeError):
+    except Exception:  # such as a missing op of torch or an error of the compiler: the next kind is used
+        log.info("linears_missing kind=%s", make.__name__, exc_info=True)
         return False
 
 
-def _matches_linear(make: Callable[[torch.nn.Linear], PackedLinear | None], dtype: torch.dtype) -> bool:
-    """Compare a packed linear, with and without `added`, with `torch.nn.functional.linear`."""
-    plain = torch.nn.Linear(32, 64, dtype=dtype)
+def _matches_linear(make: Callable[..., PackedLinear | None], dtype: torch.dtype) -> bool:
+    """Compare a packed linear, with and without its additions, with `torch.nn.functional.linear`."""
+    plain = torch.nn.Linear(96, 64, dtype=dtype)
     # Small weights, most of which float16 represents only with a scale.
-    plain.weight.copy_((torch.linspace(-1, 1, 64 * 32).bfloat16() * 2**-9).reshape(64, 32))
+    plain.weight.copy_((torch.linspace(-1, 1, 64 * 96).bfloat16() * 2**-9).reshape(64, 96))
     plain.bias.copy_(torch.linspace(1, -1, 64))
-    rows = (torch.linspace(-1, 1, 3 * 32) * 2**9).reshape(1, 3, 32).to(dtype)
-    expected = linear(rows, plain.weight, plain.bias).float()
-    packed = make(plain)
-    if packed is None:
-        return False
-    alone = packed(rows).float()
-    added = packed(rows, torch.ones_like(expected).to(dtype)).float() - 1
-    atol, rtol = (0.05, 0.02) if dtype == torch.bfloat16 else (1e-4, 1e-4)
-    return all(torch.allclose(one, expected, atol=atol, rtol=rtol) for one in (alone, added))
+    rms: Any = torch.nn.RMSNorm(96, dtype=dtype)
+    rms.variance_epsilon = 1e-6
+    norms = (None, RowNorm(torch.nn.LayerNorm(96, dtype=dtype)), RowNorm(rms))
+    for count in (3, 20, 40):
+        rows = (torch.linspace(-1, 1, count * 96) * 2**9).reshape(1, count, 96).to(dtype)
+        for activation in Activation:
+            packed = make(plain, activation)
+            if packed is None:
+                return False
+            for before in norms:
+                expected = linear(rows if before is None else before(rows), plain.weight, plain.bias)
+                expected = activate(expected, activation).float()
+                added = torch.ones_like(expected).to(dtype)
+                atol, rtol = (0.05, 0.02) if dtype == torch.bfloat16 else (1e-4, 1e-4)
+                alone = packed(rows, None, before).float()
+                more = packed(rows, added, before).float() - 1
+                if not all(torch.allclose(one, expected, atol=atol, rtol=rtol) for one in (alone, more)):
+                    return False
+    return True
 
 
-def _pack_as_half(plain: torch.nn.Linear) -> _HalfLinear | None:
+def _pack_as_tiles(plain: torch.nn.Linear, activation: Activation = Activation.NONE) -> PackedLinear | None:
+    """Return None if the shape has no whole tiles, or without AMX."""
+    return TileLinear(plain, activation) if takes_tiles(plain) else None
+
+
+def takes_tiles(plain: torch.nn.Linear) -> bool:
+    """Return whether this CPU has AMX and the weight consists of whole tiles. Raises ImportError without Numba."""
+    from . import amx, amx_linear
+
+    whole = plain.out_features % amx_linear.COLUMNS == 0 and plain.in_features % amx_linear.INPUTS == 0
+    return whole and amx.is_available()
+
+
+def _pack_as_half(plain: torch.nn.Linear, activation: Activation = Activation.NONE) -> PackedLinear | None:
     scale = _half_scale(plain.weight.detach())
-    return None if scale is None else _HalfLinear(plain, scale)
+    return None if scale is None else _HalfLinear(plain, scale, activation)
 
 
 def _half_scale(weight: torch.Tensor) -> float | None:

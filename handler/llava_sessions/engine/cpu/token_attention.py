@@ -1,40 +1,28 @@
 """Attention of single new tokens of many sessions, compiled: rotation, store and attention in one call per layer.
 
 Torch has no fast call for this on a CPU. With one row of queries most vector lanes of oneDNN's products stay empty, and
-each session takes a dozen calls. Numba compiles the loops below when a model is loaded. Torch's own OpenMP threads run
-them, because a second thread pool would compete with torch's for the cores.
+each session takes a dozen calls. Numba compiles the loops below when a model is loaded.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
-# Found through torch's library, so that it is the OpenMP runtime that torch itself is linked with.
-_openmp = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
-_run_on_threads = _openmp.GOMP_parallel
-_run_on_threads.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-_run_on_threads.restype = None
-_thread_number = _openmp.omp_get_thread_num
-_thread_count = _openmp.omp_get_num_threads
-for _function in (_thread_number, _thread_count):
-    _function.argtypes = ()
-    _function.restype = ctypes.c_int
+from . import amx, compiled, vector_attention, vectors
 
 # Below any score: where the search for the largest one starts.
 _LOWEST = np.float32(-3e38)
-_LOG2_E = np.float32(1.4426950408889634)
-# Length of a task's head: token count, longest session, layer, and the addresses of qkv, cos, sin and out.
-_HEAD = 7
+# Length of a task's head: token count, longest session, layer, the addresses of qkv, cos, sin and out, and a counter of
+# the pieces of work that threads have taken.
+_HEAD = 8
+_COUNTER = 7
 
 
 class TokenAttention:
@@ -42,7 +30,8 @@ class TokenAttention:
 
     def __init__(self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
         """Compile the loops. Takes one to two seconds for a new shape."""
-        self._loops = _compile(heads, kv_heads, head_dim, dtype)
+        self.attend_all = _compile(heads, kv_heads, head_dim, dtype)
+        self._loops = compiled.as_c_function(self.attend_all)
 
     def task(self, places: list[tuple[int, int, int, int]]) -> ctypes.Array[ctypes.c_int64]:
         """Return the arguments that all layers of one forward share.
@@ -68,103 +57,47 @@ class TokenAttention:
         `qkv`: `[rows, (heads + 2 * kv_heads) * head_dim]`. `cos`, `sin`: `[rows, head_dim]`. All are contiguous. Writes
         the tokens' rows of `out`, `[rows, heads * head_dim]`.
         """
-        task[2:_HEAD] = [layer, qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr()]
-        _run_on_threads(self._loops.address, ctypes.addressof(task), torch.get_num_threads(), 0)
+        place(task, layer, qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr())
+        compiled.run(self._loops, task)
 
 
-_I32 = ir.IntType(32)
-
-
-def _pointer(number: Any) -> Any:
-    """Return a Numba intrinsic that converts an int64 address to a pointer to `number`, a Numba type."""
-
-    @intrinsic
-    def at(_, address):
-        def generate(context, builder, signature, arguments):
-            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-        return types.CPointer(number)(types.int64), generate
-
-    return at
-
-
-@intrinsic
-def _wide(_, number):
-    """Convert bfloat16, which Numba handles as uint16, to float32: the upper half of its bits."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.bitcast(builder.shl(builder.zext(arguments[0], _I32), _I32(16)), ir.FloatType())
-
-    return types.float32(types.uint16), generate
-
-
-@intrinsic
-def _narrow(_, number):
-    """Convert float32 to bfloat16, rounding to nearest, ties to even."""
-
-    def generate(context, builder, signature, arguments):
-        bits = builder.bitcast(arguments[0], _I32)
-        odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
-        rounded = builder.add(bits, builder.add(odd, _I32(0x7FFF)))
-        return builder.trunc(builder.lshr(rounded, _I32(16)), ir.IntType(16))
-
-    return types.uint16(types.float32), generate
-
-
-@intrinsic
-def _two_to(_, whole):
-    """Return 2 to the power of a whole float32 above -127, by writing its exponent bits."""
-
-    def generate(context, builder, signature, arguments):
-        exponent = builder.add(builder.fptosi(arguments[0], _I32), _I32(127))
-        return builder.bitcast(builder.shl(exponent, _I32(23)), ir.FloatType())
-
-    return types.float32(types.float32), generate
-
-
-@numba.njit(fastmath=True, inline="always")
-def _exp(x):
-    """Return e to the power of x, x <= 0, by a polynomial: unlike the C library's, it is vectorized."""
-    x = max(x * _LOG2_E, np.float32(-126))
-    whole = np.floor(x + np.float32(0.5))
-    part = x - whole
-    power = np.float32(0.0096181291) + part * np.float32(0.0013333558)
-    power = np.float32(0.2402265070) + part * (np.float32(0.0555041087) + part * power)
-    return _two_to(whole) * (np.float32(1) + part * (np.float32(0.6931471806) + part * power))
-
-
-@numba.njit(inline="always")
-def _same(number):
-    return number
+def place(task: ctypes.Array[ctypes.c_int64], layer: int, qkv: int, cos: int, sin: int, out: int) -> None:
+    """Set the layer and the addresses of one call in a task."""
+    task[2:_HEAD] = [layer, qkv, cos, sin, out, 0]
 
 
 @functools.cache
 def _compile(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Any:
     """Compile the loops with all sizes as constants, so that the compiler unrolls and vectorizes them.
 
-    Returns a Numba C function that takes the address of a task.
+    Returns a Numba function of the address of a task.
     """
     is_bfloat16 = dtype == torch.bfloat16
-    numbers_at = _pointer(types.uint16 if is_bfloat16 else types.float32)
-    wide = _wide if is_bfloat16 else _same
-    narrow = _narrow if is_bfloat16 else _same
+    integers_at = compiled.pointer(types.int64)
+    numbers_at = compiled.pointer(types.uint16 if is_bfloat16 else types.float32)
+    wide = compiled.wide if is_bfloat16 else compiled.same
+    narrow = compiled.narrow if is_bfloat16 else compiled.same
     rotate = _make_rotate(head_dim, wide)
-    attend = _make_attend(head_dim, wide, narrow)
+    in_vectors = is_bfloat16 and head_dim % vectors.LANES == 0 and amx.is_available()
+    attend = vector_attention.make_attend(head_dim) if in_vectors else _make_attend(head_dim, wide, narrow)
     run_piece = _make_run_piece(heads, kv_heads, head_dim, dtype.itemsize, numbers_at, narrow, rotate, attend)
 
-    @numba.cfunc(types.void(types.CPointer(types.int64)))
-    def loops(pointer):
-        numbers = numba.carray(pointer, (_HEAD,))
+    @numba.njit
+    def attend_all(address):
+        numbers = numba.carray(integers_at(address), (_HEAD,))
         tokens = numbers[0]
-        places = numba.carray(pointer, (_HEAD + 4 * tokens,))[_HEAD:].reshape(tokens, 4)
+        places = numba.carray(integers_at(address), (_HEAD + 4 * tokens,))[_HEAD:].reshape(tokens, 4)
         query = np.empty(head_dim, np.float32)
         key = np.empty(head_dim, np.float32)
-        scores = np.empty(numbers[1], np.float32)
-        # A KV head of a session is one piece of work. Thread n of N takes the pieces n, n + N, n + 2 N, ...
-        for piece in range(_thread_number(), tokens * kv_heads, _thread_count()):
+        scores = np.empty(numbers[1] + vectors.LANES, np.float32)
+        # A KV head of a session is one piece of work. Each thread takes the next one.
+        while True:
+            piece = compiled.next_number(address + 8 * _COUNTER)
+            if piece >= tokens * kv_heads:
+                break
             run_piece(numbers, places[piece // kv_heads], piece % kv_heads, query, key, scores)
 
-    return loops
+    return attend_all
 
 
 def _make_rotate(head_dim: int, wide: Any) -> Any:
@@ -207,7 +140,7 @@ def _make_attend(head_dim: int, wide: Any, narrow: Any) -> Any:
             top = max(top, a)
         total = np.float32(0)
         for t in range(tokens):
-            scores[t] = _exp(scores[t] - top)
+            scores[t] = compiled.exp(scores[t] - top)
             total += scores[t]
         mixed = np.zeros(head_dim, np.float32)
         for t in range(0, fours, 4):
@@ -237,7 +170,7 @@ def _make_run_piece(
 
     @numba.njit(fastmath=True)
     def run_piece(task, place, kv_head, query, key, scores):
-        _, _, layer, qkv_at, cos_at, sin_at, out_at = task
+        _, _, layer, qkv_at, cos_at, sin_at, out_at, _ = task
         row, address, capacity, stored = place
         numbers = numba.carray(numbers_at(qkv_at + row * width * head_dim * item), (width, head_dim))
         cos = numba.carray(numbers_at(cos_at + row * head_dim * item), (head_dim,))

@@ -1,0 +1,225 @@
+"""Attention of several new tokens of each session with AMX: rotation, store and attention in one call per layer."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import numba
+import torch
+from numba import types
+
+from . import amx, amx_attention, compiled
+from .amx_attention import STEP
+from .amx_products import COLUMNS
+from .amx_vectors import Vectors, function
+
+# Length of a task's head, and numbers per session behind it.
+_HEAD = 12
+_PLACE = 5
+
+
+class SessionAttention:
+    """Causal attention for one shape of heads, in bfloat16. Not thread-safe: calls share memory."""
+
+    def __init__(self, heads: int, kv_heads: int, head_dim: int) -> None:
+        """Compile the loops. `head_dim`: a multiple of 32. Raises what Numba raises."""
+        self.attend_all = _compile(heads, kv_heads, head_dim)
+        self._loops = compiled.as_c_function(self.attend_all)
+        self._heads = heads
+        self._kv_heads = kv_heads
+        self._head_dim = head_dim
+        self._memory = amx_attention.Memory()
+        self._configuration = amx.configuration(amx.ROWS)
+        self._constants = amx_attention.softmax_numbers(head_dim**-0.5)
+
+    def task(self, places: list[tuple[int, int, int, int, int]]) -> ctypes.Array[ctypes.c_int64]:
+        """Return the arguments that all layers of one forward share. Valid until the next call.
+
+        `places`, one per session: its first row in the batch, the number of its rows, the address and the capacity of
+        its KV tensor `[layers, 2, kv_heads, capacity, head_dim]`, and the number of tokens stored there.
+        """
+        tokens = max(rows + stored for _, rows, _, _, stored in places)
+        columns = max(rows for _, rows, _, _, _ in places) * self._heads // self._kv_heads
+        padded = -(-tokens // STEP) * STEP
+        thread_bytes = amx_attention.Scratch(self._head_dim).values + padded * self._head_dim * 2
+        head = (
+            0,
+            self._memory.address(thread_bytes * torch.get_num_threads()),
+            thread_bytes,
+            self._configuration.ctypes.data,
+            self._constants.ctypes.data,
+            len(places),
+            amx_attention.slices(len(places) * self._kv_heads, -(-columns // COLUMNS)),
+        )
+        numbers = (*head, *[0] * (_HEAD - len(head)), *(number for place in places for number in place))
+        return (ctypes.c_int64 * len(numbers))(*numbers)
+
+    def __call__(
+        self,
+        task: ctypes.Array[ctypes.c_int64],
+        layer: int,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Rotate queries and keys, append keys and values to the caches, and attend to all tokens up to each row's own.
+
+        `qkv`: `[rows, (heads + 2 * kv_heads) * head_dim]`. `cos`, `sin`: `[rows, head_dim]`. All are contiguous
+        bfloat16. Writes the sessions' rows of `out`, `[rows, heads * head_dim]`.
+        """
+        place(task, layer, qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr())
+        compiled.run(self._loops, task)
+
+
+def place(task: ctypes.Array[ctypes.c_int64], layer: int, qkv: int, cos: int, sin: int, out: int) -> None:
+    """Set the layer and the addresses of one call in a task."""
+    task[0] = 0
+    task[7:_HEAD] = [layer, qkv, cos, sin, out]
+
+
+def _make_rotate(head_dim: int) -> Any:
+    """Return the operation that rotates one head, `[head_dim]`. Arguments: source, cosines, sines, target."""
+
+    @function
+    def rotate(v: Vectors, source: Any, cosines: Any, sines: Any, target: Any) -> None:
+        for offset in range(0, head_dim, 32):
+            first, second = offset, head_dim + offset
+            low, low_cos, low_sin = (v.load_wide(at, first) for at in (source, cosines, sines))
+            high, high_cos, high_sin = (v.load_wide(at, second) for at in (source, cosines, sines))
+            b = v.builder
+            v.store(v.narrow(b.fsub(b.fmul(low, low_cos), b.fmul(high, low_sin))), target, first)
+            v.store(v.narrow(v.fma(high, high_cos, b.fmul(low, high_sin))), target, second)
+
+    return rotate()
+
+
+def _make_store(heads: int, kv_heads: int, head_dim: int, rotate: Any, copy: Any) -> Any:
+    """Return the compiled store of a KV head's new keys and values."""
+    head_bytes = head_dim * 2
+    row_bytes = (heads + 2 * kv_heads) * head_bytes
+
+    @numba.njit
+    def store(task, row, rows, kv_head, keys, values):
+        for at in range(rows):
+            source = task[8] + (row + at) * row_bytes + (heads + kv_head) * head_bytes
+            angles = (row + at) * head_bytes
+            rotate(source, task[9] + angles, task[10] + angles, keys + at * head_bytes)
+            copy(source + kv_heads * head_bytes, values + at * head_bytes, 0, 0)
+
+    return store
+
+
+def _make_pack(head_dim: int, copy: Any) -> Any:
+    """Return the compiled packing of the values of a KV head; the last keys are copied, so that reads stay inside."""
+    part = amx_attention.Scratch(head_dim)
+    values_at, last_values_at, last_keys_at = part.values, part.last_values, part.last_keys
+    row_bytes = head_dim * 2
+    clear = amx_attention.make_clear(head_dim)
+    pack_values = amx_attention.pack_values()
+    prefetch_rows = amx_attention.prefetch_rows()
+
+    @numba.njit
+    def pack(scratch, keys, values, tokens):
+        for start in range(0, tokens, STEP):
+            source = values + start * row_bytes
+            if start + STEP > tokens:
+                for at in range(STEP):
+                    if start + at < tokens:
+                        copy(keys + (start + at) * row_bytes, scratch + last_keys_at + at * row_bytes, 0, 0)
+                        copy(source + at * row_bytes, scratch + last_values_at + at * row_bytes, 0, 0)
+                    else:
+                        clear(scratch + last_keys_at + at * row_bytes, 0, 0, 0)
+                        clear(scratch + last_values_at + at * row_bytes, 0, 0, 0)
+                source = scratch + last_values_at
+            prefetch_rows(keys + start * row_bytes, row_bytes, 0, 0)
+            for at in range(head_dim // 32):
+                pack_values(source + at * 64, scratch + values_at + start * row_bytes + at * 2048, row_bytes, 0)
+
+    return pack
+
+
+def _make_run_block(heads: int, kv_heads: int, head_dim: int, rotate: Any, copy: Any) -> Any:
+    """Return the compiled attention of 32 columns: query head `column % group` of row `column // group`."""
+    part = amx_attention.Scratch(head_dim)
+    rows_at, values_at = part.rows, part.values
+    last_token_at, state_bytes = amx_attention.LAST_TOKEN, amx_attention.STATE_BYTES
+    head_bytes = head_dim * 2
+    row_bytes = (heads + 2 * kv_heads) * head_bytes
+    group = heads // kv_heads
+    pack_queries = amx_attention.make_pack_queries(head_dim)
+    clear = amx_attention.make_clear(head_dim)
+    attend = amx_attention.make_attend(head_dim)
+    int_at = compiled.pointer(types.int32)
+
+    @numba.njit
+    def take_queries(task, scratch, row, stored, kv_head, first, count):
+        for at in range(COLUMNS):
+            column = first + min(at, count - 1)
+            target = scratch + rows_at + at * head_bytes
+            angles = (row + column // group) * head_bytes
+            if at < count:
+                head = kv_head * group + column % group
+                source = task[8] + (row + column // group) * row_bytes + head * head_bytes
+                rotate(source, task[9] + angles, task[10] + angles, target)
+            else:
+                clear(target, 0, 0, 0)
+            int_at(scratch + at // 16 * state_bytes + last_token_at)[at % 16] = stored + column // group
+        pack_queries(scratch)
+
+    @numba.njit
+    def run_block(task, scratch, keys, row, stored, tokens, kv_head, first, count):
+        take_queries(task, scratch, row, stored, kv_head, first, count)
+        end = stored + (first + count - 1) // group + 1
+        seen_by_all = stored + first // group + 1
+        attend(scratch, keys, scratch + values_at, tokens, end, seen_by_all, (count + 15) // 16, task[4])
+        for at in range(count):
+            column = first + at
+            head = (row + column // group) * heads + kv_head * group + column % group
+            copy(scratch + rows_at + at * head_bytes, task[11] + head * head_bytes, 0, 0)
+
+    return run_block
+
+
+@functools.cache
+def _compile(heads: int, kv_heads: int, head_dim: int) -> Any:
+    """Compile the loops. Returns a Numba function of the address of a task, which changes the tiles of its thread.
+
+    A piece of work is a KV head of a session, or a slice of its columns. Slices of one head store the same numbers.
+    """
+    rotate = _make_rotate(head_dim)
+    copy = amx_attention.make_copy(head_dim, head_dim)
+    store = _make_store(heads, kv_heads, head_dim, rotate, copy)
+    pack = _make_pack(head_dim, copy)
+    run_block = _make_run_block(heads, kv_heads, head_dim, rotate, copy)
+    head_bytes = head_dim * 2
+    group = heads // kv_heads
+
+    integers_at = compiled.pointer(types.int64)
+
+    @numba.njit
+    def attend_all(task_at):
+        task = numba.carray(integers_at(task_at), (_HEAD,))
+        sessions, slices, layer = task[5], task[6], task[7]
+        places = numba.carray(integers_at(task_at), (_HEAD + _PLACE * sessions,))[_HEAD:].reshape(sessions, _PLACE)
+        scratch = task[1] + compiled.thread_number() * task[2]
+        amx.configure(task[3])
+        while True:
+            piece = compiled.next_number(task_at)
+            if piece >= sessions * kv_heads * slices:
+                break
+            kv_head = piece // slices % kv_heads
+            row, rows, address, capacity, stored = places[piece // slices // kv_heads]
+            size = capacity * head_bytes
+            keys = address + (layer * 2 * kv_heads + kv_head) * size
+            values = keys + kv_heads * size
+            store(task, row, rows, kv_head, keys + stored * head_bytes, values + stored * head_bytes)
+            pack(scratch, keys, values, stored + rows)
+            for first in range(piece % slices * COLUMNS, rows * group, slices * COLUMNS):
+                count = min(COLUMNS, rows * group - first)
+                run_block(task, scratch, keys, row, stored, stored + rows, kv_head, first, count)
+        amx.release()
+
+    return attend_all

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -204,7 +205,7 @@ def measure_latency(client: Client, sessions: list[str], prompts: Prompts, jpeg:
 
 def _reject_ms(client: Client) -> float:
     """Return the time from a question to an unknown session to its rejection."""
-    answer: Answer = client.whole({**QUESTION, "prompt_text": "none"}, "no-such-session")
+    answer: Answer = client.whole({**QUESTION, "prompt_text": "none"}, f"no-such-session-{secrets.token_hex(8)}")
     if answer.status != 404:
         raise RuntimeError(f"an unknown session got status {answer.status}")
     return (time.perf_counter() - answer.asked_at) * 1e3

@@ -9,7 +9,6 @@ are multiplied by the scales of the columns.
 from __future__ import annotations
 
 import ctypes
-import functools
 from typing import Any
 
 import numba
@@ -19,7 +18,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from . import amx, amx_linear, amx_product, compiled, vectors
-from .amx_linear import FIELDS, Workspace
+from .amx_linear import Workspace
 
 # The widened numbers are the int8 numbers divided by it: `widen_int8`.
 DIVISOR = 256
@@ -42,7 +41,7 @@ def run(
     """Compute a linear as `amx_linear.run`, for a task with scales: float32 `[N]`, multiplied by `DIVISOR`."""
     work = workspace(*rows.shape)
     amx_linear.place(task, 0, rows.data_ptr(), 0 if added is None else added.data_ptr(), out.data_ptr(), work, 0)
-    compiled.run(_loops(), task)
+    compiled.run(amx_linear.loops(product), task)
 
 
 def workspace(rows: int, inputs: int, more_bytes: int = 0) -> Workspace:
@@ -107,8 +106,8 @@ def _product_1x2(x, x_stride, w, blocks, c):
 
     Two widened blocks follow `c`.
     """
-    amx_product._zero_0()
-    amx_product._zero_1()
+    amx_product.zero_0()
+    amx_product.zero_1()
     both = c + _RESULT_BYTES
     wide = both
     _widen(w, wide)
@@ -117,15 +116,15 @@ def _product_1x2(x, x_stride, w, blocks, c):
             w += _BLOCK_BYTES
             compiled.prefetch(w + _AHEAD, 1024)
             _widen(w, both + block % 2 * 2048)
-        amx_product._load_a0(x, x_stride)
-        amx_product._load_b0(wide, 64)
-        amx_product._dot_00()
-        amx_product._load_b1(wide + 1024, 64)
-        amx_product._dot_01()
+        amx_product.load_a0(x, x_stride)
+        amx_product.load_b0(wide, 64)
+        amx_product.dot_00()
+        amx_product.load_b1(wide + 1024, 64)
+        amx_product.dot_01()
         x += 64
         wide = both + block % 2 * 2048
-    amx_product._store_0(c, 128)
-    amx_product._store_1(c + 64, 128)
+    amx_product.store_0(c, 128)
+    amx_product.store_1(c + 64, 128)
 
 
 @numba.njit
@@ -168,17 +167,3 @@ def product(task, thread, threads):
                 amx_product.product_2x2(source, inputs * 2, wide, blocks, c, False, wide, 0)
             _scale(c, left, scales + pair * 128)
             amx_product.finish(c, left, pair * 32, columns, first, bias, added, out, activation)
-
-
-@functools.cache
-def _loops() -> Any:
-    """Compile the loops for all shapes: a Numba C function that takes the address of a task."""
-
-    @numba.cfunc(types.void(types.CPointer(types.int64)))
-    def compute(pointer):
-        task = numba.carray(pointer, (FIELDS,))
-        amx.configure(task[13])
-        product(task, compiled.thread_number(), compiled.thread_count())
-        amx.release()
-
-    return compute

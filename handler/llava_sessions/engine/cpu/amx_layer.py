@@ -1,7 +1,6 @@
 """One decoder layer as one call of compiled loops.
 
-The parts of a layer follow each other without a return to Python: with one session that has one new token, the calls of
-a layer one by one take an eighth of the step. Measurements: bench/README.md, "The CPU's fast paths one by one".
+The parts of a layer follow each other without a return to Python.
 """
 
 from __future__ import annotations

@@ -205,14 +205,14 @@ def product(task, thread, threads):
 
 
 @functools.cache
-def loops() -> Any:
-    """Compile the loops for all shapes: a Numba C function that takes the address of a task."""
+def loops(work: Any = product) -> Any:
+    """Compile a `product` for all shapes: a Numba C function that takes the address of a task."""
 
     @numba.cfunc(types.void(types.CPointer(types.int64)))
     def compute(pointer):
         task = numba.carray(pointer, (FIELDS,))
         amx.configure(task[13])
-        product(task, compiled.thread_number(), compiled.thread_count())
+        work(task, compiled.thread_number(), compiled.thread_count())
         amx.release()
 
     return compute

@@ -10,13 +10,11 @@ import numpy as np
 
 from . import amx, compiled, vectors
 
-_zero_0, _zero_1, _zero_2, _zero_3 = (amx.tile_zero(tile) for tile in range(4))
-_store_0, _store_1, _store_2, _store_3 = (amx.tile_store(tile) for tile in range(4))
+zero_0, zero_1, zero_2, zero_3 = (amx.tile_zero(tile) for tile in range(4))
+store_0, store_1, store_2, store_3 = (amx.tile_store(tile) for tile in range(4))
 # Tiles 0 to 3 have results, 4 and 5 inputs, 6 and 7 weights.
-_load_a0, _load_a1, _load_b0, _load_b1 = (amx.tile_load(tile) for tile in range(4, 8))
-_dot_00, _dot_01, _dot_10, _dot_11 = (
-    amx.tile_dot(c, a, b) for c, (a, b) in enumerate([(4, 6), (4, 7), (5, 6), (5, 7)])
-)
+load_a0, load_a1, load_b0, load_b1 = (amx.tile_load(tile) for tile in range(4, 8))
+dot_00, dot_01, dot_10, dot_11 = (amx.tile_dot(c, a, b) for c, (a, b) in enumerate([(4, 6), (4, 7), (5, 6), (5, 7)]))
 
 # Bytes between a weight that is used and the one that is fetched.
 _AHEAD = 4096
@@ -65,19 +63,19 @@ def norm_row(source, target, inputs, norm, numbers):
 @numba.njit
 def product_1x2(x, x_stride, w, blocks, c):
     """Multiply up to 16 rows by 32 columns into `c`, float32 `[16, 32]`."""
-    _zero_0()
-    _zero_1()
+    zero_0()
+    zero_1()
     for _ in range(blocks):
         compiled.prefetch(w + _AHEAD, 2048)
-        _load_a0(x, x_stride)
-        _load_b0(w, 64)
-        _dot_00()
-        _load_b1(w + 1024, 64)
-        _dot_01()
+        load_a0(x, x_stride)
+        load_b0(w, 64)
+        dot_00()
+        load_b1(w + 1024, 64)
+        dot_01()
         x += 64
         w += 2048
-    _store_0(c, 128)
-    _store_1(c + 64, 128)
+    store_0(c, 128)
+    store_1(c + 64, 128)
 
 
 @numba.njit
@@ -88,30 +86,30 @@ def product_2x2(x, x_stride, w, blocks, c, is_new, fetch, step):
     bytes.
     """
     second = x + 16 * x_stride
-    _zero_0()
-    _zero_1()
-    _zero_2()
-    _zero_3()
+    zero_0()
+    zero_1()
+    zero_2()
+    zero_3()
     for _ in range(blocks):
         if is_new:
             compiled.prefetch(w + _AHEAD, 2048)
         compiled.prefetch_l2(fetch, FETCH)
         fetch += step
-        _load_a0(x, x_stride)
-        _load_b0(w, 64)
-        _dot_00()
-        _load_b1(w + 1024, 64)
-        _dot_01()
-        _load_a1(second, x_stride)
-        _dot_10()
-        _dot_11()
+        load_a0(x, x_stride)
+        load_b0(w, 64)
+        dot_00()
+        load_b1(w + 1024, 64)
+        dot_01()
+        load_a1(second, x_stride)
+        dot_10()
+        dot_11()
         x += 64
         second += 64
         w += 2048
-    _store_0(c, 128)
-    _store_1(c + 64, 128)
-    _store_2(c + 2048, 128)
-    _store_3(c + 2112, 128)
+    store_0(c, 128)
+    store_1(c + 64, 128)
+    store_2(c + 2048, 128)
+    store_3(c + 2112, 128)
 
 
 @numba.njit

@@ -15,6 +15,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from .vectors import BFloat
+
 LANES = 16
 
 I32 = ir.IntType(32)
@@ -24,22 +26,7 @@ FLOATS = ir.VectorType(FLOAT, LANES)
 INTS = ir.VectorType(I32, LANES)
 SHORTS = ir.VectorType(ir.IntType(16), LANES)
 MORE_SHORTS = ir.VectorType(ir.IntType(16), 2 * LANES)
-
-
-class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no type information
-    """LLVM's bfloat16, which llvmlite lacks."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
-
-
-BFLOATS = ir.VectorType(_BFloat(), 2 * LANES)
+BFLOATS = ir.VectorType(BFloat(), 2 * LANES)
 # 2 to the power of 0 to 1 with a relative error of 1e-4, lowest power first.
 _POWER = (0.99992495, 0.69583497, 0.22606651, 0.07802344)
 

@@ -21,7 +21,7 @@ _I32S = ir.VectorType(ir.IntType(32), LANES)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
 
 
-class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no type information
+class BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no type information
     """LLVM's bfloat, which llvmlite lacks."""
 
     intrinsic_name = "bf16"
@@ -30,13 +30,13 @@ class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no type informatio
         return "bfloat"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
+        return isinstance(other, BFloat)
 
     def __hash__(self) -> int:
-        return hash(_BFloat)
+        return hash(BFloat)
 
 
-_BFLOATS = ir.VectorType(_BFloat(), LANES)
+_BFLOATS = ir.VectorType(BFloat(), LANES)
 
 
 class Vector(types.Type):  # type: ignore[misc]  # Numba has no type information
@@ -144,7 +144,7 @@ def store_bfloat16_pair(_, address, low, high):
 
     def generate(context, builder, signature, arguments):
         address, low, high = arguments
-        kind = ir.VectorType(_BFloat(), 2 * LANES)
+        kind = ir.VectorType(BFloat(), 2 * LANES)
         convert = _function(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", kind, _VECTOR, _VECTOR)
         narrow = builder.call(convert, [high, low])
         builder.store(narrow, builder.inttoptr(address, kind.as_pointer()), align=2)

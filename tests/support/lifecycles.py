@@ -31,7 +31,7 @@ from llava_sessions.text.processors import load_processor
 from llava_sessions.torchserve.batch import Reply, Row
 from llava_sessions.torchserve.sequences import RETURN_S
 from llava_sessions.worker.assembly import Timing, make_pump
-from llava_sessions.worker.engines import EngineLost, EngineUp
+from llava_sessions.worker.engines import EngineLost, EngineUp, FromEngine
 from llava_sessions.worker.inbox import Inbox
 from llava_sessions.worker.pending import LARGE_BYTES
 from llava_sessions.worker.pump import SILENCE_S, SILENT_SWEEPS
@@ -271,7 +271,7 @@ class Instance:
             [] if self.store is None else [self.store], clock=lambda: self.world.monotonic_s, pool=self.journal_jobs
         )
         self.pump = make_pump(
-            client=_Client(self, self.engine),
+            engines=[EngineUp(_Client(self, self.engine), None)],
             inbox=self.inbox,
             template=template(),
             table=self.table,
@@ -311,7 +311,7 @@ class Instance:
     def deliver(self) -> None:
         """Let the engine's reports arrive."""
         for report in self.reports:
-            self.inbox.put(report)
+            self.inbox.put(FromEngine(0, report))
         self.reports.clear()
 
     def lose_engine(self) -> None:
@@ -321,13 +321,13 @@ class Instance:
             self.engine = None
             self.commands.clear()
             self.losses += 1
-            self.inbox.put(EngineLost("a test", retry_after_s=3))
+            self.inbox.put(FromEngine(0, EngineLost("a test", retry_after_s=3)))
 
     def bring_engine(self) -> None:
         """Start another engine."""
         if self.engine is None:
             self.engine = FakeEngine(prefill_steps=PREFILL_STEPS, turns_at_once=TURNS_AT_ONCE)
-            self.inbox.put(EngineUp(_Client(self, self.engine), None))
+            self.inbox.put(FromEngine(0, EngineUp(_Client(self, self.engine), None)))
 
     def prepare(self, index: int = 0) -> None:
         """Parse one large body and run one preparation, in any order."""

@@ -366,7 +366,8 @@ class EngineSettings:
     """Settings of an engine process.
 
     `dtype`, `device` and `weights`: as in `Model.load`. `device_bytes` and `host_bytes`: the budget; None derives it
-    from the machine's memory.
+    from the machine's memory. `engines`: engines on this machine, this one included, among which its RAM and its CPU
+    cores are divided.
     """
 
     checkpoint: str
@@ -377,17 +378,22 @@ class EngineSettings:
     device_bytes: int | None = None
     host_bytes: int | None = None
     weights: str = "auto"
+    engines: int = 1
 
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """Properties of an engine that has loaded its checkpoint and answered a first question."""
+    """Properties of an engine that has loaded its checkpoint and answered a first question.
+
+    `token_bytes`: KV bytes of one token.
+    """
 
     device: str
     dtype: str
     context_tokens: int
     device_bytes: int
     host_bytes: int
+    token_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
@@ -14,7 +14,8 @@ from ..torchserve.sequences import SequenceEnder, SequenceReaper
 from .arrivals import Arrivals
 from .context import ServedModel, WorkerContext
 from .counters import Counters
-from .engines import CommandSink, EngineGate
+from .engine_set import EngineSet
+from .engines import EngineUp
 from .exporter import Histograms
 from .inbox import Inbox
 from .manager import SessionManager
@@ -50,7 +51,7 @@ class Policy:
 
 def make_pump(
     *,
-    client: CommandSink,
+    engines: Sequence[EngineUp],
     inbox: Inbox,
     template: ChatTemplate,
     table: SessionTable,
@@ -65,8 +66,11 @@ def make_pump(
     parsing: Executor | None = None,
     fetch: Callable[[str, MediaLimits], bytes] | None = None,
     policy: Policy | None = None,
+    labels: Sequence[str] = (),
 ) -> Pump:
     """Build a pump. Call its `recover` before the first row. `histograms` observe the turns.
+
+    `engines`: those that are ready, with `labels` for metrics. Their items reach the inbox as `FromEngine`.
 
     For tests, `executor` runs the preparations, `parsing` parses large bodies, and `fetch` replaces the HTTP client.
     """
@@ -76,7 +80,7 @@ def make_pump(
     share = policy.share_pictures
     preparer = Preparer(template, media_limits, journal, timing.clock, executor, fetch, share, adopts=adopts)
     context = WorkerContext(
-        gate=EngineGate(client),
+        engines=EngineSet(engines, labels or [str(number) for number in range(len(engines))], table),
         table=table,
         preparer=preparer,
         journal=journal,

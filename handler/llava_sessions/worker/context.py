@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ..journal.journal import Journal
 from .counters import Counters
-from .engines import EngineGate
+from .engine_set import EngineSet
 from .inbox import Inbox
 from .preparation import Preparer
 from .sessions import SessionTable
@@ -25,12 +25,12 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """`gate` sends commands to the current engine. `clock`: seconds since the epoch. `monotonic`: seconds.
+    """`engines` places sessions and sends commands. `clock`: seconds since the epoch. `monotonic`: seconds.
 
     `context_tokens` is the model's context length. `adopts`: sessions move between the instances of a shared journal.
     """
 
-    gate: EngineGate
+    engines: EngineSet
     table: SessionTable
     preparer: Preparer
     journal: Journal

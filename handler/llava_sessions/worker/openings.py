@@ -11,6 +11,7 @@ import math
 import re
 import uuid
 from collections import OrderedDict
+from collections.abc import Set
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +28,8 @@ from ..text.chat_template import Opening
 from .context import WorkerContext
 from .pending import PendingRequest, session_moved
 from .prompts import PreparedOpen, Rebuild
-from .sessions import Residency, Session, SessionState, session_not_found
+from .sessions import Session, session_not_found
+from .states import SessionState
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,8 @@ class _Opening:
     """An open that is not acknowledged yet. `pending`: its requests, several after a retry.
 
     `resumed`: the session that it continues, if that is open in this worker. `retiring`: the journal removes the old
-    session, so an error of the engine cannot reject this open any more.
+    session, so an error of the engine cannot reject this open any more. `rebuild`: the session as it was sent to the
+    engine, kept until it is admitted if there are several engines.
     """
 
     session: Session
@@ -52,6 +55,7 @@ class _Opening:
     pending: list[PendingRequest] = field(default_factory=list)
     resumed: Session | None = None
     retiring: bool = False
+    rebuild: Rebuild | None = None
 
     @property
     def waiting(self) -> list[PendingRequest]:
@@ -74,7 +78,7 @@ class Openings:
             raise Refused("invalid_request", message)
         if request.stored_key is not None and self._attach(pending, request.stored_key, request.confirm_s):
             return
-        self._context.gate.check()
+        self._context.engines.check()
         session = self._context.table.reserve(_session_id(pending))
         opening = _Opening(session, request, [pending])
         try:
@@ -98,6 +102,7 @@ class Openings:
         opening = self._openings.get(session.id)
         if opening is None or not session.is_in(SessionState.OPENING):
             return
+        opening.rebuild = None
         session.advance(SessionState.OPEN)
         saved = self._context.journal.save(session.known_transcript)
         self._context.inbox.when_done(saved, partial(self._saved, opening))
@@ -114,11 +119,37 @@ class Openings:
         """Return whether the session is not acknowledged yet."""
         return session.id in self._openings
 
-    def engine_lost(self) -> None:
-        """Reject the opens that only the lost engine held. One that is being stored becomes a cold session."""
+    def engine_lost(self, lost: Set[Session]) -> None:
+        """Place the opens again that the lost engine held, or reject them.
+
+        An open that is being stored becomes a cold session.
+        """
         for opening in list(self._openings.values()):
-            if opening.session.is_in(SessionState.OPENING) and opening.session.transcript is not None:
-                self._reject(opening, self._context.gate.restarting())
+            session = opening.session
+            if session in lost and session.is_in(SessionState.OPENING) and not self.place_again(session, None):
+                self._reject(opening, self._context.engines.restarting())
+
+    def place_again(self, session: Session, avoid: int | None) -> bool:
+        """Send an open to another engine than `avoid`, which has rejected it, or than the lost one.
+
+        Return False if there is no other engine, or if the open was placed again before.
+        """
+        opening = self._openings.get(session.id)
+        rebuild = None if opening is None else opening.rebuild
+        if opening is None or rebuild is None or not self._context.engines.has_other(avoid):
+            return False
+        log.info("open_placed_again session=%s", short_id(session.id))
+        session.unload()
+        opening.rebuild = None
+        self._load(session, rebuild, avoid)
+        return True
+
+    def _load(self, session: Session, rebuild: Rebuild, avoid: int | None = None) -> None:
+        """Make an engine hold a session that opens. Raise `Refused` (engine_restarting)."""
+        engines = self._context.engines
+        engines.load(session, rebuild.command(session.id), engines.place(rebuild.picture_keys, avoid))
+        session.transcript = rebuild.transcript
+        session.picture_keys = rebuild.picture_keys
 
     def _attach(self, pending: PendingRequest, retry_key: str, confirm_s: int | None) -> bool:
         """Answer a retried open with the session of the first one. Return False if that session has ended."""
@@ -186,10 +217,8 @@ class Openings:
             check_context(rebuild.transcript.token_count + 1, self._context.context_tokens)
             if not opening.waiting:
                 raise Refused("invalid_request", "The client has left.")  # no client receives it
-            self._context.gate.submit(rebuild.command(session.id))
-            session.transcript = rebuild.transcript
-            session.picture_keys = rebuild.picture_keys
-            session.advance(Residency.LOADING)
+            self._load(session, rebuild)
+            opening.rebuild = rebuild if self._context.engines.are_several else None
         except Exception as error:
             self._reject(opening, error)
 
@@ -324,7 +353,7 @@ def _acknowledge(pending: PendingRequest, session: Session, durable: bool | None
 def unload(context: WorkerContext, session: Session) -> None:
     """Make the engine free a session that it holds."""
     if session.in_engine:
-        context.gate.submit_if_connected(CloseSession(session.id))
+        context.engines.submit_if_held(session, CloseSession(session.id))
         session.unload()
 
 

@@ -785,9 +785,7 @@ class World:
         for _ in range(ROUNDS):
             for instance in self.instances:
                 self._round(instance)
-            if all(
-                instance.is_idle or (instance.has_lost and not instance.active) for instance in self.instances
-            ):
+            if all(instance.is_idle or (instance.has_lost and not instance.active) for instance in self.instances):
                 return
         waiting = [request.kind for instance in self.instances for request in instance.active]
         self.demand(False, f"requests without a reply: {waiting}")

@@ -123,9 +123,7 @@ METRICS = (
         "CPU: features and KV caches. CUDA: memory that torch's allocator holds, with the weights.",
         in_torchserve=True,
     ),
-    Metric(
-        "llava_engine_up", "gauge", "count", "1 if the device's engine works, 0 while it restarts.", label=_DEVICE
-    ),
+    Metric("llava_engine_up", "gauge", "count", "1 if the device's engine works, 0 while it restarts.", label=_DEVICE),
     Metric("llava_engine_sessions", "gauge", "count", "Open sessions that the device's engine holds.", label=_DEVICE),
     Metric(
         "llava_engine_running_turns",

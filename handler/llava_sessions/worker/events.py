@@ -140,15 +140,23 @@ class EngineEvents:
             case Prefilled():
                 if session.is_in(Residency.LOADING):
                     session.advance(Residency.LOADED)
-                encode_ms = round(event.encode_ms)
-                total_ms = round(event.total_ms)
-                log.info("session_ready session=%s encode_ms=%d total_ms=%d", short_id(session.id), encode_ms, total_ms)
+                self._ready(session, event)
             case OpenFailed():
                 self._unloaded(session, _turn_error(event))
             case Closed():
                 if session.is_in(SessionState.CLOSING):
                     session.unload()
                     self._closes.freed(session)
+
+    def _ready(self, session: Session, event: Prefilled) -> None:
+        if session.engine is not None:
+            log.info(
+                "session_ready session=%s device=%s encode_ms=%d total_ms=%d",
+                short_id(session.id),
+                self._context.engines.all[session.engine].label,
+                round(event.encode_ms),
+                round(event.total_ms),
+            )
 
     def _out_of_capacity(self, event: OutOfCapacity) -> None:
         message = (

@@ -7,6 +7,7 @@ rebuilt, each of them once for a kill.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import signal
@@ -35,7 +36,7 @@ _POLL_S = 0.02
 
 def devices(argv: list[str]) -> int:
     """Kill one of two engines of a server while sessions on both of them chat."""
-    chosen = options("devices", __doc__, argv, sessions=40, turns=10, at_once=8, kills=5, pause_ms=500)
+    chosen = options("devices", __doc__, argv, sessions=40, turns=10, at_once=8, kills=5, pause_ms=200)
     record = Record("devices", chosen)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llava-soak-")))
@@ -115,9 +116,7 @@ class Talk:
         self._await(lambda: len(Placements.read(self._served.log()).up) > before)
         self._outages.append((began_s, time.monotonic()))
         lost = Placements.read(self._served.log()).lost[-1]
-        record.say(
-            f"after {self._turns} turns; {lost} was killed, and is back {time.monotonic() - began_s:.1f} s later"
-        )
+        record.say(f"{self._turns} turns; {lost} was killed and is back after {time.monotonic() - began_s:.1f} s")
 
     def _await(self, holds: Callable[[], bool]) -> None:
         until = time.monotonic() + _PATIENCE_S
@@ -147,7 +146,7 @@ class Talk:
             if tally.repeated.total() > failed:
                 mine.interrupted += 1
             else:
-                mine.gaps += [(after, after - before) for before, after in zip(times, times[1:], strict=False)]
+                mine.gaps += [(after, after - before) for before, after in itertools.pairwise(times)]
             with self._gate:
                 self._turns += 1
         chat.close()

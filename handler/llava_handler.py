@@ -39,6 +39,7 @@ from llava_sessions.torchserve.sequences import EndRequestSender
 from llava_sessions.worker.assembly import Policy, make_pump
 from llava_sessions.worker.context import ServedModel
 from llava_sessions.worker.devices import engine_devices
+from llava_sessions.worker.engine_set import EngineSet
 from llava_sessions.worker.exporter import Exporter, Histograms
 from llava_sessions.worker.inbox import Inbox
 from llava_sessions.worker.sessions import SessionTable
@@ -87,7 +88,7 @@ class LlavaHandler(BaseHandler):
         facts = engines[0].facts
         histograms = Histograms()
         self._pump = make_pump(
-            engines=engines,
+            engines=EngineSet(engines, self._supervisors.labels),
             inbox=inbox,
             template=template,
             table=_session_table(config),
@@ -98,7 +99,6 @@ class LlavaHandler(BaseHandler):
             journal=journal,
             histograms=histograms,
             policy=_policy(config, context, checkpoint),
-            labels=self._supervisors.labels,
         )
         self._pump.recover()
         self._start_metrics(context, Exporter(histograms, metrics_port, context.model_name, config.compat_metrics))

@@ -31,6 +31,7 @@ from llava_sessions.text.processors import load_processor
 from llava_sessions.torchserve.batch import Reply, Row
 from llava_sessions.torchserve.sequences import RETURN_S
 from llava_sessions.worker.assembly import Timing, make_pump
+from llava_sessions.worker.engine_set import EngineSet
 from llava_sessions.worker.engines import EngineLost, EngineUp, FromEngine
 from llava_sessions.worker.inbox import Inbox
 from llava_sessions.worker.pending import LARGE_BYTES
@@ -323,7 +324,9 @@ class Instance:
             [] if self.store is None else [self.store], clock=lambda: self.world.monotonic_s, pool=self.journal_jobs
         )
         self.pump = make_pump(
-            engines=[device.start() for device in self.devices],
+            engines=EngineSet(
+                [device.start() for device in self.devices], [f"cpu:{device.number}" for device in self.devices]
+            ),
             inbox=self.inbox,
             template=template(),
             table=self.table,

@@ -30,6 +30,7 @@ from llava_sessions.protocol.constants import CLOSED_SESSION_HEADER, SESSION_HEA
 from llava_sessions.text.chat_template import ChatTemplate
 from llava_sessions.torchserve.batch import Reply, Row
 from llava_sessions.worker.assembly import Policy, Timing, make_pump
+from llava_sessions.worker.engine_set import EngineSet
 from llava_sessions.worker.engines import EngineLost, EngineUp, FromEngine
 from llava_sessions.worker.exporter import Histograms
 from llava_sessions.worker.inbox import Inbox
@@ -109,7 +110,7 @@ class Frontend:
     def _make_pump(self, **options: Any) -> Pump:
         """Make the pump, with this object as its engine and as what ends its sequences."""
         return make_pump(
-            engines=[EngineUp(self, None)],
+            engines=EngineSet([EngineUp(self, None)], ["cpu"]),
             inbox=self.inbox,
             table=self.table,
             limits=RequestLimits(),

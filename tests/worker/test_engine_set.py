@@ -11,6 +11,7 @@ from llava_sessions.errors import Refused
 from llava_sessions.ipc.messages import EngineFacts, Memory, OpenSession, OutOfCapacity, PreparedPicture, Report
 from llava_sessions.worker.engine_set import EngineSet
 from llava_sessions.worker.engines import EngineLost, EngineUp
+from llava_sessions.worker.placement import Placement
 from llava_sessions.worker.sessions import Session, SessionTable
 from llava_sessions.worker.states import Residency
 from tests.support.lifecycles import PROMPTS, Chat, Instance, Question, Request, World, world
@@ -29,87 +30,90 @@ class Sink:
         self.commands.append(command)
 
 
-def make_set(engines: int = 2) -> EngineSet:
-    """Return engines with empty budgets."""
-    facts = EngineFacts("cpu", "float32", 4096, BUDGET, 0, TOKEN_BYTES)
-    ups = [EngineUp(Sink(), facts) for _ in range(engines)]
-    return EngineSet(ups, [f"cpu:{number}" for number in range(engines)], SessionTable(64, 60.0))
+class Engines:
+    """Engines with empty budgets, and their sessions."""
 
+    def __init__(self, engines: int = 2) -> None:
+        facts = EngineFacts("cpu", "float32", 4096, BUDGET, 0, TOKEN_BYTES)
+        self.table = SessionTable(64, 60.0)
+        ups = [EngineUp(Sink(), facts) for _ in range(engines)]
+        self.set = EngineSet(ups, [f"cpu:{number}" for number in range(engines)])
+        self.placement = Placement(self.set, self.table)
+        self.place = self.placement.place
 
-def add(engines: EngineSet, name: str, number: int, keys: tuple[str, ...] = (), tokens: int = 0) -> Session:
-    """Add a session that an engine holds; it is still loading if it has `tokens`."""
-    session = engines._table.reserve(name)
-    command = OpenSession(name, list(range(tokens)), tuple(PreparedPicture(key, {}) for key in keys))
-    engines.load(session, command, number)
-    session.picture_keys = keys
-    if not tokens:
-        session.advance(Residency.LOADED)
-    return session
+    def add(self, name: str, number: int, keys: tuple[str, ...] = (), tokens: int = 0) -> Session:
+        """Add a session that an engine holds; it is still loading if it has `tokens`."""
+        session = self.table.reserve(name)
+        command = OpenSession(name, list(range(tokens)), tuple(PreparedPicture(key, {}) for key in keys))
+        self.set.load(session, command, number)
+        session.picture_keys = keys
+        if not tokens:
+            session.advance(Residency.LOADED)
+        return session
 
-
-def used(engines: EngineSet, number: int, kv_bytes: int) -> None:
-    """Report the use of an engine's budget."""
-    engines.report(number, Report([], Memory(kv_bytes=kv_bytes, device_budget_bytes=BUDGET)))
+    def used(self, number: int, kv_bytes: int) -> None:
+        """Report the use of an engine's budget."""
+        self.set.report(number, Report([], Memory(kv_bytes=kv_bytes, device_budget_bytes=BUDGET)))
 
 
 def test_a_session_is_placed_on_the_engine_with_the_most_free_memory() -> None:
-    engines = make_set(3)
-    used(engines, 0, 9_000)
-    used(engines, 1, 4_000)
-    used(engines, 2, 8_000)
+    engines = Engines(3)
+    engines.used(0, 9_000)
+    engines.used(1, 4_000)
+    engines.used(2, 8_000)
     assert engines.place() == 1
     assert engines.place(avoid=1) == 2
     for number in range(4):
-        add(engines, f"s{number}", 1)
+        engines.add(f"s{number}", 1)
     assert engines.place() == 1, "sessions count only where memory is equal"
 
 
 def test_within_a_16th_of_the_budget_the_number_of_sessions_decides() -> None:
-    engines = make_set()
-    used(engines, 0, 4_500)
-    used(engines, 1, 4_900)
-    add(engines, "a", 0)
+    engines = Engines()
+    engines.used(0, 4_500)
+    engines.used(1, 4_900)
+    engines.add("a", 0)
     assert engines.place() == 1
-    used(engines, 1, 5_500)
+    engines.used(1, 5_500)
     assert engines.place() == 0
 
 
 def test_a_picture_that_an_engine_holds_counts_as_two_sessions() -> None:
-    engines = make_set()
-    add(engines, "a", 1, ("red",))
+    engines = Engines()
+    engines.add("a", 1, ("red",))
     assert engines.place(("red",)) == 1
     assert engines.place(("blue",)) == 0
-    add(engines, "b", 1, ("red",))
-    add(engines, "c", 1, ("red",))
+    engines.add("b", 1, ("red",))
+    engines.add("c", 1, ("red",))
     assert engines.place(("red",)) == 0
 
 
 def test_the_memory_of_sessions_that_are_loading_counts_before_it_is_reported() -> None:
-    engines = make_set()
-    add(engines, "a", 0)
-    add(engines, "b", 0)
-    add(engines, "c", 1, tokens=200)  # 2,000 bytes: two steps of a 16th
+    engines = Engines()
+    engines.add("a", 0)
+    engines.add("b", 0)
+    engines.add("c", 1, tokens=200)  # 2,000 bytes: two steps of a 16th
     assert engines.place() == 0
-    assert not engines.has_room(BUDGET - 1_999, avoid=0)
-    assert engines.has_room(BUDGET - 2_000, avoid=0)
+    assert not engines.placement.has_room(BUDGET - 1_999, avoid=0)
+    assert engines.placement.has_room(BUDGET - 2_000, avoid=0)
 
 
 def test_a_lost_engine_gets_no_session_and_rejects_only_its_own() -> None:
-    engines = make_set()
-    mine = add(engines, "mine", 0)
-    other = add(engines, "other", 1)
-    engines.disconnect(0, EngineLost("a test", retry_after_s=40))
+    engines = Engines()
+    mine = engines.add("mine", 0)
+    other = engines.add("other", 1)
+    engines.set.disconnect(0, EngineLost("a test", retry_after_s=40))
     assert engines.place() == 1
-    engines.check()
-    assert engines.restarting().retry_after_s == 1
-    waits = engines.absent()
+    engines.set.check()
+    assert engines.set.restarting().retry_after_s == 1
+    waits = engines.set.absent()
     assert waits is not None
     assert waits.retry_after_s == 40
-    engines.submit(other, OpenSession("other", [], ()))
+    engines.set.submit(other, OpenSession("other", [], ()))
     with pytest.raises(Refused, match="try again in 1 s"):
-        engines.submit(mine, OpenSession("mine", [], ()))
-    engines.disconnect(1, EngineLost("a test", retry_after_s=30))
-    for call in (engines.check, engines.place):
+        engines.set.submit(mine, OpenSession("mine", [], ()))
+    engines.set.disconnect(1, EngineLost("a test", retry_after_s=30))
+    for call in (engines.set.check, engines.place):
         with pytest.raises(Refused, match="try again in 30 s"):
             call()
 
@@ -182,7 +186,7 @@ def test_the_sessions_of_the_other_engine_go_on_and_the_lost_ones_are_rebuilt_th
     assert [engine_of(home, chat) for chat in chats] == [1] * 4
     values = home.pump.metric_values()
     assert (values.rebuilds_total, values.engine_restarts_total) == (2, 1)
-    assert (values.engine_up, values.engine_sessions) == ({"0": 0, "1": 1}, {"0": 0, "1": 4})
+    assert (values.engine_up, values.engine_sessions) == ({"cpu:0": 0, "cpu:1": 1}, {"cpu:0": 0, "cpu:1": 4})
     home.bring_engine()
     lives.settle()
     lives.close_chat(chats[0])

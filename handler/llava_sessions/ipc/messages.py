@@ -366,8 +366,7 @@ class EngineSettings:
     """Settings of an engine process.
 
     `dtype`, `device` and `weights`: as in `Model.load`. `device_bytes` and `host_bytes`: the budget; None derives it
-    from the machine's memory. `engines`: engines on this machine, this one included, among which its RAM and its CPU
-    cores are divided.
+    from the machine's memory. `engines`: those that share the machine's RAM and CPU cores.
     """
 
     checkpoint: str
@@ -383,10 +382,7 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """Properties of an engine that has loaded its checkpoint and answered a first question.
-
-    `token_bytes`: KV bytes of one token.
-    """
+    """Properties of an engine that has answered a first question. `token_bytes`: KV bytes of one token."""
 
     device: str
     dtype: str

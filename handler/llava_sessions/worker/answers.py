@@ -40,7 +40,7 @@ class Answers:
         turn = self._turns.find(event.turn_id)
         if turn is not None:
             turn.is_admitted = True
-            if self._context.engines.are_several:
+            if self._context.placement.are_several:
                 turn.ask = turn.ask.without_pictures()  # it is not placed again any more
             if turn.may_commit:
                 for pending in turn.pending:

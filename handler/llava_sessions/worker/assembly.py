@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
@@ -15,10 +15,10 @@ from .arrivals import Arrivals
 from .context import ServedModel, WorkerContext
 from .counters import Counters
 from .engine_set import EngineSet
-from .engines import EngineUp
 from .exporter import Histograms
 from .inbox import Inbox
 from .manager import SessionManager
+from .placement import Placement
 from .preparation import Preparer
 from .pump import CLOSE_WAIT_S, WAIT_S, Pump
 from .sessions import SessionTable
@@ -51,7 +51,7 @@ class Policy:
 
 def make_pump(
     *,
-    engines: Sequence[EngineUp],
+    engines: EngineSet,
     inbox: Inbox,
     template: ChatTemplate,
     table: SessionTable,
@@ -66,13 +66,10 @@ def make_pump(
     parsing: Executor | None = None,
     fetch: Callable[[str, MediaLimits], bytes] | None = None,
     policy: Policy | None = None,
-    labels: Sequence[str] = (),
 ) -> Pump:
-    """Build a pump. Call its `recover` before the first row. `histograms` observe the turns.
+    """Build a pump. Call its `recover` before the first row. The engines' items reach the inbox as `FromEngine`.
 
-    `engines`: those that are ready, with `labels` for metrics. Their items reach the inbox as `FromEngine`.
-
-    For tests, `executor` runs the preparations, `parsing` parses large bodies, and `fetch` replaces the HTTP client.
+    `histograms` observe the turns. For tests, `executor` runs the preparations, `parsing` parses large bodies, and `fetch` replaces the HTTP client.
     """
     timing = timing or Timing()
     policy = policy or Policy()
@@ -80,7 +77,8 @@ def make_pump(
     share = policy.share_pictures
     preparer = Preparer(template, media_limits, journal, timing.clock, executor, fetch, share, adopts=adopts)
     context = WorkerContext(
-        engines=EngineSet(engines, labels or [str(number) for number in range(len(engines))], table),
+        engines=engines,
+        placement=Placement(engines, table),
         table=table,
         preparer=preparer,
         journal=journal,
@@ -92,9 +90,8 @@ def make_pump(
         served=policy.served,
         counters=Counters(histograms=histograms or Histograms()),
     )
-    manager = SessionManager(context)
     return Pump(
-        manager,
+        SessionManager(context),
         inbox,
         _reaper(ender, policy.places or frontend_capacity(table.max_sessions), table, timing),
         Arrivals(inbox, limits, max_body_bytes(limits, media_limits), parsing, policy.allow_system),

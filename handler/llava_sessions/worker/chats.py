@@ -104,7 +104,7 @@ class Chats:
         sampling = sampling_of(chat, deadline_ms)
         asked = AskSession(session.id, turn.id, sent_ids, sampling, prepared.pictures[first:], kept_tokens=place.kept)
         context.engines.submit(session, asked)
-        turn.ask = chat if context.engines.are_several else chat.without_pictures()
+        turn.ask = chat if context.placement.are_several else chat.without_pictures()
         turn.submitted_s = context.monotonic()
         turn.advance(TurnState.RUNNING)
 
@@ -113,7 +113,7 @@ class Chats:
         holder = place.session or place.donor
         if holder is not None and holder.engine is not None:
             return holder.engine
-        return self._context.engines.place(keys_of(prepared.pictures), avoid)
+        return self._context.placement.place(keys_of(prepared.pictures), avoid)
 
     def _open(self, session: Session, place: Place, prepared: PreparedChat, engine: int) -> None:
         """Open a new session in an engine, with the beginning that it shares with its donor."""

@@ -10,6 +10,7 @@ from ..journal.journal import Journal
 from .counters import Counters
 from .engine_set import EngineSet
 from .inbox import Inbox
+from .placement import Placement
 from .preparation import Preparer
 from .sessions import SessionTable
 
@@ -25,12 +26,14 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """`engines` places sessions and sends commands. `clock`: seconds since the epoch. `monotonic`: seconds.
+    """`placement` chooses a session's engine; `engines` sends commands.
 
-    `context_tokens` is the model's context length. `adopts`: sessions move between the instances of a shared journal.
+    `clock`: seconds since the epoch. `monotonic`: seconds. `context_tokens` is the model's context length. `adopts`:
+    sessions move between the instances of a shared journal.
     """
 
     engines: EngineSet
+    placement: Placement
     table: SessionTable
     preparer: Preparer
     journal: Journal

@@ -1,23 +1,15 @@
-"""The engines of one worker: where a session is placed, and the commands to the engine that holds it.
-
-Picture features and prefixes are shared within one engine only.
-"""
+"""The engines of one worker, and the commands to the engine that holds a session."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..errors import Refused
 from ..ipc.messages import Command, EngineFacts, OpenSession, Report
 from .counters import EngineMemory
 from .engines import CommandSink, EngineLost, EngineUp
-from .sessions import Session, SessionTable
-
-# Free memory is compared in steps of this part of the largest budget. Within one step the number of sessions decides.
-_STEPS = 16
-# A picture that an engine holds already counts as so many sessions fewer.
-_PICTURE_SESSIONS = 2
+from .sessions import Session
 
 
 @dataclass(eq=False)
@@ -52,31 +44,16 @@ class DeviceEngine:
         return 0 if self.facts is None else tokens * self.facts.token_bytes
 
 
-@dataclass
-class _Load:
-    """Sessions of an engine. `loading_bytes`: KV that its report may lack. `has_picture`: it holds a picture."""
-
-    sessions: int = 0
-    loading_bytes: int = 0
-    has_picture: bool = False
-
-
 class EngineSet:
-    """Places sessions and sends commands. Rejects new work during a drain, or while no engine works.
+    """Sends commands to the engines. Rejects new work during a drain, or while no engine works.
 
     Not thread-safe: all methods run on the pump's thread, under its lock.
     """
 
-    def __init__(self, first: Sequence[EngineUp], labels: Sequence[str], table: SessionTable) -> None:
-        """`first`, `labels`: of each engine. `table`: its sessions know their engines."""
+    def __init__(self, first: Sequence[EngineUp], labels: Sequence[str]) -> None:
+        """`first`, `labels`: of each engine. `draining_since_s`: when the server began to stop, by the pump's clock."""
         self._engines = [DeviceEngine(label, up.client, up.facts) for up, label in zip(first, labels, strict=True)]
-        self._table = table
         self.draining_since_s: float | None = None
-
-    @property
-    def draining(self) -> bool:
-        """Whether the server is about to stop."""
-        return self.draining_since_s is not None
 
     @property
     def all(self) -> Sequence[DeviceEngine]:
@@ -87,11 +64,6 @@ class EngineSet:
     def working(self) -> int:
         """The number of engines that take commands."""
         return sum(engine.client is not None for engine in self._engines)
-
-    @property
-    def are_several(self) -> bool:
-        """Whether a session may be placed on another engine."""
-        return len(self._engines) > 1
 
     @property
     def longest_step_s(self) -> float:
@@ -120,44 +92,14 @@ class EngineSet:
 
     def check(self) -> None:
         """Raise `Refused` (shutting_down, engine_restarting) if new work would not be done."""
-        if self.draining:
+        if self.draining_since_s is not None:
             raise Refused("shutting_down", "The server is about to stop and takes no new work.", retry_after_s=5)
+        self.check_working()
+
+    def check_working(self) -> None:
+        """Raise `Refused` (engine_restarting) if no engine works."""
         if not self.working:
             raise self.restarting()
-
-    def place(self, picture_keys: Iterable[str] = (), avoid: int | None = None) -> int:
-        """Return the engine with the most free memory. Raise `Refused` (engine_restarting) if no engine works.
-
-        Free memory is compared in steps of a 16th of the budget. Within a step the engine with the fewest sessions is
-        chosen; an engine that holds one of the pictures counts as if it had two sessions fewer. `avoid`: an engine
-        that has rejected the session; it is chosen only if no other works.
-        """
-        working = [number for number, engine in enumerate(self._engines) if engine.client is not None]
-        if not working:
-            raise self.restarting()
-        candidates = [number for number in working if number != avoid] or working
-        loads = self._loads(frozenset(picture_keys))
-        step_bytes = max(*(self._engines[number].budget_bytes // _STEPS for number in working), 1)
-
-        def rank(number: int) -> tuple[int, int]:
-            load = loads[number]
-            free_steps = (self._engines[number].free_bytes - load.loading_bytes) // step_bytes
-            return free_steps, _PICTURE_SESSIONS * load.has_picture - load.sessions
-
-        return max(candidates, key=rank)  # the first of equals
-
-    def has_other(self, avoid: int | None) -> bool:
-        """Return whether an engine other than `avoid` works."""
-        return any(engine.client is not None for number, engine in enumerate(self._engines) if number != avoid)
-
-    def has_room(self, needed_bytes: int, avoid: int) -> bool:
-        """Return whether an engine other than `avoid` has so much free memory."""
-        loads = self._loads(frozenset())
-        return any(
-            engine.client is not None and engine.free_bytes - loads[number].loading_bytes >= needed_bytes
-            for number, engine in enumerate(self._engines)
-            if number != avoid
-        )
 
     def load(self, session: Session, command: OpenSession, number: int) -> None:
         """Make an engine hold a session. Raise `Refused` (engine_restarting) while the engine is being replaced."""
@@ -177,17 +119,12 @@ class EngineSet:
 
     def restarting(self) -> Refused:
         """Return the error for work that a lost engine held. Another engine that works takes its session at once."""
-        return self._restarting(1 if self.working else min(engine.retry_after_s for engine in self._engines))
+        return _restarting(1 if self.working else min(engine.retry_after_s for engine in self._engines))
 
     def absent(self) -> Refused | None:
         """Return the error for work that needs the memory of an engine that is being replaced; None if all work."""
         absent = [engine.retry_after_s for engine in self._engines if engine.client is None]
-        return self._restarting(min(absent)) if absent else None
-
-    @staticmethod
-    def _restarting(after_s: int) -> Refused:
-        message = f"The engine is being restarted. No finished turn is lost; try again in {after_s} s."
-        return Refused("engine_restarting", message, retry_after_s=after_s)
+        return _restarting(min(absent)) if absent else None
 
     def _client(self, number: int | None) -> CommandSink:
         client = None if number is None else self._engines[number].client
@@ -195,15 +132,7 @@ class EngineSet:
             raise self.restarting()
         return client
 
-    def _loads(self, picture_keys: frozenset[str]) -> list[_Load]:
-        loads = [_Load() for _ in self._engines]
-        for session in self._table:
-            if session.engine is None:
-                continue
-            load = loads[session.engine]
-            load.sessions += 1
-            if not session.is_loaded:
-                load.loading_bytes += self._engines[session.engine].kv_bytes(session.loading_tokens)
-            elif not picture_keys.isdisjoint(session.picture_keys):
-                load.has_picture = True
-        return loads
+
+def _restarting(after_s: int) -> Refused:
+    message = f"The engine is being restarted. No finished turn is lost; try again in {after_s} s."
+    return Refused("engine_restarting", message, retry_after_s=after_s)

@@ -186,13 +186,17 @@ class EngineEvents:
         """
         session = turn.session
         engine = session.engine
-        engines = self._context.engines
+        placement = self._context.placement
         if engine is None or turn.avoids is not None or turn.is_admitted or not turn.is_in(TurnState.RUNNING):
             return False
         is_held = event.turn_id is not None and session.conversation is None
-        if not (engines.has_room(event.needed_bytes, engine) if is_held else engines.has_other(engine)):
+        if not (placement.has_room(event.needed_bytes, engine) if is_held else placement.has_other(engine)):
             return False
-        self._turns.place_again(turn, engine)
+        log.info("turn_placed_again session=%s", short_id(session.id))
+        for pending in turn.pending:
+            pending.avoids = engine
+        turn.retries[:0] = [(pending, turn.ask) for pending in turn.pending]
+        self._turns.end(turn)
         if event.turn_id is None:
             session.unload()  # the engine holds nothing of it
         elif session.conversation is None:

@@ -174,13 +174,14 @@ class SessionManager:
 
     def drain(self) -> None:
         """Take no new work from now on. Takes no lock, so a signal handler may call it."""
-        if not self._context.engines.draining:
+        if self._context.engines.draining_since_s is None:
             self._context.engines.draining_since_s = self._context.monotonic()
 
     @property
     def drained(self) -> bool:
         """Whether a drain was asked for and everything is stored."""
-        return self._context.engines.draining and self._context.journal.flush(timeout_s=0)
+        is_draining = self._context.engines.draining_since_s is not None
+        return is_draining and self._context.journal.flush(timeout_s=0)
 
     @property
     def freeing(self) -> bool:

@@ -82,7 +82,7 @@ class Openings:
         session = self._context.table.reserve(_session_id(pending))
         opening = _Opening(session, request, [pending])
         try:
-            prepared = self._prepare(opening)
+            prepared = _prepare(self._context, opening)
         except Exception:
             self._context.table.release(session)
             raise
@@ -136,20 +136,13 @@ class Openings:
         """
         opening = self._openings.get(session.id)
         rebuild = None if opening is None else opening.rebuild
-        if opening is None or rebuild is None or not self._context.engines.has_other(avoid):
+        if opening is None or rebuild is None or not self._context.placement.has_other(avoid):
             return False
         log.info("open_placed_again session=%s", short_id(session.id))
         session.unload()
         opening.rebuild = None
-        self._load(session, rebuild, avoid)
+        _load(self._context, session, rebuild, avoid)
         return True
-
-    def _load(self, session: Session, rebuild: Rebuild, avoid: int | None = None) -> None:
-        """Make an engine hold a session that opens. Raise `Refused` (engine_restarting)."""
-        engines = self._context.engines
-        engines.load(session, rebuild.command(session.id), engines.place(rebuild.picture_keys, avoid))
-        session.transcript = rebuild.transcript
-        session.picture_keys = rebuild.picture_keys
 
     def _attach(self, pending: PendingRequest, retry_key: str, confirm_s: int | None) -> bool:
         """Answer a retried open with the session of the first one. Return False if that session has ended."""
@@ -189,26 +182,6 @@ class Openings:
             session.stored_turns = len(transcript.log)
         _acknowledge(pending, session)
 
-    def _prepare(self, opening: _Opening) -> Future[Any]:
-        """Start the preparation. Its future returns a `PreparedOpen` or, for a resume, a `Rebuild`."""
-        request = opening.request
-        context = self._context
-        if request.resume is None:
-            return context.preparer.open(request, opening.session.id, digest_of(request.session_token))
-        token_digest = digest_of(request.session_token)
-        transcript = None
-        if context.table.find(request.resume) is not None:
-            resumed = context.table.get(request.resume, context.clock(), token_digest)
-            if resumed.turn is not None:
-                raise Refused("session_busy", "The session to resume is still answering; cancel that turn or wait.")
-            # No ask, close or other resume may use the session until this open is answered.
-            resumed.advance(SessionState.CLOSING)
-            opening.resumed = resumed
-            transcript = resumed.transcript
-        elif context.table.was_closed(request.resume, token_digest):
-            context.table.get(request.resume, context.clock(), token_digest)
-        return context.preparer.resume(request.resume, token_digest, transcript)
-
     def _prepared(self, opening: _Opening, prepared: Future[PreparedOpen | Rebuild]) -> None:
         """Submit an open whose pictures are prepared, or reject it."""
         session = opening.session
@@ -217,8 +190,8 @@ class Openings:
             check_context(rebuild.transcript.token_count + 1, self._context.context_tokens)
             if not opening.waiting:
                 raise Refused("invalid_request", "The client has left.")  # no client receives it
-            self._load(session, rebuild)
-            opening.rebuild = rebuild if self._context.engines.are_several else None
+            _load(self._context, session, rebuild)
+            opening.rebuild = rebuild if self._context.placement.are_several else None
         except Exception as error:
             self._reject(opening, error)
 
@@ -288,6 +261,34 @@ class Openings:
             opening.resumed.advance(SessionState.OPEN)
         for pending in opening.waiting:
             pending.refuse(error)
+
+
+def _prepare(context: WorkerContext, opening: _Opening) -> Future[Any]:
+    """Start the preparation. Its future returns a `PreparedOpen` or, for a resume, a `Rebuild`."""
+    request = opening.request
+    if request.resume is None:
+        return context.preparer.open(request, opening.session.id, digest_of(request.session_token))
+    token_digest = digest_of(request.session_token)
+    transcript = None
+    if context.table.find(request.resume) is not None:
+        resumed = context.table.get(request.resume, context.clock(), token_digest)
+        if resumed.turn is not None:
+            raise Refused("session_busy", "The session to resume is still answering; cancel that turn or wait.")
+        # No ask, close or other resume may use the session until this open is answered.
+        resumed.advance(SessionState.CLOSING)
+        opening.resumed = resumed
+        transcript = resumed.transcript
+    elif context.table.was_closed(request.resume, token_digest):
+        context.table.get(request.resume, context.clock(), token_digest)
+    return context.preparer.resume(request.resume, token_digest, transcript)
+
+
+def _load(context: WorkerContext, session: Session, rebuild: Rebuild, avoid: int | None = None) -> None:
+    """Make an engine hold a session that opens. Raise `Refused` (engine_restarting)."""
+    engine = context.placement.place(rebuild.picture_keys, avoid)
+    context.engines.load(session, rebuild.command(session.id), engine)
+    session.transcript = rebuild.transcript
+    session.picture_keys = rebuild.picture_keys
 
 
 def _new_transcript(opening: _Opening, prepared: PreparedOpen | Rebuild, context: WorkerContext) -> Rebuild:

@@ -168,7 +168,7 @@ class Questions:
             if question.rebuild is None:  # the engine lost the session during the preparation
                 self._prepare(turn)
                 return
-            engine = context.engines.place(question.rebuild.picture_keys, turn.avoids)
+            engine = context.placement.place(question.rebuild.picture_keys, turn.avoids)
             context.engines.load(session, question.rebuild.command(session.id), engine)
             session.picture_keys = question.rebuild.picture_keys
             context.counters.rebuilds += 1
@@ -185,7 +185,7 @@ class Questions:
         sampling = sampling_of(turn.ask, deadline_ms)
         kept = None if rewrite is None else kept_tokens
         context.engines.submit(session, AskSession(session.id, turn.id, sent_ids, sampling, question.pictures, kept))
-        if not context.engines.are_several:
+        if not context.placement.are_several:
             turn.ask = turn.ask.without_pictures()
         turn.submitted_s = context.monotonic()
         turn.advance(TurnState.RUNNING)

@@ -90,14 +90,6 @@ class Turns:
                     log.error("session_rejected session=%s engines_lost=%d", short_id(session.id), MAX_ENGINE_LOSSES)
                 self.fail(turn, self._context.engines.restarting())
 
-    def place_again(self, turn: Turn, engine: int) -> None:
-        """Start a turn from the beginning that its engine has rejected, on another engine."""
-        log.info("turn_placed_again session=%s engine=%d", short_id(turn.session.id), engine)
-        for pending in turn.pending:
-            pending.avoids = engine
-        turn.retries[:0] = [(pending, turn.ask) for pending in turn.pending]
-        self.end(turn)
-
     def cancelled(self, turn: Turn, reason: str, event: Cancelled | None = None) -> None:
         """End a turn that leaves its session unchanged. `event` is None if the engine did not know the turn."""
         if event is None:

@@ -17,7 +17,7 @@ from ..ipc.messages import PreparedPicture
 from ..text.checkpoint import WEIGHTS, WEIGHTS_INDEX, UnsupportedCheckpoint, read_json
 from .attention import TEXT_ATTENTION, VISION_ATTENTION, PackedKV, Segment
 from .cpu import attention as cpu_attention
-from .cpu import int8_linears, layers, linears, picture_layers
+from .cpu import int8_linears, layer_stack, layers, linears, picture_layers
 from .device import native_dtype, prepare
 from .kv import KVShape
 
@@ -70,7 +70,9 @@ class Model:
             self.session_attention = cpu_attention.session_attention(
                 self._heads, self.kv_shape.kv_heads, head_dim, self.dtype
             )
-            layers.compile_layers(self.text.layers, self.token_attention, self.session_attention, self.kv_shape)
+            self.text.layers = layer_stack.stack_layers(
+                self.text.layers, self.token_attention, self.session_attention, self.kv_shape
+            )
 
     @classmethod
     def load(

@@ -18,9 +18,7 @@ from . import attention, linears
 from .operations import Activation, RowNorm, is_rms_norm
 
 if TYPE_CHECKING:
-    from .amx_layer import CompiledLayer  # importing it needs Numba
-    from .amx_sessions import SessionAttention
-    from .token_attention import TokenAttention
+    from .token_attention import TokenAttention  # importing it needs Numba
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +33,7 @@ _SAMPLE = torch.linspace(-4, 4, 33)
 class Batch(Protocol):
     """The sessions of one forward, as a fused layer uses them.
 
-    `tasks`: those of compiled attention, see `CompiledLayer`, or None if the attention of some rows is not compiled.
+    `tasks`: those of compiled attention, see `CompiledLayers`, or None if the attention of some rows is not compiled.
     """
 
     tasks: Any
@@ -46,22 +44,6 @@ class Batch(Protocol):
         `qkv`: `[rows, (heads + 2 * kv_heads) * head_dim]`, contiguous; rotated in place. `cos`, `sin`: `[rows,
         head_dim]`.
         """
-
-
-class Heads(Protocol):
-    """Dimensions and precision of KV caches."""
-
-    @property
-    def kv_heads(self) -> int:
-        """KV heads of a layer."""
-
-    @property
-    def head_dim(self) -> int:
-        """Numbers of a key."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of keys and values."""
 
 
 class FusedLayer(torch.nn.Module):
@@ -79,28 +61,16 @@ class FusedLayer(torch.nn.Module):
         self.output = pack(projections.o_proj)
         self.gate_up = pack(side_by_side(mlp.gate_proj, mlp.up_proj), Activation.GATED_SILU)
         self.down = pack(mlp.down_proj)
-        self._compiled: CompiledLayer | None = None
 
     @property
-    def is_compiled(self) -> bool:
-        """Whether the layer is one call of compiled loops."""
-        return self._compiled is not None
+    def parts(self) -> tuple[linears.PackedLinear, ...]:
+        """The linears in the order of their use."""
+        return (self.qkv, self.output, self.gate_up, self.down)
 
-    def use_parts(self) -> None:
-        """Run each part by itself."""
-        self._compiled = None
-
-    def compile(self, tokens: TokenAttention, sessions: SessionAttention | None) -> None:
-        """Compile the layer as a whole, if all its linears are of tiles of one kind.
-
-        `tokens`, `sessions`: see `CompiledLayer`.
-        """
-        packed = (self.qkv, self.output, self.gate_up, self.down)
-        parts = [part for part in packed if isinstance(part, linears.TileLinear)]
-        if len(parts) == len(packed) and len({type(part) for part in parts}) == 1:
-            from .amx_layer import CompiledLayer  # it needs Numba
-
-            self._compiled = CompiledLayer(self.layer, parts, (self._input_norm, self._mlp_norm), tokens, sessions)
+    @property
+    def norms(self) -> tuple[RowNorm, RowNorm]:
+        """The norms before attention and before the MLP."""
+        return (self._input_norm, self._mlp_norm)
 
     def forward(
         self,
@@ -112,8 +82,6 @@ class FusedLayer(torch.nn.Module):
         """Map hidden states `[1, rows, hidden]` to hidden states of the same shape."""
         cos, sin = position_embeddings
         rows = hidden_states[0]
-        if self._compiled is not None and packed.tasks is not None:
-            return self._compiled(rows, packed.tasks, cos[0], sin[0])[None]
         attended = packed.attend(self.layer, self.qkv(rows, norm=self._input_norm), cos[0], sin[0])
         rows = self.output(attended, rows)
         out: torch.Tensor = self.down(self.gate_up(rows, norm=self._mlp_norm), rows)
@@ -175,62 +143,6 @@ def _matches_torch(compiled: TokenAttention, heads: int, kv_heads: int, head_dim
     keys, values = kv[0, :, :, : stored + 1].float()
     expected = scaled_dot_product_attention(query[None, :, None].float(), keys[None], values[None], enable_gqa=True)
     return torch.allclose(out[1].float(), expected.flatten(), atol=allowed, rtol=allowed)
-
-
-@torch.inference_mode()
-def compile_layers(
-    layers: torch.nn.ModuleList, tokens: TokenAttention, sessions: SessionAttention | None, heads: Heads
-) -> None:
-    """Compile each fused layer as a whole where that is possible; leave all as they are if it fails.
-
-    `tokens`, `sessions`: see `CompiledLayer`. `heads`: dimensions of the KV caches. The first layer is tried on an
-    example; a failure is a warning in the log.
-    """
-    fused: list[Any] = list(layers)
-    try:
-        for layer in fused:
-            layer.compile(tokens, sessions)
-        if all(_whole_matches_parts(layer, tokens, heads) for layer in fused[:1]):
-            return
-        log.warning("compiled_layer_wrong")
-    except Exception:  # any error of the compiler
-        log.warning("compiled_layer_missing", exc_info=True)
-    for layer in fused:
-        layer.use_parts()
-
-
-class _Example:
-    """Two sessions with one new token each, as a `Batch`, on KV caches of their own."""
-
-    def __init__(self, layer: int, tokens: TokenAttention, heads: Heads) -> None:
-        stored = 5
-        size = (2, layer + 1, 2, heads.kv_heads, stored + 1, heads.head_dim)
-        numbers = torch.linspace(-9, 9, torch.Size(size).numel()).sin()
-        self._caches = numbers.view(size).to(heads.dtype)
-        task = tokens.task([(row, cache.data_ptr(), stored + 1, stored) for row, cache in enumerate(self._caches)])
-        self._tokens = tokens
-        self.tasks = (task, None)
-
-    def attend(self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """As `Batch.attend`."""
-        kv_heads, _, head_dim = self._caches.shape[3:]
-        out = qkv.new_empty(len(qkv), qkv.shape[1] - 2 * kv_heads * head_dim)
-        self._tokens(self.tasks[0], layer, qkv, cos, sin, out)
-        return out
-
-
-def _whole_matches_parts(layer: FusedLayer, tokens: TokenAttention, heads: Heads) -> bool:
-    """Return whether a layer gives the same numbers as one call and part by part. It is then as it was before."""
-    if not layer.is_compiled:
-        return True
-    rows = torch.linspace(-9, 9, 2 * layer.qkv.in_features).cos().view(1, 2, -1).to(heads.dtype)
-    angles = torch.linspace(0, 3, heads.head_dim // 2).repeat(1, 2, 2)
-    position = (angles.cos().to(heads.dtype), angles.sin().to(heads.dtype))
-    whole = layer(rows, position, _Example(layer.layer, tokens, heads))
-    compiled, layer._compiled = layer._compiled, None
-    parts = layer(rows, position, _Example(layer.layer, tokens, heads))
-    layer._compiled = compiled
-    return torch.equal(whole, parts)
 
 
 def side_by_side(*parts: torch.nn.Linear) -> torch.nn.Linear:

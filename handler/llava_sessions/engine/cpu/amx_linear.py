@@ -20,7 +20,7 @@ import torch
 from numba import types
 
 from . import amx, amx_product, compiled
-from .operations import Activation, RowNorm
+from ..fused.operations import Activation, RowNorm
 
 COLUMNS = 32  # N must be a multiple of it
 INPUTS = 32  # K must be a multiple of it

@@ -16,8 +16,9 @@ from llava_sessions.engine.attention import Segment
 from llava_sessions.engine.cpu import amx, attention, linears, picture_layers
 from llava_sessions.engine.cpu import layers as cpu_layers
 from llava_sessions.engine.cpu.layer_stack import LayerStack
-from llava_sessions.engine.cpu.layers import FusedLayer, compile_token_attention, fuse_layers
+from llava_sessions.engine.cpu.layers import compile_token_attention, fuse_layers
 from llava_sessions.engine.cpu.linears import PackedLinear, can_pack
+from llava_sessions.engine.fused.layer import FusedLayer
 from llava_sessions.engine.kv import SessionKV
 from llava_sessions.engine.model import Model
 from tests.support.nan_pool import NanPool

@@ -19,7 +19,7 @@ from . import amx, amx_linear, amx_sessions, compiled, token_attention
 from .amx_linear import ADDED, COUNTER, FIELDS, OUT, X
 
 if TYPE_CHECKING:
-    from .layers import FusedLayer
+    from ..fused.layer import FusedLayer
 
 # Fields of a task: the number of layers, the addresses of the tasks of both kinds of attention or 0, then the fields of
 # the four linears of each layer.

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from ..fused.layer import Batch, FusedLayer
 from . import linears
-from .layers import Batch, FusedLayer
 
 if TYPE_CHECKING:
     from .amx_layers import CompiledLayers  # importing them needs Numba

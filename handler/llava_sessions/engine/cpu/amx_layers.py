@@ -8,18 +8,17 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numba
 import numpy as np
 import torch
 from numba import types
 
+from ..fused.operations import RowNorm
 from . import amx, amx_linear, amx_sessions, compiled, token_attention
 from .amx_linear import ADDED, COUNTER, FIELDS, OUT, X
-
-if TYPE_CHECKING:
-    from ..fused.layer import FusedLayer
+from .linears import TileLinear
 
 # Fields of a task: the number of layers, the addresses of the tasks of both kinds of attention or 0, then the fields of
 # the four linears of each layer.
@@ -38,34 +37,34 @@ class CompiledLayers:
 
     def __init__(
         self,
-        layers: Sequence[FusedLayer],
+        parts: Sequence[Sequence[TileLinear]],
+        norms: Sequence[tuple[RowNorm, RowNorm]],
         tokens: token_attention.TokenAttention,
         sessions: amx_sessions.SessionAttention | None,
     ) -> None:
-        """`layers`: of one shape, with linears of tiles of one class.
+        """`parts`: of each layer qkv, output, gate and up, down; all of one class, and of equal sizes in all layers.
 
-        `tokens`, `sessions`: the attention of single new tokens, and that of several new tokens of a session.
+        `norms`: of each layer the one before attention and the one before the MLP. The layers are the first ones of the
+        KV caches. `tokens`, `sessions`: the attention of single new tokens, and that of several tokens of a session.
         """
-        parts = layers[0].parts
-        self._first_layer = layers[0].layer
+        first = parts[0]
         # Of the results between the parts: qkv, attention, hidden states, MLP.
-        self._widths = [parts[0].result_features, parts[1].in_features, 0, parts[2].result_features]
+        self._widths = [first[0].result_features, first[1].in_features, 0, first[2].result_features]
         self._results: list[int] = []  # their addresses
         self._placed: tuple[int, ...] = ()
-        self._most_inputs = max(part.in_features for part in parts)
-        self._layers = layers  # the task has addresses of their weights
-        self._task = (ctypes.c_int64 * (_FIRST + len(layers) * _LAYER))()
+        self._most_inputs = max(part.in_features for part in first)
+        self._owners = parts, norms  # the task has their addresses
+        self._task = (ctypes.c_int64 * (_FIRST + len(parts) * _LAYER))()
         # The same memory by layer, linear and field.
-        self._fields = np.frombuffer(self._task, np.int64)[_FIRST:].reshape(len(layers), 4, FIELDS)
-        self._task[0] = len(layers)
-        for fields, layer in zip(self._fields, layers, strict=True):
-            first_norm, second_norm = layer.norms
-            norms = (first_norm, None, second_norm, None)
-            for number, (part, norm) in enumerate(zip(layer.parts, norms, strict=True)):
-                fields[number] = part.fields(norm)
-        self._workspace = parts[0].loops.workspace
+        self._fields: np.ndarray = np.ctypeslib.as_array(self._task)[_FIRST:].reshape(len(parts), 4, FIELDS)
+        self._task[0] = len(parts)
+        for fields, linears, (first_norm, second_norm) in zip(self._fields, parts, norms, strict=True):
+            before = (first_norm, None, second_norm, None)
+            for number, (linear, norm) in enumerate(zip(linears, before, strict=True)):
+                fields[number] = linear.fields(norm)
+        self._workspace = first[0].loops.workspace
         self._loops = _compile(
-            tokens.attend_all, None if sessions is None else sessions.attend_all, parts[0].loops.product
+            tokens.attend_all, None if sessions is None else sessions.attend_all, first[0].loops.product
         )
 
     def __call__(self, rows: torch.Tensor, tasks: Tasks, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -84,7 +83,7 @@ class CompiledLayers:
         for number, (place, attention_task) in enumerate(zip(_PLACES, tasks, strict=True)):
             self._task[1 + number] = 0
             if attention_task is not None:
-                place(attention_task, self._first_layer, qkv, cos.data_ptr(), sin.data_ptr(), attended)
+                place(attention_task, 0, qkv, cos.data_ptr(), sin.data_ptr(), attended)
                 self._task[1 + number] = ctypes.addressof(attention_task)
         self._fields[:, 0, X] = self._fields[:, _ATTENTION_OUTPUT, ADDED] = out.data_ptr()
         self._fields[:, _MLP_OUTPUT, OUT] = out.data_ptr()

@@ -41,6 +41,7 @@ class LayerStack(torch.nn.Module):
     def __init__(self, layers: Sequence[FusedLayer], compiled: CompiledLayers) -> None:
         super().__init__()
         self.layers = torch.nn.ModuleList(layers)
+        self.hidden = layers[0].parts[0].in_features
         self._compiled = compiled
 
     def forward(
@@ -75,20 +76,27 @@ def stack_layers(
     a failure is a warning in the log.
     """
     fused = [layer for layer in layers if isinstance(layer, FusedLayer)]
-    kinds = {type(part) for layer in fused for part in layer.parts}
-    shapes = {tuple((part.in_features, part.out_features) for part in layer.parts) for layer in fused}
-    if len(fused) < len(layers) or len(kinds) != 1 or len(shapes) != 1 or not issubclass(*kinds, linears.TileLinear):
+    parts = [[part for part in layer.parts if isinstance(part, linears.TileLinear)] for layer in fused]
+    if len(fused) < len(layers) or not _are_alike(parts):
         return layers
     try:
         from .amx_layers import CompiledLayers  # it needs Numba
 
-        stack = LayerStack(fused, CompiledLayers(fused, tokens, sessions))
+        compiled = CompiledLayers(parts, [layer.norms for layer in fused], tokens, sessions)
+        stack = LayerStack(fused, compiled)
         if _whole_matches_parts(stack, tokens, heads):
             return torch.nn.ModuleList([stack])
         log.warning("compiled_layers_wrong")
     except Exception:  # any error of the compiler
         log.warning("compiled_layers_missing", exc_info=True)
     return layers
+
+
+def _are_alike(parts: Sequence[Sequence[linears.TileLinear]]) -> bool:
+    """Return whether each layer has four linears of tiles, of one kind, with the sizes of the other layers."""
+    sizes = {tuple((part.in_features, part.out_features) for part in layer) for layer in parts}
+    kinds = {type(part) for layer in parts for part in layer}
+    return len(sizes) == 1 and len(kinds) == 1 and len(parts[0]) == 4
 
 
 class _Example:
@@ -114,8 +122,7 @@ class _Example:
 def _whole_matches_parts(stack: LayerStack, tokens: TokenAttention, heads: Heads) -> bool:
     """Return whether the layers give the same numbers in one call and part by part."""
     count = len(stack.layers)
-    hidden = stack.layers[0].parts[0].in_features
-    rows = torch.linspace(-9, 9, 2 * hidden).cos().view(1, 2, -1).to(heads.dtype)
+    rows = torch.linspace(-9, 9, 2 * stack.hidden).cos().view(1, 2, -1).to(heads.dtype)
     angles = torch.linspace(0, 3, heads.head_dim // 2).repeat(1, 2, 2)
     position = (angles.cos().to(heads.dtype), angles.sin().to(heads.dtype))
     whole = stack(rows, position, _Example(count, tokens, heads))

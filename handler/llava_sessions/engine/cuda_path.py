@@ -35,25 +35,29 @@ def use_fused_layers(
     """Replace the decoder layers of a transformers text model by fused ones; return the attention of their tokens.
 
     `text`: with the engine's attention registered. `heads`: query heads of a layer. `shape`: of the KV caches. `make`:
-    returns the attention; None: `RaggedAttention`. Changes nothing and returns None if the layers are of another kind,
-    and, with a warning in the log, if Triton, its compiler or the device refuses a kernel or the numbers are wrong.
+    returns the attention; None: `RaggedAttention`. Changes nothing and returns None if a layer is of another kind, and,
+    with a warning in the log, if Triton, its compiler or the device refuses a kernel or the numbers are wrong.
     """
+    attention = _tried(text, heads, shape, pack, make or _ragged)
+    if attention is not None:
+        layers.fuse(text, pack)
+    log.info("cuda_layers path=%s", "plain" if attention is None else "fused")
+    return attention
+
+
+def _tried(text: Any, heads: int, shape: KVShape, pack: Pack, make: MakeAttention) -> TokenAttention | None:
+    """Return the attention if all layers fit and the first one passes its trial."""
     first = text.layers[0]
     try:
         if not all(fits(layer, layers.packable) for layer in text.layers):
-            log.info("cuda_layers_plain class=%s", type(first).__name__)
             return None
-        attention = (make or _ragged)(heads, shape)
-        if not _matches(first, FusedLayer(first, pack), text, heads, shape, attention):
-            log.warning(
-                "ragged_attention_wrong heads=%d kv_heads=%d head_dim=%d", heads, shape.kv_heads, shape.head_dim
-            )
-            return None
+        attention = make(heads, shape)
+        if _matches(first, FusedLayer(first, pack), text, heads, shape, attention):
+            return attention
+        log.warning("ragged_attention_wrong heads=%d kv_heads=%d head_dim=%d", heads, shape.kv_heads, shape.head_dim)
     except Exception:  # any error of Triton, the C compiler or the device: torch's own attention is used instead
         log.warning("ragged_attention_missing", exc_info=True)
-        return None
-    layers.fuse(text, pack)
-    return attention
+    return None
 
 
 def _ragged(heads: int, shape: KVShape) -> TokenAttention:

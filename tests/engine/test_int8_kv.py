@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llava_sessions.engine.int8 import quantize
+from llava_sessions.engine.formats.int8 import quantize
 from llava_sessions.engine.kv import GROWTH_TOKENS, KVShape, SessionKV
 from llava_sessions.engine.kv_pool import KVPool
 from tests.support.meta_cuda import Card, meta_cuda

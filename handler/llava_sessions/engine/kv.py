@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from .int8 import dequantize, quantize
+from .formats.int8 import dequantize, quantize
 from .kv_pool import KVBlock, KVPool
 
 # A cache grows on the device in steps of this number of tokens.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
-from ..int8 import quantize
+from ..formats.int8 import quantize
 from . import linears
 from .linears import PackedLinear, TileLinear
 from .operations import Activation

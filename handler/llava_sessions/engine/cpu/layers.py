@@ -12,10 +12,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import silu
 
-from . import attention, linears
+from . import linears
 from .operations import Activation, RowNorm, is_rms_norm
+from .token_checks import ExampleCache, matches_torch
 
 if TYPE_CHECKING:
     from .amx_layer import CompiledLayer  # importing it needs Numba
@@ -49,7 +50,11 @@ class Batch(Protocol):
 
 
 class Heads(Protocol):
-    """Dimensions and precision of KV caches."""
+    """Dimensions and precision of KV caches, see `KVShape`."""
+
+    @property
+    def layers(self) -> int:
+        """Layers of a cache."""
 
     @property
     def kv_heads(self) -> int:
@@ -62,6 +67,10 @@ class Heads(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """Precision of keys and values."""
+
+    @property
+    def kv_dtype(self) -> torch.dtype | None:
+        """Precision in which they are stored."""
 
 
 class FusedLayer(torch.nn.Module):
@@ -134,47 +143,24 @@ def fuse_layers(layers: torch.nn.ModuleList, pack: linears.Pack = linears.pack) 
 
 
 @torch.inference_mode()
-def compile_token_attention(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> TokenAttention | None:
-    """Return compiled attention of single tokens.
+def compile_token_attention(
+    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, kv_dtype: torch.dtype | None = None, layers: int = 1
+) -> TokenAttention | None:
+    """Return compiled attention of single tokens, see `TokenAttention`.
 
     Returns None, with a warning in the log, if compilation fails or if the result differs from torch's numbers.
     """
     try:
         from .token_attention import TokenAttention
 
-        compiled = TokenAttention(heads, kv_heads, head_dim, dtype)
-        if _matches_torch(compiled, heads, kv_heads, head_dim, dtype):
+        compiled = TokenAttention(heads, kv_heads, head_dim, dtype, kv_dtype, layers)
+        cache = ExampleCache(layers, kv_heads, 8, head_dim, dtype, kv_dtype)
+        if matches_torch(compiled, cache, heads):
             return compiled
         log.warning("token_attention_wrong heads=%d kv_heads=%d head_dim=%d", heads, kv_heads, head_dim)
     except Exception:  # any error of the compiler: torch's own attention is used instead
         log.warning("token_attention_missing", exc_info=True)
     return None
-
-
-def _matches_torch(compiled: TokenAttention, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
-    """Return whether the compiled attention computes torch's numbers on a small example."""
-    stored = 6
-    capacity = 8
-    width = heads + 2 * kv_heads
-    allowed = 0.03 if dtype == torch.bfloat16 else 1e-4
-    kv = torch.linspace(-9, 9, 2 * kv_heads * capacity * head_dim).sin().to(dtype)
-    kv = kv.view(1, 2, kv_heads, capacity, head_dim)
-    qkv = torch.linspace(-5, 5, 2 * width * head_dim).cos().to(dtype).view(2, -1)
-    angles = torch.linspace(0, 3, head_dim // 2).repeat(2, 2)
-    cos = angles.cos().to(dtype)
-    sin = angles.sin().to(dtype)
-    out = torch.empty(2, heads * head_dim, dtype=dtype)
-    compiled(compiled.task([(1, kv.data_ptr(), capacity, stored)]), 0, qkv, cos, sin, out)
-    numbers = qkv.view(2, width, head_dim)
-    attention.rotate(numbers[:, : heads + kv_heads], cos, sin)
-    query, key, value = numbers[1].split((heads, kv_heads, kv_heads))
-    if not torch.allclose(kv[0, 0, :, stored], key, atol=allowed, rtol=allowed):
-        return False
-    if not torch.allclose(kv[0, 1, :, stored], value, atol=allowed, rtol=allowed):
-        return False
-    keys, values = kv[0, :, :, : stored + 1].float()
-    expected = scaled_dot_product_attention(query[None, :, None].float(), keys[None], values[None], enable_gqa=True)
-    return torch.allclose(out[1].float(), expected.flatten(), atol=allowed, rtol=allowed)
 
 
 @torch.inference_mode()
@@ -204,17 +190,16 @@ class _Example:
 
     def __init__(self, layer: int, tokens: TokenAttention, heads: Heads) -> None:
         stored = 5
-        size = (2, layer + 1, 2, heads.kv_heads, stored + 1, heads.head_dim)
-        numbers = torch.linspace(-9, 9, torch.Size(size).numel()).sin()
-        self._caches = numbers.view(size).to(heads.dtype)
-        task = tokens.task([(row, cache.data_ptr(), stored + 1, stored) for row, cache in enumerate(self._caches)])
+        size = (layer + 1 if heads.kv_dtype is None else heads.layers, heads.kv_heads, stored + 1, heads.head_dim)
+        self._caches = [ExampleCache(*size, heads.dtype, heads.kv_dtype) for _ in range(2)]
+        task = tokens.task([(row, cache.address, stored + 1, stored) for row, cache in enumerate(self._caches)])
+        self._kv_width = 2 * heads.kv_heads * heads.head_dim
         self._tokens = tokens
         self.tasks = (task, None)
 
     def attend(self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """As `Batch.attend`."""
-        kv_heads, _, head_dim = self._caches.shape[3:]
-        out = qkv.new_empty(len(qkv), qkv.shape[1] - 2 * kv_heads * head_dim)
+        out = qkv.new_empty(len(qkv), qkv.shape[1] - self._kv_width)
         self._tokens(self.tasks[0], layer, qkv, cos, sin, out)
         return out
 

@@ -14,9 +14,10 @@ import torch
 from torch.nn.functional import linear
 
 from ..formats.int8 import quantize
+from ..fused.linear import PackedLinear
+from ..fused.operations import Activation
 from . import linears
-from .linears import PackedLinear, TileLinear
-from .operations import Activation
+from .linears import TileLinear
 
 # Most rows for which torch's operation on int8 is faster than widening the weight.
 _FEW_ROWS = 32

@@ -27,6 +27,7 @@ class ExampleCache:
         dtype: torch.dtype,
         kv_dtype: torch.dtype | None,
     ) -> None:
+        self.layers = layers
         self.kv_heads = kv_heads
         self.capacity = capacity
         self.head_dim = head_dim
@@ -66,11 +67,12 @@ def matches_torch(compiled: TokenAttention, cache: ExampleCache, heads: int) -> 
     cos = angles.cos().to(dtype)
     sin = angles.sin().to(dtype)
     out = torch.empty(2, heads * head_dim, dtype=dtype)
-    compiled(compiled.task([(1, cache.address, cache.capacity, stored)]), 0, qkv, cos, sin, out)
+    layer = cache.layers - 1
+    compiled(compiled.task([(1, cache.address, cache.capacity, stored)]), layer, qkv, cos, sin, out)
     numbers = qkv.view(2, width, head_dim)
     attention.rotate(numbers[:, : heads + kv_heads], cos, sin)
     query, key, value = numbers[1].float().split((heads, kv_heads, kv_heads))
-    keys, values = cache.read(0)[:, :, : stored + 1]
+    keys, values = cache.read(layer)[:, :, : stored + 1]
     for got, expected in ((keys[:, stored], key), (values[:, stored], value)):
         if not torch.allclose(got, expected, atol=allowed + cache.step, rtol=allowed):
             return False

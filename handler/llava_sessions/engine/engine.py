@@ -40,7 +40,7 @@ from .memory import DeviceMemory, MemoryExceeded
 from .model import Model
 from .prefixes import copy_opening
 from .sampling import Ban, next_tokens
-from .scheduler import PieceSize, plan
+from .scheduler import DEFAULT_CHUNK_TOKENS, PieceSize, plan
 from .session import (
     EngineSession,
     EngineSessionState,
@@ -51,11 +51,6 @@ from .session import (
 )
 
 log = logging.getLogger(__name__)
-
-# On a CPU a prompt runs in one piece while no session is answering: chunks take longer, because each of them reads all
-# weights and attends to the chunks before it. This many chunks of tokens are the longest piece. It bounds the memory of
-# a forward, and the time that a command waits for the end of a step.
-_WHOLE_CHUNKS = 4
 
 
 class Engine:
@@ -70,7 +65,7 @@ class Engine:
         model: Model,
         answer_text: Callable[[tuple[str, ...]], AnswerText],
         budget: DeviceBudget,
-        prefill_chunk_tokens: int = 256,
+        prefill_chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     ) -> None:
         """`answer_text` makes the detokenizer of one answer from its stop strings.
 
@@ -100,10 +95,8 @@ class Engine:
             features=self._features,
             device_memory=self.device_memory,
         )
-        self._chunk_tokens = prefill_chunk_tokens
-        # A GPU's budget leaves room for the forward of one chunk.
-        whole_tokens = _WHOLE_CHUNKS * prefill_chunk_tokens if model.device.type == "cpu" else 0
-        self._piece_size = PieceSize(prefill_chunk_tokens, whole_tokens)
+        # Public, so that the process can set it to what it measured at the start.
+        self.piece_size = PieceSize(prefill_chunk_tokens, on_gpu=model.device.type == "cuda")
         self._events: list[Event] = []
         self._failures = Failures(sessions=self.sessions, device_memory=self.device_memory, events=self._events)
         # The text of a step's tokens is computed during the next forward. On a CPU, which computes the forward itself,
@@ -186,7 +179,7 @@ class Engine:
         self._admit_waiting()
         yield _taken(self._events)
         self._encode_next()
-        steps = plan(self._ready(), self._chunk_tokens, self._piece_size.tokens)
+        steps = plan(self._ready(), self.piece_size.chunk_tokens, self.piece_size.tokens)
         yield _taken(self._events)
         began = time.perf_counter()
         launched = self._launch(steps) if steps else None
@@ -195,7 +188,7 @@ class Engine:
             if self._events and self.defers_text:
                 yield _taken(self._events)
             self._sample(launched)
-            self._piece_size.note(sum(tokens for _, tokens in steps), time.perf_counter() - began)
+            self.piece_size.note(sum(tokens for _, tokens in steps), time.perf_counter() - began)
         yield _taken(self._events)
         if not any(map(awaits_first_token, self.sessions.values())):
             self._ahead.run(is_idle=not any(session.has_work for session in self.sessions.values()))
@@ -332,7 +325,7 @@ class Engine:
         raise_if_device_lost(error, self.model.device)
         sessions = [session for session, _ in steps if session.has_work]
         if is_out_of_memory(error):
-            self._piece_size.shrink()
+            self.piece_size.shrink()
             if sessions:
                 self._failures.retry_or_reject(max(sessions, key=lambda s: s.ticket), error)
             return

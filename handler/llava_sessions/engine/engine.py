@@ -249,6 +249,9 @@ class Engine:
         for session in sorted((s for s in self.sessions.values() if s.active), key=lambda s: s.ticket):
             if not session.encoded:
                 continue
+            if session.has_opening:
+                ready.append(session)
+                continue
             with self._failures.isolated(session):
                 if session.kv.length == 0:
                     copy_opening(session, self.sessions.values())

@@ -219,6 +219,12 @@ class EngineSession(SessionContent, Stateful):
         return len(self.token_ids) - self.kv.length
 
     @property
+    def has_opening(self) -> bool:
+        """Whether the KV cache has the opening, as reported."""
+        stored = self.kv.length
+        return stored > 0 and stored >= self.opening_tokens and self.state is EngineSessionState.READY
+
+    @property
     def residence(self) -> Residence:
         """Where the KV cache is, and the memory of the session."""
         features = {id(picture.features): picture.features for picture in self.pictures}

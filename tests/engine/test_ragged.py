@@ -118,12 +118,24 @@ def test_two_launches_a_layer_for_any_number_of_sessions() -> None:
         pieces = sum(stored // 128 + 1 for stored in lengths)
         grids = [(launch.name, launch.grid) for launch in device.launches]
         assert grids == 2 * [("attend", (pieces, 32, 1)), ("merge", (len(lengths), 32, 1))]
-        assert [launch.args[7] for launch in device.launches[::2]] == [0, 1]  # the layer
         assert len(device.cubins) == 2
-        first, second = device.launches[0].args, device.launches[2].args
-        assert len(first) == len(second)
-        # The second layer uses the compiled form of the first one: its constants must be at the same places.
-        assert first[8:] == second[8:]
+
+
+def test_the_compiled_form_of_the_first_launch_serves_all_launches() -> None:
+    with absent_device(80) as device:
+        attend(LLAVA_7B, torch.bfloat16)
+    first, _, second, _ = device.launches
+    assert (first.args[7], second.args[7]) == (0, 1)  # the layer
+    assert len(first.args) == len(second.args)
+    assert first.args[8:] == second.args[8:]  # the constants are at the same places
+    # Triton would otherwise compile for a multiple of 16 and for the number 1 (a step of one token) separately.
+    assert {name: first.types[name] for name in ("tokens", "layer", "layers")} == {
+        "tokens": "i32",
+        "layer": "i32",
+        "layers": "i32",
+    }
+    for launch in device.launches:
+        assert launch.aligned == set(launch.types) & {"qkv", "cos", "sin", "mixed_parts", "softmax_parts", "out"}
 
 
 @pytest.mark.parametrize(

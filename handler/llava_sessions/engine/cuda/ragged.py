@@ -82,11 +82,11 @@ class RaggedAttention:
         kv_dtype: torch.dtype | None = None,
         layers: int = 0,
     ) -> None:
-        """Choose the kernels' sizes. The first call compiles them, which needs a C compiler.
+        """Choose the kernels' sizes. The first call compiles them.
 
         `kv_dtype`: int8, or `dtype` for None. `layers`: of each cache, used with int8 only: it gives the place of the
         scales. Raises ValueError for a shape or a precision that the kernels do not support, ImportError if Triton is
-        not installed, and RuntimeError if it finds no device.
+        not installed, and RuntimeError if Triton finds no device or no C compiler.
         """
         _check(heads, kv_heads, head_dim, dtype, kv_dtype or dtype, layers)
         from . import ragged_kernels  # it needs Triton, which only CUDA's wheels of torch bring

@@ -35,11 +35,15 @@ _REGISTERS = re.compile(r"REG:(\d+)")
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel."""
+    """One launch of a kernel. `types`: of the arguments in the compiled form. `aligned`: arguments that it takes to be
+    multiples of 16.
+    """
 
     name: str
     grid: tuple[int, int, int]
     args: tuple[Any, ...]
+    types: dict[str, str]
+    aligned: set[str]
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,11 @@ class AbsentDevice(DriverBase):
     def launcher_cls(self, src: Any, metadata: Any) -> Callable[..., None]:
         """Return the function that launches a kernel: grid, stream, function, three of Triton's own, two hooks."""
 
+        names = src.fn.arg_names
+        aligned = {names[path[0]] for path, found in src.attrs.items() if ["tt.divisibility", 16] in found}
+
         def launch(x: int, y: int, z: int, *rest: Any) -> None:
-            self.launches.append(Launch(metadata.name, (x, y, z), rest[6:]))
+            self.launches.append(Launch(metadata.name, (x, y, z), rest[6:], src.signature, aligned))
 
         return launch
 

@@ -109,7 +109,7 @@ def test_offloaded_kv_is_in_pinned_memory(tiny: Path) -> None:
     kv.offload()
     assert kv.tier == "offloaded"
     assert kv.on_host is not None
-    assert all(block.is_pinned() for block in kv.on_host)
+    assert all(part.is_pinned() for block in kv.on_host for part in block)
 
 
 def test_closing_frees_the_device_memory(tiny: Path) -> None:

@@ -365,8 +365,8 @@ class Report:
 class EngineSettings:
     """Settings of an engine process.
 
-    `dtype`, `device` and `weights`: as in `Model.load`. `device_bytes` and `host_bytes`: the budget; None derives it
-    from the machine's memory.
+    `dtype`, `device`, `weights` and `kv_dtype`: as in `Model.load`. `device_bytes` and `host_bytes`: the budget; None
+    derives it from the machine's memory.
     """
 
     checkpoint: str
@@ -377,6 +377,7 @@ class EngineSettings:
     device_bytes: int | None = None
     host_bytes: int | None = None
     weights: str = "auto"
+    kv_dtype: str = "auto"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from numba.extending import intrinsic, models, overload, register_model
 LANES = 16
 
 _FLOAT = ir.FloatType()
+_I8S = ir.VectorType(ir.IntType(8), LANES)
 _I16S = ir.VectorType(ir.IntType(16), LANES)
 _I32S = ir.VectorType(ir.IntType(32), LANES)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
@@ -110,6 +111,17 @@ def load_bfloat16(_, address):
         narrow = _load(builder, arguments[0], _I16S, 2)
         shift = ir.Constant(_I32S, [16] * LANES)
         return builder.bitcast(builder.shl(builder.zext(narrow, _I32S), shift), _VECTOR)
+
+    return VECTOR(types.int64), generate
+
+
+@intrinsic
+def load_int8(_, address):
+    """Return 16 int8 numbers from an address as float32."""
+
+    def generate(context, builder, signature, arguments):
+        narrow = _load(builder, arguments[0], _I8S, 1)
+        return builder.sitofp(builder.sext(narrow, _I32S), _VECTOR)
 
     return VECTOR(types.int64), generate
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from llava_sessions.engine.attention import Segment
+from llava_sessions.engine.attention import Segment, TokenBatch
 from llava_sessions.engine.budget import DeviceBudget
 from llava_sessions.engine.cuda.ragged import PIECE, RaggedAttention
 from llava_sessions.engine.engine import Engine
@@ -167,12 +167,32 @@ def test_a_decode_step_takes_as_many_launches_for_any_number_of_sessions(seven_b
                 kv.on_device.zero_()
                 kv.length = 130
             before = worlds.labels.launches
+            waits = worlds.labels.waits
             logits = seven_b.forward([Segment(kv, [300], None, [], True) for kv in caches])
             next_tokens(logits, [Sampler(Sampling(5))] * count)
             launches[count] = worlds.labels.launches - before
+            assert worlds.labels.waits == waits + 1, "the tokens of all rows leave the device in one transfer"
     assert launches[1] == launches[16] == launches[64]
     assert 10 * 32 < launches[1] <= 420
     assert launches[1] // 32 <= 12
+
+
+def test_a_step_from_tensors_on_the_device_computes_what_a_forward_computes(family: Family, worlds: Worlds) -> None:
+    model = family.model
+    prompts = [list(range(20, 20 + PIECE + 7)), [30, 31, 32]]
+    with worlds.active():
+        caches = [[SessionKV(model.kv_shape) for _ in prompts] for _ in range(2)]
+        for pair in caches:
+            model.forward([Segment(kv, ids, None, [], True) for kv, ids in zip(pair, prompts, strict=True)])
+        expected = model.forward([Segment(kv, [40], None, [], True) for kv in caches[0]])
+        places = [(row, kv.address, kv.capacity, kv.length) for row, kv in enumerate(caches[1])]
+        assert model.token_attention is not None
+        batch = TokenBatch(model.token_attention, model.token_attention.task(places), 2)
+        ids, positions = (torch.tensor(numbers).to(CUDA) for numbers in ([40, 40], [kv.length for kv in caches[1]]))
+        waits = worlds.labels.waits
+        got = model.decode(ids, positions, batch)
+        assert worlds.labels.waits == waits, "a step that waits for the device can't be captured"
+        assert torch.equal(got, expected)
 
 
 def test_an_operation_on_both_worlds_is_found(worlds: Worlds) -> None:

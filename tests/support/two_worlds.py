@@ -4,7 +4,7 @@ An operation that mixes tensors of both worlds is an error, as on a GPU. Tensors
 copies. Triton's interpreter runs the kernels, whose tensors must all be on the device.
 
 What a GPU would launch is counted: each operation that computes or copies is one launch. (Torch's attention is two with
-few rows; a product with few rows may be two.)
+few rows; a product with few rows may be two.) So are the waits of the host for the device.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ CUDA = torch.device("cuda")
 _CPU = torch.device("cpu")
 # Operations without a launch, besides views.
 _NO_LAUNCH = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view"}
+# Operations for whose result the host waits.
+_WAITS = {"_local_scalar_dense", "equal", "nonzero", "unique", "_unique2", "masked_select"}
 _COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
 
 
@@ -33,11 +35,12 @@ class MixedDevices(RuntimeError):
 
 
 class Labels:
-    """The storages on the device, and the number of launches."""
+    """The storages on the device, and the numbers of launches and of waits for the device."""
 
     def __init__(self) -> None:
         self._storages: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
         self.launches = 0
+        self.waits = 0
 
     def add(self, tensor: torch.Tensor) -> None:
         """Label a tensor, and all that share its memory."""
@@ -66,6 +69,8 @@ class _Operations(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if on_device and not _is_view(func) and func.overloadpacket.__name__ not in _NO_LAUNCH:
             self._labels.launches += 1
+        if on_device and func.overloadpacket.__name__ in _WAITS:
+            self._labels.waits += 1
         if on_device and func is not torch.ops.aten.copy_.default:
             for part in tree_leaves(out):
                 if isinstance(part, torch.Tensor):
@@ -93,6 +98,8 @@ class _Calls(TorchFunctionMode):
             return self._labels.has(args[0])
         if func is torch.Tensor.numpy and self._labels.has(args[0]):
             raise TypeError("can't convert a tensor on the device to NumPy")
+        if func is torch.Tensor.tolist and self._labels.has(args[0]):
+            self._labels.waits += 1
         if func is torch.Tensor.pin_memory:
             return args[0]
         if func is torch.Tensor.cpu:
@@ -128,6 +135,8 @@ class _Calls(TorchFunctionMode):
         self._labels.launches += 1
         if device.type == "cuda":
             self._labels.add(copy)
+        else:
+            self._labels.waits += 1
         return copy
 
 

@@ -11,7 +11,7 @@ from llava_sessions.engine.cpu import int8_linears, linears
 from llava_sessions.engine.cpu.int8_linears import Int8Linear, Int8TileLinear, quantize
 from llava_sessions.engine.cpu.layers import FusedLayer
 from llava_sessions.engine.cpu.linears import PackedLinear, activate
-from llava_sessions.engine.cpu.operations import Activation, RowNorm
+from llava_sessions.engine.fused.operations import Activation, RowNorm
 from llava_sessions.engine.model import Model
 from tests.engine.test_layers import compiles, logits, plain_model  # noqa: F401 - a fixture
 from tests.support.tiny_families import FAMILIES

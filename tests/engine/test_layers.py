@@ -103,17 +103,17 @@ def test_a_layer_that_fails_its_example_runs_part_by_part(
 
     monkeypatch.setattr(CompiledLayer, "__call__", fails)
     model = Model.load(folder, "bfloat16", "cpu")
-    assert not any(layer.is_compiled for layer in model.text.layers)
+    assert not any(layer.whole is not None for layer in model.text.layers)
     assert torch.cat(logits(model)).isfinite().all()
 
 
 @needs_amx
 def test_a_layer_in_one_call_gives_the_numbers_of_its_parts(folder: Path, compiles: None) -> None:
     whole = Model.load(folder, "bfloat16", "cpu")
-    assert all(layer.is_compiled for layer in whole.text.layers)
+    assert all(layer.whole is not None for layer in whole.text.layers)
     parts = Model.load(folder, "bfloat16", "cpu")
     for layer in parts.text.layers:
-        layer.use_parts()
+        layer.whole = None
     for got, expected in zip(logits(whole), logits(parts), strict=True):
         assert torch.equal(got, expected)
 

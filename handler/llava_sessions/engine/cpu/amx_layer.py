@@ -14,10 +14,10 @@ import numba
 import torch
 from numba import types
 
+from ..fused.operations import RowNorm
 from . import amx, amx_linear, amx_sessions, compiled, token_attention
 from .amx_linear import ADDED, FIELDS, OUT, X
 from .linears import TileLinear
-from .operations import RowNorm
 
 # Fields of a task: the addresses of the tasks of both kinds of attention or 0, then the fields of the four linears.
 _FIRST = 2

@@ -19,8 +19,8 @@ import numba
 import torch
 from numba import types
 
+from ..fused.operations import Activation, RowNorm
 from . import amx, amx_product, compiled
-from .operations import Activation, RowNorm
 
 COLUMNS = 32  # N must be a multiple of it
 INPUTS = 32  # K must be a multiple of it

@@ -13,9 +13,10 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
+from ..fused.linear import PackedLinear
+from ..fused.operations import Activation
 from . import linears
-from .linears import PackedLinear, TileLinear
-from .operations import Activation
+from .linears import TileLinear
 
 _LARGEST = 127
 # Amounts below it count as zero, so that no scale is zero.

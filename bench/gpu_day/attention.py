@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +25,14 @@ class Heads:
         return f"{self.heads}, {self.kv_heads}, {self.head_dim}"
 
 
+def is_interpreted() -> bool:
+    """Return whether Triton's interpreter runs kernels on the CPU in this process."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def kernel(heads: Heads, dtype: torch.dtype, device: torch.device) -> Any:
     """Return the device's compiled attention of single tokens. Raises ImportError if the engine has none for it."""
-    if device.type == "cuda":
+    if device.type == "cuda" or is_interpreted():
         from llava_sessions.engine.cuda.ragged import RaggedAttention  # it needs Triton
 
         return RaggedAttention(heads.heads, heads.kv_heads, heads.head_dim, dtype, device=device)

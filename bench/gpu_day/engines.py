@@ -111,9 +111,9 @@ class Driver:
         return names
 
     def begin_decoding(self, names: Sequence[str], steps: int) -> None:
-        """Ask all sessions, and step until each has its first token. Then `steps` steps only decode."""
+        """Ask all sessions, and step until each has its first token. Then at least `steps` steps only decode."""
         for name in names:
-            self.ask(name, self.words(1), steps + 4)
+            self.ask(name, self.words(1), steps + 2)
         while any(not self._answered(name) for name in names):
             self.step()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from dataclasses import replace
 from typing import Any
@@ -91,11 +92,14 @@ def lost(day: Day) -> dict[str, Any]:
         driver.run()
     result: dict[str, Any] = {"prompts": prompts, "answers": driver.answers["chat"], "raised": False}
     driver.ask("chat", [10 * shape.vocabulary], 1)
+    logging.getLogger("llava_sessions").setLevel(logging.CRITICAL)  # the engine logs the error that is meant
     try:
         for event in driver.engine.step():
             result["error"] = str(getattr(event, "error", ""))[:200]  # on a CPU the turn fails, not the engine
     except Exception as error:
         result |= {"raised": True, "error": f"{type(error).__name__}: {error}"[:200]}
+    finally:
+        logging.getLogger("llava_sessions").setLevel(logging.NOTSET)
     return result
 
 

@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-from llava_sessions.engine.model import Model
-
 from . import variants
 from .day import Day, Findings
 from .engines import Driver, engine_of
@@ -22,7 +20,7 @@ def run(day: Day, found: Findings) -> None:
     """Ask sessions at random in the fastest variant of a tiny model in float32, and compare every answer."""
     made, template = make(TINY, torch.float32, day.device)
     reference = twin(made)
-    model = variants.fastest(Model, made)
+    model = variants.fastest(made)
     driver = Driver(engine_of(model, template, chunk=64), TINY.vocabulary)
     order = random.Random(2)
     history: dict[str, list[int]] = {}

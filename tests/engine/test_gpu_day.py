@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.gpu_day import kernels, sections
+from bench.gpu_day import kernels, sections, variants
 from bench.gpu_day.__main__ import NAMES, main
 from bench.gpu_day.attention import Batch, Heads, kernel
 from bench.gpu_day.day import Day, Findings, Section
@@ -37,6 +39,17 @@ def test_a_section_runs_and_is_recorded(record: dict[str, Any], name: str) -> No
     entry = record["sections"][name]
     assert entry["status"] == "passed"
     assert entry["results"] or entry["notes"]
+
+
+def test_the_triton_kernels_run_in_the_interpreter(tmp_path: Path) -> None:
+    """In a process of its own: Triton reads the variable when it is imported."""
+    asked = ["--smoke", "--device", "cpu", "--out", str(tmp_path), "--sections", "kernel numbers", "decode"]
+    path = os.pathsep.join([".", "handler", "client"])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-m", "bench.gpu_day", *asked], cwd=ROOT, env=environment, timeout=120)
+    assert done.returncode == 0
+    decode = json.loads((tmp_path / "gpu_day.json").read_text())["sections"]["decode"]
+    assert {row["variant"] for row in decode["results"]["rows"]} == {variants.PLAIN, variants.FUSED}
 
 
 def test_the_options_name_all_sections() -> None:

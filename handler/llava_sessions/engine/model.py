@@ -18,7 +18,7 @@ from ..text.checkpoint import WEIGHTS, WEIGHTS_INDEX, UnsupportedCheckpoint, rea
 from . import cuda_path
 from .attention import TEXT_ATTENTION, VISION_ATTENTION, PackedKV, Segment, TokenAttention
 from .cpu import attention as cpu_attention
-from .cpu import int8_linears, layers, linears, picture_layers
+from .cpu import int8_linears, layer_stack, layers, linears, picture_layers
 from .device import native_dtype, prepare
 from .fused.layer import Batch, FusedLayer
 from .fused.linear import Pack
@@ -91,7 +91,7 @@ class Model:
         self.session_attention = cpu_attention.session_attention(
             self._heads, shape.kv_heads, shape.head_dim, shape.dtype
         )
-        layers.compile_layers(self.text.layers, tokens, self.session_attention, shape)
+        self.text.layers = layer_stack.stack_layers(self.text.layers, tokens, self.session_attention, shape)
 
     @classmethod
     def load(

@@ -17,6 +17,7 @@ from .amx_vectors import Vectors, function
 
 # Length of a task's head, and numbers per session behind it.
 _HEAD = 12
+_LAYER = 7
 _PLACE = 5
 
 
@@ -77,7 +78,14 @@ class SessionAttention:
 def place(task: ctypes.Array[ctypes.c_int64], layer: int, qkv: int, cos: int, sin: int, out: int) -> None:
     """Set the layer and the addresses of one call in a task."""
     task[0] = 0
-    task[7:_HEAD] = [layer, qkv, cos, sin, out]
+    task[_LAYER:_HEAD] = [layer, qkv, cos, sin, out]
+
+
+@numba.njit
+def enter_layer(task, layer):
+    """Set the next layer in the compiled loops. No thread may be at work on the task."""
+    task[0] = 0
+    task[_LAYER] = layer
 
 
 def _make_rotate(head_dim: int) -> Any:

@@ -1,39 +1,21 @@
-"""Compiled attention of single tokens and compiled decoder layers for the CPU. Both are tried before they are used."""
+"""Fused layers and compiled attention of single tokens for the CPU. The attention is tried before it is used."""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..fused import layer as fused_layer
-from ..fused.layer import FusedLayer
 from ..fused.linear import Pack
 from . import attention, linears
 
 if TYPE_CHECKING:
-    from .amx_sessions import SessionAttention  # importing it needs Numba
-    from .token_attention import TokenAttention
+    from .token_attention import TokenAttention  # importing it needs Numba
 
 log = logging.getLogger(__name__)
-
-
-class Heads(Protocol):
-    """Dimensions and precision of KV caches."""
-
-    @property
-    def kv_heads(self) -> int:
-        """KV heads of a layer."""
-
-    @property
-    def head_dim(self) -> int:
-        """Numbers of a key."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of keys and values."""
 
 
 def fuse_layers(layers: torch.nn.ModuleList, pack: Pack = linears.pack) -> bool:
@@ -83,69 +65,3 @@ def _matches_torch(compiled: TokenAttention, heads: int, kv_heads: int, head_dim
     keys, values = kv[0, :, :, : stored + 1].float()
     expected = scaled_dot_product_attention(query[None, :, None].float(), keys[None], values[None], enable_gqa=True)
     return torch.allclose(out[1].float(), expected.flatten(), atol=allowed, rtol=allowed)
-
-
-@torch.inference_mode()
-def compile_layers(
-    layers: torch.nn.ModuleList, tokens: TokenAttention, sessions: SessionAttention | None, heads: Heads
-) -> None:
-    """Compile each fused layer as a whole where that is possible; leave all as they are if it fails.
-
-    `tokens`, `sessions`: see `CompiledLayer`. `heads`: dimensions of the KV caches. The first layer is tried on an
-    example; a failure is a warning in the log.
-    """
-    fused: list[Any] = list(layers)
-    try:
-        for layer in fused:
-            _compile_whole(layer, tokens, sessions)
-        if all(_whole_matches_parts(layer, tokens, heads) for layer in fused[:1]):
-            return
-        log.warning("compiled_layer_wrong")
-    except Exception:  # any error of the compiler
-        log.warning("compiled_layer_missing", exc_info=True)
-    for layer in fused:
-        layer.whole = None
-
-
-def _compile_whole(layer: FusedLayer, tokens: TokenAttention, sessions: SessionAttention | None) -> None:
-    """Compile a layer as a whole, if all its linears are of tiles of one kind."""
-    packed = (layer.qkv, layer.output, layer.gate_up, layer.down)
-    parts = [part for part in packed if isinstance(part, linears.TileLinear)]
-    if len(parts) == len(packed) and len({type(part) for part in parts}) == 1:
-        from .amx_layer import CompiledLayer  # it needs Numba
-
-        layer.whole = CompiledLayer(layer.layer, parts, (layer.input_norm, layer.mlp_norm), tokens, sessions)
-
-
-class _Example:
-    """Two sessions with one new token each, as a `Batch`, on KV caches of their own."""
-
-    def __init__(self, layer: int, tokens: TokenAttention, heads: Heads) -> None:
-        stored = 5
-        size = (2, layer + 1, 2, heads.kv_heads, stored + 1, heads.head_dim)
-        numbers = torch.linspace(-9, 9, torch.Size(size).numel()).sin()
-        self._caches = numbers.view(size).to(heads.dtype)
-        task = tokens.task([(row, cache.data_ptr(), stored + 1, stored) for row, cache in enumerate(self._caches)])
-        self._tokens = tokens
-        self.tasks = (task, None)
-
-    def attend(self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """As `Batch.attend`."""
-        kv_heads, _, head_dim = self._caches.shape[3:]
-        out = qkv.new_empty(len(qkv), qkv.shape[1] - 2 * kv_heads * head_dim)
-        self._tokens(self.tasks[0], layer, qkv, cos, sin, out)
-        return out
-
-
-def _whole_matches_parts(layer: FusedLayer, tokens: TokenAttention, heads: Heads) -> bool:
-    """Return whether a layer gives the same numbers as one call and part by part. It is then as it was before."""
-    if layer.whole is None:
-        return True
-    rows = torch.linspace(-9, 9, 2 * layer.qkv.in_features).cos().view(1, 2, -1).to(heads.dtype)
-    angles = torch.linspace(0, 3, heads.head_dim // 2).repeat(1, 2, 2)
-    position = (angles.cos().to(heads.dtype), angles.sin().to(heads.dtype))
-    whole = layer(rows, position, _Example(layer.layer, tokens, heads))
-    compiled, layer.whole = layer.whole, None
-    parts = layer(rows, position, _Example(layer.layer, tokens, heads))
-    layer.whole = compiled
-    return torch.equal(whole, parts)

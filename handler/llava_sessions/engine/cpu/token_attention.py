@@ -22,6 +22,7 @@ _LOWEST = np.float32(-3e38)
 # Length of a task's head: token count, longest session, layer, the addresses of qkv, cos, sin and out, and a counter of
 # the pieces of work that threads have taken.
 _HEAD = 8
+_LAYER = 2
 _COUNTER = 7
 
 
@@ -63,7 +64,14 @@ class TokenAttention:
 
 def place(task: ctypes.Array[ctypes.c_int64], layer: int, qkv: int, cos: int, sin: int, out: int) -> None:
     """Set the layer and the addresses of one call in a task."""
-    task[2:_HEAD] = [layer, qkv, cos, sin, out, 0]
+    task[_LAYER:_HEAD] = [layer, qkv, cos, sin, out, 0]
+
+
+@numba.njit
+def enter_layer(task, layer):
+    """Set the next layer in the compiled loops. No thread may be at work on the task."""
+    task[_LAYER] = layer
+    task[_COUNTER] = 0
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import silu
 
-from .linear import Pack
+from .linear import Pack, PackedLinear
 from .operations import Activation, RowNorm, is_rms_norm
 
 # Names of the children that a layer, its attention and its MLP must have, and no others.
@@ -28,7 +28,8 @@ _SAMPLE = torch.linspace(-4, 4, 33)
 class Batch(Protocol):
     """The sessions of one forward, as a fused layer uses them.
 
-    `tasks`: those of compiled attention, see `WholeLayer`, or None if the attention of some rows is not compiled.
+    `tasks`: those of compiled attention, see `cpu.amx_layers.CompiledLayers`, or None if the attention of some rows is
+    not compiled.
     """
 
     tasks: Any
@@ -39,13 +40,6 @@ class Batch(Protocol):
         `qkv`: `[rows, (heads + 2 * kv_heads) * head_dim]`, contiguous; may be changed. `cos`, `sin`: `[rows,
         head_dim]`.
         """
-
-
-class WholeLayer(Protocol):
-    """A layer compiled as one call."""
-
-    def __call__(self, rows: torch.Tensor, tasks: Any, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Map hidden states `[rows, hidden]` to a new tensor of that shape. `tasks`: those of the `Batch`."""
 
 
 class FusedLayer(torch.nn.Module):
@@ -63,8 +57,16 @@ class FusedLayer(torch.nn.Module):
         self.output = pack(projections.o_proj)
         self.gate_up = pack(side_by_side(mlp.gate_proj, mlp.up_proj), Activation.GATED_SILU)
         self.down = pack(mlp.down_proj)
-        # The layer as one call of compiled loops, or None.
-        self.whole: WholeLayer | None = None
+
+    @property
+    def parts(self) -> tuple[PackedLinear, ...]:
+        """The linears in the order of their use."""
+        return (self.qkv, self.output, self.gate_up, self.down)
+
+    @property
+    def norms(self) -> tuple[RowNorm, RowNorm]:
+        """The norms before attention and before the MLP."""
+        return (self.input_norm, self.mlp_norm)
 
     def forward(
         self,
@@ -76,8 +78,6 @@ class FusedLayer(torch.nn.Module):
         """Map hidden states `[1, rows, hidden]` to hidden states of the same shape. May change `hidden_states`."""
         cos, sin = position_embeddings
         rows = hidden_states[0]
-        if self.whole is not None and packed.tasks is not None:
-            return self.whole(rows, packed.tasks, cos[0], sin[0])[None]
         attended = packed.attend(self.layer, self.qkv(rows, norm=self.input_norm), cos[0], sin[0])
         rows = self.output(attended, rows)
         out: torch.Tensor = self.down(self.gate_up(rows, norm=self.mlp_norm), rows)

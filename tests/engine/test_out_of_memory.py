@@ -175,16 +175,17 @@ EXPECTED = {
     "Model.encode",
     "Model.forward",
     "Model._embed",
-    "Sampler.draw",
     "KVShape.empty",
     "SessionKV.fork",
     "SessionKV.offload",
     "SessionKV.reserve",
     "SessionKV.write",
     "_copy_to_device",
-    "_draw_all",
+    "_draw",
     "_packed_attention",
     "causal_mask",
+    "next_tokens",
+    "token_weights",
 }
 
 

@@ -28,6 +28,11 @@ class AnswerText:
         self._held = ""
         self.stopped = False
 
+    @property
+    def may_stop(self) -> bool:
+        """Whether text of the answer can end it."""
+        return bool(self._stop)
+
     def push(self, token_id: int, may_stop: bool = True) -> str:
         """Append a token; return the text that is now certain. Sets `stopped` once a stop string is complete.
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from llava_sessions.engine.kv import KVShape, SessionKV
+# Tokens for which each cache has room behind the stored ones, at least.
+_SPARE = 40
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ class Batch:
         self.dtype = dtype
         self.device = device
         self.layers = layers
-        shape = KVShape(layers, heads.kv_heads, heads.head_dim, dtype, device)
-        self.caches = [_filled(shape, tokens, tokens + spare) for tokens in stored]
+        sizes = [(layers, 2, heads.kv_heads, tokens + max(spare, _SPARE), heads.head_dim) for tokens in stored]
+        # `[layers, 2, kv_heads, capacity, head_dim]`, as the engine's caches.
+        self.caches = [_filled(size, tokens, dtype, device) for size, tokens in zip(sizes, stored, strict=True)]
         width = heads.heads + 2 * heads.kv_heads
         self.qkv = torch.randn(len(stored), width * heads.head_dim, device=device).to(dtype)
         angles = torch.rand(len(stored), heads.head_dim // 2, device=device).mul(6).repeat(1, 2)
@@ -76,7 +78,7 @@ class Batch:
     def places(self, rows: Sequence[int] | None = None) -> list[tuple[int, int, int, int]]:
         """Return the places of a task, those of `rows` or of all sessions."""
         chosen = range(len(self.stored)) if rows is None else rows
-        return [(row, self.caches[row].address, self.caches[row].capacity, self.stored[row]) for row in chosen]
+        return [(row, self.caches[row].data_ptr(), self.caches[row].shape[3], self.stored[row]) for row in chosen]
 
     def run(self, kernel: Any, task: Any, layer: int = 0) -> torch.Tensor:
         """Run the kernel on one layer; return `out`. `qkv` is unchanged: some kernels rotate it in place."""
@@ -90,8 +92,9 @@ class Batch:
         for row, cache in enumerate(self.caches):
             query, key, value = numbers[row].split(groups)
             tokens = self.stored[row] + at
-            cache.write(layer, tokens, key[:, None], value[:, None])
-            keys, values = cache.read(layer, tokens + 1)
+            cache[layer, 0, :, tokens] = key
+            cache[layer, 1, :, tokens] = value
+            keys, values = cache[layer, :, None, :, : tokens + 1]
             grouped = self.heads.heads != self.heads.kv_heads
             attended = scaled_dot_product_attention(query[None, :, None], keys, values, enable_gqa=grouped)
             self.out[row] = attended.flatten()
@@ -106,7 +109,7 @@ class Batch:
         numbers = self.qkv[row].view(-1, heads.head_dim).double()
         low, high = numbers.chunk(2, -1)
         rotated = numbers * self.cos[row].double() + torch.cat((-high, low), -1) * self.sin[row].double()
-        keys, values = self.caches[row].on_device[0, :, :, : tokens + 1].double()
+        keys, values = self.caches[row][0, :, :, : tokens + 1].double()
         group = heads.heads // heads.kv_heads
         query = rotated[: heads.heads].view(heads.kv_heads, group, heads.head_dim) * heads.head_dim**-0.5
         weights = (query @ keys.transpose(1, 2)).softmax(-1)
@@ -116,21 +119,20 @@ class Batch:
 
     def stored_new(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the new token's key and value in the cache of a row, `[kv_heads, head_dim]` each, in float64."""
-        keys, values = self.caches[row].on_device[0, :, :, self.stored[row]].double()
+        keys, values = self.caches[row][0, :, :, self.stored[row]].double()
         return keys, values
 
     def is_untouched(self, row: int) -> bool:
         """Return whether all memory of a cache after the new token is still NaN."""
-        rest = self.caches[row].on_device[:, :, :, self.stored[row] + 1 :]
+        rest = self.caches[row][:, :, :, self.stored[row] + 1 :]
         return bool(rest.isnan().all())
 
 
-def _filled(shape: KVShape, tokens: int, capacity: int) -> SessionKV:
-    cache = SessionKV(shape)
-    cache.reserve(capacity)
-    cache.on_device.normal_()
-    cache.on_device[:, :, :, tokens:] = torch.nan
-    cache.length = tokens
+def _filled(size: tuple[int, ...], tokens: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return a cache with random numbers of `tokens` tokens and NaN behind them."""
+    cache = torch.empty(size, dtype=dtype, device=device)
+    cache[:, :, :, :tokens].normal_()
+    cache[:, :, :, tokens:] = torch.nan
     return cache
 
 

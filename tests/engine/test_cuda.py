@@ -229,15 +229,18 @@ def test_no_session_is_lost_if_the_device_has_less_memory_than_the_budget(tiny: 
         chats.check(name, answer)
 
 
-@pytest.mark.parametrize(("device", "family"), [*(on_cuda(family) for family in FAMILY_NAMES), ("cpu", "llava")])
+@pytest.mark.parametrize(
+    ("device", "dtype", "family"), [*(on_cuda("auto", family) for family in FAMILY_NAMES), ("cpu", "float32", "llava")]
+)
 def test_an_engine_starts_with_its_own_budget_and_precision(
-    checkpoints: dict[str, Path], device: str, family: str
+    checkpoints: dict[str, Path], device: str, dtype: str, family: str
 ) -> None:
     settings = EngineSettings(
-        str(checkpoints[family]), system_prompt="", dtype="auto", device=device, prefill_chunk_tokens=256
+        str(checkpoints[family]), system_prompt="", dtype=dtype, device=device, prefill_chunk_tokens=256
     )
     engine = load(settings)
-    assert engine.model.dtype == native_dtype(torch.device(device), torch.bfloat16)
+    if dtype == "auto":
+        assert engine.model.dtype == native_dtype(torch.device(device), torch.bfloat16)
     budget = engine.device_memory.budget
     assert budget.device_bytes > 2**28
     if device == "cuda":

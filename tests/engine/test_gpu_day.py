@@ -147,7 +147,7 @@ def test_a_fault_of_the_kernel_fails_a_check(
 def test_a_write_behind_the_new_token_is_found() -> None:
     batch = Batch(HEADS, [5, 9], torch.float32, CPU)
     assert batch.is_untouched(0)
-    batch.caches[0].on_device[0, 1, 1, 6] = 1.0
+    batch.caches[0][0, 1, 1, 6] = 1.0
     assert not batch.is_untouched(0)
     assert batch.is_untouched(1)
 

@@ -81,8 +81,8 @@ class Batch:
         return [(row, self.caches[row].data_ptr(), self.caches[row].shape[3], self.stored[row]) for row in chosen]
 
     def run(self, kernel: Any, task: Any, layer: int = 0) -> torch.Tensor:
-        """Run the kernel on one layer; return `out`. `qkv` is unchanged: some kernels rotate it in place."""
-        kernel(task, layer, self.qkv.clone(), self.cos, self.sin, self.out)
+        """Run the kernel on one layer; return `out`."""
+        kernel(task, layer, self.qkv, self.cos, self.sin, self.out)
         return self.out
 
     def loop(self, layer: int, at: int = 0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 import statistics
@@ -100,9 +101,21 @@ class Day:
             torch.cuda.synchronize(self.device)
 
     def release(self) -> None:
-        """Give memory that torch caches back to the device."""
+        """Give memory that torch caches back to the device, also that of unused models."""
+        gc.collect()
         if self.on_cuda:
             torch.cuda.empty_cache()
+
+    def captured(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        """Return a replay of the launches of `work`, so that the host's time does not count. On a CPU: `work`."""
+        if not self.on_cuda:
+            return work
+        work()  # a capture must not compile anything
+        self.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        return graph.replay
 
     def times_ms(self, work: Callable[[], Any], repeats: int, warm_ups: int = 2) -> list[float]:
         """Return the milliseconds of each run of `work`, the device's part included, by the clock of this process.

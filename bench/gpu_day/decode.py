@@ -6,6 +6,7 @@ import statistics
 import time
 from typing import Any
 
+from llava_sessions.engine.budget import choose_budget
 from llava_sessions.engine.model import Model
 from llava_sessions.text.chat_template import ChatTemplate
 
@@ -32,12 +33,20 @@ def run(day: Day, found: Findings) -> None:
     for shape, counts in day.pick(usual, [(TINY_MISTRAL, (2,))]):
         for name, model, template in variants.of(day, shape, found):
             for count in counts:
+                if not _fits(model, count):
+                    found.notes.append(f"{shape.name}, {name}: no room for {count} sessions")
+                    continue
                 row = _steps(day, shape, model, template, count) | {"variant": name}
                 rows.append(row)
                 _judge(row, shape, read_gb_s, day, found)
                 day.say(f"{shape.name}, {name}, B={count}: {row['step_ms']:.2f} ms, bound {row['bound_ms']:.2f} ms")
             del model
             day.release()
+
+
+def _fits(model: Model, count: int) -> bool:
+    """Return whether the device has memory for the KV caches of so many sessions."""
+    return count * model.kv_shape.device_bytes(_TOKENS + 64) <= choose_budget(model.device).device_bytes
 
 
 def _steps(day: Day, shape: Shape, model: Model, template: ChatTemplate, count: int) -> dict[str, Any]:

@@ -69,7 +69,8 @@ def _compare(batch: Batch, attend: Any, found: Findings) -> float:
 def speeds(day: Day, found: Findings) -> None:
     """Measure the bytes a second of the kernel, of the loop over sessions, and of flash attention, on the same caches.
 
-    The loop runs as the engine's own: each step, each session at a new length. With cuDNN each length builds a plan.
+    The kernel and flash attention are replayed as graphs, without the time of launches. The loop runs as transformers'
+    layers run it: launch by launch, and each step at a new length. With cuDNN each length builds a plan.
     """
     copy_gb_s = bandwidth(day)["copy"]
     found.results["copy_gb_s"] = copy_gb_s
@@ -96,12 +97,16 @@ def _speeds_of(day: Day, heads: Heads, tokens: int, count: int) -> dict[str, Any
     attend = kernel(heads, dtype, day.device)
     task = attend.task(batch.places())
 
-    def gb_s(one_layer: Callable[[int], Any], repeats: int) -> float:
-        taken_ms = day.median_ms(lambda: [one_layer(layer) for layer in range(layers)], repeats)
+    def gb_s(one_layer: Callable[[int], Any], repeats: int, captured: bool = False) -> float:
+        def work() -> None:
+            for layer in range(layers):
+                one_layer(layer)
+
+        taken_ms = day.median_ms(day.captured(work) if captured else work, repeats)
         return round(layers * batch.kv_bytes / taken_ms / 1e6, 1)
 
     row: dict[str, Any] = {"heads": str(heads), "tokens": tokens, "sessions": count, "layers": layers}
-    row["kernel_gb_s"] = gb_s(lambda layer: batch.run(attend, task, layer), 20)
+    row["kernel_gb_s"] = gb_s(lambda layer: batch.run(attend, task, layer), 20, captured=True)
     step = iter(range(10**6))
 
     def grown(layer: int) -> None:
@@ -111,7 +116,7 @@ def _speeds_of(day: Day, heads: Heads, tokens: int, count: int) -> dict[str, Any
         row["loop_gb_s"] = gb_s(grown, 5)
     if day.on_cuda:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            row["flash_gb_s"] = gb_s(batch.loop, 5)
+            row["flash_gb_s"] = gb_s(batch.loop, 20, captured=True)
         with _cudnn(day, True):
             row["loop_with_cudnn_gb_s"] = gb_s(grown, 3)
     return row

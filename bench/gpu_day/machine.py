@@ -76,8 +76,10 @@ def bandwidth(day: Day) -> dict[str, float]:
     """Return the read and copy bandwidth of the device in GB/s."""
     measured = Bandwidth(day.device, mebibytes=4 if day.smoke else None)
     measured.measure(day.pick(5, 1))
+    facts = measured.facts()
+    del measured
     day.release()
-    return measured.facts()
+    return facts
 
 
 def _product_tflops(day: Day) -> float:

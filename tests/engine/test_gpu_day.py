@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.gpu_day import kernels, sections, variants
+from bench.gpu_day import kernels, models, sections, soak, variants
 from bench.gpu_day.__main__ import NAMES, main
 from bench.gpu_day.attention import Batch, Heads, kernel
 from bench.gpu_day.day import Day, Findings, Section
@@ -160,6 +160,17 @@ def test_the_loop_over_sessions_computes_attention() -> None:
     batch.loop(0)
     for row in range(2):
         torch.testing.assert_close(batch.out[row].double(), batch.expected(row)[0], atol=1e-6, rtol=1e-5)
+
+
+def test_a_wrong_answer_is_no_tie(tmp_path: Path) -> None:
+    day = Day(CPU, tmp_path, 60, smoke=True)
+    reference, _ = models.make(models.TINY, torch.float32, CPU)
+    conversation = [400, 401, 402]
+    answer = soak._generated(day, reference, conversation, 3)
+    assert soak._is_tie(day, reference, conversation, answer)
+    for place in range(3):
+        wrong = [token + (at == place) for at, token in enumerate(answer)]
+        assert not soak._is_tie(day, reference, conversation, wrong)
 
 
 def test_it_imports_few_packages() -> None:

@@ -83,9 +83,9 @@ def nbytes(out: Any) -> int:
 
 
 def engine_site() -> Site:
-    """Return the innermost line of the engine's package that is running."""
+    """Return the innermost line of the engine's package that is running; for a shared copy, the line that calls it."""
     frame = sys._getframe(1)
-    while "llava_sessions/engine/" not in frame.f_code.co_filename:
+    while "llava_sessions/engine/" not in frame.f_code.co_filename or frame.f_code.co_name == "_copy_on_device":
         assert frame.f_back is not None, "nothing but the engine allocates"
         frame = frame.f_back
     return frame.f_code.co_qualname, frame.f_lineno

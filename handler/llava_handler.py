@@ -254,6 +254,7 @@ def _engine_settings(config: HandlerConfig, checkpoint: str, devices: tuple[str,
             device_bytes=config.device_bytes,
             host_bytes=config.host_bytes,
             weights=config.weights,
+            kv_dtype=config.kv_dtype,
             engines=len(devices),
         )
         for device in devices

@@ -115,7 +115,12 @@ def _serve(endpoint: str, listener: socket.socket, args: argparse.Namespace) -> 
         options=cast("AskOptions", dict(args.ask_option)),
     )
     config = uvicorn.Config(
-        app, log_level="warning", server_header=False, timeout_graceful_shutdown=3, proxy_headers=False
+        app,
+        loop="asyncio",  # with uvloop anyio fails in a connection that is reset while it is opened
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=3,
+        proxy_headers=False,
     )
     shown = LOOPBACK if args.host in (LOOPBACK, "0.0.0.0", "::") else args.host
     kind = "server" if is_url(endpoint) else "SageMaker endpoint"

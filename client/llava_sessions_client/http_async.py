@@ -48,7 +48,7 @@ class AsyncHttpTransport:
         sent = self._client.build_request(
             "POST", self._url, content=request.content, headers=headers_of(request), timeout=timeout_of(limits)
         )
-        reply = await _in_time(self._client.send(sent, stream=True), limits.first_byte_s, limits)
+        reply = await _in_time(_response(self._client.send(sent, stream=True)), limits.first_byte_s, limits)
         return head_of(reply.status_code, reply.headers), AsyncHttpStream(reply, limits)
 
 
@@ -102,3 +102,15 @@ async def _in_time(work: Awaitable[T], most_s: float, limits: Limits) -> T:
         raise TimedOut("the server must reply within the time-outs") from None
     except httpx.HTTPError as error:
         raise error_of(error) from error
+
+
+async def _response(work: Awaitable[httpx.Response]) -> httpx.Response:
+    """Return the result of a request. Raise `httpx.HTTPError`.
+
+    In a program that runs uvloop, a connection that is reset while it is opened has no socket any more, which anyio
+    4.16 does not expect.
+    """
+    try:
+        return await work
+    except AttributeError as error:
+        raise httpx.ConnectError("the connection was reset while it was opened") from error

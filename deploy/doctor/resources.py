@@ -66,8 +66,9 @@ def demand_of(chosen: Settings, sizes: Sizes, memory: machine.Memory, cards: lis
     else:
         auto = int(DEVICE_SHARE * memory.total / engines)
     device = auto if chosen.device_bytes is None else chosen.device_bytes
+    session = sizes.session_bytes(dtype, chosen.kv_dtype)
     features = sizes.features_bytes(dtype)
-    return Demand(engines * weights, device, sizes.session_bytes(dtype), features, on_cuda, dtype, engines)
+    return Demand(engines * weights, device, session, features, on_cuda, dtype, engines)
 
 
 def start_problems(demand: Demand, memory: machine.Memory) -> Iterator[Finding]:

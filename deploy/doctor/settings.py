@@ -28,6 +28,7 @@ class Settings:
     sessions: int
     rows: int
     dtype: str
+    kv_dtype: str
     device: str
     devices: tuple[str, ...]
     device_bytes: int | None
@@ -52,6 +53,7 @@ def read(subject: Subject) -> Settings | None:
         sessions=llava["max_sessions"],
         rows=content["batchSize"],
         dtype=llava.get("dtype") or "auto",
+        kv_dtype=llava.get("kv_dtype") or "auto",
         device=device,
         devices=tuple(map(str, listed)) if isinstance(listed, list) and listed else (device,),
         device_bytes=device_bytes if is_number else None,

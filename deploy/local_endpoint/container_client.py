@@ -39,6 +39,21 @@ class BrokenError(Exception):
     """The connection of one request broke, but the instance still answers."""
 
 
+class _Transport(httpx.AsyncHTTPTransport):
+    """httpx's transport, with an httpx error in every case in which the connection broke."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request. Return its reply before the body. Raise `httpx.TransportError`.
+
+        With uvloop a connection that is reset while it is opened has no socket any more, which anyio 4.16 does not
+        expect.
+        """
+        try:
+            return await super().handle_async_request(request)
+        except AttributeError as error:
+            raise httpx.ConnectError("The connection was reset while it was opened.", request=request) from error
+
+
 class ContainerClient:
     """Sends calls to instances. Raises `GoneError` if the instance is lost, `BrokenError` if one connection broke."""
 
@@ -47,7 +62,7 @@ class ContainerClient:
         pool = httpx.Limits(max_connections=None, max_keepalive_connections=256)
         # The transport without its client: no default headers reach a container, and no time is spent on cookies and
         # redirects.
-        self._http = httpx.AsyncHTTPTransport(limits=pool, trust_env=False)
+        self._http = _Transport(limits=pool, trust_env=False)
 
     async def close(self) -> None:
         """Close the connections."""

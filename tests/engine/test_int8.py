@@ -9,9 +9,9 @@ import torch
 
 from llava_sessions.engine.cpu import int8_linears, linears
 from llava_sessions.engine.cpu.int8_linears import Int8Linear, Int8TileLinear, quantize
-from llava_sessions.engine.cpu.layers import FusedLayer
 from llava_sessions.engine.cpu.linears import PackedLinear, activate
-from llava_sessions.engine.cpu.operations import Activation, RowNorm
+from llava_sessions.engine.fused.layer import FusedLayer
+from llava_sessions.engine.fused.operations import Activation, RowNorm
 from llava_sessions.engine.model import Model
 from tests.engine.test_layers import compiles, logits, plain_model  # noqa: F401 - a fixture
 from tests.support.tiny_families import FAMILIES
@@ -108,9 +108,10 @@ def test_a_weight_that_is_not_finite_keeps_its_precision() -> None:
 def test_a_model_in_int8_computes_the_logits_of_the_dequantized_weights(tmp_path: Path, compiles: None) -> None:  # noqa: F811
     folder = next(iter(FAMILIES.values()))(tmp_path)
     model = Model.load(folder, "bfloat16", "cpu", weights="int8")
-    assert all(isinstance(layer, FusedLayer) for layer in model.text.layers)
+    fused = [part for part in model.text.modules() if isinstance(part, FusedLayer)]
+    assert len(fused) == model.kv_shape.layers
     int8 = [part for part in model._model.modules() if isinstance(part, (Int8Linear, Int8TileLinear))]
-    assert len(int8) == 4 * len(model.text.layers) + 1, "the vision tower keeps bfloat16"
+    assert len(int8) == 4 * len(fused) + 1, "the vision tower keeps bfloat16"
     exact = plain_model(folder, "float32")
     for parent in [*exact.text.modules(), exact._model]:
         for name, child in list(parent.named_children()):

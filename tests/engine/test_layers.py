@@ -15,8 +15,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from llava_sessions.engine.attention import Segment
 from llava_sessions.engine.cpu import amx, attention, linears, picture_layers
 from llava_sessions.engine.cpu import layers as cpu_layers
-from llava_sessions.engine.cpu.layers import FusedLayer, compile_token_attention, fuse_layers
+from llava_sessions.engine.cpu.layer_stack import LayerStack
+from llava_sessions.engine.cpu.layers import compile_token_attention, fuse_layers
 from llava_sessions.engine.cpu.linears import PackedLinear, can_pack
+from llava_sessions.engine.fused.layer import FusedLayer
 from llava_sessions.engine.kv import SessionKV
 from llava_sessions.engine.model import Model
 from tests.support.nan_pool import NanPool
@@ -92,28 +94,28 @@ def test_fused_layers_in_bfloat16_are_as_exact_as_plain_ones(folder: Path, compi
 def test_a_layer_that_fails_its_example_runs_part_by_part(
     what: str, folder: Path, compiles: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llava_sessions.engine.cpu.amx_layer import CompiledLayer
+    from llava_sessions.engine.cpu.amx_layers import CompiledLayers
 
-    right = CompiledLayer.__call__
+    right = CompiledLayers.__call__
 
     def fails(self, *given):
         if what == "an error":
             raise RuntimeError("no such instruction")
         return right(self, *given) + 1
 
-    monkeypatch.setattr(CompiledLayer, "__call__", fails)
+    monkeypatch.setattr(CompiledLayers, "__call__", fails)
     model = Model.load(folder, "bfloat16", "cpu")
-    assert not any(layer.is_compiled for layer in model.text.layers)
+    assert all(isinstance(layer, FusedLayer) for layer in model.text.layers)
     assert torch.cat(logits(model)).isfinite().all()
 
 
 @needs_amx
 def test_a_layer_in_one_call_gives_the_numbers_of_its_parts(folder: Path, compiles: None) -> None:
     whole = Model.load(folder, "bfloat16", "cpu")
-    assert all(layer.is_compiled for layer in whole.text.layers)
+    (stack,) = whole.text.layers
+    assert isinstance(stack, LayerStack)
     parts = Model.load(folder, "bfloat16", "cpu")
-    for layer in parts.text.layers:
-        layer.use_parts()
+    parts.text.layers = stack.layers
     for got, expected in zip(logits(whole), logits(parts), strict=True):
         assert torch.equal(got, expected)
 

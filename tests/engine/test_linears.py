@@ -9,7 +9,7 @@ import torch
 
 from llava_sessions.engine.cpu import amx, linears
 from llava_sessions.engine.cpu.linears import PackedLinear, TileLinear, can_pack, pack, pack_all
-from llava_sessions.engine.cpu.operations import Activation, RowNorm, activate
+from llava_sessions.engine.fused.operations import Activation, RowNorm, activate
 
 needs_packing = pytest.mark.skipif(not can_pack(torch.float32), reason="this torch has no packed linears")
 needs_amx = pytest.mark.skipif(not amx.is_available(), reason="this CPU has no AMX")

@@ -11,8 +11,8 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from llava_sessions.engine.cpu.linears import can_pack
-from llava_sessions.engine.cpu.operations import Activation
 from llava_sessions.engine.cpu.picture_layers import FusedPictureLayer, fuse_layers
+from llava_sessions.engine.fused.operations import Activation
 from tests.support.family import make_family, noise
 from tests.support.tiny_families import FAMILIES
 

@@ -8,7 +8,7 @@ session's numbers do not depend on the other sessions of the step. Built on two 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.nn.attention.bias import causal_lower_right
@@ -19,12 +19,31 @@ from .device import takes_grouped_heads
 from .kv import SessionKV
 
 if TYPE_CHECKING:
-    from .cpu.amx_sessions import SessionAttention  # importing them needs Numba
-    from .cpu.token_attention import TokenAttention
+    from .cpu.amx_sessions import SessionAttention  # importing it needs Numba
 
 # Names under which the attention functions are registered with transformers.
 TEXT_ATTENTION = "session_sdpa"
 VISION_ATTENTION = "picture_sdpa"
+
+
+class TokenAttention(Protocol):
+    """Attention of single new tokens of many sessions: `cpu.token_attention` or `cuda.ragged`."""
+
+    def task(self, places: list[tuple[int, int, int, int]]) -> Any:
+        """Return the arguments that all layers of one forward share.
+
+        `places`, one per token: its row in the batch, the address and the capacity of its session's KV tensor `[layers,
+        2, kv_heads, capacity, head_dim]`, and the number of tokens stored there.
+        """
+
+    def __call__(
+        self, task: Any, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Rotate the tokens' queries and keys, append keys and values to the caches, and attend to all stored tokens.
+
+        `qkv`: `[rows, (heads + 2 * kv_heads) * head_dim]`. `cos`, `sin`: `[rows, head_dim]`. All are contiguous. Writes
+        the tokens' rows of `out`, `[rows, heads * head_dim]`.
+        """
 
 
 @dataclass(frozen=True)
@@ -112,7 +131,7 @@ class PackedKV:
         return keys, values
 
     def attend(self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Rotate, store and attend for a fused layer, see `cpu.layers.Batch.attend`."""
+        """Rotate, store and attend for a fused layer, see `fused.layer.Batch.attend`."""
         out = qkv.new_empty((len(qkv), self._heads * cos.shape[-1]))
         if self._token_attention is not None and self._task is not None:
             self._token_attention(self._task, layer, qkv, cos, sin, out)
@@ -139,11 +158,30 @@ class PackedKV:
         cpu_attention.rotate(numbers[:, : self._heads + kv_heads], cos[rows], sin[rows])
         queries, keys, values = numbers.transpose(0, 1).split((self._heads, kv_heads, kv_heads))
         span.kv.write(layer, span.stored, keys, values)
-        stored_keys, stored_values = span.kv.read(layer, span.stored + len(numbers))
-        attended = cpu_attention.attention(
-            queries[None], stored_keys, stored_values, head_dim**-0.5, span.mask, span.is_causal
-        )
+        attended = _attend(span, layer, queries[None], head_dim**-0.5)
         out[rows] = attended[0].transpose(0, 1).flatten(1)
+
+
+class TokenBatch:
+    """Single new tokens of sessions, as a `fused.layer.Batch`, whose task belongs to the caller.
+
+    For a captured step: the caller changes the numbers of `task` between replays, not the tensor. It is passed to a
+    transformers model in place of `PackedKV`; only fused layers can use it.
+    """
+
+    is_compileable = False  # part of the `past_key_values` protocol
+
+    def __init__(self, token_attention: TokenAttention, task: Any, heads: int) -> None:
+        """`task`: as `TokenAttention.task` returns it. `heads`: query heads of a layer."""
+        self._token_attention = token_attention
+        self._heads = heads
+        self.tasks = (task, None)
+
+    def attend(self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Rotate, store and attend, see `fused.layer.Batch.attend`."""
+        out = qkv.new_empty((len(qkv), self._heads * cos.shape[-1]))
+        self._token_attention(self.tasks[0], layer, qkv, cos, sin, out)
+        return out
 
 
 def causal_mask(stored: int, new: int, device: torch.device) -> torch.Tensor:
@@ -173,15 +211,19 @@ def _packed_attention(
     """
     out = torch.empty_like(query.transpose(1, 2))
     for span in packed.spans:
-        keys, values = span.kv.read(module.layer_idx, span.stored + span.end - span.start)
-        rows = query[:, :, span.start : span.end]
-        groups = query.shape[1] // keys.shape[1]
-        if groups > 1 and not takes_grouped_heads(query.device, query.dtype):
-            keys = keys.repeat_interleave(groups, 1)
-            values = values.repeat_interleave(groups, 1)
-        attended = cpu_attention.attention(rows, keys, values, scaling, span.mask, span.is_causal)
+        attended = _attend(span, module.layer_idx, query[:, :, span.start : span.end], scaling)
         out[:, span.start : span.end] = attended.transpose(1, 2)
     return out, None
+
+
+def _attend(span: _Span, layer: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Return attention `[1, heads, rows, head_dim]` of a span's queries to its cache, which has the new tokens."""
+    keys, values = span.kv.read(layer, span.stored + span.end - span.start)
+    groups = query.shape[1] // keys.shape[1]
+    if groups > 1 and not takes_grouped_heads(query.device, query.dtype):
+        keys = keys.repeat_interleave(groups, 1)
+        values = values.repeat_interleave(groups, 1)
+    return cpu_attention.attention(query, keys, values, scaling, span.mask, span.is_causal)
 
 
 def _vision_attention(

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForImageTextToText
 
 from ..ipc.messages import PreparedPicture
 from ..text.checkpoint import WEIGHTS, WEIGHTS_INDEX, UnsupportedCheckpoint, read_json
-from .attention import TEXT_ATTENTION, VISION_ATTENTION, PackedKV, Segment
+from . import cuda_path
+from .attention import TEXT_ATTENTION, VISION_ATTENTION, PackedKV, Segment, TokenAttention
 from .cpu import attention as cpu_attention
-from .cpu import int8_linears, layers, linears, picture_layers
+from .cpu import int8_linears, layer_stack, layers, linears, picture_layers
 from .device import native_dtype, prepare
+from .fused.layer import Batch, FusedLayer
+from .fused.linear import Pack
 from .kv import KVShape
+
+if TYPE_CHECKING:
+    from .cpu.amx_sessions import SessionAttention  # importing it needs Numba
 
 SUPPORTED_MODEL_TYPES = ("llava", "llava_next", "llava_onevision")
 # Text models whose attention is causal over all earlier tokens and passes its keyword arguments on to ours.
@@ -34,10 +40,13 @@ _ROPE_BY_LENGTH = ("dynamic", "longrope")
 class Model:
     """A loaded checkpoint on one device. Not thread-safe."""
 
-    def __init__(self, model: Any, end_token_ids: frozenset[int] | None = None) -> None:
+    def __init__(
+        self, model: Any, end_token_ids: frozenset[int] | None = None, kv_dtype: torch.dtype | None = None
+    ) -> None:
         """Take a transformers model for image-text-to-text and register the engine's attention with it.
 
-        `end_token_ids` end an answer; None: those of its generation config, as in `generate`.
+        `end_token_ids` end an answer; None: those of its generation config, as in `generate`. `kv_dtype`: as in
+        `KVShape`.
         """
         text = model.config.get_text_config()
         self._model = model.eval()
@@ -55,22 +64,41 @@ class Model:
         self.eos_token_ids = _eos_token_ids(model) if end_token_ids is None else end_token_ids
         self._heads: int = text.num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // self._heads
-        self.kv_shape = KVShape(text.num_hidden_layers, text.num_key_value_heads, head_dim, self.dtype, self.device)
+        self.kv_shape = KVShape(
+            text.num_hidden_layers, text.num_key_value_heads, head_dim, self.dtype, self.device, kv_dtype
+        )
         self.feature_bytes: int = text.hidden_size * self.dtype.itemsize
         # Compiled attention of single tokens, or None: then torch's own attention handles them.
-        self.token_attention = None
-        if isinstance(self.text.layers[0], layers.FusedLayer) and self.kv_shape.token_bytes >= COMPILE_FROM_BYTES:
-            self.token_attention = layers.compile_token_attention(
-                self._heads, self.kv_shape.kv_heads, head_dim, self.dtype
-            )
-        cpu_attention.prepare_picture_attention(model.config.vision_config, self.dtype, self.device)
+        self.token_attention: TokenAttention | None = None
         # Compiled attention of several tokens of a session, or None: then torch's.
-        self.session_attention = None
-        if self.token_attention is not None:
-            self.session_attention = cpu_attention.session_attention(
-                self._heads, self.kv_shape.kv_heads, head_dim, self.dtype
-            )
-            layers.compile_layers(self.text.layers, self.token_attention, self.session_attention, self.kv_shape)
+        self.session_attention: SessionAttention | None = None
+        cpu_attention.prepare_picture_attention(model.config.vision_config, self.dtype, self.device)
+        if self.device.type == "cuda":
+            self.use_cuda_layers()
+        elif isinstance(self.text.layers[0], FusedLayer) and self.kv_shape.token_bytes >= COMPILE_FROM_BYTES:
+            self._compile_attention()
+
+    def use_cuda_layers(self) -> None:
+        """Use fused layers with ragged attention, as on CUDA, if they pass their trial.
+
+        With Triton's interpreter (TRITON_INTERPRET=1) this works on a CPU too, for a model whose linears are not
+        packed.
+        """
+        self.token_attention = cuda_path.use_fused_layers(self.text, self._heads, self.kv_shape)
+
+    def _compile_attention(self) -> None:
+        """Compile attention for the CPU, and where possible whole layers."""
+        shape = self.kv_shape
+        tokens = layers.compile_token_attention(
+            self._heads, shape.kv_heads, shape.head_dim, shape.dtype, shape.kv_dtype, shape.layers
+        )
+        if tokens is None:
+            return
+        self.token_attention = tokens
+        self.session_attention = cpu_attention.session_attention(
+            self._heads, shape.kv_heads, shape.head_dim, shape.dtype, shape.kv_dtype, shape.layers
+        )
+        self.text.layers = layer_stack.stack_layers(self.text.layers, tokens, self.session_attention, shape)
 
     @classmethod
     def load(
@@ -80,12 +108,14 @@ class Model:
         device: str = "auto",
         end_token_ids: frozenset[int] | None = None,
         weights: str = "auto",
+        kv_dtype: str = "auto",
     ) -> Model:
         """Load a folder or hub ID through accelerate's device map.
 
         `device` "auto": CUDA if available, else CPU. `dtype` "auto": see `native_dtype`. `end_token_ids`: as in
-        `__init__`. `weights`: "auto", or "int8" for the linears of the language model on a CPU with bfloat16. Raises
-        `UnsupportedCheckpoint`, OSError if the checkpoint can't be found, and ValueError if int8 is not possible.
+        `__init__`. `weights`: "auto", or "int8" for the linears of the language model on a CPU with bfloat16.
+        `kv_dtype`: "auto", or "int8" for the KV caches. Raises `UnsupportedCheckpoint`, OSError if the checkpoint can't
+        be found, and ValueError if weights in int8 are not possible.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,7 +130,7 @@ class Model:
             int8_linears.check(dtype, torch.device(device))
         model = load_weights(checkpoint, dtype, device)
         _pack(model, int8_linears.pack if weights == "int8" else linears.pack)
-        return cls(model, end_token_ids)
+        return cls(model, end_token_ids, torch.int8 if kv_dtype == "int8" else None)
 
     def media_positions(self, token_ids: list[int]) -> list[int]:
         """Return the indices of image and video tokens."""
@@ -130,17 +160,35 @@ class Model:
         packed = PackedKV(segments, self._heads, self.token_attention, self.session_attention)
         ids = [token for s in segments for token in s.token_ids]
         positions = [at for s in segments for at in range(s.kv.length, s.kv.length + len(s.token_ids))]
-        hidden = self.text(
-            inputs_embeds=self._embed(ids, segments),
-            position_ids=self._on_device(positions)[None],
-            past_key_values=packed,
-            packed=packed,
-        ).last_hidden_state[0]
+        hidden = self._run_layers(self._embed(ids, segments), self._on_device(positions), packed)
         sampled = [end - 1 for end, segment in zip(packed.ends, segments, strict=True) if segment.sample]
         logits: torch.Tensor = self._model.lm_head(hidden.index_select(0, self._on_device(sampled)))
         for segment in segments:
             segment.kv.length += len(segment.token_ids)
         return logits
+
+    @torch.inference_mode()
+    def decode(self, ids: torch.Tensor, positions: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Return the logits `[rows, vocabulary]` of one new token of each row's session.
+
+        `ids`, `positions`: int64 `[rows]` on the device. `batch`: the attention of these rows. Needs the fused layers
+        of `use_cuda_layers`. Copies nothing between host and device and does not wait for the device, so that a step
+        can be captured. The caller reserves room in the caches and raises their lengths.
+        """
+        hidden = self._run_layers(self.text.embed_tokens(ids[None]), positions, batch)
+        logits: torch.Tensor = self._model.lm_head(hidden)
+        return logits
+
+    def _run_layers(self, embeddings: torch.Tensor, positions: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Return the hidden states `[rows, hidden]` after the last norm.
+
+        `embeddings`: `[1, rows, hidden]`, may be changed. `positions`: int64 `[rows]`.
+        """
+        out = self.text(
+            inputs_embeds=embeddings, position_ids=positions[None], past_key_values=batch, packed=batch
+        ).last_hidden_state
+        hidden: torch.Tensor = out[0]
+        return hidden
 
     def _embed(self, ids: list[int], segments: list[Segment]) -> torch.Tensor:
         """Return embeddings `[1, rows, hidden]`: features at the pictures' image tokens, else token embeddings."""
@@ -175,7 +223,7 @@ class Model:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
 
 
-def _pack(model: Any, pack: linears.Pack) -> None:
+def _pack(model: Any, pack: Pack) -> None:
     """Pack the linears of a transformers model on a CPU, those of the language model by `pack`."""
     text = model.model.language_model
     layers.fuse_layers(text.layers, pack)

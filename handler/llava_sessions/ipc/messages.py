@@ -365,18 +365,19 @@ class Report:
 class EngineSettings:
     """Settings of an engine process.
 
-    `dtype`, `device` and `weights`: as in `Model.load`. `device_bytes` and `host_bytes`: the budget; None derives it
-    from the machine's memory. `engines`: those that share the machine's RAM and CPU cores.
+    `dtype`, `device`, `weights`, `kv_dtype`: as in `Model.load`. `prefill_chunk_tokens` None: 256 on a CPU, measured on
+    a GPU. `device_bytes`, `host_bytes` None: from the machine's memory. `engines`: those that share its RAM and cores.
     """
 
     checkpoint: str
     system_prompt: str
     dtype: str
     device: str
-    prefill_chunk_tokens: int
+    prefill_chunk_tokens: int | None
     device_bytes: int | None = None
     host_bytes: int | None = None
     weights: str = "auto"
+    kv_dtype: str = "auto"
     engines: int = 1
 
 

@@ -69,8 +69,7 @@ def make_pump(
 ) -> Pump:
     """Build a pump. Call its `recover` before the first row. The engines' items reach the inbox as `FromEngine`.
 
-    `histograms` observe the turns. For tests, `executor` runs the preparations, `parsing` parses large bodies, and
-    `fetch` replaces the HTTP client.
+    For tests, `executor` runs the preparations, `parsing` parses large bodies, and `fetch` replaces the HTTP client.
     """
     timing = timing or Timing()
     policy = policy or Policy()

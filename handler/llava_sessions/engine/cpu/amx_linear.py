@@ -19,8 +19,8 @@ import numba
 import torch
 from numba import types
 
+from ..fused.operations import Activation, RowNorm
 from . import amx, amx_product, compiled
-from .operations import Activation, RowNorm
 
 COLUMNS = 32  # N must be a multiple of it
 INPUTS = 32  # K must be a multiple of it
@@ -32,7 +32,9 @@ _WEIGHT_BYTES = 270_000
 _SCRATCH_BYTES = 8192  # of each thread: a block of float32 results
 _CONTROL_BYTES = 512  # the configuration and the counters
 FIELDS = 16  # of a task
-X, ADDED, OUT = 0, 10, 11  # fields with the addresses of the inputs, of what is added, and of the results
+# Fields with the addresses of the inputs, of what is added, of the results, and of the counter of the work taken.
+X, ADDED, OUT, COUNTER = 0, 10, 11, 14
+PLACED = (X, 1, 6, 7, ADDED, OUT, 13, COUNTER)  # the fields that `place` sets
 
 
 def tiles(weight: torch.Tensor) -> torch.Tensor:

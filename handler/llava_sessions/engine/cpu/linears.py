@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from .operations import Activation, RowNorm, activate
+from ..fused.linear import Pack, PackedLinear
+from ..fused.operations import Activation, RowNorm, activate
 from .weight_memory import weight_memory
 
 log = logging.getLogger(__name__)
@@ -35,42 +36,6 @@ _ROWS_HINT = 16
 _MAX_RELATIVE_ERROR = 2.0**-26
 # A number below 2 to the power of this is finite in float16 after any rounding.
 _HALF_EXPONENT = 15
-
-
-class PackedLinear(torch.nn.Module):
-    """Replacement of an `nn.Linear`, with an activation after it. Its outputs equal the plain ones up to the last bits.
-
-    The packed weight is neither a parameter nor a buffer, because an opaque tensor can't be moved, cast or saved.
-    """
-
-    def __init__(self, plain: torch.nn.Linear, activation: Activation = Activation.NONE) -> None:
-        super().__init__()
-        self.in_features = plain.in_features
-        self.out_features = plain.out_features
-        self.weight_bytes: int = plain.weight.nbytes
-        self.activation = activation
-
-    def extra_repr(self) -> str:
-        """Return the text that `print` shows, as `nn.Linear.extra_repr`."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, weight_bytes={self.weight_bytes}"
-
-    def forward(
-        self, rows: torch.Tensor, added: torch.Tensor | None = None, norm: RowNorm | None = None
-    ) -> torch.Tensor:
-        """Map `[..., in_features]` to `[..., out_features]`, half as many with `GATED_SILU`.
-
-        `norm`: of the rows, before the product. `added`, of the result's shape, is added after the activation.
-        """
-        if norm is not None:
-            rows = norm(rows)
-        if self.activation is Activation.NONE:
-            return self._product(rows, added)
-        out = activate(self._product(rows, None), self.activation)
-        return out if added is None else out.add_(added)
-
-    def _product(self, rows: torch.Tensor, added: torch.Tensor | None) -> torch.Tensor:
-        """Return the linear of the rows, plus `added`."""
-        raise NotImplementedError
 
 
 class TileLinear(PackedLinear):
@@ -165,9 +130,6 @@ def pack(plain: torch.nn.Linear, activation: Activation = Activation.NONE) -> Pa
     elif plain.weight.dtype == torch.float32 and works(_pack_as_half, torch.float32):
         found = _pack_as_half(plain, activation)
     return found or OneDNNLinear(plain, activation)
-
-
-Pack = Callable[..., PackedLinear]  # `pack`, or that of int8_linears
 
 
 @torch.inference_mode()

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from ..fused.layer import all_or_none_have_bias, child_names, side_by_side
+from ..fused.operations import Activation, RowNorm, same_activation
 from . import attention, linears
-from .layers import all_or_none_have_bias, child_names, side_by_side
-from .operations import Activation, RowNorm, same_activation
 
 log = logging.getLogger(__name__)
 

@@ -47,6 +47,7 @@ from .session import (
     EngineTurn,
     awaits_first_token,
     elapsed_ms,
+    has_opening,
     next_to_encode,
 )
 
@@ -249,7 +250,7 @@ class Engine:
         for session in sorted((s for s in self.sessions.values() if s.active), key=lambda s: s.ticket):
             if not session.encoded:
                 continue
-            if session.has_opening:
+            if has_opening(session):
                 ready.append(session)
                 continue
             with self._failures.isolated(session):

@@ -219,12 +219,6 @@ class EngineSession(SessionContent, Stateful):
         return len(self.token_ids) - self.kv.length
 
     @property
-    def has_opening(self) -> bool:
-        """Whether the KV cache has the opening, as reported."""
-        stored = self.kv.length
-        return stored > 0 and stored >= self.opening_tokens and self.state is EngineSessionState.READY
-
-    @property
     def residence(self) -> Residence:
         """Where the KV cache is, and the memory of the session."""
         features = {id(picture.features): picture.features for picture in self.pictures}
@@ -345,6 +339,12 @@ class EngineSession(SessionContent, Stateful):
         if self.turn is None:
             raise RuntimeError("the session has no turn")
         return self.turn
+
+
+def has_opening(session: EngineSession) -> bool:
+    """Return whether the KV cache has the opening, and `Prefilled` is reported."""
+    stored = session.kv.length
+    return stored > 0 and stored >= session.opening_tokens and session.state is EngineSessionState.READY
 
 
 def awaits_first_token(session: EngineSession) -> bool:

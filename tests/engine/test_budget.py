@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
     CLIPImageProcessor,
@@ -32,6 +33,7 @@ from deploy.sagemaker import capacity
 from deploy.sagemaker.capacity import CLIP, CONTEXT_BYTES, GIB, INSTANCES, MIB, MODELS, InstanceType, LlavaShape
 from llava_sessions.engine.budget import DeviceBudget, InsufficientMemory, choose_budget
 from llava_sessions.engine.cuda import layers
+from llava_sessions.engine.encoding import GPU_TILES
 from llava_sessions.engine.engine import Engine
 from llava_sessions.engine.model import Model
 from llava_sessions.engine.process import WarmUp, final_budget, measure, warm_up
@@ -103,11 +105,8 @@ def processor_of(shape: LlavaShape, tokenizer: Any) -> Any:
     return LlavaProcessor(CLIPImageProcessor(**size), tokenizer, **options)
 
 
-def chat_on(card: Card, shape: LlavaShape, patch: pytest.MonkeyPatch, fused: bool = False) -> WarmUp:
-    """Run what the engine runs when it starts on a card, with plain or with fused layers.
-
-    Prompts have the longest pieces.
-    """
+def loaded(shape: LlavaShape, patch: pytest.MonkeyPatch, fused: bool = False) -> tuple[Model, ChatTemplate]:
+    """Return a model whose device is called CUDA, with plain or with fused layers, and its template."""
     tokenizer = tiny_families._qwen_tokenizer() if shape.text == "qwen2" else tiny_families._llama_tokenizer()
     with torch.device("meta"):
         made = AutoModelForImageTextToText.from_config(config_of(shape, tokenizer, LAYERS), dtype=torch.float16)
@@ -118,7 +117,12 @@ def chat_on(card: Card, shape: LlavaShape, patch: pytest.MonkeyPatch, fused: boo
         assert layers.fuse(model.text)
     model.device = CUDA
     model.kv_shape = replace(model.kv_shape, device=CUDA, layers=shape.layers)
-    template = ChatTemplate(processor_of(shape, tokenizer))
+    return model, ChatTemplate(processor_of(shape, tokenizer))
+
+
+def chat_on(card: Card, shape: LlavaShape, patch: pytest.MonkeyPatch, fused: bool = False) -> WarmUp:
+    """Run what the engine runs when it starts on a card, with the longest pieces of prompts."""
+    model, template = loaded(shape, patch, fused)
     card.patch(patch)
     with meta_cuda(card):
         engine = Engine(model, template.answer_text, choose_budget(CUDA))
@@ -153,6 +157,24 @@ def test_the_budget_is_what_fits_and_what_capacity_promises(shape: LlavaShape, m
 def test_fused_layers_take_no_more_temporary_memory(shape: LlavaShape, monkeypatch: pytest.MonkeyPatch) -> None:
     card = Card(40 * GIB, shape.weights_bytes + CONTEXT_BYTES)
     assert chat_on(card, shape, monkeypatch, fused=True).working_bytes <= shape.working_mib * MIB
+
+
+@pytest.mark.parametrize("shape", MODELS, ids=lambda shape: shape.name)
+def test_a_batch_of_pictures_takes_no_more_than_is_reserved(shape: LlavaShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, template = loaded(shape, monkeypatch)
+    card = Card(400 * GIB, GIB)
+    card.patch(monkeypatch)
+    for size in ((336, 336), (336, 1000), (600, 600)):
+        (one,) = template.opening([("", Image.new("RGB", size))]).pictures
+        pixels = one.inputs["pixel_values"]
+        tiles = pixels.shape[1] if pixels.ndim == 5 else 1
+        with meta_cuda(card):
+            held_bytes = model.allocated_bytes()
+            model.peak_bytes()
+            features = model.encode_batch([one] * max(GPU_TILES // tiles, 1))
+            working_bytes = model.peak_bytes() - held_bytes - sum(rows.nbytes for rows in features)
+            del features
+        assert working_bytes <= shape.working_mib * MIB
 
 
 def possible_bytes(total_bytes: int, shape: LlavaShape) -> float:

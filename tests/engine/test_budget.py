@@ -210,3 +210,11 @@ def test_a_first_chat_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPat
 def test_a_configured_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     Card(GIB, GIB).patch(monkeypatch)
     assert final_budget(CUDA, 5, 7, WarmUp(1, GIB)) == DeviceBudget(5, 7)
+
+
+def test_engines_share_the_ram() -> None:
+    alone = choose_budget(torch.device("cpu"))
+    shared = choose_budget(torch.device("cpu"), engines=4)
+    assert abs(4 * shared.device_bytes - alone.device_bytes) < 8
+    assert abs(4 * shared.host_bytes - alone.host_bytes) < 8
+    assert choose_budget(torch.device("cpu"), 5, 7, engines=4) == DeviceBudget(5, 7)

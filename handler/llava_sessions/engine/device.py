@@ -1,4 +1,4 @@
-"""Settings of this process for its CUDA device, and what the device's attention kernels take."""
+"""Settings of this process for its device and its CPU cores, and the device's properties."""
 
 from __future__ import annotations
 
@@ -9,6 +9,24 @@ from typing import Any
 import torch
 
 from .cuda.compiler_cache import choose_cache_folder
+
+
+class MissingDevice(Exception):
+    """The device of the configuration does not exist on this machine."""
+
+
+def check_exists(device: str) -> None:
+    """Raise `MissingDevice` if `device` is a CUDA device that torch does not find."""
+    if device.startswith("cuda"):
+        found = torch.cuda.device_count()
+        if (torch.device(device).index or 0) >= found:
+            raise MissingDevice(f"`llava.devices` must exist on this machine, got {device}: torch finds {found} GPUs")
+
+
+def share_cores(engines: int) -> None:
+    """Let torch use a part of the cores that it would use, if several engines share the machine."""
+    if engines > 1:
+        torch.set_num_threads(max(torch.get_num_threads() // engines, 1))
 
 
 def prepare(device: torch.device) -> None:

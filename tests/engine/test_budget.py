@@ -34,7 +34,8 @@ from llava_sessions.engine.budget import DeviceBudget, InsufficientMemory, choos
 from llava_sessions.engine.cuda import layers
 from llava_sessions.engine.engine import Engine
 from llava_sessions.engine.model import Model
-from llava_sessions.engine.process import WarmUp, final_budget, warm_up
+from llava_sessions.engine.process import WarmUp, final_budget, measure, warm_up
+from llava_sessions.engine.scheduler import LONGEST_GPU_PIECE
 from llava_sessions.text.chat_template import ChatTemplate
 from llava_sessions.text.processors import PillowOnevisionProcessor
 from tests.support import tiny_families
@@ -103,7 +104,10 @@ def processor_of(shape: LlavaShape, tokenizer: Any) -> Any:
 
 
 def chat_on(card: Card, shape: LlavaShape, patch: pytest.MonkeyPatch, fused: bool = False) -> WarmUp:
-    """Run the engine's first chat with a model on a card, with plain or with fused layers."""
+    """Run what the engine runs when it starts on a card, with plain or with fused layers.
+
+    Prompts have the longest pieces.
+    """
     tokenizer = tiny_families._qwen_tokenizer() if shape.text == "qwen2" else tiny_families._llama_tokenizer()
     with torch.device("meta"):
         made = AutoModelForImageTextToText.from_config(config_of(shape, tokenizer, LAYERS), dtype=torch.float16)
@@ -117,7 +121,8 @@ def chat_on(card: Card, shape: LlavaShape, patch: pytest.MonkeyPatch, fused: boo
     template = ChatTemplate(processor_of(shape, tokenizer))
     card.patch(patch)
     with meta_cuda(card):
-        return warm_up(Engine(model, template.answer_text, choose_budget(CUDA)), template)
+        engine = Engine(model, template.answer_text, choose_budget(CUDA))
+        return measure(engine, warm_up(engine, template), LONGEST_GPU_PIECE)
 
 
 @pytest.mark.parametrize("shape", MODELS, ids=lambda shape: shape.name)

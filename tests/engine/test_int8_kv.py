@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from llava_sessions.engine.budget import DeviceBudget
-from llava_sessions.engine.cpu import attention
+from llava_sessions.engine.cpu import amx, attention
+from llava_sessions.engine.cpu.amx_sessions import SessionAttention
 from llava_sessions.engine.cpu.layers import compile_token_attention
 from llava_sessions.engine.cpu.token_attention import TokenAttention
 from llava_sessions.engine.formats.int8 import dequantize, quantize
@@ -25,6 +27,7 @@ from tests.support.nan_pool import NanPool
 CPU = torch.device("cpu")
 SHAPE = KVShape(3, 2, 16, torch.float32, CPU, torch.int8)
 MIB = 2**20
+DTYPES = (torch.bfloat16, torch.float32)
 FEATURES_BYTES = 16 * 64 * 4  # of the tiny checkpoint: image tokens, hidden, float32
 
 
@@ -181,11 +184,19 @@ def rotated(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int,
     return numbers
 
 
-@pytest.mark.parametrize(("dtype", "allowed"), [(torch.bfloat16, 0.01), (torch.float32, 1e-5)])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 16), (6, 2, 64), (4, 1, 128)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "dtype"),
+    [
+        (4, 4, 16, torch.bfloat16),
+        (4, 1, 128, torch.bfloat16),
+        (4, 2, 24, torch.float32),
+        *((6, 2, 64, d) for d in DTYPES),
+    ],
+)
 def test_compiled_attention_is_that_of_the_stored_numbers(
-    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, allowed: float
+    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> None:
+    allowed = 0.01 if dtype == torch.bfloat16 else 1e-5
     shape = KVShape(3, kv_heads, head_dim, dtype, CPU, torch.int8)
     attend = compile_token_attention(heads, kv_heads, head_dim, dtype, torch.int8, 3)
     assert attend is not None
@@ -225,8 +236,8 @@ def test_compiled_attention_is_that_of_the_stored_numbers(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_compiled_attention_stores_the_bytes_that_a_chunk_stores(dtype: torch.dtype) -> None:
-    shape = KVShape(2, 2, 64, dtype, CPU, torch.int8)
-    attend = compile_token_attention(4, 2, 64, dtype, torch.int8, 2)
+    shape = KVShape(3, 2, 64, dtype, CPU, torch.int8)
+    attend = compile_token_attention(6, 2, 64, dtype, torch.int8, 3)
     assert attend is not None
     written = keys_and_values(40, shape)
     chunk = filled(written, NanPool(), shape=shape)
@@ -234,10 +245,9 @@ def test_compiled_attention_stores_the_bytes_that_a_chunk_stores(dtype: torch.dt
     single.reserve(40)
     cos = torch.ones(1, 64, dtype=dtype)  # no rotation, whose rounding differs
     for token in range(40):
-        for layer in range(2):
-            keys, values = written[layer, :, :, token]
-            qkv = torch.cat((torch.zeros(4, 64, dtype=dtype), keys, values)).view(1, -1)
-            out = torch.empty(1, 256, dtype=dtype)
+        for layer, (keys, values) in enumerate(written[:, :, :, token]):
+            qkv = torch.cat((torch.zeros(6, 64, dtype=dtype), keys, values)).view(1, -1)
+            out = torch.empty(1, 384, dtype=dtype)
             attend(attend.task([(0, single.address, single.capacity, token)]), layer, qkv, cos, cos * 0, out)
         single.length += 1
     assert equal(stored(single), stored(chunk))
@@ -245,22 +255,22 @@ def test_compiled_attention_stores_the_bytes_that_a_chunk_stores(dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("wrong", [torch.inf, torch.nan])
-@pytest.mark.parametrize("head", [4, 6], ids=["key", "value"])
+@pytest.mark.parametrize("head", [6, 8], ids=["key", "value"])
 def test_compiled_attention_does_not_hide_a_number_that_is_not_finite(
     head: int, wrong: float, dtype: torch.dtype
 ) -> None:
-    attend = compile_token_attention(4, 2, 64, dtype, torch.int8, 2)
+    attend = compile_token_attention(6, 2, 64, dtype, torch.int8, 3)
     assert attend is not None
-    shape = KVShape(2, 2, 64, dtype, CPU, torch.int8)
+    shape = KVShape(3, 2, 64, dtype, CPU, torch.int8)
     kv = filled(keys_and_values(40, shape), shape=shape)
-    qkv = torch.ones(1, 8, 64, dtype=dtype)
+    qkv = torch.ones(1, 10, 64, dtype=dtype)
     qkv[0, head, 20] = wrong  # of the first KV head
     cos = torch.ones(1, 64, dtype=dtype)
-    out = torch.empty(1, 256, dtype=dtype)
+    out = torch.empty(1, 384, dtype=dtype)
     attend(attend.task([(0, kv.address, kv.capacity, kv.length)]), 0, qkv.view(1, -1), cos, cos * 0, out)
-    assert not kv._parts[1][0, head // 2 - 2, 0, 40].isfinite()
-    assert not out[0, :128].isfinite().any(), "the query heads of the KV head"
-    assert out[0, 128:].isfinite().all()
+    assert not kv._parts[1][0, head // 2 - 3, 0, 40].isfinite()
+    assert not out[0, :192].isfinite().any(), "the query heads of the KV head"
+    assert out[0, 192:].isfinite().all()
 
 
 def test_compiled_attention_with_wrong_numbers_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,6 +282,44 @@ def test_compiled_attention_with_wrong_numbers_is_not_used(monkeypatch: pytest.M
 
     monkeypatch.setattr(TokenAttention, "__call__", wrong)
     assert compile_token_attention(4, 2, 16, torch.float32, torch.int8, 2) is None
+
+
+# --- compiled attention of several tokens ---
+
+
+def attended(
+    attend: SessionAttention, kv: SessionKV, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """Append rows to a cache in one call, layer 1; return their attention."""
+    kv.reserve(kv.length + len(qkv))
+    out = torch.empty(len(qkv), 6 * 64, dtype=torch.bfloat16)
+    attend(attend.task([(0, len(qkv), kv.address, kv.capacity, kv.length)]), 1, qkv, cos, sin, out)
+    kv.length += len(qkv)
+    return out
+
+
+@pytest.mark.skipif(not amx.is_available(), reason="this CPU has no AMX")
+def test_chunks_store_and_read_the_quantized_numbers_wherever_they_are_cut() -> None:
+    shape = KVShape(3, 2, 64, torch.bfloat16, CPU, torch.int8)
+    attend = attention.session_attention(6, 2, 64, torch.bfloat16, torch.int8, 3)
+    assert attend is not None
+    torch.manual_seed(0)
+    qkv = 2 * torch.randn(300, 10 * 64).bfloat16()
+    cos, sin = torch.ones(300, 64).bfloat16(), torch.zeros(300, 64).bfloat16()
+    whole, cut = SessionKV(shape, NanPool()), SessionKV(shape, NanPool())
+    out = attended(attend, whole, qkv, cos, sin)
+    cuts = itertools.pairwise((0, 1, 31, 64, 190, 300))
+    parts = [attended(attend, cut, qkv[start:end], cos[start:end], sin[start:end]) for start, end in cuts]
+    assert torch.equal(torch.cat(parts), out)
+    query, new_keys, new_values = qkv.view(300, 10, 64).transpose(0, 1).split((6, 2, 2))
+    for kv in (whole, cut):
+        for part, expected in zip(stored(kv), quantize(torch.stack((new_keys, new_values))), strict=True):
+            assert torch.equal(part[1], expected)
+    keys, values = whole.read(1, 300)
+    exact = scaled_dot_product_attention(
+        query[None].float(), keys.float(), values.float(), is_causal=True, enable_gqa=True
+    )
+    torch.testing.assert_close(out.float(), exact[0].transpose(0, 1).flatten(1), atol=0.02, rtol=0.02)
 
 
 # --- the engine ---
@@ -363,7 +411,3 @@ def test_the_engines_memory_is_counted_in_int8(tiny: Path) -> None:
     memory = chats.engine.memory()
     assert memory.kv_bytes == GROWTH_TOKENS * shape.token_bytes
     assert memory.offloaded_bytes == session.kv.length * shape.token_bytes
-
-
-def test_amx_attention_of_sessions_is_off(tiny: Path, path: None) -> None:
-    assert Model.load(tiny, "bfloat16", "cpu", kv_dtype="int8").session_attention is None

@@ -47,3 +47,14 @@ def takes_grouped_heads(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cuda":
         return True
     return dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a copy of a tensor of the CPU on a device. On CUDA the copy is asynchronous: the host does not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has finished all launched work. Does nothing for a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

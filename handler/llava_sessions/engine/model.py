@@ -95,10 +95,9 @@ class Model:
         if tokens is None:
             return
         self.token_attention = tokens
-        if not shape.is_int8:
-            self.session_attention = cpu_attention.session_attention(
-                self._heads, shape.kv_heads, shape.head_dim, shape.dtype
-            )
+        self.session_attention = cpu_attention.session_attention(
+            self._heads, shape.kv_heads, shape.head_dim, shape.dtype, shape.kv_dtype, shape.layers
+        )
         self.text.layers = layer_stack.stack_layers(self.text.layers, tokens, self.session_attention, shape)
 
     @classmethod

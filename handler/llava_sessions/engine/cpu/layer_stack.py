@@ -10,7 +10,7 @@ import torch
 
 from ..fused.layer import Batch, FusedLayer
 from . import linears
-from .token_checks import ExampleCache
+from .example_cache import ExampleCache
 
 if TYPE_CHECKING:
     from .amx_layers import CompiledLayers  # importing them needs Numba

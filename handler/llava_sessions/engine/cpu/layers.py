@@ -10,7 +10,8 @@ import torch
 from ..fused import layer as fused_layer
 from ..fused.linear import Pack
 from . import linears
-from .token_checks import ExampleCache, matches_torch
+from .example_cache import ExampleCache
+from .token_checks import matches_torch
 
 if TYPE_CHECKING:
     from .token_attention import TokenAttention  # importing it needs Numba

@@ -138,6 +138,20 @@ def store(_, address, vector):
 
 
 @intrinsic
+def store_int8(_, address, vector):
+    """Store 16 numbers as int8, rounded to nearest, ties to even. They must be between -128 and 127."""
+
+    def generate(context, builder, signature, arguments):
+        address, numbers = arguments
+        nearest = builder.call(_function(builder, "llvm.rint.v16f32", _VECTOR, _VECTOR), [numbers])
+        narrow = builder.trunc(builder.fptosi(nearest, _I32S), _I8S)
+        builder.store(narrow, builder.inttoptr(address, _I8S.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, VECTOR), generate
+
+
+@intrinsic
 def store_bfloat16(_, address, vector):
     """Store 16 numbers as bfloat16, rounded to nearest, ties to even. Needs AVX-512 BF16."""
 
@@ -183,6 +197,16 @@ def largest(_, a, b):
         return builder.select(builder.fcmp_ordered(">", *arguments), *arguments)
 
     return VECTOR(VECTOR, VECTOR), generate
+
+
+@intrinsic
+def highest(_, vector):
+    """Return the largest of the 16 numbers."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.call(_function(builder, "llvm.vector.reduce.fmax.v16f32", _FLOAT, _VECTOR), arguments)
+
+    return types.float32(VECTOR), generate
 
 
 @intrinsic

@@ -38,10 +38,10 @@ def use_fused_layers(
 ) -> TokenAttention | None:
     """Replace the decoder layers of a transformers text model by fused ones; return the attention of their tokens.
 
-    `text`: with the engine's attention registered. `heads`: query heads of a layer. `shape`: of the KV caches. `make`:
-    returns the attention; None: `RaggedAttention`. Changes nothing and returns None if a layer is of another kind, and,
-    with a warning in the log, if Triton, its compiler or the device refuses a kernel or the numbers are wrong. `pack`:
-    for the linears of the layers.
+    `text`: with the engine's attention registered. `heads`: query heads of a layer. `shape`: of the KV caches. `pack`:
+    for the linears of the layers, which may still be on the host. `make`: returns the attention; None:
+    `RaggedAttention`. Changes nothing and returns None if a layer is of another kind, and, with a warning in the log,
+    if Triton, its compiler or the device refuses a kernel or the numbers are wrong.
     """
     attention = _tried(text, heads, shape, make or _ragged)
     if attention is not None:

@@ -154,7 +154,7 @@ class Run:
         self.options = options
         self.facts = machine.facts(options.device)
         self._neighbours = machine.Neighbours()
-        self.bandwidth = machine.Bandwidth(options.device, options.pick(256, 16))
+        self.bandwidth = machine.Bandwidth(options.device, options.pick(None, 16))
         self.bandwidth.measure()
 
     def say(self, text: str) -> None:

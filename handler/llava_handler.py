@@ -246,6 +246,7 @@ def _engine_settings(config: HandlerConfig, checkpoint: str, gpu_id: int | None)
         device_bytes=config.device_bytes,
         host_bytes=config.host_bytes,
         weights=config.weights,
+        kv_dtype=config.kv_dtype,
     )
 
 

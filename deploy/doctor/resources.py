@@ -60,7 +60,8 @@ def demand_of(chosen: Settings, sizes: Sizes, memory: machine.Memory, gpu: machi
     else:
         auto = int(DEVICE_SHARE * memory.total)
     device = auto if chosen.device_bytes is None else chosen.device_bytes
-    return Demand(weights, device, sizes.session_bytes(dtype), sizes.features_bytes(dtype), on_cuda, dtype)
+    session = sizes.session_bytes(dtype, chosen.kv_dtype)
+    return Demand(weights, device, session, sizes.features_bytes(dtype), on_cuda, dtype)
 
 
 def start_problems(demand: Demand, memory: machine.Memory) -> Iterator[Finding]:

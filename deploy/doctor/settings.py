@@ -27,6 +27,7 @@ class Settings:
     sessions: int
     rows: int
     dtype: str
+    kv_dtype: str
     device: str
     device_bytes: int | None
     has_budget: bool
@@ -48,6 +49,7 @@ def read(subject: Subject) -> Settings | None:
         sessions=llava["max_sessions"],
         rows=content["batchSize"],
         dtype=llava.get("dtype") or "auto",
+        kv_dtype=llava.get("kv_dtype") or "auto",
         device=str(llava.get("device") or "auto"),
         device_bytes=device_bytes if is_number else None,
         has_budget=is_auto or is_number,

@@ -16,6 +16,7 @@ _USUAL = {"llama": (4096, 32, 32), "mistral": (4096, 32, 8), "qwen2": (4096, 32,
 # Family -> image tokens of the largest picture, as a multiple of those of one tile (deploy/sagemaker/capacity.py).
 _TILES = {"llava": 1.0, "llava_next": 2928 / 576, "llava_onevision": 7371 / 729}
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_SCALE_BYTES = 4  # of each key and value in int8
 
 
 class SizesError(ValueError):
@@ -31,6 +32,7 @@ class Sizes:
     stored_bytes: int
     hidden: int
     kv_numbers: int  # of one token in all layers
+    head_dim: int
     picture_tokens: int
     context_tokens: int
 
@@ -50,6 +52,7 @@ class Sizes:
             stored_bytes=sum(path.stat().st_size for path in weight_files(folder)),
             hidden=hidden,
             kv_numbers=_count(text, "num_hidden_layers", layers) * 2 * kv_heads * head_dim,
+            head_dim=head_dim,
             picture_tokens=_picture_tokens(config),
             context_tokens=_count(text, "max_position_embeddings", 4096),
         )
@@ -65,15 +68,17 @@ class Sizes:
         """Return the size of the features of one picture."""
         return self.picture_tokens * self.hidden * _BYTES[dtype]
 
-    def session_bytes(self, dtype: str) -> int:
+    def session_bytes(self, dtype: str, kv_dtype: str = "auto") -> int:
         """Return the size of a session with one picture and `TEXT_TOKENS` of text, at most a whole context."""
         tokens = min(self.picture_tokens + TEXT_TOKENS, self.context_tokens)
-        return self.features_bytes(dtype) + self.kv_bytes(tokens, dtype)
+        return self.features_bytes(dtype) + self.kv_bytes(tokens, dtype, kv_dtype)
 
-    def kv_bytes(self, tokens: int, dtype: str) -> int:
+    def kv_bytes(self, tokens: int, dtype: str, kv_dtype: str = "auto") -> int:
         """Return the size of a KV cache with room for this number of tokens."""
-        steps = -(-tokens // KV_STEP_TOKENS)
-        return steps * KV_STEP_TOKENS * self.kv_numbers * _BYTES[dtype]
+        token_bytes = self.kv_numbers * _BYTES[dtype]
+        if kv_dtype == "int8":
+            token_bytes = self.kv_numbers + self.kv_numbers // self.head_dim * _SCALE_BYTES
+        return -(-tokens // KV_STEP_TOKENS) * KV_STEP_TOKENS * token_bytes
 
 
 def _section(config: dict[str, Any], key: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from transformers import (
 from deploy.sagemaker import capacity
 from deploy.sagemaker.capacity import CLIP, CONTEXT_BYTES, GIB, INSTANCES, MIB, MODELS, InstanceType, LlavaShape
 from llava_sessions.engine.budget import DeviceBudget, InsufficientMemory, choose_budget
+from llava_sessions.engine.cuda import layers
 from llava_sessions.engine.encoding import GPU_TILES
 from llava_sessions.engine.engine import Engine
 from llava_sessions.engine.model import Model
@@ -115,9 +116,16 @@ def loaded(shape: LlavaShape) -> tuple[Model, ChatTemplate]:
     return model, ChatTemplate(processor_of(shape, tokenizer))
 
 
-def chat_on(card: Card, shape: LlavaShape, patch: pytest.MonkeyPatch) -> WarmUp:
-    """Run what the engine runs when it starts on a card, with the longest pieces of prompts."""
+def chat_on(card: Card, shape: LlavaShape, patch: pytest.MonkeyPatch, fused: bool = False) -> WarmUp:
+    """Run what the engine runs when it starts on a card, with plain or with fused layers.
+
+    Prompts have the longest pieces.
+    """
     model, template = loaded(shape)
+    if fused:
+        for module in ("fused.layer", "cuda.layers"):  # a norm on the meta device has no numbers to compare
+            patch.setattr(f"llava_sessions.engine.{module}.is_rms_norm", lambda norm: True)
+        assert layers.fuse(model.text)
     card.patch(patch)
     with meta_cuda(card):
         engine = Engine(model, template.answer_text, choose_budget(CUDA))
@@ -164,6 +172,12 @@ def test_a_batch_of_pictures_takes_no_more_than_is_reserved(shape: LlavaShape, m
             working_bytes = model.peak_bytes() - held_bytes - sum(rows.nbytes for rows in features)
             del features
         assert working_bytes <= shape.working_mib * MIB
+
+
+@pytest.mark.parametrize("shape", [MODELS[0], MODELS[3]], ids=lambda shape: shape.name)
+def test_fused_layers_take_no_more_temporary_memory(shape: LlavaShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(40 * GIB, shape.weights_bytes + CONTEXT_BYTES)
+    assert chat_on(card, shape, monkeypatch, fused=True).working_bytes <= shape.working_mib * MIB
 
 
 def possible_bytes(total_bytes: int, shape: LlavaShape) -> float:

@@ -45,9 +45,15 @@ class Reference:
 class Chats:
     """An engine and its conversations, as the pump keeps them."""
 
-    def __init__(self, checkpoint: Path, chunk_tokens: int = 256, budget: DeviceBudget | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        chunk_tokens: int = 256,
+        budget: DeviceBudget | None = None,
+        kv_dtype: str = "auto",
+    ) -> None:
         self.tokens = ChatTemplate(AutoProcessor.from_pretrained(checkpoint))
-        model = Model.load(checkpoint, "float32", "cpu")
+        model = Model.load(checkpoint, "float32", "cpu", kv_dtype=kv_dtype)
         self.engine = Engine(model, self.tokens.answer_text, budget or choose_budget(model.device), chunk_tokens)
         self.conversations: dict[str, Conversation] = {}
         self.prompts: dict[str, list[int]] = {}

@@ -320,6 +320,8 @@ def test_sizes_are_those_of_the_published_checkpoint(tmp_path: Path) -> None:
     assert sizes.features_bytes("float16") == MODELS[0].features_bytes
     tokens = MODELS[0].picture_tokens + 1024
     assert sizes.session_bytes("float16") == MODELS[0].features_bytes + MODELS[0].kv_bytes(tokens)
+    int8 = sizes.session_bytes("float16", "int8") - sizes.features_bytes("float16")
+    assert int8 == MODELS[0].kv_bytes(tokens) * (128 + 4) // (128 * 2), "a scale of 4 bytes for 128 numbers"
 
 
 # --- memory, disk, processes ------------------------------------------------------------------------------------------
@@ -353,8 +355,8 @@ def test_the_limit_of_a_container_counts(tmp_path: Path) -> None:
 
 
 def test_a_budget_that_holds_no_session_is_an_error_and_one_for_few_a_warning(tmp_path: Path) -> None:
-    def found(device_bytes: int, sessions: int = 64) -> dict[str, str]:
-        config = edited(tmp_path, CONFIG, {"device_bytes": str(device_bytes)})
+    def found(device_bytes: int, sessions: int = 64, kv_dtype: str = "auto") -> dict[str, str]:
+        config = edited(tmp_path, CONFIG, {"device_bytes": str(device_bytes), "kv_dtype": kv_dtype})
         chosen = settings.read(Subject(config=config, dtype="float32", device="cpu", sessions=sessions))
         assert chosen is not None
         memory = Memory(64 * GIB, 64 * GIB, "the machine")
@@ -367,6 +369,10 @@ def test_a_budget_that_holds_no_session_is_an_error_and_one_for_few_a_warning(tm
     room = one // sizes.features_bytes("float32")
     assert f"features of {room} sessions fit in memory, of {room + 1} configured" in found(one, room + 1)["warning"]
     assert found(64 * one) == {"warning": "", "error": ""}
+    in_int8 = sizes.session_bytes("float32", "int8")
+    assert in_int8 < one
+    assert "opens would get 429" in found(in_int8 - 1, 1, "int8")["error"]
+    assert found(in_int8, 1, "int8")["error"] == ""
 
 
 @pytest.mark.parametrize("value", ["-1", "true", "1e9", "8 GB"])

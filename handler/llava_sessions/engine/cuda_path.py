@@ -64,7 +64,9 @@ def _ragged(heads: int, shape: KVShape) -> TokenAttention:
     """Return the Triton kernels for a model. Raises ImportError without Triton."""
     from .cuda.ragged import RaggedAttention
 
-    return RaggedAttention(heads, shape.kv_heads, shape.head_dim, shape.dtype, device=shape.device)
+    return RaggedAttention(
+        heads, shape.kv_heads, shape.head_dim, shape.dtype, shape.device, kv_dtype=shape.kv_dtype, layers=shape.layers
+    )
 
 
 def _matches(plain: Any, fused: FusedLayer, text: Any, heads: int, shape: KVShape, attention: TokenAttention) -> bool:
@@ -85,10 +87,11 @@ def _run(
     """Return the hidden states after a layer, and the caches of the example's sessions, both in float32."""
     segments = []
     for stored, rows in _EXAMPLE:
-        kv = SessionKV(replace(shape, layers=1))
+        # In int8 the attention depends on the number of layers.
+        kv = SessionKV(shape if shape.is_int8 else replace(shape, layers=1))
         kv.reserve(stored + rows)
         kv.length = stored
-        kv.on_device.copy_(_wave(kv.on_device.shape, shape))
+        kv.write(0, 0, *_wave(torch.Size((2, shape.kv_heads, kv.capacity, shape.head_dim)), shape))
         segments.append(Segment(kv, [0] * rows, None, [], False))
     packed = PackedKV(segments, heads, attention)
     positions = [at for stored, rows in _EXAMPLE for at in range(stored, stored + rows)]
@@ -100,7 +103,8 @@ def _run(
         past_key_values=packed,
         packed=packed,
     )
-    return out.float(), [segment.kv.on_device.float() for segment in segments]
+    caches = [torch.cat(segment.kv.read(0, segment.kv.capacity)) for segment in segments]
+    return out.float(), [cache.float() for cache in caches]
 
 
 def _wave(size: torch.Size, shape: KVShape) -> torch.Tensor:

@@ -8,19 +8,22 @@ from typing import Any
 
 import torch
 
+from .cuda.compiler_cache import choose_cache_folder
+
 
 def prepare(device: torch.device) -> None:
     """Make a CUDA device the current one and choose its attention kernels. Does nothing for a CPU.
 
     A call that names no device, such as a question about bfloat16 or a compiled kernel, uses the current one.
     cuDNN's attention is turned off: it builds an execution plan for each length of a cache, 23 to 37 ms each on an
-    H100, and torch would prefer it there. Flash attention has no plans.
+    H100, and torch would prefer it there. Flash attention has no plans. Triton gets a folder for compiled kernels.
     """
     if device.type != "cuda":
         return
     if device.index is not None:
         torch.cuda.set_device(device)
     torch.backends.cuda.enable_cudnn_sdp(False)
+    choose_cache_folder()
 
 
 def native_dtype(device: torch.device, stored: torch.dtype | None = None) -> torch.dtype:

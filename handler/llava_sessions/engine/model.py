@@ -42,10 +42,13 @@ _ROPE_BY_LENGTH = ("dynamic", "longrope")
 class Model:
     """A loaded checkpoint on one device. Not thread-safe."""
 
-    def __init__(self, model: Any, end_token_ids: frozenset[int] | None = None) -> None:
+    def __init__(
+        self, model: Any, end_token_ids: frozenset[int] | None = None, kv_dtype: torch.dtype | None = None
+    ) -> None:
         """Take a transformers model for image-text-to-text and register the engine's attention with it.
 
-        `end_token_ids` end an answer; None: those of its generation config, as in `generate`.
+        `end_token_ids` end an answer; None: those of its generation config, as in `generate`. `kv_dtype`: as in
+        `KVShape`.
         """
         text = model.config.get_text_config()
         self._model = model.eval()
@@ -63,7 +66,9 @@ class Model:
         self.eos_token_ids = _eos_token_ids(model) if end_token_ids is None else end_token_ids
         self._heads: int = text.num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // self._heads
-        self.kv_shape = KVShape(text.num_hidden_layers, text.num_key_value_heads, head_dim, self.dtype, self.device)
+        self.kv_shape = KVShape(
+            text.num_hidden_layers, text.num_key_value_heads, head_dim, self.dtype, self.device, kv_dtype
+        )
         self.feature_bytes: int = text.hidden_size * self.dtype.itemsize
         # Compiled attention of single tokens, or None: then torch's own attention handles them.
         self.token_attention: TokenAttention | None = None
@@ -86,12 +91,14 @@ class Model:
     def _compile_attention(self) -> None:
         """Compile attention for the CPU, and where possible whole layers."""
         shape = self.kv_shape
-        tokens = layers.compile_token_attention(self._heads, shape.kv_heads, shape.head_dim, shape.dtype)
+        tokens = layers.compile_token_attention(
+            self._heads, shape.kv_heads, shape.head_dim, shape.dtype, shape.kv_dtype, shape.layers
+        )
         if tokens is None:
             return
         self.token_attention = tokens
         self.session_attention = cpu_attention.session_attention(
-            self._heads, shape.kv_heads, shape.head_dim, shape.dtype
+            self._heads, shape.kv_heads, shape.head_dim, shape.dtype, shape.kv_dtype, shape.layers
         )
         self.text.layers = layer_stack.stack_layers(self.text.layers, tokens, self.session_attention, shape)
 
@@ -103,12 +110,14 @@ class Model:
         device: str = "auto",
         end_token_ids: frozenset[int] | None = None,
         weights: str = "auto",
+        kv_dtype: str = "auto",
     ) -> Model:
         """Load a folder or hub ID through accelerate's device map.
 
         `device` "auto": CUDA if available, else CPU. `dtype` "auto": see `native_dtype`. `end_token_ids`: as in
-        `__init__`. `weights`: "auto", or "int8" for the linears of the language model on a CPU with bfloat16. Raises
-        `UnsupportedCheckpoint`, OSError if the checkpoint can't be found, and ValueError if int8 is not possible.
+        `__init__`. `weights`: "auto", or "int8" for the linears of the language model on a CPU with bfloat16.
+        `kv_dtype`: "auto", or "int8" for the KV caches. Raises `UnsupportedCheckpoint`, OSError if the checkpoint can't
+        be found, and ValueError if weights in int8 are not possible.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -123,7 +132,7 @@ class Model:
             int8_linears.check(dtype, torch.device(device))
         model = load_weights(checkpoint, dtype, device)
         _pack(model, int8_linears.pack if weights == "int8" else linears.pack)
-        return cls(model, end_token_ids)
+        return cls(model, end_token_ids, torch.int8 if kv_dtype == "int8" else None)
 
     def media_positions(self, token_ids: list[int]) -> list[int]:
         """Return the indices of image and video tokens."""

@@ -91,7 +91,9 @@ def load(settings: EngineSettings) -> Engine:
     transformers.utils.logging.disable_progress_bar()
     template = ChatTemplate(load_processor(settings.checkpoint), settings.system_prompt)
     end_ids = end_token_ids(Path(settings.checkpoint), template.tokenizer.eos_token_id)
-    model = Model.load(settings.checkpoint, settings.dtype, settings.device, end_ids, settings.weights)
+    model = Model.load(
+        settings.checkpoint, settings.dtype, settings.device, end_ids, settings.weights, settings.kv_dtype
+    )
     chunk_tokens = settings.prefill_chunk_tokens
     engine = Engine(model, template.answer_text, choose_budget(model.device), chunk_tokens or DEFAULT_CHUNK_TOKENS)
     found = warm_up(engine, template)

@@ -365,9 +365,9 @@ class Report:
 class EngineSettings:
     """Settings of an engine process.
 
-    `dtype`, `device` and `weights`: as in `Model.load`. `prefill_chunk_tokens` None: 256 on a CPU, and what the engine
-    measures on a GPU. `device_bytes` and `host_bytes`: the budget; None derives it
-    from the machine's memory.
+    `dtype`, `device`, `weights` and `kv_dtype`: as in `Model.load`. `prefill_chunk_tokens` None: 256 on a CPU, and what
+    the engine measures on a GPU. `device_bytes` and `host_bytes`: the budget; None derives it from the machine's
+    memory.
     """
 
     checkpoint: str
@@ -378,6 +378,7 @@ class EngineSettings:
     device_bytes: int | None = None
     host_bytes: int | None = None
     weights: str = "auto"
+    kv_dtype: str = "auto"
 
 
 @dataclass(frozen=True)

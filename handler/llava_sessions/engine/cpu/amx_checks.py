@@ -7,6 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .amx_pictures import PictureAttention
 from .amx_sessions import SessionAttention
+from .example_cache import ExampleCache
 
 _ALLOWED = 0.03
 
@@ -25,22 +26,24 @@ def pictures_match(compiled: PictureAttention, head_dim: int) -> bool:
     return torch.allclose(got.float(), expected, atol=_ALLOWED, rtol=_ALLOWED)
 
 
-def sessions_match(compiled: SessionAttention, heads: int, kv_heads: int, head_dim: int) -> bool:
-    """Return whether 35 rows of a session that stores 20 tokens, not rotated, have torch's numbers."""
-    stored, rows, capacity = 20, 35, 56
-    kv = _wave(1, 2, kv_heads, capacity, head_dim)
+def sessions_match(compiled: SessionAttention, heads: int, cache: ExampleCache) -> bool:
+    """Return whether 35 rows of a session that stores 20 tokens, not rotated, have torch's numbers.
+
+    `cache`: of 56 tokens.
+    """
+    stored, rows = 20, 35
+    kv_heads, head_dim, layer = cache.kv_heads, cache.head_dim, cache.layers - 1
     qkv = _wave(rows + 1, heads + 2 * kv_heads, head_dim)
     out = torch.empty(rows + 1, heads * head_dim, dtype=torch.bfloat16)
     angle = torch.zeros(rows + 1, head_dim)
-    task = compiled.task([(1, rows, kv.data_ptr(), capacity, stored)])
-    compiled(task, 0, qkv, angle.cos().bfloat16(), angle.sin().bfloat16(), out)
-    query, new_keys, new_values = qkv[1:].transpose(0, 1).split((heads, kv_heads, kv_heads))
-    keys, values = kv[0, :, :, : stored + rows]
-    if not torch.equal(keys[:, stored:], new_keys) or not torch.equal(values[:, stored:], new_values):
-        return False
+    task = compiled.task([(1, rows, cache.address, cache.capacity, stored)])
+    compiled(task, layer, qkv, angle.cos().bfloat16(), angle.sin().bfloat16(), out)
+    query, new_keys, new_values = qkv[1:].float().transpose(0, 1).split((heads, kv_heads, kv_heads))
+    keys, values = cache.read(layer)[:, :, : stored + rows]
+    for got, expected in ((keys[:, stored:], new_keys), (values[:, stored:], new_values)):
+        if not torch.allclose(got, expected, atol=cache.step, rtol=0):
+            return False
     mask = torch.ones(rows, stored + rows, dtype=torch.bool).tril(stored)
-    expected = scaled_dot_product_attention(
-        query[None].float(), keys[None].float(), values[None].float(), attn_mask=mask, enable_gqa=True
-    )
+    expected = scaled_dot_product_attention(query[None], keys[None], values[None], attn_mask=mask, enable_gqa=True)
     got = out[1:].view(rows, heads, head_dim).transpose(0, 1)
     return torch.allclose(got.float(), expected[0], atol=_ALLOWED, rtol=_ALLOWED)

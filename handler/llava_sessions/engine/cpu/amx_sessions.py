@@ -7,10 +7,11 @@ import functools
 from typing import Any
 
 import numba
+import numpy as np
 import torch
 from numba import types
 
-from . import amx, amx_attention, compiled
+from . import amx, amx_attention, compiled, int8_tokens
 from .amx_attention import STEP
 from .amx_products import COLUMNS
 from .amx_vectors import Vectors, function
@@ -24,13 +25,18 @@ _PLACE = 5
 class SessionAttention:
     """Causal attention for one shape of heads, in bfloat16. Not thread-safe: calls share memory."""
 
-    def __init__(self, heads: int, kv_heads: int, head_dim: int) -> None:
-        """Compile the loops. `head_dim`: a multiple of 32. Raises what Numba raises."""
-        self.attend_all = _compile(heads, kv_heads, head_dim)
+    def __init__(self, heads: int, kv_heads: int, head_dim: int, int8_layers: int = 0) -> None:
+        """Compile the loops. `head_dim`: a multiple of 32. Raises what Numba raises.
+
+        `int8_layers`: layers of a cache in int8, or 0 for caches in bfloat16.
+        """
+        self.attend_all = _compile(heads, kv_heads, head_dim, int8_layers)
         self._loops = compiled.as_c_function(self.attend_all)
         self._heads = heads
         self._kv_heads = kv_heads
         self._head_dim = head_dim
+        # Copies of a head's tokens: packed values, and in int8 keys and values in bfloat16.
+        self._copies = 3 if int8_layers else 1
         self._memory = amx_attention.Memory()
         self._configuration = amx.configuration(amx.ROWS)
         self._constants = amx_attention.softmax_numbers(head_dim**-0.5)
@@ -39,12 +45,12 @@ class SessionAttention:
         """Return the arguments that all layers of one forward share. Valid until the next call.
 
         `places`, one per session: its first row in the batch, the number of its rows, the address and the capacity of
-        its KV tensor `[layers, 2, kv_heads, capacity, head_dim]`, and the number of tokens stored there.
+        its KV cache, in the layout of `KVShape`, and the number of tokens stored there.
         """
         tokens = max(rows + stored for _, rows, _, _, stored in places)
         columns = max(rows for _, rows, _, _, _ in places) * self._heads // self._kv_heads
         padded = -(-tokens // STEP) * STEP
-        thread_bytes = amx_attention.Scratch(self._head_dim).values + padded * self._head_dim * 2
+        thread_bytes = amx_attention.Scratch(self._head_dim).values + self._copies * padded * self._head_dim * 2
         head = (
             0,
             self._memory.address(thread_bytes * torch.get_num_threads()),
@@ -120,6 +126,64 @@ def _make_store(heads: int, kv_heads: int, head_dim: int, rotate: Any, copy: Any
     return store
 
 
+def _make_take_plain(heads: int, kv_heads: int, head_dim: int, rotate: Any, copy: Any) -> Any:
+    """Return the compiled store of a KV head's new tokens, which returns the addresses of all its keys and values."""
+    head_bytes = head_dim * 2
+    store = _make_store(heads, kv_heads, head_dim, rotate, copy)
+
+    @numba.njit
+    def take(task, scratch, place, kv_head, wide):
+        row, rows, address, capacity, stored = place
+        size = capacity * head_bytes
+        keys = address + (task[_LAYER] * 2 * kv_heads + kv_head) * size
+        values = keys + kv_heads * size
+        store(task, row, rows, kv_head, keys + stored * head_bytes, values + stored * head_bytes)
+        return keys, values
+
+    return take
+
+
+def _make_take_int8(heads: int, kv_heads: int, head_dim: int, rotate: Any, layers: int) -> Any:
+    """As `_make_take_plain`, for caches in int8. The addresses are those of copies in bfloat16 in the scratch."""
+    part = amx_attention.Scratch(head_dim)
+    rows_at, values_at = part.rows, part.values
+    head_bytes = head_dim * 2
+    row_bytes = (heads + 2 * kv_heads) * head_bytes
+    store, widen = int8_tokens.make_store(head_dim), int8_tokens.make_widen(head_dim)
+    shorts_at, bytes_at = compiled.pointer(types.uint16), compiled.pointer(types.int8)
+    from_bfloat16 = compiled.wide
+
+    @numba.njit
+    def store_one(source, target, scales, token, wide):
+        numbers = numba.carray(shorts_at(source), (head_dim,))
+        for d in range(head_dim):
+            wide[d] = from_bfloat16(numbers[d])
+        store(wide, numba.carray(bytes_at(target + token * head_dim), (head_dim,)), scales, token)
+
+    @numba.njit
+    def take(task, scratch, place, kv_head, wide):
+        row, rows, address, capacity, stored = place
+        before = (task[_LAYER] * 2 * kv_heads + kv_head) * capacity  # tokens of all heads before this one
+        keys = address + before * head_dim
+        values = keys + kv_heads * capacity * head_dim
+        key_scales = address + layers * 2 * kv_heads * capacity * head_dim + before * int8_tokens.SCALE_BYTES
+        value_scales = key_scales + kv_heads * capacity * int8_tokens.SCALE_BYTES
+        for at in range(rows):
+            source = task[8] + (row + at) * row_bytes + (heads + kv_head) * head_bytes
+            angles = (row + at) * head_bytes
+            rotate(source, task[9] + angles, task[10] + angles, scratch + rows_at)
+            store_one(scratch + rows_at, keys, key_scales, stored + at, wide)
+            store_one(source + kv_heads * head_bytes, values, value_scales, stored + at, wide)
+        copy_bytes = (task[2] - values_at) // 3  # see `SessionAttention.task`
+        wide_keys = scratch + values_at + copy_bytes
+        wide_values = wide_keys + copy_bytes
+        widen(keys, key_scales, wide_keys, stored + rows)
+        widen(values, value_scales, wide_values, stored + rows)
+        return wide_keys, wide_values
+
+    return take
+
+
 def _make_pack(head_dim: int, copy: Any) -> Any:
     """Return the compiled packing of the values of a KV head; the last keys are copied, so that reads stay inside."""
     part = amx_attention.Scratch(head_dim)
@@ -192,17 +256,19 @@ def _make_run_block(heads: int, kv_heads: int, head_dim: int, rotate: Any, copy:
 
 
 @functools.cache
-def _compile(heads: int, kv_heads: int, head_dim: int) -> Any:
+def _compile(heads: int, kv_heads: int, head_dim: int, int8_layers: int = 0) -> Any:
     """Compile the loops. Returns a Numba function of the address of a task, which changes the tiles of its thread.
 
     A piece of work is a KV head of a session, or a slice of its columns. Slices of one head store the same numbers.
     """
     rotate = _make_rotate(head_dim)
     copy = amx_attention.make_copy(head_dim, head_dim)
-    store = _make_store(heads, kv_heads, head_dim, rotate, copy)
+    if int8_layers:
+        take = _make_take_int8(heads, kv_heads, head_dim, rotate, int8_layers)
+    else:
+        take = _make_take_plain(heads, kv_heads, head_dim, rotate, copy)
     pack = _make_pack(head_dim, copy)
     run_block = _make_run_block(heads, kv_heads, head_dim, rotate, copy)
-    head_bytes = head_dim * 2
     group = heads // kv_heads
 
     integers_at = compiled.pointer(types.int64)
@@ -210,20 +276,19 @@ def _compile(heads: int, kv_heads: int, head_dim: int) -> Any:
     @numba.njit
     def attend_all(task_at):
         task = numba.carray(integers_at(task_at), (_HEAD,))
-        sessions, slices, layer = task[5], task[6], task[7]
+        sessions, slices = task[5], task[6]
         places = numba.carray(integers_at(task_at), (_HEAD + _PLACE * sessions,))[_HEAD:].reshape(sessions, _PLACE)
         scratch = task[1] + compiled.thread_number() * task[2]
+        wide = np.empty(head_dim, np.float32)
         amx.configure(task[3])
         while True:
             piece = compiled.next_number(task_at)
             if piece >= sessions * kv_heads * slices:
                 break
             kv_head = piece // slices % kv_heads
-            row, rows, address, capacity, stored = places[piece // slices // kv_heads]
-            size = capacity * head_bytes
-            keys = address + (layer * 2 * kv_heads + kv_head) * size
-            values = keys + kv_heads * size
-            store(task, row, rows, kv_head, keys + stored * head_bytes, values + stored * head_bytes)
+            place = places[piece // slices // kv_heads]
+            row, rows, _, _, stored = place
+            keys, values = take(task, scratch, place, kv_head, wide)
             pack(scratch, keys, values, stored + rows)
             for first in range(piece % slices * COLUMNS, rows * group, slices * COLUMNS):
                 count = min(COLUMNS, rows * group - first)

@@ -13,23 +13,14 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
+from ..formats.int8 import quantize
 from ..fused.linear import PackedLinear
 from ..fused.operations import Activation
 from . import linears
 from .linears import TileLinear
 
-_LARGEST = 127
-# Amounts below it count as zero, so that no scale is zero.
-_SMALLEST = 1e-30
 # Most rows for which torch's operation on int8 is faster than widening the weight.
 _FEW_ROWS = 32
-
-
-def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a weight `[N, K]` as int8 `[N, K]` and float32 scales `[N]`: about `int8 * scales[:, None]`."""
-    wide = weight.float()
-    scales = wide.abs().amax(1).clamp_min(_SMALLEST) / _LARGEST
-    return (wide / scales[:, None]).round_().to(torch.int8), scales
 
 
 class Int8TileLinear(TileLinear):

@@ -10,6 +10,7 @@ import torch
 
 from ..fused.layer import Batch, FusedLayer
 from . import linears
+from .example_cache import ExampleCache
 
 if TYPE_CHECKING:
     from .amx_layers import CompiledLayers  # importing them needs Numba
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class Heads(Protocol):
-    """Dimensions and precision of KV caches."""
+    """Dimensions and precision of KV caches, see `KVShape`."""
 
     @property
     def kv_heads(self) -> int:
@@ -33,6 +34,10 @@ class Heads(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """Precision of keys and values."""
+
+    @property
+    def kv_dtype(self) -> torch.dtype | None:
+        """Precision in which they are stored."""
 
 
 class LayerStack(torch.nn.Module):
@@ -104,17 +109,16 @@ class _Example:
 
     def __init__(self, layers: int, tokens: TokenAttention, heads: Heads) -> None:
         stored = 5
-        size = (2, layers, 2, heads.kv_heads, stored + 1, heads.head_dim)
-        numbers = torch.linspace(-9, 9, torch.Size(size).numel()).sin()
-        self._caches = numbers.view(size).to(heads.dtype)
-        task = tokens.task([(row, cache.data_ptr(), stored + 1, stored) for row, cache in enumerate(self._caches)])
+        size = (layers, heads.kv_heads, stored + 1, heads.head_dim)
+        self._caches = [ExampleCache(*size, heads.dtype, heads.kv_dtype) for _ in range(2)]
+        task = tokens.task([(row, cache.address, stored + 1, stored) for row, cache in enumerate(self._caches)])
+        self._kv_width = 2 * heads.kv_heads * heads.head_dim
         self._tokens = tokens
         self.tasks = (task, None)
 
     def attend(self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """As `Batch.attend`."""
-        kv_heads, _, head_dim = self._caches.shape[3:]
-        out = qkv.new_empty(len(qkv), qkv.shape[1] - 2 * kv_heads * head_dim)
+        out = qkv.new_empty(len(qkv), qkv.shape[1] - self._kv_width)
         self._tokens(self.tasks[0], layer, qkv, cos, sin, out)
         return out
 

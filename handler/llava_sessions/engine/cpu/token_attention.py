@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import torch
 from numba import types
 
-from . import amx, compiled, vector_attention, vectors
+from . import amx, compiled, int8_tokens, vector_attention, vectors
 
 # Below any score: where the search for the largest one starts.
 _LOWEST = np.float32(-3e38)
@@ -29,16 +29,28 @@ _COUNTER = 7
 class TokenAttention:
     """Attention of single tokens for one shape of heads, in bfloat16 or float32 on the CPU."""
 
-    def __init__(self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        """Compile the loops. Takes one to two seconds for a new shape."""
-        self.attend_all = _compile(heads, kv_heads, head_dim, dtype)
+    def __init__(
+        self,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype | None = None,
+        layers: int = 0,
+    ) -> None:
+        """Compile the loops. Takes one to two seconds for a new shape.
+
+        `dtype`: of queries, new keys and values, and results. `kv_dtype`: of the caches, as in `KVShape`. `layers`: of
+        a cache, needed for int8 only.
+        """
+        self.attend_all = _compile(heads, kv_heads, head_dim, dtype, layers if kv_dtype == torch.int8 else 0)
         self._loops = compiled.as_c_function(self.attend_all)
 
     def task(self, places: list[tuple[int, int, int, int]]) -> ctypes.Array[ctypes.c_int64]:
         """Return the arguments that all layers of one forward share.
 
-        `places`, one per token: its row in the batch, the address and the capacity of its session's KV tensor `[layers,
-        2, kv_heads, capacity, head_dim]`, and the number of tokens stored there.
+        `places`, one per token: its row in the batch, the address and the capacity of its session's KV cache, in the
+        layout of `KVShape`, and the number of tokens stored there.
         """
         longest = max(stored for *_, stored in places) + 1
         numbers = (len(places), longest, *[0] * (_HEAD - 2), *(number for place in places for number in place))
@@ -74,21 +86,70 @@ def enter_layer(task, layer):
     task[_COUNTER] = 0
 
 
+class _Format(NamedTuple):
+    """A number format for compiled loops.
+
+    `at`: makes a pointer of an address. `item`: bytes of a number. `wide`, `narrow`: to and from float32.
+    """
+
+    at: Any
+    item: int
+    wide: Any
+    narrow: Any
+
+
+class _Stored(NamedTuple):
+    """How caches hold keys and values, for compiled loops.
+
+    `at`, `item`, `wide`: as in `_Format`, without the scale. `layers`: of a cache with scales after the numbers, else
+    0. `times_scale`, `store`: see int8_tokens.py.
+    """
+
+    at: Any
+    item: int
+    wide: Any
+    layers: int
+    times_scale: Any
+    store: Any
+
+
+def _format(dtype: torch.dtype) -> _Format:
+    if dtype == torch.bfloat16:
+        return _Format(compiled.pointer(types.uint16), 2, compiled.wide, compiled.narrow)
+    return _Format(compiled.pointer(types.float32), 4, compiled.same, compiled.same)
+
+
+def _stored(head_dim: int, numbers: _Format, int8_layers: int) -> _Stored:
+    """Return how keys and values of a format are stored: in int8 if `int8_layers` is not 0, else as they are."""
+    if int8_layers:
+        at = compiled.pointer(types.int8)
+        store = int8_tokens.make_store(head_dim)
+        return _Stored(at, 1, int8_tokens.wide, int8_layers, int8_tokens.times_scale, store)
+    narrow = numbers.narrow
+
+    @numba.njit
+    def store_plain(source, target, scales, token):
+        for d in range(head_dim):
+            target[d] = narrow(source[d])
+
+    return _Stored(numbers.at, numbers.item, numbers.wide, 0, int8_tokens.unchanged, store_plain)
+
+
 @functools.cache
-def _compile(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Any:
+def _compile(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, int8_layers: int = 0) -> Any:
     """Compile the loops with all sizes as constants, so that the compiler unrolls and vectorizes them.
 
-    Returns a Numba function of the address of a task.
+    `int8_layers`: layers of a cache in int8, or 0. Returns a Numba function of the address of a task.
     """
-    is_bfloat16 = dtype == torch.bfloat16
+    numbers = _format(dtype)
+    stored = _stored(head_dim, numbers, int8_layers)
+    in_vectors = dtype == torch.bfloat16 and head_dim % vectors.LANES == 0 and amx.is_available()
+    if in_vectors:
+        attend = vector_attention.make_attend(head_dim, is_int8=int8_layers > 0)
+    else:
+        attend = _make_attend(head_dim, numbers.narrow, stored.wide, stored.times_scale)
+    run_piece = _make_run_piece(heads, kv_heads, head_dim, numbers, stored, attend)
     integers_at = compiled.pointer(types.int64)
-    numbers_at = compiled.pointer(types.uint16 if is_bfloat16 else types.float32)
-    wide = compiled.wide if is_bfloat16 else compiled.same
-    narrow = compiled.narrow if is_bfloat16 else compiled.same
-    rotate = _make_rotate(head_dim, wide)
-    in_vectors = is_bfloat16 and head_dim % vectors.LANES == 0 and amx.is_available()
-    attend = vector_attention.make_attend(head_dim) if in_vectors else _make_attend(head_dim, wide, narrow)
-    run_piece = _make_run_piece(heads, kv_heads, head_dim, dtype.itemsize, numbers_at, narrow, rotate, attend)
 
     @numba.njit
     def attend_all(address):
@@ -112,7 +173,7 @@ def _make_rotate(head_dim: int, wide: Any) -> Any:
     """Return the compiled rotary embedding of one head, `[head_dim]`, to float32."""
     half = head_dim // 2
 
-    @numba.njit(fastmath=True)
+    @numba.njit(fastmath={"contract"})  # only this: numbers that are not finite must stay so
     def rotate(source, cos, sin, out):
         for d in range(half):
             low = wide(source[d])
@@ -123,11 +184,14 @@ def _make_rotate(head_dim: int, wide: Any) -> Any:
     return rotate
 
 
-def _make_attend(head_dim: int, wide: Any, narrow: Any) -> Any:
-    """Return the compiled attention of one query head to `tokens` stored keys and values `[tokens, head_dim]`."""
+def _make_attend(head_dim: int, narrow: Any, wide: Any, times_scale: Any) -> Any:
+    """Return the compiled attention of one query head to `tokens` stored keys and values `[tokens, head_dim]`.
 
-    @numba.njit(fastmath=True)
-    def attend(query, keys, values, tokens, scores, out):
+    `narrow`: of results, see `_Format`. `wide`, `times_scale`: of stored numbers, see `_Stored`.
+    """
+
+    @numba.njit(fastmath=True, error_model="numpy")
+    def attend(query, keys, values, key_scales, value_scales, tokens, scores, out):
         # Four tokens per iteration: four sums that do not depend on each other.
         fours = tokens - tokens % 4
         top = _LOWEST
@@ -138,12 +202,15 @@ def _make_attend(head_dim: int, wide: Any, narrow: Any) -> Any:
                 b += query[d] * wide(keys[t + 1, d])
                 c += query[d] * wide(keys[t + 2, d])
                 e += query[d] * wide(keys[t + 3, d])
+            a, b = times_scale(a, key_scales, t), times_scale(b, key_scales, t + 1)
+            c, e = times_scale(c, key_scales, t + 2), times_scale(e, key_scales, t + 3)
             scores[t], scores[t + 1], scores[t + 2], scores[t + 3] = a, b, c, e
             top = max(top, max(max(a, b), max(c, e)))
         for t in range(fours, tokens):
             a = np.float32(0)
             for d in range(head_dim):
                 a += query[d] * wide(keys[t, d])
+            a = times_scale(a, key_scales, t)
             scores[t] = a
             top = max(top, a)
         total = np.float32(0)
@@ -152,50 +219,55 @@ def _make_attend(head_dim: int, wide: Any, narrow: Any) -> Any:
             total += scores[t]
         mixed = np.zeros(head_dim, np.float32)
         for t in range(0, fours, 4):
-            a, b, c, e = scores[t], scores[t + 1], scores[t + 2], scores[t + 3]
+            a, b = times_scale(scores[t], value_scales, t), times_scale(scores[t + 1], value_scales, t + 1)
+            c, e = times_scale(scores[t + 2], value_scales, t + 2), times_scale(scores[t + 3], value_scales, t + 3)
             for d in range(head_dim):
                 low = a * wide(values[t, d]) + b * wide(values[t + 1, d])
                 mixed[d] += low + c * wide(values[t + 2, d]) + e * wide(values[t + 3, d])
         for t in range(fours, tokens):
+            a = times_scale(scores[t], value_scales, t)
             for d in range(head_dim):
-                mixed[d] += scores[t] * wide(values[t, d])
+                mixed[d] += a * wide(values[t, d])
         for d in range(head_dim):
             out[d] = narrow(mixed[d] / total)
 
     return attend
 
 
-def _make_run_piece(
-    heads: int, kv_heads: int, head_dim: int, item: int, numbers_at: Any, narrow: Any, rotate: Any, attend: Any
-) -> Any:
-    """Return the compiled work on one KV head of one token: store its key and value, attend with its query heads.
-
-    `item`: bytes of a number.
-    """
+def _make_run_piece(heads: int, kv_heads: int, head_dim: int, numbers: _Format, stored_as: _Stored, attend: Any) -> Any:
+    """Return the compiled work on one KV head of one token: store its key and value, attend with its query heads."""
     width = heads + 2 * kv_heads
     group = heads // kv_heads
     scale = np.float32(head_dim**-0.5)
+    at, item, wide, narrow = numbers
+    stored_at, stored_item, _, layers, _, store = stored_as
+    rotate = _make_rotate(head_dim, wide)
 
-    @numba.njit(fastmath=True)
+    @numba.njit  # without fastmath, which would change the division of `store`
     def run_piece(task, place, kv_head, query, key, scores):
         _, _, layer, qkv_at, cos_at, sin_at, out_at, _ = task
         row, address, capacity, stored = place
-        numbers = numba.carray(numbers_at(qkv_at + row * width * head_dim * item), (width, head_dim))
-        cos = numba.carray(numbers_at(cos_at + row * head_dim * item), (head_dim,))
-        sin = numba.carray(numbers_at(sin_at + row * head_dim * item), (head_dim,))
-        out = numba.carray(numbers_at(out_at + row * heads * head_dim * item), (heads, head_dim))
-        size = capacity * head_dim * item
-        keys_at = address + (layer * 2 * kv_heads + kv_head) * size
-        keys = numba.carray(numbers_at(keys_at), (stored + 1, head_dim))
-        values = numba.carray(numbers_at(keys_at + kv_heads * size), (stored + 1, head_dim))
-        rotate(numbers[heads + kv_head], cos, sin, key)
+        new = numba.carray(at(qkv_at + row * width * head_dim * item), (width, head_dim))
+        cos = numba.carray(at(cos_at + row * head_dim * item), (head_dim,))
+        sin = numba.carray(at(sin_at + row * head_dim * item), (head_dim,))
+        out = numba.carray(at(out_at + row * heads * head_dim * item), (heads, head_dim))
+        before = (layer * 2 * kv_heads + kv_head) * capacity  # tokens of all heads before this one
+        keys = numba.carray(stored_at(address + before * head_dim * stored_item), (stored + 1, head_dim))
+        values_at = address + (before + kv_heads * capacity) * head_dim * stored_item
+        values = numba.carray(stored_at(values_at), (stored + 1, head_dim))
+        scales = address + layers * 2 * kv_heads * capacity * head_dim * stored_item
+        key_scales = scales + before * int8_tokens.SCALE_BYTES
+        value_scales = key_scales + kv_heads * capacity * int8_tokens.SCALE_BYTES
+        rotate(new[heads + kv_head], cos, sin, key)
         for d in range(head_dim):
-            keys[stored, d] = narrow(key[d])
-            values[stored, d] = numbers[heads + kv_heads + kv_head, d]
-        for at in range(kv_head * group, (kv_head + 1) * group):
-            rotate(numbers[at], cos, sin, query)
+            key[d] = wide(narrow(key[d]))  # as torch stores it after its own rotation
+            query[d] = wide(new[heads + kv_heads + kv_head, d])  # the value: no query is in use yet
+        store(key, keys[stored], key_scales, stored)
+        store(query, values[stored], value_scales, stored)
+        for head in range(kv_head * group, (kv_head + 1) * group):
+            rotate(new[head], cos, sin, query)
             for d in range(head_dim):
                 query[d] *= scale
-            attend(query, keys, values, stored + 1, scores, out[at])
+            attend(query, keys, values, key_scales, value_scales, stored + 1, scores, out[head])
 
     return run_piece

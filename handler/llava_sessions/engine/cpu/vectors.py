@@ -16,6 +16,7 @@ from numba.extending import intrinsic, models, overload, register_model
 LANES = 16
 
 _FLOAT = ir.FloatType()
+_I8S = ir.VectorType(ir.IntType(8), LANES)
 _I16S = ir.VectorType(ir.IntType(16), LANES)
 _I32S = ir.VectorType(ir.IntType(32), LANES)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
@@ -115,11 +116,36 @@ def load_bfloat16(_, address):
 
 
 @intrinsic
+def load_int8(_, address):
+    """Return 16 int8 numbers from an address as float32."""
+
+    def generate(context, builder, signature, arguments):
+        narrow = _load(builder, arguments[0], _I8S, 1)
+        return builder.sitofp(builder.sext(narrow, _I32S), _VECTOR)
+
+    return VECTOR(types.int64), generate
+
+
+@intrinsic
 def store(_, address, vector):
     """Store 16 float32 numbers."""
 
     def generate(context, builder, signature, arguments):
         builder.store(arguments[1], builder.inttoptr(arguments[0], _VECTOR.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, VECTOR), generate
+
+
+@intrinsic
+def store_int8(_, address, vector):
+    """Store 16 numbers as int8, rounded to nearest, ties to even. They must be between -128 and 127."""
+
+    def generate(context, builder, signature, arguments):
+        address, numbers = arguments
+        nearest = builder.call(_function(builder, "llvm.rint.v16f32", _VECTOR, _VECTOR), [numbers])
+        narrow = builder.trunc(builder.fptosi(nearest, _I32S), _I8S)
+        builder.store(narrow, builder.inttoptr(address, _I8S.as_pointer()), align=1)
         return context.get_dummy_value()
 
     return types.void(types.int64, VECTOR), generate
@@ -171,6 +197,16 @@ def largest(_, a, b):
         return builder.select(builder.fcmp_ordered(">", *arguments), *arguments)
 
     return VECTOR(VECTOR, VECTOR), generate
+
+
+@intrinsic
+def highest(_, vector):
+    """Return the largest of the 16 numbers."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.call(_function(builder, "llvm.vector.reduce.fmax.v16f32", _FLOAT, _VECTOR), arguments)
+
+    return types.float32(VECTOR), generate
 
 
 @intrinsic

@@ -105,24 +105,27 @@ def processor_of(shape: LlavaShape, tokenizer: Any) -> Any:
     return LlavaProcessor(CLIPImageProcessor(**size), tokenizer, **options)
 
 
-def loaded(shape: LlavaShape, patch: pytest.MonkeyPatch, fused: bool = False) -> tuple[Model, ChatTemplate]:
-    """Return a model whose device is called CUDA, with plain or with fused layers, and its template."""
+def loaded(shape: LlavaShape) -> tuple[Model, ChatTemplate]:
+    """Return a model whose device is called CUDA, and its template."""
     tokenizer = tiny_families._qwen_tokenizer() if shape.text == "qwen2" else tiny_families._llama_tokenizer()
     with torch.device("meta"):
         made = AutoModelForImageTextToText.from_config(config_of(shape, tokenizer, LAYERS), dtype=torch.float16)
     model = Model(made)
-    if fused:
-        for module in ("fused.layer", "cuda.layers"):  # a norm on the meta device has no numbers to compare
-            patch.setattr(f"llava_sessions.engine.{module}.is_rms_norm", lambda norm: True)
-        assert layers.fuse(model.text)
     model.device = CUDA
     model.kv_shape = replace(model.kv_shape, device=CUDA, layers=shape.layers)
     return model, ChatTemplate(processor_of(shape, tokenizer))
 
 
 def chat_on(card: Card, shape: LlavaShape, patch: pytest.MonkeyPatch, fused: bool = False) -> WarmUp:
-    """Run what the engine runs when it starts on a card, with the longest pieces of prompts."""
-    model, template = loaded(shape, patch, fused)
+    """Run what the engine runs when it starts on a card, with plain or with fused layers.
+
+    Prompts have the longest pieces.
+    """
+    model, template = loaded(shape)
+    if fused:
+        for module in ("fused.layer", "cuda.layers"):  # a norm on the meta device has no numbers to compare
+            patch.setattr(f"llava_sessions.engine.{module}.is_rms_norm", lambda norm: True)
+        assert layers.fuse(model.text)
     card.patch(patch)
     with meta_cuda(card):
         engine = Engine(model, template.answer_text, choose_budget(CUDA))
@@ -153,15 +156,9 @@ def test_the_budget_is_what_fits_and_what_capacity_promises(shape: LlavaShape, m
         assert device_bytes // session_bytes == capacity.fit(shape, instance, TEXT_TOKENS).on_gpu
 
 
-@pytest.mark.parametrize("shape", [MODELS[0], MODELS[3]], ids=lambda shape: shape.name)
-def test_fused_layers_take_no_more_temporary_memory(shape: LlavaShape, monkeypatch: pytest.MonkeyPatch) -> None:
-    card = Card(40 * GIB, shape.weights_bytes + CONTEXT_BYTES)
-    assert chat_on(card, shape, monkeypatch, fused=True).working_bytes <= shape.working_mib * MIB
-
-
 @pytest.mark.parametrize("shape", MODELS, ids=lambda shape: shape.name)
 def test_a_batch_of_pictures_takes_no_more_than_is_reserved(shape: LlavaShape, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, template = loaded(shape, monkeypatch)
+    model, template = loaded(shape)
     card = Card(400 * GIB, GIB)
     card.patch(monkeypatch)
     for size in ((336, 336), (336, 1000), (600, 600)):
@@ -175,6 +172,12 @@ def test_a_batch_of_pictures_takes_no_more_than_is_reserved(shape: LlavaShape, m
             working_bytes = model.peak_bytes() - held_bytes - sum(rows.nbytes for rows in features)
             del features
         assert working_bytes <= shape.working_mib * MIB
+
+
+@pytest.mark.parametrize("shape", [MODELS[0], MODELS[3]], ids=lambda shape: shape.name)
+def test_fused_layers_take_no_more_temporary_memory(shape: LlavaShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(40 * GIB, shape.weights_bytes + CONTEXT_BYTES)
+    assert chat_on(card, shape, monkeypatch, fused=True).working_bytes <= shape.working_mib * MIB
 
 
 def possible_bytes(total_bytes: int, shape: LlavaShape) -> float:
@@ -210,11 +213,3 @@ def test_a_first_chat_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPat
 def test_a_configured_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     Card(GIB, GIB).patch(monkeypatch)
     assert final_budget(CUDA, 5, 7, WarmUp(1, GIB)) == DeviceBudget(5, 7)
-
-
-def test_engines_share_the_ram() -> None:
-    alone = choose_budget(torch.device("cpu"))
-    shared = choose_budget(torch.device("cpu"), engines=4)
-    assert abs(4 * shared.device_bytes - alone.device_bytes) < 8
-    assert abs(4 * shared.host_bytes - alone.host_bytes) < 8
-    assert choose_budget(torch.device("cpu"), 5, 7, engines=4) == DeviceBudget(5, 7)

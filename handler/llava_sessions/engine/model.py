@@ -21,7 +21,7 @@ from . import cuda_path
 from .attention import TEXT_ATTENTION, VISION_ATTENTION, PackedKV, Segment, TokenAttention
 from .cpu import attention as cpu_attention
 from .cpu import int8_linears, layer_stack, layers, linears, picture_layers
-from .device import native_dtype, prepare
+from .device import native_dtype, on_device, prepare
 from .fused.layer import Batch, FusedLayer
 from .fused.linear import Pack
 from .kv import KVShape
@@ -220,8 +220,7 @@ class Model:
 
     def _on_device(self, numbers: list[int]) -> torch.Tensor:
         """Return an int64 tensor `[len(numbers)]`. On CUDA the copy is asynchronous."""
-        tensor = torch.tensor(numbers, dtype=torch.int64)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        return on_device(torch.tensor(numbers, dtype=torch.int64), self.device)
 
     def peak_bytes(self) -> int:
         """Return the peak of torch's allocator on the device since the last call, and reset it. 0 on CPU."""

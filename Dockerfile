@@ -19,12 +19,23 @@ CMD ["serve"]
 
 ARG DEBIAN_FRONTEND=noninteractive
 
-# Only a runtime with the standard modules remains of the Java packages, 52 MB of 260. Versions of Debian packages cannot be
-# pinned: its mirrors keep only the newest.
+# cuda: PyPI's wheels of torch 2.13.0. They contain CUDA 13.0 and need NVIDIA driver 580 or later. On SageMaker that is
+# InferenceAmiVersion al2023-ami-sagemaker-inference-gpu-4-1 (ml.g4dn to ml.g6e, ml.p4d to ml.p5en), or the default of
+# ml.g7 and ml.p6. With the older default drivers of the other types the endpoint fails with CannotStartContainerError.
+# cpu: PyTorch's wheels without CUDA, from the index on its page, and requirements-cpu.txt.
+ARG TORCH=cuda
+ARG TORCH_CPU_INDEX=
+
+# Only a runtime with the standard modules remains of the Java packages, 52 MB of 260. With CUDA, Triton compiles its
+# launcher at the first start, which needs a C compiler and Python's headers. Versions of Debian packages cannot be pinned:
+# its mirrors keep only the newest.
 # hadolint ignore=DL3008
 RUN mkdir -p /usr/share/man/man1 \
+    && if [ "$TORCH" = cuda ]; then set -- gcc libc6-dev; else set --; fi \
+    && headers="$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')" \
+    && if [ "$TORCH" = cuda ] && [ ! -f "$headers/Python.h" ]; then set -- "$@" python3-dev; fi \
     && apt-get update \
-    && apt-get install -y --no-install-recommends haproxy openjdk-17-jdk-headless \
+    && apt-get install -y --no-install-recommends haproxy openjdk-17-jdk-headless "$@" \
     && jlink --add-modules java.se,jdk.unsupported,jdk.management,jdk.crypto.ec --output /opt/java \
         --strip-java-debug-attributes --no-header-files --no-man-pages --compress=2 \
     && apt-get purge -y --auto-remove openjdk-17-jdk-headless \
@@ -37,12 +48,6 @@ ARG PIP_NO_CACHE_DIR=1
 ARG PIP_DISABLE_PIP_VERSION_CHECK=1
 ARG PIP_ROOT_USER_ACTION=ignore
 
-# cuda: PyPI's wheels of torch 2.13.0. They contain CUDA 13.0 and need NVIDIA driver 580 or later. On SageMaker that is
-# InferenceAmiVersion al2023-ami-sagemaker-inference-gpu-4-1 (ml.g4dn to ml.g6e, ml.p4d to ml.p5en), or the default of
-# ml.g7 and ml.p6. With the older default drivers of the other types the endpoint fails with CannotStartContainerError.
-# cpu: PyTorch's wheels without CUDA, from the index on its page, and requirements-cpu.txt.
-ARG TORCH=cuda
-ARG TORCH_CPU_INDEX=
 # A separate layer, since it is the largest and changes least.
 RUN --mount=type=secret,id=pip --mount=type=secret,id=pip_cert \
     --mount=type=bind,source=requirements.txt,target=/tmp/requirements.txt \

@@ -78,12 +78,22 @@ def plain_options(name: str, given: argparse.Namespace) -> Options:
     )
 
 
-def parse(name: str, about: str | None, argv: list[str] | None, rounds: int, more: Callable | None = None) -> Options:
-    """Parse the command line; build the checkpoint if it is missing. `more(parser)` adds a benchmark's own options."""
+def parse(
+    name: str,
+    about: str | None,
+    argv: list[str] | None,
+    rounds: int,
+    more: Callable | None = None,
+    preset: str = "bench",
+) -> Options:
+    """Parse the command line; build the checkpoint if it is missing. `more(parser)` adds a benchmark's own options.
+
+    `preset`: the default.
+    """
     parser = Parser(
         prog=f"python -m bench.{name}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", choices=PRESETS, default="bench", help="the random-weight model (bench)")
+    parser.add_argument("--preset", choices=PRESETS, default=preset, help=f"the random-weight model ({preset})")
     words = "of weights and KV (default: the engine's choice on this device)"
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help=words)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -144,7 +154,7 @@ class Run:
         self.options = options
         self.facts = machine.facts(options.device)
         self._neighbours = machine.Neighbours()
-        self.bandwidth = machine.Bandwidth(options.device, options.pick(256, 16))
+        self.bandwidth = machine.Bandwidth(options.device, options.pick(None, 16))
         self.bandwidth.measure()
 
     def say(self, text: str) -> None:

@@ -74,7 +74,8 @@ SIGLIP = Tower(width=1152, layers=26, inner=4304, patches=729, is_clip=False)
 class LlavaShape:
     """The sizes of a LLaVA checkpoint, from the `config.json` that its authors publish.
 
-    `picture_tokens`: of the largest picture. `working_mib`: temporary tensors of a forward at their peak.
+    `picture_tokens`: of the largest picture. `working_mib`: temporary tensors at their peak, of a forward of 2,048
+    tokens or of the pictures.
     """
 
     name: str
@@ -147,13 +148,13 @@ class LlavaShape:
 # line = 7371.
 # Temporary tensors: counted in the engine's first chat with the largest picture (tests/engine/test_budget.py).
 MODELS = (
-    LlavaShape("LLaVA-1.5-7B", 4096, 32, 32, 32, 11008, 576, 29),
-    LlavaShape("LLaVA-1.5-13B", 5120, 40, 40, 40, 13824, 576, 37),
-    LlavaShape("LLaVA-NeXT-7B (Vicuna)", 4096, 32, 32, 32, 11008, 2928, 97, newline=True),
-    LlavaShape("LLaVA-NeXT-7B (Mistral)", 4096, 32, 32, 8, 14336, 2928, 97, newline=True, text="mistral"),
-    LlavaShape("LLaVA-NeXT-8B (Llama 3)", 4096, 32, 32, 8, 14336, 2928, 97, newline=True, vocabulary=128320),
-    LlavaShape("LLaVA-NeXT-13B (Vicuna)", 5120, 40, 40, 40, 13824, 2928, 98, newline=True),
-    LlavaShape("LLaVA-NeXT-34B (Yi)", 7168, 60, 56, 8, 20480, 2928, 130, newline=True, vocabulary=64064),
+    LlavaShape("LLaVA-1.5-7B", 4096, 32, 32, 32, 11008, 576, 195),
+    LlavaShape("LLaVA-1.5-13B", 5120, 40, 40, 40, 13824, 576, 244),
+    LlavaShape("LLaVA-NeXT-7B (Vicuna)", 4096, 32, 32, 32, 11008, 2928, 195, newline=True),
+    LlavaShape("LLaVA-NeXT-7B (Mistral)", 4096, 32, 32, 8, 14336, 2928, 234, newline=True, text="mistral"),
+    LlavaShape("LLaVA-NeXT-8B (Llama 3)", 4096, 32, 32, 8, 14336, 2928, 234, newline=True, vocabulary=128320),
+    LlavaShape("LLaVA-NeXT-13B (Vicuna)", 5120, 40, 40, 40, 13824, 2928, 244, newline=True),
+    LlavaShape("LLaVA-NeXT-34B (Yi)", 7168, 60, 56, 8, 20480, 2928, 354, newline=True, vocabulary=64064),
     LlavaShape(
         "LLaVA-OneVision-7B",
         3584,

@@ -235,13 +235,12 @@ class HandlerConfig(Section):
             "the instances share."
         ),
     )
-    prefill_chunk_tokens: int = Field(
-        default=256,
-        ge=1,
-        le=65_536,
+    prefill_chunk_tokens: Annotated[int | None, Field(ge=1, le=65_536), _none_if("auto")] = Field(
+        default=None,
         description=(
             "Tokens of a long prompt in one step while other sessions are answering. Their answers continue between. "
-            "On a CPU a step without answers runs a prompt whole, up to 4 times this number."
+            "A step without answers runs a prompt whole, up to 4 times this number, on a GPU at most 2,048. `auto`: "
+            "256 on a CPU; on a GPU 256 to 2,048, as many as take 50 ms."
         ),
     )
     device_bytes: _Bytes = Field(

@@ -88,6 +88,33 @@ def test_the_torch_that_the_dockerfile_speaks_of_is_the_one_that_is_pinned() -> 
     assert f"torch {pinned}." in DOCKERFILE
 
 
+@pytest.mark.parametrize(
+    ("torch", "headers", "more"), [("cuda", True, ""), ("cuda", False, " python3-dev"), ("cpu", False, "")]
+)
+def test_only_the_image_with_cuda_has_a_c_compiler(torch: str, headers: bool, more: str, tmp_path: Path) -> None:
+    """Run the first instruction up to the installation, with commands that print their words."""
+    step = re.search(
+        r"^RUN mkdir -p /usr/share/man/man1 (.*?install [^\n]*) \\$", DOCKERFILE, re.MULTILINE | re.DOTALL
+    )[1]
+    include = tmp_path / "include"
+    include.mkdir()
+    if headers:
+        (include / "Python.h").touch()
+    for name, text in (("python3", f"echo {include}"), ("apt-get", 'echo "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["/bin/sh", "-ec", f"true {step}"],
+        env={"PATH": str(tmp_path), "TORCH": torch},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    compiler = " gcc libc6-dev" if torch == "cuda" else ""
+    expected = f"install -y --no-install-recommends haproxy openjdk-17-jdk-headless{compiler}{more}"
+    assert done.stdout.splitlines() == ["update", expected]
+
+
 def test_the_dockerfile_names_no_base_that_aws_has_stopped_patching() -> None:
     assert not re.search(r"pytorch-inference|torchserve:|-sagemaker`", DOCKERFILE)
 

@@ -31,9 +31,11 @@ from transformers import (
 from deploy.sagemaker import capacity
 from deploy.sagemaker.capacity import CLIP, CONTEXT_BYTES, GIB, INSTANCES, MIB, MODELS, InstanceType, LlavaShape
 from llava_sessions.engine.budget import DeviceBudget, InsufficientMemory, choose_budget
+from llava_sessions.engine.cuda import layers
 from llava_sessions.engine.engine import Engine
 from llava_sessions.engine.model import Model
-from llava_sessions.engine.process import WarmUp, final_budget, warm_up
+from llava_sessions.engine.process import WarmUp, final_budget, measure, warm_up
+from llava_sessions.engine.scheduler import LONGEST_GPU_PIECE
 from llava_sessions.text.chat_template import ChatTemplate
 from llava_sessions.text.processors import PillowOnevisionProcessor
 from tests.support import tiny_families
@@ -101,18 +103,26 @@ def processor_of(shape: LlavaShape, tokenizer: Any) -> Any:
     return LlavaProcessor(CLIPImageProcessor(**size), tokenizer, **options)
 
 
-def chat_on(card: Card, shape: LlavaShape, patch: pytest.MonkeyPatch) -> WarmUp:
-    """Run the engine's first chat with a model on a card."""
+def chat_on(card: Card, shape: LlavaShape, patch: pytest.MonkeyPatch, fused: bool = False) -> WarmUp:
+    """Run what the engine runs when it starts on a card, with plain or with fused layers.
+
+    Prompts have the longest pieces.
+    """
     tokenizer = tiny_families._qwen_tokenizer() if shape.text == "qwen2" else tiny_families._llama_tokenizer()
     with torch.device("meta"):
         made = AutoModelForImageTextToText.from_config(config_of(shape, tokenizer, LAYERS), dtype=torch.float16)
     model = Model(made)
+    if fused:
+        for module in ("fused.layer", "cuda.layers"):  # a norm on the meta device has no numbers to compare
+            patch.setattr(f"llava_sessions.engine.{module}.is_rms_norm", lambda norm: True)
+        assert layers.fuse(model.text)
     model.device = CUDA
     model.kv_shape = replace(model.kv_shape, device=CUDA, layers=shape.layers)
     template = ChatTemplate(processor_of(shape, tokenizer))
     card.patch(patch)
     with meta_cuda(card):
-        return warm_up(Engine(model, template.answer_text, choose_budget(CUDA)), template)
+        engine = Engine(model, template.answer_text, choose_budget(CUDA))
+        return measure(engine, warm_up(engine, template), LONGEST_GPU_PIECE)
 
 
 @pytest.mark.parametrize("shape", MODELS, ids=lambda shape: shape.name)
@@ -137,6 +147,12 @@ def test_the_budget_is_what_fits_and_what_capacity_promises(shape: LlavaShape, m
         assert promised <= device_bytes <= promised + 2 * MIB
         session_bytes = shape.features_bytes + shape.kv_bytes(shape.picture_tokens + TEXT_TOKENS)
         assert device_bytes // session_bytes == capacity.fit(shape, instance, TEXT_TOKENS).on_gpu
+
+
+@pytest.mark.parametrize("shape", [MODELS[0], MODELS[3]], ids=lambda shape: shape.name)
+def test_fused_layers_take_no_more_temporary_memory(shape: LlavaShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(40 * GIB, shape.weights_bytes + CONTEXT_BYTES)
+    assert chat_on(card, shape, monkeypatch, fused=True).working_bytes <= shape.working_mib * MIB
 
 
 def possible_bytes(total_bytes: int, shape: LlavaShape) -> float:

@@ -1,108 +1,169 @@
-"""Answers on a CUDA device equal `generate`'s in every tier, as test_engine.py checks on the CPU.
+"""The engine on a CUDA device: answers in all precisions and families, memory, kernels.
 
-Run by a person with a GPU: `pytest -m cuda`. Skipped without one.
+Run by a person with a GPU: `pytest -m cuda`. Without one, the tests with a device run on the CPU instead, so that they
+keep running.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from llava_sessions.chat.transcript import Conversation
-from llava_sessions.engine.budget import DeviceBudget, choose_budget
-from llava_sessions.engine.engine import Engine
-from llava_sessions.engine.model import Model
+from bench.gpu_day.attention import Batch, Heads, kernel, relative_error
+from llava_sessions.engine.budget import DeviceBudget
+from llava_sessions.engine.device import native_dtype
 from llava_sessions.engine.process import load
-from llava_sessions.ipc.messages import AskSession, CloseSession, EngineSettings, Finished, OpenSession, Sampling
-from llava_sessions.text.chat_template import ChatTemplate
+from llava_sessions.ipc.messages import EngineSettings, Sampling
+from tests.support.device_chats import DeviceChats
+from tests.support.tiny_families import FAMILIES
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+HAS_CUDA = torch.cuda.is_available()
+ON_CUDA = [pytest.mark.cuda, pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA device")]
 QUESTIONS = ["what is the red circle doing?", "and the blue square near it?", "two green stars?"]
+DTYPES = ["float32", "float16", "bfloat16"]
+FAMILY_NAMES = ["llava", "next-mistral", "onevision"]
 
 
-class Chats:
-    """An engine on the device, its conversations, and the answers of `generate` on the device."""
+def on_cuda(*values: object) -> object:
+    """Return a parameter set on CUDA."""
+    return pytest.param("cuda", *values, marks=ON_CUDA)
 
-    def __init__(self, checkpoint: Path, budget: DeviceBudget | None = None, dtype: str = "float32") -> None:
-        self.tokens = ChatTemplate(AutoProcessor.from_pretrained(checkpoint))
-        model = Model.load(checkpoint, dtype, "cuda")
-        self.engine = Engine(model, self.tokens.answer_text, budget or choose_budget(model.device), 16)
-        self.reference = AutoModelForImageTextToText.from_pretrained(
-            checkpoint, dtype=torch.float32, device_map={"": "cuda"}
-        )
-        self.conversations: dict[str, Conversation] = {}
-        self.prompts: dict[str, list[int]] = {}
 
-    def open(self, name: str, seed: int) -> None:
-        noise = np.random.default_rng(seed).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-        opening = self.tokens.opening([(f"noise {seed}", Image.fromarray(noise))])
-        self.conversations[name] = Conversation(opening)
-        self.engine.apply(OpenSession(name, opening.token_ids, opening.pictures))
+cuda_only = pytest.mark.parametrize("device", [on_cuda()])
+both = pytest.mark.parametrize("device", [on_cuda(), "cpu"])
 
-    def ask(self, name: str, text: str, answer_tokens: int) -> list[int]:
-        """Start a turn; return the answer of `generate` to the whole conversation."""
-        conversation = self.conversations[name]
-        self.prompts[name] = self.tokens.prompt(conversation.opened_on, text)
-        self.engine.apply(AskSession(name, name, self.prompts[name], Sampling(answer_tokens)))
-        ids = torch.tensor([conversation.token_ids + self.prompts[name]], device="cuda")
-        out = self.reference.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            pixel_values=torch.from_numpy(conversation.opening.pictures[0].inputs["pixel_values"]).cuda(),
-            do_sample=False,
-            max_new_tokens=answer_tokens,
-        )
-        return out[0, ids.shape[1] :].tolist()
 
-    def run(self) -> dict[str, list[int]]:
-        """Step until the engine has no work; commit and return the answers."""
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny checkpoint of each family."""
+    return {name: FAMILIES[name](tmp_path_factory.mktemp(name)) for name in FAMILY_NAMES}
+
+
+# --- answers ---
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "family"),
+    [
+        *(on_cuda(dtype, family) for dtype in DTYPES for family in FAMILY_NAMES),
+        ("cpu", "float32", "next-mistral"),
+        ("cpu", "float32", "onevision"),
+    ],
+)
+def test_answers_in_a_shared_batch_are_those_of_transformers(
+    checkpoints: dict[str, Path], device: str, dtype: str, family: str
+) -> None:
+    """With several pictures, and with a later one. The others are still answering when the next session joins."""
+    chats = DeviceChats(checkpoints[family], device, dtype)
+    for name, seeds in {"one": (1,), "pair": (2, 3), "twin": (1,)}.items():
+        chats.open(name, *seeds)
+    for turn, question in enumerate(QUESTIONS):
         answers = {}
-        while self.engine.has_work:
-            for event in self.engine.step():
-                if isinstance(event, Finished):
-                    answers[event.turn_id] = event.answer_ids
-                    self.conversations[event.turn_id].commit(self.prompts[event.turn_id], event.kept_ids)
-        return answers
+        for count, name in enumerate(chats.conversations):
+            more = (5,) if (turn, name) == (1, "one") else ()
+            chats.ask(name, f"{question} {name}", Sampling(6 + count), *more)
+            answers |= chats.run(steps=2)
+        answers |= chats.run()
+        assert answers.keys() == chats.conversations.keys()
+        for name, answer in answers.items():
+            chats.check(name, answer)
+    assert len({tuple(chats.conversations[name].token_ids) for name in chats.conversations}) == 3
 
 
-def test_answers_equal_generate_over_turns_in_a_shared_batch(tiny: Path) -> None:
-    chats = Chats(tiny)
-    names = [f"s{index}" for index in range(5)]
-    for index, name in enumerate(names):
-        chats.open(name, index)
-    for question in QUESTIONS:
-        expected = {name: chats.ask(name, f"{question} {name}", 8 + index) for index, name in enumerate(names)}
-        assert chats.run() == expected
-
-
-def test_answers_equal_generate_after_offloading_and_rebuilding(tiny: Path) -> None:
-    chats = Chats(tiny)
-    shape = chats.engine.model.kv_shape
-    features = 6 * 16 * chats.engine.model.feature_bytes
-    chats.engine.device_memory.budget = DeviceBudget(2 * shape.device_bytes(100) + features, 60 * shape.token_bytes)
+@pytest.mark.parametrize(("device", "dtype"), [*(on_cuda(dtype) for dtype in DTYPES), ("cpu", "float32")])
+def test_answers_are_the_same_after_offloading_and_rebuilding(
+    checkpoints: dict[str, Path], device: str, dtype: str
+) -> None:
+    chats = DeviceChats(checkpoints["next-mistral"], device, dtype)
+    shape = chats.model.kv_shape
     names = [f"s{index}" for index in range(6)]
     for index, name in enumerate(names):
         chats.open(name, index)
-        chats.run()
+    chats.run()
+    device_bytes = chats.engine.memory().features_bytes + 2 * shape.device_bytes(256)  # one or two sessions
+    chats.engine.device_memory.budget = DeviceBudget(device_bytes, 2 * shape.host_bytes(100))
+    for index in (0, 1, 2, 0, 3, 4, 5, 1, 2):  # session 0 comes back from the host, the last two are rebuilt
+        name = names[index]
+        chats.ask(name, QUESTIONS[index % 3], Sampling(6))
+        chats.check(name, chats.run()[name])
     held = chats.engine.memory()
-    assert all((held.resident, held.offloaded, held.cold))
-    for question in QUESTIONS:
-        for name in names:
-            expected = chats.ask(name, question, 8)
-            assert chats.run() == {name: expected}
+    assert all((held.offloads, held.restores, held.drops))
+    assert not chats.refused()
 
 
-def test_offloaded_kv_is_in_pinned_memory(tiny: Path) -> None:
-    chats = Chats(tiny)
+@both
+def test_seeded_sampling_does_not_depend_on_the_batch(tiny: Path, device: str) -> None:
+    sampling = Sampling(12, temperature=1.5, top_p=0.9, seed=7)
+    alone = DeviceChats(tiny, device)
+    alone.open("a", 1)
+    alone.ask("a", QUESTIONS[0], sampling)
+    expected = alone.run()["a"]
+    chats = DeviceChats(tiny, device)
+    answers = {}
+    for index, name in enumerate("bcad"):
+        chats.open(name, 1 if name == "a" else index + 10)
+        chats.ask(name, QUESTIONS[0], sampling if name == "a" else Sampling(12, temperature=1.0, seed=index))
+        answers |= chats.run(steps=1)
+    answers |= chats.run()
+    assert answers["a"] == expected
+    assert len({tuple(answer) for answer in answers.values()}) == 4
+
+
+# --- kernels ---
+
+
+@pytest.mark.parametrize(
+    ("device", "heads", "dtype"),
+    [
+        *(
+            on_cuda(heads, dtype)
+            for heads in (Heads(32, 32, 128), Heads(32, 8, 128), Heads(28, 4, 128), Heads(14, 2, 64), Heads(4, 2, 16))
+            for dtype in DTYPES
+        ),
+        ("cpu", Heads(4, 2, 16), "float32"),
+    ],
+    ids=str,
+)
+def test_attention_of_single_tokens_has_the_numbers_of_float64(device: str, heads: Heads, dtype: str) -> None:
+    batch = Batch(heads, [0, 1, 127, 128, 129, 700], getattr(torch, dtype), torch.device(device))
+    attend = kernel(heads, batch.dtype, batch.device)
+    found = batch.run(attend, attend.task(batch.places())).clone()
+    for row in range(len(batch.stored)):
+        attended, key, value = batch.expected(row)
+        stored_key, stored_value = batch.stored_new(row)
+        assert relative_error(found[row], attended) < (5e-6 if dtype == "float32" else 1e-2)
+        assert relative_error(stored_key, key) < (5e-6 if dtype == "float32" else 1e-2)
+        assert torch.equal(stored_value, value)
+        assert batch.is_untouched(row)
+        assert torch.equal(batch.run(attend, attend.task(batch.places([row])))[row], found[row])
+
+
+@pytest.mark.skipif(HAS_CUDA and torch.cuda.get_device_capability() < (8, 0), reason="flash attention needs sm80")
+@pytest.mark.parametrize(("device", "dtype"), [on_cuda("float16"), on_cuda("bfloat16")])
+def test_all_attention_of_an_answer_is_flash_attention(tiny: Path, device: str, dtype: str) -> None:
+    """With fewer KV heads than query heads, in the first and in later chunks, and without cuDNN's plans."""
+    chats = DeviceChats(tiny, device, dtype, chunk=16)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # another backend is an error
+        chats.open("a", 1)
+        chats.ask("a", QUESTIONS[0] * 4, Sampling(8))
+        assert chats.run().keys() == {"a"}
+
+
+@cuda_only
+def test_the_fused_layers_are_used(tiny: Path, device: str) -> None:
+    assert DeviceChats(tiny, device).model.token_attention is not None
+
+
+# --- memory ---
+
+
+@cuda_only
+def test_offloaded_kv_is_in_pinned_memory(tiny: Path, device: str) -> None:
+    chats = DeviceChats(tiny, device)
     chats.open("a", 1)
     chats.run()
     kv = chats.engine.sessions["a"].kv
@@ -112,21 +173,23 @@ def test_offloaded_kv_is_in_pinned_memory(tiny: Path) -> None:
     assert all(part.is_pinned() for block in kv.on_host for part in block)
 
 
-def test_closing_frees_the_device_memory(tiny: Path) -> None:
-    chats = Chats(tiny)
+@cuda_only
+def test_closing_frees_the_device_memory(tiny: Path, device: str) -> None:
+    chats = DeviceChats(tiny, device)
     before = torch.cuda.memory_allocated()
     for index in range(4):
         chats.open(f"s{index}", index)
     chats.run()
     assert torch.cuda.memory_allocated() > before
     for index in range(4):
-        chats.engine.apply(CloseSession(f"s{index}"))
+        chats.close(f"s{index}")
     chats.run()
     assert torch.cuda.memory_allocated() == before
 
 
-def test_a_cache_moves_and_grows_within_its_budget(tiny: Path) -> None:
-    chats = Chats(tiny)
+@cuda_only
+def test_a_cache_moves_within_its_budget(tiny: Path, device: str) -> None:
+    chats = DeviceChats(tiny, device)
     chats.open("a", 1)
     chats.run()
     kv = chats.engine.sessions["a"].kv
@@ -140,31 +203,47 @@ def test_a_cache_moves_and_grows_within_its_budget(tiny: Path) -> None:
         move()
         torch.cuda.synchronize()
         added = cache_bytes if move == kv.restore else 0
-        layers = chats.engine.model.kv_shape.layers
+        layers = chats.model.kv_shape.layers
         assert torch.cuda.max_memory_allocated() <= before + added + cache_bytes / layers + 2**20
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0), reason="flash attention needs sm80"
-)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_all_attention_of_an_answer_is_flash_attention(tiny: Path, dtype: str) -> None:
-    """With fewer KV heads than query heads, in the first and in later chunks, and without cuDNN's plans."""
-    chats = Chats(tiny, dtype=dtype)
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # another backend is an error
-        chats.open("a", 1)
-        prompt = chats.tokens.prompt(chats.conversations["a"].opened_on, QUESTIONS[0] * 4)
-        chats.engine.apply(AskSession("a", "a", prompt, Sampling(8)))
-        finished = []
-        while chats.engine.has_work:
-            finished += [event for event in chats.engine.step() if isinstance(event, Finished)]
-    assert len(finished) == 1
-
-
-def test_the_derived_budget_is_most_of_the_free_memory(tiny: Path) -> None:
-    settings = EngineSettings(str(tiny), system_prompt="", dtype="auto", device="cuda", prefill_chunk_tokens=256)
-    engine = load(settings)
+@cuda_only
+def test_no_session_is_lost_if_the_device_has_less_memory_than_the_budget(tiny: Path, device: str) -> None:
+    chats = DeviceChats(tiny, device, budget=DeviceBudget(2**40, 2**30))
     torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info()
-    assert engine.device_memory.budget.device_bytes >= 0.9 * free - 2**30
+    total = torch.cuda.get_device_properties(0).total_memory
+    failed = torch.cuda.memory_stats().get("num_ooms", 0)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 24 * 2**20) / total)
+    try:
+        names = [f"s{index}" for index in range(120)]  # 256 KiB of KV each
+        for index, name in enumerate(names):
+            chats.open(name, index % 3)
+            chats.ask(name, QUESTIONS[0], Sampling(4))
+        answers = chats.run()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.cuda.memory_stats()["num_ooms"] > failed, "memory did not run out: the test is void"
+    assert len(answers) + len({event.session_id for event in chats.refused()}) == len(names)
+    assert not [event for event in chats.events if "Failed" in type(event).__name__]
+    for name, answer in answers.items():
+        chats.check(name, answer)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "family"), [*(on_cuda("auto", family) for family in FAMILY_NAMES), ("cpu", "float32", "llava")]
+)
+def test_an_engine_starts_with_its_own_budget_and_precision(
+    checkpoints: dict[str, Path], device: str, dtype: str, family: str
+) -> None:
+    settings = EngineSettings(
+        str(checkpoints[family]), system_prompt="", dtype=dtype, device=device, prefill_chunk_tokens=256
+    )
+    engine = load(settings)
+    if dtype == "auto":
+        assert engine.model.dtype == native_dtype(torch.device(device), torch.bfloat16)
+    budget = engine.device_memory.budget
+    assert budget.device_bytes > 2**28
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        assert 0.9 * free - 2**30 <= budget.device_bytes <= free

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from transformers import AutoModelForImageTextToText
 from llava_sessions.engine import attention
 from llava_sessions.engine.attention import Segment, causal_mask
 from llava_sessions.engine.cpu import attention as cpu_attention
+from llava_sessions.engine.cuda.compiler_cache import choose_cache_folder
 from llava_sessions.engine.device import native_dtype, prepare, takes_grouped_heads
 from llava_sessions.engine.kv import SessionKV
 from llava_sessions.engine.model import Model
@@ -33,6 +37,45 @@ def _settings() -> Iterator[None]:
     yield
     takes_grouped_heads.cache_clear()
     torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a home folder that does not exist yet, without a configured folder for Triton, and a temporary folder."""
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    return tmp_path / "home"
+
+
+def test_triton_keeps_its_own_folder_if_that_is_writable(home: Path) -> None:
+    choose_cache_folder()
+    assert os.environ["TRITON_CACHE_DIR"] == ""
+    assert (home / ".triton").is_dir()
+
+
+def test_triton_uses_a_private_temporary_folder_without_a_writable_home(home: Path) -> None:
+    home.touch()  # a file: no folder can be made in it, not even by root
+    choose_cache_folder()
+    first = Path(os.environ["TRITON_CACHE_DIR"])
+    assert first.parent == home.parent / "temporary"
+    assert stat.S_IMODE(first.stat().st_mode) == 0o700
+    os.environ["TRITON_CACHE_DIR"] = ""
+    choose_cache_folder()
+    assert os.environ["TRITON_CACHE_DIR"] == str(first), "a restart finds the compiled kernels again"
+    os.environ["TRITON_CACHE_DIR"] = ""
+    first.chmod(0o777)
+    choose_cache_folder()
+    assert os.environ["TRITON_CACHE_DIR"] != str(first), "another user could have written there"
+
+
+def test_a_configured_folder_of_triton_is_kept(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/somewhere")
+    choose_cache_folder()
+    assert os.environ["TRITON_CACHE_DIR"] == "/somewhere"
+    assert not home.exists()
 
 
 @pytest.fixture

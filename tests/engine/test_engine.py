@@ -332,7 +332,7 @@ class Waiting:
 def test_decodes_always_run_and_prefills_share_the_chunk_in_order() -> None:
     late, early, decode, idle = Waiting(3, 10), Waiting(2, 6), Waiting(9, 1), Waiting(0, 0)
     sessions = [late, decode, idle, early]
-    for whole_tokens in (0, 100):
+    for whole_tokens in (1, 100):
         assert plan(sessions, 8, whole_tokens) == [(decode, 1), (early, 6), (late, 2)]
         assert plan(sessions, 6, whole_tokens) == [(decode, 1), (early, 6)]
 
@@ -343,7 +343,7 @@ def test_a_prompt_runs_whole_while_no_session_answers() -> None:
     assert plan([late, early], 13, 32) == [(early, 10), (late, 3)]
     assert plan([late, early], 12, 32) == [(early, 10)], "no piece of a prompt that fits whole into the next step"
     assert plan([long, late], 8, 32) == [(long, 32)]
-    assert plan([early, late], 8) == [(early, 8)]
+    assert plan([early, late], 8, 8) == [(early, 8)]
     assert plan([Waiting(0, 0)], 8, 32) == []
 
 

@@ -78,6 +78,9 @@ class _Storages(TorchDispatchMode):
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for given in args:
+            if isinstance(given, torch.Tensor) and given.device == META:
+                self._known.add(given.untyped_storage())  # a weight, of which there may be views
         if func is torch.ops.aten.scaled_dot_product_attention.default:
             query = args[0]
             out = torch.empty_like(query)  # flash attention makes no scores

@@ -108,19 +108,21 @@ def _train(split: pre_tokenizers.PreTokenizer, first: list[str], alphabet: list[
 
 
 def _text(kind: type[PreTrainedConfig], tokenizer: PreTrainedTokenizerBase, kv_heads: int, tied: bool, **more: object):
+    sizes: dict = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 2048,
+    }
     return kind(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=2048,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=tied,
-        **more,
+        **sizes | more,
     )
 
 
@@ -146,12 +148,12 @@ def _save(model: PreTrainedModel, processor: object, folder: Path) -> Path:
     return folder
 
 
-def make_llava(folder: Path) -> Path:
-    """LLaVA-1.5: Llama text, multi-head attention, tied heads; 16 tokens a picture."""
+def make_llava(folder: Path, **more: object) -> Path:
+    """LLaVA-1.5: Llama text, multi-head attention, tied heads; 16 tokens a picture. `more`: of the text's config."""
     torch.manual_seed(1)
     tokenizer = _llama_tokenizer()
     image = tokenizer.convert_tokens_to_ids("<image>")
-    text = _text(LlamaConfig, tokenizer, kv_heads=4, tied=True)
+    text = _text(LlamaConfig, tokenizer, kv_heads=4, tied=True, **more)
     config = LlavaConfig(
         vision_config=_clip(), text_config=text, image_token_id=image, image_seq_length=16, tie_word_embeddings=True
     )

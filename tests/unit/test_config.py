@@ -75,10 +75,10 @@ def test_the_committed_file_reads_without_problems(committed):
         "device",
         "max_sessions",
         "session_ttl_s",
-        "prefill_chunk_tokens",
         "system_prompt",
     ):
         assert getattr(config, name) == section[name]
+    assert (section["prefill_chunk_tokens"], config.prefill_chunk_tokens) == ("auto", None)
     for name, value in section["limits"].items():
         assert getattr(config.limits, name) == value
     for name, value in section["media"].items():
@@ -102,7 +102,7 @@ def test_a_minimal_file_takes_every_default():
         engine_hang_s=60.0,
         journal_dir=None,
         journal_s3_prefix=None,
-        prefill_chunk_tokens=256,
+        prefill_chunk_tokens=None,
         device_bytes=None,
         host_bytes=None,
         system_prompt="",

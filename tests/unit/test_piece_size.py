@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
+
 from llava_sessions.engine.scheduler import PieceSize
 
 
 def test_a_fast_machine_runs_the_largest_piece() -> None:
-    size = PieceSize(256, 1024)
+    size = PieceSize(256, on_gpu=False)
     assert size.tokens == 1024
     size.note(600, 0.3)
     assert size.tokens == 1024
 
 
 def test_a_slow_machine_runs_smaller_pieces() -> None:
-    size = PieceSize(256, 1024)
+    size = PieceSize(256, on_gpu=False)
     size.note(600, 3.0)
     assert size.tokens == 400, "what takes two seconds"
     size.note(600, 60.0)
@@ -25,15 +27,14 @@ def test_a_slow_machine_runs_smaller_pieces() -> None:
 
 
 def test_after_memory_ran_out_the_next_piece_is_small() -> None:
-    size = PieceSize(256, 1024)
+    size = PieceSize(256, on_gpu=False)
     size.shrink()
     assert size.tokens == 256
 
 
-def test_on_a_gpu_no_prompt_runs_whole() -> None:
-    size = PieceSize(256, 0)
-    for taken_s in (0.1, 10.0):
-        size.note(600, taken_s)
-        assert size.tokens == 0
+@pytest.mark.parametrize(("chunk", "piece"), [(1, 4), (256, 1024), (512, 2048), (2048, 2048), (8192, 8192)])
+def test_on_a_gpu_a_piece_is_bounded(chunk: int, piece: int) -> None:
+    size = PieceSize(chunk, on_gpu=True)
+    assert (size.chunk_tokens, size.tokens, size.most_tokens) == (chunk, piece, piece)
     size.shrink()
-    assert size.tokens == 0
+    assert (size.tokens, size.most_tokens) == (chunk, piece)

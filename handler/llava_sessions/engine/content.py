@@ -115,6 +115,8 @@ class SessionContent:
 
     def rows(self, first: int, last: int) -> torch.Tensor | None:
         """Return rows `first` to `last` of the concatenated features of all pictures, or None if there are none."""
+        if first == last:
+            return None
         parts = []
         offset = 0
         for picture in self.pictures:

@@ -6,19 +6,22 @@ import functools
 
 import torch
 
+from .cuda.compiler_cache import choose_cache_folder
+
 
 def prepare(device: torch.device) -> None:
     """Make a CUDA device the current one and choose its attention kernels. Does nothing for a CPU.
 
     A call that names no device, such as a question about bfloat16 or a compiled kernel, uses the current one.
     cuDNN's attention is turned off: it builds an execution plan for each length of a cache, 23 to 37 ms each on an
-    H100, and torch would prefer it there. Flash attention has no plans.
+    H100, and torch would prefer it there. Flash attention has no plans. Triton gets a folder for compiled kernels.
     """
     if device.type != "cuda":
         return
     if device.index is not None:
         torch.cuda.set_device(device)
     torch.backends.cuda.enable_cudnn_sdp(False)
+    choose_cache_folder()
 
 
 def native_dtype(device: torch.device, stored: torch.dtype | None = None) -> torch.dtype:
@@ -44,3 +47,14 @@ def takes_grouped_heads(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cuda":
         return True
     return dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a copy of a tensor of the CPU on a device. On CUDA the copy is asynchronous: the host does not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has finished all launched work. Does nothing for a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -5,10 +5,12 @@ A step encodes at most one picture and runs one forward over new tokens of all s
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+
+import torch
 
 from ..ipc.messages import (
     AskSession,
@@ -22,7 +24,6 @@ from ..ipc.messages import (
     Memory,
     OpenFailed,
     OpenSession,
-    OutOfCapacity,
     Residence,
     StopTurn,
     TurnFailed,
@@ -32,28 +33,24 @@ from .admission import Admission
 from .ahead import WorkAhead
 from .budget import DeviceBudget
 from .content import Features, FeatureStore, check_feature_count
-from .faults import first_line, is_out_of_memory, raise_if_device_lost
+from .device import synchronize
+from .failures import Failures
+from .faults import is_out_of_memory, raise_if_device_lost
 from .memory import DeviceMemory, MemoryExceeded
 from .model import Model
 from .prefixes import copy_opening
 from .sampling import Ban, next_tokens
-from .scheduler import PieceSize, plan
+from .scheduler import DEFAULT_CHUNK_TOKENS, PieceSize, plan
 from .session import (
     EngineSession,
     EngineSessionState,
     EngineTurn,
-    IllegalTransition,
     awaits_first_token,
     elapsed_ms,
     next_to_encode,
 )
 
 log = logging.getLogger(__name__)
-
-# On a CPU a prompt runs in one piece while no session is answering: chunks take longer, because each of them reads all
-# weights and attends to the chunks before it. This many chunks of tokens are the longest piece. It bounds the memory of
-# a forward, and the time that a command waits for the end of a step.
-_WHOLE_CHUNKS = 4
 
 
 class Engine:
@@ -68,7 +65,7 @@ class Engine:
         model: Model,
         answer_text: Callable[[tuple[str, ...]], AnswerText],
         budget: DeviceBudget,
-        prefill_chunk_tokens: int = 256,
+        prefill_chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     ) -> None:
         """`answer_text` makes the detokenizer of one answer from its stop strings.
 
@@ -98,11 +95,13 @@ class Engine:
             features=self._features,
             device_memory=self.device_memory,
         )
-        self._chunk_tokens = prefill_chunk_tokens
-        # A GPU's budget leaves room for the forward of one chunk.
-        whole_tokens = _WHOLE_CHUNKS * prefill_chunk_tokens if model.device.type == "cpu" else 0
-        self._piece_size = PieceSize(prefill_chunk_tokens, whole_tokens)
+        # Public, so that the process can set it to what it measured at the start.
+        self.piece_size = PieceSize(prefill_chunk_tokens, on_gpu=model.device.type == "cuda")
         self._events: list[Event] = []
+        self._failures = Failures(sessions=self.sessions, device_memory=self.device_memory, events=self._events)
+        # The text of a step's tokens is computed during the next forward. On a CPU, which computes the forward itself,
+        # this would only delay the text. Tests set it to True to run the GPU's way on a CPU.
+        self.defers_text = model.device.type == "cuda"
 
     @property
     def has_work(self) -> bool:
@@ -147,7 +146,8 @@ class Engine:
         """End a running turn early, see `StopTurn`. Does nothing if the turn has ended."""
         for session in list(self.sessions.values()):
             if session.turn is not None and session.turn.id == turn_id:
-                with self._isolated(session):
+                with self._failures.isolated(session):
+                    self._events += session.turn.detokenize()
                     self._events += session.stop_turn(reason, keep_answer)
 
     def _close(self, session_id: str) -> None:
@@ -157,6 +157,7 @@ class Engine:
             session.kv.drop()
         if session is not None and session.turn is not None:
             turn = session.turn
+            self._events += turn.detokenize()
             self._events.append(Cancelled(turn.id, usage=turn.usage, timings=turn.timings))
         self._events.append(Closed(session_id))
 
@@ -167,8 +168,9 @@ class Engine:
     def phases(self) -> Iterator[list[Event]]:
         """Run one step: admit what waits, encode one picture, run one packed forward and sample.
 
-        Yields the new events before each of the two long parts and at the end, so that they can be reported at once.
-        Finally, if no session waits for a first token, KV memory is prepared for later turns.
+        Yields the new events before each long part and at the end, so that they can be reported at once. On CUDA the
+        text of the previous step's tokens is computed and reported while the device runs the forward. Finally, if no
+        session waits for a first token, KV memory is prepared for later turns.
         """
         now = time.perf_counter()
         for session in list(self.sessions.values()):
@@ -177,12 +179,16 @@ class Engine:
         self._admit_waiting()
         yield _taken(self._events)
         self._encode_next()
-        steps = plan(self._ready(), self._chunk_tokens, self._piece_size.tokens)
+        steps = plan(self._ready(), self.piece_size.chunk_tokens, self.piece_size.tokens)
         yield _taken(self._events)
-        if steps:
-            began = time.perf_counter()
-            self._forward(steps)
-            self._piece_size.note(sum(tokens for _, tokens in steps), time.perf_counter() - began)
+        began = time.perf_counter()
+        launched = self._launch(steps) if steps else None
+        self._detokenize()
+        if launched is not None:
+            if self._events and self.defers_text:
+                yield _taken(self._events)
+            self._sample(launched)
+            self.piece_size.note(sum(tokens for _, tokens in steps), time.perf_counter() - began)
         yield _taken(self._events)
         if not any(map(awaits_first_token, self.sessions.values())):
             self._ahead.run(is_idle=not any(session.has_work for session in self.sessions.values()))
@@ -198,10 +204,10 @@ class Engine:
             except Exception as error:
                 raise_if_device_lost(error, self.model.device)
                 if is_out_of_memory(error):
-                    self._retry_or_reject(waiting.session, error)
+                    self._failures.retry_or_reject(waiting.session, error)
                     return
                 log.exception("admission_failed session=%s", waiting.session.id[:12])
-                self._fail(waiting.session, error, ends_opening=waiting.turn is None)
+                self._failures.fail(waiting.session, error, ends_opening=waiting.turn is None)
 
     def _encode_next(self) -> None:
         """Encode the picture that has waited longest. A failure ends the turn that shows it, or the opening."""
@@ -221,12 +227,12 @@ class Engine:
         except Exception as error:
             raise_if_device_lost(error, self.model.device)
             if is_out_of_memory(error):
-                self._retry_or_reject(session, error)
+                self._failures.retry_or_reject(session, error)
                 return
             log.exception("encode_failed session=%s", session.id[:12])
             turn = session.turn
             is_of_turn = turn is not None and not turn.is_waiting and index >= turn.start_pictures
-            self._fail(session, error, ends_opening=not is_of_turn)
+            self._failures.fail(session, error, ends_opening=not is_of_turn)
             return
         picture.prepared = None
         self._features.add(picture.key, picture.features)
@@ -243,7 +249,10 @@ class Engine:
         for session in sorted((s for s in self.sessions.values() if s.active), key=lambda s: s.ticket):
             if not session.encoded:
                 continue
-            with self._isolated(session):
+            if session.has_opening:
+                ready.append(session)
+                continue
+            with self._failures.isolated(session):
                 if session.kv.length == 0:
                     copy_opening(session, self.sessions.values())
                 if session.kv.length < session.opening_tokens:
@@ -254,100 +263,92 @@ class Engine:
                 ready.append(session)
         return ready
 
-    def _forward(self, steps: list[tuple[EngineSession, int]]) -> None:
-        """Run one packed forward of `(session, tokens)` and accept the sampled tokens."""
+    def _launch(self, steps: list[tuple[EngineSession, int]]) -> _Launched | None:
+        """Run one packed forward of `(session, tokens)`. On CUDA the work is only launched. None after an error."""
+        stored = [session.kv.length for session, _ in steps]
         try:
             for session, _ in steps:
                 if session.turn is not None:
                     session.turn.start(session.kv.length)
             segments = [session.segment(tokens) for session, tokens in steps]
-            sampled = [
-                (session, session.turn)
-                for (session, _), segment in zip(steps, segments, strict=True)
-                if segment.sample and session.turn is not None
-            ]
             logits = self.model.forward(segments)
-            try:
-                turns = [turn for _, turn in sampled]
-                tokens = next_tokens(logits, [turn.sampler for turn in turns], _ban(turns, self.model.eos_token_ids))
-            except Exception:
-                for session, count in steps:
-                    session.kv.crop(session.kv.length - count)
-                raise
         except Exception as error:
-            raise_if_device_lost(error, self.model.device)
-            if is_out_of_memory(error):
-                self._piece_size.shrink()
-                latest = max((session for session, _ in steps), key=lambda s: s.ticket)
-                self._retry_or_reject(latest, error)
-                return
-            log.exception("step_failed sessions=%d", len(steps))
-            for session, _ in steps:
-                self._fail(session, error)
+            self._fail_step(steps, error)
+            return None
+        sampled = [
+            (session, session.turn)
+            for (session, _), segment in zip(steps, segments, strict=True)
+            if segment.sample and session.turn is not None
+        ]
+        return _Launched(steps, stored, sampled, logits)
+
+    def _sample(self, launched: _Launched) -> None:
+        """Wait for the forward and accept the sampled tokens of turns that have not failed since."""
+        turns = [turn for _, turn in launched.sampled]
+        try:
+            if turns:
+                ban = _ban(turns, self.model.eos_token_ids)
+                tokens = next_tokens(launched.logits, [turn.sampler for turn in turns], ban)
+            else:
+                synchronize(self.model.device)  # the end of a prefill is reported when it has ended
+                tokens = []
+        except Exception as error:
+            for (session, _), length in zip(launched.steps, launched.stored, strict=True):
+                session.kv.crop(length)
+            self._fail_step(launched.steps, error)
             return
-        for session, _ in steps:
-            with self._isolated(session):
-                self._events += session.mark_prefilled()
-        for (session, _), token in zip(sampled, tokens, strict=True):
+        for session, _ in launched.steps:
+            if session.state is EngineSessionState.PREFILLING:
+                with self._failures.isolated(session):
+                    self._events += session.mark_prefilled()
+        for (session, turn), token in zip(launched.sampled, tokens, strict=True):
+            if session.turn is not turn:
+                continue
             try:
                 if isinstance(token, Exception):
                     raise token
-                self._events += session.accept_token(token, self.model.eos_token_ids)
+                self._events += session.accept_token(token, self.model.eos_token_ids, self.defers_text)
             except Exception as error:
                 log.exception("turn_failed session=%s", session.id[:12])
-                self._fail(session, error)
+                self._failures.fail(session, error)
 
-    def _retry_or_reject(self, session: EngineSession, error: Exception) -> None:
-        """Handle an out-of-memory error that changed no session.
-
-        The first time, offload all idle KV caches: the next step runs the same work again. The second time, reject the
-        request of `session`, the most recent arrival.
-        """
-        if not session.short_of_memory:
-            session.short_of_memory = True
-            log.warning("out_of_memory offloading=all_idle error=%s", first_line(error))
-            self.device_memory.relieve()
-            return
-        log.warning("out_of_memory rejected=%s error=%s", session.id[:12], first_line(error))
-        turn_id = None if session.turn is None else session.turn.id
-        with self._isolated(session):
-            if session.turn is None:
-                del self.sessions[session.id]
-                session.kv.drop()
-            else:
-                session.roll_back_turn()
-            self._events.append(
-                OutOfCapacity(session.id, turn_id, session.reserved_bytes, 0, open_sessions=len(self.sessions))
-            )
-
-    def _fail(self, session: EngineSession, error: Exception, ends_opening: bool = True) -> None:
-        """End the session's turn, and its opening if that is unfinished and `ends_opening` is True.
-
-        After an `IllegalTransition` the session's state is unreliable: the session is removed.
-        """
-        message = f"{type(error).__name__}: {error}"
-        broken = isinstance(error, IllegalTransition)
-        if session.turn is not None:
-            self._events.append(TurnFailed(session.turn.id, message))
+    def _detokenize(self) -> None:
+        """Report the text of the previous step's tokens."""
+        for session in list(self.sessions.values()):
+            if session.turn is None or not session.turn.undecoded_ids:
+                continue
             try:
-                if not broken:
-                    session.roll_back_turn()
-            except IllegalTransition:
-                log.exception("rollback_failed session=%s", session.id[:12])
-                broken = True
-        if broken or (ends_opening and session.state is not EngineSessionState.READY):
-            self._events.append(OpenFailed(session.id, message))
-            self.sessions.pop(session.id, None)
-            session.kv.drop()
+                self._events += session.turn.detokenize()
+            except Exception as error:
+                log.exception("turn_failed session=%s", session.id[:12])
+                self._failures.fail(session, error)
 
-    @contextlib.contextmanager
-    def _isolated(self, session: EngineSession) -> Iterator[None]:
-        """Remove the session after an `IllegalTransition` in this block."""
-        try:
-            yield
-        except IllegalTransition as error:
-            log.exception("session_broken session=%s", session.id[:12])
-            self._fail(session, error)
+    def _fail_step(self, steps: list[tuple[EngineSession, int]], error: Exception) -> None:
+        """Handle an error of a forward, or of its sampling, that changed no session."""
+        raise_if_device_lost(error, self.model.device)
+        sessions = [session for session, _ in steps if session.has_work]
+        if is_out_of_memory(error):
+            self.piece_size.shrink()
+            if sessions:
+                self._failures.retry_or_reject(max(sessions, key=lambda s: s.ticket), error)
+            return
+        log.exception("step_failed sessions=%d", len(steps))
+        for session in sessions:
+            self._failures.fail(session, error)
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A forward of `(session, tokens)` whose result may not be computed yet.
+
+    `stored`: tokens in each cache before it. `sampled`: the turns that get a token, one for each row of `logits`,
+    `[rows, vocabulary]`.
+    """
+
+    steps: list[tuple[EngineSession, int]]
+    stored: list[int]
+    sampled: list[tuple[EngineSession, EngineTurn]]
+    logits: torch.Tensor
 
 
 def _ban(turns: list[EngineTurn], eos_token_ids: frozenset[int]) -> Ban | None:

@@ -13,7 +13,9 @@ import os
 import signal
 import sys
 import threading
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -39,9 +41,11 @@ from ..text.chat_template import ChatTemplate
 from ..text.checkpoint import end_token_ids
 from ..text.processors import load_processor
 from .budget import DeviceBudget, InsufficientMemory, choose_budget
+from .chunks import measure_pieces
 from .engine import Engine
 from .loop import EngineLoop
 from .model import Model
+from .scheduler import DEFAULT_CHUNK_TOKENS
 
 log = logging.getLogger("llava_sessions")
 
@@ -90,8 +94,11 @@ def load(settings: EngineSettings) -> Engine:
     model = Model.load(
         settings.checkpoint, settings.dtype, settings.device, end_ids, settings.weights, settings.kv_dtype
     )
-    engine = Engine(model, template.answer_text, choose_budget(model.device), settings.prefill_chunk_tokens)
+    chunk_tokens = settings.prefill_chunk_tokens
+    engine = Engine(model, template.answer_text, choose_budget(model.device), chunk_tokens or DEFAULT_CHUNK_TOKENS)
     found = warm_up(engine, template)
+    if model.device.type == "cuda":
+        found = measure(engine, found, chunk_tokens)
     engine.device_memory.budget = final_budget(model.device, settings.device_bytes, settings.host_bytes, found)
     engine.device_memory.bound_pool()
     return engine
@@ -138,6 +145,14 @@ def warm_up(engine: Engine, template: ChatTemplate) -> WarmUp:
     if not any(isinstance(event, Finished) for event in events):
         raise RuntimeError(f"the checkpoint does not answer a first question: {events}")
     return WarmUp(working_bytes, memory.kv_bytes + memory.features_bytes)
+
+
+def measure(
+    engine: Engine, found: WarmUp, chunk_tokens: int | None, clock: Callable[[], float] = time.perf_counter
+) -> WarmUp:
+    """Set the pieces of prompts on a GPU, see `measure_pieces`; return `found` with room for the longest one."""
+    engine.piece_size, working_bytes = measure_pieces(engine.model, chunk_tokens, clock)
+    return replace(found, working_bytes=max(found.working_bytes, working_bytes))
 
 
 def final_budget(device: torch.device, device_bytes: int | None, host_bytes: int | None, found: WarmUp) -> DeviceBudget:

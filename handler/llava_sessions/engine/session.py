@@ -76,7 +76,8 @@ class EngineTurn(Stateful):
     for the turn. The session is first cropped to `start_tokens` tokens, which have `start_pictures` pictures; a
     rollback restores these counts. `most_tokens`: the longest conversation that the turn may make. Times are seconds of
     `time.perf_counter`. `deadline_at`: when the turn is stopped, or None. `ignore_eos`: an end-of-sequence token is a
-    token like any other. `min_tokens`: as in `Sampling`.
+    token like any other. `min_tokens`: as in `Sampling`. `undecoded_ids`: the last of `answer_ids`, whose text is not
+    known yet.
     """
 
     id: str
@@ -98,6 +99,7 @@ class EngineTurn(Stateful):
     started_at: float = 0.0  # set with RUNNING
     first_token_at: float = 0.0  # set with the first of `answer_ids`
     answer_ids: list[int] = field(default_factory=list)
+    undecoded_ids: list[int] = field(default_factory=list)
     text: str = ""
 
     @property
@@ -149,6 +151,17 @@ class EngineTurn(Stateful):
     def is_overdue(self, now: float) -> bool:
         """Return whether the deadline has passed."""
         return self.deadline_at is not None and now >= self.deadline_at
+
+    def detokenize(self) -> list[Event]:
+        """Return the `Delta` of the tokens whose text is not known yet, if they have text."""
+        return self.emit(self.decode()) if self.undecoded_ids else []
+
+    def decode(self) -> str:
+        """Return the certain text of the tokens whose text is not known yet. A stop string in it sets `stopped`."""
+        token_ids = self.undecoded_ids
+        self.undecoded_ids = []  # at once: an error must not be repeated
+        may_stop = len(self.answer_ids) > self.min_tokens
+        return "".join([self.answer_text.push(token, may_stop) for token in token_ids])
 
     def emit(self, text: str) -> list[Event]:
         """Append text to the answer; return its `Delta`, or nothing for empty text."""
@@ -204,6 +217,12 @@ class EngineSession(SessionContent, Stateful):
     def pending_tokens(self) -> int:
         """Tokens that are not in the KV cache yet."""
         return len(self.token_ids) - self.kv.length
+
+    @property
+    def has_opening(self) -> bool:
+        """Whether the KV cache has the opening, as reported."""
+        stored = self.kv.length
+        return stored > 0 and stored >= self.opening_tokens and self.state is EngineSessionState.READY
 
     @property
     def residence(self) -> Residence:
@@ -262,25 +281,31 @@ class EngineSession(SessionContent, Stateful):
         self.token_ids += turn.token_ids
         self.pictures += turn.pictures
 
-    def accept_token(self, token: int, eos_token_ids: frozenset[int]) -> list[Event]:
-        """Append a sampled token to the running answer; return its text, and `Finished` after the last token."""
+    def accept_token(self, token: int, eos_token_ids: frozenset[int], defer_text: bool = False) -> list[Event]:
+        """Append a sampled token to the running answer; return its text, and `Finished` after the last token.
+
+        With `defer_text` the text may be left to `EngineTurn.detokenize`: unless the token is the first or the last one
+        of the answer, or the answer has stop strings.
+        """
         turn = self._current_turn()
-        if not turn.answer_ids:
+        is_first = not turn.answer_ids
+        if is_first:
             turn.first_token_at = time.perf_counter()
         turn.answer_ids.append(token)
         is_eos = token in eos_token_ids and not turn.ignore_eos
-        text = ""
         if not is_eos:
             self.token_ids.append(token)
-            text = turn.answer_text.push(token, may_stop=len(turn.answer_ids) > turn.min_tokens)
-        reason = "stop" if is_eos or turn.answer_text.stopped else None
-        if reason is None and len(turn.answer_ids) >= turn.max_new_tokens:
-            reason = "length"
-        if reason is not None and not turn.answer_text.stopped:
+            turn.undecoded_ids.append(token)
+        is_last = is_eos or len(turn.answer_ids) >= turn.max_new_tokens
+        if defer_text and not (is_first or is_last or turn.answer_text.may_stop):
+            return []
+        text = turn.decode()
+        has_stopped = turn.answer_text.stopped
+        if is_last and not has_stopped:
             text += turn.answer_text.finish()
         events = turn.emit(text)
-        if reason is not None:
-            events.append(self._finish_turn(reason))
+        if is_last or has_stopped:
+            events.append(self._finish_turn("stop" if is_eos or has_stopped else "length"))
         return events
 
     def stop_turn(self, reason: str, keep_answer: bool) -> list[Event]:
@@ -290,9 +315,11 @@ class EngineSession(SessionContent, Stateful):
         """
         turn = self._current_turn()
         if keep_answer and turn.answer_ids:
-            return [*turn.emit(turn.answer_text.finish()), self._finish_turn(reason)]
+            text = turn.decode() + turn.answer_text.finish()
+            return [*turn.emit(text), self._finish_turn(reason)]
+        events = turn.detokenize()
         self.roll_back_turn()
-        return [Cancelled(turn.id, reason, turn.usage, turn.timings)]
+        return [*events, Cancelled(turn.id, reason, turn.usage, turn.timings)]
 
     def _finish_turn(self, reason: str) -> Finished:
         turn = self._current_turn()

@@ -365,15 +365,16 @@ class Report:
 class EngineSettings:
     """Settings of an engine process.
 
-    `dtype`, `device`, `weights` and `kv_dtype`: as in `Model.load`. `device_bytes` and `host_bytes`: the budget; None
-    derives it from the machine's memory.
+    `dtype`, `device`, `weights` and `kv_dtype`: as in `Model.load`. `prefill_chunk_tokens` None: 256 on a CPU, and what
+    the engine measures on a GPU. `device_bytes` and `host_bytes`: the budget; None derives it from the machine's
+    memory.
     """
 
     checkpoint: str
     system_prompt: str
     dtype: str
     device: str
-    prefill_chunk_tokens: int
+    prefill_chunk_tokens: int | None
     device_bytes: int | None = None
     host_bytes: int | None = None
     weights: str = "auto"

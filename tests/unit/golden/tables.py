@@ -79,6 +79,8 @@ def outcome_of_configuration(model_yaml: Any) -> dict[str, Any]:
     except ConfigError as error:
         return {"problems": sorted({_key(problem) for problem in error.problems})}
     described = {name: getattr(config, name) for name in _CONFIG}
+    if described["prefill_chunk_tokens"] is None:
+        described["prefill_chunk_tokens"] = 256  # the default of the tables, before there was `auto`
     described["limits"] = {name: getattr(config.limits, name) for name in _LIMITS}
     described["media"] = {name: _plain(getattr(config.media, name)) for name in _MEDIA}
     return {"config": described}

@@ -16,14 +16,28 @@ import numpy.typing as npt
 import torch
 
 # Tokens of a piece: the work of one program of the first kernel. It is the same for all sessions, so that a session's
-# numbers do not depend on the other sessions of the step.
+# numbers do not depend on the other sessions of the step. A session of 7,000 tokens alone has 55 pieces, with 4 KV
+# heads 220 programs: enough for the 108 to 148 multiprocessors of a large GPU. A piece's result is 512 bytes of float32
+# for each query head of 128 numbers. With 7 query heads for each KV head, writing and reading the results adds 11 % to
+# the traffic of 16-bit keys and values. With shorter pieces it would be more.
 PIECE = 128
 # Numbers of a table for each place (row, address, capacity, stored tokens, first piece) and piece (place, first token).
 _PLACE_NUMBERS = 5
 _PIECE_NUMBERS = 2
+# The kernels are compiled for tensors that start at a multiple of it, in bytes.
+_ALIGNMENT = 16
 # Pieces that an iteration of the second kernel merges.
 _MERGED = 16
+# Numbers of the keys of an iteration; the values are as many. Larger tiles take so many registers that fewer programs
+# run at a time. tests/engine/test_ragged.py computes from the machine code for each kind of GPU that enough loads are
+# under way.
+_TILE = 4096
 _WARPS = 4
+# The same for a group without tensor cores (float32, or compute capability below 8). Larger tiles spill registers.
+_PLAIN_TILE = 2048
+_PLAIN_WARPS = 8
+# Most query heads of a KV head. More of them spill registers.
+_MOST_GROUP = 32
 
 # A token of a step: its row, and the address, the capacity and the stored tokens of its session's KV cache.
 Place = tuple[int, int, int, int]
@@ -33,8 +47,9 @@ Place = tuple[int, int, int, int]
 class RaggedTask:
     """The work that all layers of one forward share.
 
-    `table`: int64 on the device, see `RaggedAttention.fill`. `tokens`, `pieces`: its counts, with spare ones. `mixed`:
-    `[pieces, heads, head_dim]`, and `softmax`: `[pieces, heads, 2]`, float32 memory for the results of the pieces.
+    `table`: int64 on the device, see `RaggedAttention.fill`. `tokens`, `pieces`: its counts, with spare ones. `mixed`,
+    of `pieces * heads * head_dim` numbers, and `softmax`, of `pieces * heads * 2`: float32 memory on the device for the
+    results of the pieces.
     """
 
     table: torch.Tensor
@@ -52,8 +67,8 @@ class RaggedAttention:
     token's key (rotated and rounded to `dtype`) or value in one head is its largest magnitude / 127. The new token is
     quantized first: it attends to its own quantized key and value.
 
-    All calls are asynchronous on the current stream of the current device, which must be `device`. A call changes no
-    state of the object. For a CUDA graph, whose task is in memory of the caller, see `task_in` and `fill`.
+    All calls are asynchronous on the current stream of the current device, which must be `device`. An object is for one
+    thread. For a CUDA graph, whose task is in memory of the caller, see `task_in` and `fill`.
     """
 
     def __init__(
@@ -67,35 +82,37 @@ class RaggedAttention:
         kv_dtype: torch.dtype | None = None,
         layers: int = 0,
     ) -> None:
-        """Choose the kernels' sizes. The first call compiles them, which needs a C compiler.
+        """Choose the kernels' sizes. The first call compiles them.
 
-        `kv_dtype`: int8, or `dtype` for None. `layers`: of a cache, used with int8 only. Raises ValueError for a shape
-        or a precision that the kernels do not support, and ImportError if Triton is not installed.
+        `kv_dtype`: int8, or `dtype` for None. `layers`: of each cache, used with int8 only: it gives the place of the
+        scales. Raises ValueError for a shape or a precision that the kernels do not support, ImportError if Triton is
+        not installed, and RuntimeError if Triton finds no device or no C compiler.
         """
         _check(heads, kv_heads, head_dim, dtype, kv_dtype or dtype, layers)
         from . import ragged_kernels  # it needs Triton, which only CUDA's wheels of torch bring
 
-        self._attend: Any = ragged_kernels.attend
-        self._merge: Any = ragged_kernels.merge
         self._device = device
         self._heads = heads
         self._kv_heads = kv_heads
         self._head_dim = head_dim
+        self._layers = layers
         self._scale = head_dim**-0.5 * math.log2(math.e)
         group = heads // kv_heads
         is_quantized = kv_dtype == torch.int8
-        item = 1 if is_quantized else dtype.itemsize
-        self._align = math.gcd(16, head_dim * item)
-        shared = {"HEAD_DIM": head_dim, "PIECE": PIECE, "WIDTH": max(16, _power_of_two(head_dim)), "num_warps": _WARPS}
-        self._attend_sizes = shared | {
+        self._align = math.gcd(16, head_dim * (1 if is_quantized else dtype.itemsize))
+        is_plain = group > 1 and (dtype == torch.float32 or ragged_kernels.capability() < 80)
+        width = max(16, _power_of_two(head_dim))
+        sizes = {"HEAD_DIM": head_dim, "PIECE": PIECE, "WIDTH": width}
+        attend_sizes = sizes | {
             "KV_HEADS": kv_heads,
             "GROUP": group,
-            "LAYERS": layers if is_quantized else 0,
+            "QUANTIZED": is_quantized,
             "ROWS": 1 if group == 1 else max(16, _power_of_two(group)),
-            "BLOCK": 32,
+            "BLOCK": min(64, (_PLAIN_TILE if is_plain else _TILE) // width),
             "ALIGN": self._align,
         }
-        self._merge_sizes = shared | {"HEADS": heads, "BLOCK": _MERGED}
+        self._attend = _Kernel(ragged_kernels.attend, attend_sizes, _PLAIN_WARPS if is_plain else _WARPS)
+        self._merge = _Kernel(ragged_kernels.merge, sizes | {"HEADS": heads, "BLOCK": _MERGED}, _WARPS)
 
     def task(self, places: Sequence[Place]) -> RaggedTask:
         """Return the task of one forward, with one asynchronous copy to the device.
@@ -115,11 +132,14 @@ class RaggedAttention:
 
         `table`: int64 `[table_size(tokens, pieces)]`, contiguous, on the device; the kernels read its numbers when they
         run. `scratch`: float32 of at least `scratch_size(pieces)` numbers on the device, which tasks that do not run at
-        the same time may share; allocated if None. All numbers of scratch may be undefined.
+        the same time may share; allocated if None. Its numbers may be undefined. Raises ValueError if `scratch` is not
+        aligned to 16 bytes.
         """
         size = self.scratch_size(pieces)
         if scratch is None:
             scratch = torch.empty(size, dtype=torch.float32, device=self._device)
+        if scratch.data_ptr() % _ALIGNMENT:
+            raise ValueError(f"`scratch` must be aligned to {_ALIGNMENT} bytes")
         mixed, softmax = scratch[:size].split((size - 2 * pieces * self._heads, 2 * pieces * self._heads))
         return RaggedTask(table, tokens, pieces, mixed, softmax)
 
@@ -159,13 +179,39 @@ class RaggedAttention:
     ) -> None:
         """Rotate the tokens' queries and keys, append keys and values to the caches, and attend to all stored tokens.
 
-        `qkv`: `[rows, (heads + 2 * kv_heads) * head_dim]`, not changed. `cos`, `sin`: `[rows, head_dim]`. All are
-        contiguous. Writes the tokens' rows of `out`, `[rows, heads * head_dim]`.
+        `qkv`: `[rows, (heads + 2 * kv_heads) * head_dim]`, not changed. `cos`, `sin`: `[rows, head_dim]`. All have
+        precision `dtype`, are contiguous and start at a multiple of 16 bytes, as torch allocates. Writes the tokens'
+        rows of `out`, `[rows, heads * head_dim]`. Raises ValueError for an address that is not aligned.
         """
-        self._attend[task.pieces, self._kv_heads](
-            task.table, task.tokens, qkv, cos, sin, task.mixed, task.softmax, layer, self._scale, **self._attend_sizes
-        )
-        self._merge[task.tokens, self._heads](task.table, task.mixed, task.softmax, out, **self._merge_sizes)
+        if (qkv.data_ptr() | cos.data_ptr() | sin.data_ptr() | out.data_ptr()) % _ALIGNMENT:
+            raise ValueError(f"`qkv`, `cos`, `sin` and `out` must be aligned to {_ALIGNMENT} bytes")
+        self._attend.launch(
+            (task.pieces, self._kv_heads, 1),
+            task.table, task.tokens, qkv, cos, sin, task.mixed, task.softmax, layer, self._layers, self._scale,
+        )  # fmt: skip
+        self._merge.launch((task.tokens, self._heads, 1), task.table, task.mixed, task.softmax, out)
+
+
+class _Kernel:
+    """A Triton kernel with its constants.
+
+    The first launch compiles the kernel for types and alignments of its arguments. Later launches use the compiled form
+    without a search for it, which takes most of the time of a launch. Therefore all launches must have the same types,
+    and all pointers but that of the table must be aligned to 16 bytes.
+    """
+
+    def __init__(self, function: Any, constants: dict[str, int | bool], warps: int) -> None:
+        self._function = function
+        self._constants = {name: constants[name] for name in function.arg_names if name in constants}
+        self._warps = warps
+        self._compiled: Any = None  # stays None in the interpreter
+
+    def launch(self, grid: tuple[int, int, int], *args: Any) -> None:
+        """Launch the kernel on the current stream."""
+        if self._compiled is None:
+            self._compiled = self._function[grid](*args, **self._constants, num_warps=self._warps)
+        else:
+            self._compiled[grid](*args, *self._constants.values())
 
 
 def table_size(tokens: int, pieces: int) -> int:
@@ -211,6 +257,8 @@ def _check(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, kv_dtyp
     """Raise ValueError for a shape or precision that the kernels do not support."""
     if heads % kv_heads:
         raise ValueError(f"`heads` must be a multiple of `kv_heads`, got {heads} and {kv_heads}")
+    if heads // kv_heads > _MOST_GROUP:
+        raise ValueError(f"`heads` must be at most {_MOST_GROUP} for each KV head, got {heads} for {kv_heads}")
     if head_dim % 8 or head_dim > 256:
         raise ValueError(f"`head_dim` must be a multiple of 8 and at most 256, got {head_dim}")
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):

@@ -15,8 +15,21 @@ import triton.language as tl
 
 # Below any score: the largest score of no tokens.
 LOWEST = tl.constexpr(-1e30)
+# Amounts below it count as zero in the scale of a key or value, as in the other int8 formats of the engine.
+SMALLEST = tl.constexpr(1e-30)
 # 1.5 * 2**23: adding and subtracting it rounds a smaller float32 to an integer, halves to the even one.
 ROUNDER = tl.constexpr(12582912.0)
+
+
+def capability() -> int:
+    """Return the compute capability for which kernels are compiled, such as 75 or 80. The interpreter counts as 80.
+
+    Raises RuntimeError if there is no device.
+    """
+    if triton.knobs.runtime.interpret:
+        return 80
+    found: int = triton.runtime.driver.active.get_current_target().arch
+    return found
 
 
 @triton.jit
@@ -35,13 +48,14 @@ def _rotated(numbers, cos, sin, d, mask, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def _cache(
-    place, layer, head, dtype: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, LAYERS: tl.constexpr
+    place, layer, layers, head, dtype: tl.constexpr,
+    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, QUANTIZED: tl.constexpr,
 ):  # fmt: skip
     """Return pointers to the first key and value of a session in a layer and head, and to their scales if int8."""
     address, capacity = tl.load(place + 1), tl.load(place + 2)
     before = (layer * 2 * KV_HEADS + head) * capacity  # tokens in front of this head's keys
-    keys = address.to(tl.pointer_type(tl.int8 if LAYERS > 0 else dtype)) + before * HEAD_DIM
-    scales = address + LAYERS * 2 * KV_HEADS * capacity * HEAD_DIM
+    keys = address.to(tl.pointer_type(tl.int8 if QUANTIZED else dtype)) + before * HEAD_DIM
+    scales = address + layers * 2 * KV_HEADS * capacity * HEAD_DIM
     key_scales = scales.to(tl.pointer_type(tl.float32)) + before
     return keys, keys + KV_HEADS * capacity * HEAD_DIM, key_scales, key_scales + KV_HEADS * capacity
 
@@ -51,8 +65,8 @@ def _stored(numbers, target, scales, stored, d, HEAD_DIM: tl.constexpr, QUANTIZE
     """Store the new token's key or value. Return the numbers that the cache now has, in float32."""
     wide = numbers.to(tl.float32)
     if QUANTIZED:
-        scale = tl.div_rn(tl.max(tl.abs(wide), 0), 127.0)
-        rounded = tl.div_rn(wide, tl.where(scale > 0.0, scale, 1.0)) + ROUNDER - ROUNDER
+        scale = tl.div_rn(tl.maximum(tl.max(tl.abs(wide), 0), SMALLEST), 127.0)
+        rounded = tl.div_rn(wide, scale) + ROUNDER - ROUNDER
         tl.store(scales + stored, scale)
         numbers = rounded.to(tl.int8)
         wide = rounded * scale
@@ -151,17 +165,17 @@ def _with_token(top, total, mixed, score, value):
     return higher, total * faded + weight, mixed * faded[:, None] + weight[:, None] * value[None, :]
 
 
-@triton.jit(do_not_specialize=["tokens", "layer"], do_not_specialize_on_alignment=["table"])
+@triton.jit(do_not_specialize=["tokens", "layer", "layers"], do_not_specialize_on_alignment=["table"])
 def attend(
-    table, tokens, qkv, cos, sin, mixed_parts, softmax_parts, layer, scale,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, LAYERS: tl.constexpr, PIECE: tl.constexpr,
+    table, tokens, qkv, cos, sin, mixed_parts, softmax_parts, layer, layers, scale,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, QUANTIZED: tl.constexpr, PIECE: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Attend with the query heads of one KV head to one piece of a session. Grid: (pieces, KV heads).
 
-    `LAYERS`: above 0 if the cache is int8 with scales, see `ragged.RaggedAttention`. `ROWS`, `WIDTH`: `GROUP` and
-    `HEAD_DIM`, rounded up to sizes that Triton takes; `ROWS` is 1 for a group of 1. `BLOCK`: tokens of an iteration.
-    `ALIGN`: bytes of which the address of each key and value is a multiple. `scale`: factor of scores, for powers of 2.
+    `layers`: of a cache. `scale`: factor of scores, for powers of 2. `QUANTIZED`: the cache is int8 with scales.
+    `ROWS`, `WIDTH`: `GROUP` and `HEAD_DIM`, rounded up to sizes that Triton takes; `ROWS` is 1 for a group of 1.
+    `BLOCK`: tokens of an iteration. `ALIGN`: all keys and values start at a multiple of this number of bytes.
     """
     piece, head = tl.program_id(0), tl.program_id(1)
     pieces = table + 5 * tokens
@@ -170,7 +184,9 @@ def attend(
     if start >= 0:
         row, stored = tl.load(place), tl.load(place + 3).to(tl.int32)
         dtype: tl.constexpr = qkv.dtype.element_ty
-        keys, values, key_scales, value_scales = _cache(place, layer, head, dtype, KV_HEADS, HEAD_DIM, LAYERS)
+        keys, values, key_scales, value_scales = _cache(
+            place, layer, layers, head, dtype, KV_HEADS, HEAD_DIM, QUANTIZED
+        )
         d, g = tl.arange(0, WIDTH), tl.arange(0, ROWS)
         inside = d < HEAD_DIM
         heads = (g < GROUP)[:, None] & inside[None, :]
@@ -182,19 +198,19 @@ def attend(
         if ROWS == 1:
             top, total, mixed = _attend_head(
                 query, keys, values, key_scales, value_scales, start, end, stored, scale,
-                HEAD_DIM, LAYERS > 0, WIDTH, BLOCK, ALIGN,
+                HEAD_DIM, QUANTIZED, WIDTH, BLOCK, ALIGN,
             )  # fmt: skip
         else:
             top, total, mixed = _attend_group(
                 query, keys, values, key_scales, value_scales, start, end, stored, scale, dtype,
-                HEAD_DIM, LAYERS > 0, ROWS, WIDTH, BLOCK, ALIGN,
+                HEAD_DIM, QUANTIZED, ROWS, WIDTH, BLOCK, ALIGN,
             )  # fmt: skip
         if start + PIECE > stored:  # the piece with the new token
             new = numbers + (GROUP * KV_HEADS + head) * HEAD_DIM
             key = _rotated(new, cos, sin, d, inside, HEAD_DIM).to(dtype)
             value = tl.load(new + KV_HEADS * HEAD_DIM + d, mask=inside, other=0.0)
-            key = _stored(key, keys, key_scales, stored, d, HEAD_DIM, LAYERS > 0)
-            value = _stored(value, values, value_scales, stored, d, HEAD_DIM, LAYERS > 0)
+            key = _stored(key, keys, key_scales, stored, d, HEAD_DIM, QUANTIZED)
+            value = _stored(value, values, value_scales, stored, d, HEAD_DIM, QUANTIZED)
             top, total, mixed = _with_token(top, total, mixed, tl.sum(query * key[None, :], 1) * scale, value)
         out = piece * GROUP * KV_HEADS + head * GROUP + g
         tl.store(mixed_parts + out[:, None] * HEAD_DIM + d[None, :], mixed, mask=heads)

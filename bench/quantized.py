@@ -276,7 +276,7 @@ def paint(axes: object, result: Result) -> None:
         axes.bar(np.arange(len(cells)) + number * width, heights, width, label=name)
     axes.set_xticks(np.arange(len(cells)) + 0.4 - width / 2, cells)
     axes.set_ylabel(f"time of a decode step / {names[0]}")
-    axes.legend()
+    axes.legend(ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, 1.12), frameon=False)
 
 
 if __name__ == "__main__":

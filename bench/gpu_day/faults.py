@@ -99,7 +99,8 @@ def lost(day: Day) -> dict[str, Any]:
     try:
         while driver.engine.has_work:
             failed = [event for event in driver.engine.step() if isinstance(event, TurnFailed)]
-            result |= {"error": event.error[:200] for event in failed}  # on a CPU the turn fails, not the engine
+            if failed:  # on a CPU the turn fails, not the engine
+                result["error"] = failed[-1].error[:200]
     except Exception as error:
         result |= {"raised": True, "error": f"{type(error).__name__}: {error}"[:200]}
     finally:

@@ -38,10 +38,12 @@ from llava_sessions.torchserve.batch import Reply, Row
 from llava_sessions.torchserve.sequences import EndRequestSender
 from llava_sessions.worker.assembly import Policy, make_pump
 from llava_sessions.worker.context import ServedModel
-from llava_sessions.worker.engines import EngineSupervisor
+from llava_sessions.worker.devices import engine_devices
+from llava_sessions.worker.engine_set import EngineSet
 from llava_sessions.worker.exporter import Exporter, Histograms
 from llava_sessions.worker.inbox import Inbox
 from llava_sessions.worker.sessions import SessionTable
+from llava_sessions.worker.supervisors import EngineSupervisors
 
 log = logging.getLogger("llava_sessions")
 
@@ -78,15 +80,15 @@ class LlavaHandler(BaseHandler):
         held_bytes = memory_bytes() // 10 if config.media.held_bytes is None else config.media.held_bytes
         journal = open_journal(config.journal_dir, config.journal_s3_prefix, held_bytes)
         inbox = Inbox()
-        settings = _engine_settings(config, checkpoint, context.system_properties.get("gpu_id"))
-        self._supervisor = _engine_supervisor(settings, inbox, config.engine_hang_s)
-        self._supervisor.launch()
-        template = _load_template(checkpoint, config.system_prompt)  # while the engine loads
-        engine = self._supervisor.wait()
-        facts = engine.facts
+        devices = engine_devices(config, context.system_properties.get("gpu_id"), _workers(context))
+        self._supervisors = _engine_supervisors(_engine_settings(config, checkpoint, devices), inbox, config)
+        self._supervisors.launch()
+        template = _load_template(checkpoint, config.system_prompt)  # while the engines load
+        engines = self._supervisors.wait()
+        facts = engines[0].facts
         histograms = Histograms()
         self._pump = make_pump(
-            client=engine.client,
+            engines=EngineSet(engines, self._supervisors.labels),
             inbox=inbox,
             template=template,
             table=_session_table(config),
@@ -106,7 +108,7 @@ class LlavaHandler(BaseHandler):
         self.initialized = True
         log.info(
             "ready device=%s dtype=%s context=%d sessions=%d device_bytes=%d host_bytes=%d held_bytes=%d seconds=%.1f",
-            facts.device,
+            ",".join(self._supervisors.labels),
             facts.dtype,
             facts.context_tokens,
             config.max_sessions,
@@ -214,10 +216,16 @@ def _metrics_port() -> int | None:
     return int(text)
 
 
-def _engine_supervisor(settings: EngineSettings, inbox: Inbox, hang_s: float) -> EngineSupervisor:
+def _workers(context: Any) -> int:
+    """Return the workers that TorchServe may start for this model."""
+    workers = context.model_yaml_config.get("maxWorkers", 1)
+    return workers if isinstance(workers, int) else 1
+
+
+def _engine_supervisors(settings: list[EngineSettings], inbox: Inbox, config: HandlerConfig) -> EngineSupervisors:
     # Without an engine the worker cannot serve. TorchServe restarts a worker that ends.
     give_up = functools.partial(os._exit, 1)
-    return EngineSupervisor(settings, inbox, hang_s, give_up, absence_file=_announcement("engine-absent"))
+    return EngineSupervisors(settings, inbox, config.engine_hang_s, give_up, _announcement("engine-absent"))
 
 
 def _session_table(config: HandlerConfig) -> SessionTable:
@@ -235,19 +243,22 @@ def _policy(config: HandlerConfig, context: Any, checkpoint: str) -> Policy:
     )
 
 
-def _engine_settings(config: HandlerConfig, checkpoint: str, gpu_id: int | None) -> EngineSettings:
-    device = f"cuda:{gpu_id}" if config.device == "auto" and gpu_id is not None else config.device
-    return EngineSettings(
-        checkpoint=checkpoint,
-        system_prompt=config.system_prompt,
-        dtype=config.dtype,
-        device=device,
-        prefill_chunk_tokens=config.prefill_chunk_tokens,
-        device_bytes=config.device_bytes,
-        host_bytes=config.host_bytes,
-        weights=config.weights,
-        kv_dtype=config.kv_dtype,
-    )
+def _engine_settings(config: HandlerConfig, checkpoint: str, devices: tuple[str, ...]) -> list[EngineSettings]:
+    return [
+        EngineSettings(
+            checkpoint=checkpoint,
+            system_prompt=config.system_prompt,
+            dtype=config.dtype,
+            device=device,
+            prefill_chunk_tokens=config.prefill_chunk_tokens,
+            device_bytes=config.device_bytes,
+            host_bytes=config.host_bytes,
+            weights=config.weights,
+            kv_dtype=config.kv_dtype,
+            engines=len(devices),
+        )
+        for device in devices
+    ]
 
 
 def _checkpoint(config: HandlerConfig, model_dir: Path) -> str:

@@ -76,6 +76,12 @@ def _by_instance(metric: str) -> tuple[Query, ...]:
     return (Query(f"max by (instance) ({metric}{{{_CHOSEN}}})", "{{instance}}"),)
 
 
+def _by_device(metric: str, name: str = "") -> Query:
+    """Return a gauge with one line for each device of the chosen instances."""
+    legend = "{{device}}, {{instance}}"
+    return Query(f"max by (device, instance) ({metric}{{{_CHOSEN}}})", f"{name}, {legend}" if name else legend)
+
+
 def _refusals(is_server_error: bool) -> tuple[Query, ...]:
     """Return the rejected requests a second by code: those with a status of 500 and more, or the others."""
     codes = "|".join(code for code, status in STATUS_OF_CODE.items() if (status >= 500) == is_server_error)
@@ -257,6 +263,45 @@ _SESSIONS = Row(
     ),
 )
 
+_DEVICES = Row(
+    "Devices",
+    (
+        Panel(
+            "Engines that work",
+            "1: the engine of the device takes sessions. 0: it is being replaced.",
+            "short",
+            (_by_device("llava_engine_up"),),
+            width=6,
+            highest=1.0,
+        ),
+        Panel(
+            "Sessions and turns by device",
+            "Open sessions that the engine of a device holds, and turns for which it has reserved memory.",
+            "short",
+            (
+                _by_device("llava_engine_sessions", "sessions"),
+                _by_device("llava_engine_running_turns", "turns"),
+            ),
+            width=6,
+        ),
+        Panel(
+            "Memory by device",
+            "KV caches, and all memory as in the panel on device memory.",
+            "bytes",
+            (_by_device("llava_engine_kv_bytes", "KV"), _by_device("llava_engine_device_bytes", "all")),
+            width=6,
+        ),
+        Panel(
+            "Used part of the KV budget by device",
+            "New sessions go to the engine with the most free memory.",
+            "percentunit",
+            (_by_device("llava_engine_kv_cache_usage_ratio"),),
+            width=6,
+            highest=1.0,
+        ),
+    ),
+)
+
 _ALL_REFUSALS = _rate("llava_refusals_total")
 _ENDED = f"{_rate('llava_turns_total')} + {_rate('llava_opens_total')}"
 
@@ -318,4 +363,4 @@ _ERRORS = Row(
     ),
 )
 
-ROWS = (_LATENCY, _THROUGHPUT, _SESSIONS, _ERRORS)
+ROWS = (_LATENCY, _THROUGHPUT, _SESSIONS, _DEVICES, _ERRORS)

@@ -98,9 +98,9 @@ def lost(day: Day) -> dict[str, Any]:
     logging.getLogger("llava_sessions").setLevel(logging.CRITICAL)  # the engine logs the error that is meant
     try:
         while driver.engine.has_work:
-            for event in driver.engine.step():
-                if isinstance(event, TurnFailed):  # on a CPU
-                    result["error"] = event.error[:200]
+            failed = [event for event in driver.engine.step() if isinstance(event, TurnFailed)]
+            if failed:  # on a CPU the turn fails, not the engine
+                result["error"] = failed[-1].error[:200]
     except Exception as error:
         result |= {"raised": True, "error": f"{type(error).__name__}: {error}"[:200]}
     finally:

@@ -90,7 +90,7 @@ def check_dtype(subject: Subject) -> Iterator[Finding]:
     sizes = settings.sizes(subject)
     if chosen is None or sizes is None:
         return
-    on_cuda = settings.card(subject, chosen) is not None
+    on_cuda = bool(settings.cards(subject, chosen))
     dtype = settings.dtype(chosen, sizes, on_cuda)
     if not on_cuda and dtype == "bfloat16" and not machine.has_bfloat16():
         found = "bfloat16 is chosen, and this CPU has no instructions for it: many times slower"

@@ -11,11 +11,14 @@ _LEAST_DRIVER = {"12": 525, "13": 580}  # CUDA's major version -> the oldest dri
 
 
 def check_gpu(subject: Subject) -> Iterator[Finding]:
-    """Check that the chosen device exists and that torch can use it."""
+    """Check that the chosen devices exist and that torch can use them."""
     chosen = settings.read(subject)
-    device = chosen.device if chosen else "auto"
     cards = settings.gpus(subject)
-    cuda = machine.torch_cuda()
+    for device in dict.fromkeys(chosen.devices if chosen else ("auto",)):
+        yield from _check(device, cards, machine.torch_cuda())
+
+
+def _check(device: str, cards: list[machine.Gpu] | None, cuda: str | None) -> Iterator[Finding]:
     if device.partition(":")[0] not in ("auto", "cpu", "cuda"):
         yield _unknown(device)
     elif device.startswith("cuda"):
@@ -24,7 +27,8 @@ def check_gpu(subject: Subject) -> Iterator[Finding]:
         found = f"{cards[0].name} is not used: the installed torch is built for the CPU"
         yield warning("gpu", found, "install a torch with CUDA (requirements.txt without requirements-cpu.txt)")
     elif device == "auto" and cards and cuda:
-        yield from _usable(cards, cuda)
+        for number in range(len(cards)):
+            yield from _usable(cards[number:], cuda)
     else:
         yield ok("gpu", "none is used; the model runs on the CPU")
 

@@ -27,7 +27,10 @@ FRONTEND_THREADS = 150  # of Java without sequences, worker and engine
 
 @dataclass(frozen=True)
 class Demand:
-    """What a server with this model needs, in bytes. `device`: the budget for sessions; `on_cuda`: on which device."""
+    """What a server with this model needs, in bytes.
+
+    `weights`: of all engines. `device`: the budget of one engine for sessions. `on_cuda`: on which device.
+    """
 
     weights: int
     device: int
@@ -35,6 +38,7 @@ class Demand:
     features: int
     on_cuda: bool
     dtype: str
+    engines: int
 
 
 def check_memory(subject: Subject) -> Iterator[Finding]:
@@ -44,24 +48,27 @@ def check_memory(subject: Subject) -> Iterator[Finding]:
     if chosen is None or sizes is None:
         return  # the checks of the configuration and of the checkpoint report why
     memory = machine.Memory.read()
-    demand = demand_of(chosen, sizes, memory, settings.card(subject, chosen))
+    demand = demand_of(chosen, sizes, memory, settings.cards(subject, chosen))
     yield from start_problems(demand, memory)
     if chosen.has_budget:
         yield from session_problems(demand, memory, chosen.sessions)
 
 
-def demand_of(chosen: Settings, sizes: Sizes, memory: machine.Memory, gpu: machine.Gpu | None) -> Demand:
-    """Return what a server needs on this machine."""
-    on_cuda = gpu is not None
+def demand_of(chosen: Settings, sizes: Sizes, memory: machine.Memory, cards: list[machine.Gpu]) -> Demand:
+    """Return what a server needs on this machine, with one engine on each of the GPUs, or with those on the CPU."""
+    on_cuda = bool(cards)
+    engines = len(cards) or len(chosen.devices)
     dtype = settings.dtype(chosen, sizes, on_cuda)
     weights = sizes.weights_bytes(dtype, on_cuda)
-    if gpu is not None:
-        auto = max(gpu.free - weights - CONTEXT_BYTES - CUDA_WORKING_BYTES - FRAGMENTS_BYTES, 0)
+    if cards:
+        free = min(gpu.free for gpu in cards)
+        auto = max(free - weights - CONTEXT_BYTES - CUDA_WORKING_BYTES - FRAGMENTS_BYTES, 0)
     else:
-        auto = int(DEVICE_SHARE * memory.total)
+        auto = int(DEVICE_SHARE * memory.total / engines)
     device = auto if chosen.device_bytes is None else chosen.device_bytes
     session = sizes.session_bytes(dtype, chosen.kv_dtype)
-    return Demand(weights, device, session, sizes.features_bytes(dtype), on_cuda, dtype)
+    features = sizes.features_bytes(dtype)
+    return Demand(engines * weights, device, session, features, on_cuda, dtype, engines)
 
 
 def start_problems(demand: Demand, memory: machine.Memory) -> Iterator[Finding]:
@@ -83,19 +90,19 @@ def session_problems(demand: Demand, memory: machine.Memory, sessions: int) -> I
         remedy = "raise `llava.device_bytes`, or choose a device with more memory, a smaller model or a shorter dtype"
         yield error("sessions", f"{one}, the budget {where} is {_size(demand.device)}: opens would get 429", remedy)
         return
-    by_features = demand.device // max(demand.features, 1)
+    by_features = demand.engines * (demand.device // max(demand.features, 1))
     if by_features < sessions:
         remedy = f"set `llava.max_sessions` (SESSIONS=, --sessions) to {by_features}, or raise `llava.device_bytes`"
         yield warning("sessions", f"features of {by_features} sessions fit {where}, of {sessions} configured", remedy)
         return
-    growth = min(demand.device, sessions * demand.session)
+    growth = min(demand.engines * demand.device, sessions * demand.session)
     need = PROCESSES_BYTES + demand.weights + growth
     if not demand.on_cuda and need > memory.free:
         remedy = "set `llava.device_bytes` to less, or fewer sessions (SESSIONS=, --sessions), or stop other programs"
         all_of_them = f"{sessions} sessions and the server take {_size(need)}, {_size(memory.free)} are free"
         yield warning("sessions", all_of_them, remedy)
         return
-    fit = min(demand.device // demand.session, sessions)
+    fit = min(demand.engines * (demand.device // demand.session), sessions)
     rest = "" if fit == sessions else ", the others are offloaded while idle"
     yield ok("sessions", f"{one}; {fit} of {sessions} fit {where} at once{rest}")
 

@@ -20,7 +20,8 @@ from .sizes import Sizes, SizesError
 class Settings:
     """Values of the rendered model-config.yaml. None stands for `auto`.
 
-    `has_budget` is False if `llava.device_bytes` is malformed. The check of the configuration reports that.
+    `devices`: the list of the configuration, or `device` alone. `has_budget` is False if `llava.device_bytes` is
+    malformed. The check of the configuration reports that.
     """
 
     content: dict[str, Any]
@@ -29,6 +30,7 @@ class Settings:
     dtype: str
     kv_dtype: str
     device: str
+    devices: tuple[str, ...]
     device_bytes: int | None
     has_budget: bool
 
@@ -44,13 +46,16 @@ def read(subject: Subject) -> Settings | None:
     device_bytes = llava.get("device_bytes")
     is_auto = device_bytes in (None, "auto")
     is_number = type(device_bytes) is int and device_bytes >= 0
+    device = str(llava.get("device") or "auto")
+    listed = llava.get("devices")
     return Settings(
         content=content,
         sessions=llava["max_sessions"],
         rows=content["batchSize"],
         dtype=llava.get("dtype") or "auto",
         kv_dtype=llava.get("kv_dtype") or "auto",
-        device=str(llava.get("device") or "auto"),
+        device=device,
+        devices=tuple(map(str, listed)) if isinstance(listed, list) and listed else (device,),
         device_bytes=device_bytes if is_number else None,
         has_budget=is_auto or is_number,
     )
@@ -79,13 +84,15 @@ def gpus(subject: Subject) -> list[machine.Gpu] | None:
     return machine.gpus(subject.environment.get("PATH", os.defpath))
 
 
-def card(subject: Subject, chosen: Settings) -> machine.Gpu | None:
-    """Return the GPU that the server would use, or None if it would use the CPU."""
-    if chosen.device.partition(":")[0] == "cpu" or machine.torch_cuda() is None:
-        return None
-    number = chosen.device.partition(":")[2]
-    cards = (gpus(subject) or [])[int(number) if number.isdecimal() else 0 :]
-    return cards[0] if cards else None
+def cards(subject: Subject, chosen: Settings) -> list[machine.Gpu]:
+    """Return the GPUs that the server would use; none if it would use the CPU."""
+    if chosen.devices[0].partition(":")[0] == "cpu" or machine.torch_cuda() is None:
+        return []
+    found = gpus(subject) or []
+    if chosen.devices == ("auto",):
+        return found
+    numbers = [device.partition(":")[2] for device in chosen.devices]
+    return [gpu for number in numbers for gpu in found[int(number) if number.isdecimal() else 0 :][:1]]
 
 
 def dtype(chosen: Settings, sizes: Sizes, on_cuda: bool) -> str:

@@ -48,6 +48,8 @@ def _check_default_tokens(count: int, info: ValidationInfo) -> int:
 
 
 _Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_tuple)]
+_Device = Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$")]
+_Devices = Annotated[tuple[_Device, ...], BeforeValidator(_as_tuple), Field(min_length=1, max_length=64)]
 _TextOrNone = Annotated[str | None, _none_if("")]
 _Bytes = Annotated[int | None, Field(ge=0, le=2**50), _none_if("auto")]
 
@@ -181,7 +183,16 @@ class HandlerConfig(Section):
         ),
     )
     device: str = Field(
-        default="auto", description="`cpu`, `cuda`, `cuda:1` ... `auto`: the GPU that TorchServe assigns, else the CPU."
+        default="auto",
+        description="The device of a single engine: `cpu`, `cuda`, `cuda:1` ... `auto`: as `devices`.",
+    )
+    devices: Annotated[_Devices | None, _none_if("auto")] = Field(
+        default=None,
+        description=(
+            "One engine process for each device of the list, such as `[cuda:0, cuda:1]` or `[cpu, cpu]`. Each engine "
+            "has its own copy of the weights. `auto`: all GPUs that CUDA shows to the worker, else the CPU. If "
+            "`maxWorkers` is above 1, `auto` is the GPU that TorchServe assigns. Needs `device: auto`."
+        ),
     )
     max_sessions: int = Field(
         default=64,
@@ -246,17 +257,18 @@ class HandlerConfig(Section):
     device_bytes: _Bytes = Field(
         default=None,
         description=(
-            "Bytes of device memory for vision features and KV caches. When they are full, idle KV caches are "
-            "offloaded to the host, least recently used first. `auto`: on CUDA the memory left after the weights "
-            "and a reserve (docs/operations.md), on CPU 30 % of the RAM. A container's memory limit counts as its RAM."
+            "Bytes of device memory of one engine for vision features and KV caches. When they are full, idle KV "
+            "caches are offloaded to the host, least recently used first. `auto`: on CUDA the memory left after the "
+            "weights and a reserve (docs/operations.md), on CPU 30 % of the RAM, divided by the number of engines. A "
+            "container's memory limit counts as its RAM."
         ),
     )
     host_bytes: _Bytes = Field(
         default=None,
         description=(
-            "Bytes of host memory for offloaded KV caches. When they are full, the least recently used are dropped; a "
-            "prefill rebuilds them. On CUDA the memory is pinned and counted as it is taken, in powers of two. `auto`: "
-            "20 % of the RAM."
+            "Bytes of host memory of one engine for offloaded KV caches. When they are full, the least recently used "
+            "are dropped; a prefill rebuilds them. On CUDA the memory is pinned and counted as it is taken, in powers "
+            "of two. `auto`: 20 % of the RAM, divided by the number of engines."
         ),
     )
     system_prompt: str = Field(

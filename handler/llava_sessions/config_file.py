@@ -15,6 +15,7 @@ from .config import DEFAULT_ABOVE_MAX, FRONTEND_MARGIN_S, SECTIONS, HandlerConfi
 from .errors import describe
 
 _TEXT_MAX_CHARS = 40
+_DEVICES = HandlerConfig.model_fields["devices"].annotation
 
 
 class ConfigError(Exception):
@@ -48,6 +49,8 @@ def read_config(model_yaml: Mapping[str, Any]) -> HandlerConfig:
         every.append(f"`llava.weights` must be auto on a GPU, got 'int8' with device {config.device}")
     if config is not None and config.weights == "int8" and config.dtype in ("float32", "float16"):
         every.append(f"`llava.dtype` must be auto or bfloat16 with int8 weights, got {config.dtype!r}")
+    if config is not None:
+        every += _device_problems(config, model_yaml)
     if every or config is None:
         raise ConfigError(every)
     return config
@@ -62,6 +65,8 @@ def expected(field: FieldInfo) -> str:
         return f"one of {', '.join(get_args(kind))}"
     if get_origin(kind) is tuple:
         return "a list of non-empty strings"
+    if kind == _DEVICES:
+        return "auto or a list of cpu, cuda:0, cuda:1 ..."
     kinds = get_args(kind) or (kind,)
     if kind is bool:
         return "true or false"
@@ -78,7 +83,7 @@ def default_of(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     if field.default is None:
-        return "`auto`" if field.annotation == int | None else "empty"
+        return "`auto`" if field.annotation in (int | None, _DEVICES) else "empty"
     default = list(field.default) if isinstance(field.default, tuple) else field.default
     return f"`{default:g}`" if isinstance(default, float) else f"`{json.dumps(default)}`"
 
@@ -130,6 +135,24 @@ def _frontend_problems(model_yaml: Mapping[str, Any], max_sessions: int, session
         most = workers * batch
         if sequences > most:
             yield f"`maxNumSequence` must be at most maxWorkers * batchSize ({most}), got {sequences}"
+
+
+def _device_problems(config: HandlerConfig, model_yaml: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the problems of a list of devices. Two engines on one GPU would both take all of its free memory."""
+    devices = config.devices
+    if devices is None:
+        return
+    shown = ", ".join(devices)
+    if config.device != "auto":
+        yield f"`llava.devices` must be auto with `llava.device` {config.device}, got {shown}"
+    gpus = [device for device in devices if device != "cpu"]
+    if len(set(gpus)) < len(gpus):
+        yield f"`llava.devices` must name each GPU once, got {shown}"
+    if gpus and len(gpus) < len(devices):
+        yield f"`llava.devices` must be GPUs only or CPUs only, got {shown}"
+    workers = model_yaml.get("maxWorkers", 1)
+    if workers != 1:
+        yield f"`maxWorkers` must be 1 with a list of `llava.devices`, got {_shown(workers)}"
 
 
 def _is_below(value: object, least: float) -> bool:

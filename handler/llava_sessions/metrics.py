@@ -18,7 +18,7 @@ PORT_VARIABLE = "LLAVA_METRICS_PORT"
 class Metric:
     """One metric: its name on the wire, its kind, its unit and its meaning.
 
-    `buckets`: upper bounds of a histogram's buckets. `label`: the name of the label that divides a counter, or "".
+    `buckets`: upper bounds of a histogram's buckets. `label`: the name of the label that divides the values, or "".
     `in_torchserve`: whether TorchServe's page has the metric too, there without a label.
     """
 
@@ -35,6 +35,8 @@ _TTFT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0)
 _REQUEST_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 30.0, 45.0, 60.0, 90.0, 120.0)
 _QUEUE_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0)
+
+_DEVICE = "device"
 
 METRICS = (
     Metric(
@@ -121,6 +123,24 @@ METRICS = (
         "CPU: features and KV caches. CUDA: memory that torch's allocator holds, with the weights.",
         in_torchserve=True,
     ),
+    Metric("llava_engine_up", "gauge", "count", "1 if the device's engine works, 0 while it restarts.", label=_DEVICE),
+    Metric("llava_engine_sessions", "gauge", "count", "Open sessions that the device's engine holds.", label=_DEVICE),
+    Metric(
+        "llava_engine_running_turns",
+        "gauge",
+        "count",
+        "Turns in the device's engine for which memory is reserved.",
+        label=_DEVICE,
+    ),
+    Metric("llava_engine_kv_bytes", "gauge", "bytes", "As `llava_kv_bytes`, of one device.", label=_DEVICE),
+    Metric("llava_engine_device_bytes", "gauge", "bytes", "As `llava_device_bytes`, of one device.", label=_DEVICE),
+    Metric(
+        "llava_engine_kv_cache_usage_ratio",
+        "gauge",
+        "ratio",
+        "As `llava_kv_cache_usage_ratio`, of one device.",
+        label=_DEVICE,
+    ),
     Metric(
         "llava_media_held_bytes",
         "gauge",
@@ -190,7 +210,7 @@ VLLM_NAMES = {
 class MetricValues:
     """The values of all gauges and counters at one moment. A field is a metric's name without `llava_`.
 
-    A counter with a label has a value for each value of the label.
+    A metric with a label has a value for each value of the label.
     """
 
     open_sessions: int = 0
@@ -209,6 +229,12 @@ class MetricValues:
     huge_page_ratio: float = 0.0
     offloaded_bytes: int = 0
     device_bytes: int = 0
+    engine_up: Mapping[str, int] = field(default_factory=dict)
+    engine_sessions: Mapping[str, int] = field(default_factory=dict)
+    engine_running_turns: Mapping[str, int] = field(default_factory=dict)
+    engine_kv_bytes: Mapping[str, int] = field(default_factory=dict)
+    engine_device_bytes: Mapping[str, int] = field(default_factory=dict)
+    engine_kv_cache_usage_ratio: Mapping[str, float] = field(default_factory=dict)
     media_held_bytes: int = 0
     opens_total: int = 0
     turns_total: int = 0
@@ -229,7 +255,7 @@ class MetricValues:
         value = getattr(self, metric.removeprefix("llava_"))
         return sum(value.values()) if isinstance(value, Mapping) else value
 
-    def by_label(self, metric: str) -> Mapping[str, int]:
-        """Return the values of a counter with a label, by the label's value."""
-        values: Mapping[str, int] = getattr(self, metric.removeprefix("llava_"))
+    def by_label(self, metric: str) -> Mapping[str, float]:
+        """Return the values of a metric with a label, by the label's value."""
+        values: Mapping[str, float] = getattr(self, metric.removeprefix("llava_"))
         return values

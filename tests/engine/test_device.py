@@ -21,7 +21,14 @@ from llava_sessions.engine import attention
 from llava_sessions.engine.attention import Segment, causal_mask
 from llava_sessions.engine.cpu import attention as cpu_attention
 from llava_sessions.engine.cuda.compiler_cache import choose_cache_folder
-from llava_sessions.engine.device import native_dtype, prepare, takes_grouped_heads
+from llava_sessions.engine.device import (
+    MissingDevice,
+    check_exists,
+    native_dtype,
+    prepare,
+    share_cores,
+    takes_grouped_heads,
+)
 from llava_sessions.engine.kv import SessionKV
 from llava_sessions.engine.model import Model
 
@@ -208,3 +215,27 @@ def logits(model: Model) -> torch.Tensor:
     kv = SessionKV(model.kv_shape)
     model.forward([Segment(kv, [5, 6, 7], None, [], False)])
     return model.forward([Segment(kv, [8, 9], None, [], True)])
+
+
+@pytest.mark.parametrize(("device", "gpus", "exists"), [("cuda", 0, False), ("cuda:2", 2, False), ("cuda:1", 2, True)])
+def test_a_gpu_that_does_not_exist_is_an_error_that_names_it(
+    device: str, gpus: int, exists: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    check_exists("cpu")
+    if exists:
+        check_exists(device)
+        return
+    with pytest.raises(MissingDevice, match=f"`llava.devices` must exist .* got {device}: torch finds {gpus} GPUs"):
+        check_exists(device)
+
+
+@pytest.mark.parametrize(("engines", "threads"), [(1, 5), (2, 2), (8, 1)])
+def test_engines_share_the_cores(engines: int, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    try:
+        share_cores(engines)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

@@ -7,13 +7,14 @@ import sys
 
 from deploy.options import error_prefix, typed, version_line
 
-from . import churn, client_faults, fuzz, isolation, kills, lifecycles, memory, moves
+from . import churn, client_faults, devices, fuzz, isolation, kills, lifecycles, memory, moves
 
 SOAKS = {
     "engine-kills": kills.engine_kills,
     "engine-stops": kills.engine_stops,
     "worker-kills": kills.worker_kills,
     "server-kills": kills.server_kills,
+    "devices": devices.devices,
     "isolation": isolation.isolation,
     "churn": churn.main,
     "fuzz": fuzz.main,

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
         length = chance.randrange(5, LONGEST)
         life = [(chance.choice(WEIGHTED), chance.randrange(12)) for _ in range(length)]
         try:
-            live(chance.random() < 0.75, life)
+            live(chance.random() < 0.75, life, engines=1 + number % 2)
         except Broken as error:
             broken = f"sequence {number}: {error}"
             break

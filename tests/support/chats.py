@@ -92,6 +92,7 @@ class PatientChat:
         self.tally = tally or Tally()
         self._patience_s = patience_s
         self.session_id = ""
+        self.on_line: Callable[[], None] = lambda: None  # called for each line of a stream
 
     @property
     def headers(self) -> dict[str, str]:
@@ -165,6 +166,7 @@ class PatientChat:
             if reply.status_code != httpx.codes.OK:
                 reply.read()
             for line in map(json.loads, split_lines(_checked(reply).iter_bytes())):
+                self.on_line()
                 if "error" in line:
                     raise _problem(200, line["error"], 1.0)
                 text += line["delta"]

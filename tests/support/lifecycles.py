@@ -31,7 +31,8 @@ from llava_sessions.text.processors import load_processor
 from llava_sessions.torchserve.batch import Reply, Row
 from llava_sessions.torchserve.sequences import RETURN_S
 from llava_sessions.worker.assembly import Timing, make_pump
-from llava_sessions.worker.engines import EngineLost, EngineUp
+from llava_sessions.worker.engine_set import EngineSet
+from llava_sessions.worker.engines import EngineLost, EngineUp, FromEngine
 from llava_sessions.worker.inbox import Inbox
 from llava_sessions.worker.pending import LARGE_BYTES
 from llava_sessions.worker.pump import SILENCE_S, SILENT_SWEEPS
@@ -231,18 +232,72 @@ class _Errors(logging.Handler):
 class _Client:
     """The pipe to one engine. Commands to an engine that has died are lost."""
 
-    instance: Instance
+    device: Device
     engine: FakeEngine
 
     def submit(self, command: Command) -> None:
-        if self.instance.engine is self.engine:
-            self.instance.commands.append(command)
+        if self.device.engine is self.engine:
+            self.device.commands.append(command)
+
+
+class Device:
+    """A device of a worker: its engine, the commands to the engine, and the reports that have not arrived."""
+
+    def __init__(self, number: int, inbox: Inbox) -> None:
+        self.number = number
+        self.inbox = inbox
+        self.engine: FakeEngine | None = None
+        self.commands: list[Command] = []
+        self.reports: list[Report] = []
+
+    def start(self) -> EngineUp:
+        """Start an engine."""
+        self.engine = FakeEngine(prefill_steps=PREFILL_STEPS, turns_at_once=TURNS_AT_ONCE)
+        return EngineUp(_Client(self, self.engine), None)
+
+    def step(self) -> None:
+        """Let the engine apply its commands and step."""
+        if self.engine is None:
+            return
+        for command in self.commands:
+            self.engine.apply(command)
+        self.commands.clear()
+        if self.engine.has_work:
+            for events in self.engine.phases():
+                self.reports.append(Report(events, self.engine.memory()))
+
+    def deliver(self) -> None:
+        """Let the engine's reports arrive."""
+        for report in self.reports:
+            self.inbox.put(FromEngine(self.number, report))
+        self.reports.clear()
+
+    def lose(self) -> bool:
+        """Kill the engine. What it had written to the pipe still arrives. Return whether there was one."""
+        if self.engine is None:
+            return False
+        self.deliver()
+        self.engine = None
+        self.commands.clear()
+        self.inbox.put(FromEngine(self.number, EngineLost("a test", retry_after_s=3)))
+        return True
+
+    def bring(self) -> None:
+        """Start another engine after a loss."""
+        if self.engine is None:
+            self.inbox.put(FromEngine(self.number, self.start()))
+
+    @property
+    def works(self) -> bool:
+        """Whether the engine can change anything by itself."""
+        return self.engine is not None and bool(self.engine.has_work or self.commands)
 
 
 class Instance:
-    """One worker process with its engine, and TorchServe's frontend before it."""
+    """One worker process with its engines, and TorchServe's frontend before it."""
 
-    def __init__(self, world: World, number: int, store: MemoryStore | None) -> None:
+    def __init__(self, world: World, number: int, store: MemoryStore | None, engines: int) -> None:
+        self.engines = engines
         self.number = number
         self.world = world
         self.store = store
@@ -254,15 +309,13 @@ class Instance:
 
     def start(self) -> None:
         """Start the worker process, after a kill too."""
-        self.engine: FakeEngine | None = FakeEngine(prefill_steps=PREFILL_STEPS, turns_at_once=TURNS_AT_ONCE)
-        self.commands: list[Command] = []
-        self.reports: list[Report] = []
+        self.inbox = Inbox()
+        self.devices = [Device(number, self.inbox) for number in range(self.engines)]
         self.to_end: list[str] = []
         self.losses = 0
         self.silent_sweeps = 0
         self.exchanged_s = self.world.monotonic_s
         self.is_draining = False
-        self.inbox = Inbox()
         self.journal_jobs = ManualExecutor()
         self.preparations = ManualExecutor()
         self.parsing = ManualExecutor()
@@ -271,7 +324,9 @@ class Instance:
             [] if self.store is None else [self.store], clock=lambda: self.world.monotonic_s, pool=self.journal_jobs
         )
         self.pump = make_pump(
-            client=_Client(self, self.engine),
+            engines=EngineSet(
+                [device.start() for device in self.devices], [f"cpu:{device.number}" for device in self.devices]
+            ),
             inbox=self.inbox,
             template=template(),
             table=self.table,
@@ -297,37 +352,32 @@ class Instance:
         """Take a sequence for an end request."""
         self.to_end.append(sequence_id)
 
+    @property
+    def engine(self) -> FakeEngine | None:
+        """The engine of the first device."""
+        return self.devices[0].engine
+
+    def device(self, n: int) -> Device:
+        """Return one of the devices."""
+        return self.devices[n // INSTANCES % self.engines]
+
     def step(self) -> None:
-        """Let the engine apply its commands and step."""
-        if self.engine is None:
-            return
-        for command in self.commands:
-            self.engine.apply(command)
-        self.commands.clear()
-        if self.engine.has_work:
-            for events in self.engine.phases():
-                self.reports.append(Report(events, self.engine.memory()))
+        """Let the engines apply their commands and step."""
+        for device in self.devices:
+            device.step()
 
     def deliver(self) -> None:
-        """Let the engine's reports arrive."""
-        for report in self.reports:
-            self.inbox.put(report)
-        self.reports.clear()
+        """Let the engines' reports arrive."""
+        for device in self.devices:
+            device.deliver()
 
-    def lose_engine(self) -> None:
-        """Kill the engine. What it had written to the pipe still arrives."""
-        if self.engine is not None:
-            self.deliver()
-            self.engine = None
-            self.commands.clear()
-            self.losses += 1
-            self.inbox.put(EngineLost("a test", retry_after_s=3))
+    def lose_engine(self, n: int = 0) -> None:
+        """Kill an engine."""
+        self.losses += self.device(n).lose()
 
-    def bring_engine(self) -> None:
+    def bring_engine(self, n: int = 0) -> None:
         """Start another engine."""
-        if self.engine is None:
-            self.engine = FakeEngine(prefill_steps=PREFILL_STEPS, turns_at_once=TURNS_AT_ONCE)
-            self.inbox.put(EngineUp(_Client(self, self.engine), None))
+        self.device(n).bring()
 
     def prepare(self, index: int = 0) -> None:
         """Parse one large body and run one preparation, in any order."""
@@ -338,18 +388,24 @@ class Instance:
                 self.preparations.run(index)
 
     @property
+    def has_lost(self) -> bool:
+        """Whether an engine is absent."""
+        return any(device.engine is None for device in self.devices)
+
+    @property
     def is_idle(self) -> bool:
         """Whether only new requests can change anything."""
-        works = self.engine is not None and (self.engine.has_work or self.commands)
+        works = any(device.works or device.reports for device in self.devices)
         jobs = self.parsing.waiting + self.preparations.waiting + self.journal_jobs.waiting
-        jobs += len(self.reports) + len(self.to_end)
+        jobs += len(self.to_end)
         return not (works or jobs or self.active)
 
 
 class World:
     """Two instances, the chats on them, and the operations of a life."""
 
-    def __init__(self, has_journal: bool) -> None:
+    def __init__(self, has_journal: bool, engines: int = 1) -> None:
+        """`engines`: of each instance."""
         self.now_s = START_S
         self.monotonic_s = 1000.0
         self.store = MemoryStore(lambda: self.now_s) if has_journal else None
@@ -367,7 +423,7 @@ class World:
         self._level = self._log.level
         self._log.setLevel(logging.ERROR)
         self._log.propagate = False
-        self.instances = [Instance(self, number, self.store) for number in range(INSTANCES)]
+        self.instances = [Instance(self, number, self.store, engines) for number in range(INSTANCES)]
 
     def close(self) -> None:
         """Restore the log."""
@@ -515,29 +571,29 @@ class World:
     def op_lose(self, n: int) -> None:
         """Kill an engine."""
         self.faults += 1
-        self._instance(n).lose_engine()
+        self._instance(n).lose_engine(n)
 
     def op_up(self, n: int) -> None:
         """Bring an engine back."""
-        self._instance(n).bring_engine()
+        self._instance(n).bring_engine(n)
 
     def op_open_fault(self, n: int) -> None:
         """Fail the next open in the engine."""
-        engine = self._instance(n).engine
+        engine = self._instance(n).device(n // 2).engine
         if engine is not None:
             self.faults += 1
             engine.open_fault = (OpenFailed, OutOfCapacity)[n // 2 % 2]
 
     def op_turn_fault(self, n: int) -> None:
         """Fail the next turn in the engine."""
-        engine = self._instance(n).engine
+        engine = self._instance(n).device(n // 2).engine
         if engine is not None:
             self.faults += 1
             engine.turn_fault = (TurnFailed, OutOfCapacity)[n // 2 % 2]
 
     def op_fail(self, n: int) -> None:
-        """Fail what the engine does for a session."""
-        engine = self._instance(n).engine
+        """Fail what an engine does for a session."""
+        engine = self._instance(n).device(n).engine
         if engine is not None and engine.sessions:
             self.faults += 1
             # Those that are not prefilled first.
@@ -631,7 +687,7 @@ class World:
             instance.prepare()
             instance.journal_jobs.run_all()
             self.exchange(instance)
-            if instance.commands:
+            if any(device.commands for device in instance.devices):
                 instance.step()
             instance.deliver()
         return self.chats[-1] if len(self.chats) > before else None
@@ -732,9 +788,7 @@ class World:
         for _ in range(ROUNDS):
             for instance in self.instances:
                 self._round(instance)
-            if all(
-                instance.is_idle or (instance.engine is None and not instance.active) for instance in self.instances
-            ):
+            if all(instance.is_idle or (instance.has_lost and not instance.active) for instance in self.instances):
                 return
         waiting = [request.kind for instance in self.instances for request in instance.active]
         self.demand(False, f"requests without a reply: {waiting}")
@@ -993,10 +1047,11 @@ class World:
             self.store.writes_fail = False
             self.store.reads_fail = False
         for instance in self.instances:
-            if instance.engine is not None:
-                instance.engine.open_fault = None
-                instance.engine.turn_fault = None
-            instance.bring_engine()
+            for device in instance.devices:
+                if device.engine is not None:
+                    device.engine.open_fault = None
+                    device.engine.turn_fault = None
+                device.bring()
         self.settle()
         for instance in self.instances:
             if instance.is_draining:
@@ -1013,7 +1068,8 @@ class World:
         self._check_rest()
         for instance in self.instances:
             self.demand(not list(instance.table), f"sessions outlive their end: {list(instance.table)}")
-            self.demand(instance.engine is not None and not instance.engine.sessions, "the engine holds sessions")
+            for device in instance.devices:
+                self.demand(device.engine is not None and not device.engine.sessions, "the engine holds sessions")
             self.demand(not instance.pump.busy, "the pump is busy")
             self.demand(not self._errors.found, f"error in the log: {self._errors.found}")
         if self.store is not None:
@@ -1029,8 +1085,10 @@ class World:
             self.settle()
         for instance in self.instances:
             known = {session.id for session in instance.table}
-            held = set(instance.engine.sessions) if instance.engine is not None else set()
-            self.demand(held <= known, f"the engine holds sessions that have ended: {held - known}")
+            for device in instance.devices:
+                held = set() if device.engine is None else set(device.engine.sessions)
+                own = {session.id for session in instance.table if session.engine == device.number}
+                self.demand(held <= own, f"engine {device.number} holds sessions of others: {held - own}")
             self.demand(instance.sequences <= known, f"sequences without a session: {instance.sequences - known}")
 
     def _check_chat(self, chat: Chat) -> None:
@@ -1112,9 +1170,9 @@ OPERATIONS: dict[str, int] = {
 WEIGHTED = tuple(name for name, weight in OPERATIONS.items() for _ in range(weight))
 
 
-def live(has_journal: bool, operations: list[tuple[str, int]]) -> World:
-    """Run a life to its end. Raise `Broken`."""
-    world = World(has_journal)
+def live(has_journal: bool, operations: list[tuple[str, int]], engines: int = 1) -> World:
+    """Run a life to its end. Raise `Broken`. `engines`: of each instance."""
+    world = World(has_journal, engines)
     try:
         for name, n in operations:
             world.do(name, n)
@@ -1125,9 +1183,9 @@ def live(has_journal: bool, operations: list[tuple[str, int]]) -> World:
 
 
 @contextlib.contextmanager
-def world(has_journal: bool = True) -> Iterator[World]:
+def world(has_journal: bool = True, engines: int = 1) -> Iterator[World]:
     """A world for a plain test."""
-    made = World(has_journal)
+    made = World(has_journal, engines)
     try:
         yield made
     finally:

@@ -30,7 +30,8 @@ from llava_sessions.protocol.constants import CLOSED_SESSION_HEADER, SESSION_HEA
 from llava_sessions.text.chat_template import ChatTemplate
 from llava_sessions.torchserve.batch import Reply, Row
 from llava_sessions.worker.assembly import Policy, Timing, make_pump
-from llava_sessions.worker.engines import EngineLost, EngineUp
+from llava_sessions.worker.engine_set import EngineSet
+from llava_sessions.worker.engines import EngineLost, EngineUp, FromEngine
 from llava_sessions.worker.exporter import Histograms
 from llava_sessions.worker.inbox import Inbox
 from llava_sessions.worker.pending import LARGE_BYTES
@@ -109,7 +110,7 @@ class Frontend:
     def _make_pump(self, **options: Any) -> Pump:
         """Make the pump, with this object as its engine and as what ends its sequences."""
         return make_pump(
-            client=self,
+            engines=EngineSet([EngineUp(self, None)], ["cpu"]),
             inbox=self.inbox,
             table=self.table,
             limits=RequestLimits(),
@@ -144,16 +145,20 @@ class Frontend:
             self.tell(*self.engine.step())
 
     def tell(self, *events) -> None:
-        self.inbox.put(Report(list(events), self.engine.memory(), self.longest_step_s))
+        self.put(Report(list(events), self.engine.memory(), self.longest_step_s))
 
     def lose_engine(self) -> None:
         """The engine dies with all that it holds."""
         self.engine = self._new_engine()
-        self.inbox.put(EngineLost("a test", retry_after_s=3))
+        self.put(EngineLost("a test", retry_after_s=3))
 
     def bring_engine(self) -> None:
         """Another one is ready."""
-        self.inbox.put(EngineUp(self, None))
+        self.put(EngineUp(self, None))
+
+    def put(self, item: Report | EngineLost | EngineUp) -> None:
+        """Put an item of the engine into the inbox."""
+        self.inbox.put(FromEngine(0, item))
 
     def row(self, body: Any, session: str | None = None, headers: dict | None = None) -> Row:
         """A request with the session header, or without one, for which TorchServe makes an id."""

@@ -30,6 +30,8 @@ ENGINE = "llava_sessions.engine.process"
 def pack(folder: Path, sessions: int = 64, dtype: str = "float32", model: Path = SHAPES, **settings: object) -> Path:
     """Pack a model into a model store under `folder`. `settings` are keys of the `llava:` section.
 
+    The model runs on the CPU, on one engine unless `settings` has `devices`.
+
     Without trying to load it, which would take seconds each time; tests/unit/test_pack.py does.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +43,7 @@ def pack(folder: Path, sessions: int = 64, dtype: str = "float32", model: Path =
     job = PackJob(
         model=str(model),
         dtype=dtype,
-        device="cpu",
+        device=None if "devices" in settings else "cpu",
         sessions=sessions,
         config=folder / "config.yaml",
         output=folder / "store",
@@ -136,6 +138,14 @@ class Served:
         with contextlib.suppress(psutil.NoSuchProcess, ValueError):
             return Processes.of(self.server).engine.pid
         return None
+
+    @property
+    def engine_pids(self) -> list[int]:
+        """The process IDs of all engines, those that start included."""
+        with contextlib.suppress(psutil.NoSuchProcess, ValueError):
+            children = psutil.Process(self.worker_pid).children()
+            return sorted(child.pid for child in children if ENGINE in child.cmdline())
+        return []
 
     def gauges(self, timeout_s: float = 20, **expected: float) -> dict[str, float]:
         """Return the metrics once those in `expected` have these values, or as they are after `timeout_s`."""

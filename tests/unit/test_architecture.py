@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_sessions.worker.sessions import TRANSITIONS, Residency, SessionState, TurnState
+from llava_sessions.worker.states import TRANSITIONS, Residency, SessionState, TurnState
 
 REPO = Path(__file__).parents[2]
 PAGE = (REPO / "docs" / "architecture.md").read_text()

@@ -151,6 +151,7 @@ def test_a_checkpoint_is_required(value):
         *[("dtype", value) for value in ("bananas", "fp16", "FLOAT32", 16, True, [], {})],
         *[("weights", value) for value in ("int4", "INT8", 8, True)],
         *[("device", value) for value in (0, True, ["cpu"])],
+        *[("devices", value) for value in ("cuda:0", [], ["gpu"], ["cuda"], [0], ["cpu"] * 65, True)],
         *[("max_sessions", value) for value in (0, -1, 4097, 1.0, "64", True, [], float("nan"))],
         *[("session_ttl_s", value) for value in (0, 0.99, 86_401, "1200", True, float("nan"), float("inf"), [])],
         *[("prefill_chunk_tokens", value) for value in (0, 65_537, 2.5, "256", False, {})],
@@ -306,6 +307,29 @@ def test_a_switch_is_true_or_false(committed, key):
         committed["llava"][key] = value
         with pytest.raises(ConfigError, match=f"^`llava.{key}` must be true or false, got "):
             read_config(committed)
+
+
+@pytest.mark.parametrize("devices", [["cpu"], ["cpu", "cpu"], ["cuda:0", "cuda:3"]])
+def test_a_list_of_devices_is_taken(devices: list[str]) -> None:
+    assert read_config(with_llava(devices=devices)).devices == tuple(devices)
+    assert read_config(with_llava(devices="auto")).devices is None
+
+
+@pytest.mark.parametrize(
+    ("section", "problem"),
+    [
+        ({"devices": ["cpu"], "device": "cpu"}, "`llava.devices` must be auto with `llava.device` cpu, got cpu"),
+        ({"devices": ["cuda:1", "cuda:1"]}, "`llava.devices` must name each GPU once, got cuda:1, cuda:1"),
+        ({"devices": ["cuda:0", "cpu"]}, "`llava.devices` must be GPUs only or CPUs only, got cuda:0, cpu"),
+    ],
+)
+def test_a_list_of_devices_that_cannot_work_is_a_problem(section: dict, problem: str) -> None:
+    assert only_problem_of(with_llava(**section)) == problem
+
+
+def test_a_list_of_devices_needs_one_worker() -> None:
+    config = {**with_llava(devices=["cpu", "cpu"]), "maxWorkers": 2}
+    assert only_problem_of(config) == "`maxWorkers` must be 1 with a list of `llava.devices`, got 2"
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])

@@ -349,7 +349,7 @@ def test_the_limit_of_a_container_counts(tmp_path: Path) -> None:
     assert (memory.total, memory.free) == (64 * MIB, 40 * MIB)
     chosen = settings.read(Subject())
     assert chosen is not None
-    demand = resources.demand_of(chosen, Sizes.read(SHAPES), memory, None)
+    demand = resources.demand_of(chosen, Sizes.read(SHAPES), memory, [])
     errors = levels(resources.start_problems(demand, memory))["error"]
     assert f"40.0 MiB of 64.0 MiB are free (the control group ({group}/memory.max))" in errors
 
@@ -360,7 +360,7 @@ def test_a_budget_that_holds_no_session_is_an_error_and_one_for_few_a_warning(tm
         chosen = settings.read(Subject(config=config, dtype="float32", device="cpu", sessions=sessions))
         assert chosen is not None
         memory = Memory(64 * GIB, 64 * GIB, "the machine")
-        demand = resources.demand_of(chosen, sizes, memory, None)
+        demand = resources.demand_of(chosen, sizes, memory, [])
         return levels(resources.session_problems(demand, memory, chosen.sessions))
 
     sizes = Sizes.read(SHAPES)
@@ -423,6 +423,34 @@ def test_a_gpu_that_is_chosen_and_absent_is_an_error(tmp_path: Path) -> None:
     assert "must be auto, cpu, cuda or cuda:N, got 'gpu'" in levels(gpu.check_gpu(unknown))["error"]
 
 
+def test_each_device_of_a_list_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "torch_cuda", lambda: "13.0")
+    two = "\n".join(f"NVIDIA A10G, 580.10, 22731, {free}" for free in (22000, 21000))
+    environment = {"PATH": program(tmp_path, "nvidia-smi", two)}
+
+    def subject(devices: str) -> Subject:
+        return Subject(config=edited(tmp_path, CONFIG, {"devices": devices}), environment=environment)
+
+    three = list(gpu.check_gpu(subject("[cuda:0, cuda:2]")))
+    assert "device cuda:2 is configured, and this machine has 2 GPUs" in levels(three)["error"]
+    free_bytes = [card.free // MIB for card in settings.cards(subject("auto"), read(subject("auto")))]
+    assert free_bytes == [22000, 21000]
+    second = settings.cards(subject("[cuda:1]"), read(subject("[cuda:1]")))
+    assert [card.free // MIB for card in second] == [21000]
+    assert len(list(gpu.check_gpu(subject("auto")))) == 2
+    sizes = Sizes.read(SHAPES)
+    memory = Memory(64 * GIB, 64 * GIB, "the machine")
+    one = resources.demand_of(read(subject("[cpu]")), sizes, memory, [])
+    both = resources.demand_of(read(subject("[cpu, cpu]")), sizes, memory, [])
+    assert (both.weights, both.device, both.engines) == (2 * one.weights, one.device // 2, 2)
+
+
+def read(subject: Subject) -> settings.Settings:
+    chosen = settings.read(subject)
+    assert chosen is not None
+    return chosen
+
+
 def test_a_driver_that_is_older_than_torch_needs_is_an_error(tmp_path: Path) -> None:
     cards = machine.gpus(program(tmp_path, "nvidia-smi", SMI))
     assert cards == [machine.Gpu("NVIDIA A10G", "470.57.02", 22731 * MIB, 22000 * MIB)]
@@ -453,7 +481,7 @@ def test_every_contradiction_of_a_configuration_is_named(tmp_path: Path) -> None
     }
     found = levels(configuration.check_configuration(Subject(config=edited(tmp_path, CONFIG, changes))))
     for problem in (
-        "`llava.prefill_chunk_tokens` must be an integer from 1 to 65536, got",
+        "`llava.prefill_chunk_tokens` must be auto or an integer from 1 to 65536, got",
         "`sequenceTimeoutMSec` must be an integer of at least 1320000",
         "`minWorkers` must be at most `maxWorkers` (1), got 2",
         "`responseTimeout` must be longer than `llava.engine_hang_s` (60 s), got 30 s",

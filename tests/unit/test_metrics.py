@@ -17,7 +17,7 @@ from deploy.serve.processes import ServeError
 from llava_sessions.errors import STATUS_OF_CODE
 from llava_sessions.ipc.messages import Memory, Timings, Usage
 from llava_sessions.metrics import COUNTERS, GAUGES, METRICS, PORT_VARIABLE, VLLM_NAMES, MetricValues
-from llava_sessions.worker.counters import Counters, EngineMemory
+from llava_sessions.worker.counters import Counters, EngineMemory, kv_usage
 from llava_sessions.worker.exporter import Exporter, Histograms
 from scripts import metrics_table
 
@@ -34,7 +34,7 @@ def test_names_are_unique_and_say_their_kind_and_unit() -> None:
         for unit, suffix in SUFFIXES.items():
             assert metric.name.removesuffix("_total").endswith(suffix) == (metric.unit == unit), metric.name
         assert metric.help.endswith(".")
-        assert not metric.label or metric.kind == "counter"
+        assert not metric.label or (metric.kind, metric.label) == ("gauge", "device") or metric.kind == "counter"
 
 
 def test_histograms_have_buckets_in_order_and_requests_up_to_two_minutes() -> None:
@@ -202,6 +202,4 @@ def test_counts_continue_when_the_engine_is_replaced() -> None:
     ],
 )
 def test_the_usage_of_kv_is_a_ratio(memory: Memory, usage: float) -> None:
-    engine = EngineMemory()
-    engine.report(memory)
-    assert engine.kv_usage == usage
+    assert kv_usage(memory) == usage

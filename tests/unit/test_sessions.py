@@ -16,19 +16,8 @@ from llava_sessions.torchserve.batch import Row
 from llava_sessions.worker import sessions
 from llava_sessions.worker.pending import PendingRequest
 from llava_sessions.worker.prefixes import HeldConversation
-from llava_sessions.worker.sessions import (
-    GRACE_S,
-    TRANSITIONS,
-    IllegalTransition,
-    Residency,
-    Session,
-    SessionState,
-    SessionTable,
-    State,
-    Turn,
-    TurnState,
-    expired_sessions,
-)
+from llava_sessions.worker.sessions import GRACE_S, Session, SessionTable, Turn, expired_sessions
+from llava_sessions.worker.states import TRANSITIONS, IllegalTransition, Residency, SessionState, State, TurnState
 
 NOW = 1_800_000_000.0
 TTL = 60.0

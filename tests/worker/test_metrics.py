@@ -69,7 +69,7 @@ def test_a_cancelled_turn_has_tokens_and_no_times(model: Model, tokens: ChatTemp
 def test_the_engines_counts_go_on_over_engines(front: Frontend) -> None:
     """A report reaches the manager with the event of a session that is not known any more."""
     first = Memory(resident=1, offloads=4, drops=2, restores=3, pictures_encoded=5, picture_hits=6, waiting_turns=7)
-    front.inbox.put(Report([Closed("gone")], first))
+    front.put(Report([Closed("gone")], first))
     front.exchange()
     before = values(front)
     assert (dict(before.evictions_total), before.restores_total) == ({"offload": 4, "drop": 2}, 3)
@@ -81,7 +81,7 @@ def test_the_engines_counts_go_on_over_engines(front: Frontend) -> None:
     assert lost.evictions_total == before.evictions_total
     assert (lost.resident_sessions, lost.num_requests_waiting, lost.engine_restarts_total) == (0, 0, 1)
     front.bring_engine()
-    front.inbox.put(Report([Closed("gone")], Memory(offloads=1, picture_hits=1)))
+    front.put(Report([Closed("gone")], Memory(offloads=1, picture_hits=1)))
     front.exchange()
     after = values(front)
     assert (dict(after.evictions_total), after.restores_total) == ({"offload": 5, "drop": 2}, 3)

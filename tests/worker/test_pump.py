@@ -1131,7 +1131,7 @@ def test_many_rows_over_the_engines_own_thread_are_all_answered(model, tokens):
     alone = Frontend(model, tokens)
     expected = [alone.ask(alone.open(), question)["response_text"] for question in QUESTIONS]
     front = Frontend(model, tokens, max_sessions=6)
-    loop = EngineLoop(front.engine, front.inbox.put)
+    loop = EngineLoop(front.engine, front.put)
     front.submit, front.step = loop.submit, lambda: None
     thread = threading.Thread(target=loop.run)
     thread.start()

@@ -48,7 +48,7 @@ def status(request: Request) -> int:
 def fail(instance: Instance, session_id: str) -> None:
     """The engine reports `OpenFailed` for a session that it prefills."""
     instance.engine.fail(session_id)
-    instance.reports.clear()
+    instance.devices[0].reports.clear()
     instance.step()
     instance.deliver()
 
@@ -92,7 +92,7 @@ def test_2_a_failed_prefill_keeps_a_resumed_session_that_was_acknowledged(lives:
         instance.prepare()
         instance.journal_jobs.run_all()
         lives.exchange(instance)
-        if instance.commands:
+        if instance.devices[0].commands:
             instance.step()
         instance.deliver()
     fail(instance, lives.chats[1].session_id)

@@ -28,15 +28,20 @@ class DeviceBudget:
 
 
 def choose_budget(
-    device: torch.device, device_bytes: int | None = None, host_bytes: int | None = None, working_bytes: int = 0
+    device: torch.device,
+    device_bytes: int | None = None,
+    host_bytes: int | None = None,
+    working_bytes: int = 0,
+    engines: int = 1,
 ) -> DeviceBudget:
     """Return a budget of the given sizes. A size of None is derived from the machine's memory.
 
     On CUDA the device's part is the free memory after loading the weights, minus a reserve for forwards: 1.25 times
     the measured `working_bytes`, and 256 MiB. Memory that torch caches counts as free: it is released first. On a CPU
     both parts are RAM: 30 % for the device's and 20 % for the host's. A container's memory limit counts as its RAM.
+    RAM is divided by the number of `engines` on the machine.
     """
-    ram = memory_bytes()
+    ram = memory_bytes() / engines
     if device_bytes is None and device.type == "cuda":
         release_unused(device)
         free, _ = torch.cuda.mem_get_info(device)

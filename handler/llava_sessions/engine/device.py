@@ -1,12 +1,32 @@
-"""Settings of this process for its CUDA device, and what the device's attention kernels take."""
+"""Settings of this process for its device and its CPU cores, and the device's properties."""
 
 from __future__ import annotations
 
 import functools
+import time
+from typing import Any
 
 import torch
 
 from .cuda.compiler_cache import choose_cache_folder
+
+
+class MissingDevice(Exception):
+    """The device of the configuration does not exist on this machine."""
+
+
+def check_exists(device: str) -> None:
+    """Raise `MissingDevice` if `device` is a CUDA device that torch does not find."""
+    if device.startswith("cuda"):
+        found = torch.cuda.device_count()
+        if (torch.device(device).index or 0) >= found:
+            raise MissingDevice(f"`llava.devices` must exist on this machine, got {device}: torch finds {found} GPUs")
+
+
+def share_cores(engines: int) -> None:
+    """Let torch use a part of the cores that it would use, if several engines share the machine."""
+    if engines > 1:
+        torch.set_num_threads(max(torch.get_num_threads() // engines, 1))
 
 
 def prepare(device: torch.device) -> None:
@@ -58,3 +78,36 @@ def synchronize(device: torch.device) -> None:
     """Wait until a device has finished all launched work. Does nothing for a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class Stopwatch:
+    """The time of work on a device, from the creation to `stop`.
+
+    On CUDA the times are events of the current stream: neither call waits, and what was only launched counts.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._began = _mark(device)
+        self._ended = self._began
+
+    def stop(self) -> None:
+        """End the measured work."""
+        self._ended = _mark(self._device)
+
+    @property
+    def ms(self) -> float:
+        """Milliseconds. On CUDA the host waits for the end of the work."""
+        if self._device.type != "cuda":
+            return float(self._ended - self._began) * 1e3
+        self._ended.synchronize()
+        return float(self._began.elapsed_time(self._ended))
+
+
+def _mark(device: torch.device) -> Any:
+    """Return the time in seconds on a CPU, and a recorded event on CUDA."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

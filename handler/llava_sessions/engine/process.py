@@ -42,6 +42,7 @@ from ..text.checkpoint import end_token_ids
 from ..text.processors import load_processor
 from .budget import DeviceBudget, InsufficientMemory, choose_budget
 from .chunks import measure_pieces
+from .device import check_exists, share_cores
 from .engine import Engine
 from .loop import EngineLoop
 from .model import Model
@@ -87,6 +88,8 @@ def die_with_parent() -> None:
 
 def load(settings: EngineSettings) -> Engine:
     """Return an engine that has answered one question. Raises the error that prevents it."""
+    check_exists(settings.device)
+    share_cores(settings.engines)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     template = ChatTemplate(load_processor(settings.checkpoint), settings.system_prompt)
@@ -104,7 +107,9 @@ def start(model: Model, template: ChatTemplate, settings: EngineSettings) -> Eng
     found = warm_up(engine, template)
     if model.device.type == "cuda":
         found = measure(engine, found, chunk_tokens)
-    engine.device_memory.budget = final_budget(model.device, settings.device_bytes, settings.host_bytes, found)
+    engine.device_memory.budget = final_budget(
+        model.device, settings.device_bytes, settings.host_bytes, found, settings.engines
+    )
     engine.device_memory.bound_pool()
     return engine
 
@@ -160,9 +165,11 @@ def measure(
     return replace(found, working_bytes=max(found.working_bytes, working_bytes))
 
 
-def final_budget(device: torch.device, device_bytes: int | None, host_bytes: int | None, found: WarmUp) -> DeviceBudget:
+def final_budget(
+    device: torch.device, device_bytes: int | None, host_bytes: int | None, found: WarmUp, engines: int = 1
+) -> DeviceBudget:
     """Return the budget after the warm-up. Raises `InsufficientMemory` if a derived one holds no session."""
-    budget = choose_budget(device, device_bytes, host_bytes, working_bytes=found.working_bytes)
+    budget = choose_budget(device, device_bytes, host_bytes, working_bytes=found.working_bytes, engines=engines)
     if device_bytes is None and budget.device_bytes < found.session_bytes:
         raise InsufficientMemory(_too_small(budget.device_bytes, found.session_bytes))
     return budget
@@ -180,7 +187,14 @@ def facts(engine: Engine) -> EngineFacts:
     model = engine.model
     budget = engine.device_memory.budget
     dtype = str(model.dtype).removeprefix("torch.")
-    return EngineFacts(str(model.device), dtype, model.context_tokens, budget.device_bytes, budget.host_bytes)
+    return EngineFacts(
+        device=str(model.device),
+        dtype=dtype,
+        context_tokens=model.context_tokens,
+        device_bytes=budget.device_bytes,
+        host_bytes=budget.host_bytes,
+        token_bytes=model.kv_shape.token_bytes,
+    )
 
 
 def _read_commands(pipe: Connection, loop: EngineLoop) -> None:

@@ -365,9 +365,8 @@ class Report:
 class EngineSettings:
     """Settings of an engine process.
 
-    `dtype`, `device`, `weights` and `kv_dtype`: as in `Model.load`. `prefill_chunk_tokens` None: 256 on a CPU, and what
-    the engine measures on a GPU. `device_bytes` and `host_bytes`: the budget; None derives it from the machine's
-    memory.
+    `dtype`, `device`, `weights`, `kv_dtype`: as in `Model.load`. `prefill_chunk_tokens` None: 256 on a CPU, measured on
+    a GPU. `device_bytes`, `host_bytes` None: from the machine's memory. `engines`: those that share its RAM and cores.
     """
 
     checkpoint: str
@@ -379,17 +378,19 @@ class EngineSettings:
     host_bytes: int | None = None
     weights: str = "auto"
     kv_dtype: str = "auto"
+    engines: int = 1
 
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """Properties of an engine that has loaded its checkpoint and answered a first question."""
+    """Properties of an engine that has answered a first question. `token_bytes`: KV bytes of one token."""
 
     device: str
     dtype: str
     context_tokens: int
     device_bytes: int
     host_bytes: int
+    token_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ class Adoption:
         token_digest = _token_digest(request)
         if isinstance(request, Open) or not self._may_look_up(session_id, token_digest):
             return False
-        self._context.gate.check()
+        self._context.engines.check()
         self._check_limits()
         self._look_up(_Claim(session_id, token_digest, waiting=[(pending, request)]))
         return True

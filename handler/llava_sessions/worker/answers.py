@@ -20,7 +20,8 @@ from .conversations import Conversations
 from .marks import confirm
 from .openings import outcome_of
 from .pending import session_moved
-from .sessions import Turn, TurnState
+from .sessions import Turn
+from .states import TurnState
 from .turns import Turns
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ class Answers:
         turn = self._turns.find(event.turn_id)
         if turn is not None:
             turn.is_admitted = True
+            if self._context.placement.are_several:
+                turn.ask = turn.ask.without_pictures()  # it is not placed again any more
             if turn.may_commit:
                 for pending in turn.pending:
                     pending.commit()

@@ -14,10 +14,11 @@ from ..torchserve.sequences import SequenceEnder, SequenceReaper
 from .arrivals import Arrivals
 from .context import ServedModel, WorkerContext
 from .counters import Counters
-from .engines import CommandSink, EngineGate
+from .engine_set import EngineSet
 from .exporter import Histograms
 from .inbox import Inbox
 from .manager import SessionManager
+from .placement import Placement
 from .preparation import Preparer
 from .pump import CLOSE_WAIT_S, WAIT_S, Pump
 from .sessions import SessionTable
@@ -50,7 +51,7 @@ class Policy:
 
 def make_pump(
     *,
-    client: CommandSink,
+    engines: EngineSet,
     inbox: Inbox,
     template: ChatTemplate,
     table: SessionTable,
@@ -66,7 +67,7 @@ def make_pump(
     fetch: Callable[[str, MediaLimits], bytes] | None = None,
     policy: Policy | None = None,
 ) -> Pump:
-    """Build a pump. Call its `recover` before the first row. `histograms` observe the turns.
+    """Build a pump. Call its `recover` before the first row. The engines' items reach the inbox as `FromEngine`.
 
     For tests, `executor` runs the preparations, `parsing` parses large bodies, and `fetch` replaces the HTTP client.
     """
@@ -76,7 +77,8 @@ def make_pump(
     share = policy.share_pictures
     preparer = Preparer(template, media_limits, journal, timing.clock, executor, fetch, share, adopts=adopts)
     context = WorkerContext(
-        gate=EngineGate(client),
+        engines=engines,
+        placement=Placement(engines, table),
         table=table,
         preparer=preparer,
         journal=journal,
@@ -88,9 +90,8 @@ def make_pump(
         served=policy.served,
         counters=Counters(histograms=histograms or Histograms()),
     )
-    manager = SessionManager(context)
     return Pump(
-        manager,
+        SessionManager(context),
         inbox,
         _reaper(ender, policy.places or frontend_capacity(table.max_sessions), table, timing),
         Arrivals(inbox, limits, max_body_bytes(limits, media_limits), parsing, policy.allow_system),

@@ -18,7 +18,8 @@ from .pending import PendingRequest
 from .prefixes import root_of
 from .prompts import PreparedChat, keys_of
 from .questions import Questions, ms_left, sampling_of
-from .sessions import Residency, Session, Turn, TurnState
+from .sessions import Session, Turn
+from .states import TurnState
 from .turns import Turns
 
 
@@ -47,7 +48,7 @@ class Chats:
         if chat.session_id is not None:
             self._questions.start(pending, chat)
             return
-        self._context.gate.check()
+        self._context.engines.check()
         turn = Turn(implicit_session(self._context.table, digest_of(chat.session_token)), chat, pending)
         self._turns.add(turn)
         try:
@@ -74,22 +75,24 @@ class Chats:
     def _submit(self, turn: Turn, chat: Chat, prepared: PreparedChat) -> None:
         """Send a turn to the engine, in the session that makes the least work."""
         context = self._context
-        context.gate.check()
+        context.engines.check()
         deadline_ms = ms_left(context, turn)
         if deadline_ms is not None and deadline_ms <= 0:
             self._turns.cancelled(turn, "deadline")
             return
         prompt = prepared.prompt
         check_context(len(prompt.token_ids) + 1, context.context_tokens)
-        place = self._conversations.place(prompt)
+        # A turn that an engine has rejected shares nothing with the sessions of that engine.
+        place = self._conversations.place(prompt) if turn.avoids is None else Place(None)
         first = prompt.pictures_before(place.kept)
         needed = prepared.pictures if place.session is None else prepared.pictures[first:]
-        if lacks_features(context.table, needed, closing=self._conversations.evicted_by(place)):
+        engine = self._engine_for(place, prepared, turn.avoids)
+        if lacks_features(context.table, needed, engine, closing=self._conversations.evicted_by(place)):
             self._prepare(turn, chat, with_arrays=True)
             return
         if place.session is None:
             self._conversations.add(turn.session, root_of(chat.label, self._scope(turn.session)), place)
-            self._open(turn.session, place, prepared)
+            self._open(turn.session, place, prepared, engine)
         else:
             self._move(turn, place.session)
         session = turn.session
@@ -99,21 +102,27 @@ class Chats:
         session.picture_keys = turn.picture_keys[:first]  # the engine drops all others
         sent_ids = prompt.token_ids[place.kept :].tolist()
         sampling = sampling_of(chat, deadline_ms)
-        context.gate.submit(
-            AskSession(session.id, turn.id, sent_ids, sampling, prepared.pictures[first:], kept_tokens=place.kept)
-        )
-        turn.ask = chat.without_pictures()
+        asked = AskSession(session.id, turn.id, sent_ids, sampling, prepared.pictures[first:], kept_tokens=place.kept)
+        context.engines.submit(session, asked)
+        turn.ask = chat if context.placement.are_several else chat.without_pictures()
         turn.submitted_s = context.monotonic()
         turn.advance(TurnState.RUNNING)
 
-    def _open(self, session: Session, place: Place, prepared: PreparedChat) -> None:
-        """Open a new session in the engine, with the beginning that it shares with its donor."""
+    def _engine_for(self, place: Place, prepared: PreparedChat, avoid: int | None) -> int:
+        """Return the engine of the session that continues or of the donor, else one for a new session."""
+        holder = place.session or place.donor
+        if holder is not None and holder.engine is not None:
+            return holder.engine
+        return self._context.placement.place(keys_of(prepared.pictures), avoid)
+
+    def _open(self, session: Session, place: Place, prepared: PreparedChat, engine: int) -> None:
+        """Open a new session in an engine, with the beginning that it shares with its donor."""
         token_ids = prepared.prompt.token_ids[: place.kept].tolist()
         pictures = prepared.pictures[: prepared.prompt.pictures_before(place.kept)]
         salt = self._scope(session) or ""
         donor = None if place.donor is None else place.donor.id
-        self._context.gate.submit(OpenSession(session.id, token_ids, pictures, salt=salt, fork_from=donor))
-        session.advance(Residency.LOADING)
+        command = OpenSession(session.id, token_ids, pictures, salt=salt, fork_from=donor)
+        self._context.engines.load(session, command, engine)
 
     def _scope(self, session: Session) -> str | None:
         return self._context.preparer.prompts.scope(session.id, session.token_digest)

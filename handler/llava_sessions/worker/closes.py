@@ -18,7 +18,8 @@ from ..protocol.requests import Close
 from .context import WorkerContext
 from .openings import Openings, digest_of, unload
 from .pending import PendingRequest, session_moved
-from .sessions import Session, SessionState, TurnState, same_token, session_not_found
+from .sessions import Session, same_token, session_not_found
+from .states import SessionState, TurnState
 from .turns import Turns
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Closes:
         if session.turn is not None and session.turn.is_in(TurnState.PREPARING):
             self._turns.cancelled(session.turn, "cancelled")  # the engine does not know the turn
         if session.in_engine:
-            self._context.gate.submit_if_connected(CloseSession(session_id))
+            self._context.engines.submit_if_held(session, CloseSession(session_id))
         else:
             self.freed(session)
 

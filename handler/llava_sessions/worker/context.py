@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 from ..journal.journal import Journal
 from .counters import Counters
-from .engines import EngineGate
+from .engine_set import EngineSet
 from .inbox import Inbox
+from .placement import Placement
 from .preparation import Preparer
 from .sessions import SessionTable
 
@@ -25,12 +26,14 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """`gate` sends commands to the current engine. `clock`: seconds since the epoch. `monotonic`: seconds.
+    """`placement` chooses a session's engine; `engines` sends commands.
 
-    `context_tokens` is the model's context length. `adopts`: sessions move between the instances of a shared journal.
+    `clock`: seconds since the epoch. `monotonic`: seconds. `context_tokens` is the model's context length. `adopts`:
+    sessions move between the instances of a shared journal.
     """
 
-    gate: EngineGate
+    engines: EngineSet
+    placement: Placement
     table: SessionTable
     preparer: Preparer
     journal: Journal

@@ -22,7 +22,8 @@ from ..errors import Refused
 from ..ipc.messages import CloseSession, PreparedPicture
 from .context import WorkerContext
 from .prefixes import LINK_TOKENS, HeldConversation, Prompt, common_prefix, links_of
-from .sessions import Session, SessionState, SessionTable
+from .sessions import Session, SessionTable
+from .states import SessionState
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ class Conversations:
         """Remove a session from the engine and the table."""
         self._unlink(session)
         if session.in_engine:
-            self._context.gate.submit_if_connected(CloseSession(session.id))
+            self._context.engines.submit_if_held(session, CloseSession(session.id))
             session.unload()
         self._context.table.release(session)
 
@@ -218,12 +219,14 @@ def _continues(held: HeldConversation, prompt: Prompt, kept: int) -> bool:
     return kept >= held.last_prompt_tokens and len(prompt.token_ids) > kept + 1
 
 
-def lacks_features(table: SessionTable, pictures: Iterable[PreparedPicture], closing: Session | None = None) -> bool:
-    """Return whether a picture has no arrays, and no session in the engine has its features, other than `closing`."""
+def lacks_features(
+    table: SessionTable, pictures: Iterable[PreparedPicture], engine: int | None, closing: Session | None = None
+) -> bool:
+    """Return whether a picture has no arrays, and no session of the engine has its features, other than `closing`."""
     keys = {picture.key for picture in pictures if not picture.inputs}
     for session in table:
         if not keys:
             return False
-        if session.is_loaded and session is not closing:
+        if session.is_loaded and session.engine == engine and session is not closing:
             keys.difference_update(session.picture_keys)
     return bool(keys)

@@ -65,8 +65,8 @@ class EngineMemory:
         """Return a count of `Memory` over all engines of this worker."""
         return int(self._past[name] + getattr(self.now, name))
 
-    @property
-    def kv_usage(self) -> float:
-        """The KV caches on the device, as a part (0 to 1) of the budget that features leave."""
-        room = self.now.device_budget_bytes - self.now.features_bytes
-        return min(self.now.kv_bytes / room, 1.0) if room > 0 else 0.0
+
+def kv_usage(memory: Memory) -> float:
+    """Return the KV caches on the device, as a part (0 to 1) of the budget that features leave."""
+    room = memory.device_budget_bytes - memory.features_bytes
+    return min(memory.kv_bytes / room, 1.0) if room > 0 else 0.0

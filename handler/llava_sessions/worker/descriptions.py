@@ -22,7 +22,7 @@ class Descriptions:
 
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
-        self._pending: dict[str, tuple[PendingRequest, Session]] = {}
+        self._pending: dict[str, tuple[PendingRequest, Session, int | None]] = {}  # the last: the engine
 
     def start(self, pending: PendingRequest, request: Describe) -> None:
         """Ask the engine for a session, or describe a session that the engine does not hold. Raise `Refused`."""
@@ -32,20 +32,21 @@ class Descriptions:
             _reply(pending, session, _COLD)
             return
         request_id = pending.row.request_id
-        context.gate.submit(DescribeSession(session.id, request_id))
-        self._pending[request_id] = (pending, session)
+        context.engines.submit(session, DescribeSession(session.id, request_id))
+        self._pending[request_id] = (pending, session, session.engine)
 
     def on_described(self, event: Described) -> None:
         """Reply with the engine's answer, unless the client has left."""
-        pending, session = self._pending.pop(event.request_id, (None, None))
+        pending, session, _ = self._pending.pop(event.request_id, (None, None, None))
         if pending is not None and session is not None:
             _reply(pending, session, event.residence)
 
-    def engine_lost(self) -> None:
-        """Describe the sessions that only the lost engine held: they are cold."""
-        for pending, session in self._pending.values():
-            _reply(pending, session, _COLD)
-        self._pending.clear()
+    def engine_lost(self, engine: int) -> None:
+        """Describe the sessions that the lost engine held: they are cold."""
+        for request_id, (pending, session, asked) in list(self._pending.items()):
+            if asked == engine:
+                del self._pending[request_id]
+                _reply(pending, session, _COLD)
 
     def disconnected(self, pending: PendingRequest) -> None:
         """Drop a request whose client has left."""

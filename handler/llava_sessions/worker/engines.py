@@ -1,4 +1,4 @@
-"""Start, supervise and replace the engine process, and send commands to it.
+"""Start, supervise and replace one engine process, and send commands to it. `supervisors` does so for several.
 
 A new engine holds no sessions. The inbox receives `EngineLost` when an engine has died, and `EngineUp` when another
 one is ready.
@@ -25,7 +25,6 @@ from typing import Protocol
 
 import psutil
 
-from ..errors import Refused
 from ..ipc.messages import Command, EngineFacts, EngineSettings, Ping, Report, StartFailed
 from ..ipc.pipe import receive, send
 
@@ -65,6 +64,14 @@ class EngineUp:
     facts: EngineFacts | None
 
 
+@dataclass(frozen=True)
+class FromEngine:
+    """An item of the inbox with the number of the engine that it is about."""
+
+    engine: int
+    item: Report | EngineLost | EngineUp
+
+
 class CommandSink(Protocol):
     """Takes commands for an engine."""
 
@@ -101,52 +108,6 @@ class EngineClient:
                 send(self._pipe, command)
             except OSError:
                 return  # the reader of the pipe reports it
-
-
-class EngineGate:
-    """Sends commands to the current engine. Rejects new work during a drain or a restart. Not thread-safe."""
-
-    def __init__(self, client: CommandSink | None) -> None:
-        self._client = client
-        self._retry_after_s = 1
-        self.draining_since_s: float | None = None
-
-    @property
-    def draining(self) -> bool:
-        """Whether the server is about to stop."""
-        return self.draining_since_s is not None
-
-    def connect(self, client: CommandSink) -> None:
-        """Send commands to a new engine from now on."""
-        self._client = client
-
-    def disconnect(self, retry_after_s: int) -> None:
-        """Reject work until `connect`, which is expected in `retry_after_s` seconds."""
-        self._client = None
-        self._retry_after_s = retry_after_s
-
-    def check(self) -> None:
-        """Raise `Refused` (shutting_down, engine_restarting) if new work would not be done."""
-        if self.draining:
-            raise Refused("shutting_down", "The server is about to stop and takes no new work.", retry_after_s=5)
-        if self._client is None:
-            raise self.restarting()
-
-    def submit(self, command: Command) -> None:
-        """Send a command. Raise `Refused` (engine_restarting) while there is no engine."""
-        if self._client is None:
-            raise self.restarting()
-        self._client.submit(command)
-
-    def submit_if_connected(self, command: Command) -> None:
-        """Send a command that is pointless after the engine's death."""
-        if self._client is not None:
-            self._client.submit(command)
-
-    def restarting(self) -> Refused:
-        """Return the error for work that a lost engine held."""
-        message = f"The engine is being restarted. No finished turn is lost; try again in {self._retry_after_s} s."
-        return Refused("engine_restarting", message, retry_after_s=self._retry_after_s)
 
 
 class EngineProcess:
@@ -212,27 +173,32 @@ class EngineSupervisor:
         settings: EngineSettings,
         inbox: EventSink,
         hang_s: float,
-        give_up: Callable[[], None],
+        give_up: Callable[[], bool],
         spawn: Callable[[EngineSettings], EngineProcess] = EngineProcess,
-        absence_file: Path | None = None,
+        *,
+        mark: Callable[[bool], None] = lambda absent: None,
+        label: str = "",
     ) -> None:
         """`hang_s`: silence after which an engine is killed; it must be longer than the longest step.
 
-        `give_up` is called when no engine can be started any more. `spawn` starts a process, for tests. `absence_file`
-        exists while a lost engine is replaced; the launcher watches it.
+        `give_up` is called when starts keep failing, and returns whether to try again. `mark` is called with True when
+        the engine is lost, and with False when an engine is ready. Both are called in the supervisor's thread. `spawn`
+        starts a process, for tests. `label`: the device, for the log; by default the one that the engine reports.
         """
         self._settings = settings
         self._inbox = inbox
         self._hang_s = hang_s
         self._give_up = give_up
         self._spawn = spawn
-        self._absence_file = absence_file
+        self._mark = mark
+        self._label = label
         self._process: EngineProcess | None = None
         self._client: EngineClient | None = None
         self._has_reported = False
         self._start_s = 0.0
         self._is_hung = False
         self._is_stopping = False
+        self._is_first = True
         self._first: queue.SimpleQueue[EngineUp | str] = queue.SimpleQueue()
 
     @property
@@ -265,50 +231,46 @@ class EngineSupervisor:
             self._process.kill()
 
     def _run(self) -> None:
-        """Run engines until `stop`. No error may end this thread silently: without it the worker is useless."""
-        try:
-            self._run_engines()
-        except Exception as error:
-            log.exception("engine_supervisor_failed")
-            self._first.put(f"{type(error).__name__}: {error}")
-            self._give_up()
+        """Run engines until `stop`. No error may end this thread silently: without it the device is useless."""
+        while not self._is_stopping:
+            try:
+                self._run_engines()
+                return
+            except Exception as error:
+                log.exception("engine_supervisor_failed device=%s", self._label)
+                self._first.put(f"{type(error).__name__}: {error}")
+                if not self._give_up() or self._is_first:
+                    return
+                time.sleep(_LONGEST_PAUSE_S)
 
     def _run_engines(self) -> None:
-        first = True
         failed = 0
         pause_s = _FIRST_PAUSE_S
         while not self._is_stopping:
             started = self._start_engine()
             if isinstance(started, EngineUp):
-                self._mark(absent=False)
-                (self._first if first else self._inbox).put(started)
-                first = False
+                self._mark(False)
+                (self._first if self._is_first else self._inbox).put(started)
+                self._is_first = False
                 failed = 0
                 pause_s = _FIRST_PAUSE_S
                 self._serve_until_lost()
                 continue
-            if first:
+            if self._is_first:
                 self._first.put(started)
                 return
             failed += 1
-            log.error("engine_start_failed attempt=%d of=%d reason=%s", failed, MAX_FAILED_STARTS, started)
-            if failed == MAX_FAILED_STARTS:
-                self._give_up()
+            log.error(
+                "engine_start_failed device=%s attempt=%d of=%d reason=%s",
+                self._label,
+                failed,
+                MAX_FAILED_STARTS,
+                started,
+            )
+            if failed >= MAX_FAILED_STARTS and not self._give_up():
                 return
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-
-    def _mark(self, *, absent: bool) -> None:
-        """Create or delete the file that announces the absence of the engine."""
-        if self._absence_file is None:
-            return
-        try:
-            if absent:
-                self._absence_file.touch()
-            else:
-                self._absence_file.unlink(missing_ok=True)
-        except OSError as error:  # a full disk costs the announcement, not the engine
-            log.warning("engine_absence_unmarked reason=%s", error)
 
     def _start_engine(self) -> EngineUp | str:
         """Start a process and wait until it is ready. Return the reason if it is not."""
@@ -322,6 +284,7 @@ class EngineSupervisor:
             process.end()
             return answer
         self._start_s = time.monotonic() - began_s
+        self._label = self._label or answer.device
         self._client = EngineClient(process.pipe)
         return EngineUp(self._client, answer)
 
@@ -362,8 +325,8 @@ class EngineSupervisor:
         process.end()
         if not self._is_stopping:
             reason = f"no answer for {self._hang_s:g} s" if self._is_hung else process.exit_reason()
-            log.error("engine_lost reason=%s", reason)
-            self._mark(absent=True)
+            log.error("engine_lost device=%s reason=%s", self._label, reason)
+            self._mark(True)
             self._inbox.put(EngineLost(reason, math.ceil(self._start_s) + 1))
 
     def _forward_reports(self, process: EngineProcess) -> None:

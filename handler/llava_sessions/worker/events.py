@@ -29,14 +29,18 @@ from .context import WorkerContext
 from .conversations import Conversations
 from .descriptions import Descriptions
 from .openings import Openings, unload
-from .sessions import Residency, Session, SessionState
+from .sessions import Session, Turn
+from .states import Residency, SessionState, TurnState
 from .turns import Turns
 
 log = logging.getLogger(__name__)
 
 
 class EngineEvents:
-    """Applies events. An acknowledged session that the engine loses stays open, and its next turn rebuilds it."""
+    """Applies events. An acknowledged session that an engine loses stays open, and its next turn rebuilds it.
+
+    The session may be rebuilt on another engine: then later events of the first one do not concern it any more.
+    """
 
     def __init__(
         self,
@@ -57,22 +61,24 @@ class EngineEvents:
         self._conversations = conversations
         self._descriptions = descriptions
 
-    def apply(self, event: Event) -> None:
-        """Apply one event. Never raises."""
+    def apply(self, engine: int, event: Event) -> None:
+        """Apply one event of an engine. Never raises."""
         try:
-            self._dispatch(event)
+            if self._is_current(engine, event):
+                self._dispatch(event)
         except Exception as error:
             log.exception("event_failed event=%s", type(event).__name__)
             self._contain(event, error)
 
-    def engine_lost(self) -> None:
-        """Make every session COLD; fail the turns and opens that only the lost engine held."""
-        for session in self._context.table:
+    def engine_lost(self, engine: int) -> None:
+        """Make the engine's sessions COLD. Fail its turns, and its opens that no other engine takes."""
+        lost = {session for session in self._context.table if session.engine == engine}
+        for session in lost:
             session.unload()
-        self._descriptions.engine_lost()
-        self._openings.engine_lost()
-        self._turns.engine_lost()
-        for session in self._context.table:
+        self._descriptions.engine_lost(engine)
+        self._openings.engine_lost(lost)
+        self._turns.engine_lost(lost)
+        for session in lost:
             self._closes.freed(session)
         self._conversations.drop_cold()
 
@@ -88,6 +94,16 @@ class EngineEvents:
             self._unloaded(session, error)
         except Exception:
             log.exception("event_not_contained session=%s", short_id(session.id))
+
+    def _is_current(self, engine: int, event: Event) -> bool:
+        """Return whether an event is not of an engine that the session or the turn has left."""
+        if isinstance(event, Described):
+            return True
+        turn = self._turns.find(getattr(event, "turn_id", None) or "")
+        if turn is not None and turn.is_in(TurnState.PREPARING):
+            return False  # it has left an engine, and is not sent to another one yet
+        session = self._session_of(event)
+        return session is None or session.engine in (None, engine)
 
     def _dispatch(self, event: Event) -> None:
         match event:
@@ -124,15 +140,23 @@ class EngineEvents:
             case Prefilled():
                 if session.is_in(Residency.LOADING):
                     session.advance(Residency.LOADED)
-                encode_ms = round(event.encode_ms)
-                total_ms = round(event.total_ms)
-                log.info("session_ready session=%s encode_ms=%d total_ms=%d", short_id(session.id), encode_ms, total_ms)
+                self._ready(session, event)
             case OpenFailed():
                 self._unloaded(session, _turn_error(event))
             case Closed():
                 if session.is_in(SessionState.CLOSING):
                     session.unload()
                     self._closes.freed(session)
+
+    def _ready(self, session: Session, event: Prefilled) -> None:
+        if session.engine is not None:
+            log.info(
+                "session_ready session=%s device=%s encode_ms=%d total_ms=%d",
+                short_id(session.id),
+                self._context.engines.all[session.engine].label,
+                round(event.encode_ms),
+                round(event.total_ms),
+            )
 
     def _out_of_capacity(self, event: OutOfCapacity) -> None:
         message = (
@@ -142,14 +166,42 @@ class EngineEvents:
         if event.waiting_turns:
             message = f"{event.waiting_turns} questions wait for device memory already; try again later."
         error = Refused("capacity", message)
-        if event.turn_id is not None:
-            turn = self._turns.find(event.turn_id)
-            if turn is not None:
-                self._turns.fail(turn, error)
-            return
+        turn = None if event.turn_id is None else self._turns.find(event.turn_id)
         session = self._context.table.find(event.session_id)
-        if session is not None:
-            self._unloaded(session, error)
+        if turn is not None:
+            if not self._place_turn_again(turn, event):
+                self._turns.fail(turn, self._context.engines.absent() or error)
+        elif event.turn_id is None and session is not None:
+            rejected = session.turn
+            if self._openings.place_again(session, session.engine):
+                return
+            if rejected is None or not self._place_turn_again(rejected, event):
+                absent = None if self._openings.holds(session) else self._context.engines.absent()
+                self._unloaded(session, absent or error)
+
+    def _place_turn_again(self, turn: Turn, event: OutOfCapacity) -> bool:
+        """Start a rejected turn on another engine, once. Return False if there is none with room.
+
+        A session that its engine holds leaves it only for free memory elsewhere.
+        """
+        session = turn.session
+        engine = session.engine
+        placement = self._context.placement
+        if engine is None or turn.avoids is not None or turn.is_admitted or not turn.is_in(TurnState.RUNNING):
+            return False
+        is_held = event.turn_id is not None and session.conversation is None
+        if not (placement.has_room(event.needed_bytes, engine) if is_held else placement.has_other(engine)):
+            return False
+        log.info("turn_placed_again session=%s", short_id(session.id))
+        for pending in turn.pending:
+            pending.avoids = engine
+        turn.retries[:0] = [(pending, turn.ask) for pending in turn.pending]
+        self._turns.end(turn)
+        if event.turn_id is None:
+            session.unload()  # the engine holds nothing of it
+        elif session.conversation is None:
+            unload(self._context, session)
+        return True
 
     def _unloaded(self, session: Session, error: Exception) -> None:
         """Reject an open that is not acknowledged; make an acknowledged session cold and fail its turn."""

@@ -106,11 +106,10 @@ class Exporter(Collector):
 
 def _family(metric: metrics.Metric, values: MetricValues) -> Metric:
     """Return a gauge or counter of the table with its values."""
-    if metric.kind == "gauge":
-        return GaugeMetricFamily(metric.name, metric.help, value=values.value(metric.name))
+    kind = GaugeMetricFamily if metric.kind == "gauge" else CounterMetricFamily
     if not metric.label:
-        return CounterMetricFamily(metric.name, metric.help, value=values.value(metric.name))
-    family = CounterMetricFamily(metric.name, metric.help, labels=[metric.label])
+        return kind(metric.name, metric.help, value=values.value(metric.name))
+    family = kind(metric.name, metric.help, labels=[metric.label])
     for label, value in values.by_label(metric.name).items():
         family.add_metric([label], value)
     return family

@@ -18,7 +18,7 @@ class Inbox:
         self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def put(self, item: Any) -> None:
-        """Add an item: a `Report`, an `EngineLost`, an `EngineUp`, or a function without arguments."""
+        """Add an item: a `FromEngine`, or a function without arguments."""
         self._items.put(item)
 
     def get(self, timeout_s: float = 0.0) -> Any:

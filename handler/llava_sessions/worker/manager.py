@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from ..chat.transcript import short_id
 from ..errors import Refused
@@ -18,16 +19,17 @@ from .chats import Chats
 from .closes import Closes, expire
 from .context import WorkerContext
 from .conversations import Conversations
-from .counters import EngineMemory
 from .descriptions import Descriptions
-from .engines import EngineLost, EngineUp
+from .engine_metrics import engine_values
+from .engines import EngineLost, EngineUp, FromEngine
 from .events import EngineEvents
 from .marks import TurnMarks
 from .openings import Openings, unload
 from .pending import PendingRequest, session_moved
 from .questions import Questions
 from .recovery import Recovery
-from .sessions import TurnState, expired_sessions
+from .sessions import expired_sessions
+from .states import TurnState
 from .turns import Turns
 
 log = logging.getLogger(__name__)
@@ -68,9 +70,6 @@ class SessionManager:
             descriptions=self._descriptions,
         )
         self._adoption = Adoption(context, self.handle)
-        self._memory = EngineMemory()
-        self._longest_step_s = 0.0
-        self._huge_page_ratio = 0.0
         self._journal_swept_s = context.monotonic()
 
     def recover(self) -> None:
@@ -107,24 +106,24 @@ class SessionManager:
         self._descriptions.disconnected(pending)
         self._follow_up()
 
-    def on_event(self, item: Report | EngineLost | EngineUp | Callable[[], None]) -> None:
+    def on_event(self, item: FromEngine | Callable[[], None]) -> None:
         """Apply an item of the inbox. Never raises: an error is logged."""
+        engines = self._context.engines
         try:
             match item:
-                case Report():
-                    self._memory.report(item.memory)
-                    self._longest_step_s = item.longest_step_s
-                    self._huge_page_ratio = item.huge_page_ratio
-                    for event in item.events:
-                        self._events.apply(event)
-                case EngineLost():
-                    self._context.gate.disconnect(item.retry_after_s)
+                case FromEngine(engine, Report() as report):
+                    engines.report(engine, report)
+                    for event in report.events:
+                        self._events.apply(engine, event)
+                case FromEngine(engine, EngineLost() as lost):
+                    engines.disconnect(engine, lost)
                     self._context.counters.engine_restarts += 1
-                    self._memory.lost()
-                    self._events.engine_lost()
-                case EngineUp():
-                    self._context.gate.connect(item.client)
-                    log.info("engine_up sessions=%d", len(self._context.table))
+                    self._events.engine_lost(engine)
+                case FromEngine(engine, EngineUp() as up):
+                    engines.connect(engine, up)
+                    log.info("engine_up device=%s sessions=%d", engines.all[engine].label, len(self._context.table))
+                case FromEngine():
+                    raise TypeError(f"unexpected item {type(item.item).__name__}")
                 case _:
                     item()
         except Exception:
@@ -164,24 +163,25 @@ class SessionManager:
         if now_s - self._journal_swept_s > JOURNAL_SWEEP_S:
             self._journal_swept_s = now_s
             context.journal.sweep(context.clock())
-        draining_since_s = context.gate.draining_since_s
+        draining_since_s = context.engines.draining_since_s
         if draining_since_s is None:
             return
         for turn in self._turns.all():
-            if now_s - draining_since_s >= _cut_s(self._longest_step_s):
+            if now_s - draining_since_s >= _cut_s(context.engines.longest_step_s):
                 self._turns.stop(turn, "shutdown", keep_answer=True)
             if now_s - draining_since_s >= LAST_LINES_S and turn.is_in(TurnState.STORING):
                 self._answers.overdue(turn)  # the journal is slow
 
     def drain(self) -> None:
         """Take no new work from now on. Takes no lock, so a signal handler may call it."""
-        if not self._context.gate.draining:
-            self._context.gate.draining_since_s = self._context.monotonic()
+        if self._context.engines.draining_since_s is None:
+            self._context.engines.draining_since_s = self._context.monotonic()
 
     @property
     def drained(self) -> bool:
         """Whether a drain was asked for and everything is stored."""
-        return self._context.gate.draining and self._context.journal.flush(timeout_s=0)
+        is_draining = self._context.engines.draining_since_s is not None
+        return is_draining and self._context.journal.flush(timeout_s=0)
 
     @property
     def freeing(self) -> bool:
@@ -198,29 +198,17 @@ class SessionManager:
 
     def metric_values(self) -> MetricValues:
         """Return all gauges and counters as of now."""
-        engine = self._memory
-        memory = engine.now
         context = self._context
         counters = context.counters
         turns = self._turns.all()
         implicit = len(self._conversations.all)
-        return MetricValues(
+        preparing = sum(turn.is_in(TurnState.PREPARING) for turn in turns)
+        return replace(
+            engine_values(context.engines.all, preparing),
             open_sessions=len(context.table) - implicit,
             implicit_sessions=implicit,
             running_turns=len(turns),
-            num_requests_running=memory.running_turns,
-            num_requests_waiting=memory.waiting_turns + sum(turn.is_in(TurnState.PREPARING) for turn in turns),
-            resident_sessions=memory.resident,
-            offloaded_sessions=memory.offloaded,
-            cold_sessions=memory.cold,
             session_ttl_seconds=context.table.ttl_s,
-            features_bytes=memory.features_bytes,
-            kv_bytes=memory.kv_bytes,
-            kv_cache_usage_ratio=engine.kv_usage,
-            kv_pool_bytes=memory.pool_bytes,
-            huge_page_ratio=self._huge_page_ratio,
-            offloaded_bytes=memory.offloaded_bytes,
-            device_bytes=memory.allocated_bytes or memory.features_bytes + memory.kv_bytes,
             media_held_bytes=context.journal.blobs.held_bytes,
             opens_total=counters.opens,
             turns_total=counters.turns,
@@ -228,11 +216,7 @@ class SessionManager:
             cached_tokens_total=counters.cached_tokens,
             generation_tokens_total=counters.generation_tokens,
             refusals_total=dict(counters.refusals),
-            evictions_total={"offload": engine.count("offloads"), "drop": engine.count("drops")},
-            restores_total=engine.count("restores"),
             rebuilds_total=counters.rebuilds,
-            pictures_encoded_total=engine.count("pictures_encoded"),
-            picture_hits_total=engine.count("picture_hits"),
             engine_restarts_total=counters.engine_restarts,
             journal_failures_total=context.journal.failures_total,
         )

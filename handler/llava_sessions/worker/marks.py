@@ -13,7 +13,8 @@ from ..journal.journal import SaveOutcome
 from .context import WorkerContext
 from .openings import outcome_of
 from .pending import session_moved
-from .sessions import Turn, TurnState
+from .sessions import Turn
+from .states import TurnState
 from .turns import Turns
 
 # A mark is valid for so long. If its instance dies, the session can be adopted after that: with a shared directory at

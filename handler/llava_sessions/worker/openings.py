@@ -11,6 +11,7 @@ import math
 import re
 import uuid
 from collections import OrderedDict
+from collections.abc import Set
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +28,8 @@ from ..text.chat_template import Opening
 from .context import WorkerContext
 from .pending import PendingRequest, session_moved
 from .prompts import PreparedOpen, Rebuild
-from .sessions import Residency, Session, SessionState, session_not_found
+from .sessions import Session, session_not_found
+from .states import SessionState
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,8 @@ class _Opening:
     """An open that is not acknowledged yet. `pending`: its requests, several after a retry.
 
     `resumed`: the session that it continues, if that is open in this worker. `retiring`: the journal removes the old
-    session, so an error of the engine cannot reject this open any more.
+    session, so an error of the engine cannot reject this open any more. `rebuild`: the session as it was sent to the
+    engine, kept until it is admitted if there are several engines.
     """
 
     session: Session
@@ -52,6 +55,7 @@ class _Opening:
     pending: list[PendingRequest] = field(default_factory=list)
     resumed: Session | None = None
     retiring: bool = False
+    rebuild: Rebuild | None = None
 
     @property
     def waiting(self) -> list[PendingRequest]:
@@ -74,11 +78,11 @@ class Openings:
             raise Refused("invalid_request", message)
         if request.stored_key is not None and self._attach(pending, request.stored_key, request.confirm_s):
             return
-        self._context.gate.check()
+        self._context.engines.check()
         session = self._context.table.reserve(_session_id(pending))
         opening = _Opening(session, request, [pending])
         try:
-            prepared = self._prepare(opening)
+            prepared = _prepare(self._context, opening)
         except Exception:
             self._context.table.release(session)
             raise
@@ -98,6 +102,7 @@ class Openings:
         opening = self._openings.get(session.id)
         if opening is None or not session.is_in(SessionState.OPENING):
             return
+        opening.rebuild = None
         session.advance(SessionState.OPEN)
         saved = self._context.journal.save(session.known_transcript)
         self._context.inbox.when_done(saved, partial(self._saved, opening))
@@ -114,11 +119,30 @@ class Openings:
         """Return whether the session is not acknowledged yet."""
         return session.id in self._openings
 
-    def engine_lost(self) -> None:
-        """Reject the opens that only the lost engine held. One that is being stored becomes a cold session."""
+    def engine_lost(self, lost: Set[Session]) -> None:
+        """Place the opens again that the lost engine held, or reject them.
+
+        An open that is being stored becomes a cold session.
+        """
         for opening in list(self._openings.values()):
-            if opening.session.is_in(SessionState.OPENING) and opening.session.transcript is not None:
-                self._reject(opening, self._context.gate.restarting())
+            session = opening.session
+            if session in lost and session.is_in(SessionState.OPENING) and not self.place_again(session, None):
+                self._reject(opening, self._context.engines.restarting())
+
+    def place_again(self, session: Session, avoid: int | None) -> bool:
+        """Send an open to another engine than `avoid`, which has rejected it, or than the lost one.
+
+        Return False if there is no other engine, or if the open was placed again before.
+        """
+        opening = self._openings.get(session.id)
+        rebuild = None if opening is None else opening.rebuild
+        if opening is None or rebuild is None or not self._context.placement.has_other(avoid):
+            return False
+        log.info("open_placed_again session=%s", short_id(session.id))
+        session.unload()
+        opening.rebuild = None
+        _load(self._context, session, rebuild, avoid)
+        return True
 
     def _attach(self, pending: PendingRequest, retry_key: str, confirm_s: int | None) -> bool:
         """Answer a retried open with the session of the first one. Return False if that session has ended."""
@@ -158,26 +182,6 @@ class Openings:
             session.stored_turns = len(transcript.log)
         _acknowledge(pending, session)
 
-    def _prepare(self, opening: _Opening) -> Future[Any]:
-        """Start the preparation. Its future returns a `PreparedOpen` or, for a resume, a `Rebuild`."""
-        request = opening.request
-        context = self._context
-        if request.resume is None:
-            return context.preparer.open(request, opening.session.id, digest_of(request.session_token))
-        token_digest = digest_of(request.session_token)
-        transcript = None
-        if context.table.find(request.resume) is not None:
-            resumed = context.table.get(request.resume, context.clock(), token_digest)
-            if resumed.turn is not None:
-                raise Refused("session_busy", "The session to resume is still answering; cancel that turn or wait.")
-            # No ask, close or other resume may use the session until this open is answered.
-            resumed.advance(SessionState.CLOSING)
-            opening.resumed = resumed
-            transcript = resumed.transcript
-        elif context.table.was_closed(request.resume, token_digest):
-            context.table.get(request.resume, context.clock(), token_digest)
-        return context.preparer.resume(request.resume, token_digest, transcript)
-
     def _prepared(self, opening: _Opening, prepared: Future[PreparedOpen | Rebuild]) -> None:
         """Submit an open whose pictures are prepared, or reject it."""
         session = opening.session
@@ -186,10 +190,8 @@ class Openings:
             check_context(rebuild.transcript.token_count + 1, self._context.context_tokens)
             if not opening.waiting:
                 raise Refused("invalid_request", "The client has left.")  # no client receives it
-            self._context.gate.submit(rebuild.command(session.id))
-            session.transcript = rebuild.transcript
-            session.picture_keys = rebuild.picture_keys
-            session.advance(Residency.LOADING)
+            _load(self._context, session, rebuild)
+            opening.rebuild = rebuild if self._context.placement.are_several else None
         except Exception as error:
             self._reject(opening, error)
 
@@ -261,6 +263,34 @@ class Openings:
             pending.refuse(error)
 
 
+def _prepare(context: WorkerContext, opening: _Opening) -> Future[Any]:
+    """Start the preparation. Its future returns a `PreparedOpen` or, for a resume, a `Rebuild`."""
+    request = opening.request
+    if request.resume is None:
+        return context.preparer.open(request, opening.session.id, digest_of(request.session_token))
+    token_digest = digest_of(request.session_token)
+    transcript = None
+    if context.table.find(request.resume) is not None:
+        resumed = context.table.get(request.resume, context.clock(), token_digest)
+        if resumed.turn is not None:
+            raise Refused("session_busy", "The session to resume is still answering; cancel that turn or wait.")
+        # No ask, close or other resume may use the session until this open is answered.
+        resumed.advance(SessionState.CLOSING)
+        opening.resumed = resumed
+        transcript = resumed.transcript
+    elif context.table.was_closed(request.resume, token_digest):
+        context.table.get(request.resume, context.clock(), token_digest)
+    return context.preparer.resume(request.resume, token_digest, transcript)
+
+
+def _load(context: WorkerContext, session: Session, rebuild: Rebuild, avoid: int | None = None) -> None:
+    """Make an engine hold a session that opens. Raise `Refused` (engine_restarting)."""
+    engine = context.placement.place(rebuild.picture_keys, avoid)
+    context.engines.load(session, rebuild.command(session.id), engine)
+    session.transcript = rebuild.transcript
+    session.picture_keys = rebuild.picture_keys
+
+
 def _new_transcript(opening: _Opening, prepared: PreparedOpen | Rebuild, context: WorkerContext) -> Rebuild:
     """Begin the session's transcript; a resumed one continues with the old session's turns."""
     now_s = context.clock()
@@ -324,7 +354,7 @@ def _acknowledge(pending: PendingRequest, session: Session, durable: bool | None
 def unload(context: WorkerContext, session: Session) -> None:
     """Make the engine free a session that it holds."""
     if session.in_engine:
-        context.gate.submit_if_connected(CloseSession(session.id))
+        context.engines.submit_if_held(session, CloseSession(session.id))
         session.unload()
 
 

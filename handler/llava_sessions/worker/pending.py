@@ -33,7 +33,8 @@ class PendingRequest:
     TorchServe sends a held row again in every step, with its whole body of `body_bytes`. Its first chunk ends that.
     `steps` counts the steps that ended without the last reply. `head_sent`: the status line has been sent.
     `disconnected`: the client has left, so no reply reaches it. `arrived_s`: arrival by the pump's clock. `form` makes
-    the bodies of the reply. `final` is the last reply, once it is known.
+    the bodies of the reply. `final` is the last reply, once it is known. `avoids`: the engine that had no room for the
+    request, which was then placed again.
     """
 
     row: Row
@@ -43,6 +44,7 @@ class PendingRequest:
     head_sent: bool = False
     disconnected: bool = False
     arrived_s: float = 0.0
+    avoids: int | None = None
     form: ReplyForm = field(default_factory=NativeForm)
     refusal: Refused | None = None
     final: Reply | None = None

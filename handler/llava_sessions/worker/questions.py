@@ -21,7 +21,8 @@ from .openings import check_context, digest_of
 from .pending import PendingRequest, session_moved
 from .preparation import INLINE_PROMPT_CHARS
 from .prompts import PreparedQuestion, QuestionedSession
-from .sessions import MAX_ENGINE_LOSSES, Residency, Session, Turn, TurnState
+from .sessions import MAX_ENGINE_LOSSES, Session, Turn
+from .states import TurnState
 from .turns import Turns
 
 # Of the time until the deadline, the part that the journal may take to store the answer.
@@ -47,7 +48,7 @@ class Questions:
         pending.streamed = ask.stream
         if ask.retry_key is not None and self._attach(pending, session, ask):
             return
-        context.gate.check()
+        context.engines.check()
         if session.turn is not None:
             raise Refused("session_busy", "The session is still answering; wait for that answer or cancel it.")
         if session.engine_losses >= MAX_ENGINE_LOSSES:
@@ -160,15 +161,15 @@ class Questions:
         kept_tokens = held_tokens if rewrite is None else rewrite.kept_tokens
         sent_ids = question.prompt_ids if rewrite is None else rewrite.sent_ids
         check_context(kept_tokens + len(sent_ids) + 1, context.context_tokens)
-        if question.rebuild is None and lacks_features(context.table, question.pictures):
+        if question.rebuild is None and lacks_features(context.table, question.pictures, session.engine):
             self._prepare(turn, with_arrays=True)
             return
         if not session.in_engine:
             if question.rebuild is None:  # the engine lost the session during the preparation
                 self._prepare(turn)
                 return
-            context.gate.submit(question.rebuild.command(session.id))
-            session.advance(Residency.LOADING)
+            engine = context.placement.place(question.rebuild.picture_keys, turn.avoids)
+            context.engines.load(session, question.rebuild.command(session.id), engine)
             session.picture_keys = question.rebuild.picture_keys
             context.counters.rebuilds += 1
         turn.prompt_ids = question.prompt_ids
@@ -183,8 +184,9 @@ class Questions:
         session.picture_keys = turn.picture_keys[: len(turn.picture_keys) - len(question.pictures)]
         sampling = sampling_of(turn.ask, deadline_ms)
         kept = None if rewrite is None else kept_tokens
-        context.gate.submit(AskSession(session.id, turn.id, sent_ids, sampling, question.pictures, kept))
-        turn.ask = turn.ask.without_pictures()
+        context.engines.submit(session, AskSession(session.id, turn.id, sent_ids, sampling, question.pictures, kept))
+        if not context.placement.are_several:
+            turn.ask = turn.ask.without_pictures()
         turn.submitted_s = context.monotonic()
         turn.advance(TurnState.RUNNING)
         self._marks.begin(turn)

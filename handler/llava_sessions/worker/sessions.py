@@ -1,4 +1,4 @@
-"""Sessions and turns of one worker: their states, the legal transitions, and the table of all sessions.
+"""Sessions and turns of one worker, and the table of all sessions.
 
 Nothing here is thread-safe. The pump's lock guards all of it. Times are arguments, in seconds since the epoch.
 """
@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from enum import Enum, auto
 
 from ..chat.transcript import Blob, Transcript, TurnRecord
 from ..errors import Refused
@@ -21,6 +20,7 @@ from ..protocol.requests import Ask
 from .pending import PendingRequest
 from .prefixes import HeldConversation, Prompt
 from .prompts import PreparedChat, PreparedQuestion
+from .states import Residency, SessionState, Stateful, TurnState
 
 _REMEMBERED = 10_000
 # A request that was sent just before the announced expiry arrives a moment later: the session is kept for so long.
@@ -30,81 +30,15 @@ LABEL_S = 10.0
 MAX_ENGINE_LOSSES = 5  # engines that may die in a row during a session's turns; its further turns are rejected
 
 
-class SessionState(Enum):
-    """OPENING until the engine has admitted the pictures, CLOSING from a close request until the session is removed."""
-
-    OPENING = auto()
-    OPEN = auto()
-    CLOSING = auto()
-
-
-class Residency(Enum):
-    """COLD: the engine does not hold the session. LOADING: its prefix is being encoded and prefilled."""
-
-    COLD = auto()
-    LOADING = auto()
-    LOADED = auto()
-
-
-class TurnState(Enum):
-    """PREPARING: pictures and prompt. RUNNING: in the engine. STOPPING: a stop was sent. STORING: in the journal."""
-
-    PREPARING = auto()
-    RUNNING = auto()
-    STOPPING = auto()
-    STORING = auto()
-    DONE = auto()
-
-
-State = SessionState | Residency | TurnState
-TRANSITIONS: dict[State, frozenset[State]] = {
-    SessionState.OPENING: frozenset({SessionState.OPEN}),
-    SessionState.OPEN: frozenset({SessionState.CLOSING}),
-    # A resume closes the old session. If the resume is rejected, the old session is open again.
-    SessionState.CLOSING: frozenset({SessionState.OPEN}),
-    Residency.COLD: frozenset({Residency.LOADING}),
-    Residency.LOADING: frozenset({Residency.LOADED, Residency.COLD}),
-    Residency.LOADED: frozenset({Residency.COLD}),
-    TurnState.PREPARING: frozenset({TurnState.RUNNING, TurnState.DONE}),
-    TurnState.RUNNING: frozenset({TurnState.STOPPING, TurnState.STORING, TurnState.DONE}),
-    TurnState.STOPPING: frozenset({TurnState.STORING, TurnState.DONE}),
-    TurnState.STORING: frozenset({TurnState.DONE}),
-    TurnState.DONE: frozenset(),
-}
-
-
-class IllegalTransition(Exception):
-    """A transition that `TRANSITIONS` does not list. It fails one session."""
-
-
-class _Stateful:
-    """Has one current state of each given kind. `advance` is the only writer."""
-
-    def __init__(self, identity: str, *states: State) -> None:
-        self.id = identity
-        self._states: dict[type[State], State] = {type(state): state for state in states}
-
-    def advance(self, new: State) -> None:
-        """Enter a state. Raise `IllegalTransition` if it does not follow the current one."""
-        old = self._states[type(new)]
-        if new not in TRANSITIONS[old]:
-            raise IllegalTransition(f"{type(self).__name__} cannot go from {old} to {new}")
-        self._states[type(new)] = new
-
-    def is_in(self, *states: State) -> bool:
-        """Return whether one of the states is current."""
-        return any(self._states[type(state)] is state for state in states)
-
-
-class Turn(_Stateful):
+class Turn(Stateful):
     """A question and its answer. `pending`: the requests that wait for the answer, several after a retry.
 
     `arrived_s`, `submitted_s` (to the engine) and `deadline_s` are times of the pump's clock; `deadline_s` is None
-    without a deadline. `prepared`: the preparation, until it is done. `ask` has no pictures from RUNNING on. `record`:
-    the answer, from STORING on. `groups`, `base_turns`: as in `TurnRecord`. `picture_keys`: of the whole conversation.
-    `prompt`: that of a conversation without a session header. `kept_tokens`: tokens of the session that the turn
-    follows; `crops`: the engine drops all others. `is_owned`: no other instance has the session, as far as the journal
-    can be read (marks.py).
+    without a deadline. `prepared`: the preparation, until it is done. `ask` has no pictures once it is admitted.
+    `record`: the answer, from STORING on. `groups`, `base_turns`: as in `TurnRecord`. `picture_keys`: of the whole
+    conversation. `prompt`: that of a conversation without a session header. `kept_tokens`: tokens of the session that
+    the turn follows; `crops`: the engine drops all others. `avoids`: as in `PendingRequest`. `is_owned`: no other
+    instance has the session, as far as the journal can be read (marks.py).
     """
 
     def __init__(self, session: Session, ask: Ask | Chat, pending: PendingRequest) -> None:
@@ -127,6 +61,7 @@ class Turn(_Stateful):
         self.blobs: tuple[Blob, ...] = ()
         self.chunks: list[str] = []
         self.arrived_s = pending.arrived_s
+        self.avoids = pending.avoids
         self.submitted_s = pending.arrived_s
         self.deadline_s = None if ask.deadline_ms is None else pending.arrived_s + ask.deadline_ms / 1e3
         self.prepared: Future[PreparedQuestion] | Future[PreparedChat] | None = None
@@ -157,18 +92,22 @@ class Turn(_Stateful):
         return self.is_in(TurnState.RUNNING, TurnState.STOPPING)
 
 
-class Session(_Stateful):
+class Session(Stateful):
     """One chat. `expires_at_s` is absolute; `used_at_s` is the end of the latest turn; idle expiry counts from there.
 
     At `confirm_by_s` the session expires if no request has named it. `transcript` is None during the opening, and after
     a restart of the worker until the journal is read. `stored_turns` counts the turns that are durable. `engine_losses`
     counts the engines that died during its turns, since its last answer. `conversation`: what an implicit session
     holds; None for a session opened by name. `picture_keys`: keys of the pictures that the engine holds, in order.
+    `engine`: the number of the engine that holds the session, or was asked to; None for a cold session.
+    `loading_tokens`: the tokens that the engine prefills while the session is LOADING.
     """
 
     def __init__(self, session_id: str, idle_s: float) -> None:
         super().__init__(session_id, SessionState.OPENING, Residency.COLD)
         self.conversation: HeldConversation | None = None
+        self.engine: int | None = None
+        self.loading_tokens = 0
         self.picture_keys: tuple[str, ...] = ()
         self._idle_s = idle_s
         self.transcript: Transcript | None = None
@@ -248,10 +187,17 @@ class Session(_Stateful):
         self.token_digest = transcript.opening.token_digest
         self.advance(SessionState.OPEN)
 
+    def load(self, engine: int, tokens: int) -> None:
+        """Enter LOADING: an engine was asked to hold the session, and prefills `tokens` tokens."""
+        self.advance(Residency.LOADING)
+        self.engine = engine
+        self.loading_tokens = tokens
+
     def unload(self) -> None:
         """Enter COLD from any residency."""
         if self.in_engine:
             self.advance(Residency.COLD)
+        self.engine = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ All methods run on the pump's thread, under its lock.
 from __future__ import annotations
 
 import logging
+from collections.abc import Set
 
 from ..chat.transcript import short_id
 from ..ipc.messages import Cancelled, StopTurn, Timings, Usage
@@ -16,7 +17,8 @@ from .context import WorkerContext
 from .conversations import Conversations
 from .openings import digest_of, unload
 from .pending import PendingRequest
-from .sessions import MAX_ENGINE_LOSSES, Session, Turn, TurnState
+from .sessions import MAX_ENGINE_LOSSES, Session, Turn
+from .states import TurnState
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class Turns:
             self.cancelled(turn, reason)
         elif turn.is_in(TurnState.RUNNING):
             turn.advance(TurnState.STOPPING)
-            self._context.gate.submit_if_connected(StopTurn(turn.id, reason, keep_answer))
+            self._context.engines.submit_if_held(turn.session, StopTurn(turn.id, reason, keep_answer))
 
     def all(self) -> list[Turn]:
         """Return all turns that are not done."""
@@ -78,15 +80,15 @@ class Turns:
         if session.turn is not None and session.turn.in_engine:
             self.fail(session.turn, error)
 
-    def engine_lost(self) -> None:
-        """Fail the turns that the lost engine worked on."""
+    def engine_lost(self, lost: Set[Session]) -> None:
+        """Fail the turns of the sessions that the lost engine held."""
         for turn in list(self._turns.values()):
-            if turn.in_engine:
-                session = turn.session
+            session = turn.session
+            if turn.in_engine and session in lost:
                 session.engine_losses += 1
                 if session.engine_losses == MAX_ENGINE_LOSSES:
                     log.error("session_rejected session=%s engines_lost=%d", short_id(session.id), MAX_ENGINE_LOSSES)
-                self.fail(turn, self._context.gate.restarting())
+                self.fail(turn, self._context.engines.restarting())
 
     def cancelled(self, turn: Turn, reason: str, event: Cancelled | None = None) -> None:
         """End a turn that leaves its session unchanged. `event` is None if the engine did not know the turn."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.sagemaker.capacity import CONTEXT_BYTES, FRAGMENTS_BYTES
+from deploy.sagemaker.capacity import CONTEXT_BYTES, FRAGMENTS_BYTES, graphs_bytes
 
 from . import machine, settings
 from .findings import GIB, MIB, Finding, Subject, error, ok, warning
@@ -61,8 +61,8 @@ def demand_of(chosen: Settings, sizes: Sizes, memory: machine.Memory, cards: lis
     dtype = settings.dtype(chosen, sizes, on_cuda)
     weights = sizes.weights_bytes(dtype, on_cuda)
     if cards:
-        free = min(gpu.free for gpu in cards)
-        auto = max(free - weights - CONTEXT_BYTES - CUDA_WORKING_BYTES - FRAGMENTS_BYTES, 0)
+        reserve = CONTEXT_BYTES + CUDA_WORKING_BYTES + FRAGMENTS_BYTES
+        auto = max(min(gpu.free - graphs_bytes(weights, gpu.total) for gpu in cards) - weights - reserve, 0)
     else:
         auto = int(DEVICE_SHARE * memory.total / engines)
     device = auto if chosen.device_bytes is None else chosen.device_bytes

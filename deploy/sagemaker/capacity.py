@@ -14,9 +14,11 @@ KV_STEP_TOKENS = 256  # step in which the engine's KV caches grow
 HOST_SHARE = 0.2  # share of the RAM for offloaded KV caches, as with `host_bytes: auto`
 BYTES_PER_NUMBER = 2  # bfloat16, and float16 where the GPU has no other
 
-# The engine's reserve for forwards (engine/budget.py of the handler): temporary tensors times a factor, and fragments.
+# The engine's reserve for forwards (engine/budget.py of the handler): temporary tensors times a factor, fragments, and
+# captured CUDA graphs.
 WORKING_FACTOR = 1.25
 FRAGMENTS_BYTES = 256 * MIB
+GRAPHS_BYTES = 192 * MIB
 CONTEXT_BYTES = 448 * MIB  # CUDA's context and the kernels that it loads; 400 to 450 MiB with CUDA 12 and 13
 # Part of the GPU memory in EC2's description that CUDA reports as its total, at least. Torch's messages have 22.06 GiB
 # for A10G, 44.4 for L40S, 79.1 for H100, and 14.56 for T4, whose error correction takes memory.
@@ -30,6 +32,7 @@ FORMULA = f"""\
     GPU memory that CUDA reports = {CUDA_SHARE:.1%} of the type's memory, {CUDA_SHARE_T4:.0%} on a T4
     reserve = {CONTEXT_BYTES // MIB} MiB of CUDA itself + {WORKING_FACTOR} x temporary tensors
               + {FRAGMENTS_BYTES // MIB} MiB
+              + {GRAPHS_BYTES // MIB} MiB for CUDA graphs, unless the weights fill more than half of the GPU
     With `--reserve-gib X`, free = memory of the type - weights - X GiB
   session   = features + KV, where
     features  = picture tokens x hidden size x {BYTES_PER_NUMBER} bytes
@@ -221,10 +224,16 @@ class Fit:
     open: int
 
 
+def graphs_bytes(weights_bytes: int, gpu_bytes: int) -> int:
+    """Return the memory of CUDA graphs. The engine uses none if the weights fill more than half of the GPU."""
+    return GRAPHS_BYTES if 2 * weights_bytes <= gpu_bytes else 0
+
+
 def free_bytes(model: LlavaShape, instance: InstanceType, reserve_bytes: int | None = None) -> int:
     """Return the bytes for sessions on the GPU, 0 or less if there are none: the engine's `device_bytes: auto`."""
     if reserve_bytes is None:
-        return instance.cuda_bytes - model.weights_bytes - model.reserve_bytes
+        graphs = graphs_bytes(model.weights_bytes, instance.cuda_bytes)
+        return instance.cuda_bytes - model.weights_bytes - model.reserve_bytes - graphs
     return instance.gpu_mib * MIB - model.weights_bytes - reserve_bytes
 
 

@@ -88,9 +88,15 @@ def test_the_formula_by_hand() -> None:
     fits = capacity.fit(LLAVA_7B, instance, 1024, 2 * GIB)
     assert (fits.on_gpu, fits.in_ram, fits.open) == (8, 7, 15)
     # The engine's own reserve: 98.5 % of 22,888 MiB is 22,544.68; less 13,472.4 of weights, 448 of CUDA, 256 and
-    # 1.25 x 195 = 243.75: 8,124.5 MiB.
+    # 1.25 x 195 = 243.75: 8,124.5 MiB. The weights fill more than half of the GPU, so there are no CUDA graphs.
     assert round(capacity.free_bytes(LLAVA_7B, instance) / MIB, 1) == 8124.5
     assert capacity.fit(LLAVA_7B, instance, 1024).on_gpu == 9
+
+
+def test_graphs_take_memory_if_the_weights_leave_half_of_the_gpu() -> None:
+    # 98.5 % of 45,776 MiB is 45,089.36; less 13,472.4, 448, 256, 243.75 and 192: 30,477.2 MiB.
+    instance = InstanceType("ml.g6e.xlarge", "L40S", 45776, 32)
+    assert round(capacity.free_bytes(LLAVA_7B, instance) / MIB, 1) == 30477.2
 
 
 def test_pinned_steps_are_rounded_up_to_a_power_of_two() -> None:

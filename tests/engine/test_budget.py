@@ -31,7 +31,13 @@ from transformers import (
 
 from deploy.sagemaker import capacity
 from deploy.sagemaker.capacity import CLIP, CONTEXT_BYTES, GIB, INSTANCES, MIB, MODELS, InstanceType, LlavaShape
-from llava_sessions.engine.budget import DeviceBudget, InsufficientMemory, choose_budget
+from llava_sessions.engine.budget import (
+    GRAPHS_BYTES,
+    DeviceBudget,
+    InsufficientMemory,
+    choose_budget,
+    graphs_limit,
+)
 from llava_sessions.engine.cuda import layers
 from llava_sessions.engine.encoding import GPU_TILES
 from llava_sessions.engine.engine import Engine
@@ -143,6 +149,7 @@ def test_the_budget_is_what_fits_and_what_capacity_promises(shape: LlavaShape, m
         card = Card(instance.cuda_bytes, used)
         card.reserved_bytes = max(instance.cuda_bytes - used, 0)  # what torch may keep of the first chat
         card.patch(monkeypatch)
+        found = replace(found, graphs_bytes=graphs_limit(CUDA, shape.weights_bytes))
         if instance not in cards:
             with pytest.raises(InsufficientMemory, match="use a larger device"):
                 final_budget(CUDA, None, None, found)
@@ -208,6 +215,14 @@ def test_a_first_chat_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPat
     shape = MODELS[0]
     with pytest.raises(InsufficientMemory, match="use a larger device"):
         chat_on(Card(shape.weights_bytes + 600 * MIB, shape.weights_bytes), shape, monkeypatch)
+
+
+@pytest.mark.parametrize(("total_gib", "limit_bytes"), [(26, GRAPHS_BYTES), (25, 0)])
+def test_graphs_have_memory_if_the_weights_leave_half_of_the_device(
+    total_gib: int, limit_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Card(total_gib * GIB, 14 * GIB).patch(monkeypatch)
+    assert graphs_limit(CUDA, weights_bytes=13 * GIB) == limit_bytes
 
 
 def test_a_configured_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,7 +214,7 @@ def logits(model: Model) -> torch.Tensor:
     """Return the logits after a prompt in two chunks."""
     kv = SessionKV(model.kv_shape)
     model.forward([Segment(kv, [5, 6, 7], None, [], False)])
-    return model.forward([Segment(kv, [8, 9], None, [], True)])
+    return model.forward([Segment(kv, [8, 9], None, [], True)]).logits
 
 
 @pytest.mark.parametrize(("device", "gpus", "exists"), [("cuda", 0, False), ("cuda:2", 2, False), ("cuda:1", 2, True)])

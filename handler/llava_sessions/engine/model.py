@@ -7,7 +7,7 @@ the `past_key_values` protocol.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,9 @@ from . import cuda_path
 from .attention import TEXT_ATTENTION, VISION_ATTENTION, PackedKV, Segment, TokenAttention
 from .cpu import attention as cpu_attention
 from .cpu import int8_linears, layer_stack, layers, linears, picture_layers
+from .cuda.graphs import CUDAGraphs, Graph
+from .cuda.ragged import RaggedAttention
+from .decode_graphs import DecodeGraphs, Predictions
 from .device import native_dtype, on_device, prepare
 from .fused.layer import Batch, FusedLayer
 from .fused.linear import Pack
@@ -74,6 +77,8 @@ class Model:
         self.token_attention: TokenAttention | None = None
         # Compiled attention of several tokens of a session, or None: then torch's.
         self.session_attention: SessionAttention | None = None
+        # Steps that only decode as graphs, or None: then each step is launched kernel by kernel.
+        self.graphs: DecodeGraphs | None = None
         cpu_attention.prepare_picture_attention(model.config.vision_config, self.dtype, self.device)
         if self.device.type == "cuda":
             self.use_cuda_layers()
@@ -87,6 +92,13 @@ class Model:
         packed.
         """
         self.token_attention = cuda_path.use_fused_layers(self.text, self._heads, self.kv_shape)
+        if self.device.type == "cuda":
+            self.use_graphs(CUDAGraphs())
+
+    def use_graphs(self, make_graph: Callable[[], Graph]) -> None:
+        """Run steps that only decode as graphs of `make_graph`, if the layers are those of `use_cuda_layers`."""
+        if isinstance(self.token_attention, RaggedAttention):
+            self.graphs = DecodeGraphs(self.decode, self.token_attention, self._heads, self.kv_shape, make_graph)
 
     def _compile_attention(self) -> None:
         """Compile attention for the CPU, and where possible whole layers."""
@@ -164,21 +176,24 @@ class Model:
         return [rows.clone() for rows in features]
 
     @torch.inference_mode()
-    def forward(self, segments: list[Segment]) -> torch.Tensor:
+    def forward(self, segments: list[Segment]) -> Predictions:
         """Run one packed forward over the new tokens of all segments.
 
-        Appends to each segment's KV cache. Returns the logits `[rows, vocabulary]` of the segments to sample, in their
-        order. After an error all KV lengths are unchanged.
+        Appends to each segment's KV cache. The rows of the result are the segments to sample, in their order. The
+        result is valid until the next forward. After an error all KV lengths are unchanged.
         """
-        packed = PackedKV(segments, self._heads, self.token_attention, self.session_attention)
-        ids = [token for s in segments for token in s.token_ids]
-        positions = [at for s in segments for at in range(s.kv.length, s.kv.length + len(s.token_ids))]
-        hidden = self._run_layers(self._embed(ids, segments), self._on_device(positions), packed)
-        sampled = [end - 1 for end, segment in zip(packed.ends, segments, strict=True) if segment.sample]
-        logits: torch.Tensor = self._model.lm_head(hidden.index_select(0, self._on_device(sampled)))
+        predictions = None if self.graphs is None else self.graphs.step(segments)
+        if predictions is None:
+            packed = PackedKV(segments, self._heads, self.token_attention, self.session_attention)
+            ids = [token for s in segments for token in s.token_ids]
+            positions = [at for s in segments for at in range(s.kv.length, s.kv.length + len(s.token_ids))]
+            hidden = self._run_layers(self._embed(ids, segments), self._on_device(positions), packed)
+            sampled = [end - 1 for end, segment in zip(packed.ends, segments, strict=True) if segment.sample]
+            logits = self._model.lm_head(hidden.index_select(0, self._on_device(sampled)))
+            predictions = Predictions(logits, None)
         for segment in segments:
             segment.kv.length += len(segment.token_ids)
-        return logits
+        return predictions
 
     @torch.inference_mode()
     def decode(self, ids: torch.Tensor, positions: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -40,7 +40,7 @@ from ..ipc.pipe import receive, send
 from ..text.chat_template import ChatTemplate
 from ..text.checkpoint import end_token_ids
 from ..text.processors import load_processor
-from .budget import DeviceBudget, InsufficientMemory, choose_budget
+from .budget import DeviceBudget, InsufficientMemory, choose_budget, graphs_limit
 from .chunks import measure_pieces
 from .device import check_exists, share_cores
 from .engine import Engine
@@ -107,6 +107,9 @@ def start(model: Model, template: ChatTemplate, settings: EngineSettings) -> Eng
     found = warm_up(engine, template)
     if model.device.type == "cuda":
         found = measure(engine, found, chunk_tokens)
+    if model.graphs is not None:
+        limit_bytes = graphs_limit(model.device, model.allocated_bytes())
+        found = replace(found, graphs_bytes=model.graphs.prepare(limit_bytes, found.chat_tokens))
     engine.device_memory.budget = final_budget(
         model.device, settings.device_bytes, settings.host_bytes, found, settings.engines
     )
@@ -118,11 +121,13 @@ def start(model: Model, template: ChatTemplate, settings: EngineSettings) -> Eng
 class WarmUp:
     """Device bytes of a first chat: `working_bytes` of temporary tensors, `session_bytes` of features and KV cache.
 
-    On a CPU `working_bytes` is 0.
+    On a CPU `working_bytes` is 0. `graphs_bytes`: that CUDA graphs may still take. `chat_tokens`: of the conversation.
     """
 
     working_bytes: int
     session_bytes: int
+    graphs_bytes: int = 0
+    chat_tokens: int = 0
 
 
 def warm_up(engine: Engine, template: ChatTemplate) -> WarmUp:
@@ -154,7 +159,8 @@ def warm_up(engine: Engine, template: ChatTemplate) -> WarmUp:
             raise InsufficientMemory(_too_small(event.free_bytes, event.needed_bytes))
     if not any(isinstance(event, Finished) for event in events):
         raise RuntimeError(f"the checkpoint does not answer a first question: {events}")
-    return WarmUp(working_bytes, memory.kv_bytes + memory.features_bytes)
+    session_bytes = memory.kv_bytes + memory.features_bytes
+    return WarmUp(working_bytes, session_bytes, chat_tokens=len(opening.token_ids) + len(prompt_ids))
 
 
 def measure(
@@ -169,7 +175,7 @@ def final_budget(
     device: torch.device, device_bytes: int | None, host_bytes: int | None, found: WarmUp, engines: int = 1
 ) -> DeviceBudget:
     """Return the budget after the warm-up. Raises `InsufficientMemory` if a derived one holds no session."""
-    budget = choose_budget(device, device_bytes, host_bytes, working_bytes=found.working_bytes, engines=engines)
+    budget = choose_budget(device, device_bytes, host_bytes, found.working_bytes, found.graphs_bytes, engines)
     if device_bytes is None and budget.device_bytes < found.session_bytes:
         raise InsufficientMemory(_too_small(budget.device_bytes, found.session_bytes))
     return budget

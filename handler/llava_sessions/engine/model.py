@@ -6,7 +6,6 @@ the `past_key_values` protocol.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +15,13 @@ import torch
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForImageTextToText
 
 from ..ipc.messages import PreparedPicture
-from ..text.checkpoint import WEIGHTS, WEIGHTS_INDEX, UnsupportedCheckpoint, read_json
+from ..text.checkpoint import WEIGHTS, WEIGHTS_INDEX, UnsupportedCheckpoint
 from . import cuda_path
 from .attention import TEXT_ATTENTION, VISION_ATTENTION, PackedKV, Segment, TokenAttention
 from .cpu import attention as cpu_attention
 from .cpu import int8_linears, layer_stack, layers, linears, picture_layers
+from .cuda import int8_linear
+from .cuda import layers as cuda_layers
 from .cuda.graphs import CUDAGraphs, Graph
 from .cuda.ragged import RaggedAttention
 from .decode_graphs import DecodeGraphs, Predictions
@@ -28,6 +29,7 @@ from .device import native_dtype, on_device, prepare
 from .fused.layer import Batch, FusedLayer
 from .fused.linear import Pack
 from .kv import KVShape
+from .weight_files import check_memory, tensors_on_meta
 
 if TYPE_CHECKING:
     from .cpu.amx_sessions import SessionAttention  # importing it needs Numba
@@ -46,12 +48,17 @@ class Model:
     """A loaded checkpoint on one device. Not thread-safe."""
 
     def __init__(
-        self, model: Any, end_token_ids: frozenset[int] | None = None, kv_dtype: torch.dtype | None = None
+        self,
+        model: Any,
+        end_token_ids: frozenset[int] | None = None,
+        kv_dtype: torch.dtype | None = None,
+        cuda_pack: Pack | None = None,
     ) -> None:
         """Take a transformers model for image-text-to-text and register the engine's attention with it.
 
         `end_token_ids` end an answer; None: those of its generation config, as in `generate`. `kv_dtype`: as in
-        `KVShape`.
+        `KVShape`. `cuda_pack`: for the linears of the language model on CUDA, which may still be on the host; None:
+        they stay as they are.
         """
         text = model.config.get_text_config()
         self._model = model.eval()
@@ -81,17 +88,21 @@ class Model:
         self.graphs: DecodeGraphs | None = None
         cpu_attention.prepare_picture_attention(model.config.vision_config, self.dtype, self.device)
         if self.device.type == "cuda":
-            self.use_cuda_layers()
+            self.use_cuda_layers(cuda_pack)
         elif isinstance(self.text.layers[0], FusedLayer) and self.kv_shape.token_bytes >= COMPILE_FROM_BYTES:
             self._compile_attention()
 
-    def use_cuda_layers(self) -> None:
+    def use_cuda_layers(self, pack: Pack | None = None) -> None:
         """Use fused layers with ragged attention, as on CUDA, if they pass their trial.
 
-        With Triton's interpreter (TRITON_INTERPRET=1) this works on a CPU too, for a model whose linears are not
-        packed.
+        `pack`: see `cuda_pack` of `__init__`. With Triton's interpreter (TRITON_INTERPRET=1) this works on a CPU too,
+        for a model whose linears are not packed.
         """
-        self.token_attention = cuda_path.use_fused_layers(self.text, self._heads, self.kv_shape)
+        self.token_attention = cuda_path.use_fused_layers(
+            self.text, self._heads, self.kv_shape, pack or cuda_layers.pack
+        )
+        if pack is not None:
+            int8_linear.pack_all(self._model, pack)
         if self.device.type == "cuda":
             self.use_graphs(CUDAGraphs())
 
@@ -127,9 +138,10 @@ class Model:
         """Load a folder or hub ID through accelerate's device map.
 
         `device` "auto": CUDA if available, else CPU. `dtype` "auto": see `native_dtype`. `end_token_ids`: as in
-        `__init__`. `weights`: "auto", or "int8" for the linears of the language model on a CPU with bfloat16.
-        `kv_dtype`: "auto", or "int8" for the KV caches. Raises `UnsupportedCheckpoint`, OSError if the checkpoint can't
-        be found, and ValueError if weights in int8 are not possible.
+        `__init__`. `weights`: "auto", or "int8" for the linears of the language model: on a GPU in float16 or bfloat16,
+        or on a CPU with bfloat16. `kv_dtype`: "auto", or "int8" for the KV caches. Raises `UnsupportedCheckpoint`,
+        `InsufficientMemory` if the weights do not fit the GPU, OSError if the checkpoint can't be found, and ValueError
+        if weights in int8 are not possible.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -140,11 +152,19 @@ class Model:
         elif isinstance(dtype, str):
             dtype = getattr(torch, dtype)
         assert isinstance(dtype, torch.dtype)
+        if torch.device(device).type == "cuda" and Path(checkpoint).is_dir():
+            check_memory(Path(checkpoint), dtype, torch.device(device), weights)
+        cache_dtype = torch.int8 if kv_dtype == "int8" else None
+        if weights == "int8" and torch.device(device).type == "cuda":
+            int8_linear.check(dtype)
+            model = load_weights(checkpoint, dtype, "cpu")
+            int8_linear.move_others(model, torch.device(device))
+            return cls(model, end_token_ids, cache_dtype, int8_linear.pack_for(model.device, dtype))
         if weights == "int8":
-            int8_linears.check(dtype, torch.device(device))
+            int8_linears.check(dtype)
         model = load_weights(checkpoint, dtype, device)
         _pack(model, int8_linears.pack if weights == "int8" else linears.pack)
-        return cls(model, end_token_ids, torch.int8 if kv_dtype == "int8" else None)
+        return cls(model, end_token_ids, cache_dtype)
 
     def media_positions(self, token_ids: list[int]) -> list[int]:
         """Return the indices of image and video tokens."""
@@ -245,6 +265,11 @@ class Model:
         torch.cuda.reset_peak_memory_stats(self.device)
         return peak
 
+    @property
+    def int8_frees_bytes(self) -> int:
+        """Bytes that `weights: int8` would free on a GPU; 0 if it is set."""
+        return int8_linear.freed_bytes(self._model) if self.device.type == "cuda" else 0
+
     def allocated_bytes(self) -> int:
         """Return the bytes that torch's allocator holds on the device. 0 on CPU, where torch does not count them."""
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
@@ -272,7 +297,7 @@ def load_weights(checkpoint: str | Path, dtype: torch.dtype, device: str) -> Any
         raise UnsupportedCheckpoint(problem)
     _drop_unused_vision_layers(config)
     # Headers only: mapping a file into memory fails if it is larger than the machine's memory.
-    headers = _tensors_on_meta(Path(checkpoint)) if device == "meta" else None
+    headers = tensors_on_meta(Path(checkpoint)) if device == "meta" else None
     auto: Any = AutoModelForImageTextToText if headers is None else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     made: Any = auto.from_pretrained(
         checkpoint if headers is None else None,
@@ -288,20 +313,6 @@ def load_weights(checkpoint: str | Path, dtype: torch.dtype, device: str) -> Any
     if problems:
         raise UnsupportedCheckpoint(*problems)
     return model
-
-
-def _tensors_on_meta(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a folder's weights by name, without their data."""
-    shards = {WEIGHTS}
-    if not (folder / WEIGHTS).is_file():
-        shards = set(read_json(folder / WEIGHTS_INDEX).get("weight_map", {}).values())
-    tensors = {}
-    for shard in sorted(shards):
-        with (folder / shard).open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        header.pop("__metadata__", None)
-        tensors.update({name: torch.empty(entry["shape"], device="meta") for name, entry in header.items()})
-    return tensors
 
 
 def _weight_problems(folder: Path, loaded: dict[str, Any]) -> list[str]:

@@ -348,6 +348,14 @@ def test_int8_weights_on_a_cpu_need_bfloat16(dtype: str) -> None:
     assert read_config(with_llava(weights="int8", device="cpu")).weights == "int8"
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
+def test_int8_caches_go_with_every_device_and_precision(device: str, dtype: str) -> None:
+    assert read_config(with_llava(kv_dtype="int8", device=device, dtype=dtype)).kv_dtype == "int8"
+    problem = only_problem_of(with_llava(kv_dtype="fp8", device=device, dtype=dtype))
+    assert problem == "`llava.kv_dtype` must be one of auto, int8, got 'fp8'"
+
+
 # --- all at once ---
 
 

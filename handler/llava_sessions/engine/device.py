@@ -76,3 +76,8 @@ def synchronize(device: torch.device) -> None:
     """Wait until a device has finished all launched work. Does nothing for a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def reserved_bytes(device: torch.device) -> int:
+    """Return the bytes that torch's allocator has taken from a CUDA device, in use or kept for reuse. 0 for a CPU."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0

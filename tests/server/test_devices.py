@@ -54,7 +54,7 @@ def stream(http: httpx.Client, chat: PatientChat, started: list[str]) -> dict:
 def test_a_killed_engine_interrupts_and_moves_its_own_sessions_only(served: Served, http: httpx.Client) -> None:
     chats = [PatientChat(http).open(picture) for picture in PICTURES]
     first = [chat.ask(QUESTIONS[0]) for chat in chats]
-    assert eventually(lambda: by_device(served, "sessions") == {"cpu:0": 2, "cpu:1": 2})
+    assert eventually(lambda: by_device(served, "sessions") == {"cpu:0": 2, "cpu:1": 2}), served.log()
     assert len(served.engine_pids) == 2
     worker = served.worker_pid
     started: list[str] = []

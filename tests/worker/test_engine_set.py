@@ -58,7 +58,7 @@ class Engines:
 
 def test_a_session_is_placed_on_the_engine_with_the_most_free_memory() -> None:
     engines = Engines(3)
-    engines.used(0, 9_000)
+    engines.used(0, 9_500)
     engines.used(1, 4_000)
     engines.used(2, 8_000)
     assert engines.place() == 1
@@ -71,10 +71,10 @@ def test_a_session_is_placed_on_the_engine_with_the_most_free_memory() -> None:
 def test_within_a_16th_of_the_budget_the_number_of_sessions_decides() -> None:
     engines = Engines()
     engines.used(0, 4_500)
-    engines.used(1, 4_900)
+    engines.used(1, 5_500)
     engines.add("a", 0)
     assert engines.place() == 1
-    engines.used(1, 5_500)
+    engines.used(1, 5_501)
     assert engines.place() == 0
 
 

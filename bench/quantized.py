@@ -1,9 +1,9 @@
 """What `kv_dtype: int8` and `weights: int8` change: answers of the shapes model, and the time of decode steps.
 
 Answers: each variant holds the same conversations about held-out pictures, five questions each, with its own earlier
-answers as history. A token agrees if the variant's answer has it at the same place as the baseline's. The share is
-that of the tokens of the longer one of both answers. An answer is right as in `models/shapes/evaluate.py`. Attention of
-single tokens is compiled for this small model too, as it is for models of usual size.
+answers as history. A token differs if the baseline's answer does not have it at the same place. Shares are those of the
+tokens of the longer one of both answers. An answer is right as in `models/shapes/evaluate.py`. Attention of single
+tokens is compiled for this small model too, as it is for models of usual size.
 
 Steps: decode steps of a larger model with random weights, with caches of random numbers; the variants alternate.
 
@@ -147,15 +147,15 @@ def all_answers(variant: Variant, pictures: int, folder: Path) -> list[Answer]:
 
 
 def compared(answers: list[Answer], baseline: list[Answer]) -> dict[str, float]:
-    """Return the figures of a variant's answers, in percent and percentage points."""
+    """Return the figures of a variant's answers, in percent and in percentage points."""
     pairs = [(one.token_ids, other.token_ids) for one, other in zip(answers, baseline, strict=True)]
     equal = sum(a == b for ids, others in pairs for a, b in zip(ids, others, strict=False))
     right, right_before = (sum(answer.is_right for answer in each) for each in (answers, baseline))
     return {
         "right %": 100 * right / len(answers),
         "points": 100 * (right - right_before) / len(answers),
-        "same tokens %": 100 * equal / sum(max(map(len, pair)) for pair in pairs),
-        "same answers %": 100 * sum(ids == others for ids, others in pairs) / len(pairs),
+        "tokens that differ %": 100 * (1 - equal / sum(max(map(len, pair)) for pair in pairs)),
+        "answers that differ %": 100 * sum(ids != others for ids, others in pairs) / len(pairs),
     }
 
 
@@ -243,22 +243,22 @@ def main(argv: list[str] | None = None) -> Result:
 def report(options: Options, answers: dict[str, list[Answer]], times: dict[str, dict[str, list[float]]]) -> Result:
     """Return the table: a row for each variant, a column for each cell of chats and tokens."""
     cells = [cell_name(*cell) for cell in options.pick(CELLS, SMOKE_CELLS)]
-    figures = ["right %", "points", "same tokens %", "same answers %"]
+    figures = ["right %", "points", "tokens that differ %", "answers that differ %"]
     result = Result(["variant", *figures, *(f"{cell}, ms" for cell in cells)])
     baseline = next(iter(answers))
     for name, found in answers.items():
-        row = {"variant": name} | compared(found, answers[baseline])
-        result.ratios[f"{name}: right answers, % of {len(found):,}"] = row["right %"]
+        shares = compared(found, answers[baseline])
+        row = {"variant": name} | {column: f"{share:.2f}" for column, share in shares.items()}
         if name != baseline:
-            result.ratios[f"{name}: right answers, points from {baseline}"] = row["points"]
-            result.ratios[f"{name}: tokens as in {baseline}, %"] = row["same tokens %"]
+            result.ratios[f"{name}: right answers, points from {baseline}"] = shares["points"]
+            result.ratios[f"{name}: tokens that differ from {baseline}, %"] = shares["tokens that differ %"]
         for cell, taken in times.get(name, {}).items():
             row[f"{cell}, ms"] = spread(taken)
             if name != baseline:
                 ratio = median(taken) / median(times[baseline][cell])
                 result.ratios[f"decode step of {cell}, {name} / {baseline}"] = ratio
         result.rows.append(row)
-    result.settings = {"questions": len(answers[baseline]), "steps": "decode steps of the model named above"}
+    result.settings = {"questions": len(answers[baseline])}
     result.samples = {"times_ms": times}
     return result
 
@@ -276,7 +276,7 @@ def paint(axes: object, result: Result) -> None:
         axes.bar(np.arange(len(cells)) + number * width, heights, width, label=name)
     axes.set_xticks(np.arange(len(cells)) + 0.4 - width / 2, cells)
     axes.set_ylabel(f"time of a decode step / {names[0]}")
-    axes.legend()
+    axes.legend(ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, 1.12), frameon=False)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from .bar import BAR, PEERS_BAR, Measure
 from .harness import FLOAT32, RESULTS, number
 
 README = Path(__file__).parent / "README.md"
-BENCHES = ("turns", "chats", "decode", "memory", "open", "stall", "pipe", "linears", "step_overhead")
+BENCHES = ("turns", "chats", "decode", "memory", "open", "stall", "pipe", "linears", "step_overhead", "quantized")
 # They start whole servers; `python -m bench` does not run them.
 SERVED = ("peers", "served", "route", "endpoint", "held_rows", "admission", "scrape", "load", "sessions")
 

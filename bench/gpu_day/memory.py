@@ -9,15 +9,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from llava_sessions.chat.transcript import Conversation
 from llava_sessions.engine.budget import DeviceBudget
 from llava_sessions.engine.engine import Engine
-from llava_sessions.engine.process import final_budget, warm_up
-from llava_sessions.ipc.messages import AskSession, CloseSession, OpenSession, OutOfCapacity, Sampling
+from llava_sessions.engine.process import start
+from llava_sessions.ipc.messages import AskSession, CloseSession, EngineSettings, OpenSession, OutOfCapacity, Sampling
 from llava_sessions.text.chat_template import ChatTemplate, Opening
 
 from .day import Day, Findings
-from .engines import Driver, engine_of, load
+from .engines import Driver, load
 from .models import LLAVA, TINY
 
 # Both names: older torch reads the first one only.
@@ -49,19 +48,17 @@ def measure(day: Day) -> dict[str, Any]:
     """Fill the budget, run random work, and exceed it; return counts and bytes."""
     shape = day.pick(LLAVA, TINY)
     model, template = load(day, shape)
-    engine = engine_of(model, template)
-    found = warm_up(engine, template)
-    budget = final_budget(day.device, None, _HOST_BYTES, found)
-    small = DeviceBudget(5 * found.session_bytes, 4 * found.session_bytes)
-    engine.device_memory.budget = day.pick(budget, small)
+    engine = start(model, template, EngineSettings("", "", "auto", str(day.device), None, host_bytes=_HOST_BYTES))
+    budget = engine.device_memory.budget
     chats = _Chats(engine, template, shape.vocabulary)
+    if day.smoke:
+        engine.device_memory.budget = DeviceBudget(5 * chats.session_bytes, 4 * chats.session_bytes)
     filled = chats.fill()
     full = _torch_bytes(day)
     operations = chats.churn(day)
     after = _torch_bytes(day)
     return {
-        "working_bytes": found.working_bytes,
-        "session_bytes": found.session_bytes,
+        "session_bytes": chats.session_bytes,
         "device_budget_bytes": budget.device_bytes,
         "sessions_until_the_first_offload": filled,
         "operations": operations,
@@ -87,7 +84,13 @@ class _Chats(Driver):
         side = engine.model.largest_picture
         noise = np.random.default_rng(0).integers(0, 256, (side[1], side[0], 3), dtype=np.uint8)
         self._inputs = template.opening([("0", Image.fromarray(noise))])
-        self.conversations: dict[str, Conversation] = {}
+
+    @property
+    def session_bytes(self) -> int:
+        """Bytes of a session on the device after its opening."""
+        model = self.engine.model
+        features_bytes = self._inputs.image_tokens * model.feature_bytes
+        return model.kv_shape.device_bytes(len(self._inputs.token_ids)) + features_bytes
 
     def open_next(self) -> str:
         """Open one more session; return its name."""

@@ -23,7 +23,7 @@ GRAPHS = "fused layers, graphs"
 class PlainModel(Model):
     """A model that keeps transformers' layers on a GPU."""
 
-    def use_cuda_layers(self) -> None:
+    def use_cuda_layers(self, *_: Any) -> None:
         """Change nothing."""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
     CLIPImageProcessor,
@@ -32,6 +33,7 @@ from deploy.sagemaker import capacity
 from deploy.sagemaker.capacity import CLIP, CONTEXT_BYTES, GIB, INSTANCES, MIB, MODELS, InstanceType, LlavaShape
 from llava_sessions.engine.budget import DeviceBudget, InsufficientMemory, choose_budget
 from llava_sessions.engine.cuda import layers
+from llava_sessions.engine.encoding import GPU_TILES
 from llava_sessions.engine.engine import Engine
 from llava_sessions.engine.model import Model
 from llava_sessions.engine.process import WarmUp, final_budget, measure, warm_up
@@ -103,22 +105,27 @@ def processor_of(shape: LlavaShape, tokenizer: Any) -> Any:
     return LlavaProcessor(CLIPImageProcessor(**size), tokenizer, **options)
 
 
+def loaded(shape: LlavaShape) -> tuple[Model, ChatTemplate]:
+    """Return a model whose device is called CUDA, and its template."""
+    tokenizer = tiny_families._qwen_tokenizer() if shape.text == "qwen2" else tiny_families._llama_tokenizer()
+    with torch.device("meta"):
+        made = AutoModelForImageTextToText.from_config(config_of(shape, tokenizer, LAYERS), dtype=torch.float16)
+    model = Model(made)
+    model.device = CUDA
+    model.kv_shape = replace(model.kv_shape, device=CUDA, layers=shape.layers)
+    return model, ChatTemplate(processor_of(shape, tokenizer))
+
+
 def chat_on(card: Card, shape: LlavaShape, patch: pytest.MonkeyPatch, fused: bool = False) -> WarmUp:
     """Run what the engine runs when it starts on a card, with plain or with fused layers.
 
     Prompts have the longest pieces.
     """
-    tokenizer = tiny_families._qwen_tokenizer() if shape.text == "qwen2" else tiny_families._llama_tokenizer()
-    with torch.device("meta"):
-        made = AutoModelForImageTextToText.from_config(config_of(shape, tokenizer, LAYERS), dtype=torch.float16)
-    model = Model(made)
+    model, template = loaded(shape)
     if fused:
         for module in ("fused.layer", "cuda.layers"):  # a norm on the meta device has no numbers to compare
             patch.setattr(f"llava_sessions.engine.{module}.is_rms_norm", lambda norm: True)
         assert layers.fuse(model.text)
-    model.device = CUDA
-    model.kv_shape = replace(model.kv_shape, device=CUDA, layers=shape.layers)
-    template = ChatTemplate(processor_of(shape, tokenizer))
     card.patch(patch)
     with meta_cuda(card):
         engine = Engine(model, template.answer_text, choose_budget(CUDA))
@@ -147,6 +154,24 @@ def test_the_budget_is_what_fits_and_what_capacity_promises(shape: LlavaShape, m
         assert promised <= device_bytes <= promised + 2 * MIB
         session_bytes = shape.features_bytes + shape.kv_bytes(shape.picture_tokens + TEXT_TOKENS)
         assert device_bytes // session_bytes == capacity.fit(shape, instance, TEXT_TOKENS).on_gpu
+
+
+@pytest.mark.parametrize("shape", MODELS, ids=lambda shape: shape.name)
+def test_a_batch_of_pictures_takes_no_more_than_is_reserved(shape: LlavaShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, template = loaded(shape)
+    card = Card(400 * GIB, GIB)
+    card.patch(monkeypatch)
+    for size in ((336, 336), (336, 1000), (600, 600)):
+        (one,) = template.opening([("", Image.new("RGB", size))]).pictures
+        pixels = one.inputs["pixel_values"]
+        tiles = pixels.shape[1] if pixels.ndim == 5 else 1
+        with meta_cuda(card):
+            held_bytes = model.allocated_bytes()
+            model.peak_bytes()
+            features = model.encode_batch([one] * max(GPU_TILES // tiles, 1))
+            working_bytes = model.peak_bytes() - held_bytes - sum(rows.nbytes for rows in features)
+            del features
+        assert working_bytes <= shape.working_mib * MIB
 
 
 @pytest.mark.parametrize("shape", [MODELS[0], MODELS[3]], ids=lambda shape: shape.name)
@@ -188,11 +213,3 @@ def test_a_first_chat_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPat
 def test_a_configured_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     Card(GIB, GIB).patch(monkeypatch)
     assert final_budget(CUDA, 5, 7, WarmUp(1, GIB)) == DeviceBudget(5, 7)
-
-
-def test_engines_share_the_ram() -> None:
-    alone = choose_budget(torch.device("cpu"))
-    shared = choose_budget(torch.device("cpu"), engines=4)
-    assert abs(4 * shared.device_bytes - alone.device_bytes) < 8
-    assert abs(4 * shared.host_bytes - alone.host_bytes) < 8
-    assert choose_budget(torch.device("cpu"), 5, 7, engines=4) == DeviceBudget(5, 7)

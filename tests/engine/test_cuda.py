@@ -94,6 +94,49 @@ def test_answers_are_the_same_after_offloading_and_rebuilding(
     assert not chats.refused()
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "int8"),
+    [
+        on_cuda("float16", {"kv_dtype": "int8"}),
+        on_cuda("float16", {"weights": "int8"}),
+        on_cuda("bfloat16", {"weights": "int8", "kv_dtype": "int8"}),
+        ("cpu", "float32", {"kv_dtype": "int8"}),
+    ],
+    ids=str,
+)
+def test_int8_changes_no_answer_much(
+    checkpoints: dict[str, Path], device: str, dtype: str, int8: dict[str, str]
+) -> None:
+    chats = DeviceChats(checkpoints["next-mistral"], device, dtype, **int8)
+    for name in "abc":
+        chats.open(name, ord(name))
+        chats.ask(name, QUESTIONS[0], Sampling(8))
+    for name, answer in chats.run().items():
+        chats.check(name, answer)
+        chats.engine.sessions[name].kv.offload()
+        chats.ask(name, QUESTIONS[1], Sampling(8))
+    for name, answer in chats.run().items():
+        chats.check(name, answer)
+    assert chats.engine.memory().restores == 3
+
+
+@cuda_only
+def test_decode_steps_run_as_graphs(checkpoints: dict[str, Path], device: str) -> None:
+    """While caches grow, and after one has left the device."""
+    chats = DeviceChats(checkpoints["next-mistral"], device)
+    assert chats.model.graphs is not None
+    for turn in range(3):
+        for name in "abc":
+            if not turn:
+                chats.open(name, ord(name))
+            chats.ask(name, QUESTIONS[turn] * 4, Sampling(40))
+        for name, answer in chats.run().items():
+            chats.check(name, answer)
+        chats.engine.sessions["b"].kv.offload()
+    assert chats.model.graphs.is_on
+    assert chats.model.graphs.replays > 60
+
+
 @both
 def test_seeded_sampling_does_not_depend_on_the_batch(tiny: Path, device: str) -> None:
     sampling = Sampling(12, temperature=1.5, top_p=0.9, seed=7)

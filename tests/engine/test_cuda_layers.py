@@ -150,6 +150,21 @@ def test_the_plain_layers_stay_if_the_trial_fails(
     assert torch.equal(logits(model), expected)
 
 
+def test_the_plain_layers_stay_if_a_fused_layer_is_wrong(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = DeviceLinear._product
+
+    def product(self: DeviceLinear, rows: torch.Tensor, added: torch.Tensor | None) -> torch.Tensor:
+        return right(self, rows, None) if added is not None else right(self, rows, added)  # without the residual
+
+    monkeypatch.setattr(DeviceLinear, "_product", product)
+    model = plain_model(folder)
+    use_layers(model, of(CompiledAttention))
+    assert [message.partition(" ")[0] for message in caplog.messages] == ["fused_layer_wrong"]
+    assert model.token_attention is None
+
+
 def test_the_plain_layers_stay_without_triton(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoConfig
@@ -128,6 +129,31 @@ def test_answers_equal_generate_in_a_shared_batch_with_several_and_with_later_pi
     assert len({tuple(ids) for ids in expected.values()}) > 2, "the answers are all the same: the test is void"
     encode_ms = {event.session_id: event.encode_ms for event in chats.events if isinstance(event, Prefilled)}
     assert (encode_ms["one"] > 0) != (encode_ms["twin"] > 0), "one picture is encoded once"
+
+
+def test_answers_equal_generate_if_pictures_are_encoded_in_batches(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chats = Chats(family)
+    chats.engine.encoder.most_tiles = 64
+    batches: list[list[str]] = []
+    encode = family.model.encode_batch
+
+    def noted(pictures: list[PreparedPicture]) -> list[torch.Tensor]:
+        batches.append([picture.key for picture in pictures])
+        features = encode(pictures)
+        assert all(rows.untyped_storage().nbytes() == rows.nbytes for rows in features), "no memory of the batch stays"
+        return features
+
+    monkeypatch.setattr(family.model, "encode_batch", noted)
+    openings = {"one": [1], "five": [5], "again": [1], "pair": [9, 2], "six": [6]}
+    for name, seeds in openings.items():
+        chats.open(name, *seeds)
+    expected = {name: chats.ask(name, QUESTIONS[0]) for name in openings}
+    assert chats.run() == expected
+    encoded = [key.partition(":")[0] for batch in batches for key in batch]
+    assert sorted(encoded) == [f"noise {seed}" for seed in (1, 2, 5, 6, 9)], "each picture once"
+    assert len(batches[0]) > 1, "pictures of one shape are encoded together"
 
 
 @pytest.mark.parametrize("host_bytes", [2**30, 0], ids=["offloaded", "cold"])

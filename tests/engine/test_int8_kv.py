@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -411,3 +414,17 @@ def test_the_engines_memory_is_counted_in_int8(tiny: Path) -> None:
     memory = chats.engine.memory()
     assert memory.kv_bytes == GROWTH_TOKENS * shape.token_bytes
     assert memory.offloaded_bytes == session.kv.length * shape.token_bytes
+
+
+def test_in_tritons_interpreter() -> None:
+    """The attention of CUDA stores and reads the same numbers: see interpreted_int8_kv.py."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n0", "tests/engine/interpreted_int8_kv.py"],
+        cwd=Path(__file__).resolve().parents[2],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]

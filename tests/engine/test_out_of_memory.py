@@ -182,7 +182,7 @@ def loaded(tiny: Path) -> tuple[Any, Model, ChatTemplate]:
 
 # What must be among the places of the engine that allocate during `Chat.talk`.
 EXPECTED = {
-    "Model.encode",
+    "Model.encode_batch",
     "Model.forward",
     "Model._embed",
     "KVShape.empty",

@@ -56,6 +56,7 @@ class Card:
         patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _=None: self._reset_peak())
         patch.setattr(torch.cuda, "empty_cache", self._empty_cache)
         patch.setattr(torch.cuda, "synchronize", lambda _=None: None)
+        patch.setattr(torch.cuda, "Event", _Event)
         patch.setattr(torch.cuda, "current_stream", lambda _=None: SimpleNamespace(synchronize=lambda: None))
         patch.setattr(attention, "causal_lower_right", _uncounted(causal_lower_right))
         patch.setattr(torch.cuda, "mem_get_info", lambda _=None: (self._free_bytes(), self.total_bytes))
@@ -68,6 +69,23 @@ class Card:
 
     def _free_bytes(self) -> int:
         return self.total_bytes - self.used_bytes - self.reserved_bytes
+
+
+class _Event:
+    """An event of a device that computes nothing."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        """Record the end of the launched work."""
+
+    def synchronize(self) -> None:
+        """Wait for the recorded work."""
+
+    def elapsed_time(self, _: _Event) -> float:
+        """Return the milliseconds to another event."""
+        return 0.0
 
 
 class _Storages(TorchDispatchMode):

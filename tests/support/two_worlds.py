@@ -117,10 +117,11 @@ class _Calls(TorchFunctionMode):
             self._labels.add(options["attn_mask"])
         options.pop("pin_memory", None)
         devices = [one for one in (*args, *options.values()) if isinstance(one, torch.device | str) and _is_device(one)]
-        if func is torch.Tensor.to:
-            others = [one for one in args if one not in devices]
-            out = func(*others, **{name: one for name, one in options.items() if name != "device"})
-            return self._moved(out, torch.device(devices[0])) if devices else out
+        if func is torch._C._nn._parse_to:  # the arguments of a module's `to`
+            return func(*args, **options)
+        if func is torch.Tensor.to and devices:
+            dtypes = [one for one in (*args, *options.values()) if isinstance(one, torch.dtype)]
+            return self._moved(func(args[0], *dtypes) if dtypes else args[0], torch.device(devices[0]))
         out = func(*map(_replaced, args), **{name: _replaced(one) for name, one in options.items()})
         if devices and torch.device(devices[0]).type == "cuda" and isinstance(out, torch.Tensor):
             self._labels.add(out)

@@ -481,7 +481,7 @@ def test_every_contradiction_of_a_configuration_is_named(tmp_path: Path) -> None
     }
     found = levels(configuration.check_configuration(Subject(config=edited(tmp_path, CONFIG, changes))))
     for problem in (
-        "`llava.prefill_chunk_tokens` must be an integer from 1 to 65536, got",
+        "`llava.prefill_chunk_tokens` must be auto or an integer from 1 to 65536, got",
         "`sequenceTimeoutMSec` must be an integer of at least 1320000",
         "`minWorkers` must be at most `maxWorkers` (1), got 2",
         "`responseTimeout` must be longer than `llava.engine_hang_s` (60 s), got 30 s",

@@ -131,8 +131,13 @@ def _pictures(command, session: str):
 
 def test_sessions_share_pictures_with_sessions_of_the_same_token_only(front, monkeypatch):
     encoded: list[str] = []
-    encode = front.engine.model.encode
-    monkeypatch.setattr(front.engine.model, "encode", lambda picture: encoded.append(picture.key) or encode(picture))
+    encode = front.engine.model.encode_batch
+
+    def encode_batch(pictures):
+        encoded.extend(picture.key for picture in pictures)
+        return encode(pictures)
+
+    monkeypatch.setattr(front.engine.model, "encode_batch", encode_batch)
     copied: list[str] = []
 
     def copy_opening(session, others):

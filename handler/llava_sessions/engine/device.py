@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import time
+from typing import Any
 
 import torch
 
@@ -81,3 +83,36 @@ def synchronize(device: torch.device) -> None:
 def reserved_bytes(device: torch.device) -> int:
     """Return the bytes that torch's allocator has taken from a CUDA device, in use or kept for reuse. 0 for a CPU."""
     return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+
+class Stopwatch:
+    """The time of work on a device, from the creation to `stop`.
+
+    On CUDA the times are events of the current stream: neither call waits, and what was only launched counts.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._began = _mark(device)
+        self._ended = self._began
+
+    def stop(self) -> None:
+        """End the measured work."""
+        self._ended = _mark(self._device)
+
+    @property
+    def ms(self) -> float:
+        """Milliseconds. On CUDA the host waits for the end of the work."""
+        if self._device.type != "cuda":
+            return float(self._ended - self._began) * 1e3
+        self._ended.synchronize()
+        return float(self._began.elapsed_time(self._ended))
+
+
+def _mark(device: torch.device) -> Any:
+    """Return the time in seconds on a CPU, and a recorded event on CUDA."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

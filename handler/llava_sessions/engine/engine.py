@@ -1,6 +1,6 @@
 """The engine: applies commands to its sessions and answers them in packed steps.
 
-A step encodes at most one picture and runs one forward over new tokens of all sessions with work.
+A step encodes one picture, on a GPU several, and runs one forward over new tokens of all sessions with work.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from ..text.answer_text import AnswerText
 from .admission import Admission
 from .ahead import WorkAhead
 from .budget import DeviceBudget
-from .content import Features, FeatureStore, check_feature_count
+from .content import FeatureStore
 from .device import synchronize
+from .encoding import PictureEncoder
 from .failures import Failures
 from .faults import is_out_of_memory, raise_if_device_lost
 from .memory import DeviceMemory, MemoryExceeded
@@ -46,8 +47,7 @@ from .session import (
     EngineSessionState,
     EngineTurn,
     awaits_first_token,
-    elapsed_ms,
-    next_to_encode,
+    has_opening,
 )
 
 log = logging.getLogger(__name__)
@@ -99,6 +99,14 @@ class Engine:
         self.piece_size = PieceSize(prefill_chunk_tokens, on_gpu=model.device.type == "cuda")
         self._events: list[Event] = []
         self._failures = Failures(sessions=self.sessions, device_memory=self.device_memory, events=self._events)
+        # Public, so that tests can run batches of pictures on a CPU.
+        self.encoder = PictureEncoder(
+            model,
+            sessions=self.sessions,
+            features=self._features,
+            device_memory=self.device_memory,
+            failures=self._failures,
+        )
         # The text of a step's tokens is computed during the next forward. On a CPU, which computes the forward itself,
         # this would only delay the text. Tests set it to True to run the GPU's way on a CPU.
         self.defers_text = model.device.type == "cuda"
@@ -166,7 +174,7 @@ class Engine:
         return [event for events in self.phases() for event in events]
 
     def phases(self) -> Iterator[list[Event]]:
-        """Run one step: admit what waits, encode one picture, run one packed forward and sample.
+        """Run one step: admit what waits, encode pictures, run one packed forward and sample.
 
         Yields the new events before each long part and at the end, so that they can be reported at once. On CUDA the
         text of the previous step's tokens is computed and reported while the device runs the forward. Finally, if no
@@ -178,7 +186,8 @@ class Engine:
                 self._stop(session.turn.id, "deadline", keep_answer=True)
         self._admit_waiting()
         yield _taken(self._events)
-        self._encode_next()
+        if self.encoder.encode_next():
+            self._detokenize()
         steps = plan(self._ready(), self.piece_size.chunk_tokens, self.piece_size.tokens)
         yield _taken(self._events)
         began = time.perf_counter()
@@ -209,36 +218,6 @@ class Engine:
                 log.exception("admission_failed session=%s", waiting.session.id[:12])
                 self._failures.fail(waiting.session, error, ends_opening=waiting.turn is None)
 
-    def _encode_next(self) -> None:
-        """Encode the picture that has waited longest. A failure ends the turn that shows it, or the opening."""
-        for each in self.sessions.values():
-            each.attach_features(self._features)
-        session = next_to_encode(self.sessions.values())
-        if session is None:
-            return
-        index = next(at for at, picture in enumerate(session.pictures) if picture.features is None)
-        picture = session.pictures[index]
-        began = time.perf_counter()
-        try:
-            if picture.prepared is None:
-                raise ValueError("the picture has no arrays to encode")
-            picture.features = Features(self.model.encode(picture.prepared))
-            check_feature_count(session.pictures, len(session.image_positions))
-        except Exception as error:
-            raise_if_device_lost(error, self.model.device)
-            if is_out_of_memory(error):
-                self._failures.retry_or_reject(session, error)
-                return
-            log.exception("encode_failed session=%s", session.id[:12])
-            turn = session.turn
-            is_of_turn = turn is not None and not turn.is_waiting and index >= turn.start_pictures
-            self._failures.fail(session, error, ends_opening=not is_of_turn)
-            return
-        picture.prepared = None
-        self._features.add(picture.key, picture.features)
-        self.device_memory.bound_pool()
-        session.encode_ms += elapsed_ms(began)
-
     def _ready(self) -> list[EngineSession]:
         """Return the sessions whose tokens can run in this step, in order of arrival.
 
@@ -249,7 +228,7 @@ class Engine:
         for session in sorted((s for s in self.sessions.values() if s.active), key=lambda s: s.ticket):
             if not session.encoded:
                 continue
-            if session.has_opening:
+            if has_opening(session):
                 ready.append(session)
                 continue
             with self._failures.isolated(session):

@@ -7,9 +7,11 @@ the `past_key_values` protocol.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForImageTextToText
 
@@ -19,7 +21,7 @@ from . import cuda_path
 from .attention import TEXT_ATTENTION, VISION_ATTENTION, PackedKV, Segment, TokenAttention
 from .cpu import attention as cpu_attention
 from .cpu import int8_linears, layer_stack, layers, linears, picture_layers
-from .device import native_dtype, prepare
+from .device import native_dtype, on_device, prepare
 from .fused.layer import Batch, FusedLayer
 from .fused.linear import Pack
 from .kv import KVShape
@@ -136,19 +138,30 @@ class Model:
         """Return the indices of image and video tokens."""
         return [at for at, token in enumerate(token_ids) if token in self.media_token_ids]
 
-    @torch.inference_mode()
     def encode(self, picture: PreparedPicture) -> torch.Tensor:
         """Run vision tower and projector on one picture or clip; return features `[image tokens, hidden]`."""
-        inputs = {name: torch.from_numpy(array).to(self.device) for name, array in picture.inputs.items()}
+        return self.encode_batch([picture])[0]
+
+    @torch.inference_mode()
+    def encode_batch(self, pictures: Sequence[PreparedPicture]) -> list[torch.Tensor]:
+        """Run vision tower and projector on one clip, or on pictures whose arrays have the same shapes.
+
+        Returns the features of each, `[image tokens, hidden]` in memory of its own. On CUDA the work is only launched.
+        """
+        arrays = pictures[0].inputs
+        if len(pictures) > 1:
+            arrays = {name: np.concatenate([picture.inputs[name] for picture in pictures]) for name in arrays}
+        # Transformers reads all arrays but the pixels on the host.
+        inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
         for name in ("pixel_values", "pixel_values_videos"):
             if name in inputs:
-                inputs[name] = inputs[name].to(self.dtype)
+                inputs[name] = inputs[name].to(self.device).to(self.dtype)
         if "pixel_values_videos" in inputs:
             clips: torch.Tensor = self._model.model.get_video_features(**inputs, return_dict=True).pooler_output
-            return clips[0]  # of [1, tokens, hidden]
+            return [clip.clone() for clip in clips]  # of [1, tokens, hidden]
         # A list of [tokens, hidden]; for tiled pictures it includes the newline features of the rows.
         features = self._model.model.get_image_features(**inputs, return_dict=True).pooler_output
-        return torch.cat(tuple(features), dim=0)
+        return [rows.clone() for rows in features]
 
     @torch.inference_mode()
     def forward(self, segments: list[Segment]) -> torch.Tensor:
@@ -207,8 +220,7 @@ class Model:
 
     def _on_device(self, numbers: list[int]) -> torch.Tensor:
         """Return an int64 tensor `[len(numbers)]`. On CUDA the copy is asynchronous."""
-        tensor = torch.tensor(numbers, dtype=torch.int64)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        return on_device(torch.tensor(numbers, dtype=torch.int64), self.device)
 
     def peak_bytes(self) -> int:
         """Return the peak of torch's allocator on the device since the last call, and reset it. 0 on CPU."""

@@ -97,6 +97,11 @@ def load(settings: EngineSettings) -> Engine:
     model = Model.load(
         settings.checkpoint, settings.dtype, settings.device, end_ids, settings.weights, settings.kv_dtype
     )
+    return start(model, template, settings)
+
+
+def start(model: Model, template: ChatTemplate, settings: EngineSettings) -> Engine:
+    """Return an engine on a loaded model that has answered one question. Of `settings` only the sizes are used."""
     chunk_tokens = settings.prefill_chunk_tokens
     engine = Engine(model, template.answer_text, choose_budget(model.device), chunk_tokens or DEFAULT_CHUNK_TOKENS)
     found = warm_up(engine, template)

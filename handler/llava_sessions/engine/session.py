@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -15,6 +15,7 @@ from ..ipc.messages import Cancelled, Delta, Event, Finished, Prefilled, Residen
 from ..text.answer_text import AnswerText
 from .attention import Segment
 from .content import FeatureStore, SessionContent, SessionPicture, opening_key
+from .device import Stopwatch
 from .kv import SessionKV
 from .sampling import Sampler
 
@@ -179,7 +180,8 @@ class EngineSession(SessionContent, Stateful):
     and least-recently-used eviction sort by it. `opening_tokens`, `opening_bytes`: the tokens of the opening that are
     part of the session, and the KV of the whole opening on the device. `prefix`: equal for sessions with the same
     opening and `salt`, which share its prefill. `fork_from`: see `OpenSession`. `reserved_bytes`: upper bound of the KV
-    on the device during the current work. `short_of_memory`: memory ran out for the session since its latest request.
+    on the device during the current work. `encodings`: times of the batches with its pictures. `short_of_memory`:
+    memory ran out for the session since its latest request.
     """
 
     id: str
@@ -193,7 +195,7 @@ class EngineSession(SessionContent, Stateful):
     fork_from: str | None = None
     state: State = EngineSessionState.WAITING
     reserved_bytes: int = 0
-    encode_ms: float = 0.0
+    encodings: list[Stopwatch] = field(default_factory=list)
     short_of_memory: bool = False
     turn: EngineTurn | None = None
 
@@ -217,12 +219,6 @@ class EngineSession(SessionContent, Stateful):
     def pending_tokens(self) -> int:
         """Tokens that are not in the KV cache yet."""
         return len(self.token_ids) - self.kv.length
-
-    @property
-    def has_opening(self) -> bool:
-        """Whether the KV cache has the opening, as reported."""
-        stored = self.kv.length
-        return stored > 0 and stored >= self.opening_tokens and self.state is EngineSessionState.READY
 
     @property
     def residence(self) -> Residence:
@@ -257,7 +253,8 @@ class EngineSession(SessionContent, Stateful):
         if self.state is not EngineSessionState.PREFILLING or self.kv.length < self.opening_tokens:
             return []
         self.advance(EngineSessionState.READY)
-        return [Prefilled(self.id, self.encode_ms, elapsed_ms(self.opened_at))]
+        encode_ms = sum(watch.ms for watch in self.encodings)
+        return [Prefilled(self.id, encode_ms, elapsed_ms(self.opened_at))]
 
     def crop(self, tokens: int, pictures: int) -> None:
         """Discard all but the first `tokens` tokens, with their `pictures` pictures and their KV.
@@ -347,16 +344,16 @@ class EngineSession(SessionContent, Stateful):
         return self.turn
 
 
+def has_opening(session: EngineSession) -> bool:
+    """Return whether the KV cache has the opening, and `Prefilled` is reported."""
+    stored = session.kv.length
+    return stored > 0 and stored >= session.opening_tokens and session.state is EngineSessionState.READY
+
+
 def awaits_first_token(session: EngineSession) -> bool:
     """Return whether the session has an opening that is not prefilled, or a turn without a token of its answer."""
     turn = session.turn
     return session.state is not EngineSessionState.READY or (turn is not None and not turn.answer_ids)
-
-
-def next_to_encode(sessions: Iterable[EngineSession]) -> EngineSession | None:
-    """Return the active session whose unencoded picture has waited longest, or None."""
-    waiting = (session for session in sessions if session.active and not session.encoded)
-    return min(waiting, key=lambda session: session.ticket, default=None)
 
 
 def elapsed_ms(since: float) -> float:

@@ -52,6 +52,7 @@ class Card:
     def patch(self, patch: pytest.MonkeyPatch) -> None:
         """Make torch report this card's memory."""
         patch.setattr(torch.cuda, "memory_allocated", lambda _=None: self.used_bytes + self.live_bytes)
+        patch.setattr(torch.cuda, "memory_reserved", lambda _=None: self.used_bytes + self.reserved_bytes)
         patch.setattr(torch.cuda, "max_memory_allocated", lambda _=None: self.used_bytes + self.peak_bytes)
         patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _=None: self._reset_peak())
         patch.setattr(torch.cuda, "empty_cache", self._empty_cache)

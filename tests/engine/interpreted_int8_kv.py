@@ -32,7 +32,7 @@ def test_ragged_attention_stores_and_reads_the_numbers_of_torchs_path(tmp_path: 
         steps = [[(first, list(range(20, 60))), (second, [70])]]
         steps += [[(first, [token]), (second, [token + 5])] for token in (80, 81, 82)]
         given = ([Segment(kv, ids, None, [], True) for kv, ids in step] for step in steps)
-        logits = torch.cat([model.forward(segments) for segments in given])
+        logits = torch.cat([model.forward(segments).logits for segments in given])
         results.append((logits, *(part[:, :, :, : kv.length] for kv in (first, second) for part in kv._parts)))
     (expected, *caches), (got, *others) = results
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)

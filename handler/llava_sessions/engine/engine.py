@@ -154,9 +154,11 @@ class Engine:
         """End a running turn early, see `StopTurn`. Does nothing if the turn has ended."""
         for session in list(self.sessions.values()):
             if session.turn is not None and session.turn.id == turn_id:
-                with self._failures.isolated(session):
-                    self._events += session.turn.detokenize()
+                try:
                     self._events += session.stop_turn(reason, keep_answer)
+                except Exception as error:
+                    log.exception("turn_failed session=%s", session.id[:12])
+                    self._failures.fail(session, error)
 
     def _close(self, session_id: str) -> None:
         """Free a session in any state. `Closed` follows in any case, also for an unknown session."""
@@ -165,7 +167,7 @@ class Engine:
             session.kv.drop()
         if session is not None and session.turn is not None:
             turn = session.turn
-            self._events += turn.detokenize()
+            self._failures.report_text(turn)
             self._events.append(Cancelled(turn.id, usage=turn.usage, timings=turn.timings))
         self._events.append(Closed(session_id))
 

@@ -12,6 +12,8 @@ import torch
 from llava_sessions.engine.attention import Segment
 from llava_sessions.engine.chunks import measure_pieces
 from llava_sessions.engine.model import Model
+from llava_sessions.ipc.messages import Sampling
+from tests.support.engine_chats import QUESTIONS, Chats
 from tests.support.tiny_llava import make_checkpoint
 
 
@@ -55,13 +57,39 @@ def test_the_chunk_takes_at_most_50_ms(
 
 
 @pytest.mark.parametrize(("most_tokens", "chunk", "tokens"), [(600, 512, 512), (100, 256, 256), (2048, 2048, 2048)])
-def test_memory_that_runs_out_ends_the_search(
+def test_memory_that_runs_out_ends_the_search_and_limits_the_pieces(
     model: Model, most_tokens: int, chunk: int, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = Device(model, 1e6, most_tokens)
     monkeypatch.setattr(model, "forward", device.forward)
     pieces, _ = measure_pieces(model, None, lambda: device.now_s)
-    assert (pieces.chunk_tokens, pieces.tokens) == (chunk, tokens)
+    pieces.note(256, 1e-3)
+    assert (pieces.chunk_tokens, pieces.tokens, pieces.most_tokens) == (chunk, tokens, tokens)
+
+
+def test_the_longest_piece_is_halved_until_it_fits(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(model, 1e6, 600)
+    monkeypatch.setattr(model, "forward", device.forward)
+    pieces, _ = measure_pieces(model, 300, lambda: device.now_s)
+    assert (pieces.chunk_tokens, pieces.tokens) == (300, 600)
+    assert device.tokens == [600], "the memory of the longest piece is measured"
+
+
+def test_a_prompt_whose_long_pieces_do_not_fit_runs_in_chunks(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is rejected only if memory runs out for a chunk: all its pieces after the first error are chunks."""
+    monkeypatch.setattr("llava_sessions.engine.scheduler._LEAST_TOKENS", 1)
+    answers = []
+    for most_tokens in (2**20, 8):
+        chats = Chats(tiny, chunk_tokens=8)
+        chats.open("a", 1)
+        chats.run()
+        device = Device(chats.engine.model, 1e6, most_tokens)
+        monkeypatch.setattr(chats.engine.model, "forward", device.forward)
+        for question in (QUESTIONS[0] * 6, QUESTIONS[2] * 6):
+            chats.ask("a", question, Sampling(4))
+            answers.append(chats.run()["a"].answer_ids)
+        assert max(device.tokens) == min(most_tokens, 32)
+    assert answers[:2] == answers[2:]
 
 
 def test_a_configured_chunk_is_kept_and_only_its_memory_is_measured(

@@ -25,17 +25,10 @@ def measure_pieces(
     """Return the pieces of prompts on the model's GPU, and the most bytes of temporary tensors of their forwards.
 
     `chunk_tokens` None: the largest of 256, 512, 1,024 and 2,048 tokens whose forward takes at most 50 ms. A forward
-    for which memory runs out ends the search. `clock`: seconds.
+    for which memory runs out ends the search, and limits the pieces. `clock`: seconds.
     """
     pieces = PieceSize(chunk_tokens or _choose_chunk(model, clock), on_gpu=True)
-    tokens = min(pieces.most_tokens, model.context_tokens)
-    working_bytes = 0
-    try:
-        working_bytes = _forward(model, tokens, clock)[1]
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        pieces.shrink()
+    working_bytes = _fit(model, pieces, clock)
     log.info("prefill_chunk tokens=%d longest_piece=%d", pieces.chunk_tokens, pieces.most_tokens)
     release_unused(model.device)
     return pieces, working_bytes
@@ -55,6 +48,22 @@ def _choose_chunk(model: Model, clock: Callable[[], float]) -> int:
         chosen = tokens
         tokens *= 2
     return chosen
+
+
+def _fit(model: Model, pieces: PieceSize, clock: Callable[[], float]) -> int:
+    """Halve the longest piece until memory suffices for its forward; return the bytes of its temporary tensors.
+
+    0 if memory runs out for a chunk as well.
+    """
+    while True:
+        try:
+            return _forward(model, min(pieces.most_tokens, model.context_tokens), clock)[1]
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        if pieces.most_tokens == pieces.chunk_tokens:
+            return 0
+        pieces.limit(pieces.most_tokens // 2)
 
 
 def _forward(model: Model, tokens: int, clock: Callable[[], float]) -> tuple[float, int]:

@@ -190,7 +190,7 @@ class Engine:
         yield _taken(self._events)
         if self.encoder.encode_next():
             self._detokenize()
-        steps = plan(self._ready(), self.piece_size.chunk_tokens, self.piece_size.tokens)
+        steps = self._plan()
         yield _taken(self._events)
         began = time.perf_counter()
         launched = self._launch(steps) if steps else None
@@ -219,6 +219,17 @@ class Engine:
                     return
                 log.exception("admission_failed session=%s", waiting.session.id[:12])
                 self._failures.fail(waiting.session, error, ends_opening=waiting.turn is None)
+
+    def _plan(self) -> list[tuple[EngineSession, int]]:
+        """Return the sessions of the next step with their tokens, see `plan`.
+
+        No piece is longer than a chunk while one of the sessions is short of memory: the next lack of memory would
+        reject its request.
+        """
+        ready = self._ready()
+        is_short = any(session.short_of_memory for session in ready)
+        chunk_tokens = self.piece_size.chunk_tokens
+        return plan(ready, chunk_tokens, chunk_tokens if is_short else self.piece_size.tokens)
 
     def _ready(self) -> list[EngineSession]:
         """Return the sessions whose tokens can run in this step, in order of arrival.
@@ -309,7 +320,6 @@ class Engine:
         raise_if_device_lost(error, self.model.device)
         sessions = [session for session, _ in steps if session.has_work]
         if is_out_of_memory(error):
-            self.piece_size.shrink()
             if sessions:
                 self._failures.retry_or_reject(max(sessions, key=lambda s: s.ticket), error)
             return

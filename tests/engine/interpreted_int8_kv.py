@@ -1,6 +1,6 @@
 """KV caches in int8 on CUDA's layers, whose attention Triton's interpreter runs on the CPU.
 
-test_int8_kv.py runs this test in a process of its own: Triton reads TRITON_INTERPRET when it is imported.
+test_cuda_layers.py runs this test in a process of its own: Triton reads TRITON_INTERPRET when it is imported.
 """
 
 from __future__ import annotations

@@ -58,6 +58,14 @@ def test_sessions_beyond_the_budget_give_correct_answers(results: Path) -> None:
     assert all(document["samples"]["counts"][-1][tier] for tier in ("resident", "offloaded", "cold"))
 
 
+def test_the_record_of_int8_caches_keeps_the_answers() -> None:
+    document = json.loads((report.RESULTS / "quantized.json").read_text())
+    ratios = document["ratios"]
+    assert document["settings"]["questions"] >= 5000
+    assert ratios["int8 KV: tokens that differ from bfloat16, %"] <= 1
+    assert abs(ratios["int8 KV: right answers, points from bfloat16"]) <= 0.3
+
+
 def test_the_readme_gets_its_figures_from_the_files(results: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- bar -->\nold\n<!-- /bar -->\n<!-- open -->\n<!-- /open -->\nafter\n")

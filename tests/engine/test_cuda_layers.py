@@ -1,6 +1,7 @@
 """CUDA's fused layers with one attention for all sessions are used if they pass their trial, else the plain layers.
 
-The tests of interpreted_layers.py run here, in a process in which Triton interprets its kernels on the CPU.
+The tests of interpreted_layers.py and interpreted_int8_kv.py run here, in a process in which Triton interprets its
+kernels on the CPU.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 def test_in_tritons_interpreter() -> None:
-    """Answers in all tiers, launches, and devices: see interpreted_layers.py."""
+    """Answers in all tiers, launches, devices, and caches in int8."""
+    files = ("tests/engine/interpreted_layers.py", "tests/engine/interpreted_int8_kv.py")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n0", "tests/engine/interpreted_layers.py"],
+        [sys.executable, "-m", "pytest", "-q", "-n0", *files],
         cwd=REPO,
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -74,7 +76,7 @@ def logits(model: Model) -> torch.Tensor:
     ]
     return torch.cat(
         [
-            model.forward([Segment(kv, ids, None, [], True) for kv, ids in zip(caches, step, strict=True)])
+            model.forward([Segment(kv, ids, None, [], True) for kv, ids in zip(caches, step, strict=True)]).logits
             for step in steps
         ]
     )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +19,8 @@ from llava_sessions.engine.formats.int8 import dequantize, quantize
 from llava_sessions.engine.kv import GROWTH_TOKENS, KVShape, SessionKV
 from llava_sessions.engine.kv_pool import KVPool
 from llava_sessions.engine.model import Model
-from llava_sessions.ipc.messages import AskSession, Event, Finished, Sampling
+from llava_sessions.engine.process import load
+from llava_sessions.ipc.messages import AskSession, EngineSettings, Event, Finished, Sampling
 from tests.engine.test_layers import logits
 from tests.support.engine_chats import QUESTIONS, Chats
 from tests.support.meta_cuda import Card, meta_cuda
@@ -416,15 +415,7 @@ def test_the_engines_memory_is_counted_in_int8(tiny: Path) -> None:
     assert memory.offloaded_bytes == session.kv.length * shape.token_bytes
 
 
-def test_in_tritons_interpreter() -> None:
-    """The attention of CUDA stores and reads the same numbers: see interpreted_int8_kv.py."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n0", "tests/engine/interpreted_int8_kv.py"],
-        cwd=Path(__file__).resolve().parents[2],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+def test_the_settings_of_an_engine_process_choose_int8(tiny: Path) -> None:
+    settings = EngineSettings(str(tiny), "", "float32", "cpu", 256, kv_dtype="int8")
+    assert load(settings).model.kv_shape.is_int8
+    assert not load(replace(settings, kv_dtype="auto")).model.kv_shape.is_int8

@@ -36,7 +36,7 @@ class Recording:
         self.calls: list[str] = []
         self.reports: list[Report] = []
         self.chats = chats
-        for name in ("encode", "forward"):
+        for name in ("encode_batch", "forward"):
             monkeypatch.setattr(chats.engine.model, name, self._recorded(name, getattr(chats.engine.model, name)))
         self.loop = EngineLoop(chats.engine, self._report)
 
@@ -71,7 +71,7 @@ def test_an_admission_is_reported_before_the_picture_is_encoded(tiny: Path, monk
     chats = Chats(tiny)
     recording = Recording(chats, monkeypatch)
     calls = recording.run(opening(chats, "a", 1), until=Prefilled)
-    assert calls == ["Admitted", "encode", "forward", "Prefilled"]
+    assert calls == ["Admitted", "encode_batch", "forward", "Prefilled"]
     assert recording.reports[0].memory.sessions == 1
 
 
@@ -95,7 +95,7 @@ def test_what_a_command_does_is_reported_before_a_long_step(
     chats.ask("a", QUESTIONS[0], Sampling(100, ignore_eos=True))
     chats.run(steps=4)
     calls = Recording(chats, monkeypatch).run(opening(chats, "b", 2), command, until=Prefilled)
-    assert calls[: calls.index("encode")] == ["Admitted", *expected]
+    assert calls[: calls.index("encode_batch")] == ["Admitted", *expected]
 
 
 def test_a_picture_that_fails_is_reported_before_the_forward_of_others(
@@ -108,7 +108,7 @@ def test_a_picture_that_fails_is_reported_before_the_forward_of_others(
     blind = PreparedPicture("bad", {"pixel_values": np.zeros((1, 3, 20, 20), dtype=np.float32)})
     bad = OpenSession("bad", chats.conversations["a"].opening.token_ids, (blind,))
     calls = Recording(chats, monkeypatch).run(bad, until=OpenFailed)
-    assert calls[:4] == ["Admitted", "encode", "OpenFailed", "forward"]
+    assert calls[:4] == ["Admitted", "encode_batch", "OpenFailed", "forward"]
 
 
 def test_the_time_in_the_queue_of_commands_counts(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ def wait(lives: World, seconds: float) -> None:
 
 
 def submitted(instance: Instance) -> AskSession:
-    return next(command for command in instance.commands if isinstance(command, AskSession))
+    return next(command for command in instance.devices[0].commands if isinstance(command, AskSession))
 
 
 def body(request: Request) -> dict:
@@ -121,7 +121,7 @@ def test_an_answer_whose_storing_outlasts_its_time_is_not_durable_yet(limit: str
         question = Question(PROMPTS[0], "ask-0123456789abcdef", None)
         late = lives.ask(chat, question, is_stream=False)
         lives.exchange(home)
-        while home.engine.has_work or home.commands:
+        while home.engine.has_work or home.devices[0].commands:
             home.step()
         home.deliver()
         lives.exchange(home)
@@ -150,7 +150,7 @@ def test_a_question_behind_an_unstored_answer_ends_with_its_moved_session(state:
         assert chat.home == home.number
         ask(lives, chat)
         lives.exchange(home)
-        while home.engine.has_work or home.commands:
+        while home.engine.has_work or home.devices[0].commands:
             home.step()
         home.deliver()
         lives.exchange(home)

@@ -8,9 +8,18 @@ from collections.abc import Iterator
 import pytest
 
 from llava_sessions.errors import Refused
-from llava_sessions.ipc.messages import EngineFacts, Memory, OpenSession, OutOfCapacity, PreparedPicture, Report
+from llava_sessions.ipc.messages import (
+    EngineFacts,
+    Memory,
+    OpenFailed,
+    OpenSession,
+    OutOfCapacity,
+    PreparedPicture,
+    Report,
+    TurnFailed,
+)
 from llava_sessions.worker.engine_set import EngineSet
-from llava_sessions.worker.engines import EngineLost, EngineUp
+from llava_sessions.worker.engines import EngineLost, EngineUp, FromEngine
 from llava_sessions.worker.placement import Placement
 from llava_sessions.worker.sessions import Session, SessionTable
 from llava_sessions.worker.states import Residency
@@ -58,7 +67,7 @@ class Engines:
 
 def test_a_session_is_placed_on_the_engine_with_the_most_free_memory() -> None:
     engines = Engines(3)
-    engines.used(0, 9_000)
+    engines.used(0, 9_500)
     engines.used(1, 4_000)
     engines.used(2, 8_000)
     assert engines.place() == 1
@@ -71,10 +80,10 @@ def test_a_session_is_placed_on_the_engine_with_the_most_free_memory() -> None:
 def test_within_a_16th_of_the_budget_the_number_of_sessions_decides() -> None:
     engines = Engines()
     engines.used(0, 4_500)
-    engines.used(1, 4_900)
+    engines.used(1, 5_500)
     engines.add("a", 0)
     assert engines.place() == 1
-    engines.used(1, 5_500)
+    engines.used(1, 5_501)
     assert engines.place() == 0
 
 
@@ -262,3 +271,26 @@ def test_a_turn_without_room_moves_its_session_where_memory_is_free(lives: World
     assert status(asked) == 200
     assert engine_of(home, chat) == 1
     assert not home.devices[0].engine.sessions
+
+
+def test_late_events_of_the_former_engine_do_not_concern_a_session_that_has_moved(lives: World, home: Instance) -> None:
+    [chat] = opened(lives, 1)
+    home.lose_engine()
+    home.bring_engine()
+    lives.settle()
+    home.devices[0].engine.open_fault = OutOfCapacity
+    asked = ask(lives, chat)
+    while not home.devices[0].reports:
+        lives.exchange(home)
+        home.prepare()
+        home.devices[0].step()
+    home.deliver()
+    lives.exchange(home)  # the turn is being prepared for the other engine
+    late = [TurnFailed(asked.row.request_id, "late"), OpenFailed(chat.session_id, "late")]
+    home.inbox.put(FromEngine(0, Report(late)))
+    lives.settle()
+    assert status(asked) == 200
+    home.inbox.put(FromEngine(0, Report(late)))
+    lives.settle()
+    assert engine_of(home, chat) == 1
+    assert set(home.devices[1].engine.sessions) == {chat.session_id}

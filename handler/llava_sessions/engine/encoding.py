@@ -18,7 +18,7 @@ from .session import EngineSession
 log = logging.getLogger(__name__)
 
 # Tiles of the pictures that a GPU encodes in one batch: a picture of LLaVA-1.5 is one tile. An encode launches the same
-# kernels for one tile and for eight, and eight take an A10G about as long as a chunk of a prefill.
+# kernels for one tile and for eight. By estimate, not measured, eight take an A10G as long as a chunk of a prefill.
 GPU_TILES = 8
 
 

@@ -20,7 +20,7 @@ S = TypeVar("S", bound=Schedulable)
 
 # Prompt tokens of one step with answers, if nothing else is configured or measured.
 DEFAULT_CHUNK_TOKENS = 256
-# The longest piece of a prompt on a GPU, unless a longer chunk is configured. More tokens make no GPU faster.
+# The longest piece of a prompt on a GPU, unless a longer chunk is configured. It bounds the memory of a forward.
 LONGEST_GPU_PIECE = 2048
 # In a step without answers a prompt runs in pieces of so many chunks: each piece reads all weights and attends to the
 # pieces before it. The longest piece bounds the memory of a forward, and the time that a command waits for its end.

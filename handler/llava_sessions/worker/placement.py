@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from .engine_set import EngineSet
 from .sessions import SessionTable
 
-# Free memory is compared in steps of this part of the largest budget. Within one step the number of sessions decides.
-_STEPS = 16
+# Free memory counts as equal within this part of the largest budget. Then the number of sessions decides.
+_PART = 16
 # A picture that an engine holds already counts as so many sessions fewer.
 _PICTURE_SESSIONS = 2
 
@@ -39,23 +39,24 @@ class Placement:
     def place(self, picture_keys: Iterable[str] = (), avoid: int | None = None) -> int:
         """Return the engine with the most free memory. Raise `Refused` (engine_restarting) if no engine works.
 
-        Free memory is compared in steps of a 16th of the budget. Within a step the engine with the fewest sessions is
-        chosen; an engine that holds one of the pictures counts as if it had two sessions fewer. `avoid`: an engine
-        that has rejected the session; it is chosen only if no other works.
+        Among engines whose free memory differs from the most by at most a 16th of the budget, the one with the fewest
+        sessions is chosen; an engine that holds one of the pictures counts as if it had two sessions fewer. `avoid`: an
+        engine that has rejected the session; it is chosen only if no other works.
         """
         self._engines.check_working()
         engines = self._engines.all
         working = [number for number, engine in enumerate(engines) if engine.client is not None]
         candidates = [number for number in working if number != avoid] or working
         loads = self._loads(frozenset(picture_keys))
-        step_bytes = max(*(engines[number].budget_bytes // _STEPS for number in working), 1)
+        free = {number: engines[number].free_bytes - loads[number].loading_bytes for number in candidates}
+        margin_bytes = max(engines[number].budget_bytes for number in candidates) // _PART
+        most_bytes = max(free.values())
+        equal = [number for number in candidates if free[number] >= most_bytes - margin_bytes]
 
-        def rank(number: int) -> tuple[int, int]:
-            load = loads[number]
-            free_steps = (engines[number].free_bytes - load.loading_bytes) // step_bytes
-            return free_steps, _PICTURE_SESSIONS * load.has_picture - load.sessions
+        def sessions(number: int) -> int:
+            return loads[number].sessions - _PICTURE_SESSIONS * loads[number].has_picture
 
-        return max(candidates, key=rank)  # the first of equals
+        return min(equal, key=sessions)  # the first of equals
 
     def has_other(self, avoid: int | None) -> bool:
         """Return whether an engine other than `avoid` works."""

@@ -256,3 +256,19 @@ def test_places_that_would_write_outside_a_cache_are_rejected() -> None:
     qkv, cos, sin = Shape(2, 2, 64, F16, 0).rows(2)
     with pytest.raises(ValueError, match="must be aligned to 16 bytes"):
         attention(attention.task_in(table, 1, 1), 0, qkv.flatten()[1:], cos, sin, torch.empty(1, 128))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, of the interpreter
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("heads", [2, 4], ids=["own-keys", "group"])
+def test_a_token_that_is_not_finite_has_a_scale_that_is_not_finite(value: float, heads: int) -> None:
+    """Else later tokens would read it as finite numbers: the answer would be wrong instead of an error."""
+    shape = Shape(heads, 2, 16, F32, 1e-6, torch.int8)
+    cache = Cache(shape, 5)
+    qkv, cos, sin = shape.rows(1)
+    numbers = qkv.view(-1, shape.head_dim)
+    numbers[heads, 3] = numbers[-1, 3] = value  # the key of the first head, the value of the last one
+    out = run(shape, [cache], qkv, cos, sin)
+    assert not out.isfinite().any()
+    assert cache.scales is not None
+    assert cache.scales[LAYER, :, :, 5].isfinite().tolist() == [[False, True], [True, False]]

@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from llava_sessions.engine.attention import Segment
+from llava_sessions.engine.budget import DeviceBudget
 from llava_sessions.engine.chunks import measure_pieces
 from llava_sessions.engine.model import Model
+from llava_sessions.ipc.messages import Sampling
+from tests.support.engine_chats import QUESTIONS, Chats
 from tests.support.tiny_llava import make_checkpoint
 
 
@@ -27,6 +30,7 @@ class Device:
     def __init__(self, model: Model, tokens_per_s: float, most_tokens: int = 2**20) -> None:
         self.now_s = 0.0
         self.tokens: list[int] = []
+        self.stored: list[int] = []
         self._forward: Callable[[list[Segment]], torch.Tensor] = model.forward
         self._tokens_per_s = tokens_per_s
         self._most_tokens = most_tokens
@@ -36,6 +40,7 @@ class Device:
         if tokens > self._most_tokens:
             raise torch.OutOfMemoryError("CUDA out of memory")
         self.tokens.append(tokens)
+        self.stored.append(segments[0].kv.length)
         self.now_s += tokens / self._tokens_per_s
         return self._forward(segments)
 
@@ -52,16 +57,56 @@ def test_the_chunk_takes_at_most_50_ms(
     pieces, _ = measure_pieces(model, None, lambda: device.now_s)
     assert (pieces.chunk_tokens, pieces.tokens) == (chunk, piece)
     assert device.tokens[-1] == piece, "the memory of the longest piece is measured"
+    assert device.stored == [0] * (len(device.stored) - 1) + [4096 - piece], "at the end of the longest conversation"
+
+
+def test_the_measured_conversation_takes_at_most_half_of_the_free_memory(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token_bytes = model.kv_shape.token_bytes
+    device = Device(model, 1e6)
+    monkeypatch.setattr(model, "forward", device.forward)
+    for free_tokens, stored in ((3000, 476), (1500, 0), (0, 0)):
+        budget = DeviceBudget(free_tokens * token_bytes, 0)
+        monkeypatch.setattr("llava_sessions.engine.chunks.choose_budget", lambda _, budget=budget: budget)
+        measure_pieces(model, 256, lambda: device.now_s)
+        assert (device.tokens[-1], device.stored[-1]) == (1024, stored)
 
 
 @pytest.mark.parametrize(("most_tokens", "chunk", "tokens"), [(600, 512, 512), (100, 256, 256), (2048, 2048, 2048)])
-def test_memory_that_runs_out_ends_the_search(
+def test_memory_that_runs_out_ends_the_search_and_limits_the_pieces(
     model: Model, most_tokens: int, chunk: int, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = Device(model, 1e6, most_tokens)
     monkeypatch.setattr(model, "forward", device.forward)
     pieces, _ = measure_pieces(model, None, lambda: device.now_s)
-    assert (pieces.chunk_tokens, pieces.tokens) == (chunk, tokens)
+    pieces.note(256, 1e-3)
+    assert (pieces.chunk_tokens, pieces.tokens, pieces.most_tokens) == (chunk, tokens, tokens)
+
+
+def test_the_longest_piece_is_halved_until_it_fits(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(model, 1e6, 600)
+    monkeypatch.setattr(model, "forward", device.forward)
+    pieces, _ = measure_pieces(model, 300, lambda: device.now_s)
+    assert (pieces.chunk_tokens, pieces.tokens) == (300, 600)
+    assert device.tokens == [600], "the memory of the longest piece is measured"
+
+
+def test_a_prompt_whose_long_pieces_do_not_fit_runs_in_chunks(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is rejected only if memory runs out for a chunk: all its pieces after the first error are chunks."""
+    monkeypatch.setattr("llava_sessions.engine.scheduler._LEAST_TOKENS", 1)
+    answers = []
+    for most_tokens in (2**20, 8):
+        chats = Chats(tiny, chunk_tokens=8)
+        chats.open("a", 1)
+        chats.run()
+        device = Device(chats.engine.model, 1e6, most_tokens)
+        monkeypatch.setattr(chats.engine.model, "forward", device.forward)
+        for question in (QUESTIONS[0] * 6, QUESTIONS[2] * 6):
+            chats.ask("a", question, Sampling(4))
+            answers.append(chats.run()["a"].answer_ids)
+        assert max(device.tokens) == min(most_tokens, 32)
+    assert answers[:2] == answers[2:]
 
 
 def test_a_configured_chunk_is_kept_and_only_its_memory_is_measured(

@@ -12,6 +12,7 @@ import torch
 from llava_sessions.engine.attention import Segment
 from llava_sessions.ipc.messages import (
     Cancelled,
+    Closed,
     CloseSession,
     Delta,
     Finished,
@@ -195,3 +196,42 @@ def test_a_turn_whose_text_fails_during_the_forward_ends_alone(
     assert chats.run()["b"].answer_ids == plain.answer_ids
     chats.ask("a", QUESTIONS[0], Sampling(24))
     assert chats.run()["a"].answer_ids == plain.answer_ids
+
+
+@pytest.mark.parametrize("end", ["closed", "kept", "cancelled", "deadline", "out of memory"])
+def test_a_turn_that_ends_while_its_text_fails_still_ends(
+    tiny: Path, plain: Finished, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text of a turn is late when a command, a deadline or an error of the step ends it."""
+    chats = chats_of(tiny, True)
+    for name in "ba":  # for a shortage of memory the session that came last is rejected
+        chats.open(name, 1)
+        chats.ask(name, QUESTIONS[0], Sampling(24))
+    while len(chats.engine.sessions["a"].turn.answer_ids) < 5:
+        chats.run(steps=1)
+
+    def fail(*_: Any) -> str:
+        raise ValueError("no text")
+
+    session = chats.engine.sessions["a"]
+    with monkeypatch.context() as patch:
+        patch.setattr(session.turn.answer_text, "push", fail)
+        if end == "closed":
+            chats.engine.apply(CloseSession("a"))
+        elif end == "deadline":
+            session.turn.deadline_at = 0.0
+        elif end == "out of memory":
+            with pytest.raises(torch.OutOfMemoryError) as raised:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            session.short_of_memory = True
+            chats.engine._fail_step([(session, 1)], raised.value)
+        else:
+            chats.engine.apply(StopTurn("turn-a", "cancelled", keep_answer=end == "kept"))
+        chats.run(steps=1)
+    expected = {"closed": Cancelled, "out of memory": OutOfCapacity}.get(end, TurnFailed)
+    assert [event.turn_id for event in chats.events if isinstance(event, expected)] == ["turn-a"]
+    assert [event.session_id for event in chats.events if isinstance(event, Closed)] == ["a"] * (end == "closed")
+    assert chats.run()["b"].answer_ids == plain.answer_ids
+    if end != "closed":
+        chats.ask("a", QUESTIONS[0], Sampling(24))
+        assert chats.run()["a"].answer_ids == plain.answer_ids

@@ -195,3 +195,13 @@ def test_a_greedy_step_sends_nothing_to_the_device_and_draws_nothing() -> None:
     counted = transfers([Sampler(Sampling(8))] * 32)
     assert (counted.from_device, counted.to_device) == (1, 0)
     assert counted.calls <= 10
+
+
+@pytest.mark.parametrize(("ids", "expected"), [((), 1), ((-1,), 1), ((3, 99), 1), ((-1, 1, 3), 2)])
+def test_a_ban_ignores_tokens_outside_the_vocabulary(ids: tuple[int, ...], expected: int) -> None:
+    """An error of one turn's ban would end the turns of all sessions of the step, on CUDA the engine."""
+    logits = LOGITS.clone()
+    logits[0, 2] = 2.0
+    samplers = [Sampler(Sampling(8))] * 3
+    assert next_tokens(logits, samplers, Ban([0], frozenset(ids))) == [expected, 1, 0]
+    assert logits[0, 2].isfinite()

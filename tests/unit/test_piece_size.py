@@ -26,15 +26,15 @@ def test_a_slow_machine_runs_smaller_pieces() -> None:
     assert size.tokens == 1024
 
 
-def test_after_memory_ran_out_the_next_piece_is_small() -> None:
+def test_a_limit_holds_after_a_fast_forward_and_is_at_least_a_chunk() -> None:
     size = PieceSize(256, on_gpu=False)
-    size.shrink()
-    assert size.tokens == 256
+    for limit, longest in ((2048, 1024), (512, 512), (1024, 512), (100, 256)):
+        size.limit(limit)
+        size.note(256, 0.001)
+        assert (size.tokens, size.most_tokens, size.chunk_tokens) == (longest, longest, 256)
 
 
 @pytest.mark.parametrize(("chunk", "piece"), [(1, 4), (256, 1024), (512, 2048), (2048, 2048), (8192, 8192)])
 def test_on_a_gpu_a_piece_is_bounded(chunk: int, piece: int) -> None:
     size = PieceSize(chunk, on_gpu=True)
     assert (size.chunk_tokens, size.tokens, size.most_tokens) == (chunk, piece, piece)
-    size.shrink()
-    assert (size.tokens, size.most_tokens) == (chunk, piece)

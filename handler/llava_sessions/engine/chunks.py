@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from .attention import Segment
+from .budget import choose_budget
 from .device import synchronize
 from .faults import is_out_of_memory, release_unused
 from .kv import SessionKV
@@ -25,17 +26,10 @@ def measure_pieces(
     """Return the pieces of prompts on the model's GPU, and the most bytes of temporary tensors of their forwards.
 
     `chunk_tokens` None: the largest of 256, 512, 1,024 and 2,048 tokens whose forward takes at most 50 ms. A forward
-    for which memory runs out ends the search. `clock`: seconds.
+    for which memory runs out ends the search, and limits the pieces. `clock`: seconds.
     """
     pieces = PieceSize(chunk_tokens or _choose_chunk(model, clock), on_gpu=True)
-    tokens = min(pieces.most_tokens, model.context_tokens)
-    working_bytes = 0
-    try:
-        working_bytes = _forward(model, tokens, clock)[1]
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        pieces.shrink()
+    working_bytes = _fit(model, pieces, clock)
     log.info("prefill_chunk tokens=%d longest_piece=%d", pieces.chunk_tokens, pieces.most_tokens)
     release_unused(model.device)
     return pieces, working_bytes
@@ -57,13 +51,34 @@ def _choose_chunk(model: Model, clock: Callable[[], float]) -> int:
     return chosen
 
 
-def _forward(model: Model, tokens: int, clock: Callable[[], float]) -> tuple[float, int]:
-    """Run a prompt of `tokens` tokens; return its seconds and the bytes of its temporary tensors.
+def _fit(model: Model, pieces: PieceSize, clock: Callable[[], float]) -> int:
+    """Halve the longest piece until memory suffices for its forward; return the bytes of its temporary tensors.
 
-    Raises torch's out-of-memory error.
+    The piece is the last one of the longest conversation whose KV takes at most half of the free memory, because some
+    kinds of attention convert or repeat all keys and values of a layer. 0 if memory runs out for a chunk as well.
+    """
+    fitting = choose_budget(model.device).device_bytes // (2 * model.kv_shape.token_bytes)
+    most_tokens = min(model.context_tokens, fitting)
+    while True:
+        tokens = min(pieces.most_tokens, model.context_tokens)
+        try:
+            return _forward(model, tokens, clock, stored=max(most_tokens - tokens, 0))[1]
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        if pieces.most_tokens == pieces.chunk_tokens:
+            return 0
+        pieces.limit(pieces.most_tokens // 2)
+
+
+def _forward(model: Model, tokens: int, clock: Callable[[], float], stored: int = 0) -> tuple[float, int]:
+    """Run a prompt of `tokens` tokens after `stored` ones; return its seconds and the bytes of its temporary tensors.
+
+    The numbers in the cache are undefined. Raises torch's out-of-memory error.
     """
     kv = SessionKV(model.kv_shape)
-    kv.reserve(tokens)
+    kv.reserve(stored + tokens)
+    kv.length = stored
     held_bytes = model.allocated_bytes()
     synchronize(model.device)
     model.peak_bytes()

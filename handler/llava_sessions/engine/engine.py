@@ -153,9 +153,11 @@ class Engine:
         """End a running turn early, see `StopTurn`. Does nothing if the turn has ended."""
         for session in list(self.sessions.values()):
             if session.turn is not None and session.turn.id == turn_id:
-                with self._failures.isolated(session):
-                    self._events += session.turn.detokenize()
+                try:
                     self._events += session.stop_turn(reason, keep_answer)
+                except Exception as error:
+                    log.exception("turn_failed session=%s", session.id[:12])
+                    self._failures.fail(session, error)
 
     def _close(self, session_id: str) -> None:
         """Free a session in any state. `Closed` follows in any case, also for an unknown session."""
@@ -164,7 +166,7 @@ class Engine:
             session.kv.drop()
         if session is not None and session.turn is not None:
             turn = session.turn
-            self._events += turn.detokenize()
+            self._failures.report_text(turn)
             self._events.append(Cancelled(turn.id, usage=turn.usage, timings=turn.timings))
         self._events.append(Closed(session_id))
 
@@ -187,7 +189,7 @@ class Engine:
         yield _taken(self._events)
         if self.encoder.encode_next():
             self._detokenize()
-        steps = plan(self._ready(), self.piece_size.chunk_tokens, self.piece_size.tokens)
+        steps = self._plan()
         yield _taken(self._events)
         began = time.perf_counter()
         launched = self._launch(steps) if steps else None
@@ -216,6 +218,17 @@ class Engine:
                     return
                 log.exception("admission_failed session=%s", waiting.session.id[:12])
                 self._failures.fail(waiting.session, error, ends_opening=waiting.turn is None)
+
+    def _plan(self) -> list[tuple[EngineSession, int]]:
+        """Return the sessions of the next step with their tokens, see `plan`.
+
+        No piece is longer than a chunk while one of the sessions is short of memory: the next lack of memory would
+        reject its request.
+        """
+        ready = self._ready()
+        is_short = any(session.short_of_memory for session in ready)
+        chunk_tokens = self.piece_size.chunk_tokens
+        return plan(ready, chunk_tokens, chunk_tokens if is_short else self.piece_size.tokens)
 
     def _ready(self) -> list[EngineSession]:
         """Return the sessions whose tokens can run in this step, in order of arrival.
@@ -307,7 +320,6 @@ class Engine:
         raise_if_device_lost(error, self.model.device)
         sessions = [session for session, _ in steps if session.has_work]
         if is_out_of_memory(error):
-            self.piece_size.shrink()
             if sessions:
                 self._failures.retry_or_reject(max(sessions, key=lambda s: s.ticket), error)
             return

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from ..ipc.messages import Event, OpenFailed, OutOfCapacity, TurnFailed
 from .faults import first_line
 from .memory import DeviceMemory
-from .session import EngineSession, EngineSessionState, IllegalTransition
+from .session import EngineSession, EngineSessionState, EngineTurn, IllegalTransition
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Failures:
                 del self._sessions[session.id]
                 session.kv.drop()
             else:
-                self._events += session.turn.detokenize()
+                self.report_text(session.turn)
                 session.roll_back_turn()
             self._events.append(
                 OutOfCapacity(session.id, turn_id, session.reserved_bytes, 0, open_sessions=len(self._sessions))
@@ -55,8 +55,7 @@ class Failures:
         message = f"{type(error).__name__}: {error}"
         broken = isinstance(error, IllegalTransition)
         if session.turn is not None:
-            with contextlib.suppress(Exception):  # an error of the detokenizer may be the one that is handled
-                self._events += session.turn.detokenize()
+            self.report_text(session.turn)
             self._events.append(TurnFailed(session.turn.id, message))
             try:
                 if not broken:
@@ -68,6 +67,16 @@ class Failures:
             self._events.append(OpenFailed(session.id, message))
             self._sessions.pop(session.id, None)
             session.kv.drop()
+
+    def report_text(self, turn: EngineTurn) -> None:
+        """Report the text of a turn that ends, as far as it is not reported yet.
+
+        An error of the detokenizer is logged: text is lost, but the turn still ends.
+        """
+        try:
+            self._events += turn.detokenize()
+        except Exception:
+            log.exception("detokenize_failed turn=%s", turn.id[:12])
 
     @contextlib.contextmanager
     def isolated(self, session: EngineSession) -> Iterator[None]:

@@ -87,10 +87,14 @@ class Ban:
 
     @torch.inference_mode()
     def apply(self, logits: torch.Tensor) -> None:
-        """Set the logits of the tokens to minus infinity, in place."""
-        rows = on_device(torch.tensor(self.rows), logits.device)
-        token_ids = on_device(torch.tensor(sorted(self.token_ids)), logits.device)
-        logits[rows[:, None], token_ids] = -torch.inf
+        """Set the logits of the tokens to minus infinity, in place.
+
+        IDs outside the vocabulary are ignored: configurations contain -1 for no token, and tokens without a logit.
+        """
+        known = [token for token in sorted(self.token_ids) if 0 <= token < logits.shape[-1]]
+        if known:
+            rows = on_device(torch.tensor(self.rows), logits.device)
+            logits[rows[:, None], on_device(torch.tensor(known), logits.device)] = -torch.inf
 
 
 @torch.inference_mode()

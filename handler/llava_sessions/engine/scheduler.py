@@ -50,9 +50,10 @@ class PieceSize:
             fitting = int(_LONGEST_PIECE_S * tokens / max(taken_s, 1e-9))
             self.tokens = min(self.most_tokens, max(self.chunk_tokens, fitting))
 
-    def shrink(self) -> None:
-        """Take the smallest piece until the next forward: memory ran out."""
-        self.tokens = self.chunk_tokens
+    def limit(self, tokens: int) -> None:
+        """Use no longer pieces than `tokens` from now on, but at least a chunk."""
+        self.most_tokens = max(min(tokens, self.most_tokens), self.chunk_tokens)
+        self.tokens = min(self.tokens, self.most_tokens)
 
 
 def plan(sessions: Iterable[S], chunk_tokens: int, whole_tokens: int) -> list[tuple[S, int]]:

@@ -62,10 +62,14 @@ def _cache(
 
 @triton.jit
 def _stored(numbers, target, scales, stored, d, HEAD_DIM: tl.constexpr, QUANTIZED: tl.constexpr):
-    """Store the new token's key or value. Return the numbers that the cache now has, in float32."""
+    """Store the new token's key or value. Return the numbers that the cache now has, in float32.
+
+    In int8 the scale of numbers that are not finite is NaN. The largest of some numbers is not: it ignores NaN.
+    """
     wide = numbers.to(tl.float32)
     if QUANTIZED:
-        scale = tl.div_rn(tl.maximum(tl.max(tl.abs(wide), 0), SMALLEST), 127.0)
+        not_finite = tl.sum(wide * 0.0, 0)  # 0, or NaN
+        scale = tl.div_rn(tl.maximum(tl.max(tl.abs(wide), 0), SMALLEST), 127.0) + not_finite
         rounded = tl.div_rn(wide, scale) + ROUNDER - ROUNDER
         tl.store(scales + stored, scale)
         numbers = rounded.to(tl.int8)

@@ -10,7 +10,7 @@ import pytest
 from llava_sessions.errors import Refused
 from llava_sessions.ipc.messages import EngineFacts, Memory, OpenSession, OutOfCapacity, PreparedPicture, Report
 from llava_sessions.worker.engine_set import EngineSet
-from llava_sessions.worker.engines import EngineLost, EngineUp
+from llava_sessions.worker.engines import EngineLost, EngineUp, FromEngine
 from llava_sessions.worker.placement import Placement
 from llava_sessions.worker.sessions import Session, SessionTable
 from llava_sessions.worker.states import Residency
@@ -262,3 +262,39 @@ def test_a_turn_without_room_moves_its_session_where_memory_is_free(lives: World
     assert status(asked) == 200
     assert engine_of(home, chat) == 1
     assert not home.devices[0].engine.sessions
+
+
+def test_every_request_of_a_turn_that_is_placed_again_gets_its_own_form_of_the_reply(
+    lives: World, home: Instance
+) -> None:
+    [chat] = opened(lives, 1)
+    for engine in home.pump._manager._context.engines.all:
+        engine.facts = EngineFacts("cpu", "float32", 4096, BUDGET, 0, TOKEN_BYTES)
+    home.devices[0].engine.turn_fault = OutOfCapacity
+    question = Question(PROMPTS[0], "ask-0000000000000001", None)
+    streamed = lives.ask(chat, question, is_stream=True)
+    whole = lives.ask(chat, question, is_stream=False)
+    lives.exchange(home)
+    lives.settle()
+    assert engine_of(home, chat) == 1
+    assert json.loads(whole.text)["response_text"]
+    assert json.loads(streamed.text.splitlines()[-1])["finish_reason"]
+
+
+@pytest.mark.parametrize(("token_bytes", "leaves"), [(TOKEN_BYTES, True), (BUDGET // 10, False)])
+def test_a_turn_behind_too_many_others_moves_its_session_only_to_room_for_all_of_it(
+    lives: World, home: Instance, token_bytes: int, leaves: bool
+) -> None:
+    [chat] = opened(lives, 1)
+    for engine in home.pump._manager._context.engines.all:
+        engine.facts = EngineFacts("cpu", "float32", 4096, BUDGET, 0, token_bytes)
+    asked = ask(lives, chat)
+    lives.exchange(home)
+    rejected = OutOfCapacity(chat.session_id, asked.row.request_id, 0, 0, 1, waiting_turns=256)
+    home.devices[0].commands.clear()
+    home.inbox.put(FromEngine(0, Report([rejected], Memory())))
+    lives.settle()
+    if leaves:
+        assert (status(asked), engine_of(home, chat)) == (200, 1)
+    else:
+        assert (status(asked), code(asked), engine_of(home, chat)) == (429, "capacity", 0)

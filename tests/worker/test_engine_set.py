@@ -298,3 +298,36 @@ def test_a_turn_behind_too_many_others_moves_its_session_only_to_room_for_all_of
         assert (status(asked), engine_of(home, chat)) == (200, 1)
     else:
         assert (status(asked), code(asked), engine_of(home, chat)) == (429, "capacity", 0)
+
+
+def test_a_close_on_an_engine_that_does_not_answer_holds_up_no_other_engine(
+    lives: World, home: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chats = opened(lives, 2)
+    waits: list[float] = []
+    take = home.inbox.get
+
+    def get(timeout_s: float = 0.0) -> object:
+        if timeout_s > 0:
+            waits.append(timeout_s)
+        return take()
+
+    monkeypatch.setattr(home.inbox, "get", get)
+    monkeypatch.setattr(home.pump, "_close_wait_s", 2.0)
+    first, second = (next(chat for chat in chats if engine_of(home, chat) == number) for number in range(2))
+    asked = lives.ask(second, Question(PROMPTS[0], None, None), is_stream=True)
+    lives.exchange(home)
+    home.journal_jobs.run_all()
+    waits.clear()
+    home.devices[1].step()
+    home.devices[1].deliver()
+    lives.close_chat(first)
+    lives.exchange(home)
+    assert asked.text
+    assert not waits, "there was output of the other engine"
+    lives.exchange(home)
+    assert not waits, "the close arrived before this step"
+    lives.settle()
+    lives.close_chat(second)
+    lives.exchange(home)
+    assert waits[-1] == 2.0

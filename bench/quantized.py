@@ -181,7 +181,7 @@ def step_times(model: Model, caches: list[SessionKV], steps: int) -> Iterator[fl
     lengths = [kv.length for kv in caches]
     for _ in range(steps):
         began = time.perf_counter()
-        model.forward([Segment(kv, [5], None, [], True) for kv in caches]).argmax(-1).tolist()
+        model.forward([Segment(kv, [5], None, [], True) for kv in caches]).logits.argmax(-1).tolist()
         yield (time.perf_counter() - began) * 1e3
     for kv, length in zip(caches, lengths, strict=True):
         kv.crop(length)

@@ -240,9 +240,12 @@ _SESSIONS = Row(
         ),
         Panel(
             "Device memory",
-            "On a CPU: features and KV caches. On CUDA: memory that torch's allocator holds, with the weights.",
+            "On a CPU: features and KV caches. On CUDA: torch's tensors, with the weights, and what torch has taken.",
             "bytes",
-            _by_instance("llava_device_bytes"),
+            (
+                *_by_instance("llava_device_bytes"),
+                Query(f"max by (instance) (llava_device_reserved_bytes{{{_CHOSEN}}}) > 0", "{{instance}}, taken"),
+            ),
             width=6,
         ),
         Panel(

@@ -53,10 +53,11 @@ def _steps(day: Day, shape: Shape, model: Model, template: ChatTemplate, count: 
     """Return the median time of a step, and the launches of one."""
     tokens = day.pick(_TOKENS, 20)
     steps = day.pick(30, 1)
-    warm_ups = day.pick(_WARM_UPS, 1)
+    warm_ups = day.pick(_WARM_UPS, 3)
     driver = Driver(engine_of(model, template), shape.vocabulary)
     names = driver.fill(count, tokens)
     driver.begin_decoding(names, warm_ups + steps + 1)
+    replays = 0 if model.graphs is None else model.graphs.replays
     for _ in range(warm_ups):
         driver.step()
     taken = []
@@ -68,7 +69,9 @@ def _steps(day: Day, shape: Shape, model: Model, template: ChatTemplate, count: 
     driver.run()
     driver.close(names)
     step_ms = statistics.median(taken)
+    graphs = model.graphs
     row = {"shape": shape.name, "sessions": count, "tokens": tokens, "step_ms": round(step_ms, 3), **profiled}
+    row["replays"] = 0 if graphs is None else graphs.replays - replays
     if day.on_cuda:
         row["busy_share"] = round(profiled["busy_ms"] / step_ms, 3)
     return row
@@ -79,6 +82,8 @@ def _judge(row: dict[str, Any], shape: Shape, read_gb_s: float, day: Day, found:
     kv_bytes = row["sessions"] * row["tokens"] * shape.layers * 2 * shape.kv_heads * shape.head_dim * 2
     row["bound_ms"] = round((shape.linear_bytes + kv_bytes) / read_gb_s / 1e6, 3)
     row["times_bound"] = round(row["step_ms"] / max(row["bound_ms"], 1e-9), 2)
+    if row["variant"] == variants.GRAPHS:
+        found.check("the steps were replayed", row["replays"] > 0)
     if row["variant"] == variants.PLAIN or not day.on_cuda:
         return
     found.check(f"at most {_MOST_LAUNCHES} launches, {row['variant']}", row["launches"] <= _MOST_LAUNCHES)

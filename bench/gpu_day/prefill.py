@@ -61,10 +61,12 @@ def prefill(model: Model, tokens: int, chunk: int, shape: Shape) -> None:
 
 
 def _encode(day: Day, model: Model, template: ChatTemplate, shape: Shape, pictures: int) -> dict[str, Any]:
-    """Return the time to encode so many square pictures as large as a tile."""
+    """Return the times to encode so many square pictures as large as a tile, in one batch and one by one."""
     inputs = [template.prepare([(str(number), _noise(shape, number))]).pictures[0] for number in range(pictures)]
-    taken_ms = day.median_ms(lambda: [model.encode(each) for each in inputs], 5)
-    return {"shape": shape.name, "pictures": pictures, "ms": round(taken_ms, 2)}
+    batch_ms = day.median_ms(lambda: model.encode_batch(inputs), 5)
+    single_ms = day.median_ms(lambda: [model.encode(each) for each in inputs], 5)
+    row = {"shape": shape.name, "pictures": pictures, "ms": round(batch_ms, 2), "one_by_one_ms": round(single_ms, 2)}
+    return row | {"times_faster": round(single_ms / batch_ms, 2)}
 
 
 def _noise(shape: Shape, number: int) -> Image.Image:

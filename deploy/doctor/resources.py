@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.sagemaker.capacity import CONTEXT_BYTES, FRAGMENTS_BYTES
+from deploy.sagemaker.capacity import CONTEXT_BYTES, FRAGMENTS_BYTES, graphs_bytes
 
 from . import machine, settings
 from .findings import GIB, MIB, Finding, Subject, error, ok, warning
@@ -59,16 +59,17 @@ def demand_of(chosen: Settings, sizes: Sizes, memory: machine.Memory, cards: lis
     on_cuda = bool(cards)
     engines = len(cards) or len(chosen.devices)
     dtype = settings.dtype(chosen, sizes, on_cuda)
-    weights = sizes.weights_bytes(dtype, on_cuda)
+    weights = sizes.weights_bytes(dtype, on_cuda, chosen.weights)
     if cards:
-        free = min(gpu.free for gpu in cards)
-        auto = max(free - weights - CONTEXT_BYTES - CUDA_WORKING_BYTES - FRAGMENTS_BYTES, 0)
+        reserve = CONTEXT_BYTES + CUDA_WORKING_BYTES + FRAGMENTS_BYTES
+        auto = max(min(gpu.free - graphs_bytes(weights, gpu.total) for gpu in cards) - weights - reserve, 0)
     else:
         auto = int(DEVICE_SHARE * memory.total / engines)
     device = auto if chosen.device_bytes is None else chosen.device_bytes
     session = sizes.session_bytes(dtype, chosen.kv_dtype)
+    stored = f"{dtype}, KV in int8" if chosen.kv_dtype == "int8" else dtype
     features = sizes.features_bytes(dtype)
-    return Demand(engines * weights, device, session, features, on_cuda, dtype, engines)
+    return Demand(engines * weights, device, session, features, on_cuda, stored, engines)
 
 
 def start_problems(demand: Demand, memory: machine.Memory) -> Iterator[Finding]:
@@ -87,7 +88,10 @@ def session_problems(demand: Demand, memory: machine.Memory, sessions: int) -> I
     where = "on the GPU" if demand.on_cuda else "in memory"
     one = f"one session takes {_size(demand.session)} in {demand.dtype}"
     if demand.session > demand.device:
-        remedy = "raise `llava.device_bytes`, or choose a device with more memory, a smaller model or a shorter dtype"
+        remedy = (
+            "raise `llava.device_bytes`, set `llava.weights` and `llava.kv_dtype` to int8, or choose a device with "
+            "more memory or a smaller model"
+        )
         yield error("sessions", f"{one}, the budget {where} is {_size(demand.device)}: opens would get 429", remedy)
         return
     by_features = demand.engines * (demand.device // max(demand.features, 1))

@@ -28,10 +28,11 @@ class Settings:
     sessions: int
     rows: int
     dtype: str
-    kv_dtype: str
     device: str
     devices: tuple[str, ...]
     device_bytes: int | None
+    weights: str
+    kv_dtype: str
     has_budget: bool
 
 
@@ -53,10 +54,11 @@ def read(subject: Subject) -> Settings | None:
         sessions=llava["max_sessions"],
         rows=content["batchSize"],
         dtype=llava.get("dtype") or "auto",
-        kv_dtype=llava.get("kv_dtype") or "auto",
         device=device,
         devices=tuple(map(str, listed)) if isinstance(listed, list) and listed else (device,),
         device_bytes=device_bytes if is_number else None,
+        weights=llava.get("weights") or "auto",
+        kv_dtype=llava.get("kv_dtype") or "auto",
         has_budget=is_auto or is_number,
     )
 

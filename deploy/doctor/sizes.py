@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.pack.checkpoint import weight_files
-from deploy.sagemaker.capacity import KV_STEP_TOKENS
+from deploy.sagemaker.capacity import KV_STEP_TOKENS, SCALE_BYTES
 
 TEXT_TOKENS = 1024  # of a conversation, as in `llava-deploy capacity`
 # Text model -> hidden size, layers and KV heads where config.json omits them: the defaults of transformers.
@@ -16,7 +16,6 @@ _USUAL = {"llama": (4096, 32, 32), "mistral": (4096, 32, 8), "qwen2": (4096, 32,
 # Family -> image tokens of the largest picture, as a multiple of those of one tile (deploy/sagemaker/capacity.py).
 _TILES = {"llava": 1.0, "llava_next": 2928 / 576, "llava_onevision": 7371 / 729}
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_SCALE_BYTES = 4  # of each key and value in int8
 
 
 class SizesError(ValueError):
@@ -25,7 +24,11 @@ class SizesError(ValueError):
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes in bytes of a checkpoint's weights as stored, and of a session's parts with `number_bytes` a number."""
+    """Sizes in bytes of a checkpoint's weights as stored, and of a session's parts.
+
+    `linear_numbers`, `linear_outputs`: of the language model's linears. `tied_head`: the same two of a head that is the
+    table of embeddings, else 0: with int8 weights such a head has weights of its own.
+    """
 
     family: str
     stored_dtype: str
@@ -33,6 +36,9 @@ class Sizes:
     hidden: int
     kv_numbers: int  # of one token in all layers
     head_dim: int
+    linear_numbers: int
+    linear_outputs: int
+    tied_head: tuple[int, int]
     picture_tokens: int
     context_tokens: int
 
@@ -46,6 +52,7 @@ class Sizes:
         heads_of_queries = _count(text, "num_attention_heads", 32)
         head_dim = _count(text, "head_dim", hidden // heads_of_queries)
         kv_heads = _count(text, "num_key_value_heads", _count(text, "num_attention_heads", heads))
+        linears, tied_head = _language_linears(folder)
         return cls(
             family=config.get("model_type", ""),
             stored_dtype=_stored_dtype(config),
@@ -53,16 +60,30 @@ class Sizes:
             hidden=hidden,
             kv_numbers=_count(text, "num_hidden_layers", layers) * 2 * kv_heads * head_dim,
             head_dim=head_dim,
+            linear_numbers=sum(rows * columns for rows, columns in linears),
+            linear_outputs=sum(rows for rows, _ in linears),
+            tied_head=tied_head,
             picture_tokens=_picture_tokens(config),
             context_tokens=_count(text, "max_position_embeddings", 4096),
         )
 
-    def weights_bytes(self, dtype: str, on_cuda: bool) -> int:
-        """Return the size of the weights in memory. On a CPU 16-bit weights stay 16-bit (decision 0008)."""
+    def weights_bytes(self, dtype: str, on_cuda: bool, weights: str = "auto") -> int:
+        """Return the size of the weights in memory. On a CPU 16-bit weights stay 16-bit (decision 0008).
+
+        `weights`: as `llava.weights`.
+        """
         stored, loaded = _BYTES[self.stored_dtype], _BYTES[dtype]
         if not on_cuda:
             loaded = min(stored, loaded)
-        return self.stored_bytes * loaded // stored
+        whole = self.stored_bytes * loaded // stored
+        if weights != "int8":
+            return whole
+        return whole - self.linear_numbers * loaded + self._int8_bytes
+
+    @property
+    def _int8_bytes(self) -> int:
+        numbers, outputs = self.tied_head
+        return self.linear_numbers + numbers + (self.linear_outputs + outputs) * SCALE_BYTES
 
     def features_bytes(self, dtype: str) -> int:
         """Return the size of the features of one picture."""
@@ -77,8 +98,32 @@ class Sizes:
         """Return the size of a KV cache with room for this number of tokens."""
         token_bytes = self.kv_numbers * _BYTES[dtype]
         if kv_dtype == "int8":
-            token_bytes = self.kv_numbers + self.kv_numbers // self.head_dim * _SCALE_BYTES
+            token_bytes = self.kv_numbers + self.kv_numbers // self.head_dim * SCALE_BYTES
         return -(-tokens // KV_STEP_TOKENS) * KV_STEP_TOKENS * token_bytes
+
+
+def _language_linears(folder: Path) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+    """Return outputs and inputs of the language model's linears, and numbers and outputs of a tied head.
+
+    From the headers of the weights' files, as the engine does (handler/llava_sessions/engine/weight_files.py).
+    """
+    linears = []
+    embeddings = (0, 0)
+    has_head = False
+    for path in weight_files(folder):
+        if path.suffix != ".safetensors":
+            continue  # the index of shards
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, entry in header.items():
+            shape = entry.get("shape", ())
+            is_language = "language_model" in name or name.startswith("lm_head")
+            has_head = has_head or "lm_head" in name
+            if "embed_tokens" in name:
+                embeddings = (shape[0] * shape[1], shape[0])
+            elif is_language and len(shape) == 2:
+                linears.append((shape[0], shape[1]))
+    return linears, (0, 0) if has_head else embeddings
 
 
 def _section(config: dict[str, Any], key: str) -> dict[str, Any]:

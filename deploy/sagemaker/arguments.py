@@ -130,6 +130,11 @@ def _add_capacity(commands: _Commands) -> None:
     parser.add_argument("--text-tokens", type=whole_number(1), default=1024, metavar="N", help=tokens)
     reserve = "GPU memory for CUDA itself and for temporary tensors (default: as the engine reserves for the model)"
     parser.add_argument("--reserve-gib", type=decimal_number(0), metavar="GIB", help=reserve)
+    precisions = ["auto", "int8"]
+    weights = "as `llava.weights`: auto for 16 bits, or int8 (default: %(default)s)"
+    parser.add_argument("--weights", choices=precisions, default="auto", help=weights)
+    kv = "as `llava.kv_dtype`: auto for 16 bits, or int8 (default: %(default)s)"
+    parser.add_argument("--kv-dtype", choices=precisions, default="auto", help=kv)
 
 
 def _add_doctor(commands: _Commands) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import yaml
 
 from . import capacity, models
 from .account import Account
+from .instances import InstanceType
 from .output import format_size
 
 CONFIG = "checkpoint/config.json"
@@ -40,12 +43,31 @@ def verdict(account: Account, address: models.ModelAddress, instance_type: str) 
     config = json.loads(text)
     shape = known_shape(config)
     if shape is not None:
+        shape = replace(shape, **_precisions(account, address))
         fit = capacity.fit(shape, instance, TEXT_TOKENS)
         reason = f"{shape.name} does not fit {instance_type} ({gpu}) by `llava-deploy capacity`"
-        return Verdict(fit.on_gpu > 0, reason)
+        return Verdict(fit.on_gpu > 0, f"{reason}: {_remedy(shape, instance)}")
     weights = models.size_of(account, address, WEIGHTS) * capacity.BYTES_PER_NUMBER // _stored_bytes(config)
     reason = f"weights of {format_size(weights)} do not fit {instance_type} ({gpu})"
     return Verdict(weights + RESERVE_GIB * capacity.GIB < instance.gpu_mib * capacity.MIB, reason)
+
+
+def _precisions(account: Account, address: models.ModelAddress) -> dict[str, capacity.Precision]:
+    """Return `weights` and `kv` of a model's configuration, for a shape of the table."""
+    text = models.read_file(account, address, models.CONFIG)
+    section = (yaml.safe_load(text) or {}).get("llava") or {} if text else {}
+    values = {"weights": section.get("weights"), "kv": section.get("kv_dtype")}
+    return {name: "int8" if value == "int8" else "auto" for name, value in values.items()}
+
+
+def _remedy(shape: capacity.LlavaShape, instance: InstanceType) -> str:
+    """Return what serves a model that does not fit an instance."""
+    found = capacity.smallest(shape, TEXT_TOKENS)
+    smallest = f"the smallest type that it fits is {found.name}" if found else "it fits no type of the table"
+    int8 = replace(shape, weights="int8", kv="int8")
+    if int8 != shape and capacity.fit(int8, instance, TEXT_TOKENS).on_gpu:
+        return f"pack it with `weights: int8` and `kv_dtype: int8`, with which it fits; without, {smallest}"
+    return smallest
 
 
 def known_shape(config: dict[str, Any]) -> capacity.LlavaShape | None:

@@ -171,7 +171,7 @@ class HandlerConfig(Section):
         default="auto",
         description=(
             "`int8`: the language model's linears are stored as 8-bit integers with a scale for each output, in half "
-            "the memory of bfloat16. Some answers change (docs/models.md). Needs a CPU with bfloat16. "
+            "the memory of 16-bit weights. Some answers change (docs/models.md). Needs a GPU, or a CPU with bfloat16. "
             "`auto`: as `dtype`."
         ),
     )

@@ -45,10 +45,12 @@ def read_config(model_yaml: Mapping[str, Any]) -> HandlerConfig:
 
     frontend = _frontend_problems(model_yaml, value_of("max_sessions"), value_of("session_ttl_s"))
     every = [*problems.values(), *frontend]
-    if config is not None and config.weights == "int8" and config.device.startswith("cuda"):
-        every.append(f"`llava.weights` must be auto on a GPU, got 'int8' with device {config.device}")
     if config is not None and config.weights == "int8" and config.dtype in ("float32", "float16"):
-        every.append(f"`llava.dtype` must be auto or bfloat16 with int8 weights, got {config.dtype!r}")
+        # With device auto, the engine checks float16 when it knows the device.
+        if "cpu" in (config.device, *(config.devices or ())):
+            every.append(f"`llava.dtype` must be auto or bfloat16 with int8 weights on a CPU, got {config.dtype!r}")
+        elif config.dtype == "float32":
+            every.append("`llava.dtype` must be auto, bfloat16 or float16 with int8 weights, got 'float32'")
     if config is not None:
         every += _device_problems(config, model_yaml)
     if every or config is None:

@@ -123,6 +123,12 @@ METRICS = (
         "CPU: features and KV caches. CUDA: memory that torch's allocator holds, with the weights.",
         in_torchserve=True,
     ),
+    Metric(
+        "llava_device_reserved_bytes",
+        "gauge",
+        "bytes",
+        "CUDA: memory that torch's allocator has taken from the device, in use or kept for reuse. CPU: 0.",
+    ),
     Metric("llava_engine_up", "gauge", "count", "1 if the device's engine works, 0 while it restarts.", label=_DEVICE),
     Metric("llava_engine_sessions", "gauge", "count", "Open sessions that the device's engine holds.", label=_DEVICE),
     Metric(
@@ -229,6 +235,7 @@ class MetricValues:
     huge_page_ratio: float = 0.0
     offloaded_bytes: int = 0
     device_bytes: int = 0
+    device_reserved_bytes: int = 0
     engine_up: Mapping[str, int] = field(default_factory=dict)
     engine_sessions: Mapping[str, int] = field(default_factory=dict)
     engine_running_turns: Mapping[str, int] = field(default_factory=dict)

@@ -113,6 +113,21 @@ def test_up_refuses_a_model_that_does_not_fit(cloud: Cloud, run: Run, packed: Pa
     assert (done.code, "does not fit" in done.error) == (1, True), "the present instance type counts too"
 
 
+def test_up_names_what_serves_a_model_that_does_not_fit(cloud: Cloud, run: Run, packed: Path, pushed: str) -> None:
+    config = {"model_type": "llava", "text_config": TEXT_13B}
+    upload_with(run, packed, config)
+    done = run("up", "--instance-type", "ml.g5.xlarge")
+    assert done.code == 1
+    assert "pack it with `weights: int8` and `kv_dtype: int8`, with which it fits" in done.error
+    assert "the smallest type that it fits is ml.g7.2xlarge" in done.error
+    (packed / "model-config.yaml").write_text("llava:\n  max_sessions: 5\n  weights: int8\n")
+    upload_with(run, packed, config)
+    assert run("up", "--instance-type", "ml.g5.xlarge", "--dry-run").code == 0
+    done = run("up", "--instance-type", "ml.g4dn.xlarge", "--dry-run")
+    assert (done.code, "LLaVA-1.5-13B does not fit ml.g4dn.xlarge" in done.error) == (1, True)
+    assert "the smallest type that it fits is ml.g5.xlarge" in done.error
+
+
 def test_a_model_that_the_table_does_not_have_is_judged_by_its_weights(
     cloud: Cloud, run: Run, packed: Path, pushed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

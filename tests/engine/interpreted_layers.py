@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from llava_sessions.engine import decode_graphs
 from llava_sessions.engine.attention import Segment, TokenBatch
 from llava_sessions.engine.budget import DeviceBudget
 from llava_sessions.engine.cuda.ragged import PIECE, RaggedAttention
@@ -27,6 +28,7 @@ from llava_sessions.text.chat_template import ChatTemplate
 from llava_sessions.text.processors import load_processor
 from tests.support.family import Family, noise
 from tests.support.meta_cuda import Card
+from tests.support.recorded_graph import RecordedGraph
 from tests.support.tiny_families import make_llava, make_onevision
 from tests.support.two_worlds import CUDA, MixedDevices, Worlds
 
@@ -47,14 +49,16 @@ def worlds(monkeypatch: pytest.MonkeyPatch) -> Worlds:
 
 
 @pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest, tmp_path: Path, worlds: Worlds) -> Family:
-    """Return a family whose model is on the device."""
+def family(request: pytest.FixtureRequest, tmp_path: Path, worlds: Worlds, monkeypatch: pytest.MonkeyPatch) -> Family:
+    """Return a family whose model is on the device, with graphs that are captured early."""
+    monkeypatch.setattr(decode_graphs, "CAPTURE_AT", 2)
     folder = FAMILIES[request.param](tmp_path)
     reference = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     worlds.move(plain)
     with worlds.active():
         model = Model(plain)
+        model.use_graphs(RecordedGraph)
     return Family(request.param, folder, ChatTemplate(load_processor(folder)), model, reference)
 
 
@@ -144,6 +148,9 @@ def test_answers_equal_generate_in_all_tiers_and_in_a_batch(family: Family, worl
     chats.ask("a", 7, 2)
     chats.check()
     assert chats.cached["c"] > 0
+    assert model.graphs is not None
+    assert model.graphs.is_on
+    assert model.graphs.replays
 
 
 @pytest.fixture
@@ -168,8 +175,8 @@ def test_a_decode_step_takes_as_many_launches_for_any_number_of_sessions(seven_b
                 kv.length = 130
             before = worlds.labels.launches
             waits = worlds.labels.waits
-            logits = seven_b.forward([Segment(kv, [300], None, [], True) for kv in caches])
-            next_tokens(logits, [Sampler(Sampling(5))] * count)
+            logits, likeliest = seven_b.forward([Segment(kv, [300], None, [], True) for kv in caches])
+            next_tokens(logits, [Sampler(Sampling(5))] * count, likeliest=likeliest)
             launches[count] = worlds.labels.launches - before
             assert worlds.labels.waits == waits + 1, "the tokens of all rows leave the device in one transfer"
     assert launches[1] == launches[16] == launches[64]
@@ -184,7 +191,7 @@ def test_a_step_from_tensors_on_the_device_computes_what_a_forward_computes(fami
         caches = [[SessionKV(model.kv_shape) for _ in prompts] for _ in range(2)]
         for pair in caches:
             model.forward([Segment(kv, ids, None, [], True) for kv, ids in zip(pair, prompts, strict=True)])
-        expected = model.forward([Segment(kv, [40], None, [], True) for kv in caches[0]])
+        expected = model.forward([Segment(kv, [40], None, [], True) for kv in caches[0]]).logits
         places = [(row, kv.address, kv.capacity, kv.length) for row, kv in enumerate(caches[1])]
         assert model.token_attention is not None
         batch = TokenBatch(model.token_attention, model.token_attention.task(places), 2)

@@ -76,7 +76,7 @@ def logits(model: Model) -> torch.Tensor:
     ]
     return torch.cat(
         [
-            model.forward([Segment(kv, ids, None, [], True) for kv, ids in zip(caches, step, strict=True)])
+            model.forward([Segment(kv, ids, None, [], True) for kv, ids in zip(caches, step, strict=True)]).logits
             for step in steps
         ]
     )

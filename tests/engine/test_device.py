@@ -19,6 +19,8 @@ from transformers import AutoModelForImageTextToText
 
 from llava_sessions.engine import attention
 from llava_sessions.engine.attention import Segment, causal_mask
+from llava_sessions.engine.budget import DeviceBudget
+from llava_sessions.engine.content import FeatureStore
 from llava_sessions.engine.cpu import attention as cpu_attention
 from llava_sessions.engine.cuda.compiler_cache import choose_cache_folder
 from llava_sessions.engine.device import (
@@ -29,7 +31,8 @@ from llava_sessions.engine.device import (
     share_cores,
     takes_grouped_heads,
 )
-from llava_sessions.engine.kv import SessionKV
+from llava_sessions.engine.kv import KVShape, SessionKV
+from llava_sessions.engine.memory import DeviceMemory
 from llava_sessions.engine.model import Model
 
 CUDA = torch.device("cuda")
@@ -159,6 +162,23 @@ def test_a_cpu_changes_no_setting(current: list[torch.device]) -> None:
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
+@pytest.mark.parametrize(("device", "expected"), [(CUDA, 7), (CPU, 0)], ids=str)
+def test_memory_that_torch_has_taken_is_reported(
+    device: torch.device, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 7)
+    memory = DeviceMemory(
+        DeviceBudget(1, 1),
+        sessions={},
+        features=FeatureStore(),
+        kv_shape=KVShape(1, 1, 8, torch.float16, device),
+        feature_bytes=1,
+        context_tokens=1,
+    )
+    usage = memory.usage(allocated_bytes=5)
+    assert (usage.allocated_bytes, usage.reserved_bytes) == (5, expected)
+
+
 @pytest.mark.parametrize(
     ("capability", "dtype", "expected"),
     [
@@ -214,7 +234,7 @@ def logits(model: Model) -> torch.Tensor:
     """Return the logits after a prompt in two chunks."""
     kv = SessionKV(model.kv_shape)
     model.forward([Segment(kv, [5, 6, 7], None, [], False)])
-    return model.forward([Segment(kv, [8, 9], None, [], True)])
+    return model.forward([Segment(kv, [8, 9], None, [], True)]).logits
 
 
 @pytest.mark.parametrize(("device", "gpus", "exists"), [("cuda", 0, False), ("cuda:2", 2, False), ("cuda:1", 2, True)])

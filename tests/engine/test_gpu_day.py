@@ -41,15 +41,16 @@ def test_a_section_runs_and_is_recorded(record: dict[str, Any], name: str) -> No
     assert entry["results"] or entry["notes"]
 
 
-def test_the_triton_kernels_run_in_the_interpreter(tmp_path: Path) -> None:
+def test_the_triton_kernels_and_graphs_run_in_the_interpreter(tmp_path: Path) -> None:
     """In a process of its own: Triton reads the variable when it is imported."""
-    asked = ["--smoke", "--device", "cpu", "--out", str(tmp_path), "--sections", "kernel numbers", "decode"]
     path = os.pathsep.join([".", "handler", "client"])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-m", "bench.gpu_day", *asked], cwd=ROOT, env=environment, timeout=120)
+    asked = [sys.executable, "-m", "tests.engine.interpreted_gpu_day", str(tmp_path)]
+    done = subprocess.run(asked, cwd=ROOT, env=environment, timeout=120, check=False)
     assert done.returncode == 0
-    decode = json.loads((tmp_path / "gpu_day.json").read_text())["sections"]["decode"]
-    assert {row["variant"] for row in decode["results"]["rows"]} == {variants.PLAIN, variants.FUSED}
+    rows = json.loads((tmp_path / "gpu_day.json").read_text())["sections"]["decode"]["results"]["rows"]
+    assert [row["variant"] for row in rows] == [variants.PLAIN, variants.FUSED, variants.GRAPHS]
+    assert [row["replays"] > 0 for row in rows] == [False, False, True]
 
 
 def test_the_options_name_all_sections() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from llava_sessions.engine.formats.int8 import dequantize, quantize
 from llava_sessions.engine.kv import GROWTH_TOKENS, KVShape, SessionKV
 from llava_sessions.engine.kv_pool import KVPool
 from llava_sessions.engine.model import Model
-from llava_sessions.ipc.messages import AskSession, Event, Finished, Sampling
+from llava_sessions.engine.process import load
+from llava_sessions.ipc.messages import AskSession, EngineSettings, Event, Finished, Sampling
 from tests.engine.test_layers import logits
 from tests.support.engine_chats import QUESTIONS, Chats
 from tests.support.meta_cuda import Card, meta_cuda
@@ -411,3 +413,9 @@ def test_the_engines_memory_is_counted_in_int8(tiny: Path) -> None:
     memory = chats.engine.memory()
     assert memory.kv_bytes == GROWTH_TOKENS * shape.token_bytes
     assert memory.offloaded_bytes == session.kv.length * shape.token_bytes
+
+
+def test_the_settings_of_an_engine_process_choose_int8(tiny: Path) -> None:
+    settings = EngineSettings(str(tiny), "", "float32", "cpu", 256, kv_dtype="int8")
+    assert load(settings).model.kv_shape.is_int8
+    assert not load(replace(settings, kv_dtype="auto")).model.kv_shape.is_int8

@@ -56,7 +56,7 @@ def logits(model: Model) -> list[torch.Tensor]:
     first, second, third = (SessionKV(model.kv_shape, pool) for _ in range(3))
 
     def step(*given: tuple[SessionKV, list[int]]) -> torch.Tensor:
-        return model.forward([Segment(kv, ids, None, [], True) for kv, ids in given]).float()
+        return model.forward([Segment(kv, ids, None, [], True) for kv, ids in given]).logits.float()
 
     return [
         step((first, list(range(200, 240))), (second, [210, 220, 230])),

@@ -34,6 +34,7 @@ class Card:
         self.peak_bytes = 0
         self.reserved_bytes = 0
         self.pinned_bytes = 0
+        self.known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()  # counted
 
     def allocate(self, size: int) -> None:
         """Take memory. What was freed is not reused: the worst case of fragments."""
@@ -51,9 +52,11 @@ class Card:
     def patch(self, patch: pytest.MonkeyPatch) -> None:
         """Make torch report this card's memory."""
         patch.setattr(torch.cuda, "memory_allocated", lambda _=None: self.used_bytes + self.live_bytes)
+        patch.setattr(torch.cuda, "memory_reserved", lambda _=None: self.used_bytes + self.reserved_bytes)
         patch.setattr(torch.cuda, "max_memory_allocated", lambda _=None: self.used_bytes + self.peak_bytes)
         patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _=None: self._reset_peak())
         patch.setattr(torch.cuda, "empty_cache", self._empty_cache)
+        patch.setattr(torch.cuda, "get_device_capability", lambda _=None: (8, 0))
         patch.setattr(torch.cuda, "synchronize", lambda _=None: None)
         patch.setattr(torch.cuda, "Event", _Event)
         patch.setattr(torch.cuda, "current_stream", lambda _=None: SimpleNamespace(synchronize=lambda: None))
@@ -93,12 +96,11 @@ class _Storages(TorchDispatchMode):
     def __init__(self, card: Card) -> None:
         super().__init__()
         self._card = card
-        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for given in args:
             if isinstance(given, torch.Tensor) and given.device == META:
-                self._known.add(given.untyped_storage())  # a weight, of which there may be views
+                self._card.known.add(given.untyped_storage())  # a weight, of which there may be views
         if func is torch.ops.aten.scaled_dot_product_attention.default:
             query = args[0]
             out = torch.empty_like(query)  # flash attention makes no scores
@@ -122,11 +124,11 @@ class _Storages(TorchDispatchMode):
         return target
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known or not storage.nbytes():
+        if storage in self._card.known or not storage.nbytes():
             return
         size = -(-storage.nbytes() // _BLOCK_BYTES) * _BLOCK_BYTES
         self._card.allocate(size)
-        self._known.add(storage)
+        self._card.known.add(storage)
         weakref.finalize(storage, self._card.free, size)
 
 
@@ -144,6 +146,8 @@ class _CudaIsMeta(TorchFunctionMode):
             return args[0]  # sizes of pictures, which transformers reads again on the host
         if func is torch.Tensor.tolist and args[0].device == META:
             return [0] * len(args[0])  # tokens, which leave the device
+        if func is torch.Tensor.__bool__ and args[0].device == META:
+            return True  # such as whether all numbers are finite
         options = {name: _replaced(value) for name, value in (kwargs or {}).items()}
         is_pinned = options.pop("pin_memory", False)
         out = func(*map(_replaced, args), **options)

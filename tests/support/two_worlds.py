@@ -28,6 +28,7 @@ _NO_LAUNCH = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_st
 # Operations for whose result the host waits.
 _WAITS = {"_local_scalar_dense", "equal", "nonzero", "unique", "_unique2", "masked_select"}
 _COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
+_QUESTIONS = (torch.ops.aten._has_compatible_shallow_copy_type.default,)
 
 
 class MixedDevices(RuntimeError):
@@ -63,7 +64,7 @@ class _Operations(TorchDispatchMode):
         given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
         on_device = [one for one in given if self._labels.has(one)]
         on_host = [one for one in given if one.ndim and not self._labels.has(one)]
-        if on_device and on_host and func not in _COPIES:
+        if on_device and on_host and func not in _COPIES + _QUESTIONS:
             shapes = [(tuple(one.shape), self._labels.has(one)) for one in given]
             raise MixedDevices(f"{func}: shapes, and whether on the device: {shapes}")
         out = func(*args, **(kwargs or {}))

@@ -332,17 +332,28 @@ def test_a_list_of_devices_needs_one_worker() -> None:
     assert only_problem_of(config) == "`maxWorkers` must be 1 with a list of `llava.devices`, got 2"
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_int8_weights_on_a_gpu_are_a_problem(device):
-    problem = only_problem_of(with_llava(weights="int8", device=device))
-    assert problem == f"`llava.weights` must be auto on a GPU, got 'int8' with device {device}"
-    assert read_config(with_llava(weights="int8", device="cpu")).weights == "int8"
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:1"])
+def test_int8_weights_on_a_gpu_need_16_bits(device: str) -> None:
+    for dtype in ("auto", "bfloat16", "float16"):
+        assert read_config(with_llava(weights="int8", device=device, dtype=dtype)).weights == "int8"
+    problem = only_problem_of(with_llava(weights="int8", device=device, dtype="float32"))
+    assert problem == "`llava.dtype` must be auto, bfloat16 or float16 with int8 weights, got 'float32'"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_int8_weights_in_another_precision_than_bfloat16_are_a_problem(dtype: str) -> None:
-    problem = only_problem_of(with_llava(weights="int8", dtype=dtype))
-    assert problem == f"`llava.dtype` must be auto or bfloat16 with int8 weights, got '{dtype}'"
+def test_int8_weights_on_a_cpu_need_bfloat16(dtype: str) -> None:
+    problem = only_problem_of(with_llava(weights="int8", device="cpu", dtype=dtype))
+    assert problem == f"`llava.dtype` must be auto or bfloat16 with int8 weights on a CPU, got '{dtype}'"
+    assert only_problem_of(with_llava(weights="int8", devices=["cpu", "cpu"], dtype=dtype)) == problem
+    assert read_config(with_llava(weights="int8", device="cpu")).weights == "int8"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
+def test_int8_caches_go_with_every_device_and_precision(device: str, dtype: str) -> None:
+    assert read_config(with_llava(kv_dtype="int8", device=device, dtype=dtype)).kv_dtype == "int8"
+    problem = only_problem_of(with_llava(kv_dtype="fp8", device=device, dtype=dtype))
+    assert problem == "`llava.kv_dtype` must be one of auto, int8, got 'fp8'"
 
 
 # --- all at once ---

@@ -324,6 +324,18 @@ def test_sizes_are_those_of_the_published_checkpoint(tmp_path: Path) -> None:
     assert int8 == MODELS[0].kv_bytes(tokens) * (128 + 4) // (128 * 2), "a scale of 4 bytes for 128 numbers"
 
 
+def test_weights_in_int8_count_a_byte(tmp_path: Path) -> None:
+    def weights(value: str) -> int:
+        config = edited(tmp_path, CONFIG, {"weights": value})
+        chosen = settings.read(Subject(config=config, dtype="bfloat16", device="cpu"))
+        assert chosen is not None
+        return resources.demand_of(chosen, sizes, Memory(GIB, GIB, "the machine"), []).weights
+
+    sizes = Sizes.read(SHAPES)
+    assert 1_700_000 < sizes.linear_numbers < sizes.stored_bytes // 2
+    assert weights("auto") - weights("int8") == sizes.linear_numbers - 4 * sizes.linear_outputs
+
+
 # --- memory, disk, processes ------------------------------------------------------------------------------------------
 
 

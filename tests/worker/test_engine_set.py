@@ -8,7 +8,16 @@ from collections.abc import Iterator
 import pytest
 
 from llava_sessions.errors import Refused
-from llava_sessions.ipc.messages import EngineFacts, Memory, OpenSession, OutOfCapacity, PreparedPicture, Report
+from llava_sessions.ipc.messages import (
+    EngineFacts,
+    Memory,
+    OpenFailed,
+    OpenSession,
+    OutOfCapacity,
+    PreparedPicture,
+    Report,
+    TurnFailed,
+)
 from llava_sessions.worker.engine_set import EngineSet
 from llava_sessions.worker.engines import EngineLost, EngineUp, FromEngine
 from llava_sessions.worker.placement import Placement
@@ -331,3 +340,26 @@ def test_a_close_on_an_engine_that_does_not_answer_holds_up_no_other_engine(
     lives.close_chat(second)
     lives.exchange(home)
     assert waits[-1] == 2.0
+
+
+def test_late_events_of_the_former_engine_do_not_concern_a_session_that_has_moved(lives: World, home: Instance) -> None:
+    [chat] = opened(lives, 1)
+    home.lose_engine()
+    home.bring_engine()
+    lives.settle()
+    home.devices[0].engine.open_fault = OutOfCapacity
+    asked = ask(lives, chat)
+    while not home.devices[0].reports:
+        lives.exchange(home)
+        home.prepare()
+        home.devices[0].step()
+    home.deliver()
+    lives.exchange(home)  # the turn is being prepared for the other engine
+    late = [TurnFailed(asked.row.request_id, "late"), OpenFailed(chat.session_id, "late")]
+    home.inbox.put(FromEngine(0, Report(late)))
+    lives.settle()
+    assert status(asked) == 200
+    home.inbox.put(FromEngine(0, Report(late)))
+    lives.settle()
+    assert engine_of(home, chat) == 1
+    assert set(home.devices[1].engine.sessions) == {chat.session_id}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from llava_sessions.engine.model import Model
@@ -69,12 +71,14 @@ def test_a_cancelled_turn_has_tokens_and_no_times(model: Model, tokens: ChatTemp
 def test_the_engines_counts_go_on_over_engines(front: Frontend) -> None:
     """A report reaches the manager with the event of a session that is not known any more."""
     first = Memory(resident=1, offloads=4, drops=2, restores=3, pictures_encoded=5, picture_hits=6, waiting_turns=7)
+    first = replace(first, allocated_bytes=8, reserved_bytes=9)
     front.put(Report([Closed("gone")], first))
     front.exchange()
     before = values(front)
     assert (dict(before.evictions_total), before.restores_total) == ({"offload": 4, "drop": 2}, 3)
     assert (before.pictures_encoded_total, before.picture_hits_total) == (5, 6)
     assert (before.resident_sessions, before.num_requests_waiting) == (1, 7)
+    assert (before.device_bytes, before.device_reserved_bytes) == (8, 9)
     front.lose_engine()
     front.exchange()
     lost = values(front)

@@ -80,6 +80,11 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def reserved_bytes(device: torch.device) -> int:
+    """Return the bytes that torch's allocator has taken from a CUDA device, in use or kept for reuse. 0 for a CPU."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+
 class Stopwatch:
     """The time of work on a device, from the creation to `stop`.
 

@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
-import torch
-
 from ..ipc.messages import (
     AskSession,
     Cancelled,
@@ -33,6 +31,7 @@ from .admission import Admission
 from .ahead import WorkAhead
 from .budget import DeviceBudget
 from .content import FeatureStore
+from .decode_graphs import Predictions
 from .device import synchronize
 from .encoding import PictureEncoder
 from .failures import Failures
@@ -250,7 +249,7 @@ class Engine:
                 if session.turn is not None:
                     session.turn.start(session.kv.length)
             segments = [session.segment(tokens) for session, tokens in steps]
-            logits = self.model.forward(segments)
+            predictions = self.model.forward(segments)
         except Exception as error:
             self._fail_step(steps, error)
             return None
@@ -259,7 +258,7 @@ class Engine:
             for (session, _), segment in zip(steps, segments, strict=True)
             if segment.sample and session.turn is not None
         ]
-        return _Launched(steps, stored, sampled, logits)
+        return _Launched(steps, stored, sampled, predictions)
 
     def _sample(self, launched: _Launched) -> None:
         """Wait for the forward and accept the sampled tokens of turns that have not failed since."""
@@ -267,7 +266,8 @@ class Engine:
         try:
             if turns:
                 ban = _ban(turns, self.model.eos_token_ids)
-                tokens = next_tokens(launched.logits, [turn.sampler for turn in turns], ban)
+                logits, likeliest = launched.predictions
+                tokens = next_tokens(logits, [turn.sampler for turn in turns], ban, likeliest)
             else:
                 synchronize(self.model.device)  # the end of a prefill is reported when it has ended
                 tokens = []
@@ -320,14 +320,13 @@ class Engine:
 class _Launched:
     """A forward of `(session, tokens)` whose result may not be computed yet.
 
-    `stored`: tokens in each cache before it. `sampled`: the turns that get a token, one for each row of `logits`,
-    `[rows, vocabulary]`.
+    `stored`: tokens in each cache before it. `sampled`: the turns that get a token, one for each row of `predictions`.
     """
 
     steps: list[tuple[EngineSession, int]]
     stored: list[int]
     sampled: list[tuple[EngineSession, EngineTurn]]
-    logits: torch.Tensor
+    predictions: Predictions
 
 
 def _ban(turns: list[EngineTurn], eos_token_ids: frozenset[int]) -> Ban | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from ..ipc.messages import Memory
 from .budget import DeviceBudget
 from .content import FeatureStore, unencoded_keys
+from .device import reserved_bytes
 from .faults import first_line, is_out_of_memory, raise_if_device_lost, release_unused
 from .kv import KVShape
 from .kv_pool import KVPool
@@ -73,7 +74,7 @@ class DeviceMemory:
         self.pool = KVPool() if kv_shape.device.type == "cpu" else None
 
     def usage(self, allocated_bytes: int) -> Memory:
-        """Return what the open sessions hold. `allocated_bytes`: the count of torch's allocator."""
+        """Return what the open sessions hold. `allocated_bytes`: of torch's tensors on the device."""
         caches = [session.kv for session in self._sessions.values()]
         tiers = Counter(kv.tier for kv in caches)
         turns = [session.turn.is_waiting for session in self._sessions.values() if session.turn is not None]
@@ -86,6 +87,7 @@ class DeviceMemory:
             offloaded_bytes=sum(kv.host_bytes for kv in caches),
             pool_bytes=0 if self.pool is None else self.pool.free_bytes,
             allocated_bytes=allocated_bytes,
+            reserved_bytes=reserved_bytes(self._kv_shape.device),
             waiting_turns=sum(turns),
             running_turns=len(turns) - sum(turns),
             device_budget_bytes=self.budget.device_bytes,

@@ -6,8 +6,7 @@ the `past_key_values` protocol.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +15,21 @@ import torch
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForImageTextToText
 
 from ..ipc.messages import PreparedPicture
-from ..text.checkpoint import WEIGHTS, WEIGHTS_INDEX, UnsupportedCheckpoint, read_json
+from ..text.checkpoint import WEIGHTS, WEIGHTS_INDEX, UnsupportedCheckpoint
 from . import cuda_path
 from .attention import TEXT_ATTENTION, VISION_ATTENTION, PackedKV, Segment, TokenAttention
 from .cpu import attention as cpu_attention
 from .cpu import int8_linears, layer_stack, layers, linears, picture_layers
+from .cuda import int8_linear
+from .cuda import layers as cuda_layers
+from .cuda.graphs import CUDAGraphs, Graph
+from .cuda.ragged import RaggedAttention
+from .decode_graphs import DecodeGraphs, Predictions
 from .device import native_dtype, on_device, prepare
 from .fused.layer import Batch, FusedLayer
 from .fused.linear import Pack
 from .kv import KVShape
+from .weight_files import check_memory, tensors_on_meta
 
 if TYPE_CHECKING:
     from .cpu.amx_sessions import SessionAttention  # importing it needs Numba
@@ -43,12 +48,17 @@ class Model:
     """A loaded checkpoint on one device. Not thread-safe."""
 
     def __init__(
-        self, model: Any, end_token_ids: frozenset[int] | None = None, kv_dtype: torch.dtype | None = None
+        self,
+        model: Any,
+        end_token_ids: frozenset[int] | None = None,
+        kv_dtype: torch.dtype | None = None,
+        cuda_pack: Pack | None = None,
     ) -> None:
         """Take a transformers model for image-text-to-text and register the engine's attention with it.
 
         `end_token_ids` end an answer; None: those of its generation config, as in `generate`. `kv_dtype`: as in
-        `KVShape`.
+        `KVShape`. `cuda_pack`: for the linears of the language model on CUDA, which may still be on the host; None:
+        they stay as they are.
         """
         text = model.config.get_text_config()
         self._model = model.eval()
@@ -74,19 +84,32 @@ class Model:
         self.token_attention: TokenAttention | None = None
         # Compiled attention of several tokens of a session, or None: then torch's.
         self.session_attention: SessionAttention | None = None
+        # Steps that only decode as graphs, or None: then each step is launched kernel by kernel.
+        self.graphs: DecodeGraphs | None = None
         cpu_attention.prepare_picture_attention(model.config.vision_config, self.dtype, self.device)
         if self.device.type == "cuda":
-            self.use_cuda_layers()
+            self.use_cuda_layers(cuda_pack)
         elif isinstance(self.text.layers[0], FusedLayer) and self.kv_shape.token_bytes >= COMPILE_FROM_BYTES:
             self._compile_attention()
 
-    def use_cuda_layers(self) -> None:
+    def use_cuda_layers(self, pack: Pack | None = None) -> None:
         """Use fused layers with ragged attention, as on CUDA, if they pass their trial.
 
-        With Triton's interpreter (TRITON_INTERPRET=1) this works on a CPU too, for a model whose linears are not
-        packed.
+        `pack`: see `cuda_pack` of `__init__`. With Triton's interpreter (TRITON_INTERPRET=1) this works on a CPU too,
+        for a model whose linears are not packed.
         """
-        self.token_attention = cuda_path.use_fused_layers(self.text, self._heads, self.kv_shape)
+        self.token_attention = cuda_path.use_fused_layers(
+            self.text, self._heads, self.kv_shape, pack or cuda_layers.pack
+        )
+        if pack is not None:
+            int8_linear.pack_all(self._model, pack)
+        if self.device.type == "cuda":
+            self.use_graphs(CUDAGraphs())
+
+    def use_graphs(self, make_graph: Callable[[], Graph]) -> None:
+        """Run steps that only decode as graphs of `make_graph`, if the layers are those of `use_cuda_layers`."""
+        if isinstance(self.token_attention, RaggedAttention):
+            self.graphs = DecodeGraphs(self.decode, self.token_attention, self._heads, self.kv_shape, make_graph)
 
     def _compile_attention(self) -> None:
         """Compile attention for the CPU, and where possible whole layers."""
@@ -115,9 +138,10 @@ class Model:
         """Load a folder or hub ID through accelerate's device map.
 
         `device` "auto": CUDA if available, else CPU. `dtype` "auto": see `native_dtype`. `end_token_ids`: as in
-        `__init__`. `weights`: "auto", or "int8" for the linears of the language model on a CPU with bfloat16.
-        `kv_dtype`: "auto", or "int8" for the KV caches. Raises `UnsupportedCheckpoint`, OSError if the checkpoint can't
-        be found, and ValueError if weights in int8 are not possible.
+        `__init__`. `weights`: "auto", or "int8" for the linears of the language model: on a GPU in float16 or bfloat16,
+        or on a CPU with bfloat16. `kv_dtype`: "auto", or "int8" for the KV caches. Raises `UnsupportedCheckpoint`,
+        `InsufficientMemory` if the weights do not fit the GPU, OSError if the checkpoint can't be found, and ValueError
+        if weights in int8 are not possible.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -128,11 +152,19 @@ class Model:
         elif isinstance(dtype, str):
             dtype = getattr(torch, dtype)
         assert isinstance(dtype, torch.dtype)
+        if torch.device(device).type == "cuda" and Path(checkpoint).is_dir():
+            check_memory(Path(checkpoint), dtype, torch.device(device), weights)
+        cache_dtype = torch.int8 if kv_dtype == "int8" else None
+        if weights == "int8" and torch.device(device).type == "cuda":
+            int8_linear.check(dtype)
+            model = load_weights(checkpoint, dtype, "cpu")
+            int8_linear.move_others(model, torch.device(device))
+            return cls(model, end_token_ids, cache_dtype, int8_linear.pack_for(model.device, dtype))
         if weights == "int8":
-            int8_linears.check(dtype, torch.device(device))
+            int8_linears.check(dtype)
         model = load_weights(checkpoint, dtype, device)
         _pack(model, int8_linears.pack if weights == "int8" else linears.pack)
-        return cls(model, end_token_ids, torch.int8 if kv_dtype == "int8" else None)
+        return cls(model, end_token_ids, cache_dtype)
 
     def media_positions(self, token_ids: list[int]) -> list[int]:
         """Return the indices of image and video tokens."""
@@ -164,21 +196,24 @@ class Model:
         return [rows.clone() for rows in features]
 
     @torch.inference_mode()
-    def forward(self, segments: list[Segment]) -> torch.Tensor:
+    def forward(self, segments: list[Segment]) -> Predictions:
         """Run one packed forward over the new tokens of all segments.
 
-        Appends to each segment's KV cache. Returns the logits `[rows, vocabulary]` of the segments to sample, in their
-        order. After an error all KV lengths are unchanged.
+        Appends to each segment's KV cache. The rows of the result are the segments to sample, in their order. The
+        result is valid until the next forward. After an error all KV lengths are unchanged.
         """
-        packed = PackedKV(segments, self._heads, self.token_attention, self.session_attention)
-        ids = [token for s in segments for token in s.token_ids]
-        positions = [at for s in segments for at in range(s.kv.length, s.kv.length + len(s.token_ids))]
-        hidden = self._run_layers(self._embed(ids, segments), self._on_device(positions), packed)
-        sampled = [end - 1 for end, segment in zip(packed.ends, segments, strict=True) if segment.sample]
-        logits: torch.Tensor = self._model.lm_head(hidden.index_select(0, self._on_device(sampled)))
+        predictions = None if self.graphs is None else self.graphs.step(segments)
+        if predictions is None:
+            packed = PackedKV(segments, self._heads, self.token_attention, self.session_attention)
+            ids = [token for s in segments for token in s.token_ids]
+            positions = [at for s in segments for at in range(s.kv.length, s.kv.length + len(s.token_ids))]
+            hidden = self._run_layers(self._embed(ids, segments), self._on_device(positions), packed)
+            sampled = [end - 1 for end, segment in zip(packed.ends, segments, strict=True) if segment.sample]
+            logits = self._model.lm_head(hidden.index_select(0, self._on_device(sampled)))
+            predictions = Predictions(logits, None)
         for segment in segments:
             segment.kv.length += len(segment.token_ids)
-        return logits
+        return predictions
 
     @torch.inference_mode()
     def decode(self, ids: torch.Tensor, positions: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -230,6 +265,11 @@ class Model:
         torch.cuda.reset_peak_memory_stats(self.device)
         return peak
 
+    @property
+    def int8_frees_bytes(self) -> int:
+        """Bytes that `weights: int8` would free on a GPU; 0 if it is set."""
+        return int8_linear.freed_bytes(self._model) if self.device.type == "cuda" else 0
+
     def allocated_bytes(self) -> int:
         """Return the bytes that torch's allocator holds on the device. 0 on CPU, where torch does not count them."""
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
@@ -257,7 +297,7 @@ def load_weights(checkpoint: str | Path, dtype: torch.dtype, device: str) -> Any
         raise UnsupportedCheckpoint(problem)
     _drop_unused_vision_layers(config)
     # Headers only: mapping a file into memory fails if it is larger than the machine's memory.
-    headers = _tensors_on_meta(Path(checkpoint)) if device == "meta" else None
+    headers = tensors_on_meta(Path(checkpoint)) if device == "meta" else None
     auto: Any = AutoModelForImageTextToText if headers is None else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     made: Any = auto.from_pretrained(
         checkpoint if headers is None else None,
@@ -273,20 +313,6 @@ def load_weights(checkpoint: str | Path, dtype: torch.dtype, device: str) -> Any
     if problems:
         raise UnsupportedCheckpoint(*problems)
     return model
-
-
-def _tensors_on_meta(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a folder's weights by name, without their data."""
-    shards = {WEIGHTS}
-    if not (folder / WEIGHTS).is_file():
-        shards = set(read_json(folder / WEIGHTS_INDEX).get("weight_map", {}).values())
-    tensors = {}
-    for shard in sorted(shards):
-        with (folder / shard).open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        header.pop("__metadata__", None)
-        tensors.update({name: torch.empty(entry["shape"], device="meta") for name, entry in header.items()})
-    return tensors
 
 
 def _weight_problems(folder: Path, loaded: dict[str, Any]) -> list[str]:

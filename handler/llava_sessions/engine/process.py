@@ -37,16 +37,18 @@ from ..ipc.messages import (
     StartFailed,
 )
 from ..ipc.pipe import receive, send
+from ..machine_memory import memory_bytes
 from ..text.chat_template import ChatTemplate
 from ..text.checkpoint import end_token_ids
 from ..text.processors import load_processor
-from .budget import DeviceBudget, InsufficientMemory, choose_budget
+from .budget import DeviceBudget, InsufficientMemory, choose_budget, graphs_limit
 from .chunks import measure_pieces
 from .device import check_exists, share_cores
 from .engine import Engine
 from .loop import EngineLoop
 from .model import Model
 from .scheduler import DEFAULT_CHUNK_TOKENS
+from .weight_files import remedy
 
 log = logging.getLogger("llava_sessions")
 
@@ -107,6 +109,9 @@ def start(model: Model, template: ChatTemplate, settings: EngineSettings) -> Eng
     found = warm_up(engine, template)
     if model.device.type == "cuda":
         found = measure(engine, found, chunk_tokens)
+    if model.graphs is not None:
+        limit_bytes = graphs_limit(model.device, model.allocated_bytes())
+        found = replace(found, graphs_bytes=model.graphs.prepare(limit_bytes, found.chat_tokens))
     engine.device_memory.budget = final_budget(
         model.device, settings.device_bytes, settings.host_bytes, found, settings.engines
     )
@@ -118,11 +123,15 @@ def start(model: Model, template: ChatTemplate, settings: EngineSettings) -> Eng
 class WarmUp:
     """Device bytes of a first chat: `working_bytes` of temporary tensors, `session_bytes` of features and KV cache.
 
-    On a CPU `working_bytes` is 0.
+    On a CPU `working_bytes` is 0. `graphs_bytes`: that CUDA graphs may still take. `chat_tokens`: of the conversation.
+    `int8_frees_bytes`: what `weights: int8` would free, 0 if it is set.
     """
 
     working_bytes: int
     session_bytes: int
+    graphs_bytes: int = 0
+    chat_tokens: int = 0
+    int8_frees_bytes: int = 0
 
 
 def warm_up(engine: Engine, template: ChatTemplate) -> WarmUp:
@@ -151,10 +160,16 @@ def warm_up(engine: Engine, template: ChatTemplate) -> WarmUp:
     engine.step()
     for event in events:
         if isinstance(event, OutOfCapacity):
-            raise InsufficientMemory(_too_small(event.free_bytes, event.needed_bytes))
+            missing = _too_small(model.device, event.free_bytes, event.needed_bytes, model.int8_frees_bytes)
+            raise InsufficientMemory(missing)
     if not any(isinstance(event, Finished) for event in events):
         raise RuntimeError(f"the checkpoint does not answer a first question: {events}")
-    return WarmUp(working_bytes, memory.kv_bytes + memory.features_bytes)
+    return WarmUp(
+        working_bytes,
+        session_bytes=memory.kv_bytes + memory.features_bytes,
+        chat_tokens=len(opening.token_ids) + len(prompt_ids),
+        int8_frees_bytes=model.int8_frees_bytes,
+    )
 
 
 def measure(
@@ -169,16 +184,19 @@ def final_budget(
     device: torch.device, device_bytes: int | None, host_bytes: int | None, found: WarmUp, engines: int = 1
 ) -> DeviceBudget:
     """Return the budget after the warm-up. Raises `InsufficientMemory` if a derived one holds no session."""
-    budget = choose_budget(device, device_bytes, host_bytes, working_bytes=found.working_bytes, engines=engines)
+    budget = choose_budget(device, device_bytes, host_bytes, found.working_bytes, found.graphs_bytes, engines)
     if device_bytes is None and budget.device_bytes < found.session_bytes:
-        raise InsufficientMemory(_too_small(budget.device_bytes, found.session_bytes))
+        missing = _too_small(device, budget.device_bytes, found.session_bytes, found.int8_frees_bytes)
+        raise InsufficientMemory(missing)
     return budget
 
 
-def _too_small(free_bytes: int, needed_bytes: int) -> str:
+def _too_small(device: torch.device, free_bytes: int, needed_bytes: int, int8_frees_bytes: int) -> str:
+    on_cuda = device.type == "cuda"
+    total_bytes = torch.cuda.mem_get_info(device)[1] if on_cuda else memory_bytes()
     return (
         f"the device has {free_bytes} bytes for sessions after the weights and a reserve, but a session with the "
-        f"largest picture needs {needed_bytes}: use a larger device or a smaller checkpoint"
+        f"largest picture needs {needed_bytes}: {remedy(needed_bytes - free_bytes, int8_frees_bytes, total_bytes)}"
     )
 
 

@@ -18,8 +18,7 @@ class Sampling:
     `temperature` 0: greedy. `seed` None: a random seed. `stop`: strings that end the answer. `deadline_ms`: time from
     the turn's arrival at the engine until it ends with the tokens that it has; None for no deadline. The worker
     subtracts the time that has passed since the question arrived. `ignore_eos`: an end-of-sequence token does not end
-    the answer. `min_tokens`: neither an end-of-sequence token nor a stop string ends the answer before it has so many
-    tokens.
+    the answer. `min_tokens`: before so many tokens neither an end-of-sequence token nor a stop string ends the answer.
     """
 
     max_new_tokens: int
@@ -314,14 +313,14 @@ class Memory:
     """Memory and turns of the open sessions, and counts since the engine's start.
 
     `resident`, `offloaded`, `cold`: sessions whose KV is on the device, on the host, or not stored. `kv_bytes`: KV on
-    the device. `offloaded_bytes`: KV on the host. `allocated_bytes`: torch's count on the device (0 on CPU).
-    `pool_bytes`: free memory that is kept for the next KV caches on a CPU; a part of the budget.
-    `waiting_turns`: turns for which no memory is reserved yet. `running_turns`: all other turns that have not ended.
-    `device_budget_bytes`: the budget of features and KV on the device.
+    the device. `offloaded_bytes`: KV on the host. `allocated_bytes`: of torch's tensors on the device, and
+    `reserved_bytes`: taken for them by torch (0 on CPU). `pool_bytes`: free memory that is kept for the next KV caches
+    on a CPU; a part of the budget. `waiting_turns`: turns for which no memory is reserved yet. `running_turns`: all
+    other turns that have not ended. `device_budget_bytes`: the budget of features and KV on the device.
 
     Counts of KV caches: `offloads` to the host, `restores` from it, `drops`: freed, so that a prefill rebuilds them.
     Counts of pictures: `pictures_encoded`; `picture_hits`: those of requests whose features existed already. A new
-    engine process counts from 0. Pool, budget and counts are not compared.
+    engine process counts from 0. Reserved, pool, budget and counts are not compared.
     """
 
     resident: int = 0
@@ -333,6 +332,7 @@ class Memory:
     allocated_bytes: int = 0
     waiting_turns: int = 0
     running_turns: int = 0
+    reserved_bytes: int = field(default=0, compare=False)
     pool_bytes: int = field(default=0, compare=False)
     device_budget_bytes: int = field(default=0, compare=False)
     offloads: int = field(default=0, compare=False)

@@ -35,6 +35,7 @@ def engine_values(engines: Sequence[DeviceEngine], preparing: int) -> MetricValu
         huge_page_ratio=sum(engine.huge_page_ratio for engine in engines) / len(engines),
         offloaded_bytes=total.offloaded_bytes,
         device_bytes=sum(_device_bytes(memory) for memory in reports.values()),
+        device_reserved_bytes=total.reserved_bytes,
         engine_up={engine.label: int(engine.client is not None) for engine in engines},
         engine_sessions={label: memory.sessions for label, memory in reports.items()},
         engine_running_turns={label: memory.running_turns for label, memory in reports.items()},

@@ -48,7 +48,7 @@ def _check_default_tokens(count: int, info: ValidationInfo) -> int:
 
 
 _Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_tuple)]
-_Device = Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$")]
+_Device = Annotated[str, Field(pattern=r"^(cpu|cuda:(0|[1-9][0-9]*))$")]
 _Devices = Annotated[tuple[_Device, ...], BeforeValidator(_as_tuple), Field(min_length=1, max_length=64)]
 _TextOrNone = Annotated[str | None, _none_if("")]
 _Bytes = Annotated[int | None, Field(ge=0, le=2**50), _none_if("auto")]

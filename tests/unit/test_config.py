@@ -151,7 +151,7 @@ def test_a_checkpoint_is_required(value):
         *[("dtype", value) for value in ("bananas", "fp16", "FLOAT32", 16, True, [], {})],
         *[("weights", value) for value in ("int4", "INT8", 8, True)],
         *[("device", value) for value in (0, True, ["cpu"])],
-        *[("devices", value) for value in ("cuda:0", [], ["gpu"], ["cuda"], [0], ["cpu"] * 65, True)],
+        *[("devices", value) for value in ("cuda:0", [], ["gpu"], ["cuda"], ["cuda:00"], [0], ["cpu"] * 65, True)],
         *[("max_sessions", value) for value in (0, -1, 4097, 1.0, "64", True, [], float("nan"))],
         *[("session_ttl_s", value) for value in (0, 0.99, 86_401, "1200", True, float("nan"), float("inf"), [])],
         *[("prefill_chunk_tokens", value) for value in (0, 65_537, 2.5, "256", False, {})],

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 import pytest
@@ -165,6 +166,48 @@ def test_one_engine_that_does_not_start_ends_all_and_is_named(tmp_path: Path) ->
     with pytest.raises(EngineStartError, match=r"^cpu:1: there is no checkpoint"):
         worker.engines.wait()
     assert eventually(lambda: all(not psutil.pid_exists(pid) or _is_zombie(pid) for pid in worker.engines.pids))
+
+
+class BreaksOnce(FakeEngineProcess):
+    """A process whose end one supervisor cannot wait for, once."""
+
+    broken: ClassVar[list[int]] = []
+
+    def await_end(self) -> None:
+        if not self.broken:
+            self.broken.append(self.pid)
+            raise RuntimeError("a test")
+        super().await_end()
+
+
+def test_an_error_of_a_supervisor_is_the_loss_of_its_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr(BreaksOnce, "broken", [])
+    inbox = Inbox()
+    settings = [EngineSettings(str(tmp_path), "", "float32", "cpu", 256, engines=2) for _ in range(2)]
+    supervisors = EngineSupervisors(settings, inbox, 60, lambda: None, None, BreaksOnce)
+    supervisors.launch()
+    supervisors.wait()
+    os.kill(supervisors.pids[0], signal.SIGKILL)
+    # A new engine has none of the sessions: without the loss the worker would go on asking it for them.
+    lost, up = (inbox.get(PATIENCE_S) for _ in range(2))
+    assert (lost.engine, lost.item.reason) == (0, "RuntimeError: a test")
+    assert (up.engine, type(up.item)) == (0, EngineUp)
+    supervisors.stop()
+
+
+def test_an_error_of_the_first_start_is_reported_and_not_given_up(tmp_path: Path) -> None:
+    given_up = threading.Event()
+
+    def spawn(settings: EngineSettings) -> FakeEngineProcess:
+        raise ValueError("a test")
+
+    settings = [EngineSettings(str(tmp_path), "", "float32", "cpu", 256)]
+    supervisors = EngineSupervisors(settings, Inbox(), 60, given_up.set, None, spawn)
+    supervisors.launch()
+    with pytest.raises(EngineStartError, match="ValueError: a test"):
+        supervisors.wait()
+    assert not given_up.is_set(), "it would end the process before the problem is logged"
 
 
 def _is_zombie(pid: int) -> bool:

@@ -273,6 +273,75 @@ def test_a_turn_without_room_moves_its_session_where_memory_is_free(lives: World
     assert not home.devices[0].engine.sessions
 
 
+def test_every_request_of_a_turn_that_is_placed_again_gets_its_own_form_of_the_reply(
+    lives: World, home: Instance
+) -> None:
+    [chat] = opened(lives, 1)
+    for engine in home.pump._manager._context.engines.all:
+        engine.facts = EngineFacts("cpu", "float32", 4096, BUDGET, 0, TOKEN_BYTES)
+    home.devices[0].engine.turn_fault = OutOfCapacity
+    question = Question(PROMPTS[0], "ask-0000000000000001", None)
+    streamed = lives.ask(chat, question, is_stream=True)
+    whole = lives.ask(chat, question, is_stream=False)
+    lives.exchange(home)
+    lives.settle()
+    assert engine_of(home, chat) == 1
+    assert json.loads(whole.text)["response_text"]
+    assert json.loads(streamed.text.splitlines()[-1])["finish_reason"]
+
+
+@pytest.mark.parametrize(("token_bytes", "leaves"), [(TOKEN_BYTES, True), (BUDGET // 10, False)])
+def test_a_turn_behind_too_many_others_moves_its_session_only_to_room_for_all_of_it(
+    lives: World, home: Instance, token_bytes: int, leaves: bool
+) -> None:
+    [chat] = opened(lives, 1)
+    for engine in home.pump._manager._context.engines.all:
+        engine.facts = EngineFacts("cpu", "float32", 4096, BUDGET, 0, token_bytes)
+    asked = ask(lives, chat)
+    lives.exchange(home)
+    rejected = OutOfCapacity(chat.session_id, asked.row.request_id, 0, 0, 1, waiting_turns=256)
+    home.devices[0].commands.clear()
+    home.inbox.put(FromEngine(0, Report([rejected], Memory())))
+    lives.settle()
+    if leaves:
+        assert (status(asked), engine_of(home, chat)) == (200, 1)
+    else:
+        assert (status(asked), code(asked), engine_of(home, chat)) == (429, "capacity", 0)
+
+
+def test_a_close_on_an_engine_that_does_not_answer_holds_up_no_other_engine(
+    lives: World, home: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chats = opened(lives, 2)
+    waits: list[float] = []
+    take = home.inbox.get
+
+    def get(timeout_s: float = 0.0) -> object:
+        if timeout_s > 0:
+            waits.append(timeout_s)
+        return take()
+
+    monkeypatch.setattr(home.inbox, "get", get)
+    monkeypatch.setattr(home.pump, "_close_wait_s", 2.0)
+    first, second = (next(chat for chat in chats if engine_of(home, chat) == number) for number in range(2))
+    asked = lives.ask(second, Question(PROMPTS[0], None, None), is_stream=True)
+    lives.exchange(home)
+    home.journal_jobs.run_all()
+    waits.clear()
+    home.devices[1].step()
+    home.devices[1].deliver()
+    lives.close_chat(first)
+    lives.exchange(home)
+    assert asked.text
+    assert not waits, "there was output of the other engine"
+    lives.exchange(home)
+    assert not waits, "the close arrived before this step"
+    lives.settle()
+    lives.close_chat(second)
+    lives.exchange(home)
+    assert waits[-1] == 2.0
+
+
 def test_late_events_of_the_former_engine_do_not_concern_a_session_that_has_moved(lives: World, home: Instance) -> None:
     [chat] = opened(lives, 1)
     home.lose_engine()

@@ -81,8 +81,12 @@ class Closes:
 
     @property
     def freeing(self) -> bool:
-        """Whether the engine has still to free a session. The journal may take longer."""
-        sessions = (self._context.table.find(session_id) for session_id in self._pending)
+        """Whether an engine has still to free a session whose close arrived in this step.
+
+        The journal may take longer.
+        """
+        arrived = (one for one, pending in self._pending.items() if any(not request.steps for request in pending))
+        sessions = (self._context.table.find(session_id) for session_id in arrived)
         return any(session is not None and session.in_engine for session in sessions)
 
     def _removed(self, session: Session, removed: Future[Removal]) -> None:

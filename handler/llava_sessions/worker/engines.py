@@ -238,8 +238,10 @@ class EngineSupervisor:
                 return
             except Exception as error:
                 log.exception("engine_supervisor_failed device=%s", self._label)
-                self._first.put(f"{type(error).__name__}: {error}")
-                if not self._give_up() or self._is_first:
+                if self._is_first:
+                    self._first.put(f"{type(error).__name__}: {error}")
+                    return
+                if not self._give_up():
                     return
                 time.sleep(_LONGEST_PAUSE_S)
 
@@ -308,11 +310,23 @@ class EngineSupervisor:
         return answer.problem if isinstance(answer, StartFailed) else f"unexpected message {type(answer).__name__}"
 
     def _serve_until_lost(self) -> None:
-        """Forward reports until the engine has ended, and announce its end."""
+        """Forward reports until the engine has ended, and announce its end. An error of this thread ends it too."""
         process = self._process
         client = self._client
         assert process is not None
         assert client is not None
+        try:
+            reason = self._serve(process, client)
+        except Exception as error:
+            self._client = None
+            client.close()
+            process.kill()
+            self._announce_loss(f"{type(error).__name__}: {error}")
+            raise
+        self._announce_loss(reason)
+
+    def _serve(self, process: EngineProcess, client: EngineClient) -> str:
+        """Forward reports until the engine has ended. Return the reason of its end."""
         self._has_reported = True
         self._is_hung = False
         writer = threading.Thread(target=client.serve, name="engine-pipe", daemon=True)
@@ -323,8 +337,10 @@ class EngineSupervisor:
         client.close()
         writer.join()  # before the pipe is closed: its file descriptor may be reused at once
         process.end()
+        return f"no answer for {self._hang_s:g} s" if self._is_hung else process.exit_reason()
+
+    def _announce_loss(self, reason: str) -> None:
         if not self._is_stopping:
-            reason = f"no answer for {self._hang_s:g} s" if self._is_hung else process.exit_reason()
             log.error("engine_lost device=%s reason=%s", self._label, reason)
             self._mark(True)
             self._inbox.put(EngineLost(reason, math.ceil(self._start_s) + 1))

@@ -190,18 +190,28 @@ class EngineEvents:
         if engine is None or turn.avoids is not None or turn.is_admitted or not turn.is_in(TurnState.RUNNING):
             return False
         is_held = event.turn_id is not None and session.conversation is None
-        if not (placement.has_room(event.needed_bytes, engine) if is_held else placement.has_other(engine)):
+        if is_held and not placement.has_room(max(event.needed_bytes, self._kv_bytes(turn, engine)), engine):
+            return False
+        if not placement.has_other(engine):
             return False
         log.info("turn_placed_again session=%s", short_id(session.id))
         for pending in turn.pending:
             pending.avoids = engine
-        turn.retries[:0] = [(pending, turn.ask) for pending in turn.pending]
+        # Retries that are attached to the turn may want another form of the reply than its first request.
+        turn.retries[:0] = [
+            (pending, turn.ask.model_copy(update={"stream": pending.streamed})) for pending in turn.pending
+        ]
         self._turns.end(turn)
         if event.turn_id is None:
             session.unload()  # the engine holds nothing of it
         elif session.conversation is None:
             unload(self._context, session)
         return True
+
+    def _kv_bytes(self, turn: Turn, engine: int) -> int:
+        """Return the KV bytes of a named session at the end of its longest answer. 0 if they are not known."""
+        tokens = turn.session.known_transcript.token_count + len(turn.prompt_ids) + turn.ask.max_new_tokens
+        return self._context.engines.all[engine].kv_bytes(min(tokens, self._context.context_tokens))
 
     def _unloaded(self, session: Session, error: Exception) -> None:
         """Reject an open that is not acknowledged; make an acknowledged session cold and fail its turn."""

@@ -183,10 +183,12 @@ class SessionManager:
         is_draining = self._context.engines.draining_since_s is not None
         return is_draining and self._context.journal.flush(timeout_s=0)
 
-    @property
-    def freeing(self) -> bool:
-        """Whether the engine has still to free a session that a client is closing."""
-        return self._closes.freeing
+    def waits_for_close(self, has_output: bool) -> bool:
+        """Return whether a step goes on until an engine has freed a session whose close arrived in the step.
+
+        `has_output`: of any request. Output of one engine does not wait for another engine.
+        """
+        return self._closes.freeing and not (has_output and self._context.placement.are_several)
 
     def take_ended_sequences(self) -> list[str]:
         """Return the sequences of the sessions that have ended since the last call."""

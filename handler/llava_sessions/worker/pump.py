@@ -187,9 +187,10 @@ class Pump:
         longest_s = self._wait_s
         while True:
             pause_s = min(delivery_s, self._pending.held_bytes / SLOWEST_DELIVERY_BYTES_PER_S, LONGEST_PAUSE_S)
-            if self._manager.freeing:
+            has_output = self._pending.has_output
+            if self._manager.waits_for_close(has_output):
                 wait_s = self._close_wait_s
-            elif self._pending.has_output:
+            elif has_output:
                 wait_s = pause_s
             else:
                 wait_s = max(pause_s, longest_s)

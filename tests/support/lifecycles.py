@@ -223,7 +223,7 @@ class _Errors(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
-        if text.startswith(("event_failed", "step_failed", "journal_error")):
+        if text.startswith(("event_failed", "item_failed", "step_failed", "journal_error")):
             cause = record.exc_info[1] if record.exc_info else None
             self.found.append(f"{text}: {cause!r}")
 

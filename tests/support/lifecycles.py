@@ -156,7 +156,7 @@ class Chat:
     """An acknowledged session, as its client knows it.
 
     `possible`: the conversations that the server may hold; several after a client left during a turn. `is_ended`: no
-    request may succeed any more; None: that is not known. `claimed`: another instance may have taken it over.
+    request may succeed any more; None: that is not known. `ended_at`: the instance that ended it. `claimed`: another instance may have taken it over.
     `heirs`: sessions that may continue it, of resumes without a reply. `stops`: cancels and closes so far. `moves`:
     another instance was asked for it, so it may be there. `is_split`: it moved, and its former instance could not read
     the journal and went on.
@@ -168,6 +168,7 @@ class Chat:
     expires_at_s: float
     is_durable: bool
     is_ended: bool | None = False
+    ended_at: int | None = None
     claimed: bool = False
     resumes: int = 0
     heirs: list[tuple[int, str]] = field(default_factory=list)
@@ -207,6 +208,7 @@ class Request:
     began_ended: bool = False
     was_seen: bool = False
     was_dropped: bool = False
+    is_counted_out: bool = False
     stops: int = 0
     sent_s: float = 0.0
     head: Reply | None = None
@@ -223,7 +225,7 @@ class _Errors(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
-        if text.startswith(("event_failed", "step_failed", "journal_error")):
+        if text.startswith(("event_failed", "item_failed", "step_failed", "journal_error")):
             cause = record.exc_info[1] if record.exc_info else None
             self.found.append(f"{text}: {cause!r}")
 
@@ -416,6 +418,7 @@ class World:
         self._is_large = False
         self._opens: list[dict[str, object]] = []
         self._questions: list[tuple[Chat, Question]] = []
+        self._asked: list[Request] = []
         self._by_key: dict[str, Chat] = {}
         self._errors = _Errors()
         self._log = logging.getLogger("llava_sessions")
@@ -744,7 +747,9 @@ class World:
         if question.colour:
             body["image"] = png(question.colour)
         home = chat.home if at is None else at
-        return self.send(home, "ask", body, chat.session_id, chat=chat, question=question, is_stream=is_stream)
+        asked = self.send(home, "ask", body, chat.session_id, chat=chat, question=question, is_stream=is_stream)
+        self._asked.append(asked)
+        return asked
 
     def close_chat(self, chat: Chat, at: int | None = None) -> Request:
         """Send a close, to the session's instance or to the instance `at`."""
@@ -864,10 +869,8 @@ class World:
             self.demand(not needs_retry or "Retry-After" in request.head.headers, "503 without Retry-After")
             self._refused(instance, request, error["code"])
             return
-        # The reply may have become known just before the drop. Then the row that returns receives it.
-        may_answer = not request.was_dropped or request.kind in ("close", "cancel", "open")
-        may_answer = may_answer or body.get("finish_reason") == "cancelled"
-        self.demand(status == 200 and may_answer, f"status {status} without an error, or after a drop")
+        # After a drop too: the reply may have become known just before it. Then the row that returns receives it.
+        self.demand(status == 200, f"status {status} without an error")
         match request.kind:
             case "open" | "resume":
                 self._opened(instance, request, body)
@@ -875,6 +878,7 @@ class World:
                 self._answered(instance, request, lines)
             case "close":
                 request.chat.is_ended = True
+                request.chat.ended_at = instance.number
 
     def _refused(self, instance: Instance, request: Request, code: str) -> None:
         chat = request.chat
@@ -918,7 +922,9 @@ class World:
         return chat.is_ended is not False or bool(others) or self.now_s >= chat.expires_at_s
 
     def _resume_ended(self, request: Request) -> None:
-        request.chat.resumes -= 1
+        if not request.is_counted_out:
+            request.is_counted_out = True
+            request.chat.resumes -= 1
 
     def _opened(self, instance: Instance, request: Request, body: dict) -> None:
         session_id = body["session_id"]
@@ -926,7 +932,9 @@ class World:
         known = next((chat for chat in self.chats if chat.session_id == session_id), None)
         if known is not None:
             self.demand(request.key is not None, "two opens got one session")
-            self.demand(known.is_ended is not True or known.claimed, "a retried open got a session that has ended")
+            # An instance does not know of the end of a session that has moved.
+            is_known = known.is_ended is True and known.ended_at == instance.number
+            self.demand(not is_known or known.claimed, "a retried open got a session that has ended")
             if request.kind == "resume":
                 self._resume_ended(request)
             return
@@ -964,6 +972,7 @@ class World:
         self.demand(has_failed or not (durable and old.resumed_durably), "a session was resumed twice")
         old.resumed_durably = old.resumed_durably or durable
         old.is_ended = True if durable or (not is_elsewhere and self.store is None) else None
+        old.ended_at = instance.number
         return {_all_durable(one) if durable else one for one in possible}
 
     def _answered(self, instance: Instance, request: Request, lines: list[dict]) -> None:
@@ -976,7 +985,7 @@ class World:
             was_stopped = {
                 "cancelled": chat.stops > request.stops,
                 "shutdown": instance.is_draining,
-                "deadline": not request.is_stream and self.monotonic_s - request.sent_s >= DEADLINE_S,
+                "deadline": self._is_overdue(request),
             }
             self.demand(was_stopped.get(reason, False), f"an answer was {reason} without a reason")
             return
@@ -984,7 +993,9 @@ class World:
         self.demand(text == text_of(list(made)), "the text is not that of the tokens")
         self.demand(reason in ("stop", "length") or reason == "shutdown", f"finish_reason {reason}")
         durable = body.get("durable", False)
-        if chat.is_ended and not self._is_retry(chat, request.question, made):
+        # A turn of another instance may have ended before that, and its reply be received after it.
+        was_before = not request.began_ended and chat.ended_at != instance.number
+        if chat.is_ended and not was_before and not self._is_retry(chat, request.question, made):
             # A removal that fails counts as done. The session is then still stored, until it is tried again.
             self.demand(self.store is not None and self.store.has_failed, "an ended session answered")
         is_blind = self.store is not None and self.store.has_failed
@@ -1008,6 +1019,13 @@ class World:
         chat.possible = possible
         chat.home = instance.number
         chat.is_durable = chat.is_durable or durable
+
+    def _is_overdue(self, request: Request) -> bool:
+        """Return whether the deadline of a turn has passed: that of the first request, which retries attach to."""
+        same = [request]
+        if request.question.request_id is not None:
+            same += [one for one in self._asked if one.chat is request.chat and one.question == request.question]
+        return any(not one.is_stream and self.monotonic_s - one.sent_s >= DEADLINE_S for one in same)
 
     def _is_retry(self, chat: Chat, question: Question, made: tuple[int, ...]) -> bool:
         stored = (whole.stored(question) for whole in chat.possible)
@@ -1101,11 +1119,11 @@ class World:
         before = len(self.chats)
         self.trace.append(f"check {chat.session_id}")
         for _ in range(2 if chat.moves else 1):  # an instance that has lost the session adopts it with the next request
-            self.ask(chat, Question("Still there?", None, None), is_stream=False)
-            self.settle()
-            if not self.trace[-1].strip().startswith("ask of"):
-                self.demand(False, "the check has no reply")
-            if ": 200" in self.trace[-1]:
+            if self._still_answers(chat):
+                return
+        # A session that only the journal has needs a place.
+        while "capacity" in self.trace[-1] and len(list(home.table)) >= MAX_SESSIONS:
+            if not self._make_room(home, chat) or self._still_answers(chat):
                 return
         if chat.moves and not chat.is_durable:
             return
@@ -1122,6 +1140,23 @@ class World:
                 return
         full = any(len(list(one.table)) >= MAX_SESSIONS for one in self.instances)
         self.demand(full or not chat.is_durable, "a claimed session can't be resumed")
+
+
+    def _still_answers(self, chat: Chat) -> bool:
+        self.ask(chat, Question("Still there?", None, None), is_stream=False)
+        self.settle()
+        if not self.trace[-1].strip().startswith("ask of"):
+            self.demand(False, "the check has no reply")
+        return ": 200" in self.trace[-1]
+
+    def _make_room(self, instance: Instance, chat: Chat) -> bool:
+        """Close another session that takes a place. Return False if no chat has any."""
+        for other in self.chats:
+            if other is not chat and other.is_ended is False and instance.table.find(other.session_id) is not None:
+                self.close_chat(other, instance.number)
+                self.settle()
+                return True
+        return False
 
 
 def _all_durable(whole: Conversation) -> Conversation:

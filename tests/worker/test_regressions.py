@@ -360,3 +360,37 @@ def test_a_failed_prefill_does_not_reject_a_resume_whose_old_session_is_being_re
     lives.settle()
     assert len(lives.chats) == 2
     lives.finish()
+
+
+def test_a_resume_of_a_session_that_is_found_to_have_moved_is_answered(lives: World) -> None:
+    """The mark of a cancelled turn shows the move after the resume has taken the session."""
+    chat = opened(lives)
+    lives.settle()
+    chat.moves = True
+    lives.ask(chat, QUESTION, is_stream=False, at=1)
+    lives.settle()  # the session is at instance 1
+    former = lives.instances[0]
+    turn = lives.ask(chat, Question(PROMPTS[1], None, None), is_stream=False, at=0)
+    lives.exchange(former)
+    former.prepare()
+    lives.exchange(former)  # the turn runs, and its mark waits
+    chat.stops += 1
+    lives.send(0, "cancel", {"type": "cancel"}, chat.session_id, chat=chat)
+    lives.exchange(former)
+    former.step()
+    former.deliver()
+    lives.exchange(former)
+    assert turn not in former.active
+
+    first = resume_row(lives, 0, chat)
+    lives.exchange(former)
+    former.journal_jobs.run_all()
+    lives.exchange(former)
+    assert former.table.find(chat.session_id) is None
+    lives.settle()
+    assert code(first) == "session_busy"
+
+    retried = resume_row(lives, 0, chat)
+    lives.settle()
+    assert status(retried) == 200
+    assert json.loads(retried.text)["turns"] == 1

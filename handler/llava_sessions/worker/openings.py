@@ -202,6 +202,9 @@ class Openings:
         if not opening.waiting:
             self._reject(opening, Refused("invalid_request", "The client has left."))
             return
+        if _has_lost_resumed(self._context, opening):
+            self._reject(opening, AlreadyClaimed())
+            return
         durable = outcome_of(saved) is SaveOutcome.STORED
         if opening.request.resume is None or not durable:
             self._acknowledge(opening, durable)
@@ -217,11 +220,7 @@ class Openings:
         if not retired.cancelled() and retired.exception() is None and retired.result():
             self._acknowledge(opening, durable=True)
             return
-        if opening.resumed is not None:
-            # The new owner has the old session: it is not open here any more.
-            unload(self._context, opening.resumed)
-            self._context.table.end(opening.resumed, "moved")
-            opening.resumed = None
+        _end_resumed(self._context, opening, "moved")
         self._reject(opening, AlreadyClaimed())
 
     def _acknowledge(self, opening: _Opening, durable: bool) -> None:
@@ -232,9 +231,7 @@ class Openings:
         self._context.counters.opens += 1
         if durable:
             session.stored_turns = len(transcript.log)
-        if opening.resumed is not None:
-            unload(self._context, opening.resumed)
-            self._context.table.end(opening.resumed, "closed")
+        _end_resumed(self._context, opening, "closed")
         for pending in opening.waiting:
             _acknowledge(pending, session, durable if self._context.journal.durable else None)
         log.info(
@@ -281,6 +278,21 @@ def _prepare(context: WorkerContext, opening: _Opening) -> Future[Any]:
     elif context.table.was_closed(request.resume, token_digest):
         context.table.get(request.resume, context.clock(), token_digest)
     return context.preparer.resume(request.resume, token_digest, transcript)
+
+
+def _has_lost_resumed(context: WorkerContext, opening: _Opening) -> bool:
+    """Return whether the session that an open continues was lost meanwhile: another instance may have added turns."""
+    old = opening.resumed
+    return old is not None and context.table.find(old.id) is not old
+
+
+def _end_resumed(context: WorkerContext, opening: _Opening, reason: str) -> None:
+    """End the session that an open continues, unless it was lost meanwhile."""
+    old = opening.resumed
+    if old is not None and not _has_lost_resumed(context, opening):
+        unload(context, old)
+        context.table.end(old, reason)
+    opening.resumed = None
 
 
 def _load(context: WorkerContext, session: Session, rebuild: Rebuild, avoid: int | None = None) -> None:

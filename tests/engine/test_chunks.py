@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from llava_sessions.engine.attention import Segment
-from llava_sessions.engine.budget import DeviceBudget
 from llava_sessions.engine.chunks import measure_pieces
 from llava_sessions.engine.model import Model
 from llava_sessions.ipc.messages import Sampling
@@ -30,7 +29,6 @@ class Device:
     def __init__(self, model: Model, tokens_per_s: float, most_tokens: int = 2**20) -> None:
         self.now_s = 0.0
         self.tokens: list[int] = []
-        self.stored: list[int] = []
         self._forward: Callable[[list[Segment]], torch.Tensor] = model.forward
         self._tokens_per_s = tokens_per_s
         self._most_tokens = most_tokens
@@ -40,7 +38,6 @@ class Device:
         if tokens > self._most_tokens:
             raise torch.OutOfMemoryError("CUDA out of memory")
         self.tokens.append(tokens)
-        self.stored.append(segments[0].kv.length)
         self.now_s += tokens / self._tokens_per_s
         return self._forward(segments)
 
@@ -57,20 +54,6 @@ def test_the_chunk_takes_at_most_50_ms(
     pieces, _ = measure_pieces(model, None, lambda: device.now_s)
     assert (pieces.chunk_tokens, pieces.tokens) == (chunk, piece)
     assert device.tokens[-1] == piece, "the memory of the longest piece is measured"
-    assert device.stored == [0] * (len(device.stored) - 1) + [4096 - piece], "at the end of the longest conversation"
-
-
-def test_the_measured_conversation_takes_at_most_half_of_the_free_memory(
-    model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    token_bytes = model.kv_shape.token_bytes
-    device = Device(model, 1e6)
-    monkeypatch.setattr(model, "forward", device.forward)
-    for free_tokens, stored in ((3000, 476), (1500, 0), (0, 0)):
-        budget = DeviceBudget(free_tokens * token_bytes, 0)
-        monkeypatch.setattr("llava_sessions.engine.chunks.choose_budget", lambda _, budget=budget: budget)
-        measure_pieces(model, 256, lambda: device.now_s)
-        assert (device.tokens[-1], device.stored[-1]) == (1024, stored)
 
 
 @pytest.mark.parametrize(("most_tokens", "chunk", "tokens"), [(600, 512, 512), (100, 256, 256), (2048, 2048, 2048)])

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 
 from .attention import Segment
-from .budget import choose_budget
 from .device import synchronize
 from .faults import is_out_of_memory, release_unused
 from .kv import SessionKV
@@ -54,15 +53,11 @@ def _choose_chunk(model: Model, clock: Callable[[], float]) -> int:
 def _fit(model: Model, pieces: PieceSize, clock: Callable[[], float]) -> int:
     """Halve the longest piece until memory suffices for its forward; return the bytes of its temporary tensors.
 
-    The piece is the last one of the longest conversation whose KV takes at most half of the free memory, because some
-    kinds of attention convert or repeat all keys and values of a layer. 0 if memory runs out for a chunk as well.
+    0 if memory runs out for a chunk as well.
     """
-    fitting = choose_budget(model.device).device_bytes // (2 * model.kv_shape.token_bytes)
-    most_tokens = min(model.context_tokens, fitting)
     while True:
-        tokens = min(pieces.most_tokens, model.context_tokens)
         try:
-            return _forward(model, tokens, clock, stored=max(most_tokens - tokens, 0))[1]
+            return _forward(model, min(pieces.most_tokens, model.context_tokens), clock)[1]
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -71,14 +66,13 @@ def _fit(model: Model, pieces: PieceSize, clock: Callable[[], float]) -> int:
         pieces.limit(pieces.most_tokens // 2)
 
 
-def _forward(model: Model, tokens: int, clock: Callable[[], float], stored: int = 0) -> tuple[float, int]:
-    """Run a prompt of `tokens` tokens after `stored` ones; return its seconds and the bytes of its temporary tensors.
+def _forward(model: Model, tokens: int, clock: Callable[[], float]) -> tuple[float, int]:
+    """Run a prompt of `tokens` tokens; return its seconds and the bytes of its temporary tensors.
 
-    The numbers in the cache are undefined. Raises torch's out-of-memory error.
+    Raises torch's out-of-memory error.
     """
     kv = SessionKV(model.kv_shape)
-    kv.reserve(stored + tokens)
-    kv.length = stored
+    kv.reserve(tokens)
     held_bytes = model.allocated_bytes()
     synchronize(model.device)
     model.peak_bytes()

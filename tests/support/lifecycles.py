@@ -420,6 +420,7 @@ class World:
         self._questions: list[tuple[Chat, Question]] = []
         self._asked: list[Request] = []
         self._by_key: dict[str, Chat] = {}
+        self._began_ended: dict[str, bool] = {}
         self._errors = _Errors()
         self._log = logging.getLogger("llava_sessions")
         self._log.addHandler(self._errors)
@@ -731,7 +732,11 @@ class World:
         """Send an open that resumes a session."""
         old.resumes += 1
         old.claimed = old.claimed or instance.number != old.home
-        return self.send(instance.number, "resume", body, None, chat=old, key=body.get("request_id"))
+        request = self.send(instance.number, "resume", body, None, chat=old, key=body.get("request_id"))
+        if request.key is not None:
+            # The first one may have succeeded without a reply.
+            request.began_ended = self._began_ended.setdefault(request.key, request.began_ended)
+        return request
 
     def ask(self, chat: Chat, question: Question, is_stream: bool, at: int | None = None) -> Request:
         """Send a question, to the session's instance or to the instance `at`."""

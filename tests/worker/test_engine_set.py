@@ -363,3 +363,18 @@ def test_late_events_of_the_former_engine_do_not_concern_a_session_that_has_move
     lives.settle()
     assert engine_of(home, chat) == 1
     assert set(home.devices[1].engine.sessions) == {chat.session_id}
+
+
+def test_a_retry_keeps_its_form_when_its_turn_is_placed_again(lives: World, home: Instance) -> None:
+    [chat] = opened(lives, 1)
+    home.lose_engine()
+    home.bring_engine()
+    lives.settle()
+    home.devices[0].engine.open_fault = OutOfCapacity
+    question = Question(PROMPTS[0], "ask-0123456789abcdef", None)
+    streamed = lives.ask(chat, question, is_stream=True)
+    whole = lives.ask(chat, question, is_stream=False)
+    lives.settle()
+    assert engine_of(home, chat) == 1
+    assert (streamed.last.more, whole.last.more) == (False, None)
+    assert "response_text" in json.loads(whole.text)

@@ -41,10 +41,11 @@ class Chats:
         An implicit session is known only when the conversation is prepared. Until then the turn has a session that is
         not in the table.
         """
-        served = self._context.served
-        completion_id = f"chatcmpl-{uuid.uuid4().hex}"
-        pending.form = OpenAIForm.of(chat, completion_id, self._context.clock(), served.name, served.fingerprint)
-        pending.streamed = chat.stream
+        if not pending.was_placed_again:  # `chat` is that of the turn's first request, which may have another form
+            served = self._context.served
+            completion_id = f"chatcmpl-{uuid.uuid4().hex}"
+            pending.form = OpenAIForm.of(chat, completion_id, self._context.clock(), served.name, served.fingerprint)
+            pending.streamed = chat.stream
         if chat.session_id is not None:
             self._questions.start(pending, chat)
             return

@@ -57,6 +57,11 @@ class PendingRequest:
         return self.body_bytes > LARGE_BYTES
 
     @property
+    def was_placed_again(self) -> bool:
+        """Whether the request starts once more, with the form of its reply that it had."""
+        return self.avoids is not None
+
+    @property
     def must_begin(self) -> bool:
         """Whether the next step must send the head, although no text is known."""
         return self._is_committed and not self.head_sent

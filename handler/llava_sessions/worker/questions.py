@@ -45,7 +45,8 @@ class Questions:
         """Start a turn of a session that was opened by name, or answer a retried one. Raise `Refused`."""
         context = self._context
         session = context.table.get(ask.session_id or "", context.clock(), digest_of(ask.session_token))
-        pending.streamed = ask.stream
+        if not pending.was_placed_again:  # `ask` is that of the turn's first request, which may have another form
+            pending.streamed = ask.stream
         if ask.retry_key is not None and self._attach(pending, session, ask):
             return
         context.engines.check()

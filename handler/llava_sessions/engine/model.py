@@ -207,9 +207,9 @@ class Model:
             packed = PackedKV(segments, self._heads, self.token_attention, self.session_attention)
             ids = [token for s in segments for token in s.token_ids]
             positions = [at for s in segments for at in range(s.kv.length, s.kv.length + len(s.token_ids))]
-            hidden = self._run_layers(self._embed(ids, segments), self._on_device(positions), packed)
+            hidden = self._run_layers(self._embed(ids, segments), _on_device(positions, self.device), packed)
             sampled = [end - 1 for end, segment in zip(packed.ends, segments, strict=True) if segment.sample]
-            logits = self._model.lm_head(hidden.index_select(0, self._on_device(sampled)))
+            logits = self._model.lm_head(hidden.index_select(0, _on_device(sampled, self.device)))
             predictions = Predictions(logits, None)
         for segment in segments:
             segment.kv.length += len(segment.token_ids)
@@ -240,7 +240,7 @@ class Model:
 
     def _embed(self, ids: list[int], segments: list[Segment]) -> torch.Tensor:
         """Return embeddings `[1, rows, hidden]`: features at the pictures' image tokens, else token embeddings."""
-        embeddings: torch.Tensor = self.text.embed_tokens(self._on_device(ids)[None])
+        embeddings: torch.Tensor = self.text.embed_tokens(_on_device(ids, self.device)[None])
         features: list[torch.Tensor] = []
         places: list[int] = []
         start = 0
@@ -250,12 +250,8 @@ class Model:
                 places += [start + place for place in segment.feature_places]
             start += len(segment.token_ids)
         if features:
-            embeddings[0].index_copy_(0, self._on_device(places), torch.cat(features).to(embeddings.dtype))
+            embeddings[0].index_copy_(0, _on_device(places, self.device), torch.cat(features).to(embeddings.dtype))
         return embeddings
-
-    def _on_device(self, numbers: list[int]) -> torch.Tensor:
-        """Return an int64 tensor `[len(numbers)]`. On CUDA the copy is asynchronous."""
-        return on_device(torch.tensor(numbers, dtype=torch.int64), self.device)
 
     def peak_bytes(self) -> int:
         """Return the peak of torch's allocator on the device since the last call, and reset it. 0 on CPU."""
@@ -273,6 +269,11 @@ class Model:
     def allocated_bytes(self) -> int:
         """Return the bytes that torch's allocator holds on the device. 0 on CPU, where torch does not count them."""
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+
+def _on_device(numbers: list[int], device: torch.device) -> torch.Tensor:
+    """Return an int64 tensor `[len(numbers)]`. On CUDA the copy is asynchronous."""
+    return on_device(torch.tensor(numbers, dtype=torch.int64), device)
 
 
 def _pack(model: Any, pack: Pack) -> None:

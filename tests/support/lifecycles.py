@@ -156,10 +156,10 @@ class Chat:
     """An acknowledged session, as its client knows it.
 
     `possible`: the conversations that the server may hold; several after a client left during a turn. `is_ended`: no
-    request may succeed any more; None: that is not known. `ended_at`: the instance that ended it. `claimed`: another instance may have taken it over.
-    `heirs`: sessions that may continue it, of resumes without a reply. `stops`: cancels and closes so far. `moves`:
-    another instance was asked for it, so it may be there. `is_split`: it moved, and its former instance could not read
-    the journal and went on.
+    request may succeed any more; None: that is not known. `ended_at`: the instance that ended it. `claimed`: another
+    instance may have taken it over. `heirs`: sessions that may continue it, of resumes without a reply. `stops`:
+    cancels and closes so far. `moves`: another instance was asked for it, so it may be there. `is_split`: it moved,
+    and its former instance could not read the journal and went on.
     """
 
     session_id: str
@@ -1145,7 +1145,6 @@ class World:
                 return
         full = any(len(list(one.table)) >= MAX_SESSIONS for one in self.instances)
         self.demand(full or not chat.is_durable, "a claimed session can't be resumed")
-
 
     def _still_answers(self, chat: Chat) -> bool:
         self.ask(chat, Question("Still there?", None, None), is_stream=False)

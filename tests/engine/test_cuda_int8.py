@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from llava_sessions.engine.fused.layer import FusedLayer
 from llava_sessions.engine.fused.operations import Activation, activate
 from tests.engine.test_budget import CUDA, config_of
 from tests.support import tiny_families
+from tests.support.interpreter import check_interpreted
 from tests.support.meta_cuda import Card, meta_cuda
 
 triton_driver = pytest.importorskip("tests.support.triton_driver", reason="no wheel of Triton for this platform")
@@ -42,22 +41,10 @@ TARGETS = [
     (90, torch.bfloat16),
     (100, torch.bfloat16),
 ]
-REPO = Path(__file__).resolve().parents[2]
 
 
 def test_the_kernel_in_the_interpreter() -> None:
-    """Run interpreted_int8.py in a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, "tests/engine/interpreted_int8.py"],
-        cwd=REPO,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+    check_interpreted("interpreted_int8.py")
 
 
 @pytest.mark.parametrize(("capability", "dtype"), TARGETS)

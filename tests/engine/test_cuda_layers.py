@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,25 +26,14 @@ from llava_sessions.engine.fused.layer import FusedLayer, fuse_layers
 from llava_sessions.engine.fused.operations import Activation
 from llava_sessions.engine.kv import KVShape, SessionKV
 from llava_sessions.engine.model import Model
+from tests.support.interpreter import check_interpreted
 from tests.support.meta_cuda import META, Card, meta_cuda
 from tests.support.tiny_families import FAMILIES, make_onevision
-
-REPO = Path(__file__).resolve().parents[2]
 
 
 def test_in_tritons_interpreter() -> None:
     """Answers in all tiers, launches, devices, and caches in int8."""
-    files = ("tests/engine/interpreted_layers.py", "tests/engine/interpreted_int8_kv.py")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n0", *files],
-        cwd=REPO,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+    check_interpreted("interpreted_layers.py", "interpreted_int8_kv.py")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -7,9 +7,6 @@ which runs in a process of its own: Triton reads TRITON_INTERPRET when it is imp
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,9 +26,9 @@ from llava_sessions.engine.kv import KVShape, SessionKV
 from llava_sessions.engine.model import Model
 from llava_sessions.ipc.messages import Sampling
 from tests.support.engine_chats import QUESTIONS, Chats, Reference
+from tests.support.interpreter import check_interpreted
 from tests.support.recorded_graph import RecordedGraph
 
-REPO = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 SHAPE = KVShape(1, 2, 16, torch.float32, CPU)
 ATTENTION = RaggedAttention(4, 2, 16, torch.float32, CPU)
@@ -329,17 +326,7 @@ def test_a_cuda_graph_restores_the_stream_and_raises_the_first_error(monkeypatch
 
 
 def test_chats_through_graphs() -> None:
-    """Run interpreted_graphs.py with Triton's interpreter."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n0", "tests/engine/interpreted_graphs.py"],
-        cwd=REPO,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+    check_interpreted("interpreted_graphs.py")
 
 
 @pytest.mark.cuda

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,11 +9,11 @@ import pytest
 import torch
 
 from llava_sessions.engine.cuda.ragged import RaggedAttention
+from tests.support.interpreter import check_interpreted
 
 pytest.importorskip("triton", reason="no wheel of Triton for this platform")
 from tests.support.triton_driver import Cubin, absent_device  # it needs Triton
 
-ROOT = Path(__file__).resolve().parents[2]
 LLAVA_7B = (32, 32, 128)
 MISTRAL_7B = (32, 8, 128)
 QWEN2_7B = (28, 4, 128)
@@ -166,13 +164,4 @@ def test_a_machine_without_triton_has_no_ragged_attention(monkeypatch: pytest.Mo
 
 
 def test_numbers_in_the_interpreter() -> None:
-    arguments = ("-q", "-n0", "-p", "no:cacheprovider", "tests/engine/interpreted_ragged.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    check_interpreted("interpreted_ragged.py")

@@ -30,6 +30,8 @@ class TextModel:
     heads: int
     kv_heads: int | None = None
     head_dim: int | None = None
+    biases: bool = False
+    head_norms: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,21 @@ class Tower:
     hidden: int
     layers: int
     intermediate: int
+    vectors: int
+    layer_vectors: int = 0
 
     @property
     def side(self) -> int:
         """The patches on one side of a tile."""
         return self.image_size // self.patch_size
+
+    @property
+    def parameters(self) -> int:
+        """Its parameters: a transformer over the patches of a tile, with biases and two norms in each layer."""
+        patches = (3 * self.patch_size**2 + self.side**2 + self.vectors) * self.hidden
+        attention = 4 * (self.hidden**2 + self.hidden)
+        mlp = 2 * self.hidden * self.intermediate + self.intermediate + self.hidden
+        return patches + self.layers * (attention + mlp + (4 + self.layer_vectors) * self.hidden)
 
 
 @dataclass(frozen=True)

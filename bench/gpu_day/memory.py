@@ -81,7 +81,7 @@ class _Chats(Driver):
         super().__init__(engine, vocabulary)
         self._template = template
         self._number = 0
-        side = engine.model.largest_picture
+        side = largest_picture(template.processor)
         noise = np.random.default_rng(0).integers(0, 256, (side[1], side[0], 3), dtype=np.uint8)
         self._inputs = template.opening([("0", Image.fromarray(noise))])
 

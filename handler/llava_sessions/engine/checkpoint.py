@@ -37,7 +37,7 @@ def try_loading(folder: Path, system_prompt: str = "") -> None:
 
     from ..text.chat_template import ChatTemplate, TemplateError
     from ..text.processors import load_processor
-    from .model import load_weights
+    from .loading import load_weights
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -65,8 +65,8 @@ class Tower:
 class Checkpoint:
     """The sizes of the text model of published checkpoints, whose IDs on the hub are `ids`. `context`: in tokens.
 
-    `tied`: the head is the table of embeddings. `working_mib`: as in `deploy.sagemaker.capacity.LlavaShape`; None: not
-    counted yet.
+    `tied`: the head is the table of embeddings. `working_mib`, `int8_working_mib`: temporary tensors at their peak on a
+    GPU, with weights and KV caches in 16 bits and in int8.
     """
 
     name: str
@@ -79,8 +79,8 @@ class Checkpoint:
     intermediate: int
     vocabulary: int
     context: int
-    working_mib: int | None = None
-    int8_working_mib: int | None = None
+    working_mib: int
+    int8_working_mib: int
     tied: bool = False
     head_dim: int | None = None
 

@@ -15,7 +15,7 @@ import torch
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForImageTextToText
 
 from ..ipc.messages import PreparedPicture
-from ..text.checkpoint import WEIGHTS, WEIGHTS_INDEX, UnsupportedCheckpoint
+from ..text.checkpoint import WEIGHTS, WEIGHTS_INDEX, UnsupportedCheckpoint, kind_problem
 from . import cuda_path
 from .attention import TEXT_ATTENTION, VISION_ATTENTION, PackedKV, Segment, TokenAttention
 from .cpu import attention as cpu_attention
@@ -34,9 +34,6 @@ from .weight_files import check_memory, tensors_on_meta
 if TYPE_CHECKING:
     from .cpu.amx_sessions import SessionAttention  # importing it needs Numba
 
-SUPPORTED_MODEL_TYPES = ("llava", "llava_next", "llava_onevision")
-# Text models whose attention is causal over all earlier tokens and passes its keyword arguments on to ours.
-SUPPORTED_TEXT_TYPES = ("llama", "mistral", "qwen2")
 # Smallest KV of a token, in bytes, for which token attention is compiled. For less, the time that compiled attention
 # saves does not justify the compiler's time at each start of the engine.
 COMPILE_FROM_BYTES = 16 * 2**10
@@ -339,12 +336,10 @@ def _some(names: list[str]) -> str:
 
 def _unsupported(config: Any) -> str | None:
     """Return why the checkpoint of a config can't be served, or None if it can."""
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        return f"model_type is {config.model_type!r}; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
+    problem = kind_problem(config.to_dict())
+    if problem:
+        return problem
     text = config.get_text_config()
-    if text.model_type not in SUPPORTED_TEXT_TYPES:
-        found = f"{config.model_type} around a text model of type {text.model_type!r}"
-        return f"{found}; supported: {', '.join(SUPPORTED_TEXT_TYPES)}"
     rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in _ROPE_BY_LENGTH:
         return f"{text.model_type} text with rope_type {rope!r}, whose positions depend on the longest of a batch"

@@ -54,8 +54,8 @@ _READ_BYTES = 2**16
 _PACKET_OVERHEAD_BYTES = 64
 # Of a sample aspect ratio. Encoders write ratios such as 405:404 for sizes that they rounded.
 _SQUARE = (Fraction(98, 100), Fraction(102, 100))
-# The same pixels on every CPU.
-_CONVERSION = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INT
+# The same pixels on every CPU: a rebuild on another instance must give the same frames.
+_CONVERSION = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,6 @@ class Settings:
     data_fd: int
     format: str  # as in clips.ClipHeader
     count: int
-    threads: int
     max_seconds: float
     max_pixels: int
     max_frames: int
@@ -245,9 +244,7 @@ class Clip:
             end = times[-1] + (times[-1] - times[0]) // (len(times) - 1)
         seconds = float((end - times[0]) * (stream.time_base or 0))
         if seconds > settings.max_seconds:
-            raise Rejected(
-                TOO_LARGE, f"the clip must be at most {settings.max_seconds:g} s long, got {seconds:.1f} s"
-            )
+            raise Rejected(TOO_LARGE, f"the clip must be at most {settings.max_seconds:g} s long, got {seconds:.1f} s")
         return cls(packets, times, end, seconds)
 
     def sampled_times(self, count: int) -> list[int]:
@@ -304,8 +301,8 @@ def _decoder(stream: VideoStream, settings: Settings) -> VideoCodecContext:
     if alpha_decoder is not None and stream.metadata.get("alpha_mode") == "1":
         decoder = av.CodecContext.create(alpha_decoder, "r")
     decoder.options = {"max_pixels": str(settings.max_pixels)}
-    decoder.thread_type = "FRAME"
-    decoder.thread_count = settings.threads
+    decoder.flags |= av.codec.context.Flags.bitexact
+    decoder.thread_count = 1
     return decoder
 
 
@@ -407,9 +404,7 @@ def _picture(frame: VideoFrame, ratio: Fraction, settings: Settings) -> tuple[di
     _check_pixels(width, height, settings)
     has_alpha = frame.format.components[-1].is_alpha
     channels = 4 if has_alpha else 3
-    rgb = frame.reformat(
-        width, height, "rgba" if has_alpha else "rgb24", interpolation=_CONVERSION, threads=1
-    )
+    rgb = frame.reformat(width, height, "rgba" if has_alpha else "rgb24", interpolation=_CONVERSION, threads=1)
     plane = rgb.planes[0]
     pixels = memoryview(plane)
     rows = [pixels[row * plane.line_size :][: width * channels] for row in range(height)]

@@ -118,12 +118,6 @@ def _refused() -> Iterator[str]:
     yield ""
 
 
-def main() -> None:
-    """Write the tables into the page."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    page = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(with_tables(page), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

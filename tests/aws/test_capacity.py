@@ -100,8 +100,21 @@ def test_the_command_prints_int8(capsys: pytest.CaptureFixture[str]) -> None:
     assert llava_deploy.main(["capacity", "--weights", "int8", "--kv-dtype", "int8"]) == 0
     printed = capsys.readouterr().out
     assert "Weights: int8. KV caches: int8." in printed
-    (row,) = (line for line in printed.splitlines() if line.startswith("| ml.g5.2xlarge |"))
-    assert row.split("|")[4].strip().endswith("(11)"), "LLaVA-1.5-13B on 24 GB"
+    rows = [line for line in printed.splitlines() if line.startswith("| ml.g5.2xlarge |")]
+    assert len(rows) == 5, "a table for each family"
+    assert rows[0].split("|")[4].strip().endswith("(11)"), "LLaVA-1.5-13B on 24 GB"
+
+
+def test_the_command_prints_the_models_that_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert llava_deploy.main(["capacity", "--model", "internvl3.5-8"]) == 0
+    assert {line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if "InternVL3" in line} == {
+        "InternVL3.5-8B",
+        "instance",
+    }
+    with pytest.raises(SystemExit) as exited:
+        llava_deploy.main(["capacity", "--model", "GPT"])
+    assert exited.value.code == 2
+    assert "must be a part of one of the names LLaVA-1.5-7B, " in capsys.readouterr().err
 
 
 def test_pinned_steps_are_rounded_up_to_a_power_of_two() -> None:
@@ -164,7 +177,7 @@ def test_instances_are_as_ec2_describes_them() -> None:
 
 
 def test_the_guide_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    assert llava_deploy.main(["capacity"]) == 0
+    assert llava_deploy.main(["capacity", "--model", "LLaVA-1.5"]) == 0
     printed = capsys.readouterr().out
     guide = (Path(__file__).resolve().parents[2] / "docs/sagemaker.md").read_text(encoding="utf-8")
     table = [line for line in printed.splitlines() if line.startswith("|")]

@@ -42,7 +42,8 @@ from llava_sessions.text.chat_template import ChatTemplate
 from llava_sessions.text.pictures import NOTHING, Prepared
 from llava_sessions.text.checkpoint import UnsupportedCheckpoint
 from llava_sessions.text.families import families
-from llava_sessions.text.processors import largest_picture, load_processor
+from llava_sessions.text.processors import load_processor
+from llava_sessions.text.tiles import largest_picture
 from tests.support.family import Family, joined, make_family, noise
 from tests.support.tiny_families import FAMILIES, MISTRAL, VICUNA, make_llava, make_next_mistral, make_onevision
 

@@ -36,7 +36,6 @@ from llava_sessions.engine.process import WarmUp, final_budget, measure, warm_up
 from llava_sessions.engine.scheduler import LONGEST_GPU_PIECE
 from llava_sessions.engine.weight_files import check_memory, weight_bytes
 from llava_sessions.text.chat_template import ChatTemplate
-from llava_sessions.text.processors.onevision import PillowOnevisionProcessor
 from tests.support import tiny_families
 from tests.support.meta_cuda import Card, meta_cuda
 from tests.support.published import config_of, processor_of, tokenizer_of

@@ -233,7 +233,7 @@ class PromptBuilder:
         """Prepare a transcript's pictures. Raise `NotFound` if another model wrote the transcript."""
         record = transcript.opening
         scope = self.scope(record.session_id, record.token_digest)
-        groups = transcript.pictures
+        groups = transcript.media
         pictures: list[PreparedPicture] = []
         if transcript.opening_ids and record.pictures and not record.history_turns:
             self.template.check_opening(record.kind, len(record.pictures))

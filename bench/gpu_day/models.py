@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from llava_sessions.text.chat_template import ChatTemplate
-from llava_sessions.text.processors import PillowOnevisionProcessor
+from llava_sessions.text.processors.onevision import PillowOnevisionProcessor
 
 from ..make_checkpoint import EMBEDDING_STD, TEMPLATE, WEIGHT_STD, WORDS, make_tokenizer
 

@@ -51,7 +51,7 @@ from llava_sessions.engine.process import WarmUp, final_budget, measure, warm_up
 from llava_sessions.engine.scheduler import LONGEST_GPU_PIECE
 from llava_sessions.engine.weight_files import check_memory, weight_bytes
 from llava_sessions.text.chat_template import ChatTemplate
-from llava_sessions.text.processors import PillowOnevisionProcessor
+from llava_sessions.text.processors.onevision import PillowOnevisionProcessor
 from tests.support import tiny_families
 from tests.support.meta_cuda import Card, meta_cuda
 

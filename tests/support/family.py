@@ -31,7 +31,7 @@ class Family:
 
     @property
     def takes_clips(self) -> bool:
-        return "onevision" in self.name
+        return getattr(self.tokens.processor, "video_token", None) is not None
 
     def generate(
         self, token_ids: list[int], shown: list[tuple[PreparedPicture, ...]], max_new_tokens: int, **more: object

@@ -16,7 +16,7 @@ from typing import Any
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-VISION_TOWERS = ("clip_vision_model", "siglip_vision_model")
+VISION_TOWERS = ("clip_vision_model", "siglip_vision_model", "internvl_vision")
 # Files that quantizers write beside config.json, with the method's name.
 _QUANTIZER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 # Repositories of the original layout whose twins have other names than NAME-hf.

@@ -6,6 +6,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -69,7 +70,7 @@ class _KnownPictures:
         with self._lock:
             if (key, alone) in self._known:
                 return
-            self._known[key, alone] = Prepared(pictures, prepared.tokens)
+            self._known[key, alone] = replace(prepared, pictures=pictures)
             self._chars += _chars(prepared)
             while self._chars > _KNOWN_CHARS:
                 self._chars -= _chars(self._known.popitem(last=False)[1])

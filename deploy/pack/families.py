@@ -1,0 +1,150 @@
+"""The families that are served, with sizes of their published checkpoints: the handler's families.toml.
+
+Standard library only. The handler reads the same file (handler/llava_sessions/text/families.py), and its comments
+describe the keys.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .job import HANDLER_DIR
+
+TABLE = HANDLER_DIR / "llava_sessions/text/families.toml"
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A text model's sizes where a config.json omits them. `kv_heads` None: as many as heads.
+
+    `head_dim` None: the hidden size divided by the heads.
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision tower of the published checkpoints, and its sizes where a config.json omits them."""
+
+    title: str
+    image_size: int  # in pixels, of each side
+    patch_size: int
+    hidden: int
+    layers: int
+    intermediate: int
+
+    @property
+    def side(self) -> int:
+        """The patches on one side of a tile."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The sizes of the text model of published checkpoints, whose IDs on the hub are `ids`. `context`: in tokens.
+
+    `tied`: the head is the table of embeddings. `working_mib`: as in `deploy.sagemaker.capacity.LlavaShape`; None: not
+    counted yet.
+    """
+
+    name: str
+    ids: tuple[str, ...]
+    text: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocabulary: int
+    context: int
+    working_mib: int | None = None
+    int8_working_mib: int | None = None
+    tied: bool = False
+    head_dim: int | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family that is served. `side`, of the methods: the patches on one side of a tile."""
+
+    type: str
+    title: str
+    class_name: str
+    text: str
+    towers: tuple[str, ...]
+    tiling: Literal["none", "grid", "dynamic"]
+    checkpoints: tuple[Checkpoint, ...]
+    tiles: int = 0
+    downsample_ratio: float = 1.0
+    frame_tokens: Literal["pooled", "tile"] | None = None
+    processor: str | None = None
+
+    def tokens_of_tile(self, side: int, downsample_ratio: float | None = None) -> int:
+        """Return the features of one tile. `downsample_ratio` None: that of the published checkpoints."""
+        return int(side * (downsample_ratio or self.downsample_ratio)) ** 2
+
+    def tokens_of_picture(self, side: int, downsample_ratio: float | None = None) -> int:
+        """Return the features of the largest picture: those of its tiles and of the whole picture, and line ends."""
+        line_ends = math.isqrt(self.tiles) * side if self.tiling == "grid" else 0
+        return (self.tiles + 1) * self.tokens_of_tile(side, downsample_ratio) + line_ends
+
+    def tokens_of_frame(self, side: int, downsample_ratio: float | None = None) -> int | None:
+        """Return the features of one frame of a clip, or None if the family has no clips."""
+        if self.frame_tokens == "pooled":
+            return math.ceil(side / 2) ** 2
+        return self.tokens_of_tile(side, downsample_ratio) if self.frame_tokens else None
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A well-known model that is not served. `remedy`: what to pack instead; empty if there is nothing similar."""
+
+    type: str
+    title: str
+    reason: str
+    remedy: str = ""
+
+
+@functools.cache
+def families() -> Mapping[str, Family]:
+    """Return the families that are served, by the `model_type` of config.json, in the order of the table."""
+    return {kind: _family(kind, row) for kind, row in _table()["families"].items()}
+
+
+@functools.cache
+def texts() -> Mapping[str, TextModel]:
+    """Return the text models that are served, by the `model_type` of `text_config`."""
+    return {kind: TextModel(**row) for kind, row in _table()["texts"].items()}
+
+
+@functools.cache
+def towers() -> Mapping[str, Tower]:
+    """Return the vision towers that are served, by the `model_type` of `vision_config`."""
+    return {kind: Tower(**row) for kind, row in _table()["towers"].items()}
+
+
+@functools.cache
+def refused() -> Mapping[str, Refused]:
+    """Return the well-known models that are not served, by model type."""
+    return {kind: Refused(kind, **row) for kind, row in _table()["refused"].items()}
+
+
+def _family(kind: str, row: dict[str, Any]) -> Family:
+    rest = {key: value for key, value in row.items() if key not in ("class", "towers", "checkpoints")}
+    published = tuple(Checkpoint(**{**one, "ids": tuple(one["ids"])}) for one in row["checkpoints"])
+    return Family(type=kind, class_name=row["class"], towers=tuple(row["towers"]), checkpoints=published, **rest)
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    return tomllib.loads(TABLE.read_text(encoding="utf-8"))

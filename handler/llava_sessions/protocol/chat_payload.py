@@ -16,7 +16,7 @@ from ..errors import Refused, describe
 from .chat_messages import read_messages
 from .constants import FORWARDED_API_HEADER, NEW_SESSION, SESSION_HEADER, STREAMING_API
 from .fields import is_unicode
-from .openai import Chat, RefusedChat
+from .openai import Chat, ChatMessage, RefusedChat
 from .requests import session_in_header
 from .validation import Problem, add_retry_key, refusal, validated
 
@@ -62,6 +62,7 @@ NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "json_schema": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
+    "media_io_kwargs": ({},),
     "min_p": (0,),
     "mm_processor_kwargs": ({},),
     "mirostat": (0,),
@@ -99,7 +100,7 @@ OPTION_NAMES: dict[str, tuple[str, ...]] = {
         name: (name,)
         for name in (
             *("stream", "min_tokens", "temperature", "top_p", "seed", "stop", "ignore_eos"),
-            *("request_id", "deadline_ms", "session_token"),
+            *("request_id", "deadline_ms", "session_token", "video_frames"),
         )
     },
 }
@@ -120,7 +121,7 @@ def parse_chat(
         fields: dict[str, Any] = {
             **_options(payload),
             "session_id": session_in_header(headers),
-            "messages": read_messages(payload.get("messages"), limits, allow_system),
+            "messages": read_messages(payload.get("messages"), limits, allow_system, _sampled_frames(payload, limits)),
             "include_usage": _includes_usage(payload),
             "model": payload.get("model") or "",
             "label": _label(payload),
@@ -145,10 +146,15 @@ def _content(chat: Chat) -> dict[str, Any]:
     """Return what decides the answer, with the pictures as digests: their text takes megabytes."""
     content: dict[str, Any] = {name: getattr(chat, name) for name in Chat.model_fields if name not in _FORM_FIELDS}
     content["messages"] = [
-        (message.role, message.text, [_digest(picture.path or "") for picture in message.pictures])
+        (message.role, message.text, [_digest(picture.path or "") for picture in message.pictures], _clips(message))
         for message in chat.messages
     ]
     return content
+
+
+def _clips(message: ChatMessage) -> list[list[str]]:
+    """Return the digests of the frames of each clip, or that of its file."""
+    return [[_digest(one.image or one.path or "") for one in clip.sources] for clip in message.clips]
 
 
 def _digest(text: str) -> str:
@@ -223,6 +229,12 @@ def _add_defaults(fields: dict[str, Any], headers: Mapping[str, object], limits:
         fields["max_new_tokens"] = limits.max_new_tokens
         if type(least) is int and limits.max_new_tokens < least <= most:
             fields["min_tokens"] = limits.max_new_tokens
+
+
+def _sampled_frames(payload: Mapping[str, Any], limits: RequestLimits) -> int:
+    """Return how many frames of each video file are sampled. A malformed number is a problem of its field."""
+    count = payload.get("video_frames")
+    return count if type(count) is int else limits.default_frames
 
 
 def _includes_usage(payload: Mapping[str, Any]) -> bool:

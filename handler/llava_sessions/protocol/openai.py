@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal
 
 from ..errors import Refused
 from .constants import EVENT_STREAM_TYPE, STREAM_TYPE
-from .fields import SessionId
+from .fields import Frames, SessionId
 from .replies import Body
-from .requests import BaseRequest, PictureSource, TurnRequest
+from .requests import BaseRequest, ClipSource, PictureSource, TurnRequest
 
 CHAT_PATH = "v1/chat/completions"
 MODELS_PATH = "v1/models"
@@ -29,11 +29,15 @@ class RefusedChat(Refused):
 
 @dataclass(frozen=True)
 class ChatMessage:
-    """The messages of one role that followed each other. `text` may be empty. Pictures precede the text."""
+    """The messages of one role that followed each other.
+
+    `text` may be empty. Pictures precede clips, and clips precede the text.
+    """
 
     role: Literal["system", "user", "assistant"]
     text: str
     pictures: tuple[PictureSource, ...] = ()
+    clips: tuple[ClipSource, ...] = ()
 
 
 class Chat(TurnRequest):
@@ -41,7 +45,8 @@ class Chat(TurnRequest):
 
     `session_id`: of the session header; None for a conversation that names no session. `messages`: at most one of role
     "system", which is the first. The others alternate, and the last one is a user's. `label`: digest of `user` and
-    `prompt_cache_key`. `is_sse`: a stream is sent as server-sent events, else as JSON lines.
+    `prompt_cache_key`. `is_sse`: a stream is sent as server-sent events, else as JSON lines. `video_frames`: sampled of
+    each video file, as its `count`.
     """
 
     session_id: SessionId | None = None
@@ -50,6 +55,7 @@ class Chat(TurnRequest):
     model: str = ""
     label: str | None = None
     is_sse: bool = False
+    video_frames: Frames | None = None
 
     first: ClassVar[tuple[str, ...]] = ("model", "messages", "session_id")
     expected: ClassVar[Mapping[str, str]] = {
@@ -57,6 +63,7 @@ class Chat(TurnRequest):
         "max_new_tokens": "`{name}` must be an integer above 0, or -1, got {actual}",
         "min_tokens": "`min_tokens` must be an integer from 0 to `max_completion_tokens`, got {actual}",
         "seed": "`seed` must be an integer from 0 to 9223372036854775807, or -1, got {actual}",
+        "video_frames": "`video_frames` must be an integer from 1 to {limits.max_frames}, got {actual}",
     }
 
     @property
@@ -64,9 +71,15 @@ class Chat(TurnRequest):
         """Return the pictures of all messages in their order."""
         return tuple(picture for message in self.messages for picture in message.pictures)
 
+    @property
+    def clips(self) -> tuple[ClipSource, ...]:
+        """Return the clips of all messages in their order."""
+        return tuple(clip for message in self.messages for clip in message.clips)
+
     def without_pictures(self) -> Chat:
-        """Return a copy without the pictures, which may take 32 MiB. It has the same retry key."""
-        return self.model_copy(update={"messages": tuple(replace(message, pictures=()) for message in self.messages)})
+        """Return a copy without pictures and clips, which may take 32 MiB. It has the same retry key."""
+        messages = tuple(replace(message, pictures=(), clips=()) for message in self.messages)
+        return self.model_copy(update={"messages": messages})
 
 
 class Models(BaseRequest):

@@ -182,7 +182,8 @@ class MediaLimits(Section):
         description="Seconds to fetch one picture or clip: name look-up, redirects, headers and body.",
     )
     allowed_hosts: _Texts = Field(
-        default=(), description='Hosts of `https` pictures and clips: exact names or `"*.suffix"`. Empty: any public host.'
+        default=(),
+        description='Hosts of `https` pictures and clips: exact names or `"*.suffix"`. Empty: any public host.',
     )
     s3_buckets: _Texts = Field(default=(), description="S3 buckets of pictures and clips. Empty: `s3://` is rejected.")
     local_roots: _Texts = Field(

@@ -90,4 +90,3 @@ def _check_token_ids(processor: Any, config: Any, saved: Mapping[str, Any]) -> N
             raise UnsupportedCheckpoint(
                 f"config.json: `{key}` must be the tokenizer's ID of {token!r}, {found}, got {expected}"
             )
-

@@ -43,9 +43,7 @@ def frame_settings(folder: Path) -> dict[str, Any]:
 
 
 class PillowClips:
-    """The clips of a processor: a base class before the processor's own class.
-
-    """
+    """The clips of a processor: a base class before the processor's own class."""
 
     # `ProcessorMixin` prepares clips only if the attribute exists.
     video_processor: Any = None

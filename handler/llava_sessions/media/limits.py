@@ -1,4 +1,4 @@
-"""The error for a picture that cannot be loaded, and the checks that all sources share. Pure."""
+"""The error for a picture or clip that cannot be loaded, and the checks that all sources share. Pure."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,31}):")
 
 
 class MediaError(Exception):
-    """A picture that cannot be loaded.
+    """A picture or clip that cannot be loaded.
 
     `code` is "invalid_request", "too_large" or "unsupported_media". `message` is one sentence for the client, without a
-    capital letter and a full stop. It contains no picture bytes, credentials, paths or query strings.
+    capital letter and a full stop. It contains no bytes of the file, credentials, paths or query strings.
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -50,3 +50,11 @@ def check_size(size_bytes: int, limits: MediaLimits) -> None:
         raise MediaError(TOO_LARGE, f"the picture must be at most {limits.max_bytes} bytes, got {size_bytes} bytes")
     if size_bytes == 0:
         raise MediaError(INVALID_REQUEST, "the picture must not be empty, got 0 bytes")
+
+
+def check_clip_size(size_bytes: int, limits: MediaLimits) -> None:
+    """Raise `MediaError` unless `size_bytes` is from 1 to `limits.max_clip_bytes`."""
+    if size_bytes > limits.max_clip_bytes:
+        raise MediaError(TOO_LARGE, f"the clip must be at most {limits.max_clip_bytes} bytes, got {size_bytes} bytes")
+    if size_bytes == 0:
+        raise MediaError(INVALID_REQUEST, "the clip must not be empty, got 0 bytes")

@@ -32,17 +32,24 @@ SESSION_ID: Schema = {
     "pattern": f"^{SESSION_ID_PATTERN.pattern}$",
 }
 _STOP: Schema = {"type": "string", "minLength": 1, "maxLength": _LIMITS.max_stop_chars}
+_VIDEO: Schema = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "minItems": 1, "maxItems": _LIMITS.max_frames, "items": {"type": "string"}},
+    ]
+}
 # What validators check, and what pydantic's own schemas therefore lack.
 _CHECKED: dict[str, Schema] = {
     "prompt_text": {"minLength": 1, "maxLength": _LIMITS.max_prompt_chars, "pattern": r"\S"},
     "images": {"maxItems": _LIMITS.max_pictures},
-    "video": {"maxItems": _LIMITS.max_frames},
+    "video_frames": {"maximum": _LIMITS.max_frames},
     "history": {"maxItems": _LIMITS.max_history_messages // 2},
     "max_new_tokens": {"maximum": _LIMITS.max_new_tokens, "default": _LIMITS.default_new_tokens},
     "min_tokens": {"maximum": _LIMITS.max_new_tokens},
     "session_id": SESSION_ID,
     "resume": SESSION_ID,
 }
+_CHECKED_IN_CHATS = {name: _CHECKED[name] for name in ("video_frames",)}
 # Options of chat completions whose range is wider than that of the field of `Chat`.
 _WIDER: dict[str, Schema] = {
     "max_completion_tokens": {"type": "integer", "minimum": -1, "not": {"const": 0}},
@@ -55,7 +62,8 @@ _MEANINGS = {
     "image": "One picture.",
     "images": "Several pictures.",
     "path": "One picture.",
-    "video": "The frames of one clip.",
+    "video": "One clip.",
+    "video_frames": f"The most frames that are sampled from the file. The default is {_LIMITS.default_frames}.",
     "history": "Earlier turns, which are prefilled as they are.",
     "resume": "The ID of a session to continue under a new ID.",
     "stream": "Whether the answer is streamed.",
@@ -77,6 +85,10 @@ _CHAT_DESCRIPTIONS = {
     "request_id": "Not in OpenAI's API: 16 to 64 printable ASCII characters that identify a retry.",
     "deadline_ms": "Not in OpenAI's API: milliseconds after which the answer ends with the text so far.",
     "session_token": "Not in OpenAI's API: 16 to 256 printable ASCII characters, the token of the session.",
+    "video_frames": (
+        "Not in OpenAI's API: the most frames that are sampled from each video file. "
+        f"The default is {_LIMITS.default_frames}."
+    ),
 }
 
 
@@ -124,6 +136,8 @@ def _request(model: type[BaseRequest], **action: str) -> Schema:
         core = {**_core(found), **(_CHECKED.get(name, {}) if is_checked else {})}
         if name == "stop":
             core = {"anyOf": [_STOP, _strings(_LIMITS.max_stop_strings)]}
+        if name == "video":
+            core = _VIDEO
         described = {"description": _expected(model, name), **core}
         properties[name] = described if name in required else nullable(described)
     if "deadline_ms" in properties:
@@ -175,7 +189,7 @@ def _chat_requests() -> dict[str, Schema]:
     properties: dict[str, Schema] = {
         "model": _described("Any text. The reply repeats it.", type="string", maxLength=MODEL_MAX_CHARS),
         "messages": {
-            "description": "The whole conversation. The last message is a user's, with text or a picture.",
+            "description": "The whole conversation. The last message is a user's, with text, a picture or a clip.",
             "type": "array",
             "minItems": 1,
             "maxItems": _LIMITS.max_history_messages,
@@ -185,7 +199,7 @@ def _chat_requests() -> dict[str, Schema]:
     properties["model"] = nullable(properties["model"])
     for field, names in OPTION_NAMES.items():
         for name in names:
-            core = _WIDER.get(name) or _core(generated[field])
+            core = _WIDER.get(name) or {**_core(generated[field]), **_CHECKED_IN_CHATS.get(name, {})}
             if name == "stop":
                 core = {"anyOf": [_STOP, _strings(_LIMITS.max_stop_strings)]}
             description = _CHAT_DESCRIPTIONS.get(name) or _expected(Chat, field)
@@ -211,26 +225,31 @@ def _chat_requests() -> dict[str, Schema]:
         },
         "ChatMessage": _chat_message(),
         "TextPart": _fixed({"type": {"const": "text"}, "text": {"type": "string"}}, is_open=True),
-        "PicturePart": _picture_part(),
+        "PicturePart": _url_part("image_url", "A data URL or an https URL."),
+        "ClipPart": _url_part(
+            "video_url", "A data URL or an https URL of a file. Or the frames: `data:video/jpeg;base64,FRAME,FRAME`."
+        ),
     }
 
 
 def _chat_message() -> Schema:
-    parts = {"type": "array", "items": {"anyOf": [ref("TextPart"), ref("PicturePart")]}}
+    parts = {"type": "array", "items": {"anyOf": [ref("TextPart"), ref("PicturePart"), ref("ClipPart")]}}
     content = {"anyOf": [{"type": "string"}, parts, {"type": "null"}]}
     unsupported = {name: _described("Must be empty.", enum=[None, []]) for name in UNSUPPORTED_FIELDS}
     return {
-        "description": "A message of the conversation. Other fields are ignored. Only a user's message has pictures.",
+        "description": (
+            "A message of the conversation. Other fields are ignored. Only a user's message has pictures and clips."
+        ),
         "type": "object",
         "properties": {"role": {"enum": list(ROLES)}, "content": content, **unsupported},
         "required": ["role"],
     }
 
 
-def _picture_part() -> Schema:
-    url = _described("A data URL or an https URL.", type="string")
+def _url_part(kind: str, meaning: str) -> Schema:
+    url = _described(meaning, type="string")
     as_object = {"type": "object", "properties": {"url": url}, "required": ["url"]}
-    return _fixed({"type": {"const": "image_url"}, "image_url": {"anyOf": [url, as_object]}}, is_open=True)
+    return _fixed({"type": {"const": kind}, kind: {"anyOf": [url, as_object]}}, is_open=True)
 
 
 def _native_replies() -> dict[str, Schema]:

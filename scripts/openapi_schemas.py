@@ -49,7 +49,6 @@ _CHECKED: dict[str, Schema] = {
     "session_id": SESSION_ID,
     "resume": SESSION_ID,
 }
-_CHECKED_IN_CHATS = {name: _CHECKED[name] for name in ("video_frames",)}
 # Options of chat completions whose range is wider than that of the field of `Chat`.
 _WIDER: dict[str, Schema] = {
     "max_completion_tokens": {"type": "integer", "minimum": -1, "not": {"const": 0}},
@@ -85,10 +84,6 @@ _CHAT_DESCRIPTIONS = {
     "request_id": "Not in OpenAI's API: 16 to 64 printable ASCII characters that identify a retry.",
     "deadline_ms": "Not in OpenAI's API: milliseconds after which the answer ends with the text so far.",
     "session_token": "Not in OpenAI's API: 16 to 256 printable ASCII characters, the token of the session.",
-    "video_frames": (
-        "Not in OpenAI's API: the most frames that are sampled from each video file. "
-        f"The default is {_LIMITS.default_frames}."
-    ),
 }
 
 
@@ -199,7 +194,7 @@ def _chat_requests() -> dict[str, Schema]:
     properties["model"] = nullable(properties["model"])
     for field, names in OPTION_NAMES.items():
         for name in names:
-            core = _WIDER.get(name) or {**_core(generated[field]), **_CHECKED_IN_CHATS.get(name, {})}
+            core = _WIDER.get(name) or _core(generated[field])
             if name == "stop":
                 core = {"anyOf": [_STOP, _strings(_LIMITS.max_stop_strings)]}
             description = _CHAT_DESCRIPTIONS.get(name) or _expected(Chat, field)
@@ -246,10 +241,18 @@ def _chat_message() -> Schema:
     }
 
 
-def _url_part(kind: str, meaning: str) -> Schema:
+def _url_part(kind: str, meaning: str, **options: Schema) -> Schema:
+    """Return the schema of a picture or a clip. `options`: further properties of the object with `url`."""
     url = _described(meaning, type="string")
-    as_object = {"type": "object", "properties": {"url": url}, "required": ["url"]}
+    as_object = {"type": "object", "properties": {"url": url, **options}, "required": ["url"]}
     return _fixed({"type": {"const": kind}, kind: {"anyOf": [url, as_object]}}, is_open=True)
+
+
+def _clip_part() -> Schema:
+    frames = {"type": "integer", "minimum": 1, **_CHECKED["video_frames"]}
+    meaning = f"Not in OpenAI's API. {_MEANINGS['video_frames']}"
+    url = "A data URL or an https URL of a file, or the frames: `data:video/jpeg;base64,FRAME,FRAME`."
+    return _url_part("video_url", url, video_frames=nullable({"description": meaning, **frames}))
 
 
 def _native_replies() -> dict[str, Schema]:

@@ -217,25 +217,25 @@ def test_a_copy_without_pictures_keeps_the_rest() -> None:
 # --- clips ---
 
 
-def clip(url: Any = "https://host/a.mp4") -> dict[str, Any]:
-    return {"type": "video_url", "video_url": {"url": url}}
+def clip(url: Any = "https://host/a.mp4", **options: Any) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": url, **options}}
 
 
 def test_a_clip_is_a_file_or_the_frames_of_a_data_url() -> None:
-    def read(part: Any, **options: Any) -> tuple[ClipSource, ...]:
-        message = chat(user([part, {"type": "text", "text": "What?"}]), **options).messages[0]
+    def read(part: Any) -> tuple[ClipSource, ...]:
+        message = chat(user([part, {"type": "text", "text": "What?"}])).messages[0]
         assert (message.text, message.pictures) == ("What?", ())
         return message.clips
 
     file = PictureSource(path="https://host/a.mp4")
     assert read(clip()) == (ClipSource(file=file, count=8),)
     assert read({"type": "video_url", "video_url": "https://host/a.mp4"}) == read(clip())
-    assert read(clip(), video_frames=3) == (ClipSource(file=file, count=3),)
+    assert read(clip(video_frames=3)) == (ClipSource(file=file, count=3),)
     url = "data:video/mp4;base64,AAAA"
     assert read(clip(url)) == (ClipSource(file=PictureSource(path=url), count=8),)
     frames = ClipSource(frames=(PictureSource(image="AAAA"), PictureSource(image="BBBB")))
     assert read(clip("data:video/jpeg;base64,AAAA,BBBB")) == (frames,)
-    assert read(clip("DATA:Video/JPEG;base64,AAAA,BBBB"), video_frames=1) == (frames,)
+    assert read(clip("DATA:Video/JPEG;base64,AAAA,BBBB", video_frames=None)) == (frames,)
     assert read(clip("data:video/jpeg;base64,AAAA")) == (ClipSource(frames=(PictureSource(image="AAAA"),)),)
 
 
@@ -269,11 +269,19 @@ def test_a_malformed_clip_is_refused(message: Any, param: str, code: str, text: 
     assert text in refused.message
 
 
-@pytest.mark.parametrize("count", [0, 33, "8", True, 1.5])
-def test_a_malformed_number_of_frames_is_refused(count: Any) -> None:
-    refused = refusal(user([clip()]), video_frames=count)
-    assert (refused.code, refused.param) == ("invalid_request", "video_frames")
-    assert refused.message.startswith("`video_frames` must be an integer from 1 to 32, got ")
+@pytest.mark.parametrize(
+    ("count", "actual"), [(0, "0"), (33, "33"), ("8", "a string of length 1"), (True, "true"), (1.5, "1.5")]
+)
+def test_a_malformed_number_of_frames_is_refused(count: Any, actual: str) -> None:
+    refused = refusal(user(), said(), user([clip(video_frames=count)]))
+    assert (refused.code, refused.param) == ("invalid_request", "messages[2].content[0].video_url.video_frames")
+    expected = "an integer from 1 to 32, with the URL of a file"
+    assert refused.message == f"`{refused.param}` must be {expected}, got {actual}"
+
+
+def test_frames_are_not_sampled_from_frames() -> None:
+    refused = refusal(user([clip("data:video/jpeg;base64,AAAA,BBBB", video_frames=1)]))
+    assert refused.param == "messages[0].content[0].video_url.video_frames"
 
 
 def test_clips_count_as_pictures() -> None:
@@ -287,7 +295,7 @@ def test_clips_count_as_pictures() -> None:
 
 def test_a_retry_has_the_same_clips() -> None:
     def key(*urls: str, **options: Any) -> str | None:
-        return chat(user([clip(url) for url in urls]), headers={**PATH, **INFERENCE_ID}, **options).retry_key
+        return chat(user([clip(url, **options) for url in urls]), headers={**PATH, **INFERENCE_ID}).retry_key
 
     one, two, frames = "https://host/1.mp4", "https://host/2.mp4", "data:video/jpeg;base64,AAAA"
     assert key(one) == key(one) is not None

@@ -46,22 +46,12 @@ class _Growing:
             self.clips.append(part)
 
 
-@dataclass(frozen=True)
-class _ClipRules:
-    """How many frames a clip may have, and how many of a video file are sampled."""
-
-    max_frames: int
-    sampled_frames: int
-
-
-def read_messages(
-    value: object, limits: RequestLimits, allow_system: bool, sampled_frames: int
-) -> tuple[ChatMessage, ...]:
+def read_messages(value: object, limits: RequestLimits, allow_system: bool) -> tuple[ChatMessage, ...]:
     """Return the conversation. Raise `RefusedChat` for its first problem.
 
     Successive messages of one role become one. System messages at the start become the system message; a later one
     becomes text of the user's at its place. An assistant's message may come first. The last one is a user's, with text
-    or a picture or a clip. `sampled_frames`: of each video file.
+    or a picture or a clip.
     """
     if not isinstance(value, list) or not value:
         raise _refused("messages", "`messages` must be an array of 1 or more objects", value)
@@ -70,14 +60,13 @@ def read_messages(
         raise _refused("messages", expected, value, "too_large")
     conversation: list[_Growing] = []
     left = _Left(limits)
-    rules = _ClipRules(limits.max_frames, sampled_frames)
     for index, message in enumerate(value):
         role = _role(message, f"messages[{index}]", allow_system)
         if role == "system" and conversation and conversation[-1].role != "system":
             role = "user"
         if not conversation or conversation[-1].role != role:
             conversation.append(_Growing(role))
-        for part in _parts(message, role, f"messages[{index}]", rules):
+        for part in _parts(message, role, f"messages[{index}]", limits):
             left.take(part)
             conversation[-1].add(part)
     result = tuple(
@@ -137,7 +126,7 @@ def _role(message: object, name: str, allow_system: bool) -> Role:
     return role
 
 
-def _parts(message: dict[str, Any], role: Role, name: str, rules: _ClipRules) -> Iterator[Part]:
+def _parts(message: dict[str, Any], role: Role, name: str, limits: RequestLimits) -> Iterator[Part]:
     """Yield the texts, pictures and clips of a message."""
     content = message.get("content")
     where = f"{name}.content"
@@ -147,10 +136,10 @@ def _parts(message: dict[str, Any], role: Role, name: str, rules: _ClipRules) ->
         raise _refused(where, f"`{where}` must be a string or an array of parts", content)
     items: Iterable[object] = [{"type": "text", "text": content}] if isinstance(content, str) else content
     for index, item in enumerate(items):
-        yield _part(item, role, where if isinstance(content, str) else f"{where}[{index}]", rules)
+        yield _part(item, role, where if isinstance(content, str) else f"{where}[{index}]", limits)
 
 
-def _part(item: Any, role: Role, name: str, rules: _ClipRules) -> Part:
+def _part(item: Any, role: Role, name: str, limits: RequestLimits) -> Part:
     match item:
         case {"type": "text", "text": str(text)}:
             if not is_unicode(text):
@@ -161,7 +150,7 @@ def _part(item: Any, role: Role, name: str, rules: _ClipRules) -> Part:
         case {"type": "image_url", "image_url": value} if (url := _url(value)) is not None:
             return PictureSource(path=url)
         case {"type": "video_url", "video_url": value} if (url := _url(value)) is not None:
-            return _clip(url, name, rules)
+            return _clip(url, value.get("video_frames") if isinstance(value, dict) else None, name, limits)
         case {"type": "text"}:
             raise _refused(name, f"`{name}` must have `text` as a string", item.get("text"))
         case {"type": "image_url" | "video_url" as kind}:
@@ -179,14 +168,23 @@ def _url(value: object) -> str | None:
     return url if isinstance(url, str) else None
 
 
-def _clip(url: str, name: str, rules: _ClipRules) -> ClipSource:
-    """Return the clip at the URL of a file, or of the frames of a data URL: `data:video/jpeg;base64,FRAME,FRAME`."""
-    if url[: len(_FRAMES_HEAD)].lower() != _FRAMES_HEAD:
-        return ClipSource(file=PictureSource(path=url), count=rules.sampled_frames)
+def _clip(url: str, count: object, name: str, limits: RequestLimits) -> ClipSource:
+    """Return the clip at the URL of a file, or of the frames of a data URL: `data:video/jpeg;base64,FRAME,FRAME`.
+
+    `count`: how many frames of a file are sampled; None for the default.
+    """
+    is_file = url[: len(_FRAMES_HEAD)].lower() != _FRAMES_HEAD
+    if count is not None and not (is_file and type(count) is int and 1 <= count <= limits.max_frames):
+        expected = f"an integer from 1 to {limits.max_frames}, with the URL of a file"
+        param = f"{name}.video_url.video_frames"
+        raise _refused(param, f"`{param}` must be {expected}", count)
+    if is_file:
+        file = PictureSource(path=url)
+        return ClipSource(file=file, count=count if isinstance(count, int) else limits.default_frames)
     payload = url[len(_FRAMES_HEAD) :]
-    count = payload.count(",") + 1
-    if count > rules.max_frames:
-        message = f"`{name}` must have at most {rules.max_frames} frames, got {count:,}"
+    frames = payload.count(",") + 1
+    if frames > limits.max_frames:
+        message = f"`{name}` must have at most {limits.max_frames} frames, got {frames:,}"
         raise RefusedChat("too_large", message, param=name)
     return ClipSource(frames=tuple(PictureSource(image=frame) for frame in payload.split(",")))
 

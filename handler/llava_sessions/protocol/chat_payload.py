@@ -92,6 +92,7 @@ NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "session_id": (),
     "type": (),
     "video": ([],),
+    "video_frames": (),
 }
 # Field of `Chat` -> the client's names of it; the first one that is present counts.
 OPTION_NAMES: dict[str, tuple[str, ...]] = {
@@ -100,7 +101,7 @@ OPTION_NAMES: dict[str, tuple[str, ...]] = {
         name: (name,)
         for name in (
             *("stream", "min_tokens", "temperature", "top_p", "seed", "stop", "ignore_eos"),
-            *("request_id", "deadline_ms", "session_token", "video_frames"),
+            *("request_id", "deadline_ms", "session_token"),
         )
     },
 }
@@ -121,7 +122,7 @@ def parse_chat(
         fields: dict[str, Any] = {
             **_options(payload),
             "session_id": session_in_header(headers),
-            "messages": read_messages(payload.get("messages"), limits, allow_system, _sampled_frames(payload, limits)),
+            "messages": read_messages(payload.get("messages"), limits, allow_system),
             "include_usage": _includes_usage(payload),
             "model": payload.get("model") or "",
             "label": _label(payload),
@@ -152,9 +153,9 @@ def _content(chat: Chat) -> dict[str, Any]:
     return content
 
 
-def _clips(message: ChatMessage) -> list[list[str]]:
-    """Return the digests of the frames of each clip, or that of its file."""
-    return [[_digest(one.image or one.path or "") for one in clip.sources] for clip in message.clips]
+def _clips(message: ChatMessage) -> list[tuple[int | None, list[str]]]:
+    """Return the number of sampled frames of each clip, and the digests of its frames or of its file."""
+    return [(clip.count, [_digest(one.image or one.path or "") for one in clip.sources]) for clip in message.clips]
 
 
 def _digest(text: str) -> str:
@@ -229,12 +230,6 @@ def _add_defaults(fields: dict[str, Any], headers: Mapping[str, object], limits:
         fields["max_new_tokens"] = limits.max_new_tokens
         if type(least) is int and limits.max_new_tokens < least <= most:
             fields["min_tokens"] = limits.max_new_tokens
-
-
-def _sampled_frames(payload: Mapping[str, Any], limits: RequestLimits) -> int:
-    """Return how many frames of each video file are sampled. A malformed number is a problem of its field."""
-    count = payload.get("video_frames")
-    return count if type(count) is int else limits.default_frames
 
 
 def _includes_usage(payload: Mapping[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from ..errors import Refused
 from .constants import EVENT_STREAM_TYPE, STREAM_TYPE
-from .fields import Frames, SessionId
+from .fields import SessionId
 from .replies import Body
 from .requests import BaseRequest, ClipSource, PictureSource, TurnRequest
 
@@ -45,8 +45,7 @@ class Chat(TurnRequest):
 
     `session_id`: of the session header; None for a conversation that names no session. `messages`: at most one of role
     "system", which is the first. The others alternate, and the last one is a user's. `label`: digest of `user` and
-    `prompt_cache_key`. `is_sse`: a stream is sent as server-sent events, else as JSON lines. `video_frames`: sampled of
-    each video file, as its `count`.
+    `prompt_cache_key`. `is_sse`: a stream is sent as server-sent events, else as JSON lines.
     """
 
     session_id: SessionId | None = None
@@ -55,7 +54,6 @@ class Chat(TurnRequest):
     model: str = ""
     label: str | None = None
     is_sse: bool = False
-    video_frames: Frames | None = None
 
     first: ClassVar[tuple[str, ...]] = ("model", "messages", "session_id")
     expected: ClassVar[Mapping[str, str]] = {
@@ -63,7 +61,6 @@ class Chat(TurnRequest):
         "max_new_tokens": "`{name}` must be an integer above 0, or -1, got {actual}",
         "min_tokens": "`min_tokens` must be an integer from 0 to `max_completion_tokens`, got {actual}",
         "seed": "`seed` must be an integer from 0 to 9223372036854775807, or -1, got {actual}",
-        "video_frames": "`video_frames` must be an integer from 1 to {limits.max_frames}, got {actual}",
     }
 
     @property

@@ -22,6 +22,7 @@ from llava_sessions.engine.attention import Segment, TokenAttention
 from llava_sessions.engine.cpu.token_attention import TokenAttention as CompiledAttention
 from llava_sessions.engine.cuda import layers
 from llava_sessions.engine.cuda.layers import DeviceLinear, DeviceNorm
+from llava_sessions.engine.fused.head_norms import HeadNorms
 from llava_sessions.engine.fused.layer import FusedLayer, fuse_layers
 from llava_sessions.engine.fused.operations import Activation
 from llava_sessions.engine.kv import KVShape, SessionKV
@@ -83,8 +84,10 @@ def test_fused_layers_give_the_plain_models_logits(folder: Path, caplog: pytest.
 class Wrong(CompiledAttention):
     """Attention that makes an error in one number of its result."""
 
-    def __call__(self, task: Any, layer: int, qkv: Any, cos: Any, sin: Any, out: torch.Tensor) -> None:
-        super().__call__(task, layer, qkv, cos, sin, out)
+    def __call__(
+        self, task: Any, layer: int, qkv: Any, cos: Any, sin: Any, out: torch.Tensor, norms: HeadNorms | None = None
+    ) -> None:
+        super().__call__(task, layer, qkv, cos, sin, out, norms)
         out[0, 3] += 0.5
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any
 
 import jinja2
@@ -18,7 +17,7 @@ import numpy as np
 from ..errors import Refused
 from ..ipc.messages import PreparedPicture
 from .answer_text import AnswerText
-from .media_tokens import MediaToken, MediaTokens
+from .media_tokens import MediaToken, MediaTokens, no_place
 from .pictures import NOTHING, Picture, PicturePreparer, Prepared, joined
 from .rendering import Message as Message
 from .rendering import OpenedOn as OpenedOn
@@ -65,33 +64,30 @@ class ChatTemplate:
         self.pictures = PicturePreparer(processor)
         self._renderer = Renderer(processor, system_prompt, _media_tokens(processor, self.pictures))
         self._media = self._renderer.media
+        self.takes_clips: bool = "video" in self._media
+        # IDs of the tokens that stand for features of pictures and of clips.
+        self.media_token_ids: frozenset[int] = self._media.feature_ids
         self.image_token_id: int = processor.image_token_id
-        places = [self._media[kind].place for kind in ("image", "video") if kind in self._media]
-        self._encoder = PromptTokenizer(self.tokenizer, processor.image_token, places)
+        self._encoder = PromptTokenizer(self.tokenizer, processor.image_token, self._media.places)
         self.lock = threading.Lock()  # held while text is tokenized
         # Of whole conversations: a long one must not hold up a short prompt.
         self._whole_encoder: PromptTokenizer | None = None
         self._whole_lock = threading.Lock()
-
-    @property
-    def media_token_ids(self) -> frozenset[int]:
-        """IDs of the tokens that stand for features of pictures and of clips."""
-        return self._media.feature_ids
 
     def check_opening(self, kind: str, pictures: int) -> None:
         """Raise `Refused` if no session can be opened on this many pictures, or on a clip if `kind` is "video".
 
         `pictures`: for a clip, any number. Needs no picture, so it comes before any is decoded.
         """
-        self._check_kinds([kind])
+        self._media.check([kind])
         opened_on = OpenedOn(kind, 1 if kind == "video" else pictures)
         with self.lock:
             try:
                 before, after = self._renderer.first_turn(Message("user", "question"), opened_on)
             except (TemplateError, jinja2.TemplateError):
-                raise _no_place(opened_on.kinds, []) from None
+                raise no_place(opened_on.kinds, []) from None
         if found := self._media.kinds(after):
-            raise _no_place(opened_on.kinds, [*self._media.kinds(before), *found])
+            raise no_place(opened_on.kinds, [*self._media.kinds(before), *found])
 
     def check_question(self, opened_on: OpenedOn | None, pictures: int, clips: int = 0) -> None:
         """Raise `Refused` if the next turn cannot show this many pictures and clips. `opened_on`: as in `prompt`.
@@ -100,23 +96,9 @@ class ChatTemplate:
         and "invalid_request" if the template has no place for them, such as for a picture after a clip in one message.
         """
         question = Message("user", "question", pictures, clips)
-        self._check_kinds(question.kinds)
+        self._media.check(question.kinds)
         with self.lock:
-            found = self._media.kinds(self._turn(opened_on, question))
-        if found != question.kinds:
-            raise _no_place(question.kinds, found)
-
-    def _turn(self, opened_on: OpenedOn | None, question: Message) -> str:
-        """Render the next turn. Raise `Refused` if the template has no place for its pictures and clips."""
-        try:
-            return self._renderer.turn(opened_on, question)
-        except (TemplateError, jinja2.TemplateError):
-            raise _no_place(question.kinds, []) from None
-
-    def _check_kinds(self, kinds: Sequence[str]) -> None:
-        """Raise `Refused` unless the model takes media of these kinds."""
-        if not all(kind in self._media for kind in kinds):
-            raise Refused("unsupported_media", "The media must be pictures for this model, got a clip.")
+            self._renderer.turn(opened_on, question)
 
     def opening(self, pictures: Sequence[tuple[str, Picture]]) -> Opening:
         """Prepare the pictures of a session and the prompt before its first question.
@@ -140,7 +122,7 @@ class ChatTemplate:
         opened_on = OpenedOn(kind, len(prepared.pictures))
         with self.lock:
             before, _ = self._renderer.first_turn(Message("user", "question"), opened_on)
-            ids = self._encoder.encode_start(self._expanded(before, prepared))
+            ids = self._encoder.encode_start(self._media.expand(before, prepared))
         while ids and ids[-1] not in feature_ids:
             ids.pop()  # the expansion's tail, and the end token that some tokenizers append to their input
         return Opening(ids, prepared.pictures, sum(token in feature_ids for token in ids), kind)
@@ -166,8 +148,8 @@ class ChatTemplate:
             return self.conversation([question], [prepared] if prepared.pictures else [])
         with self.lock:
             hidden_text, literals = self._encoder.hide_specials(text)
-            rendered = self._turn(opened_on, replace(question, text=hidden_text))
-            expanded = self._expanded(rendered, prepared)
+            rendered = self._renderer.turn(opened_on, replace(question, text=hidden_text))
+            expanded = self._media.expand(rendered, prepared)
             if opened_on is None:
                 return self._encoder.encode_after(ANSWER_END, expanded, literals)
             opened = self._media[opened_on.kind]
@@ -199,12 +181,12 @@ class ChatTemplate:
             hidden.append(replace(message, text=text))
         rendered = self._renderer.conversation(hidden, opened_on)
         if opened_on is None or not opened_on.pictures:
-            expanded = self._expanded(rendered, shown)
+            expanded = self._media.expand(rendered, shown)
             with self._whole_lock:
                 return self._encoder_of_wholes().encode_whole(expanded, literals)
         _, after = self._media.split(rendered, opened_on.pictures)
         opened = self._media[opened_on.kind]
-        expanded = opened.tail + self._expanded(after, shown)
+        expanded = opened.tail + self._media.expand(after, shown)
         with self._whole_lock:
             return self._encoder_of_wholes().encode_after(opened.feature, expanded, literals)
 
@@ -215,7 +197,7 @@ class ChatTemplate:
         clips, else "invalid_request".
         """
         kinds = _kinds(messages)
-        self._check_kinds(kinds)
+        self._media.check(kinds)
         short = [replace(message, text=message.text and "text") for message in messages]
         rendered = self._renderer.conversation(short, opened_on)
         if opened_on is not None and opened_on.pictures:
@@ -224,7 +206,7 @@ class ChatTemplate:
                 raise _precedes_opening()
             kinds = [*opened_on.kinds, *kinds]
         if (found := self._media.kinds(rendered)) != kinds:
-            raise _no_place(kinds, found)
+            raise no_place(kinds, found)
 
     def spans(
         self, token_ids: Sequence[int], prepared: Sequence[Prepared], start: int = 0
@@ -235,13 +217,6 @@ class ChatTemplate:
         of a clip belongs to its span.
         """
         return self._media.spans(token_ids, prepared, start)
-
-    def _expanded(self, rendered: str, prepared: Prepared) -> str:
-        """Replace the place of each picture and clip by its expansion, as the processor does."""
-        expanded = self._media.expand(rendered, prepared)
-        if expanded is None:
-            raise _no_place(prepared.kinds, self._media.kinds(rendered))
-        return expanded
 
     def _encoder_of_wholes(self) -> PromptTokenizer:
         """Return the tokenizer of whole conversations: a copy, made when it is first used."""
@@ -283,19 +258,3 @@ def _precedes_opening() -> Refused:
         "with the first question, got an earlier message."
     )
     return Refused("invalid_request", message, param="messages")
-
-
-def _no_place(kinds: Sequence[str], places: Sequence[str]) -> Refused:
-    """Return the error for media of these kinds, if the template has places for media of the kinds `places`."""
-    message = (
-        f"The pictures and clips must fit the model's chat template: it has places here for {_listed(places)}, "
-        f"got {_listed(kinds)}."
-    )
-    return Refused("invalid_request", message)
-
-
-def _listed(kinds: Sequence[str]) -> str:
-    """Return kinds of media as text, such as "2 pictures, then 1 clip"."""
-    runs = [(kind, len(list(run))) for kind, run in groupby(kinds)]
-    nouns = {"image": "picture", "video": "clip"}
-    return ", then ".join(f"{count} {nouns[kind]}{'s' * (count != 1)}" for kind, count in runs) or "none"

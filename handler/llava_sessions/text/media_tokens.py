@@ -9,12 +9,13 @@ of a clip is that of a picture.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 
 import numpy as np
 
+from ..errors import Refused
 from .pictures import Prepared
 
 
@@ -39,7 +40,8 @@ class MediaTokens:
         """`by_kind`: of "image", and of "video" if the checkpoint takes clips."""
         self._by_kind = by_kind
         self._kinds = {token.place: kind for kind, token in by_kind.items()}
-        self._places = re.compile("(" + "|".join(map(re.escape, self._kinds)) + ")")
+        self.places = tuple(self._kinds)
+        self._places = re.compile("(" + "|".join(map(re.escape, self.places)) + ")")
         self.feature_ids = frozenset(token.feature_id for token in by_kind.values())
 
     def __getitem__(self, kind: str) -> MediaToken:
@@ -59,10 +61,19 @@ class MediaTokens:
         parts = self._places.split(rendered, places)
         return "".join(parts[:-1]), parts[-1]
 
-    def expand(self, rendered: str, prepared: Prepared) -> str | None:
-        """Return rendered text with the expansions of pictures and clips; None unless its places are exactly theirs."""
-        if self.kinds(rendered) != list(prepared.kinds):
-            return None
+    def check(self, kinds: Iterable[str]) -> None:
+        """Raise `Refused` unless the checkpoint takes media of these kinds."""
+        if not all(kind in self._by_kind for kind in kinds):
+            raise Refused("unsupported_media", "The media must be pictures for this model, got a clip.")
+
+    def expand(self, rendered: str, prepared: Prepared) -> str:
+        """Replace the place of each picture and clip by its expansion, as the processor does.
+
+        Raises `Refused` unless the places of the rendered text are exactly those of `prepared`.
+        """
+        places = self.kinds(rendered)
+        if places != list(prepared.kinds):
+            raise no_place(prepared.kinds, places)
         texts = self._places.split(rendered)[::2]
         return "".join(chain.from_iterable(zip(texts, (*prepared.tokens, ""), strict=True)))
 
@@ -81,3 +92,19 @@ class MediaTokens:
                 spans.append((int(positions[first]), int(positions[last]) + 1))
                 first = last + 1
         return tuple(spans)
+
+
+def no_place(kinds: Sequence[str], places: Sequence[str]) -> Refused:
+    """Return the error for media of these kinds where the template has places for media of the kinds `places`."""
+    message = (
+        f"The pictures and clips must fit the model's chat template: it has places here for {_listed(places)}, "
+        f"got {_listed(kinds)}."
+    )
+    return Refused("invalid_request", message)
+
+
+def _listed(kinds: Sequence[str]) -> str:
+    """Return kinds of media as text, such as "2 pictures, then 1 clip"."""
+    runs = [(kind, len(list(run))) for kind, run in groupby(kinds)]
+    nouns = {"image": "picture", "video": "clip"}
+    return ", then ".join(f"{count} {nouns[kind]}{'s' * (count != 1)}" for kind, count in runs) or "nothing"

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import jinja2
+
 from ..errors import Refused, error_line
-from .media_tokens import MediaTokens
+from .media_tokens import MediaTokens, no_place
 from .tokenizer import placeholder
 
 
@@ -113,10 +115,17 @@ class Renderer:
         return texts[0] in rendered and rendered.rfind(texts[0]) < rendered.find(texts[1])
 
     def turn(self, opened_on: OpenedOn | None, question: Message) -> str:
-        """Render what follows the opening's pictures, or the last answer if `opened_on` is None."""
-        if opened_on is None:
-            return self.later_turn(question)
-        return self.first_turn(question, opened_on)[1]
+        """Render what follows the opening's pictures, or the last answer if `opened_on` is None.
+
+        Raises `Refused` if the template has no place for the question's pictures and clips.
+        """
+        try:
+            rendered = self.later_turn(question) if opened_on is None else self.first_turn(question, opened_on)[1]
+        except (TemplateError, jinja2.TemplateError):
+            raise no_place(question.kinds, []) from None
+        if (places := self.media.kinds(rendered)) != question.kinds:
+            raise no_place(question.kinds, places)
+        return rendered
 
     def first_turn(self, question: Message, opened_on: OpenedOn) -> tuple[str, str]:
         """Render the first turn; return the parts before and after the end of the opening's last place.

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numba import types
 
+from ..fused.head_norms import HeadNorms
 from . import amx, amx_attention, compiled, int8_tokens
 from .amx_attention import STEP
 from .amx_products import COLUMNS
@@ -71,12 +72,15 @@ class SessionAttention:
         cos: torch.Tensor,
         sin: torch.Tensor,
         out: torch.Tensor,
+        norms: HeadNorms | None = None,
     ) -> None:
         """Rotate queries and keys, append keys and values to the caches, and attend to all tokens up to each row's own.
 
         `qkv`: `[rows, (heads + 2 * kv_heads) * head_dim]`. `cos`, `sin`: `[rows, head_dim]`. All are contiguous
         bfloat16. Writes the sessions' rows of `out`, `[rows, heads * head_dim]`.
         """
+        if norms is not None:
+            raise ValueError("`norms` must be None")
         place(task, layer, qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr())
         compiled.run(self._loops, task)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from ..fused.head_norms import HeadNorms
 from ..fused.layer import Batch, FusedLayer
 from . import linears
 from .example_cache import ExampleCache
@@ -116,10 +117,12 @@ class _Example:
         self._tokens = tokens
         self.tasks = (task, None)
 
-    def attend(self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norms: HeadNorms | None = None
+    ) -> torch.Tensor:
         """As `Batch.attend`."""
         out = qkv.new_empty(len(qkv), qkv.shape[1] - self._kv_width)
-        self._tokens(self.tasks[0], layer, qkv, cos, sin, out)
+        self._tokens(self.tasks[0], layer, qkv, cos, sin, out, norms)
         return out
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numba import types
 
+from ..fused.head_norms import HeadNorms
 from . import amx, compiled, int8_tokens, vector_attention, vectors
 
 # Below any score: where the search for the largest one starts.
@@ -64,12 +65,15 @@ class TokenAttention:
         cos: torch.Tensor,
         sin: torch.Tensor,
         out: torch.Tensor,
+        norms: HeadNorms | None = None,
     ) -> None:
         """Rotate the tokens' queries and keys, append keys and values to the caches, and attend to all stored tokens.
 
         `qkv`: `[rows, (heads + 2 * kv_heads) * head_dim]`. `cos`, `sin`: `[rows, head_dim]`. All are contiguous. Writes
         the tokens' rows of `out`, `[rows, heads * head_dim]`.
         """
+        if norms is not None:
+            raise ValueError("`norms` must be None")
         place(task, layer, qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr())
         compiled.run(self._loops, task)
 

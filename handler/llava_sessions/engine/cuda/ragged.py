@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..fused.head_norms import HeadNorms
+
 # Tokens of a piece: the work of one program of the first kernel. It is the same for all sessions, so that a session's
 # numbers do not depend on the other sessions of the step. A session of 7,000 tokens alone has 55 pieces, with 4 KV
 # heads 220 programs: enough for the 108 to 148 multiprocessors of a large GPU. A piece's result is 512 bytes of float32
@@ -176,13 +178,17 @@ class RaggedAttention:
         cos: torch.Tensor,
         sin: torch.Tensor,
         out: torch.Tensor,
+        norms: HeadNorms | None = None,
     ) -> None:
         """Rotate the tokens' queries and keys, append keys and values to the caches, and attend to all stored tokens.
 
         `qkv`: `[rows, (heads + 2 * kv_heads) * head_dim]`, not changed. `cos`, `sin`: `[rows, head_dim]`. All have
         precision `dtype`, are contiguous and start at a multiple of 16 bytes, as torch allocates. Writes the tokens'
-        rows of `out`, `[rows, heads * head_dim]`. Raises ValueError for an address that is not aligned.
+        rows of `out`, `[rows, heads * head_dim]`. Raises ValueError for an address that is not aligned, and for
+        `norms`, which the kernels do not compute.
         """
+        if norms is not None:
+            raise ValueError("`norms` must be None")
         if (qkv.data_ptr() | cos.data_ptr() | sin.data_ptr() | out.data_ptr()) % _ALIGNMENT:
             raise ValueError(f"`qkv`, `cos`, `sin` and `out` must be aligned to {_ALIGNMENT} bytes")
         self._attend.launch(

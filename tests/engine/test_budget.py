@@ -46,7 +46,8 @@ from llava_sessions.engine.encoding import GPU_TILES
 from llava_sessions.engine.engine import Engine
 from llava_sessions.engine.fused.linear import PackedLinear
 from llava_sessions.engine.fused.operations import Activation
-from llava_sessions.engine.model import Model, load_weights
+from llava_sessions.engine.loading import load_weights
+from llava_sessions.engine.model import Model
 from llava_sessions.engine.process import WarmUp, final_budget, measure, warm_up
 from llava_sessions.engine.scheduler import LONGEST_GPU_PIECE
 from llava_sessions.engine.weight_files import check_memory, weight_bytes

@@ -17,7 +17,8 @@ import torch
 from deploy.pack import checkpoint_problems
 from llava_sessions.engine import checkpoint
 from llava_sessions.engine.engine import Engine
-from llava_sessions.engine.model import Model, load_weights
+from llava_sessions.engine.loading import load_weights
+from llava_sessions.engine.model import Model
 from llava_sessions.engine.process import load
 from llava_sessions.ipc.messages import AskSession, EngineSettings, Event, Finished, OpenSession, Sampling
 from llava_sessions.text.chat_template import ChatTemplate, TemplateError

@@ -22,7 +22,7 @@ from deploy import pack
 from llava_sessions.chat.transcript import Conversation
 from llava_sessions.engine.budget import DeviceBudget
 from llava_sessions.engine.engine import Engine
-from llava_sessions.engine.model import SUPPORTED_MODEL_TYPES, Model, UnsupportedCheckpoint
+from llava_sessions.engine.model import Model
 from llava_sessions.engine.process import warm_up
 from llava_sessions.errors import Refused
 from llava_sessions.ipc.messages import (
@@ -40,7 +40,9 @@ from llava_sessions.ipc.messages import (
 )
 from llava_sessions.text.chat_template import ChatTemplate
 from llava_sessions.text.pictures import NOTHING, Prepared
-from llava_sessions.text.processors import load_processor
+from llava_sessions.text.checkpoint import UnsupportedCheckpoint
+from llava_sessions.text.families import families
+from llava_sessions.text.processors import largest_picture, load_processor
 from tests.support.family import Family, joined, make_family, noise
 from tests.support.tiny_families import FAMILIES, MISTRAL, VICUNA, make_llava, make_next_mistral, make_onevision
 
@@ -432,12 +434,12 @@ def test_another_text_model_is_rejected_by_its_name(tmp_path: Path) -> None:
 
 
 def test_the_build_kit_packs_the_served_families(family: Family) -> None:
-    assert set(pack.FAMILIES) == set(SUPPORTED_MODEL_TYPES)
+    assert set(pack.FAMILIES) == set(families())
     assert pack.checkpoint_problems(family.folder) == []
 
 
 def test_the_largest_picture_has_the_most_tiles(family: Family) -> None:
-    largest = family.tokens.prepare([("key", Image.new("RGB", family.model.largest_picture))])
+    largest = family.tokens.prepare([("key", Image.new("RGB", largest_picture(family.tokens.processor)))])
     others = [family.tokens.prepare([noise(seed)]) for seed in range(4)]
     assert len(largest.tokens[0]) >= max(len(other.tokens[0]) for other in others)
     if family.name != "llava":

@@ -14,8 +14,7 @@ from typing import Any
 from transformers import AutoConfig, AutoProcessor
 
 from ..checkpoint import UnsupportedCheckpoint, read_json, refuse_unsupported
-
-_MODULES = {"llava_onevision": "onevision", "llava_next_video": "next_video", "internvl": "internvl"}
+from ..families import families
 
 
 def load_processor(checkpoint: str | Path) -> Any:
@@ -26,14 +25,27 @@ def load_processor(checkpoint: str | Path) -> Any:
     folder = Path(checkpoint)
     refuse_unsupported(folder)
     config = AutoConfig.from_pretrained(checkpoint)
-    module = _MODULES.get(config.model_type)
-    own = AutoProcessor if module is None else importlib.import_module(f".{module}", __name__).PROCESSOR
-    processor = own.from_pretrained(checkpoint)
+    family = families().get(config.model_type)
+    own = family and family.processor
+    loader = importlib.import_module(f".{own}", __name__).PROCESSOR if own else AutoProcessor
+    processor = loader.from_pretrained(checkpoint)
     _complete(processor, config, read_json(folder / "processor_config.json"))
     if not processor.chat_template:
         processor.chat_template = getattr(processor.tokenizer, "chat_template", None)
     _check_token_ids(processor, config, read_json(folder / "config.json"))
     return processor
+
+
+def largest_picture(processor: Any) -> tuple[int, int]:
+    """Return width and height, in pixels, of a picture that the processor cuts into the most tiles."""
+    images = processor.image_processor
+    grids = getattr(images, "image_grid_pinpoints", None)
+    if grids:
+        return max(((width, height) for height, width in grids), key=lambda sides: sides[0] * sides[1])
+    tiles = getattr(images, "max_patches", None)
+    if tiles:  # in one row
+        return images.size["width"] * tiles, images.size["height"]
+    return 64, 64
 
 
 def _complete(processor: Any, config: Any, saved: Mapping[str, Any]) -> None:

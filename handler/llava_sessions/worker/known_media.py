@@ -1,17 +1,21 @@
-"""Pictures and clips that were prepared before, without their arrays. Thread-safe."""
+"""Pictures and clips that were prepared before, without their arrays, and headers of files. Thread-safe."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..chat.blobs import Blob
 from ..ipc.messages import PreparedPicture
+from ..media.clips import ClipHeader
 from ..text.pictures import Prepared
 
 # Characters of the tokens of pictures that are remembered: about 1,000 pictures of 2,880 tokens.
 _KNOWN_CHARS = 20_000_000
 _KNOWN_TEXTS = 10_000
+_KNOWN_HEADERS = 1_000
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,21 @@ class KnownMedia:
         self._known: OrderedDict[tuple[str, bool], KnownMedium] = OrderedDict()  # by key, and whether it is alone
         self._chars = 0
         self._by_text: OrderedDict[bytes, str] = OrderedDict()  # sha256 of a data URL: sha256 of its picture
+        self._headers: OrderedDict[str, ClipHeader] = OrderedDict()  # by the sha256 of the file
         self._lock = threading.Lock()
+
+    def header_of(self, blob: Blob, read: Callable[[bytes], ClipHeader]) -> ClipHeader:
+        """Return the header of a clip's file. A header takes `read` a child process, so it is read once."""
+        with self._lock:
+            found = self._headers.get(blob.sha256)
+        if found is not None:
+            return found
+        header = read(blob.data)
+        with self._lock:
+            self._headers[blob.sha256] = header
+            while len(self._headers) > _KNOWN_HEADERS:
+                self._headers.popitem(last=False)
+        return header
 
     def sha256_of(self, text: bytes) -> str | None:
         """Return the sha256 of the picture or file that the text with this digest encodes, or None if unknown."""

@@ -17,16 +17,13 @@ from ..chat.media import MessageMedia, StoredClip
 from ..chat.transcript import Blob, BlobPool
 from ..config import MediaLimits
 from ..media.budget import PixelBudget
-from ..media.clips import clip_frames, read_clip_header
+from ..media.clips import MAX_CHILDREN, ClipHeader, clip_frames, read_clip_header
 from ..media.decoder import load_bytes, read_header
 from ..media.limits import TOO_LARGE, MediaError, check_request_pixels
 from ..protocol.requests import ClipSource, PictureSource
 from ..text.pictures import PicturePreparer, Prepared, joined
 from .known_media import KnownMedia, KnownMedium
 from .sources import Fetch, MediaSources, read_clip, read_picture, text_digest
-
-# Files of clips that are decoded at once: each has a child process.
-_FILES_AT_ONCE = 2
 
 T = TypeVar("T")
 
@@ -58,7 +55,7 @@ class PictureLoader:
         self._fetch = fetch
         self._pixels = PixelBudget(limits.max_pixels)
         # A clip that waits for a child process must not hold pixels meanwhile.
-        self._clip_files = threading.BoundedSemaphore(_FILES_AT_ONCE)
+        self._clip_files = threading.BoundedSemaphore(MAX_CHILDREN)
         self._known = KnownMedia()
 
     def load(self, sources: MediaSources) -> MessageMedia:
@@ -141,8 +138,11 @@ class PictureLoader:
         """Return the pixels of the frames that are shown."""
         if not clip.frames:
             return sum(self._pixels_of_picture(blob) for blob in clip.blobs)
-        header = read_clip_header(clip.blobs[0].data, self._limits)
+        header = self._header_of(clip)
         return header.pixels * min(clip.frames, header.frames)
+
+    def _header_of(self, clip: StoredClip) -> ClipHeader:
+        return self._known.header_of(clip.blobs[0], lambda data: read_clip_header(data, self._limits))
 
     def prepare(self, media: MessageMedia, scope: str | None, with_arrays: bool = True) -> LoadedMedia:
         """Prepare the media of one message. `scope`: as in `picture_key`.
@@ -208,11 +208,10 @@ class PictureLoader:
 
     def _file_frames(self, clip: StoredClip) -> tuple[list[np.ndarray], str]:
         """Return the prepared frames of a file, and their digest."""
-        data = clip.blobs[0].data
         frames = []
         digest = hashlib.sha256()
-        with self._clip_files, self._pixels.reserve(read_clip_header(data, self._limits).pixels):
-            for pixels in clip_frames(data, self._limits, clip.frames):
+        with self._clip_files, self._pixels.reserve(self._header_of(clip).pixels):
+            for pixels in clip_frames(clip.blobs[0].data, self._limits, clip.frames):
                 digest.update(f"{pixels.shape} ".encode())
                 digest.update(np.ascontiguousarray(pixels).data)
                 frames.append(self._pictures.frame(pixels))

@@ -78,4 +78,4 @@ def read_picture(source: PictureSource, limits: MediaLimits, fetch: Fetch) -> by
 
 def read_clip(source: PictureSource, limits: MediaLimits, fetch: Fetch) -> bytes:
     """Return the encoded bytes of a clip's file. Raise `MediaError`."""
-    raise NotImplementedError
+    return read_picture(source, limits.model_copy(update={"max_bytes": limits.max_clip_bytes}), fetch)

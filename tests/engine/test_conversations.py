@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -14,11 +15,11 @@ import transformers
 from PIL import Image
 
 from llava_sessions.errors import Refused
-from llava_sessions.text.chat_template import ChatTemplate, Message, OpenedOn
+from llava_sessions.text.chat_template import ChatTemplate, Message, OpenedOn, TemplateError
 from llava_sessions.text.pictures import Prepared, joined
 from llava_sessions.text.processors import load_processor
 from tests.engine.test_chat_template import ODD_TEXTS, SPECIALS, TEMPLATES
-from tests.support.tiny_families import FAMILIES
+from tests.support.tiny_families import FAMILIES, INTERNVL
 
 FRAMES = 3
 CLIP_FAMILIES = ["onevision", "next-video", "internvl"]
@@ -390,6 +391,74 @@ def test_media_in_another_order_than_the_messages_are_an_error(clips: ChatTempla
         clips.conversation([Message("user", "a", 1, 1)], [turned])
     with pytest.raises(Refused, match="got 1 clip, then 1 picture"):
         clips.prompt(None, "a", turned)
+
+
+# --- forms of templates ---
+
+
+def internvl(folder: Path, template: str = INTERNVL) -> Any:
+    """Return InternVL's processor with another chat template."""
+    processor = load_processor(FAMILIES["internvl"](folder))
+    processor.chat_template = template
+    return processor
+
+
+def test_a_default_system_message_is_written_once(tmp_path: Path) -> None:
+    default = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
+    processor = internvl(tmp_path, default + INTERNVL)
+    chat = ChatTemplate(processor)
+    conversations = CONVERSATIONS | CLIP_CONVERSATIONS
+    assert {name for name, one in conversations.items() if ids(chat, one) != whole_ids(chat, one)} == set()
+    opening = chat.clip_opening("clip", [picture()] * FRAMES)
+    text = chat.tokenizer.decode(opening.token_ids + chat.prompt(opening.opened_on, "a") + chat.prompt(None, "b"))
+    assert text.count("Be kind.") == 1
+    own = ChatTemplate(processor, "Be brief.")
+    text = own.tokenizer.decode(own.clip_opening("clip", [picture()] * FRAMES).token_ids)
+    assert ("Be kind." in text, text.count("Be brief.")) == (False, 1)
+
+
+def test_an_older_template_of_internvl_gives_the_ids_of_the_newer_one(tmp_path: Path) -> None:
+    """It writes a token that the processor does not know. It takes a string with the processor's token too."""
+    older = ChatTemplate(internvl(tmp_path / "older", INTERNVL.replace("<IMG_CONTEXT>", "<image>")))
+    newer = ChatTemplate(internvl(tmp_path / "newer"))
+    for messages in [*CONVERSATIONS.values(), *CLIP_CONVERSATIONS.values()]:
+        assert ids(older, messages) == ids(newer, messages)
+
+
+def test_an_older_template_of_internvl_that_takes_lists_only_is_rejected(tmp_path: Path) -> None:
+    template = (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% for part in message['content'] %}"
+        "{{ part['text'] if part['type'] == 'text' else '<image>\n' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    )
+    with pytest.raises(TemplateError, match="writes no '<IMG_CONTEXT>' where a user shows image content"):
+        ChatTemplate(internvl(tmp_path, template))
+
+
+def test_a_template_without_a_place_for_clips_takes_pictures_only(tmp_path: Path) -> None:
+    template = INTERNVL.replace("{{ '<video>\n' }}", "")
+    chat = ChatTemplate(internvl(tmp_path, template))
+    assert not chat.takes_clips
+    with pytest.raises(Refused, match="got a clip") as refused:
+        chat.check_question(None, 1, 1)
+    assert refused.value.code == "unsupported_media"
+    assert ids(chat, CONVERSATIONS["everything"]) == whole_ids(chat, CONVERSATIONS["everything"])
+
+
+def test_a_place_of_a_clip_that_is_no_token_is_text_if_a_user_types_it(tmp_path: Path) -> None:
+    processor = internvl(tmp_path, INTERNVL.replace("<video>", "<clip>"))
+    processor.video_token = "<clip>"
+    processor.multimodal_pattern = re.compile("(?P<image><IMG_CONTEXT>)|(?P<video><clip>)")
+    chat = ChatTemplate(processor)
+    messages = [Message("user", "a <clip>?", 0, 1), Message("assistant", "<clip>"), Message("user", "<clip> b", 0, 1)]
+    chat.check_conversation(messages)
+    prepared = prepare(chat, messages)
+    token_ids = chat.conversation(messages, prepared)
+    assert chat.tokenizer.decode(token_ids).count("<clip>") == 3
+    plain = [replace(message, text=message.text.replace("<clip>", "clip")) for message in messages]
+    assert len(_features(chat, token_ids)) == len(_features(chat, ids(chat, plain)))
+    opening = chat.opening_on(prepared[0], "video")
+    prompt = chat.prompt(opening.opened_on, "a <clip>?")
+    assert token_ids[: len(opening.token_ids) + len(prompt)] == opening.token_ids + prompt
 
 
 # --- templates without a place ---

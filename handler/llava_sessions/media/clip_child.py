@@ -55,7 +55,9 @@ _PACKET_OVERHEAD_BYTES = 64
 # Of a sample aspect ratio. Encoders write ratios such as 405:404 for sizes that they rounded.
 _SQUARE = (Fraction(98, 100), Fraction(102, 100))
 # The same pixels on every CPU.
-_CONVERSION = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INT
+_CONVERSION = (
+    Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INT
+)
 
 
 @dataclass(frozen=True)
@@ -245,9 +247,7 @@ class Clip:
             end = times[-1] + (times[-1] - times[0]) // (len(times) - 1)
         seconds = float((end - times[0]) * (stream.time_base or 0))
         if seconds > settings.max_seconds:
-            raise Rejected(
-                TOO_LARGE, f"the clip must be at most {settings.max_seconds:g} s long, got {seconds:.1f} s"
-            )
+            raise Rejected(TOO_LARGE, f"the clip must be at most {settings.max_seconds:g} s long, got {seconds:.1f} s")
         return cls(packets, times, end, seconds)
 
     def sampled_times(self, count: int) -> list[int]:
@@ -407,9 +407,7 @@ def _picture(frame: VideoFrame, ratio: Fraction, settings: Settings) -> tuple[di
     _check_pixels(width, height, settings)
     has_alpha = frame.format.components[-1].is_alpha
     channels = 4 if has_alpha else 3
-    rgb = frame.reformat(
-        width, height, "rgba" if has_alpha else "rgb24", interpolation=_CONVERSION, threads=1
-    )
+    rgb = frame.reformat(width, height, "rgba" if has_alpha else "rgb24", interpolation=_CONVERSION, threads=1)
     plane = rgb.planes[0]
     pixels = memoryview(plane)
     rows = [pixels[row * plane.line_size :][: width * channels] for row in range(height)]

@@ -273,7 +273,9 @@ class _Child:
         if status == -signal.SIGXCPU:
             return self._too_slow()
         if status == -signal.SIGKILL:  # by the kernel, when the machine has no memory left
-            return MediaError(TOO_LARGE, "the clip must be decoded in the memory of this server, got one that needs more")
+            return MediaError(
+                TOO_LARGE, "the clip must be decoded in the memory of this server, got one that needs more"
+            )
         return self._damaged()
 
     def _too_slow(self) -> MediaError:

@@ -5,6 +5,7 @@ Thread-safe.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -210,8 +211,10 @@ class PictureLoader:
         """Return the prepared frames of a file, and their digest."""
         frames = []
         digest = hashlib.sha256()
-        with self._clip_files, self._pixels.reserve(self._header_of(clip).pixels):
-            for pixels in clip_frames(clip.blobs[0].data, self._limits, clip.frames):
+        header = self._header_of(clip)
+        decoded = clip_frames(clip.blobs[0].data, self._limits, clip.frames)
+        with self._clip_files, self._pixels.reserve(header.pixels), contextlib.closing(decoded):
+            for pixels in decoded:
                 digest.update(f"{pixels.shape} ".encode())
                 digest.update(np.ascontiguousarray(pixels).data)
                 frames.append(self._pictures.frame(pixels))

@@ -106,7 +106,8 @@ class RequestLimits(Section):
         default=8,
         validate_default=True,
         description=(
-            "Frames that are sampled from the file of a clip if the request has no `video_frames`. At most `max_frames`."
+            "Frames that are sampled from the file of a clip if the request has no `video_frames`. At most "
+            "`max_frames`; a lower `max_frames` lowers this default."
         ),
     )
     max_pictures: int = Field(
@@ -125,6 +126,17 @@ class RequestLimits(Section):
     max_history_pictures: int = Field(
         default=32, ge=1, le=1_000, description="Pictures of all messages of such a conversation."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fit_default_frames(cls, values: object) -> object:
+        """Lower the default of `default_frames` to `max_frames`: a file that sets only `max_frames` stays valid."""
+        default = cls.model_fields["default_frames"].default
+        if isinstance(values, Mapping) and values.get("default_frames") is None:
+            most = values.get("max_frames")
+            if type(most) is int and 1 <= most < default:
+                return {**values, "default_frames": most}
+        return values
 
     max_stop_strings: ClassVar[int] = 8
     max_stop_chars: ClassVar[int] = 64
@@ -154,7 +166,7 @@ class MediaLimits(Section):
         default=4096 * 2304,
         ge=1,
         le=2**31,
-        description="Pixels of one frame of a clip's file. The memory of the process that decodes clips follows from it.",
+        description="Pixels of one frame of a clip's file. The memory of a process that decodes one follows from it.",
     )
     max_clip_frames: int = Field(
         default=40_000, ge=1, le=10_000_000, description="Frames of a clip's file, of which a few are decoded."
@@ -190,6 +202,8 @@ class MediaLimits(Section):
         default=(), description="Directories of local pictures and clips. Empty: local paths are rejected."
     )
 
+    # What messages call a file with these limits (media/limits.py, `clip_file_limits`).
+    noun: ClassVar[str] = "picture"
     # Longer side / shorter side. A model's resize by the shorter side multiplies the longer one.
     max_aspect: ClassVar[float] = 100.0
 
@@ -351,9 +365,12 @@ def frontend_capacity(max_sessions: int) -> int:
 
 
 def max_body_bytes(limits: RequestLimits, media: MediaLimits) -> int:
-    """Return the size of the longest body that the limits and the fronts allow, in bytes."""
-    most_pictures = max(limits.max_pictures, limits.max_frames, limits.max_history_pictures)
-    encoded = most_pictures * media.max_bytes + media.max_clip_bytes
+    """Return the size of the longest body that the limits and the fronts allow, in bytes.
+
+    A clip counts as one picture. It is a file, or as many pictures as it has frames.
+    """
+    most_bytes = max(limits.max_frames * media.max_bytes, media.max_clip_bytes)
+    encoded = max(limits.max_pictures, limits.max_history_pictures) * most_bytes
     chars = limits.max_prompt_chars + limits.max_history_chars
     longest = _JSON_BYTES_OF_OPTIONS + chars * _JSON_BYTES_PER_CHAR + encoded * JSON_BYTES_PER_PICTURE_BYTE
     return min(longest, MAX_REQUEST_BYTES)

@@ -54,10 +54,8 @@ _READ_BYTES = 2**16
 _PACKET_OVERHEAD_BYTES = 64
 # Of a sample aspect ratio. Encoders write ratios such as 405:404 for sizes that they rounded.
 _SQUARE = (Fraction(98, 100), Fraction(102, 100))
-# The same pixels on every CPU.
-_CONVERSION = (
-    Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INT
-)
+# The same pixels on every CPU: a rebuild on another instance must give the same frames.
+_CONVERSION = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,6 @@ class Settings:
     data_fd: int
     format: str  # as in clips.ClipHeader
     count: int
-    threads: int
     max_seconds: float
     max_pixels: int
     max_frames: int
@@ -304,8 +301,8 @@ def _decoder(stream: VideoStream, settings: Settings) -> VideoCodecContext:
     if alpha_decoder is not None and stream.metadata.get("alpha_mode") == "1":
         decoder = av.CodecContext.create(alpha_decoder, "r")
     decoder.options = {"max_pixels": str(settings.max_pixels)}
-    decoder.thread_type = "FRAME"
-    decoder.thread_count = settings.threads
+    decoder.flags |= av.codec.context.Flags.bitexact
+    decoder.thread_count = 1
     return decoder
 
 

@@ -28,14 +28,13 @@ import numpy as np
 
 from ..config import MediaLimits
 from .decoder import sniff_format
-from .limits import INVALID_REQUEST, TOO_LARGE, UNSUPPORTED_MEDIA, MediaError, check_clip_size
+from .limits import INVALID_REQUEST, TOO_LARGE, UNSUPPORTED_MEDIA, MediaError, check_size, clip_file_limits
 
 # Children of a worker at once; a further caller waits. Each may take as much memory as `_memory_bytes` returns.
 MAX_CHILDREN = 4
 _CHILDREN = threading.BoundedSemaphore(MAX_CHILDREN)
 _PROGRAM = Path(__file__).with_name("clip_child.py")
 _NO_PYAV_STATUS = 3  # clip_child.NO_PYAV_STATUS
-_MAX_THREADS = 4
 # The child has no other variable: it reads hostile files and needs no credentials.
 _ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 _MAX_MESSAGE_BYTES = 4096
@@ -132,7 +131,7 @@ def _format(data: bytes) -> str | None:
 
 
 def _checked_format(data: bytes, limits: MediaLimits) -> str:
-    check_clip_size(len(data), limits)
+    check_size(len(data), clip_file_limits(limits))
     clip_format = _format(data)
     if clip_format is not None:
         return clip_format
@@ -169,7 +168,6 @@ class _Child:
                 "data_fd": file,
                 "format": clip_format,
                 "count": count,
-                "threads": min(len(os.sched_getaffinity(0)), _MAX_THREADS) if sys.platform == "linux" else 1,
                 "max_seconds": limits.max_clip_s,
                 "max_pixels": limits.max_clip_pixels,
                 "max_frames": limits.max_clip_frames,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import ClassVar
 
 from ..config import MediaLimits
 
@@ -44,17 +45,21 @@ def check_request_pixels(pixels: int, limits: MediaLimits) -> None:
         raise MediaError(TOO_LARGE, f"the pictures of a request must have at most {most} pixels together, got {pixels}")
 
 
+class ClipFileLimits(MediaLimits):
+    """Limits whose `max_bytes` and `noun` are those of a clip's file."""
+
+    noun: ClassVar[str] = "clip"
+
+
+def clip_file_limits(limits: MediaLimits) -> MediaLimits:
+    """Return the limits with which `sources` and `fetch` read the file of a clip: as for a picture, but its bytes."""
+    return ClipFileLimits(**{**limits.model_dump(), "max_bytes": limits.max_clip_bytes})
+
+
 def check_size(size_bytes: int, limits: MediaLimits) -> None:
     """Raise `MediaError` unless `size_bytes` is from 1 to `limits.max_bytes`."""
     if size_bytes > limits.max_bytes:
-        raise MediaError(TOO_LARGE, f"the picture must be at most {limits.max_bytes} bytes, got {size_bytes} bytes")
+        most = limits.max_bytes
+        raise MediaError(TOO_LARGE, f"the {limits.noun} must be at most {most} bytes, got {size_bytes} bytes")
     if size_bytes == 0:
-        raise MediaError(INVALID_REQUEST, "the picture must not be empty, got 0 bytes")
-
-
-def check_clip_size(size_bytes: int, limits: MediaLimits) -> None:
-    """Raise `MediaError` unless `size_bytes` is from 1 to `limits.max_clip_bytes`."""
-    if size_bytes > limits.max_clip_bytes:
-        raise MediaError(TOO_LARGE, f"the clip must be at most {limits.max_clip_bytes} bytes, got {size_bytes} bytes")
-    if size_bytes == 0:
-        raise MediaError(INVALID_REQUEST, "the clip must not be empty, got 0 bytes")
+        raise MediaError(INVALID_REQUEST, f"the {limits.noun} must not be empty, got 0 bytes")

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from . import sources
-from .errors import InvalidPicture
+from .errors import InvalidClip
 from .pictures import Picture, PictureSource, load_pictures, read_file
 
 _FILE_HEAD = "data:video/mp4;base64,"  # the server detects the format by the content
@@ -64,7 +64,7 @@ def load_clip(source: VideoSource, *, frames: int | None = None, region: str | N
     """
     if isinstance(source, list | tuple):
         if frames is not None or not source:
-            raise InvalidPicture("a clip must be a video file, or one or more frames of which none is sampled")
+            raise InvalidClip("a clip must be a video file, or one or more frames of which none is sampled")
         return Clip(frames=load_pictures(source, region=region), name=f"clip of {len(source)} frames")
     if isinstance(source, Clip):
         return source if frames is None else replace(source, sampled_frames=frames)
@@ -74,7 +74,7 @@ def load_clip(source: VideoSource, *, frames: int | None = None, region: str | N
         return _clip(sources.fetch(source, region), sources.shown(source), frames)
     if isinstance(source, str | os.PathLike):
         return _clip(read_file(Path(source)), str(source), frames)
-    raise InvalidPicture(f"a clip must be a path, URL, bytes or a list of frames, got {type(source).__name__}")
+    raise InvalidClip(f"a clip must be a path, URL, bytes or a list of frames, got {type(source).__name__}")
 
 
 def load_optional_clip(source: VideoSource | None, *, frames: int | None, region: str | None) -> Clip | None:
@@ -82,11 +82,11 @@ def load_optional_clip(source: VideoSource | None, *, frames: int | None, region
     if source is not None:
         return load_clip(source, frames=frames, region=region)
     if frames is not None:
-        raise InvalidPicture("`video_frames` must be absent without a `video`")
+        raise InvalidClip("`video_frames` must be absent without a `video`")
     return None
 
 
 def _clip(data: bytes, name: str, frames: int | None) -> Clip:
     if not data:
-        raise InvalidPicture(f"{name} must be a video file, got 0 bytes")
+        raise InvalidClip(f"{name} must be a video file, got 0 bytes")
     return Clip(data, sampled_frames=frames, name=name)

@@ -38,7 +38,11 @@ class TimedOut(ClientError):
 
 
 class InvalidPicture(ClientError, ValueError):
-    """A picture or a clip cannot be read, fetched or encoded, or the clips do not fit into one request."""
+    """A picture or a clip cannot be read, fetched or encoded."""
+
+
+class InvalidClip(InvalidPicture):
+    """A clip is neither a file nor frames, or the clips do not fit into one request."""
 
 
 class ChatClosed(ClientError):

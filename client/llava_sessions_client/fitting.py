@@ -12,7 +12,7 @@ from dataclasses import replace
 from .answers import Turn
 from .clips import Clip
 from .effects import Compute, Core
-from .errors import InvalidPicture
+from .errors import InvalidClip
 from .pictures import Picture
 from .settings import Settings
 from .shrink import Fitted, fit, fit_together
@@ -39,7 +39,7 @@ def fit_request(
 ) -> Core[tuple[tuple[Picture, ...], tuple[Turn, ...]]]:
     """Return pictures and turns such that one request can carry them. Append a notice for each picture that was shrunk.
 
-    `clip`: that of the open. Raise `InvalidPicture` if the clips alone do not fit. JSON may write a character in six
+    `clip`: that of the open. Raise `InvalidClip` if the clips alone do not fit. JSON may write a character in six
     bytes, so that twice the length of the texts is room enough for most of them.
     """
     texts = sum(len(turn.text.encode()) + len(turn.answer.text.encode()) for turn in turns)
@@ -56,14 +56,14 @@ def fit_request(
 
 
 def _without_clips(room: int, clips: Sequence[Clip | None]) -> int:
-    """Return how many of the bytes of a request are left for pictures. Raise `InvalidPicture`."""
+    """Return how many of the bytes of a request are left for pictures. Raise `InvalidClip`."""
     shown = [clip for clip in clips if clip is not None]
     needed = sum(clip.encoded_bytes for clip in shown)
     if shown and needed > room:
         most_mib = max(room, 0) * 3 / 4 / 2**20
         got_mib = sum(clip.size_bytes for clip in shown) / 2**20
         message = f"the clips of one request must have at most {most_mib:.1f} MiB together, got {got_mib:.1f} MiB"
-        raise InvalidPicture(message)
+        raise InvalidClip(message)
     return room - needed
 
 

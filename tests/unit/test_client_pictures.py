@@ -16,7 +16,7 @@ import pytest
 from moto import mock_aws
 from PIL import Image
 
-from llava_sessions_client import Endpoint, InvalidPicture, NotConfigured, Turn, load_picture, sources
+from llava_sessions_client import Endpoint, InvalidClip, InvalidPicture, NotConfigured, Turn, load_picture, sources
 from llava_sessions_client.answers import Answer
 from llava_sessions_client.clips import Clip, load_clip
 from llava_sessions_client.conversation import Conversation
@@ -257,12 +257,12 @@ def test_a_clip_that_no_request_can_carry_is_rejected_before_it_is_sent() -> Non
     clip = Clip(bytes(2**20), name="a.mp4")
     conversation = Conversation(limited(2**20), (), clip=clip)
     script = Script(conversation)
-    with pytest.raises(InvalidPicture, match=r"must have at most 0\.7 MiB together, got 1\.0 MiB"):
+    with pytest.raises(InvalidClip, match=r"must have at most 0\.7 MiB together, got 1\.0 MiB"):
         script.run(conversation.open())
     conversation = Conversation(limited(3 * 2**20), (), clip=clip)
     script = Script(conversation, OPENED, refusal(503, "x"), answer("Two."))
     script.run(conversation.open())
-    with pytest.raises(InvalidPicture, match=r"at most 2\.\d MiB together, got 3\.0 MiB"):
+    with pytest.raises(InvalidClip, match=r"at most 2\.\d MiB together, got 3\.0 MiB"):
         script.run(conversation.ask("Which?", (), {}, stream=False, clip=Clip(bytes(3 * 2**20))))
     assert len(script.bodies) == 1
 

@@ -249,7 +249,7 @@ def _url_part(kind: str, meaning: str, **options: Schema) -> Schema:
 
 
 def _clip_part() -> Schema:
-    frames = {"type": "integer", "minimum": 1, **_CHECKED["video_frames"]}
+    frames: Schema = {"type": "integer", "minimum": 1, **_CHECKED["video_frames"]}
     meaning = f"Not in OpenAI's API. {_MEANINGS['video_frames']}"
     url = "A data URL or an https URL of a file, or the frames: `data:video/jpeg;base64,FRAME,FRAME`."
     return _url_part("video_url", url, video_frames=nullable({"description": meaning, **frames}))

@@ -334,7 +334,7 @@ def _clip(video: str | tuple[str, ...] | None, count: int | None) -> ClipSource 
 
 
 def _file(text: str) -> PictureSource:
-    """Return the source of a video file. No format of a video begins with a slash in base64."""
+    """Return the source of a video file. No format of a video begins with a slash in base64, but JPEG does."""
     start = text[:MAX_URL_CHARS].lstrip()
-    is_path = start.startswith("/") or scheme_of(start) != ""
+    is_path = scheme_of(start) != "" or (start.startswith("/") and len(text) <= MAX_URL_CHARS)
     return PictureSource(path=text) if is_path else PictureSource(image=text)

@@ -34,14 +34,34 @@ class Family:
 
     @property
     def takes_clips(self) -> bool:
-        return getattr(self.tokens.processor, "video_token", None) is not None
+        return self.tokens.takes_clips
+
+    @property
+    def takes_flat_tiles(self) -> bool:
+        """Whether tiles and frames of all media are one array, as in InternVL."""
+        return "internvl" in self.name
+
+    def prepare(self, seeds: Sequence[int], clips: Sequence[int] = ()) -> Prepared:
+        """Prepare the pictures and then the clips of one request, see `noise` and `frames`."""
+        pictures = self.tokens.prepare([noise(seed) for seed in seeds])
+        return prepared_together([pictures, *(self.tokens.prepare_clip(*frames(seed)) for seed in clips)])
+
+    def image_tokens(self, prepared: Prepared) -> list[int]:
+        """Return how many feature tokens each picture or clip has."""
+        tokenize = self.tokens.tokenizer
+        ids = (tokenize(text, add_special_tokens=False)["input_ids"] for text in prepared.tokens)
+        return [sum(token in self.tokens.media_token_ids for token in one) for one in ids]
+
+    def joined(self, requests: list[tuple[PreparedPicture, ...]]) -> dict[str, np.ndarray]:
+        """Return the media of a conversation as the processor's arrays for one call."""
+        return flat(requests) if self.takes_flat_tiles else joined(requests)
 
     def generate(
         self, token_ids: list[int], shown: list[tuple[PreparedPicture, ...]], max_new_tokens: int, **more: object
     ) -> list[int]:
-        """Return transformers' greedy answer to a whole conversation. `shown`: the pictures of each of its requests."""
+        """Return transformers' greedy answer to a whole conversation. `shown`: the media of each of its requests."""
         ids = torch.tensor([token_ids])
-        inputs = {name: torch.from_numpy(array) for name, array in joined(shown).items()}
+        inputs = {name: torch.from_numpy(array) for name, array in self.joined(shown).items()}
         out = self.reference.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),

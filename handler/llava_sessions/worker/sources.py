@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..config import MediaLimits
+from ..media.limits import clip_file_limits
 from ..media.sources import is_remote, read_base64, read_path
 from ..protocol.openai import Chat, ChatMessage
 from ..protocol.requests import Ask, ClipSource, Open, PastTurn, PictureSource
@@ -78,4 +79,4 @@ def read_picture(source: PictureSource, limits: MediaLimits, fetch: Fetch) -> by
 
 def read_clip(source: PictureSource, limits: MediaLimits, fetch: Fetch) -> bytes:
     """Return the encoded bytes of a clip's file. Raise `MediaError`."""
-    return read_picture(source, limits.model_copy(update={"max_bytes": limits.max_clip_bytes}), fetch)
+    return read_picture(source, clip_file_limits(limits), fetch)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,18 +17,24 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_sessions.config import MediaLimits
+from llava_sessions.config import MediaLimits, RequestLimits
 from llava_sessions.journal.journal import Journal
 from llava_sessions.journal.stores import DirectoryStore
 from llava_sessions.media.clips import clip_frames
 from llava_sessions.media.limits import MediaError
-from llava_sessions.text.chat_template import Message
+from llava_sessions.protocol.parsing import parse
+from llava_sessions.text.chat_template import ChatTemplate, Message
 from llava_sessions.text.pictures import Prepared, joined
+from llava_sessions.text.processors import load_processor
 from llava_sessions.worker import pictures as loading
+from llava_sessions.worker.preparation import Preparer
 from tests.support.family import Family, flat, make_family
-from tests.support.pump_frontend import QUESTIONS, Frontend, code, png
+from tests.support.manual import ManualExecutor
+from tests.support.pump_frontend import NOW, QUESTIONS, Frontend, code, png
+from tests.support.tiny_families import make_next_video
 
 FRAMES = 3
+PATIENCE_S = 60.0
 CHAT = {"url_path": "v1/chat/completions"}
 
 
@@ -341,3 +349,128 @@ def test_a_clip_that_cannot_be_decoded_again_ends_its_session_unless_a_limit_did
         patch.setattr(loading, "clip_frames", fail)
         assert code(front.answer(front.ask_row(session))) == (error if is_kept else "session_not_found")
     assert front.answer(front.ask_row(session)).status == (200 if is_kept else 404)
+
+
+# --- limits, threads and memory ---
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return load_processor(make_next_video(tmp_path_factory.mktemp("next-video")))
+
+
+def preparer(template: ChatTemplate, **limits: Any) -> tuple[Preparer, ManualExecutor]:
+    executor = ManualExecutor()
+    return Preparer(template, MediaLimits(**limits), Journal(), lambda: NOW, executor), executor
+
+
+def parsed(**fields: Any) -> Any:
+    return parse({"type": "start_session", **fields}, {}, RequestLimits())
+
+
+def test_all_headers_are_checked_before_a_clip_is_decoded(processor: Any, decodings: list[int]) -> None:
+    """A question with a good clip and a bad picture costs no decoding, and neither does one with too many pixels."""
+    template = ChatTemplate(processor)
+    turns = [
+        {"prompt_text": "what?", "video": in_base64(FILE), "response_text": "a circle"},
+        {"prompt_text": "and?", "video": in_base64(FILE[: len(FILE) // 4]), "response_text": "a star"},
+    ]
+    for fields, limits, error in [
+        ({"history": turns}, {}, "invalid_request"),
+        ({"video": in_base64(FILE), "video_frames": 4}, {"max_request_pixels": 4 * 48 * 48 - 1}, "too_large"),
+        ({"video": in_base64(FILE), "video_frames": 32}, {"max_request_pixels": 6 * 48 * 48 - 1}, "too_large"),
+        ({"video": in_base64(FILE)}, {"max_clip_bytes": len(FILE) - 1}, "too_large"),
+        ({"video": png("red")}, {}, "unsupported_media"),
+        ({"video": [in_base64(FILE)]}, {}, "unsupported_media"),
+    ]:
+        prepare, executor = preparer(template, **limits)
+        opened = prepare.open(parsed(**fields), "session-1", None)
+        executor.run_all()
+        with pytest.raises(MediaError) as caught:
+            opened.result()
+        assert caught.value.code == error, caught.value.message
+    assert decodings == []
+    prepare, executor = preparer(template, max_request_pixels=6 * 48 * 48, max_bytes=len(FILE) - 1)
+    opened = prepare.open(parsed(video=in_base64(FILE), video_frames=32), "session-1", None)
+    executor.run_all()
+    assert opened.result().opening.pictures
+    assert decodings == [32]
+
+
+def test_a_clip_is_decoded_once_in_a_request_and_never_again_while_it_is_known(
+    processor: Any, decodings: list[int]
+) -> None:
+    prepare, executor = preparer(ChatTemplate(processor))
+    messages = [shows("what?", file_part(FILE)), {"role": "assistant", "content": "a"}, shows("and?", file_part(FILE))]
+    chat = parse({"model": "m", "messages": messages}, CHAT, RequestLimits())
+    first = prepare.chat(chat, "scope", with_arrays=False)
+    executor.run_all()
+    assert decodings == [FRAMES]
+    assert [bool(picture.inputs) for picture in first.result().pictures] == [True, True]
+    second = prepare.chat(chat, "scope", with_arrays=False)
+    third = prepare.chat(chat, "another scope", with_arrays=False)
+    executor.run_all()
+    assert [bool(picture.inputs) for picture in second.result().pictures] == [False, False]
+    assert second.result().prompt.spans == first.result().prompt.spans
+    assert decodings == [FRAMES, FRAMES]  # of another scope: the time must not show that the clip was known
+    assert {one.key for one in third.result().pictures}.isdisjoint(one.key for one in first.result().pictures)
+
+
+def test_one_decoded_frame_is_in_memory_at_a_time(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = ChatTemplate(processor)
+    frames: list[weakref.ref[np.ndarray]] = []
+    alive = []
+
+    def watched(*given: Any) -> Iterator[np.ndarray]:
+        for pixels in clip_frames(*given):
+            alive.append(1 + sum(frame() is not None for frame in frames))
+            frames.append(weakref.ref(pixels))
+            yield pixels
+            del pixels
+
+    monkeypatch.setattr(loading, "clip_frames", watched)
+    prepare, executor = preparer(template)
+    opened = prepare.open(parsed(video=in_base64(FILE), video_frames=6), "session-1", None)
+    executor.run_all()
+    assert opened.result().opening.pictures
+    assert alive == [1] * 6
+
+
+def test_a_long_clip_delays_no_picture_and_no_host_delays_a_clip(
+    processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+
+    def slow(*given: Any) -> Iterator[np.ndarray]:
+        assert released.wait(PATIENCE_S)
+        yield from clip_frames(*given)
+
+    def fetch(url: str, limits: MediaLimits) -> bytes:
+        assert limits.max_bytes == MediaLimits().max_clip_bytes
+        assert released.wait(PATIENCE_S)
+        return FILE
+
+    prepare = Preparer(ChatTemplate(processor), MediaLimits(), Journal(), lambda: NOW, fetch=fetch)
+    remote = [prepare.open(parsed(video="https://slow.example/a.mp4"), "session-1", None) for _ in range(20)]
+    assert prepare.open(parsed(video=in_base64(FILE)), "session-1", None).result(PATIENCE_S).opening.pictures
+    monkeypatch.setattr(loading, "clip_frames", slow)
+    clips = [prepare.open(parsed(video=in_base64(FILE)), "session-1", None) for _ in range(10)]
+    assert prepare.open(parsed(image=png("red")), "session-1", None).result(PATIENCE_S).opening.pictures
+    assert not any(one.done() for one in (*remote, *clips))
+    released.set()
+    for one in (*remote, *clips):
+        assert one.result(PATIENCE_S).opening.pictures
+
+
+def test_the_frames_of_an_opening_are_stored_as_before(processor: Any) -> None:
+    """Earlier versions read such a session."""
+    prepare, executor = preparer(ChatTemplate(processor))
+    frames = prepare.open(parsed(video=[png(colour) for colour in COLOURS]), "session-1", None)
+    file = prepare.open(parsed(video=in_base64(FILE), video_frames=FRAMES), "session-1", None)
+    executor.run_all()
+    media = frames.result().media
+    assert (len(media.pictures), media.groups, media.clips) == (3, (), ())
+    media = file.result().media
+    (clip,) = media.clips
+    assert (len(media.pictures), media.groups, clip.first, clip.blobs, clip.frames) == (1, (), 0, 1, FRAMES)
+    assert len(clip.digest) == 64

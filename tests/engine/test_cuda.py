@@ -169,7 +169,6 @@ def test_seeded_sampling_does_not_depend_on_the_batch(tiny: Path, device: str) -
             for dtype in DTYPES
         ),
         ("cpu", Heads(4, 2, 16), "float32"),
-        ("cpu", Heads(4, 2, 16, normed=True), "float32"),
     ],
     ids=str,
 )

@@ -52,9 +52,9 @@ class ExampleCache:
 
 
 def example_norms(head_dim: int, dtype: torch.dtype) -> HeadNorms:
-    """Return head norms whose weights all differ.
+    """Return head norms whose weights all differ, with a large epsilon.
 
-    They are small, unlike those of a checkpoint: with small scores the softmax does not depend on the last bits of
-    queries and keys.
+    The weights are small, unlike those of a checkpoint: with small scores the softmax does not depend on the last bits
+    of queries and keys.
     """
-    return HeadNorms(torch.linspace(0.2, 0.8, 2 * head_dim).view(2, head_dim).to(dtype), 1e-6)
+    return HeadNorms(torch.linspace(0.2, 0.8, 2 * head_dim).view(2, head_dim).to(dtype), 0.1)

@@ -102,7 +102,8 @@ def fuse_layers(layers: torch.nn.ModuleList, pack: Pack, packable: Callable[[Any
     """
     if not all(fits(layer, packable) for layer in layers):
         return False
-    if len({frozenset(child_names(layer.self_attn)) for layer in layers}) > 1:
+    attentions: list[Any] = [layer.self_attn for layer in layers]
+    if len({frozenset(child_names(attention)) for attention in attentions}) > 1:
         return False
     for index, layer in enumerate(layers):
         layers[index] = FusedLayer(layer, pack)

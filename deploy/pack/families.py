@@ -20,16 +20,35 @@ TABLE = HANDLER_DIR / "llava_sessions/text/families.toml"
 
 @dataclass(frozen=True)
 class TextModel:
-    """A text model's sizes where a config.json omits them. `kv_heads` None: as many as heads.
+    """The sizes of a text model. `kv_heads` None: as many as heads. `head_dim` None: `hidden` divided by `heads`.
 
-    `head_dim` None: the hidden size divided by the heads.
+    `context`: in tokens.
     """
 
     hidden: int
     layers: int
     heads: int
+    context: int
     kv_heads: int | None = None
     head_dim: int | None = None
+
+    def with_values_of(self, text_config: Mapping[str, Any]) -> TextModel:
+        """Return the sizes of a `text_config`: these where it omits a key, and no None."""
+
+        def value(key: str, usual: int) -> int:
+            found = text_config.get(key)
+            return usual if found is None else found
+
+        heads = value("num_attention_heads", self.heads)
+        hidden = value("hidden_size", self.hidden)
+        return TextModel(
+            hidden=hidden,
+            layers=value("num_hidden_layers", self.layers),
+            heads=heads,
+            kv_heads=value("num_key_value_heads", self.kv_heads or heads),
+            context=value("max_position_embeddings", self.context),
+            head_dim=value("head_dim", self.head_dim or hidden // heads),
+        )
 
 
 @dataclass(frozen=True)
@@ -123,7 +142,7 @@ def families() -> Mapping[str, Family]:
 
 @functools.cache
 def texts() -> Mapping[str, TextModel]:
-    """Return the text models that are served, by the `model_type` of `text_config`."""
+    """Return the text models that are served, by the `model_type` of `text_config`: their sizes where it omits them."""
     return {kind: TextModel(**row) for kind, row in _table()["texts"].items()}
 
 

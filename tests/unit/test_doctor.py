@@ -242,7 +242,11 @@ def test_another_family_is_an_error_with_those_that_are_served(shapes: Path) -> 
     config = json.loads((shapes / "config.json").read_text())
     (shapes / "config.json").write_text(json.dumps(config | {"model_type": "qwen2_vl"}))
     errors = levels(checkpoint.check_checkpoint(Subject(model=str(shapes))))["error"]
-    assert "`model_type` must be one of llava, llava_next, llava_onevision, got 'qwen2_vl'" in errors
+    assert "got 'qwen2_vl'; Qwen2-VL is not served: its positions have three axes (M-RoPE)" in errors
+    assert f"choose a checkpoint of a served family in place of {shapes}: LLaVA-1.5, " in errors
+    (shapes / "config.json").write_text(json.dumps(config | {"model_type": "internvl_chat"}))
+    errors = levels(checkpoint.check_checkpoint(Subject(model=str(shapes))))["error"]
+    assert "->  give --model (MODEL=) the twin" in errors
 
 
 @pytest.mark.parametrize(

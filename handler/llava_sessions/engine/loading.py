@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForImageTextToText
 
-from ..text.checkpoint import WEIGHTS, WEIGHTS_INDEX, UnsupportedCheckpoint
-from ..text.families import families, texts
+from ..text.checkpoint import WEIGHTS, WEIGHTS_INDEX, UnsupportedCheckpoint, kind_problem
 from .weight_files import tensors_on_meta
 
 # Rotary embeddings that depend on the longest position of a forward: sessions would change each other's numbers.
@@ -71,12 +70,10 @@ def _some(names: list[str]) -> str:
 
 def _unsupported(config: Any) -> str | None:
     """Return why the checkpoint of a config can't be served, or None if it can."""
-    if config.model_type not in families():
-        return f"model_type is {config.model_type!r}; supported: {', '.join(families())}"
+    problem = kind_problem(config.to_dict())
+    if problem:
+        return problem
     text = config.get_text_config()
-    if text.model_type not in texts():
-        found = f"{config.model_type} around a text model of type {text.model_type!r}"
-        return f"{found}; supported: {', '.join(texts())}"
     rope = _rope_type(text)
     if rope in _ROPE_BY_LENGTH:
         return f"{text.model_type} text with rope_type {rope!r}, whose positions depend on the longest of a batch"

@@ -60,6 +60,7 @@ CUDA = torch.device("cuda")
 ONEVISION_GRID = [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)]
 LAYERS = 2
 TEXT_TOKENS = 1024
+QWEN_MEDIA = {"image_token": "<image>", "video_token": "<video>"}
 # One type for each of the nine GPUs, with one of them where there is such a type.
 CARDS = list({(item.gpu, item.gpu_mib): item for item in sorted(INSTANCES, key=lambda item: -item.gpus)}.values())
 SHAPES = [
@@ -124,7 +125,7 @@ def processor_of(shape: LlavaShape, tokenizer: Any) -> Any:
 
 def loaded(shape: LlavaShape) -> tuple[Model, ChatTemplate]:
     """Return a model whose device is called CUDA, and its template."""
-    tokenizer = tiny_families._qwen_tokenizer() if shape.text == "qwen2" else tiny_families._llama_tokenizer()
+    tokenizer = tiny_families._qwen_tokenizer(**QWEN_MEDIA) if shape.text == "qwen2" else tiny_families._llama_tokenizer()
     with torch.device("meta"):
         made = AutoModelForImageTextToText.from_config(config_of(shape, tokenizer, LAYERS), dtype=torch.float16)
     model = Model(made)

@@ -14,7 +14,7 @@ from llava_sessions.engine.engine import Engine
 from llava_sessions.engine.process import start
 from llava_sessions.ipc.messages import AskSession, CloseSession, EngineSettings, OpenSession, OutOfCapacity, Sampling
 from llava_sessions.text.chat_template import ChatTemplate, Opening
-from llava_sessions.text.processors import largest_picture
+from llava_sessions.text.tiles import largest_picture
 
 from .day import Day, Findings
 from .engines import Driver, load

@@ -36,7 +36,6 @@ from llava_sessions.engine.process import WarmUp, final_budget, measure, warm_up
 from llava_sessions.engine.scheduler import LONGEST_GPU_PIECE
 from llava_sessions.engine.weight_files import check_memory, weight_bytes
 from llava_sessions.text.chat_template import ChatTemplate
-from llava_sessions.text.processors.onevision import PillowOnevisionProcessor
 from tests.support import tiny_families
 from tests.support.meta_cuda import Card, meta_cuda
 from tests.support.published import config_of, processor_of, tokenizer_of
@@ -89,7 +88,11 @@ def chat_on(card: Card, shape: Shape, patch: pytest.MonkeyPatch, fused: bool = F
 
     with meta_cuda(card):
         if fused:
-            for module in ("fused.layer", "cuda.layers"):  # a norm on the meta device has no numbers to compare
+            for module in (
+                "fused.layer",
+                "fused.head_norms",
+                "cuda.layers",
+            ):  # a norm on the meta device has no numbers to compare
                 patch.setattr(f"llava_sessions.engine.{module}.is_rms_norm", lambda norm: True)
             assert layers.fuse(model.text, pack_int8 if shape.weights == "int8" else layers.pack)
         if shape.weights == "int8":
@@ -159,7 +162,11 @@ def test_a_batch_of_pictures_takes_no_more_than_is_reserved(shape: Shape, monkey
         assert working_bytes <= shape.working_mib * MIB
 
 
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], replace(SHAPES[0], weights="int8", kv="int8")], ids=lambda shape: f"{shape.name} {shape.weights}")
+@pytest.mark.parametrize(
+    "shape",
+    [SHAPES[0], SHAPES[3], replace(SHAPES[0], weights="int8", kv="int8")],
+    ids=lambda shape: f"{shape.name} {shape.weights}",
+)
 def test_fused_layers_take_no_more_temporary_memory(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     card = Card(40 * GIB, shape.weights_bytes + CONTEXT_BYTES)
     assert chat_on(card, shape, monkeypatch, fused=True).working_bytes <= shape.working_mib * MIB

@@ -40,7 +40,8 @@ from ..ipc.pipe import receive, send
 from ..machine_memory import memory_bytes
 from ..text.chat_template import ChatTemplate
 from ..text.checkpoint import end_token_ids
-from ..text.processors import largest_picture, load_processor
+from ..text.processors import load_processor
+from ..text.tiles import largest_picture
 from .budget import DeviceBudget, InsufficientMemory, choose_budget, graphs_limit
 from .chunks import measure_pieces
 from .device import check_exists, share_cores

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoProcessor
 
 from ..checkpoint import UnsupportedCheckpoint, read_json, refuse_unsupported
 from ..families import families
+from ..tiles import tile_patches
 
 
 def load_processor(checkpoint: str | Path) -> Any:
@@ -36,25 +37,13 @@ def load_processor(checkpoint: str | Path) -> Any:
     return processor
 
 
-def largest_picture(processor: Any) -> tuple[int, int]:
-    """Return width and height, in pixels, of a picture that the processor cuts into the most tiles."""
-    images = processor.image_processor
-    grids = getattr(images, "image_grid_pinpoints", None)
-    if grids:
-        return max(((width, height) for height, width in grids), key=lambda sides: sides[0] * sides[1])
-    tiles = getattr(images, "max_patches", None)
-    if tiles:  # in one row
-        return images.size["width"] * tiles, images.size["height"]
-    return 64, 64
-
-
 def _complete(processor: Any, config: Any, saved: Mapping[str, Any]) -> None:
     """Set what counts a picture's tokens and is not among the `saved` values, from the model's config.
 
     transformers before 4.46 did not save it. Raises `UnsupportedCheckpoint` for a value that the config lacks too.
     """
     vision = config.vision_config
-    patches = _patches(vision)
+    patches = tile_patches(vision)
     ratio = getattr(config, "downsample_ratio", None)
     known = {
         "patch_size": getattr(vision, "patch_size", None),
@@ -71,15 +60,6 @@ def _complete(processor: Any, config: Any, saved: Mapping[str, Any]) -> None:
             if value is None:
                 raise UnsupportedCheckpoint(f"processor_config.json has no `{name}`, and config.json does not give it")
             setattr(processor, name, value)
-
-
-def _patches(vision: Any) -> int | None:
-    """Return the patches of a tile. `image_size` and `patch_size` of a vision config are numbers or pairs."""
-    sizes = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
-    side, patch = (size if isinstance(size, (list, tuple)) else (size, size) for size in sizes)
-    if not all([*side, *patch]):
-        return None
-    return int(side[0] // patch[0]) * int(side[1] // patch[1])
 
 
 def _check_token_ids(processor: Any, config: Any, saved: Mapping[str, Any]) -> None:

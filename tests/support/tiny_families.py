@@ -89,12 +89,6 @@ INTERNVL = (
     "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-INTERNVL_TOKENS = {
-    "start_image_token": "<img>",
-    "end_image_token": "</img>",
-    "context_image_token": "<IMG_CONTEXT>",
-    "video_token": "<video>",
-}
 _WORDS = ["USER: ASSISTANT: [INST] [/INST] user assistant what is the red circle doing near a blue square and stars? "]
 _TILE = 28
 _GRID = [[28, 56], [56, 28], [56, 56], [28, 84], [84, 28]]
@@ -302,8 +296,18 @@ def make_next_video(folder: Path, **more: object) -> Path:
     return folder
 
 
+def internvl_tokenizer() -> Qwen2Tokenizer:
+    """Return Qwen's tokenizer with the tokens of InternVL."""
+    return _qwen_tokenizer(
+        start_image_token="<img>",
+        end_image_token="</img>",
+        context_image_token="<IMG_CONTEXT>",
+        video_token="<video>",
+    )
+
+
 def _make_internvl(folder: Path, kind: type[PreTrainedConfig], **more: object) -> Path:
-    tokenizer = _qwen_tokenizer(**INTERNVL_TOKENS)
+    tokenizer = internvl_tokenizer()
     vision = InternVLVisionConfig(
         hidden_size=32,
         intermediate_size=64,

@@ -49,8 +49,9 @@ def test_the_triton_kernels_and_graphs_run_in_the_interpreter(tmp_path: Path) ->
     done = subprocess.run(asked, cwd=ROOT, env=environment, timeout=120, check=False)
     assert done.returncode == 0
     rows = json.loads((tmp_path / "gpu_day.json").read_text())["sections"]["decode"]["results"]["rows"]
-    assert [row["variant"] for row in rows] == [variants.PLAIN, variants.FUSED, variants.GRAPHS]
-    assert [row["replays"] > 0 for row in rows] == [False, False, True]
+    assert [row["variant"] for row in rows] == 2 * [variants.PLAIN, variants.FUSED, variants.GRAPHS]
+    assert [row["replays"] > 0 for row in rows] == 2 * [False, False, True]
+    assert {row["shape"] for row in rows} == {models.TINY_MISTRAL.name, models.TINY_QWEN3.name}
 
 
 def test_the_options_name_all_sections() -> None:
@@ -120,8 +121,8 @@ class Wrong:
         return self._right.task(places)
 
     def __call__(self, task: Any, layer: int, *tensors: torch.Tensor) -> None:
-        qkv, cos, sin, out = tensors
-        self._right(task, layer, qkv, cos, sin if self._fault != "rotation" else -sin, out)
+        qkv, cos, sin, out, norms = tensors
+        self._right(task, layer, qkv, cos, sin if self._fault != "rotation" else -sin, out, norms)
         if self._fault == "company" and len(self._places) > 1:
             out[0] *= 1 + 2e-7
         if self._fault == "one row":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -27,6 +27,8 @@ from .reading import Fetch, MediaReader
 from .sources import MediaSources
 
 T = TypeVar("T")
+# The prepared clips of a request, by key. A clip that several of its messages show is decoded once.
+RequestClips = dict[str, KnownMedium]
 
 
 class ClipChanged(Exception):
@@ -102,27 +104,21 @@ class PictureLoader:
             parts.append(found.prepared)
         return joined(parts)
 
-    def prepare(self, media: MessageMedia, scope: str | None, with_arrays: bool = True) -> LoadedMedia:
+    def prepare(
+        self, media: MessageMedia, scope: str | None, with_arrays: bool = True, clips: RequestClips | None = None
+    ) -> LoadedMedia:
         """Prepare the media of one message. `scope`: as in `picture_key`.
 
-        Without `with_arrays`, media that were prepared before are not decoded again, and have no arrays. Raise
-        `ClipChanged` if the file of a clip gives other frames than before.
+        Without `with_arrays`, media that were prepared before are not decoded again, and have no arrays. `clips`: those
+        of this request so far, which are not decoded again; new ones are added. Raise `ClipChanged` if the file of a
+        clip gives other frames than before.
         """
-        return self.prepare_all([media], scope, with_arrays)[0]
-
-    def prepare_all(
-        self, messages: Sequence[MessageMedia], scope: str | None, with_arrays: bool = True
-    ) -> list[LoadedMedia]:
-        """Do as `prepare` for each message. A clip that several messages show is decoded once."""
-        clips: dict[str, KnownMedium] = {}
-        loaded = []
-        for media in messages:
-            parts = [self._picture(blob, len(media.pictures), scope, with_arrays) for blob in media.pictures]
-            shown = [self._clip(clip, scope, with_arrays, clips) for clip in media.clips]
-            stored = tuple(replace(clip, digest=one.digest) for clip, one in zip(media.clips, shown, strict=True))
-            prepared = joined([*parts, *(one.prepared for one in shown)])
-            loaded.append(LoadedMedia(prepared, replace(media, clips=stored)))
-        return loaded
+        clips = {} if clips is None else clips
+        parts = [self._picture(blob, len(media.pictures), scope, with_arrays) for blob in media.pictures]
+        shown = [self._clip(clip, scope, with_arrays, clips) for clip in media.clips]
+        stored = tuple(replace(clip, digest=one.digest) for clip, one in zip(media.clips, shown, strict=True))
+        prepared = joined([*parts, *(one.prepared for one in shown)])
+        return LoadedMedia(prepared, replace(media, clips=stored))
 
     def _picture(self, blob: Blob, of: int, scope: str | None, with_arrays: bool) -> Prepared:
         """Prepare one of the `of` pictures of a message."""
@@ -134,17 +130,15 @@ class PictureLoader:
         self._known.add(key, prepared, of == 1)
         return prepared
 
-    def _clip(
-        self, clip: StoredClip, scope: str | None, with_arrays: bool, loaded: dict[str, KnownMedium]
-    ) -> KnownMedium:
-        """Prepare a clip. `loaded`: those of this request, by key; a new one is added."""
+    def _clip(self, clip: StoredClip, scope: str | None, with_arrays: bool, clips: RequestClips) -> KnownMedium:
+        """Prepare a clip, and add it to those of the request."""
         key = clip_key(clip, scope)
-        found = loaded.get(key) or (None if with_arrays else self._known.get(key))
+        found = clips.get(key) or (None if with_arrays else self._known.get(key))
         if found is None:
             frames, digest = self._frames(clip)
             found = KnownMedium(self._pictures.clip(key, frames), digest)
             self._known.add(key, found.prepared, digest=digest)
-        loaded[key] = found
+        clips[key] = found
         if clip.digest not in ("", found.digest):
             raise ClipChanged
         return found

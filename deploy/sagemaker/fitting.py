@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from deploy.pack.families import families, texts
+
 from . import capacity, models
 from .account import Account
 from .instances import InstanceType
@@ -17,10 +19,6 @@ CONFIG = "checkpoint/config.json"
 WEIGHTS = ".safetensors"
 TEXT_TOKENS = 1024  # the default of `capacity`
 RESERVE_GIB = 2.0  # of a model that is not in the table: more than the engine's reserve for any that is
-# model_type -> the name of its family in the table
-FAMILIES = {"llava": "LLaVA-1.5", "llava_next": "LLaVA-NeXT", "llava_onevision": "OneVision"}
-# Hidden size, layers and KV heads of a text config that omits them: the defaults of transformers.
-USUAL = {"llama": (4096, 32, 32), "mistral": (4096, 32, 8), "qwen2": (4096, 32, 32)}
 
 
 @dataclass(frozen=True)
@@ -72,18 +70,15 @@ def _remedy(shape: capacity.LlavaShape, instance: InstanceType) -> str:
 
 def known_shape(config: dict[str, Any]) -> capacity.LlavaShape | None:
     """Return the row of the table with the sizes of this config.json, or None."""
-    text = config.get("text_config") or {}
-    kind = text.get("model_type", "llama")
-    usual = USUAL.get(kind, USUAL["llama"])
-    hidden = text.get("hidden_size", usual[0])
-    layers = text.get("num_hidden_layers", usual[1])
-    heads = text.get("num_key_value_heads", text.get("num_attention_heads", usual[2]))
-    family = FAMILIES.get(config.get("model_type", ""))
-    for shape in capacity.MODELS:
-        sizes = (shape.text, shape.hidden, shape.layers, shape.kv_heads)
-        if family and family in shape.name and sizes == (kind, hidden, layers, heads):
-            return shape
-    return None
+    family = families().get(str(config.get("model_type")))
+    section = config.get("text_config") or {}
+    kind = section.get("model_type", family.text if family else None)
+    if family is None or kind not in texts():
+        return None
+    text = texts()[kind].with_values_of(section)
+    sizes = (kind, text.hidden, text.layers, text.kv_heads)
+    names = [row.name for row in family.checkpoints if (row.text, row.hidden, row.layers, row.kv_heads) == sizes]
+    return next((shape for shape in capacity.MODELS if shape.name in names), None)
 
 
 def _stored_bytes(config: dict[str, Any]) -> int:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from ...text.tiles import tile_patches
 from .example_cache import ExampleCache
 
 if TYPE_CHECKING:
@@ -139,11 +140,8 @@ def full_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 
 def prepare_picture_attention(vision: Any, dtype: torch.dtype, device: torch.device) -> None:
     """Compile the attention of a vision tower, given its configuration, if `full_attention` will use it."""
-    side = getattr(vision, "image_size", 0)
-    patch = getattr(vision, "patch_size", 1)
-    if not (isinstance(side, int) and isinstance(patch, int)):
-        return
-    if dtype == torch.bfloat16 and device.type == "cpu" and (side // patch) ** 2 >= _MIN_AMX_PICTURE_ROWS:
+    rows = tile_patches(vision) or 0
+    if dtype == torch.bfloat16 and device.type == "cpu" and rows >= _MIN_AMX_PICTURE_ROWS:
         picture_attention(vision.hidden_size // vision.num_attention_heads)
 
 

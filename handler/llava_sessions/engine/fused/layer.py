@@ -102,8 +102,7 @@ def fuse_layers(layers: torch.nn.ModuleList, pack: Pack, packable: Callable[[Any
     """
     if not all(fits(layer, packable) for layer in layers):
         return False
-    attentions: list[Any] = [layer.self_attn for layer in layers]
-    if len({frozenset(child_names(attention)) for attention in attentions}) > 1:
+    if len({frozenset(child_names(layer.get_submodule("self_attn"))) for layer in layers}) > 1:
         return False
     for index, layer in enumerate(layers):
         layers[index] = FusedLayer(layer, pack)

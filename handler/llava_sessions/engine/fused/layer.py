@@ -102,7 +102,7 @@ def fuse_layers(layers: torch.nn.ModuleList, pack: Pack, packable: Callable[[Any
     """
     if not all(fits(layer, packable) for layer in layers):
         return False
-    if len({frozenset(child_names(layer.self_attn)) for layer in layers}) > 1:
+    if len({frozenset(child_names(layer.get_submodule("self_attn"))) for layer in layers}) > 1:
         return False
     for index, layer in enumerate(layers):
         layers[index] = FusedLayer(layer, pack)

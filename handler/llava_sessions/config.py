@@ -21,7 +21,7 @@ from pydantic_core import PydanticCustomError
 
 # How long TorchServe keeps a sequence after its session expired, in seconds. Longer than the longest turn.
 FRONTEND_MARGIN_S = 120
-# An escaped character is at most 12 bytes of JSON; base64 with line breaks and escapes is at most twice the picture.
+# An escaped character is at most 12 bytes of JSON; base64 with line breaks and escapes is at most twice the file.
 _JSON_BYTES_PER_CHAR = 12
 JSON_BYTES_PER_PICTURE_BYTE = 2
 _JSON_BYTES_OF_OPTIONS = 64 * 2**10
@@ -43,6 +43,14 @@ def _check_default_tokens(count: int, info: ValidationInfo) -> int:
     most = info.data.get("max_new_tokens", RequestLimits.model_fields["max_new_tokens"].default)
     if count > most:
         message = "must be at most `max_new_tokens` ({most}), got {count}"
+        raise PydanticCustomError(DEFAULT_ABOVE_MAX, message, {"most": most, "count": count})
+    return count
+
+
+def _check_default_frames(count: int, info: ValidationInfo) -> int:
+    most = info.data.get("max_frames", RequestLimits.model_fields["max_frames"].default)
+    if count > most:
+        message = "must be at most `max_frames` ({most}), got {count}"
         raise PydanticCustomError(DEFAULT_ABOVE_MAX, message, {"most": most, "count": count})
     return count
 
@@ -91,7 +99,17 @@ class RequestLimits(Section):
             "streamed and the request has no `deadline_ms`. SageMaker gives up after 60 s."
         ),
     )
-    max_frames: int = Field(default=32, ge=1, le=1_000, description="Frames of a clip in one request.")
+    max_frames: int = Field(
+        default=32, ge=1, le=1_000, description="Frames of a clip in one request: sent, or sampled from a file."
+    )
+    default_frames: Annotated[int, Field(ge=1, le=1_000), AfterValidator(_check_default_frames)] = Field(
+        default=8,
+        validate_default=True,
+        description=(
+            "Frames that are sampled from the file of a clip if the request has no `video_frames`. At most "
+            "`max_frames`; a lower `max_frames` lowers this default."
+        ),
+    )
     max_pictures: int = Field(
         default=8, ge=1, le=1_000, description="Pictures in one request, at open or with a question."
     )
@@ -109,12 +127,23 @@ class RequestLimits(Section):
         default=32, ge=1, le=1_000, description="Pictures of all messages of such a conversation."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fit_default_frames(cls, values: object) -> object:
+        """Lower the default of `default_frames` to `max_frames`: a file that sets only `max_frames` stays valid."""
+        default = cls.model_fields["default_frames"].default
+        if isinstance(values, Mapping) and values.get("default_frames") is None:
+            most = values.get("max_frames")
+            if type(most) is int and 1 <= most < default:
+                return {**values, "default_frames": most}
+        return values
+
     max_stop_strings: ClassVar[int] = 8
     max_stop_chars: ClassVar[int] = 64
 
 
 class MediaLimits(Section):
-    """The sizes of pictures, and the places from which they may come."""
+    """The sizes of pictures and clips, and the places from which they may come."""
 
     max_bytes: int = Field(default=10 * 2**20, ge=1, le=2**31, description="Bytes of one encoded picture.")
     max_pixels: int = Field(
@@ -129,12 +158,32 @@ class MediaLimits(Section):
         le=2**40,
         description="Pixels of all pictures or frames of one request. Read from the headers, before any is decoded.",
     )
+    max_clip_bytes: int = Field(default=20 * 2**20, ge=1, le=2**31, description="Bytes of the file of one clip.")
+    max_clip_s: float = Field(
+        default=600.0, ge=0.1, le=86_400, allow_inf_nan=False, description="Seconds that a clip is shown."
+    )
+    max_clip_pixels: int = Field(
+        default=4096 * 2304,
+        ge=1,
+        le=2**31,
+        description="Pixels of one frame of a clip's file. The memory of a process that decodes one follows from it.",
+    )
+    max_clip_frames: int = Field(
+        default=40_000, ge=1, le=10_000_000, description="Frames of a clip's file, of which a few are decoded."
+    )
+    clip_timeout_s: float = Field(
+        default=20.0,
+        ge=0.1,
+        le=600,
+        allow_inf_nan=False,
+        description="Seconds to read or to decode one clip, of time and of CPU time. A longer decoding is stopped.",
+    )
     held_bytes: _Bytes = Field(
         default=None,
         description=(
-            "Bytes of encoded pictures that the worker's memory holds for all sessions. Equal pictures count once. A "
-            "request that would exceed it is rejected with 429. Pictures that are read from a journal count, and are "
-            "never rejected. `auto`: 10 % of the RAM."
+            "Bytes of encoded pictures and clips that the worker's memory holds for all sessions. Equal ones count "
+            "once. A request that would exceed it is rejected with 429. Those that are read from a journal count, and "
+            "are never rejected. `auto`: 10 % of the RAM."
         ),
     )
     fetch_timeout_s: float = Field(
@@ -142,16 +191,19 @@ class MediaLimits(Section):
         ge=0.1,
         le=60,
         allow_inf_nan=False,
-        description="Seconds to fetch one picture: name look-up, redirects, headers and body.",
+        description="Seconds to fetch one picture or clip: name look-up, redirects, headers and body.",
     )
     allowed_hosts: _Texts = Field(
-        default=(), description='Hosts of `https` pictures: exact names or `"*.suffix"`. Empty: any public host.'
+        default=(),
+        description='Hosts of `https` pictures and clips: exact names or `"*.suffix"`. Empty: any public host.',
     )
-    s3_buckets: _Texts = Field(default=(), description="S3 buckets of pictures. Empty: `s3://` is rejected.")
+    s3_buckets: _Texts = Field(default=(), description="S3 buckets of pictures and clips. Empty: `s3://` is rejected.")
     local_roots: _Texts = Field(
-        default=(), description="Directories of local pictures. Empty: local paths are rejected."
+        default=(), description="Directories of local pictures and clips. Empty: local paths are rejected."
     )
 
+    # What messages call a file with these limits (media/limits.py, `clip_file_limits`).
+    noun: ClassVar[str] = "picture"
     # Longer side / shorter side. A model's resize by the shorter side multiplies the longer one.
     max_aspect: ClassVar[float] = 100.0
 
@@ -297,7 +349,7 @@ class HandlerConfig(Section):
         ),
     )
     limits: RequestLimits = Field(default_factory=RequestLimits, description="Limits of requests.")
-    media: MediaLimits = Field(default_factory=MediaLimits, description="Limits of pictures.")
+    media: MediaLimits = Field(default_factory=MediaLimits, description="Limits of pictures and clips.")
 
 
 SECTIONS: dict[str, type[Section]] = {"limits": RequestLimits, "media": MediaLimits}
@@ -313,9 +365,12 @@ def frontend_capacity(max_sessions: int) -> int:
 
 
 def max_body_bytes(limits: RequestLimits, media: MediaLimits) -> int:
-    """Return the size of the longest body that the limits and the fronts allow, in bytes."""
-    most_pictures = max(limits.max_pictures, limits.max_frames, limits.max_history_pictures)
-    pictures = most_pictures * media.max_bytes * JSON_BYTES_PER_PICTURE_BYTE
+    """Return the size of the longest body that the limits and the fronts allow, in bytes.
+
+    A clip counts as one picture. It is a file, or as many pictures as it has frames.
+    """
+    most_bytes = max(limits.max_frames * media.max_bytes, media.max_clip_bytes)
+    encoded = max(limits.max_pictures, limits.max_history_pictures) * most_bytes
     chars = limits.max_prompt_chars + limits.max_history_chars
-    longest = _JSON_BYTES_OF_OPTIONS + chars * _JSON_BYTES_PER_CHAR + pictures
+    longest = _JSON_BYTES_OF_OPTIONS + chars * _JSON_BYTES_PER_CHAR + encoded * JSON_BYTES_PER_PICTURE_BYTE
     return min(longest, MAX_REQUEST_BYTES)

@@ -279,12 +279,12 @@ def test_more_sequences_than_the_workers_can_hold_are_refused():
 
 def test_the_longest_body_has_room_for_every_picture_and_for_a_prompt_of_escapes():
     limits = RequestLimits(max_prompt_chars=100, max_pictures=2, max_frames=3)
-    media = MediaLimits(max_bytes=1_000)
+    media = MediaLimits(max_bytes=1_000, max_clip_bytes=1_000)
     most = max_body_bytes(limits, media)
     frames = [base64.b64encode(bytes(1_000)).decode()] * 3
     body = {"type": "start_session", "video": frames, "prompt_text": "\U0001f600" * 100}
     assert len(json.dumps(body)) < most
-    assert max_body_bytes(limits, MediaLimits(max_bytes=2_000)) > most
+    assert max_body_bytes(limits, MediaLimits(max_bytes=2_000, max_clip_bytes=1_000)) > most
 
 
 def test_the_longest_body_has_room_for_a_whole_conversation():
@@ -294,9 +294,33 @@ def test_the_longest_body_has_room_for_a_whole_conversation():
     picture = {"type": "image_url", "image_url": base64.b64encode(bytes(1_000)).decode()}
     text = {"type": "text", "text": "\U0001f600" * 2_000}
     body = {"messages": [{"role": "user", "content": [text, *[picture] * 4]}]}
-    assert len(json.dumps(body)) < max_body_bytes(limits, MediaLimits(max_bytes=1_000))
+    media = MediaLimits(max_bytes=1_000, max_clip_bytes=1_000)
+    assert len(json.dumps(body)) < max_body_bytes(limits, media)
     more = limits.model_copy(update={"max_history_pictures": 5})
-    assert max_body_bytes(more, MediaLimits(max_bytes=1_000)) > max_body_bytes(limits, MediaLimits(max_bytes=1_000))
+    assert max_body_bytes(more, media) > max_body_bytes(limits, media)
+
+
+def test_the_longest_body_has_room_for_clips():
+    limits = RequestLimits(
+        max_prompt_chars=1, max_pictures=1, max_frames=3, max_history_chars=1, max_history_pictures=2
+    )
+    of_files = MediaLimits(max_bytes=1, max_clip_bytes=100_000)
+    of_frames = MediaLimits(max_bytes=100_000, max_clip_bytes=1)
+    file = base64.b64encode(bytes(100_000)).decode()
+    clip = {"type": "video_url", "video_url": {"url": file}}
+    frames = {"type": "video_url", "video_url": {"url": ",".join([file] * 3)}}
+    for media, part in ((of_files, clip), (of_frames, frames)):
+        body = {"messages": [{"role": "user", "content": [part, part]}]}
+        assert len(json.dumps(body)) < max_body_bytes(limits, media)
+
+
+def test_the_default_of_frames_is_at_most_their_limit():
+    assert RequestLimits().default_frames == 8
+    assert RequestLimits(max_frames=4).default_frames == 4
+    assert read_config(with_llava(limits={"max_frames": 4, "default_frames": None})).limits.default_frames == 4
+    problem = only_problem_of(with_llava(limits={"max_frames": 4, "default_frames": 5}))
+    assert problem == "`llava.limits.default_frames` must be at most `max_frames` (4), got 5"
+    assert only_problem_of(with_llava(limits={"max_frames": 0})).startswith("`llava.limits.max_frames` must be ")
 
 
 @pytest.mark.parametrize("key", ["allow_system", "share_pictures"])

@@ -32,6 +32,11 @@ _MAX_REDIRECTS = 3
 _MAX_CONNECT_ATTEMPTS = 4  # addresses of one name
 _CHUNK_BYTES = 65_536
 _HTTPS_PORT = 443
+_ACCEPTED = {
+    # Not image/*, for which servers send AVIF.
+    "picture": b"image/png, image/jpeg, image/webp, image/gif, image/bmp, image/tiff",
+    "clip": b"video/mp4, video/quicktime, video/webm, video/x-matroska",
+}
 
 
 class _Deadline:
@@ -128,7 +133,7 @@ class Fetcher:
         except MediaError:
             raise
         except httpcore.TimeoutException:
-            message = f"the host {host} did not deliver the picture within {limits.fetch_timeout_s:g} s"
+            message = f"the host {host} did not deliver the {limits.noun} within {limits.fetch_timeout_s:g} s"
         except httpcore.ConnectError as error:
             if isinstance(error.__cause__, ssl.SSLCertVerificationError):
                 message = f"the TLS certificate of {host} is not valid: {error.__cause__.verify_message}"
@@ -139,7 +144,7 @@ class Fetcher:
         except (httpcore.NetworkError, httpcore.ProtocolError, OSError):
             message = f"the host {host} closed the connection early or sent no valid HTTP response"
         except Exception as error:
-            message = f"the picture could not be fetched from {host}: {type(error).__name__}"
+            message = f"the {limits.noun} could not be fetched from {host}: {type(error).__name__}"
         raise MediaError(INVALID_REQUEST, message)
 
     def _exchange(self, target: _Target, limits: MediaLimits, deadline: _Deadline) -> bytes | _Redirect:
@@ -151,8 +156,7 @@ class Fetcher:
         url = httpcore.URL(scheme=b"https", host=host, port=_HTTPS_PORT, target=target.path_and_query)
         headers = [
             (b"Host", b"[" + host + b"]" if b":" in host else host),
-            # Not image/*, for which servers send AVIF.
-            (b"Accept", b"image/png, image/jpeg, image/webp, image/gif, image/bmp, image/tiff"),
+            (b"Accept", _ACCEPTED[limits.noun]),
             (b"Accept-Encoding", b"identity"),
             (b"User-Agent", b"llava-sessions"),
             (b"Connection", b"close"),
@@ -212,7 +216,8 @@ def _read_response(response: httpcore.Response, host: str, limits: MediaLimits) 
     if response.status != 200:
         raise MediaError(INVALID_REQUEST, f"the host {host} must answer with status 200, got {response.status}")
     if headers.get(b"content-encoding", "identity").strip().lower() not in ("", "identity"):
-        raise MediaError(INVALID_REQUEST, f"the host {host} must send the picture uncompressed, got a Content-Encoding")
+        message = f"the host {host} must send the {limits.noun} uncompressed, got a Content-Encoding"
+        raise MediaError(INVALID_REQUEST, message)
     declared = headers.get(b"content-length", "")
     if declared.isdecimal() and int(declared) > limits.max_bytes:
         raise _too_many_bytes(limits)
@@ -229,7 +234,7 @@ def _read_chunks(chunks: Iterable[bytes], limits: MediaLimits) -> bytes:
 
 
 def _too_many_bytes(limits: MediaLimits) -> MediaError:
-    return MediaError(TOO_LARGE, f"the picture must be at most {limits.max_bytes} bytes, got more")
+    return MediaError(TOO_LARGE, f"the {limits.noun} must be at most {limits.max_bytes} bytes, got more")
 
 
 def _redirect_url(url: str, location: str, host: str) -> str:

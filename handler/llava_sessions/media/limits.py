@@ -1,8 +1,9 @@
-"""The error for a picture that cannot be loaded, and the checks that all sources share. Pure."""
+"""The error for a picture or clip that cannot be loaded, and the checks that all sources share. Pure."""
 
 from __future__ import annotations
 
 import re
+from typing import ClassVar
 
 from ..config import MediaLimits
 
@@ -16,10 +17,10 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,31}):")
 
 
 class MediaError(Exception):
-    """A picture that cannot be loaded.
+    """A picture or clip that cannot be loaded.
 
     `code` is "invalid_request", "too_large" or "unsupported_media". `message` is one sentence for the client, without a
-    capital letter and a full stop. It contains no picture bytes, credentials, paths or query strings.
+    capital letter and a full stop. It contains no bytes of the file, credentials, paths or query strings.
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -44,9 +45,21 @@ def check_request_pixels(pixels: int, limits: MediaLimits) -> None:
         raise MediaError(TOO_LARGE, f"the pictures of a request must have at most {most} pixels together, got {pixels}")
 
 
+class ClipFileLimits(MediaLimits):
+    """Limits whose `max_bytes` and `noun` are those of a clip's file."""
+
+    noun: ClassVar[str] = "clip"
+
+
+def clip_file_limits(limits: MediaLimits) -> MediaLimits:
+    """Return the limits with which `sources` and `fetch` read the file of a clip: as for a picture, but its bytes."""
+    return ClipFileLimits(**{**limits.model_dump(), "max_bytes": limits.max_clip_bytes})
+
+
 def check_size(size_bytes: int, limits: MediaLimits) -> None:
     """Raise `MediaError` unless `size_bytes` is from 1 to `limits.max_bytes`."""
     if size_bytes > limits.max_bytes:
-        raise MediaError(TOO_LARGE, f"the picture must be at most {limits.max_bytes} bytes, got {size_bytes} bytes")
+        most = limits.max_bytes
+        raise MediaError(TOO_LARGE, f"the {limits.noun} must be at most {most} bytes, got {size_bytes} bytes")
     if size_bytes == 0:
-        raise MediaError(INVALID_REQUEST, "the picture must not be empty, got 0 bytes")
+        raise MediaError(INVALID_REQUEST, f"the {limits.noun} must not be empty, got 0 bytes")

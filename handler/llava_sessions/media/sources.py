@@ -1,7 +1,9 @@
-"""Read the encoded bytes of a picture from base64, a data URL, https, s3 or a local path.
+"""Read the encoded bytes of a picture or of a clip's file from base64, a data URL, https, s3 or a local path.
 
 Sources come from untrusted clients. Each limit is checked before the work that it limits, and each failure is a
-`MediaError`. Thread-safe. `fetch` reads from the network, `decoder` decodes the bytes.
+`MediaError`. Thread-safe. `fetch` reads from the network, `decoder` and `clips` decode the bytes.
+
+For a clip's file, pass `clip_file_limits(limits)` of limits.py: it has the clip's limit of bytes, and the word "clip".
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ def read_base64(text: str, limits: MediaLimits) -> bytes:
     Standard and URL-safe digits, white space and missing padding are accepted.
     """
     if not isinstance(text, str):
-        raise MediaError(INVALID_REQUEST, f"the picture must be base64 or a data URL, got {describe(text)}")
+        raise MediaError(INVALID_REQUEST, f"the {limits.noun} must be base64 or a data URL, got {describe(text)}")
     if len(text) > (most := _max_encoded_chars(limits)):
-        raise MediaError(TOO_LARGE, f"the picture must be at most {most} characters of base64, got {describe(text)}")
+        message = f"the {limits.noun} must be at most {most} characters of base64, got {describe(text)}"
+        raise MediaError(TOO_LARGE, message)
     payload = text.lstrip()
     if payload[:5].lower() == "data:":
         payload = _data_url_payload(payload)
@@ -115,7 +118,7 @@ def _decode_base64(text: str, limits: MediaLimits) -> bytes:
         pieces = (digits[start : start + _PIECE_CHARS] for start in range(0, len(digits), _PIECE_CHARS))
         return b"".join(base64.b64decode(piece, validate=True) for piece in pieces)
     except (UnicodeEncodeError, binascii.Error):
-        raise MediaError(INVALID_REQUEST, f"the picture must be valid base64, got {describe(text)}") from None
+        raise MediaError(INVALID_REQUEST, f"the {limits.noun} must be valid base64, got {describe(text)}") from None
 
 
 def _digits(text: str) -> Iterator[bytes]:

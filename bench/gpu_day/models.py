@@ -155,9 +155,7 @@ def template_of(shape: Shape, tokenizer: Any) -> ChatTemplate:
         images: Any = GotOcr2ImageProcessorPil(size={"height": side, "width": side})
         template = TEMPLATE.replace("<image>", "<IMG_CONTEXT>")
         tokens = _internvl_tokens(shape)
-        return ChatTemplate(
-            PillowInternVLProcessor(images, tokenizer, image_seq_length=tokens, chat_template=template)
-        )
+        return ChatTemplate(PillowInternVLProcessor(images, tokenizer, image_seq_length=tokens, chat_template=template))
     if shape.kind == "onevision":
         images = LlavaOnevisionImageProcessorPil(size={"height": side, "width": side}, image_grid_pinpoints=grid)
         return ChatTemplate(

@@ -414,8 +414,8 @@ def test_a_picture_is_read_and_decoded_once(front: Frontend, monkeypatch: pytest
     load_bytes = loading.load_bytes
     monkeypatch.setattr(loading, "load_bytes", lambda data, limits: decoded.append(data) or load_bytes(data, limits))
     read = []
-    read_picture = loading._read
-    monkeypatch.setattr(loading, "_read", lambda *given: read.append(given) or read_picture(*given))
+    read_picture = loading.read_picture
+    monkeypatch.setattr(loading, "read_picture", lambda *given: read.append(given) or read_picture(*given))
     messages = [user(QUESTIONS[0], "red")]
     for _ in range(3):
         messages += [answered(text_of(chat(front, messages))), user(QUESTIONS[1])]

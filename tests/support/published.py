@@ -74,8 +74,9 @@ def tokenizer_of(shape: Shape) -> Any:
     if shape.family.type == "internvl":
         return tiny_families.internvl_tokenizer()
     video = {"video_token": "<video>"} if shape.family.frame_tokens else {}
-    is_qwen = shape.checkpoint.text.startswith("qwen")
-    return tiny_families._qwen_tokenizer(image_token="<image>", **video) if is_qwen else tiny_families._llama_tokenizer(**video)
+    if shape.checkpoint.text.startswith("qwen"):
+        return tiny_families._qwen_tokenizer(image_token="<image>", **video)
+    return tiny_families._llama_tokenizer(**video)
 
 
 def processor_of(shape: Shape, tokenizer: Any) -> Any:

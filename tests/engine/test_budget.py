@@ -40,7 +40,7 @@ from llava_sessions.ipc.messages import PreparedPicture
 from llava_sessions.text.chat_template import ChatTemplate
 from tests.support import tiny_families
 from tests.support.meta_cuda import Card, meta_cuda
-from tests.support.published import config_of, processor_of, tokenizer_of
+from tests.support.published import config_of, processor_of
 
 CUDA = torch.device("cuda")
 LAYERS = 2
@@ -67,14 +67,14 @@ CASES = [
 
 def loaded(shape: Shape) -> tuple[Model, ChatTemplate]:
     """Return a model whose device is called CUDA, and its template."""
-    tokenizer = tokenizer_of(shape)
+    processor = processor_of(shape)
     with torch.device("meta"):
-        made = AutoModelForImageTextToText.from_config(config_of(shape, LAYERS, tokenizer), dtype=torch.float16)
+        made = AutoModelForImageTextToText.from_config(config_of(shape, LAYERS, processor), dtype=torch.float16)
     model = Model(made)
     model.device = CUDA
     kv_dtype = torch.int8 if shape.kv == "int8" else None
     model.kv_shape = replace(model.kv_shape, device=CUDA, layers=shape.checkpoint.layers, kv_dtype=kv_dtype)
-    return model, ChatTemplate(processor_of(shape, tokenizer))
+    return model, ChatTemplate(processor)
 
 
 def chat_on(card: Card, shape: Shape, patch: pytest.MonkeyPatch, fused: bool = False) -> WarmUp:

@@ -31,6 +31,8 @@ class TextModel:
     context: int
     kv_heads: int | None = None
     head_dim: int | None = None
+    biases: bool = False
+    head_norms: bool = False
 
     def with_values_of(self, text_config: Mapping[str, Any]) -> TextModel:
         """Return the sizes of a `text_config`: these where it omits a key, and no None."""
@@ -61,19 +63,29 @@ class Tower:
     hidden: int
     layers: int
     intermediate: int
+    vectors: int
+    layer_vectors: int = 0
 
     @property
     def side(self) -> int:
         """The patches on one side of a tile."""
         return self.image_size // self.patch_size
 
+    @property
+    def parameters(self) -> int:
+        """Its parameters: a transformer over the patches of a tile, with biases and two norms in each layer."""
+        patches = (3 * self.patch_size**2 + self.side**2 + self.vectors) * self.hidden
+        attention = 4 * (self.hidden**2 + self.hidden)
+        mlp = 2 * self.hidden * self.intermediate + self.intermediate + self.hidden
+        return patches + self.layers * (attention + mlp + (4 + self.layer_vectors) * self.hidden)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
     """The sizes of the text model of published checkpoints, whose IDs on the hub are `ids`. `context`: in tokens.
 
-    `tied`: the head is the table of embeddings. `working_mib`: as in `deploy.sagemaker.capacity.LlavaShape`; None: not
-    counted yet.
+    `tied`: the head is the table of embeddings. `working_mib`, `int8_working_mib`: temporary tensors at their peak on a
+    GPU, with weights and KV caches in 16 bits and in int8.
     """
 
     name: str
@@ -86,8 +98,8 @@ class Checkpoint:
     intermediate: int
     vocabulary: int
     context: int
-    working_mib: int | None = None
-    int8_working_mib: int | None = None
+    working_mib: int
+    int8_working_mib: int
     tied: bool = False
     head_dim: int | None = None
 

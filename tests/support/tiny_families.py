@@ -296,13 +296,18 @@ def make_next_video(folder: Path, **more: object) -> Path:
     return folder
 
 
-def _make_internvl(folder: Path, kind: type[PreTrainedConfig], **more: object) -> Path:
-    tokenizer = _qwen_tokenizer(
+def internvl_tokenizer() -> Qwen2Tokenizer:
+    """Return Qwen's tokenizer with the tokens of InternVL."""
+    return _qwen_tokenizer(
         start_image_token="<img>",
         end_image_token="</img>",
         context_image_token="<IMG_CONTEXT>",
         video_token="<video>",
     )
+
+
+def _make_internvl(folder: Path, kind: type[PreTrainedConfig], **more: object) -> Path:
+    tokenizer = internvl_tokenizer()
     vision = InternVLVisionConfig(
         hidden_size=32,
         intermediate_size=64,

@@ -105,15 +105,13 @@ class Model:
     def _compile_attention(self) -> None:
         """Compile attention for the CPU, and where possible whole layers."""
         shape = self.kv_shape
-        tokens = layers.compile_token_attention(
-            self._heads, shape.kv_heads, shape.head_dim, shape.dtype, shape.kv_dtype, shape.layers
-        )
+        sizes = (self._heads, shape.kv_heads, shape.head_dim, shape.dtype, shape.kv_dtype, shape.layers)
+        with_norms = self.text.layers[0].head_norms is not None
+        tokens = layers.compile_token_attention(*sizes, with_norms)
         if tokens is None:
             return
         self.token_attention = tokens
-        self.session_attention = cpu_attention.session_attention(
-            self._heads, shape.kv_heads, shape.head_dim, shape.dtype, shape.kv_dtype, shape.layers
-        )
+        self.session_attention = cpu_attention.session_attention(*sizes, with_norms)
         self.text.layers = layer_stack.stack_layers(self.text.layers, tokens, self.session_attention, shape)
 
     @classmethod

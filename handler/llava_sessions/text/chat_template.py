@@ -65,7 +65,7 @@ class ChatTemplate:
         self._renderer = Renderer(processor, system_prompt, _media_tokens(processor, self.pictures))
         self._media = self._renderer.media
         self.takes_clips: bool = "video" in self._media
-        # IDs of the tokens that stand for features of pictures and of clips.
+        # IDs of the feature tokens of pictures and of clips.
         self.media_token_ids: frozenset[int] = self._media.feature_ids
         self.image_token_id: int = processor.image_token_id
         self._encoder = PromptTokenizer(self.tokenizer, processor.image_token, self._media.places)

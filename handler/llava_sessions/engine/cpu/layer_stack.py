@@ -88,7 +88,8 @@ def stack_layers(
     try:
         from .amx_layers import CompiledLayers  # it needs Numba
 
-        compiled = CompiledLayers(parts, [layer.norms for layer in fused], tokens, sessions)
+        norms = [layer.norms for layer in fused]
+        compiled = CompiledLayers(parts, norms, [layer.head_norms for layer in fused], tokens, sessions)
         stack = LayerStack(fused, compiled)
         if _whole_matches_parts(stack, tokens, heads):
             return torch.nn.ModuleList([stack])

@@ -113,9 +113,7 @@ class FusedPictureLayer(torch.nn.Module):
         return _added(self.down, self.up(rows, norm=self._mlp_norm), rows, self._mlp_scale)
 
 
-def _added(
-    linear: PackedLinear, rows: torch.Tensor, added: torch.Tensor, scale: torch.Tensor | None
-) -> torch.Tensor:
+def _added(linear: PackedLinear, rows: torch.Tensor, added: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """Return `added` plus the linear of the rows, times `scale` if there is one."""
     if scale is None:
         out: torch.Tensor = linear(rows, added)

@@ -21,15 +21,16 @@ class HeadNorms:
     both norms. The source is transformers' `Qwen3RMSNorm`.
     """
 
-    def __init__(self, query: Any, key: Any) -> None:
-        """Take the modules `q_norm` and `k_norm`, for which `are_head_norms` returns True."""
-        self.weights = torch.stack([query.weight.detach(), key.weight.detach()])
-        self.epsilon: float = query.variance_epsilon
+    def __init__(self, weights: torch.Tensor, epsilon: float) -> None:
+        self.weights = weights
+        self.epsilon = epsilon
 
     @functools.cached_property
     def numbers(self) -> torch.Tensor:
-        """Float32 numbers for compiled loops on a CPU: 16 times epsilon, the weights of queries and those of keys."""
-        return torch.cat([torch.full((LANES,), self.epsilon), self.weights.float().flatten()])
+        """Float32 `[2, 16 + head_dim]` for compiled loops on a CPU: of query heads, then of key heads, 16 times epsilon
+        and the weights, as in `RowNorm.numbers`.
+        """
+        return torch.cat([torch.full((2, LANES), self.epsilon), self.weights.float()], 1)
 
     def __call__(self, heads: torch.Tensor, query_heads: int) -> None:
         """Replace the heads by their norms, computed by torch.
@@ -44,7 +45,10 @@ class HeadNorms:
 
 def of_attention(attention: Any) -> HeadNorms | None:
     """Return the head norms of an attention module that `fused.layer.fits` accepts, or None if it has none."""
-    return HeadNorms(attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
+    if not hasattr(attention, "q_norm"):
+        return None
+    norms = (attention.q_norm, attention.k_norm)
+    return HeadNorms(torch.stack([norm.weight.detach() for norm in norms]), norms[0].variance_epsilon)
 
 
 def are_head_norms(attention: Any) -> bool:

@@ -1,6 +1,6 @@
 """Fused decoder layer: four linears and few small operations, on a CPU and on CUDA.
 
-`FusedLayer` replaces any decoder layer that has the structure and the numbers of Llama's, or of Qwen3's, which has norms
+`FusedLayer` replaces any decoder layer that has the structure and the numbers of Llama's, or of Qwen3's with its norms
 of query and key heads. Other layers stay unchanged. Queries, keys and values are one linear, gate and up projection
 another, and each residual addition is part of the linear in front of it. The kind of linears depends on the device, see
 `Pack`. Measurements on a CPU: bench/README.md, "The CPU's fast paths one by one".
@@ -86,8 +86,8 @@ class FusedLayer(torch.nn.Module):
         """Map hidden states `[1, rows, hidden]` to hidden states of the same shape. May change `hidden_states`."""
         cos, sin = position_embeddings
         rows = hidden_states[0]
-        qkv = self.qkv(rows, norm=self.input_norm)
-        attended = packed.attend(self.layer, qkv, cos[0], sin[0], self.head_norms)
+        # Without a name, queries, keys and values are freed before the next product.
+        attended = packed.attend(self.layer, self.qkv(rows, norm=self.input_norm), cos[0], sin[0], self.head_norms)
         rows = self.output(attended, rows)
         out: torch.Tensor = self.down(self.gate_up(rows, norm=self.mlp_norm), rows)
         return out[None]
@@ -102,7 +102,8 @@ def fuse_layers(layers: torch.nn.ModuleList, pack: Pack, packable: Callable[[Any
     """
     if not all(fits(layer, packable) for layer in layers):
         return False
-    if len({frozenset(child_names(layer.self_attn)) for layer in layers}) > 1:
+    attentions: list[Any] = [layer.self_attn for layer in layers]
+    if len({frozenset(child_names(attention)) for attention in attentions}) > 1:
         return False
     for index, layer in enumerate(layers):
         layers[index] = FusedLayer(layer, pack)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from llava_sessions.engine.cpu.token_attention import TokenAttention
 from llava_sessions.engine.fused.head_norms import HeadNorms
 from llava_sessions.engine.fused.layer import FusedLayer, fits
 from llava_sessions.engine.kv import KVShape, SessionKV
+from tests.engine import test_families
+from tests.support.family import make_family
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 32
 HIDDEN = 64  # half of the numbers of all query heads
@@ -113,6 +116,16 @@ def test_layers_with_and_without_norms_are_not_fused_together(layer: Any) -> Non
     assert all(fits(each, linears.packable) for each in layers)
     assert not fuse_layers(layers)
     assert list(layers) == [layer, other]
+
+
+@needs_packing
+def test_answers_with_compiled_attention_equal_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llava_sessions.engine.model.COMPILE_FROM_BYTES", 0)
+    family = make_family("internvl3.5", tmp_path)
+    assert family.model.token_attention is not None
+    test_families.test_answers_equal_generate_in_a_shared_batch_with_several_and_with_later_pictures(family)
+    for host_bytes in (2**30, 0):
+        test_families.test_answers_equal_generate_after_their_cache_left_the_device(family, host_bytes)
 
 
 def tokens() -> Any:

@@ -64,6 +64,8 @@ class Renderer:
         self.media = media
         if not getattr(processor, "chat_template", None):
             raise TemplateError("the processor has no chat template (chat_template.jinja)")
+        if found := media.kinds(system_prompt):
+            raise TemplateError(f"`system_prompt` must not contain {media[found[0]].place!r}")
         # Whether the template takes a message's content as one string, as templates for text alone do.
         self._joins_content = False
         self._choose_content()
@@ -122,6 +124,8 @@ class Renderer:
         try:
             rendered = self.later_turn(question) if opened_on is None else self.first_turn(question, opened_on)[1]
         except (TemplateError, jinja2.TemplateError):
+            if opened_on is not None and opened_on.kind == "video" and question.pictures:
+                raise _precedes_clip(question.pictures) from None
             raise no_place(question.kinds, []) from None
         if (places := self.media.kinds(rendered)) != question.kinds:
             raise no_place(question.kinds, places)
@@ -220,6 +224,15 @@ def _message(role: str, text: str, kinds: Sequence[str] = ()) -> dict[str, Any]:
 def _joined(parts: list[dict[str, str]], media: MediaTokens) -> str:
     """Return the content of a message as LLaVA-1.5 was trained: each place on a line before the text."""
     return "".join(part["text"] if part["type"] == "text" else media[part["type"]].place + "\n" for part in parts)
+
+
+def _precedes_clip(pictures: int) -> Refused:
+    """Return the error for a template that writes the pictures of a message before its clips, as LLaVA's do."""
+    message = (
+        f"The first question after an opening on a clip must show no picture for this model, got {pictures}. Show "
+        "pictures with a later question, or open without the clip and show both with one question."
+    )
+    return Refused("invalid_request", message)
 
 
 def _in_words(error: Exception) -> str:

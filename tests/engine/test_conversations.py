@@ -375,8 +375,11 @@ def test_a_picture_in_the_first_question_about_a_clip_needs_a_template_that_keep
         assert clips.prompt(opening.opened_on, "What?", shown)
         return
     for attempt, why in (
-        (lambda: clips.check_question(opening.opened_on, 1), "must show no picture for this model, got 1"),
-        (lambda: clips.prompt(opening.opened_on, "What?", shown), "must show no picture for this model, got 1"),
+        (lambda: clips.check_question(opening.opened_on, 1), "must show no picture after it for this model, got 1"),
+        (
+            lambda: clips.prompt(opening.opened_on, "What?", shown),
+            "must show no picture after it for this model, got 1",
+        ),
         (lambda: clips.check_conversation([question], opening.opened_on), "must fit|must begin"),
     ):
         with pytest.raises(Refused, match=why) as refused:

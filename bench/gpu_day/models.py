@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from llava_sessions.text.chat_template import ChatTemplate
+from llava_sessions.text.processors.internvl import PillowInternVLProcessor
 from llava_sessions.text.processors.onevision import PillowOnevisionProcessor
 
 from ..make_checkpoint import EMBEDDING_STD, TEMPLATE, WEIGHT_STD, WORDS, make_tokenizer
@@ -100,11 +101,9 @@ TINY_QWEN3 = Shape("tiny InternVL", "internvl", "qwen3", 64, 2, 4, 2, 128, 2048,
 
 def tokenizer_of(shape: Shape) -> Any:
     """Return a tokenizer with one token for each word of `WORDS`, and the tokens of pictures and clips."""
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(**_INTERNVL_TOKENS if shape.kind == "internvl" else {})
     if shape.kind == "onevision":
         tokenizer.add_tokens(["<video>"], special_tokens=True)
-    if shape.kind == "internvl":
-        tokenizer.add_special_tokens(_INTERNVL_TOKENS)
     return tokenizer
 
 
@@ -156,9 +155,7 @@ def template_of(shape: Shape, tokenizer: Any) -> ChatTemplate:
         images: Any = GotOcr2ImageProcessorPil(size={"height": side, "width": side})
         template = TEMPLATE.replace("<image>", "<IMG_CONTEXT>")
         tokens = _internvl_tokens(shape)
-        return ChatTemplate(
-            PillowInternVLProcessor(images, tokenizer, image_seq_length=tokens, chat_template=template)
-        )
+        return ChatTemplate(PillowInternVLProcessor(images, tokenizer, image_seq_length=tokens, chat_template=template))
     if shape.kind == "onevision":
         images = LlavaOnevisionImageProcessorPil(size={"height": side, "width": side}, image_grid_pinpoints=grid)
         return ChatTemplate(

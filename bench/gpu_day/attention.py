@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from llava_sessions.engine.fused.head_norms import HeadNorms
 
@@ -73,10 +72,8 @@ class Batch:
         self.cos = angles.cos().to(dtype)
         self.sin = angles.sin().to(dtype)
         self.out = torch.zeros(len(stored), heads.heads * heads.head_dim, dtype=dtype, device=device)
-        norms = [Qwen3RMSNorm(heads.head_dim) for _ in range(2 if heads.normed else 0)]
-        for norm in norms:
-            torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
-        self.norms = HeadNorms(*(norm.to(device, dtype) for norm in norms)) if norms else None
+        weights = torch.rand(2, heads.head_dim, device=device).add(0.5).to(dtype)
+        self.norms = HeadNorms(weights, 1e-6) if heads.normed else None
 
     @property
     def kv_bytes(self) -> int:

@@ -57,15 +57,7 @@ class Shape:
     @property
     def kv_token_bytes(self) -> int:
         """The size of the keys and values of one token in all layers, with their scales."""
-        return sum(self._kv_parts)
-
-    @property
-    def _kv_parts(self) -> tuple[int, ...]:
-        """The sizes of one token's numbers, and in int8 of its scales, in all layers."""
-        keys_and_values = self.checkpoint.layers * 2 * self.checkpoint.kv_heads
-        if self.kv == "int8":
-            return keys_and_values * self.head_dim, keys_and_values * SCALE_BYTES
-        return (keys_and_values * self.head_dim * BYTES_PER_NUMBER,)
+        return sum(_kv_parts(self))
 
     @property
     def features_bytes(self) -> int:
@@ -84,16 +76,7 @@ class Shape:
         layer = attention + 3 * sizes.hidden * sizes.intermediate + norms
         tables = 1 if sizes.tied else 2
         language = tables * sizes.vocabulary * sizes.hidden + sizes.layers * layer + sizes.hidden
-        return language + self.tower.parameters + self._projector_parameters
-
-    @property
-    def _projector_parameters(self) -> int:
-        """Two linears with biases. Behind a pixel shuffle, they have a norm; with a grid, a token ends each line."""
-        hidden = self.checkpoint.hidden
-        inputs = int(self.tower.hidden / self.family.downsample_ratio**2)
-        norm = 2 * inputs if self.family.downsample_ratio != 1 else 0
-        line_end = hidden if self.family.tiling == "grid" else 0
-        return norm + inputs * hidden + hidden + hidden**2 + hidden + line_end
+        return language + self.tower.parameters + _projector_parameters(self)
 
     @property
     def linears(self) -> tuple[int, int]:
@@ -126,7 +109,7 @@ class Shape:
     def host_bytes(self, tokens: int) -> int:
         """Return the size of the KV cache in pinned RAM, whose blocks are powers of two."""
         steps = -(-tokens // KV_STEP_TOKENS)
-        return steps * sum(1 << (KV_STEP_TOKENS * size - 1).bit_length() for size in self._kv_parts)
+        return steps * sum(1 << (KV_STEP_TOKENS * size - 1).bit_length() for size in _kv_parts(self))
 
     def session_bytes(self, text_tokens: int) -> int:
         """Return the size of a session with the largest picture and so many tokens of text."""
@@ -148,6 +131,23 @@ class Shape:
     def reserve_bytes(self) -> int:
         """The GPU memory that the engine leaves to CUDA and to forwards."""
         return CONTEXT_BYTES + int(WORKING_FACTOR * self.working_mib * MIB) + FRAGMENTS_BYTES
+
+
+def _kv_parts(shape: Shape) -> tuple[int, ...]:
+    """Return the sizes of one token's numbers, and in int8 of its scales, in all layers."""
+    keys_and_values = shape.checkpoint.layers * 2 * shape.checkpoint.kv_heads
+    if shape.kv == "int8":
+        return keys_and_values * shape.head_dim, keys_and_values * SCALE_BYTES
+    return (keys_and_values * shape.head_dim * BYTES_PER_NUMBER,)
+
+
+def _projector_parameters(shape: Shape) -> int:
+    """Two linears with biases. Behind a pixel shuffle, they have a norm; with a grid, a token ends each line."""
+    hidden = shape.checkpoint.hidden
+    inputs = int(shape.tower.hidden / shape.family.downsample_ratio**2)
+    norm = 2 * inputs if shape.family.downsample_ratio != 1 else 0
+    line_end = hidden if shape.family.tiling == "grid" else 0
+    return norm + inputs * hidden + hidden + hidden**2 + hidden + line_end
 
 
 # Sources of the sizes: config.json of each checkpoint. Language models: "Llama 2" (Vicuna 7B and 13B), "Mistral 7B",

@@ -121,7 +121,9 @@ def test_pinned_steps_are_rounded_up_to_a_power_of_two() -> None:
     device = torch.device("cuda")
     for model in (*SHAPES, *capacity.with_precision("auto", "int8")):
         kv_dtype = torch.int8 if model.kv == "int8" else None
-        shape = KVShape(model.checkpoint.layers, model.checkpoint.kv_heads, model.head_dim, torch.float16, device, kv_dtype)
+        shape = KVShape(
+            model.checkpoint.layers, model.checkpoint.kv_heads, model.head_dim, torch.float16, device, kv_dtype
+        )
         for tokens in (1, 256, 257, 4096):
             assert model.host_bytes(tokens) == shape.host_bytes(tokens)
             assert model.kv_bytes(tokens) == shape.device_bytes(tokens)

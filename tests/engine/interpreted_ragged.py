@@ -22,6 +22,7 @@ from llava_sessions.engine.fused.head_norms import HeadNorms
 CPU = torch.device("cpu")
 LAYERS = 2
 LAYER = 1
+EPSILON = 0.01  # of the norms of heads: so large that its absence is found
 # Bytes in front of and behind each cache.
 MARGIN = 256
 # Stored tokens: none, inside a piece, the last place of a piece, the first of the next one, three pieces.
@@ -54,7 +55,7 @@ class Shape:
     @functools.cached_property
     def norms(self) -> list[Qwen3RMSNorm]:
         """The norms of a query's and of a key's head, or none."""
-        made = [Qwen3RMSNorm(self.head_dim, eps=0.01) for _ in range(2 if self.normed else 0)]
+        made = [Qwen3RMSNorm(self.head_dim, eps=EPSILON) for _ in range(2 if self.normed else 0)]
         for number, norm in enumerate(made):
             torch.nn.init.normal_(norm.weight, 1 + number, 0.5)
         return [norm.to(self.dtype) for norm in made]
@@ -126,7 +127,8 @@ def run(
     task.mixed.fill_(torch.nan)
     task.softmax.fill_(torch.nan)
     out = torch.full((len(qkv), shape.heads * shape.head_dim), torch.nan, dtype=shape.dtype)
-    attention(task, LAYER, qkv, cos, sin, out, HeadNorms(*shape.norms) if shape.norms else None)
+    norms = HeadNorms(torch.stack([norm.weight.detach() for norm in shape.norms]), EPSILON) if shape.norms else None
+    attention(task, LAYER, qkv, cos, sin, out, norms)
     return out
 
 

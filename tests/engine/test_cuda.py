@@ -163,11 +163,7 @@ def test_seeded_sampling_does_not_depend_on_the_batch(tiny: Path, device: str) -
 @pytest.mark.parametrize(
     ("device", "heads", "dtype"),
     [
-        *(
-            on_cuda(heads, dtype)
-            for heads in (*_HEADS, Heads(32, 8, 128, normed=True))
-            for dtype in DTYPES
-        ),
+        *(on_cuda(heads, dtype) for heads in (*_HEADS, Heads(32, 8, 128, normed=True)) for dtype in DTYPES),
         ("cpu", Heads(4, 2, 16), "float32"),
     ],
     ids=str,

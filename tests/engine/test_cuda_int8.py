@@ -25,7 +25,6 @@ from llava_sessions.engine.formats.int8 import dequantize, quantize
 from llava_sessions.engine.fused.layer import FusedLayer
 from llava_sessions.engine.fused.operations import Activation, activate
 from tests.engine.test_budget import CUDA, config_of
-from tests.support import tiny_families
 from tests.support.interpreter import check_interpreted
 from tests.support.meta_cuda import Card, meta_cuda
 

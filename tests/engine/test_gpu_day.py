@@ -49,9 +49,8 @@ def test_the_triton_kernels_and_graphs_run_in_the_interpreter(tmp_path: Path) ->
     done = subprocess.run(asked, cwd=ROOT, env=environment, timeout=120, check=False)
     assert done.returncode == 0
     rows = json.loads((tmp_path / "gpu_day.json").read_text())["sections"]["decode"]["results"]["rows"]
-    assert [row["variant"] for row in rows] == 2 * [variants.PLAIN, variants.FUSED, variants.GRAPHS]
-    assert [row["replays"] > 0 for row in rows] == 2 * [False, False, True]
-    assert {row["shape"] for row in rows} == {models.TINY_MISTRAL.name, models.TINY_QWEN3.name}
+    assert [row["variant"] for row in rows] == [variants.PLAIN, variants.FUSED, variants.GRAPHS]
+    assert [row["replays"] > 0 for row in rows] == [False, False, True]
 
 
 def test_the_options_name_all_sections() -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from llava_sessions.engine.cuda.ragged import RaggedAttention
 from llava_sessions.engine.fused.head_norms import HeadNorms
@@ -73,7 +72,7 @@ def attend(
     cos = torch.empty(len(lengths), head_dim, dtype=dtype)
     out = torch.empty(len(lengths), count * head_dim, dtype=dtype)
     task = attention.task([(row, 4096, 1024, stored) for row, stored in enumerate(lengths)])
-    norms = HeadNorms(*(Qwen3RMSNorm(head_dim).to(dtype) for _ in range(2))) if normed else None
+    norms = HeadNorms(torch.empty(2, head_dim, dtype=dtype), 1e-6) if normed else None
     attention(task, 0, qkv, cos, cos, out, norms)
     attention(task, 1, qkv, cos, cos, out, norms)
     return attention

@@ -99,7 +99,8 @@ def test_the_doctor_reads_the_sizes_of_a_published_checkpoint(
     assert sizes.kv_numbers == row.layers * 2 * row.kv_heads * head_dim
     assert sizes.picture_tokens == family.tokens_of_picture(kit.towers()[family.towers[0]].side)
     shape = fitting.known_shape(config)
-    assert shape is None or shape.name == row.name
+    assert shape is not None
+    assert shape.checkpoint == row
 
 
 @pytest.mark.parametrize(

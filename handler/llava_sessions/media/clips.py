@@ -1,7 +1,7 @@
 """Read the headers of clips and sample their frames, in a child process. The content decides the format. Thread-safe.
 
-MP4, MOV, WebM and Matroska, with H.264, HEVC, VP8, VP9, AV1 or MPEG-4. FFmpeg (PyAV) runs in `clip_child` with limits on
-memory, CPU time and wall time, so that a hostile file can neither end the worker nor fill its memory. What the child
+MP4, MOV, WebM and Matroska, with H.264, HEVC, VP8, VP9, AV1 or MPEG-4. FFmpeg (PyAV) runs in `clip_child` with limits
+on memory, CPU time and wall time, so that a hostile file can neither end the worker nor fill its memory. What the child
 sends is checked, since a hostile file may have taken it over.
 """
 
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,10 @@ from .limits import INVALID_REQUEST, TOO_LARGE, UNSUPPORTED_MEDIA, MediaError, c
 # Children of a worker at once; a further caller waits. Each may take as much memory as `_memory_bytes` returns.
 MAX_CHILDREN = 4
 _CHILDREN = threading.BoundedSemaphore(MAX_CHILDREN)
-_PROGRAM = Path(__file__).with_name("clip_child.py")
-_NO_PYAV_STATUS = 3  # clip_child.NO_PYAV_STATUS
-# The child has no other variable: it reads hostile files and needs no credentials.
-_ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+_MODULE = "llava_sessions.media.clip_child"
+_PACKAGE_FOLDER = str(Path(__file__).resolve().parents[2])
+# Variables of the child, besides PYTHONPATH. It reads hostile files and needs no credentials.
+_VARIABLES = ("PATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 _MAX_MESSAGE_BYTES = 4096
 _BASE_BYTES = 384 * 2**20
 # Of a decoder: 16 reference frames and those of its threads, 3 bytes for a pixel of 10 bits in 4:2:0.
@@ -48,8 +48,8 @@ _STRIP_PIXELS = 1_000_000
 class ClipHeader:
     """What a clip's file holds: its format, the size of a frame, the seconds that it is shown, and its frames.
 
-    `width` and `height` are of a stored frame with square pixels: turned by 90 degrees, the frames of a phone's clip have
-    them exchanged. The frames of a clip whose size changes may have other ones. `pixels` is the same for both.
+    `width` and `height` are of a stored frame with square pixels: the frames of a phone's clip, turned by 90 degrees,
+    have them exchanged. In a clip whose size changes they are of its beginning.
     """
 
     format: str  # MP4, MOV, WEBM or MATROSKA
@@ -83,12 +83,12 @@ def read_clip_header(data: bytes, limits: MediaLimits) -> ClipHeader:
         return child.header()
 
 
-def clip_frames(data: bytes, limits: MediaLimits, count: int) -> Iterator[np.ndarray]:
+def clip_frames(data: bytes, limits: MediaLimits, count: int) -> Generator[np.ndarray, None, None]:
     """Yield at most `count` frames, evenly spaced: uint8 `[height, width, 3]`, RGB, upright, opaque, of square pixels.
 
-    Frame k is the one that is shown in the middle of the k-th of `count` equal parts of the clip's time. A frame that is
-    shown in several of them is yielded once, so a clip with fewer frames yields fewer. The frames depend on the file and
-    on `count` only: a rebuild decodes the same ones.
+    Frame k is the one that is shown in the middle of the k-th of `count` equal parts of the clip's time. A frame that
+    is shown in several of them is yielded once, so a clip with fewer frames yields fewer. The frames depend on the file
+    and on `count` only: a rebuild decodes the same ones.
 
     One frame at a time is in memory here. The caller holds its pixels in the budget while it iterates, as for a
     picture: `with budget.reserve(header.pixels): for frame in clip_frames(...)`. Close the iterator, or exhaust it: its
@@ -99,7 +99,7 @@ def clip_frames(data: bytes, limits: MediaLimits, count: int) -> Iterator[np.nda
     return _frames(data, _checked_format(data, limits), limits, count)
 
 
-def _frames(data: bytes, clip_format: str, limits: MediaLimits, count: int) -> Iterator[np.ndarray]:
+def _frames(data: bytes, clip_format: str, limits: MediaLimits, count: int) -> Generator[np.ndarray, None, None]:
     with _child(data, clip_format, limits, count) as child:
         child.header()
         for _ in range(count):
@@ -154,40 +154,47 @@ def _child(data: bytes, clip_format: str, limits: MediaLimits, count: int) -> It
 
 
 class _Child:
-    """One child process and the messages that it sends."""
+    """One child process and the messages that it sends.
+
+    Its methods raise `MediaError`, or RuntimeError if the process did not start.
+    """
 
     def __init__(self, data: bytes, clip_format: str, limits: MediaLimits, count: int) -> None:
         self._format = clip_format
         self._limits = limits
         self._left_s = limits.clip_timeout_s
+        self._is_ready = False
         ours, theirs = socket.socketpair()
         with contextlib.ExitStack() as on_error, theirs, _memory_file(data) as file:
             on_error.callback(ours.close)
             settings = {
                 "socket_fd": theirs.fileno(),
                 "data_fd": file,
-                "format": clip_format,
                 "count": count,
-                "max_seconds": limits.max_clip_s,
-                "max_pixels": limits.max_clip_pixels,
-                "max_frames": limits.max_clip_frames,
-                "max_aspect": limits.max_aspect,
                 "cpu_seconds": math.ceil(limits.clip_timeout_s),
                 "memory_bytes": _memory_bytes(limits),
+                "limits": {
+                    "format": clip_format,
+                    "max_seconds": limits.max_clip_s,
+                    "max_pixels": limits.max_clip_pixels,
+                    "max_frames": limits.max_clip_frames,
+                    "max_aspect": limits.max_aspect,
+                },
             }
             self._process = subprocess.Popen(
-                [sys.executable, "-P", str(_PROGRAM), json.dumps(settings)],
+                [sys.executable, "-P", "-m", _MODULE, json.dumps(settings)],
                 pass_fds=[theirs.fileno(), file],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+                env=_environment(),
             )
             on_error.pop_all()
         self._socket = ours
 
     def header(self) -> ClipHeader:
-        """Return the first message. Raise `MediaError`."""
+        """Return the header of the clip."""
+        self._is_ready = self._message().get("ready") is True
         message = self._message()
         width, height = self._size(message)
         seconds, frames = message.get("seconds"), message.get("frames")
@@ -196,7 +203,7 @@ class _Child:
         return ClipHeader(self._format, width, height, seconds, frames)
 
     def frame(self) -> np.ndarray | None:
-        """Return the next frame, or None behind the last one. Raise `MediaError`."""
+        """Return the next frame, or None behind the last one."""
         message = self._message()
         if message.get("end") is True:
             return None
@@ -205,7 +212,7 @@ class _Child:
         if channels not in (3, 4):
             raise self._damaged()
         pixels = np.empty((height, width, channels), np.uint8)
-        self._read(memoryview(pixels).cast("B"))
+        self._read(pixels.data.cast("B"))
         return np.ascontiguousarray(_upright(pixels if channels == 3 else _on_white(pixels), matrix))
 
     def end(self) -> None:
@@ -261,13 +268,13 @@ class _Child:
             target = target[received:]
 
     def _ended(self) -> MediaError:
-        """Return the error for a process that ended early. Raise RuntimeError if it could not start."""
+        """Return the error for a process that ended early. Raise RuntimeError if it ended before it was ready."""
         try:
             status = self._process.wait(timeout=max(self._left_s, 1.0))
         except subprocess.TimeoutExpired:
             return self._damaged()
-        if status == _NO_PYAV_STATUS:
-            raise RuntimeError("clips cannot be decoded: the package av is not installed")
+        if not self._is_ready:
+            raise RuntimeError(f"the process that decodes clips did not start: exit code {status}. Is av installed?")
         if status == -signal.SIGXCPU:
             return self._too_slow()
         if status == -signal.SIGKILL:  # by the kernel, when the machine has no memory left
@@ -282,6 +289,13 @@ class _Child:
 
     def _damaged(self) -> MediaError:
         return MediaError(INVALID_REQUEST, f"the clip is damaged: its {self._format} data cannot be decoded")
+
+
+def _environment() -> dict[str, str]:
+    """Return the child's variables. The folder of the package comes first, wherever the archive was unpacked."""
+    variables = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    path = os.pathsep.join(filter(None, [_PACKAGE_FOLDER, os.environ.get("PYTHONPATH")]))
+    return {**variables, "PYTHONPATH": path}
 
 
 def _memory_bytes(limits: MediaLimits) -> int:

@@ -86,7 +86,7 @@ class FusedLayer(torch.nn.Module):
         """Map hidden states `[1, rows, hidden]` to hidden states of the same shape. May change `hidden_states`."""
         cos, sin = position_embeddings
         rows = hidden_states[0]
-        # Queries, keys and values are in no variable, so that their memory is free after the attention.
+        # Without a name, queries, keys and values are freed before the next product.
         attended = packed.attend(self.layer, self.qkv(rows, norm=self.input_norm), cos[0], sin[0], self.head_norms)
         rows = self.output(attended, rows)
         out: torch.Tensor = self.down(self.gate_up(rows, norm=self.mlp_norm), rows)
@@ -102,7 +102,7 @@ def fuse_layers(layers: torch.nn.ModuleList, pack: Pack, packable: Callable[[Any
     """
     if not all(fits(layer, packable) for layer in layers):
         return False
-    if len({frozenset(child_names(layer.self_attn)) for layer in layers}) > 1:
+    if len({frozenset(child_names(layer.get_submodule("self_attn"))) for layer in layers}) > 1:
         return False
     for index, layer in enumerate(layers):
         layers[index] = FusedLayer(layer, pack)

@@ -61,11 +61,13 @@ RUN --mount=type=secret,id=pip --mount=type=secret,id=pip_cert \
     && python3 -m venv --without-pip /opt/venv \
     && python3 -m pip --python /opt/venv/bin/python install --no-cache-dir "$@"
 
-# Compile only modules that the server may load: the model families of LLaVA, not all 400 of transformers. (torch is.)
+# Compile only modules that the server may load: of transformers' 400 models those that the table of families names.
 RUN --mount=type=secret,id=pip --mount=type=secret,id=pip_cert \
     --mount=type=bind,source=requirements.txt,target=/tmp/requirements.txt \
+    --mount=type=bind,source=handler/llava_sessions/text/families.toml,target=/tmp/families.toml \
     python3 -m pip --python /opt/venv/bin/python install --no-cache-dir --no-compile -r /tmp/requirements.txt \
+    && served="$(sed -nE '/^\[(families|texts)\.(.+)\]$/{s//\2|/;H}; $!d; x; s/\n//g; p' /tmp/families.toml)" \
     && /opt/venv/bin/python -m compileall -q /opt/venv \
-        -x '/torch/|/transformers/models/(?!(auto|clip|llama|llava|llava_next|llava_onevision|mistral|qwen2|siglip)/)\w+/'
+        -x "/torch/|/transformers/models/(?!(${served}auto|clip|got_ocr2|siglip)/)\w+/"
 
 COPY . .

@@ -122,8 +122,11 @@ PRESETS = {
 }
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE that encodes any text and has one token for a space and each of `WORDS`."""
+def make_tokenizer(**tokens: str) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE that encodes any text and has one token for a space and each of `WORDS`.
+
+    `tokens`: further special tokens by name.
+    """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -139,7 +142,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens={"image_token": "<image>"} | tokens,
     )
 
 

@@ -32,11 +32,17 @@ SESSION_ID: Schema = {
     "pattern": f"^{SESSION_ID_PATTERN.pattern}$",
 }
 _STOP: Schema = {"type": "string", "minLength": 1, "maxLength": _LIMITS.max_stop_chars}
+_VIDEO: Schema = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "minItems": 1, "maxItems": _LIMITS.max_frames, "items": {"type": "string"}},
+    ]
+}
 # What validators check, and what pydantic's own schemas therefore lack.
 _CHECKED: dict[str, Schema] = {
     "prompt_text": {"minLength": 1, "maxLength": _LIMITS.max_prompt_chars, "pattern": r"\S"},
     "images": {"maxItems": _LIMITS.max_pictures},
-    "video": {"maxItems": _LIMITS.max_frames},
+    "video_frames": {"maximum": _LIMITS.max_frames},
     "history": {"maxItems": _LIMITS.max_history_messages // 2},
     "max_new_tokens": {"maximum": _LIMITS.max_new_tokens, "default": _LIMITS.default_new_tokens},
     "min_tokens": {"maximum": _LIMITS.max_new_tokens},
@@ -55,7 +61,8 @@ _MEANINGS = {
     "image": "One picture.",
     "images": "Several pictures.",
     "path": "One picture.",
-    "video": "The frames of one clip.",
+    "video": "One clip.",
+    "video_frames": f"The most frames that are sampled from the file. The default is {_LIMITS.default_frames}.",
     "history": "Earlier turns, which are prefilled as they are.",
     "resume": "The ID of a session to continue under a new ID.",
     "stream": "Whether the answer is streamed.",
@@ -124,6 +131,8 @@ def _request(model: type[BaseRequest], **action: str) -> Schema:
         core = {**_core(found), **(_CHECKED.get(name, {}) if is_checked else {})}
         if name == "stop":
             core = {"anyOf": [_STOP, _strings(_LIMITS.max_stop_strings)]}
+        if name == "video":
+            core = _VIDEO
         described = {"description": _expected(model, name), **core}
         properties[name] = described if name in required else nullable(described)
     if "deadline_ms" in properties:
@@ -175,7 +184,7 @@ def _chat_requests() -> dict[str, Schema]:
     properties: dict[str, Schema] = {
         "model": _described("Any text. The reply repeats it.", type="string", maxLength=MODEL_MAX_CHARS),
         "messages": {
-            "description": "The whole conversation. The last message is a user's, with text or a picture.",
+            "description": "The whole conversation. The last message is a user's, with text, a picture or a clip.",
             "type": "array",
             "minItems": 1,
             "maxItems": _LIMITS.max_history_messages,
@@ -211,26 +220,39 @@ def _chat_requests() -> dict[str, Schema]:
         },
         "ChatMessage": _chat_message(),
         "TextPart": _fixed({"type": {"const": "text"}, "text": {"type": "string"}}, is_open=True),
-        "PicturePart": _picture_part(),
+        "PicturePart": _url_part("image_url", "A data URL or an https URL."),
+        "ClipPart": _url_part(
+            "video_url", "A data URL or an https URL of a file. Or the frames: `data:video/jpeg;base64,FRAME,FRAME`."
+        ),
     }
 
 
 def _chat_message() -> Schema:
-    parts = {"type": "array", "items": {"anyOf": [ref("TextPart"), ref("PicturePart")]}}
+    parts = {"type": "array", "items": {"anyOf": [ref("TextPart"), ref("PicturePart"), ref("ClipPart")]}}
     content = {"anyOf": [{"type": "string"}, parts, {"type": "null"}]}
     unsupported = {name: _described("Must be empty.", enum=[None, []]) for name in UNSUPPORTED_FIELDS}
     return {
-        "description": "A message of the conversation. Other fields are ignored. Only a user's message has pictures.",
+        "description": (
+            "A message of the conversation. Other fields are ignored. Only a user's message has pictures and clips."
+        ),
         "type": "object",
         "properties": {"role": {"enum": list(ROLES)}, "content": content, **unsupported},
         "required": ["role"],
     }
 
 
-def _picture_part() -> Schema:
-    url = _described("A data URL or an https URL.", type="string")
-    as_object = {"type": "object", "properties": {"url": url}, "required": ["url"]}
-    return _fixed({"type": {"const": "image_url"}, "image_url": {"anyOf": [url, as_object]}}, is_open=True)
+def _url_part(kind: str, meaning: str, **options: Schema) -> Schema:
+    """Return the schema of a picture or a clip. `options`: further properties of the object with `url`."""
+    url = _described(meaning, type="string")
+    as_object = {"type": "object", "properties": {"url": url, **options}, "required": ["url"]}
+    return _fixed({"type": {"const": kind}, kind: {"anyOf": [url, as_object]}}, is_open=True)
+
+
+def _clip_part() -> Schema:
+    frames: Schema = {"type": "integer", "minimum": 1, **_CHECKED["video_frames"]}
+    meaning = f"Not in OpenAI's API. {_MEANINGS['video_frames']}"
+    url = "A data URL or an https URL of a file, or the frames: `data:video/jpeg;base64,FRAME,FRAME`."
+    return _url_part("video_url", url, video_frames=nullable({"description": meaning, **frames}))
 
 
 def _native_replies() -> dict[str, Schema]:

@@ -191,7 +191,7 @@ async def _ask(request: Request) -> Response:
     chat = _chat(request)
     text = await _question(request)
     options = request.app.state.options
-    return _answer(chat, lambda: chat.session.stream(text, images=chat.send_pending(), **options), len(chat.turns))
+    return _answer(chat, lambda: chat.ask(text, options), len(chat.turns))
 
 
 async def _edit(request: Request) -> Response:

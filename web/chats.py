@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from llava_sessions_client import AnswerStream, Chat, ClientError, Endpoint, SessionLost, Turn
+from llava_sessions_client import AnswerStream, AskOptions, Chat, ClientError, Endpoint, SessionLost, Turn
 
-from .pictures import MAX_PICTURES, StoredPicture, render
+from .pictures import MAX_PICTURES, StoredPicture, is_clip, render
 from .problems import Problem, chat_not_found
 
 MAX_CHATS = 32
@@ -77,10 +77,15 @@ class WebChat:
         return found
 
     def attach(self, data: bytes, shown: bytes, media_type: str) -> None:
-        """Add a picture to the next question. Raise `Problem`."""
+        """Add a picture or a clip to the next question. Raise `Problem`."""
         with self.changing:
+            waiting = [one for one in self.pending if all(one is not sent for sent in self.sending)]
+            if is_clip(data) and any(one.is_clip for one in waiting):
+                raise Problem(
+                    "too_many", "A question shows at most one clip.", "Remove the other clip first.", status=413
+                )
             if len(self.pictures) >= MAX_PICTURES:
-                title = f"A chat has at most {MAX_PICTURES} pictures."
+                title = f"A chat has at most {MAX_PICTURES} pictures and clips."
                 raise Problem("too_many", title, "Start a new chat.", status=413)
             self.pictures.append(StoredPicture(next(self.numbers), data, shown, media_type, pending=True))
 
@@ -95,11 +100,13 @@ class WebChat:
                 raise Problem("picture_in_use", "This picture is part of the conversation.", advice)
             self.pictures = [one for one in self.pictures if one is not found]
 
-    def send_pending(self) -> list[bytes]:
-        """Return the pictures that the question shows which starts now. Later ones wait for another question."""
+    def ask(self, text: str, options: AskOptions) -> AnswerStream:
+        """Ask a question with the pictures and the clip that wait now. Later ones wait for another question."""
         with self.changing:
             self.sending = self.pending
-        return [one.data for one in self.sending]
+        images = [one.data for one in self.sending if not one.is_clip]
+        clip = next((one.data for one in self.sending if one.is_clip), None)
+        return self.session.stream(text, images=images, video=clip, **options)
 
     def asked(self, index: int) -> None:
         """Note that turn `index` is the last one now, and shows `sending`. What belongs to later turns is gone."""
@@ -205,7 +212,7 @@ class Chats:
         return chat
 
     def open(self, data: bytes) -> WebChat:
-        """Open a chat on a picture. Raise `Problem` or `ClientError`."""
+        """Open a chat on a picture or a clip. Raise `Problem` or `ClientError`."""
         picture = StoredPicture(0, data, *render(data))
         chat_id = secrets.token_urlsafe(16)
         with self._lock:
@@ -213,7 +220,8 @@ class Chats:
             self._opening[chat_id] = picture
         try:
             _close_all(dropped)
-            chat = WebChat(chat_id, self._endpoint.open(data), [picture])
+            session = self._endpoint.open(video=data) if picture.is_clip else self._endpoint.open(data)
+            chat = WebChat(chat_id, session, [picture])
         except BaseException:
             with self._lock:
                 del self._opening[chat_id]
@@ -229,7 +237,7 @@ class Chats:
         return chat
 
     def attach(self, chat: WebChat, data: bytes) -> None:
-        """Add a picture to the next question of a chat. Raise `Problem`."""
+        """Add a picture or a clip to the next question of a chat. Raise `Problem`."""
         shown, media_type = render(data)
         dropped: list[WebChat] = []
         try:
@@ -269,7 +277,7 @@ class Chats:
         """Continue a chat in a new session with its history. Raise `Problem` or `ClientError`."""
         with alone(chat):
             old = chat.session
-            fresh = self._endpoint.open(old.pictures, history=old.turns)
+            fresh = self._endpoint.open(old.pictures, video=old.clip, history=old.turns)
             with self._lock:
                 is_closed = chat.id not in self._chats
                 if not is_closed:
@@ -293,8 +301,9 @@ class Chats:
             with self._measuring, self._make_endpoint(secrets.token_urlsafe(32)) as other:
                 other.open().close()  # makes the connection, which the session has too
                 began = time.perf_counter()
-                with other.open(chat.session.pictures, history=turns[:index]) as fresh:
-                    stream = fresh.stream(turn.text, images=turn.pictures, max_new_tokens=8)
+                session = chat.session
+                with other.open(session.pictures, video=session.clip, history=turns[:index]) as fresh:
+                    stream = fresh.stream(turn.text, images=turn.pictures, video=turn.clip, max_new_tokens=8)
                     next(stream, None)
                     ttft_s = time.perf_counter() - began
                     for _ in stream:
@@ -337,8 +346,8 @@ def _too_many() -> Problem:
 
 
 def _no_memory() -> Problem:
-    title = "The pictures of all chats take too much memory."
-    return Problem("too_many_pictures", title, "Close a chat first, or send a smaller picture.", status=429)
+    title = "The pictures and clips of all chats take too much memory."
+    return Problem("too_many_pictures", title, "Close a chat first, or send a smaller file.", status=429)
 
 
 def _at_once(work: Callable[[WebChat], None], chats: list[WebChat]) -> None:

@@ -31,7 +31,7 @@ _UNKNOWN_HOST = Problem(
     status=403,
 )
 _FOREIGN = Problem("forbidden", "This request came from another site.", "Open the page at its own address.", status=403)
-_LARGE = Problem("too_large", "The picture is larger than 25 MB.", "Make it smaller and try again.", status=413)
+_LARGE = Problem("too_large", "The file is larger than 25 MB.", "Make it smaller and try again.", status=413)
 
 
 class _BodyTooLarge(Exception):

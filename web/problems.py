@@ -12,6 +12,7 @@ from llava_sessions_client import (
     ClientError,
     ConnectionFailed,
     ContextLengthExceeded,
+    InvalidClip,
     InvalidPicture,
     NotConfigured,
     OverCapacity,
@@ -109,7 +110,11 @@ _WORDS: list[tuple[type[ClientError], Problem]] = [
     ),
     (
         TooLarge,
-        Problem("too_large", "The picture or the text is too large.", "Send a smaller one.", "", 413),
+        Problem("too_large", "The picture, the clip or the text is too large.", "Send a smaller one.", "", 413),
+    ),
+    (
+        InvalidClip,
+        Problem("invalid_clip", "The clip is too large for one request.", "Send a shorter or smaller clip.", "", 413),
     ),
     (
         InvalidPicture,

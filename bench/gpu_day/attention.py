@@ -10,20 +10,23 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from llava_sessions.engine.fused.head_norms import HeadNorms
+
 # Tokens for which each cache has room behind the stored ones, at least.
 _SPARE = 40
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Query heads, KV heads and head size of a layer."""
+    """Query heads, KV heads and head size of a layer. `normed`: with norms of queries and keys, as in Qwen3."""
 
     heads: int
     kv_heads: int
     head_dim: int
+    normed: bool = False
 
     def __str__(self) -> str:
-        return f"{self.heads}, {self.kv_heads}, {self.head_dim}"
+        return f"{self.heads}, {self.kv_heads}, {self.head_dim}{', normed' if self.normed else ''}"
 
 
 def is_interpreted() -> bool:
@@ -69,6 +72,8 @@ class Batch:
         self.cos = angles.cos().to(dtype)
         self.sin = angles.sin().to(dtype)
         self.out = torch.zeros(len(stored), heads.heads * heads.head_dim, dtype=dtype, device=device)
+        weights = torch.rand(2, heads.head_dim, device=device).add(0.5).to(dtype)
+        self.norms = HeadNorms(weights, 1e-6) if heads.normed else None
 
     @property
     def kv_bytes(self) -> int:
@@ -82,7 +87,7 @@ class Batch:
 
     def run(self, kernel: Any, task: Any, layer: int = 0) -> torch.Tensor:
         """Run the kernel on one layer; return `out`."""
-        kernel(task, layer, self.qkv, self.cos, self.sin, self.out)
+        kernel(task, layer, self.qkv, self.cos, self.sin, self.out, self.norms)
         return self.out
 
     def loop(self, layer: int, at: int = 0) -> None:
@@ -107,6 +112,10 @@ class Batch:
         heads = self.heads
         tokens = self.stored[row]
         numbers = self.qkv[row].view(-1, heads.head_dim).double()
+        if self.norms is not None:
+            queries, keys, _ = numbers.split((heads.heads, heads.kv_heads, heads.kv_heads))
+            for part, weight in zip((queries, keys), self.norms.weights.double(), strict=True):
+                part *= weight * (part.square().mean(-1, keepdim=True) + self.norms.epsilon).rsqrt()
         low, high = numbers.chunk(2, -1)
         rotated = numbers * self.cos[row].double() + torch.cat((-high, low), -1) * self.sin[row].double()
         keys, values = self.caches[row][0, :, :, : tokens + 1].double()

@@ -14,7 +14,7 @@ from . import variants
 from .day import Day, Findings
 from .engines import Driver, engine_of, profile
 from .machine import bandwidth
-from .models import LLAVA, MISTRAL, QWEN2, TINY_MISTRAL, Shape
+from .models import LLAVA, MISTRAL, QWEN2, QWEN3, TINY_QWEN3, Shape
 
 _MOST_TIMES_BOUND = 1.3
 _MOST_LAUNCHES = 420
@@ -29,8 +29,8 @@ def run(day: Day, found: Findings) -> None:
     found.results["read_gb_s"] = read_gb_s
     rows: list[dict[str, Any]] = []
     found.results["rows"] = rows
-    usual = [(LLAVA, (1, 8, 32, 64)), (MISTRAL, (8,)), (QWEN2, (8,))]
-    for shape, counts in day.pick(usual, [(TINY_MISTRAL, (2,))]):
+    usual = [(LLAVA, (1, 8, 32, 64)), (MISTRAL, (8,)), (QWEN2, (8,)), (QWEN3, (8,))]
+    for shape, counts in day.pick(usual, [(TINY_QWEN3, (2,))]):
         for name, model, template in variants.of(day, shape, found):
             for count in counts:
                 if not _fits(model, count):

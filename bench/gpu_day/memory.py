@@ -14,6 +14,7 @@ from llava_sessions.engine.engine import Engine
 from llava_sessions.engine.process import start
 from llava_sessions.ipc.messages import AskSession, CloseSession, EngineSettings, OpenSession, OutOfCapacity, Sampling
 from llava_sessions.text.chat_template import ChatTemplate, Opening
+from llava_sessions.text.tiles import largest_picture
 
 from .day import Day, Findings
 from .engines import Driver, load
@@ -81,7 +82,7 @@ class _Chats(Driver):
         super().__init__(engine, vocabulary)
         self._template = template
         self._number = 0
-        side = engine.model.largest_picture
+        side = largest_picture(template.processor)
         noise = np.random.default_rng(0).integers(0, 256, (side[1], side[0], 3), dtype=np.uint8)
         self._inputs = template.opening([("0", Image.fromarray(noise))])
 

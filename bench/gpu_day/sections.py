@@ -10,7 +10,7 @@ SECTIONS = (
     Section("kernel numbers", kernels.numbers, usual_s=30, least_s=10),
     Section("kernel bandwidth", kernels.speeds, usual_s=25, least_s=10),
     Section("tests", suite.run, usual_s=90, least_s=30),
-    Section("decode", decode.run, usual_s=150, least_s=30),
+    Section("decode", decode.run, usual_s=180, least_s=30),
     Section("prefill and pictures", prefill.run, usual_s=60, least_s=20),
     Section("memory", memory.run, usual_s=45, least_s=20),
     Section("moves", moves.run, usual_s=15, least_s=5),

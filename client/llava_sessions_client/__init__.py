@@ -15,6 +15,7 @@ from .answers import Answer, Timings, Turn, Usage
 from .async_chat import AsyncAnswerStream, AsyncChat
 from .async_endpoint import AsyncEndpoint
 from .chat import AnswerStream, Chat
+from .clips import Clip, VideoSource, load_clip
 from .descriptions import Description
 from .endpoint import Endpoint
 from .errors import (
@@ -25,6 +26,7 @@ from .errors import (
     ClientError,
     ConnectionFailed,
     ContextLengthExceeded,
+    InvalidClip,
     InvalidPicture,
     InvalidRequest,
     NotConfigured,
@@ -53,10 +55,12 @@ __all__ = [
     "Chat",
     "ChatClosed",
     "ClientError",
+    "Clip",
     "ConnectionFailed",
     "ContextLengthExceeded",
     "Description",
     "Endpoint",
+    "InvalidClip",
     "InvalidPicture",
     "InvalidRequest",
     "NotConfigured",
@@ -75,5 +79,7 @@ __all__ = [
     "Turn",
     "Unavailable",
     "Usage",
+    "VideoSource",
+    "load_clip",
     "load_picture",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .clips import Clip
 from .pictures import Picture
 
 STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"
@@ -75,11 +76,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Turn:
-    """A question with its pictures, and its answer."""
+    """A question with its pictures and its clip, and its answer."""
 
     text: str
     answer: Answer
     pictures: tuple[Picture, ...] = ()
+    clip: Clip | None = None
 
 
 HistoryTurn = Turn | tuple[str, str]

@@ -12,14 +12,15 @@ from types import TracebackType
 from typing import Any, Unpack
 
 from .answers import CANCELLED, Answer
-from .chat import Images, one_turn
+from .chat import Images, load_media, one_turn
+from .clips import VideoSource
 from .conversation import Conversation
 from .descriptions import Description
 from .drive_async import AsyncShell, AsyncTransport, Result
 from .effects import Core
 from .errors import ClientError
 from .options import AskOptions
-from .pictures import Picture, PictureSource, load_picture, load_pictures
+from .pictures import Picture, PictureSource, load_picture
 from .state import ChatState
 
 log = logging.getLogger(__name__)
@@ -106,17 +107,33 @@ class AsyncChat(ChatState):
         self._lock = threading.Lock()  # never waited for
         self._stream: AsyncAnswerStream | None = None
 
-    async def ask(self, text: str, *, images: Images = (), **options: Unpack[AskOptions]) -> Answer:
-        """Ask a question and return its answer. `images` are shown with it. Raise `ClientError`."""
-        pictures = await asyncio.to_thread(load_pictures, images, region=self._region)
-        return await self._run(self._conversation.ask(text, pictures, options, stream=False))
+    async def ask(
+        self,
+        text: str,
+        *,
+        images: Images = (),
+        video: VideoSource | None = None,
+        video_frames: int | None = None,
+        **options: Unpack[AskOptions],
+    ) -> Answer:
+        """Ask a question and return its answer. As `Chat.ask`."""
+        pictures, clip = await asyncio.to_thread(load_media, images, video, video_frames, self._region)
+        return await self._run(self._conversation.ask(text, pictures, options, stream=False, clip=clip))
 
-    def stream(self, text: str, *, images: Images = (), **options: Unpack[AskOptions]) -> AsyncAnswerStream:
-        """Ask a question and return the pieces of its answer as they arrive. The iteration raises `ClientError`."""
+    def stream(
+        self,
+        text: str,
+        *,
+        images: Images = (),
+        video: VideoSource | None = None,
+        video_frames: int | None = None,
+        **options: Unpack[AskOptions],
+    ) -> AsyncAnswerStream:
+        """Do as `ask`, and return the pieces of the answer as they arrive. The iteration raises `ClientError`."""
 
         async def core() -> Core[Answer]:
-            pictures = await asyncio.to_thread(load_pictures, images, region=self._region)
-            return self._conversation.ask(text, pictures, options, stream=True)
+            pictures, clip = await asyncio.to_thread(load_media, images, video, video_frames, self._region)
+            return self._conversation.ask(text, pictures, options, stream=True, clip=clip)
 
         return self._streamed(core)
 

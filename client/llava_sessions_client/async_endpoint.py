@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .answers import HistoryTurn, to_turns
 from .async_chat import AsyncChat
-from .chat import Images
+from .chat import Images, load_media
+from .clips import Clip, VideoSource
 from .conversation import Conversation
 from .drive_async import AsyncShell, AsyncTransport
 from .http_async import AsyncHttpTransport
 from .options import OnLost, Retries, Timeouts
-from .pictures import load_pictures
+from .pictures import Picture
 from .shrink import DEFAULT_SIDE_PX
 from .targets import is_http, settings_of
 
 if TYPE_CHECKING:
     import httpx
+
+
+LoadMedia = Callable[[], tuple[tuple[Picture, ...], Clip | None]]
 
 
 class AsyncEndpoint:
@@ -58,10 +63,16 @@ class AsyncEndpoint:
         self._entered = False
 
     def open(
-        self, pictures: Images = None, *, history: Sequence[HistoryTurn] = (), on_lost: OnLost = "raise"
+        self,
+        pictures: Images = None,
+        *,
+        video: VideoSource | None = None,
+        video_frames: int | None = None,
+        history: Sequence[HistoryTurn] = (),
+        on_lost: OnLost = "raise",
     ) -> Opening:
         """Open a session. `await` the result for its chat, or use it in `async with`. As `Endpoint.open`."""
-        return Opening(self, pictures, history, on_lost)
+        return Opening(self, partial(load_media, pictures, video, video_frames, self._region), history, on_lost)
 
     async def close(self) -> None:
         """Close all chats and the connections."""
@@ -77,10 +88,10 @@ class AsyncEndpoint:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def make_chat(self, pictures: Images, history: Sequence[HistoryTurn], on_lost: OnLost) -> AsyncChat:
+    async def make_chat(self, load: LoadMedia, history: Sequence[HistoryTurn], on_lost: OnLost) -> AsyncChat:
         """Open a session. Use `open` instead."""
-        loaded = await asyncio.to_thread(load_pictures, pictures, region=self._region)
-        conversation = Conversation(self._settings, loaded, to_turns(history), on_lost)
+        pictures, clip = await asyncio.to_thread(load)
+        conversation = Conversation(self._settings, pictures, to_turns(history), on_lost, clip=clip)
         self._opening += 1
         try:
             if self._transport is None:
@@ -120,16 +131,17 @@ class Opening:
     """A session that is being opened."""
 
     def __init__(
-        self, endpoint: AsyncEndpoint, pictures: Images, history: Sequence[HistoryTurn], on_lost: OnLost
+        self, endpoint: AsyncEndpoint, load: LoadMedia, history: Sequence[HistoryTurn], on_lost: OnLost
     ) -> None:
+        """`load` returns the pictures and the clip; it blocks."""
         self._endpoint = endpoint
-        self._pictures = pictures
+        self._load = load
         self._history = history
         self._on_lost = on_lost
         self._chat: AsyncChat | None = None
 
     def __await__(self) -> Generator[Any, None, AsyncChat]:
-        return self._endpoint.make_chat(self._pictures, self._history, self._on_lost).__await__()
+        return self._endpoint.make_chat(self._load, self._history, self._on_lost).__await__()
 
     async def __aenter__(self) -> AsyncChat:
         self._chat = await self

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Unpack
 
 from .answers import CANCELLED, Answer
+from .clips import Clip, VideoSource, load_optional_clip
 from .conversation import Conversation
 from .descriptions import Description
 from .drive import Shell, Transport
@@ -22,6 +23,13 @@ from .state import ChatState
 
 log = logging.getLogger(__name__)
 Images = PictureSource | Picture | Sequence[PictureSource | Picture] | None
+
+
+def load_media(
+    images: Images, video: VideoSource | None, video_frames: int | None, region: str | None
+) -> tuple[tuple[Picture, ...], Clip | None]:
+    """Return the pictures and the clip of an open or of a question. Raise `InvalidPicture`."""
+    return load_pictures(images, region=region), load_optional_clip(video, frames=video_frames, region=region)
 
 
 class AnswerStream(Iterator[str]):
@@ -125,15 +133,34 @@ class Chat(ChatState):
         self._lock = threading.Lock()
         self._stream: AnswerStream | None = None
 
-    def ask(self, text: str, *, images: Images = (), **options: Unpack[AskOptions]) -> Answer:
-        """Ask a question and return its answer. `images` are shown with it. Raise `ClientError`."""
-        pictures = load_pictures(images, region=self._region)
-        return self._run(self._conversation.ask(text, pictures, options, stream=False))
+    def ask(
+        self,
+        text: str,
+        *,
+        images: Images = (),
+        video: VideoSource | None = None,
+        video_frames: int | None = None,
+        **options: Unpack[AskOptions],
+    ) -> Answer:
+        """Ask a question and return its answer. `images` and the clip `video` are shown with it. Raise `ClientError`.
 
-    def stream(self, text: str, *, images: Images = (), **options: Unpack[AskOptions]) -> AnswerStream:
-        """Ask a question and return the pieces of its answer as they arrive. The iteration raises `ClientError`."""
-        pictures = load_pictures(images, region=self._region)
-        return self._streamed(self._conversation.ask(text, pictures, options, stream=True))
+        `video_frames`: the most frames that the server samples from a video file.
+        """
+        pictures, clip = load_media(images, video, video_frames, self._region)
+        return self._run(self._conversation.ask(text, pictures, options, stream=False, clip=clip))
+
+    def stream(
+        self,
+        text: str,
+        *,
+        images: Images = (),
+        video: VideoSource | None = None,
+        video_frames: int | None = None,
+        **options: Unpack[AskOptions],
+    ) -> AnswerStream:
+        """Do as `ask`, and return the pieces of the answer as they arrive. The iteration raises `ClientError`."""
+        pictures, clip = load_media(images, video, video_frames, self._region)
+        return self._streamed(self._conversation.ask(text, pictures, options, stream=True, clip=clip))
 
     def add_image(self, picture: PictureSource | Picture) -> Picture:
         """Show a picture with the next question. Raise `InvalidPicture`."""

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from .answers import CANCELLED, LENGTH, STOP, Answer, Turn
 from .asking import Delivery, ask_streamed, ask_whole
+from .clips import Clip
 from .descriptions import Description, description_of
 from .effects import Abort, Core
 from .errors import (
@@ -68,11 +69,12 @@ class Conversation:
     stopping: bool = False
     closed: bool = False
     has_history: bool = False  # whether the session was opened with turns
+    clip: Clip | None = None  # on which the session was opened
 
     # --- open and close -----------------------------------------------------------------------------------------------
 
     def open(self, budget: Budget | None = None) -> Core[None]:
-        """Open the session with `pictures` and `turns`. Raise `ClientError`.
+        """Open the session with `pictures`, or `clip`, and `turns`. Raise `ClientError`.
 
         If no reply arrives, the open is sent once more with the same `request_id` and the session is closed. On
         SageMaker a retry may reach another instance than the open whose reply was lost. So the server expires a session
@@ -80,9 +82,11 @@ class Conversation:
         """
         settings = self.settings
         self.pictures = yield from fit_each(self.pictures, settings, self.notices)
-        self.pictures, self.turns = yield from fit_request(self.pictures, self.turns, settings, self.notices)
+        fitting = fit_request(self.pictures, self.turns, settings, self.notices, self.clip)
+        self.pictures, self.turns = yield from fitting
         confirm_s = settings.confirm_s
-        request = open_request(self.pictures, self.turns, str(uuid.uuid4()), settings.session_token, confirm_s)
+        token = settings.session_token
+        request = open_request(self.pictures, self.turns, str(uuid.uuid4()), token, confirm_s, self.clip)
         budget = budget or Budget(settings.timeouts, settings.retries)
         budget.opening = True
         try:
@@ -97,7 +101,7 @@ class Conversation:
         self.in_doubt = False
         self.has_history = bool(self.turns)
         if confirm_s is not None:
-            yield from send(cancel_request(self.session_id, settings.session_token), budget)
+            yield from send(cancel_request(self.session_id, token), budget)
 
     def close(self) -> Core[None]:
         """Close the session. A session that the server no longer has is closed. Raise `ClientError`."""
@@ -127,7 +131,9 @@ class Conversation:
 
     # --- questions ----------------------------------------------------------------------------------------------------
 
-    def ask(self, text: str, pictures: Sequence[Picture], options: AskOptions, *, stream: bool) -> Core[Answer]:
+    def ask(
+        self, text: str, pictures: Sequence[Picture], options: AskOptions, *, stream: bool, clip: Clip | None = None
+    ) -> Core[Answer]:
         """Ask the next question. Its pictures are those that wait and `pictures`. Raise `ClientError`."""
         waited = self.waiting
         shown = yield from fit_each((*waited, *pictures), self.settings, self.notices)
@@ -135,7 +141,7 @@ class Conversation:
         before = self.turns
         self.sending = len(waited)
         try:
-            return (yield from self._answer(before, Turn(text, Answer(""), shown), options, stream=stream))
+            return (yield from self._answer(before, Turn(text, Answer(""), shown, clip), options, stream=stream))
         finally:
             self.sending = 0
             if len(self.turns) > len(before):  # the turn is kept; others may have been added during the answer
@@ -216,12 +222,12 @@ class Conversation:
         settings = self.settings
         budget.own_turn_runs = self.in_doubt
         if self.in_doubt or before != self.turns:
-            turns = self._with_opened_pictures((*before, turn))
-            _, turns = yield from fit_request((), turns, settings, self.notices)
-            request = rewrite_request(self.session_id, turns, fields, settings.session_token)
+            turns, clip = self._with_opened_media((*before, turn))
+            _, turns = yield from fit_request((), turns, settings, self.notices, clip)
+            request = rewrite_request(self.session_id, turns, fields, settings.session_token, clip)
         else:
             _, [turn] = yield from fit_request((), (turn,), settings, self.notices)
-            request = ask_request(self.session_id, turn.text, turn.pictures, fields, settings.session_token)
+            request = ask_request(self.session_id, turn, fields, settings.session_token)
         try:
             return (yield from (ask_streamed if stream else ask_whole)(request, budget, delivery))
         except GeneratorExit:
@@ -242,14 +248,15 @@ class Conversation:
         self.stopping = True
         return cancel_request(self.session_id, self.settings.session_token)
 
-    def _with_opened_pictures(self, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-        """Return the turns for a rewrite. The first one repeats the pictures of the open if the server needs them.
+    def _with_opened_media(self, turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], Clip | None]:
+        """Return the turns for a rewrite, and the clip of the open. The first turn repeats the pictures of the open.
 
-        The server keeps the pictures of a session that was opened without a history, if the first question has none.
+        Nothing is repeated if the session was opened without a history and the first question has neither pictures nor
+        a clip: then the server keeps those of the open.
         """
-        if not (self.has_history or turns[0].pictures):
-            return turns
-        return (replace(turns[0], pictures=(*self.pictures, *turns[0].pictures)), *turns[1:])
+        if not (self.has_history or turns[0].pictures or turns[0].clip):
+            return turns, None
+        return (replace(turns[0], pictures=(*self.pictures, *turns[0].pictures)), *turns[1:]), self.clip
 
     def _stop_turn(self) -> Core[None]:
         """Close the stream and cancel the turn. Its reply says that the session is as it was before the turn."""

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .answers import HistoryTurn, to_turns
-from .chat import Chat, Images
+from .chat import Chat, Images, load_media
+from .clips import VideoSource
 from .conversation import Conversation
 from .drive import Shell, Transport
 from .http import HttpTransport
 from .options import OnLost, Retries, Timeouts
-from .pictures import load_pictures
 from .shrink import DEFAULT_SIDE_PX
 from .targets import is_http, settings_of
 
@@ -68,15 +68,25 @@ class Endpoint:
         self._opening = 0
         self._entered = False
 
-    def open(self, pictures: Images = None, *, history: Sequence[HistoryTurn] = (), on_lost: OnLost = "raise") -> Chat:
-        """Open a session on one picture, several, or none, and return its chat. Raise `ClientError`.
+    def open(
+        self,
+        pictures: Images = None,
+        *,
+        video: VideoSource | None = None,
+        video_frames: int | None = None,
+        history: Sequence[HistoryTurn] = (),
+        on_lost: OnLost = "raise",
+    ) -> Chat:
+        """Open a session on one picture, several, a clip, or nothing, and return its chat. Raise `ClientError`.
 
+        `video`: a video file or a list of frames, as in `load_clip`, instead of pictures. `video_frames`: the most
+        frames that the server samples from the file.
         `history`: earlier turns, as `Chat.turns` or as pairs of question and answer; they are computed in one prefill.
         `on_lost`: what a question does if the server has lost the session: "raise" `SessionLost`, or "replay": open a
         new session with the history and ask again.
         """
-        loaded = load_pictures(pictures, region=self._region)
-        conversation = Conversation(self._settings, loaded, to_turns(history), on_lost)
+        loaded, clip = load_media(pictures, video, video_frames, self._region)
+        conversation = Conversation(self._settings, loaded, to_turns(history), on_lost, clip=clip)
         with self._lock:
             self._opening += 1
         try:

@@ -38,7 +38,11 @@ class TimedOut(ClientError):
 
 
 class InvalidPicture(ClientError, ValueError):
-    """A picture cannot be read, fetched or encoded."""
+    """A picture or a clip cannot be read, fetched or encoded."""
+
+
+class InvalidClip(InvalidPicture):
+    """A clip is neither a file nor frames, or the clips do not fit into one request."""
 
 
 class ChatClosed(ClientError):
@@ -73,11 +77,11 @@ class ApiError(ClientError):
 
 
 class InvalidRequest(ApiError):
-    """The request is malformed, or the server cannot read a picture of it."""
+    """The request is malformed, or the server cannot read a picture or a clip of it."""
 
 
 class TooLarge(ApiError):
-    """A picture, a question, the history or the whole request is above a limit."""
+    """A picture, a clip, a question, the history or the whole request is above a limit."""
 
 
 class ContextLengthExceeded(ApiError):

@@ -106,7 +106,7 @@ def load_picture(source: PictureSource | Picture, *, region: str | None = None) 
     if isinstance(source, str) and sources.is_url(source):
         return picture_of(sources.fetch(source, region), sources.shown(source))
     if isinstance(source, str | os.PathLike):
-        return picture_of(_read(Path(source)), str(source))
+        return picture_of(read_file(Path(source)), str(source))
     if isinstance(source, ArrayLike):
         return encode(_from_array(source), "the array")
     raise InvalidPicture(f"a picture must be a path, URL, bytes, PIL image or array, got {type(source).__name__}")
@@ -123,7 +123,8 @@ def load_pictures(
     return (load_picture(cast("PictureSource | Picture", given), region=region),)
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """Return the bytes of a file. Raise `InvalidPicture`."""
     try:
         return path.expanduser().read_bytes()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Read a picture from a URL: `http(s)://`, `s3://` and `data:`."""
+"""Read a picture or a clip from a URL: `http(s)://`, `s3://` and `data:`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def shown(url: str) -> str:
 
 
 def fetch(url: str, region: str | None = None) -> bytes:
-    """Return the bytes of a picture: at most 64 MiB, within 20 s, after at most 3 redirects. Raise `InvalidPicture`."""
+    """Return the bytes at a URL: at most 64 MiB, within 20 s, after at most 3 redirects. Raise `InvalidPicture`."""
     scheme = url[:8].lower()
     if scheme.startswith("data:"):
         return _data(url)
@@ -70,7 +70,7 @@ def _download(url: str) -> bytes:
             client.stream("GET", url) as reply,
         ):
             if not reply.is_success:
-                raise InvalidPicture(f"{shown(url)} must be a picture, got status {reply.status_code}")
+                raise InvalidPicture(f"{shown(url)} must be available, got status {reply.status_code}")
             for part in reply.iter_bytes():
                 data += part
                 _check_size(len(data), url)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from .answers import Answer, Turn, Usage
+from .clips import Clip
 from .conversation import Conversation
 from .pictures import Picture
 
@@ -61,6 +62,11 @@ class ChatState:
     def pictures(self) -> tuple[Picture, ...]:
         """The pictures that the session was opened on, as they were sent."""
         return self._conversation.pictures
+
+    @property
+    def clip(self) -> Clip | None:
+        """The clip that the session was opened on, or None."""
+        return self._conversation.clip
 
     @property
     def waiting_pictures(self) -> tuple[Picture, ...]:

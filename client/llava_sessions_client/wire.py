@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from .answers import Turn
+from .clips import Clip
 from .errors import UNEXPECTED, ConnectionFailed, api_error
 from .pictures import Picture
 
@@ -62,36 +63,43 @@ def open_request(
     request_id: str,
     session_token: str | None,
     confirm_s: int | None = None,
+    clip: Clip | None = None,
 ) -> Request:
-    """Return the open of a session. `pictures` precede those of the first turn.
+    """Return the open of a session. `pictures` and `clip` precede those of the first turn.
 
     `confirm_s`: the session expires so soon unless another request names it.
     """
-    body: Body = {"type": "start_session", **_images(pictures)}
+    body: Body = {"type": "start_session", **_media(pictures, clip)}
     if history:
         body["history"] = [
-            {"prompt_text": turn.text, **_images(turn.pictures), "response_text": turn.answer.text} for turn in history
+            {"prompt_text": turn.text, **_media(turn.pictures, turn.clip), "response_text": turn.answer.text}
+            for turn in history
         ]
-    if not pictures and not history:
+    if not pictures and clip is None and not history:
         body = {"requestType": "NEW_SESSION"}
     if confirm_s is not None:
         body["confirm_s"] = confirm_s
     return Request({**body, **_token(session_token), "request_id": request_id})
 
 
-def ask_request(
-    session_id: str, text: str, pictures: Sequence[Picture], options: Body, session_token: str | None
-) -> Request:
-    """Return a question. `options` include its `request_id`."""
-    body = {"type": "send_text_prompt", "prompt_text": text, **_images(pictures), **options, **_token(session_token)}
+def ask_request(session_id: str, turn: Turn, options: Body, session_token: str | None) -> Request:
+    """Return the question of a turn. `options` include its `request_id`."""
+    media = _media(turn.pictures, turn.clip)
+    body = {"type": "send_text_prompt", "prompt_text": turn.text, **media, **options, **_token(session_token)}
     return Request(body, session_id)
 
 
-def rewrite_request(session_id: str, turns: Sequence[Turn], options: Body, session_token: str | None) -> Request:
-    """Return a request that makes `turns` the session's conversation and answers the last one."""
+def rewrite_request(
+    session_id: str, turns: Sequence[Turn], options: Body, session_token: str | None, clip: Clip | None = None
+) -> Request:
+    """Return a request that makes `turns` the session's conversation and answers the last one.
+
+    `clip`: that of the open, which precedes the clip of the first turn.
+    """
     messages: list[Body] = []
-    for turn in turns:
-        messages.append({"role": "user", "content": _content(turn)})
+    for number, turn in enumerate(turns):
+        clips = [one for one in (None if number else clip, turn.clip) if one is not None]
+        messages.append({"role": "user", "content": _content(turn, clips)})
         messages.append({"role": "assistant", "content": turn.answer.text})
     named = {_CHAT_NAMES.get(name, name): value for name, value in options.items()}
     body = {name: value for name, value in named.items() if name is not None}
@@ -184,10 +192,21 @@ def _images(pictures: Sequence[Picture]) -> Body:
     return {"images": [picture.base64 for picture in pictures]} if pictures else {}
 
 
-def _content(turn: Turn) -> str | list[Body]:
-    if not turn.pictures:
+def _media(pictures: Sequence[Picture], clip: Clip | None) -> Body:
+    if clip is None:
+        return _images(pictures)
+    return {**_images(pictures), "video": clip.video, **_sampled(clip)}
+
+
+def _sampled(clip: Clip) -> Body:
+    return {} if clip.sampled_frames is None else {"video_frames": clip.sampled_frames}
+
+
+def _content(turn: Turn, clips: Sequence[Clip]) -> str | list[Body]:
+    if not turn.pictures and not clips:
         return turn.text
     parts: list[Body] = [{"type": "image_url", "image_url": {"url": picture.data_url}} for picture in turn.pictures]
+    parts += [{"type": "video_url", "video_url": {"url": clip.data_url, **_sampled(clip)}} for clip in clips]
     return [*parts, {"type": "text", "text": turn.text}]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from deploy.pack import PackError, checkpoint_problems
+from deploy.pack.families import families
 from deploy.pack.job import HANDLER_DIR
 from deploy.pack.loading import loading_problems
 
@@ -34,12 +35,10 @@ def check_checkpoint(subject: Subject) -> Iterator[Finding]:
         found = f"{folder} has folders of checkpoints, and is none itself"
         yield error("checkpoint", found, f"give --model (MODEL=) one of them: {', '.join(inner)}")
         return
-    problems = checkpoint_problems(folder)
-    if not problems:
-        try:
-            problems = loading_problems(HANDLER_DIR, folder, "files")
-        except PackError as failure:
-            problems = [str(failure)]
+    try:  # in the order of packing: a kind that is not served is named, and not the files that it does not have
+        problems = loading_problems(HANDLER_DIR, folder, "files") or checkpoint_problems(folder)
+    except PackError as failure:
+        problems = [str(failure)]
     if problems:
         for problem in problems:
             yield error("checkpoint", problem, _remedy(problem, subject.model))
@@ -81,7 +80,10 @@ def _remedy(problem: str, model: str) -> str:
         return "run in its folder: git lfs pull"
     if "truncated" in problem or "missing" in problem or "lacks" in problem or problem.startswith("no "):
         return "copy or download the checkpoint again, all of its files"
-    return f"choose a LLaVA, LLaVA-NeXT or LLaVA-OneVision checkpoint in place of {model}"
+    if "pack its twin" in problem:
+        return "give --model (MODEL=) the twin: its ID on the hub, or its folder"
+    titles = ", ".join(family.title for family in families().values())
+    return f"choose a checkpoint of a served family in place of {model}: {titles}"
 
 
 def check_dtype(subject: Subject) -> Iterator[Finding]:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from deploy.pack.checkpoint import weight_files
+from deploy.pack.families import Family, TextModel, families, texts, towers
 from deploy.sagemaker.capacity import KV_STEP_TOKENS, SCALE_BYTES
 
 TEXT_TOKENS = 1024  # of a conversation, as in `llava-deploy capacity`
-# Text model -> hidden size, layers and KV heads where config.json omits them: the defaults of transformers.
-_USUAL = {"llama": (4096, 32, 32), "mistral": (4096, 32, 8), "qwen2": (4096, 32, 32)}
-# Family -> image tokens of the largest picture, as a multiple of those of one tile (deploy/sagemaker/capacity.py).
-_TILES = {"llava": 1.0, "llava_next": 2928 / 576, "llava_onevision": 7371 / 729}
+_COUNTS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+Row = TypeVar("Row")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -46,25 +53,21 @@ class Sizes:
     def read(cls, folder: Path) -> Sizes:
         """Return the sizes of a checkpoint that is complete. Raise `SizesError` for a number that is none."""
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        text = _section(config, "text_config")
-        hidden, layers, heads = _USUAL.get(str(text.get("model_type", "llama")), _USUAL["llama"])
-        hidden = _count(text, "hidden_size", hidden)
-        heads_of_queries = _count(text, "num_attention_heads", 32)
-        head_dim = _count(text, "head_dim", hidden // heads_of_queries)
-        kv_heads = _count(text, "num_key_value_heads", _count(text, "num_attention_heads", heads))
+        family = _row(families(), config.get("model_type"), "model_type")
+        text = _text_sizes(_section(config, "text_config"), family)
         linears, tied_head = _language_linears(folder)
         return cls(
-            family=config.get("model_type", ""),
+            family=family.type,
             stored_dtype=_stored_dtype(config),
             stored_bytes=sum(path.stat().st_size for path in weight_files(folder)),
-            hidden=hidden,
-            kv_numbers=_count(text, "num_hidden_layers", layers) * 2 * kv_heads * head_dim,
-            head_dim=head_dim,
+            hidden=text.hidden,
+            kv_numbers=text.layers * 2 * text.kv_heads * text.head_dim,
+            head_dim=text.head_dim,
             linear_numbers=sum(rows * columns for rows, columns in linears),
             linear_outputs=sum(rows for rows, _ in linears),
             tied_head=tied_head,
-            picture_tokens=_picture_tokens(config),
-            context_tokens=_count(text, "max_position_embeddings", 4096),
+            picture_tokens=_picture_tokens(config, family),
+            context_tokens=text.context,
         )
 
     def weights_bytes(self, dtype: str, on_cuda: bool, weights: str = "auto") -> int:
@@ -126,12 +129,28 @@ def _language_linears(folder: Path) -> tuple[list[tuple[int, int]], tuple[int, i
     return linears, (0, 0) if has_head else embeddings
 
 
+def _row(table: Mapping[str, Row], kind: object, key: str) -> Row:
+    """Return the row of families.toml for a model type. Raise `SizesError` if there is none: the loader refuses it."""
+    row = table.get(str(kind))
+    if row is None:
+        raise SizesError(f"config.json: `{key}` must be {' or '.join(table)}, got {kind!r}")
+    return row
+
+
 def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
     """Return an object of config.json, empty if it is absent."""
     value = config.get(key) or {}
     if not isinstance(value, dict):
         raise SizesError(f"config.json: `{key}` must be an object, got {type(value).__name__}")
     return value
+
+
+def _text_sizes(section: dict[str, Any], family: Family) -> TextModel:
+    """Return the sizes of a `text_config`. Raise `SizesError` for a number that is none."""
+    usual = _row(texts(), section.get("model_type", family.text), "text_config.model_type")
+    for key in _COUNTS:
+        _count(section, key, 1)
+    return usual.with_values_of(section)
 
 
 def _count(section: dict[str, Any], key: str, usual: int) -> int:
@@ -144,13 +163,24 @@ def _count(section: dict[str, Any], key: str, usual: int) -> int:
     return value
 
 
+def _side(section: dict[str, Any], key: str, usual: int) -> int:
+    """Return the side of a square in pixels, which config.json has as a number or as a pair."""
+    value = section.get(key)
+    is_square = isinstance(value, list) and len(value) == 2 and value[0] == value[1]
+    return _count({key: value[0]} if is_square else section, key, usual)
+
+
 def _stored_dtype(config: dict[str, Any]) -> str:
     text = _section(config, "text_config")
     found = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
     return found if found in _BYTES else "float16"
 
 
-def _picture_tokens(config: dict[str, Any]) -> int:
+def _picture_tokens(config: dict[str, Any], family: Family) -> int:
     vision = _section(config, "vision_config")
-    patches = (_count(vision, "image_size", 336) // _count(vision, "patch_size", 14)) ** 2
-    return int(patches * _TILES.get(config.get("model_type", ""), 1.0))
+    tower = _row(towers(), vision.get("model_type", family.towers[0]), "vision_config.model_type")
+    side = _side(vision, "image_size", tower.image_size) // _side(vision, "patch_size", tower.patch_size)
+    ratio = config.get("downsample_ratio")
+    if ratio is not None and (not isinstance(ratio, float) or not 0 < ratio <= 1):
+        raise SizesError(f"config.json: `downsample_ratio` must be a number from 0 to 1, got {ratio!r}")
+    return family.tokens_of_picture(side, ratio)

@@ -126,6 +126,8 @@ def _add_capacity(commands: _Commands) -> None:
     text = "Print how many sessions fit on which instance"
     parser = commands.subparsers.add_parser("capacity", help=text.lower(), description=f"{text}. {capacity.NOTE}")
     parser.set_defaults(run=None)
+    model = "a part of the names of the models to print, such as InternVL3.5 (default: all models)"
+    parser.add_argument("--model", type=_part_of_name, default="", metavar="NAME", help=model)
     tokens = "text tokens of a conversation, without its picture (default: %(default)s)"
     parser.add_argument("--text-tokens", type=whole_number(1), default=1024, metavar="N", help=tokens)
     reserve = "GPU memory for CUDA itself and for temporary tensors (default: as the engine reserves for the model)"
@@ -149,6 +151,13 @@ def _name(text: str) -> str:
         raise argparse.ArgumentTypeError(
             f"must be letters, digits and inner hyphens, a letter first, at most 63, got {text!r}"
         )
+    return text
+
+
+def _part_of_name(text: str) -> str:
+    if not capacity.with_precision("auto", "auto", text):
+        names = ", ".join(shape.name for shape in capacity.SHAPES)
+        raise argparse.ArgumentTypeError(f"must be a part of one of the names {names}, got {text!r}")
     return text
 
 

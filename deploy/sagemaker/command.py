@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     if args.command == "capacity":
         with contextlib.suppress(BrokenPipeError):  # the reader, such as `head`, has ended
-            print(capacity.report(args.text_tokens, args.reserve_gib, args.weights, args.kv_dtype), flush=True)
+            options = (args.text_tokens, args.reserve_gib, args.weights, args.kv_dtype, args.model)
+            print(capacity.report(*options), flush=True)
         return 0
     if args.command == "doctor":
         return doctor.run(args)

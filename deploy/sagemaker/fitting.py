@@ -8,19 +8,18 @@ from typing import Any
 
 import yaml
 
+from deploy.pack.families import families, texts
+
 from . import capacity, models
 from .account import Account
 from .instances import InstanceType
 from .output import format_size
+from .shapes import Shape
 
 CONFIG = "checkpoint/config.json"
 WEIGHTS = ".safetensors"
 TEXT_TOKENS = 1024  # the default of `capacity`
 RESERVE_GIB = 2.0  # of a model that is not in the table: more than the engine's reserve for any that is
-# model_type -> the name of its family in the table
-FAMILIES = {"llava": "LLaVA-1.5", "llava_next": "LLaVA-NeXT", "llava_onevision": "OneVision"}
-# Hidden size, layers and KV heads of a text config that omits them: the defaults of transformers.
-USUAL = {"llama": (4096, 32, 32), "mistral": (4096, 32, 8), "qwen2": (4096, 32, 32)}
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def _precisions(account: Account, address: models.ModelAddress) -> dict[str, cap
     return {name: "int8" if value == "int8" else "auto" for name, value in values.items()}
 
 
-def _remedy(shape: capacity.LlavaShape, instance: InstanceType) -> str:
+def _remedy(shape: Shape, instance: InstanceType) -> str:
     """Return what serves a model that does not fit an instance."""
     found = capacity.smallest(shape, TEXT_TOKENS)
     smallest = f"the smallest type that it fits is {found.name}" if found else "it fits no type of the table"
@@ -70,18 +69,18 @@ def _remedy(shape: capacity.LlavaShape, instance: InstanceType) -> str:
     return smallest
 
 
-def known_shape(config: dict[str, Any]) -> capacity.LlavaShape | None:
+def known_shape(config: dict[str, Any]) -> Shape | None:
     """Return the row of the table with the sizes of this config.json, or None."""
-    text = config.get("text_config") or {}
-    kind = text.get("model_type", "llama")
-    usual = USUAL.get(kind, USUAL["llama"])
-    hidden = text.get("hidden_size", usual[0])
-    layers = text.get("num_hidden_layers", usual[1])
-    heads = text.get("num_key_value_heads", text.get("num_attention_heads", usual[2]))
-    family = FAMILIES.get(config.get("model_type", ""))
-    for shape in capacity.MODELS:
-        sizes = (shape.text, shape.hidden, shape.layers, shape.kv_heads)
-        if family and family in shape.name and sizes == (kind, hidden, layers, heads):
+    family = families().get(str(config.get("model_type")))
+    section = config.get("text_config") or {}
+    kind = section.get("model_type", family.text if family else None)
+    if family is None or kind not in texts():
+        return None
+    text = texts()[kind].with_values_of(section)
+    sizes = (kind, text.hidden, text.layers, text.kv_heads)
+    for shape in capacity.SHAPES:
+        row = shape.checkpoint
+        if shape.family == family and (row.text, row.hidden, row.layers, row.kv_heads) == sizes:
             return shape
     return None
 

@@ -10,49 +10,19 @@ from pathlib import Path
 import moto.ec2
 import pytest
 import torch
-from transformers import (
-    AutoModelForImageTextToText,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaNextConfig,
-    LlavaOnevisionConfig,
-    MistralConfig,
-    Qwen2Config,
-    SiglipVisionConfig,
-)
+from transformers import AutoModelForImageTextToText, LlavaNextConfig
 
 from deploy.sagemaker import capacity
 from deploy.sagemaker import command as llava_deploy
-from deploy.sagemaker.capacity import GIB, INSTANCES, KV_STEP_TOKENS, MIB, MODELS, InstanceType, LlavaShape
+from deploy.sagemaker.capacity import GIB, INSTANCES, KV_STEP_TOKENS, MIB, SHAPES, InstanceType, Shape
 from llava_sessions.engine.kv import GROWTH_TOKENS, KVShape, SessionKV
+from tests.support.published import config_of
 
-LLAVA_7B = MODELS[0]
-
-
-def config_of(model: LlavaShape) -> LlavaConfig | LlavaNextConfig | LlavaOnevisionConfig:
-    """The configuration that transformers would read from the checkpoint."""
-    sizes = {
-        "hidden_size": model.hidden,
-        "intermediate_size": model.intermediate,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_heads,
-        "vocab_size": model.vocabulary,
-    }
-    text = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}[model.text](**sizes)
-    if model.tower is capacity.SIGLIP:
-        tower = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 26, "num_attention_heads": 16}
-        siglip = SiglipVisionConfig(**tower, image_size=384, patch_size=14, vision_use_head=False)
-        return LlavaOnevisionConfig(vision_config=siglip, text_config=text, tie_word_embeddings=False)
-    tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    vision = CLIPVisionConfig(**tower, image_size=336, patch_size=14, projection_dim=768)
-    kind = LlavaNextConfig if model.newline else LlavaConfig
-    return kind(vision_config=vision, text_config=text, tie_word_embeddings=False)
+LLAVA_7B = SHAPES[0]
 
 
-@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
-def test_weights_are_those_that_transformers_makes(model: LlavaShape) -> None:
+@pytest.mark.parametrize("model", SHAPES, ids=lambda model: model.name)
+def test_weights_are_those_that_transformers_makes(model: Shape) -> None:
     with torch.device("meta"):  # no memory is taken
         made = AutoModelForImageTextToText.from_config(config_of(model))
     assert model.parameters == sum(parameter.numel() for parameter in made.parameters())
@@ -61,15 +31,15 @@ def test_weights_are_those_that_transformers_makes(model: LlavaShape) -> None:
 def test_a_next_picture_is_at_most_as_long_as_assumed() -> None:
     """576 tokens of the whole picture; of its tiles 24 x 24 each and an end of line to every row."""
     tiles = [(height // 14) * (width // 14) + height // 14 for height, width in LlavaNextConfig().image_grid_pinpoints]
-    next_models = {model.picture_tokens for model in MODELS if "NeXT" in model.name}
+    next_models = {model.picture_tokens for model in SHAPES if "NeXT" in model.name}
     assert next_models == {576 + max(tiles)} == {2928}
 
 
 @pytest.mark.parametrize("tokens", [1, 255, 256, 257, 1600, 3952])
-@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
-def test_kv_is_what_the_engine_allocates(model: LlavaShape, tokens: int) -> None:
+@pytest.mark.parametrize("model", SHAPES, ids=lambda model: model.name)
+def test_kv_is_what_the_engine_allocates(model: Shape, tokens: int) -> None:
     device = torch.device("meta")
-    kv = SessionKV(KVShape(model.layers, model.kv_heads, model.head_dim, torch.bfloat16, device))
+    kv = SessionKV(KVShape(model.checkpoint.layers, model.checkpoint.kv_heads, model.head_dim, torch.bfloat16, device))
     kv.reserve(tokens)
     assert model.kv_bytes(tokens) == kv.device_bytes
     assert KV_STEP_TOKENS == GROWTH_TOKENS
@@ -103,59 +73,78 @@ def test_graphs_take_memory_if_the_weights_leave_half_of_the_gpu() -> None:
 def test_int8_by_hand() -> None:
     # LLaVA-1.5-13B: 40 layers of 4 x 5120 x 5120 + 3 x 5120 x 13824 weights and a head of 5120 x 32064 are
     # 12,851,937,280 weights, and as many bytes. Their outputs are 40 x (5 x 5120 + 2 x 13824) + 32064 = 2,161,984.
-    large = replace(MODELS[1], weights="int8", kv="int8")
+    large = replace(SHAPES[1], weights="int8", kv="int8")
     assert large.linears == (12_851_937_280, 2_161_984)
     kept = large.parameters - 12_851_937_280  # embeddings, vision tower, projector, norms
     assert large.weights_bytes == 2 * kept + 12_851_937_280 + 4 * 2_161_984
     assert large.kv_token_bytes == 40 * 2 * 40 * (128 + 4)
-    assert 1.8 < MODELS[1].kv_token_bytes / large.kv_token_bytes < 2
+    assert 1.8 < SHAPES[1].kv_token_bytes / large.kv_token_bytes < 2
     # 256 tokens: numbers of 100 MiB take 128 MiB, and scales of 3.125 MiB take 4 MiB.
     assert large.host_bytes(256) == (128 + 4) * MIB
-    assert capacity.fit(MODELS[1], InstanceType("ml.g5.2xlarge", "A10G", 22888, 32), 1024).on_gpu == 0
+    assert capacity.fit(SHAPES[1], InstanceType("ml.g5.2xlarge", "A10G", 22888, 32), 1024).on_gpu == 0
     assert capacity.fit(large, InstanceType("ml.g5.2xlarge", "A10G", 22888, 32), 1024).on_gpu == 11
 
 
 def test_the_smallest_type_of_a_model() -> None:
-    found = capacity.smallest(MODELS[1], 1024)
+    found = capacity.smallest(SHAPES[1], 1024)
     assert found is not None
     assert all(
         item.gpus * item.gpu_mib >= found.gpus * found.gpu_mib
         for item in INSTANCES
-        if capacity.fit(MODELS[1], item, 1024).on_gpu
+        if capacity.fit(SHAPES[1], item, 1024).on_gpu
     )
-    assert capacity.smallest(replace(MODELS[1], hidden=50_000), 1024) is None
+    assert capacity.smallest(replace(SHAPES[1], checkpoint=replace(SHAPES[1].checkpoint, hidden=50_000)), 1024) is None
 
 
 def test_the_command_prints_int8(capsys: pytest.CaptureFixture[str]) -> None:
     assert llava_deploy.main(["capacity", "--weights", "int8", "--kv-dtype", "int8"]) == 0
     printed = capsys.readouterr().out
     assert "Weights: int8. KV caches: int8." in printed
-    (row,) = (line for line in printed.splitlines() if line.startswith("| ml.g5.2xlarge |"))
-    assert row.split("|")[4].strip().endswith("(11)"), "LLaVA-1.5-13B on 24 GB"
+    rows = [line for line in printed.splitlines() if line.startswith("| ml.g5.2xlarge |")]
+    assert len(rows) == 5, "a table for each family"
+    assert rows[0].split("|")[4].strip().endswith("(11)"), "LLaVA-1.5-13B on 24 GB"
+
+
+def test_the_command_prints_the_models_that_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert llava_deploy.main(["capacity", "--model", "internvl3.5-8"]) == 0
+    assert {line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if "InternVL3" in line} == {
+        "InternVL3.5-8B",
+        "instance",
+    }
+    with pytest.raises(SystemExit) as exited:
+        llava_deploy.main(["capacity", "--model", "GPT"])
+    assert exited.value.code == 2
+    assert "must be a part of one of the names LLaVA-1.5-7B, " in capsys.readouterr().err
 
 
 def test_pinned_steps_are_rounded_up_to_a_power_of_two() -> None:
     device = torch.device("cuda")
-    for model in (*MODELS, *capacity.with_precision("auto", "int8")):
+    for model in (*SHAPES, *capacity.with_precision("auto", "int8")):
         kv_dtype = torch.int8 if model.kv == "int8" else None
-        shape = KVShape(model.layers, model.kv_heads, model.head_dim, torch.float16, device, kv_dtype)
+        shape = KVShape(
+            model.checkpoint.layers, model.checkpoint.kv_heads, model.head_dim, torch.float16, device, kv_dtype
+        )
         for tokens in (1, 256, 257, 4096):
             assert model.host_bytes(tokens) == shape.host_bytes(tokens)
             assert model.kv_bytes(tokens) == shape.device_bytes(tokens)
-    by_hand = {model.name: model.host_bytes(257) // MIB for model in MODELS}
+    by_hand = {model.name: model.host_bytes(257) // MIB for model in SHAPES}
     assert by_hand["LLaVA-1.5-7B"] == 2 * 128  # 256 x 512 KiB
     assert by_hand["LLaVA-1.5-13B"] == 2 * 256  # 256 x 800 KiB = 200 MiB
     assert by_hand["LLaVA-OneVision-7B"] == 2 * 16  # 256 x 56 KiB = 14 MiB
 
 
 def test_where_the_weights_leave_no_room_nothing_is_open() -> None:
-    fits = capacity.fit(MODELS[1], InstanceType("ml.g5.2xlarge", "A10G", 22888, 32), 1024, 2 * GIB)
+    fits = capacity.fit(SHAPES[1], InstanceType("ml.g5.2xlarge", "A10G", 22888, 32), 1024, 2 * GIB)
     assert (fits.on_gpu, fits.open) == (0, 0)
 
 
 @pytest.mark.parametrize("instance", INSTANCES, ids=lambda instance: instance.name)
-@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
-def test_what_is_open_really_fits(model: LlavaShape, instance: InstanceType) -> None:
+def test_what_is_open_really_fits(instance: InstanceType) -> None:
+    for model in SHAPES:
+        check_what_is_open(model, instance)
+
+
+def check_what_is_open(model: Shape, instance: InstanceType) -> None:
     fits = capacity.fit(model, instance, 1024, 2 * GIB)
     assert (fits.on_gpu % instance.gpus, fits.in_ram % instance.gpus, fits.open % instance.gpus) == (0, 0, 0)
     opened, in_ram = fits.open // instance.gpus, fits.in_ram // instance.gpus
@@ -190,7 +179,7 @@ def test_instances_are_as_ec2_describes_them() -> None:
 
 
 def test_the_guide_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    assert llava_deploy.main(["capacity"]) == 0
+    assert llava_deploy.main(["capacity", "--model", "LLaVA-1.5"]) == 0
     printed = capsys.readouterr().out
     guide = (Path(__file__).resolve().parents[2] / "docs/sagemaker.md").read_text(encoding="utf-8")
     table = [line for line in printed.splitlines() if line.startswith("|")]

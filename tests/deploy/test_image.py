@@ -25,7 +25,7 @@ import pytest
 from deploy.container import entrypoint
 from deploy.container.entrypoint import MANIFEST, ContainerError, find_model
 from deploy.container.image import ImageError, build_command, find_builder, pip_settings
-from deploy.pack import FAMILIES
+from deploy.pack.families import TABLE, families, texts
 from deploy.serve.ports import PORTS, fixed_ports, free_ports, is_free
 from tests.support.commands import eventually
 
@@ -119,10 +119,20 @@ def test_the_dockerfile_names_no_base_that_aws_has_stopped_patching() -> None:
     assert not re.search(r"pytorch-inference|torchserve:|-sagemaker`", DOCKERFILE)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_every_family_that_is_served_is_compiled(family: str) -> None:
-    left_out = re.compile(re.search(r"-x '(.*)'", DOCKERFILE)[1])
-    assert not left_out.search(f"/opt/venv/lib/transformers/models/{family}/modeling_{family}.py")
+@pytest.fixture(scope="module")
+def left_out() -> re.Pattern[str]:
+    """Run the last commands of the installation, with one that prints its words."""
+    step = re.search(r"&& (served=.*?)\n\nCOPY", DOCKERFILE, re.DOTALL)[1]
+    step = step.replace("/opt/venv/bin/python", "echo").replace("/tmp/families.toml", str(TABLE))
+    done = subprocess.run(["/bin/sh", "-ec", step], capture_output=True, text=True, check=True)
+    words, _, pattern = done.stdout.rstrip("\n").partition(" -x ")
+    assert words == "-m compileall -q /opt/venv"
+    return re.compile(pattern)
+
+
+@pytest.mark.parametrize("kind", [*families(), *texts()])
+def test_every_kind_that_is_served_is_compiled(kind: str, left_out: re.Pattern[str]) -> None:
+    assert not left_out.search(f"/opt/venv/lib/transformers/models/{kind}/modeling_{kind}.py")
     assert left_out.search("/opt/venv/lib/transformers/models/whisper/modeling_whisper.py")
 
 

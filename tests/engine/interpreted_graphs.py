@@ -19,7 +19,8 @@ from llava_sessions.engine.budget import DeviceBudget
 from llava_sessions.engine.cuda import graphs
 from llava_sessions.engine.cuda.graphs import Bucket
 from llava_sessions.engine.engine import Engine
-from llava_sessions.engine.model import Model, load_weights
+from llava_sessions.engine.loading import load_weights
+from llava_sessions.engine.model import Model
 from llava_sessions.ipc.messages import CloseSession, EngineSettings, Sampling
 from tests.engine.test_graphs import INVALID, BrokenGraph
 from tests.support.engine_chats import QUESTIONS, Chats, Reference

@@ -162,8 +162,14 @@ def on_device(plain: torch.nn.Module, worlds: Worlds) -> Model:  # noqa: F811
         return Model(plain, cuda_pack=int8_linear.pack_for(CUDA, torch.float32))
 
 
-def test_answers_equal_generate_with_the_dequantized_weights(tmp_path: Path, worlds: Worlds) -> None:  # noqa: F811
-    name = "onevision"  # two query heads per KV head, biases, a head that is the table of embeddings
+@pytest.mark.parametrize(
+    "name",
+    [
+        "onevision",  # two query heads per KV head, biases, a head that is the table of embeddings
+        "internvl3.5",  # head norms, and query heads that are together wider than the hidden size
+    ],
+)
+def test_answers_equal_generate_with_the_dequantized_weights(name: str, tmp_path: Path, worlds: Worlds) -> None:  # noqa: F811
     folder = FAMILIES[name](tmp_path)
     plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     reference = with_dequantized_weights(plain)

@@ -15,11 +15,12 @@ from llava_sessions.engine.cuda.ragged import RaggedAttention
 from llava_sessions.engine.kv import SessionKV
 from llava_sessions.engine.model import Model
 from tests.support.nan_pool import NanPool
-from tests.support.tiny_families import FAMILIES
+from tests.support.tiny_families import make_internvl35
 
 
 def test_ragged_attention_stores_and_reads_the_numbers_of_torchs_path(tmp_path: Path) -> None:
-    folder = next(iter(FAMILIES.values()))(tmp_path)
+    """With head norms: the numbers that are quantized are those after the norm and the rotation."""
+    folder = make_internvl35(tmp_path)
     plain, ragged = (
         Model(AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32), kv_dtype=torch.int8)
         for _ in range(2)

@@ -29,13 +29,15 @@ from llava_sessions.text.processors import load_processor
 from tests.support.family import Family, noise
 from tests.support.meta_cuda import Card
 from tests.support.recorded_graph import RecordedGraph
-from tests.support.tiny_families import make_llava, make_onevision
+from tests.support.tiny_families import make_internvl35, make_llava, make_onevision
 from tests.support.two_worlds import CUDA, MixedDevices, Worlds
 
-# One query head per KV head, and two, with biases of queries, keys and values. Few heads: the interpreter is slow.
-FAMILIES: dict[str, Callable[[Path], Path]] = {
+# One query head per KV head; two, with biases of queries, keys and values; four, with head norms and more numbers than
+# the hidden size. Few KV heads: the interpreter is slow.
+FAMILIES: dict[str, Callable[..., Path]] = {
     "llava": partial(make_llava, num_attention_heads=2, num_key_value_heads=2),
     "onevision": partial(make_onevision, num_attention_heads=2, num_key_value_heads=1),
+    "internvl3.5": partial(make_internvl35, num_attention_heads=4, num_key_value_heads=1),
 }
 AMPLE = DeviceBudget(2**30, 2**30)
 
@@ -153,35 +155,37 @@ def test_answers_equal_generate_in_all_tiers_and_in_a_batch(family: Family, worl
     assert model.graphs.replays
 
 
-@pytest.fixture
-def seven_b(tmp_path: Path, worlds: Worlds) -> Model:
-    """Return a model on the device with the layers of LLaVA-1.5-7B, 32 of them, and few numbers in each."""
-    folder = make_llava(tmp_path, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=32)
+@pytest.fixture(params=[("llava", 32), ("internvl3.5", 36)], ids=["LLaVA-1.5-7B", "InternVL3.5-8B"])
+def deep(request: pytest.FixtureRequest, tmp_path: Path, worlds: Worlds) -> Model:
+    """Return a model on the device with the layers of a published one, and few numbers in each."""
+    name, layers = request.param
+    folder = FAMILIES[name](tmp_path, num_hidden_layers=layers)
     plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     worlds.move(plain)
     with worlds.active():
         return Model(plain)
 
 
-def test_a_decode_step_takes_as_many_launches_for_any_number_of_sessions(seven_b: Model, worlds: Worlds) -> None:
+def test_a_decode_step_takes_as_many_launches_for_any_number_of_sessions(deep: Model, worlds: Worlds) -> None:
     worlds.run_kernels = False  # they are counted only
     launches = {}
     for count in (1, 16, 64):
         with worlds.active():
-            caches = [SessionKV(seven_b.kv_shape) for _ in range(count)]
+            caches = [SessionKV(deep.kv_shape) for _ in range(count)]
             for kv in caches:
                 kv.reserve(140)
                 kv.on_device.zero_()
                 kv.length = 130
             before = worlds.labels.launches
             waits = worlds.labels.waits
-            logits, likeliest = seven_b.forward([Segment(kv, [300], None, [], True) for kv in caches])
+            logits, likeliest = deep.forward([Segment(kv, [300], None, [], True) for kv in caches])
             next_tokens(logits, [Sampler(Sampling(5))] * count, likeliest=likeliest)
             launches[count] = worlds.labels.launches - before
             assert worlds.labels.waits == waits + 1, "the tokens of all rows leave the device in one transfer"
     assert launches[1] == launches[16] == launches[64]
-    assert 10 * 32 < launches[1] <= 420
-    assert launches[1] // 32 <= 12
+    layers = deep.kv_shape.layers
+    assert 10 * layers < launches[1] <= 420
+    assert launches[1] // layers <= 12
 
 
 def test_a_step_from_tensors_on_the_device_computes_what_a_forward_computes(family: Family, worlds: Worlds) -> None:
@@ -194,7 +198,8 @@ def test_a_step_from_tensors_on_the_device_computes_what_a_forward_computes(fami
         expected = model.forward([Segment(kv, [40], None, [], True) for kv in caches[0]]).logits
         places = [(row, kv.address, kv.capacity, kv.length) for row, kv in enumerate(caches[1])]
         assert model.token_attention is not None
-        batch = TokenBatch(model.token_attention, model.token_attention.task(places), 2)
+        heads = model.text.config.num_attention_heads
+        batch = TokenBatch(model.token_attention, model.token_attention.task(places), heads)
         ids, positions = (torch.tensor(numbers).to(CUDA) for numbers in ([40, 40], [kv.length for kv in caches[1]]))
         waits = worlds.labels.waits
         got = model.decode(ids, positions, batch)

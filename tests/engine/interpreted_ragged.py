@@ -7,18 +7,22 @@ float32. It also rounds float32 to bfloat16 towards zero; the compiled kernels r
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from llava_sessions.engine.cuda.ragged import PIECE, RaggedAttention, RaggedTask, count_pieces, table_size
+from llava_sessions.engine.fused.head_norms import HeadNorms
 
 CPU = torch.device("cpu")
 LAYERS = 2
 LAYER = 1
+EPSILON = 0.01  # of the norms of heads: so large that its absence is found
 # Bytes in front of and behind each cache.
 MARGIN = 256
 # Stored tokens: none, inside a piece, the last place of a piece, the first of the next one, three pieces.
@@ -27,7 +31,7 @@ LENGTHS = (0, 5, PIECE - 1, PIECE, 2 * PIECE + 44)
 
 @dataclass(frozen=True)
 class Shape:
-    """Heads and precisions of a model. `allowed`: largest error of attention."""
+    """Heads and precisions of a model. `allowed`: largest error of attention. `normed`: as in Qwen3."""
 
     heads: int
     kv_heads: int
@@ -35,6 +39,7 @@ class Shape:
     dtype: torch.dtype
     allowed: float
     kv_dtype: torch.dtype | None = None
+    normed: bool = False
 
     def attention(self) -> RaggedAttention:
         return RaggedAttention(
@@ -46,6 +51,14 @@ class Shape:
         angles = torch.rand(count, self.head_dim // 2).mul(6).repeat(1, 2)
         numbers = torch.randn(count, (self.heads + 2 * self.kv_heads) * self.head_dim)
         return numbers.to(self.dtype), angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+
+    @functools.cached_property
+    def norms(self) -> list[Qwen3RMSNorm]:
+        """The norms of a query's and of a key's head, or none."""
+        made = [Qwen3RMSNorm(self.head_dim, eps=EPSILON) for _ in range(2 if self.normed else 0)]
+        for number, norm in enumerate(made):
+            torch.nn.init.normal_(norm.weight, 1 + number, 0.5)
+        return [norm.to(self.dtype) for norm in made]
 
 
 class Cache:
@@ -91,8 +104,10 @@ def quantized(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def rotated(shape: Shape, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return one row's query, float32 `[heads, head_dim]`, and its key and value, `[2, kv_heads, head_dim]`."""
-    numbers = qkv.view(-1, shape.head_dim).float()
-    turned, value = numbers[: shape.heads + shape.kv_heads], numbers[shape.heads + shape.kv_heads :]
+    query, key, value = qkv.view(-1, shape.head_dim).split((shape.heads, shape.kv_heads, shape.kv_heads))
+    if shape.norms:
+        query, key = (norm(part) for norm, part in zip(shape.norms, (query, key), strict=True))
+    turned, value = torch.cat((query, key)).float(), value.float()
     half = shape.head_dim // 2
     other = torch.cat((-turned[:, half:], turned[:, :half]), -1)
     turned = turned * cos.float() + other * sin.float()
@@ -112,7 +127,8 @@ def run(
     task.mixed.fill_(torch.nan)
     task.softmax.fill_(torch.nan)
     out = torch.full((len(qkv), shape.heads * shape.head_dim), torch.nan, dtype=shape.dtype)
-    attention(task, LAYER, qkv, cos, sin, out)
+    norms = HeadNorms(torch.stack([norm.weight.detach() for norm in shape.norms]), EPSILON) if shape.norms else None
+    attention(task, LAYER, qkv, cos, sin, out, norms)
     return out
 
 
@@ -137,9 +153,13 @@ SHAPES = [
     pytest.param(Shape(1, 1, 8, F16, 2e-3), id="8-numbers"),
     pytest.param(Shape(2, 2, 16, F32, 1e-6, torch.int8), id="own-keys-int8"),
     pytest.param(Shape(4, 1, 96, F16, 2e-3, torch.int8), id="group-of-4-int8"),
+    pytest.param(Shape(2, 2, 16, F32, 2e-6, normed=True), id="own-keys-normed"),
+    pytest.param(Shape(4, 2, 96, F16, 4e-3, normed=True), id="group-of-2-normed"),
+    pytest.param(Shape(4, 2, 16, F32, 2e-6, torch.int8, normed=True), id="group-of-2-int8-normed"),
 ]
 
 
+@torch.inference_mode()
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_attention_in_float64(shape: Shape) -> None:
     torch.manual_seed(0)

@@ -12,6 +12,8 @@ from llava_sessions.engine.cpu import amx, amx_checks
 from llava_sessions.engine.cpu import attention as attention_module
 from llava_sessions.engine.cpu.amx_pictures import PictureAttention
 from llava_sessions.engine.cpu.amx_sessions import SessionAttention
+from llava_sessions.engine.cpu.example_cache import example_norms
+from llava_sessions.engine.fused.head_norms import HeadNorms
 
 needs_amx = pytest.mark.skipif(not amx.is_available(), reason="this CPU has no AMX with bfloat16")
 HEADS = 4
@@ -34,12 +36,19 @@ def stored_tokens(stored: int, kv_heads: int) -> torch.Tensor:
 
 
 def expected_attention(
-    kv: torch.Tensor, stored: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    kv: torch.Tensor,
+    stored: int,
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    norms: HeadNorms | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return layer 1's attention `[rows, heads * head_dim]` and KV by torch in float32."""
     rows = len(qkv)
     kv_heads = kv.shape[2]
     numbers = qkv.float().view(rows, -1, HEAD_DIM)
+    if norms is not None:
+        HeadNorms(norms.weights.float(), norms.epsilon)(numbers[:, : HEADS + kv_heads], HEADS)
     attention_module.rotate(numbers[:, : HEADS + kv_heads], cos.float(), sin.float())
     query, keys, values = numbers.bfloat16().float().transpose(0, 1).split((HEADS, kv_heads, kv_heads))
     known = kv[1, :, :, :stored].float()
@@ -50,16 +59,17 @@ def expected_attention(
 
 
 @needs_amx
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_sessions_have_torchs_numbers(kv_heads: int) -> None:
+@pytest.mark.parametrize(("kv_heads", "with_norms"), [(4, False), (2, False), (1, False), (2, True)])
+def test_sessions_have_torchs_numbers(kv_heads: int, with_norms: bool) -> None:
     torch.manual_seed(0)
+    norms = example_norms(HEAD_DIM, torch.bfloat16) if with_norms else None
     compiled = SessionAttention(HEADS, kv_heads, HEAD_DIM)
     for rows, stored in itertools.product((1, 2, 15, 16, 17, 33, 40), (0, 1, 31, 32, 127, 128, 300, 700)):
         kv = stored_tokens(stored, kv_heads)
         qkv, cos, sin = new_tokens(rows, kv_heads)
-        expected, expected_kv = expected_attention(kv, stored, qkv, cos, sin)
+        expected, expected_kv = expected_attention(kv, stored, qkv, cos, sin, norms)
         out = torch.empty(rows, HEADS * HEAD_DIM, dtype=torch.bfloat16)
-        compiled(compiled.task([(0, rows, kv.data_ptr(), CAPACITY, stored)]), 1, qkv, cos, sin, out)
+        compiled(compiled.task([(0, rows, kv.data_ptr(), CAPACITY, stored)]), 1, qkv, cos, sin, out, norms)
         torch.testing.assert_close(out.float(), expected, atol=0.02, rtol=0.02)
         torch.testing.assert_close(kv[1, :, :, : stored + rows].float(), expected_kv, atol=0.01, rtol=0.01)
         assert kv[1, :, :, stored + rows :].isnan().all()

@@ -8,31 +8,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from transformers import (
-    AutoModelForImageTextToText,
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaNextConfig,
-    LlavaNextImageProcessor,
-    LlavaNextProcessor,
-    LlavaOnevisionConfig,
-    LlavaOnevisionImageProcessor,
-    LlavaProcessor,
-    MistralConfig,
-    Qwen2Config,
-    SiglipVisionConfig,
-)
+from transformers import AutoModelForImageTextToText
 
 from deploy.doctor.sizes import Sizes
 from deploy.sagemaker import capacity
-from deploy.sagemaker.capacity import CLIP, CONTEXT_BYTES, GIB, INSTANCES, MIB, MODELS, LlavaShape
+from deploy.sagemaker.capacity import CONTEXT_BYTES, GIB, INSTANCES, MIB, SHAPES, Shape
+from llava_sessions.config import RequestLimits
 from llava_sessions.engine.budget import (
     GRAPHS_BYTES,
     DeviceBudget,
@@ -46,94 +31,53 @@ from llava_sessions.engine.encoding import GPU_TILES
 from llava_sessions.engine.engine import Engine
 from llava_sessions.engine.fused.linear import PackedLinear
 from llava_sessions.engine.fused.operations import Activation
-from llava_sessions.engine.model import Model, load_weights
+from llava_sessions.engine.loading import load_weights
+from llava_sessions.engine.model import Model
 from llava_sessions.engine.process import WarmUp, final_budget, measure, warm_up
 from llava_sessions.engine.scheduler import LONGEST_GPU_PIECE
 from llava_sessions.engine.weight_files import check_memory, weight_bytes
+from llava_sessions.ipc.messages import PreparedPicture
 from llava_sessions.text.chat_template import ChatTemplate
-from llava_sessions.text.processors import PillowOnevisionProcessor
 from tests.support import tiny_families
 from tests.support.meta_cuda import Card, meta_cuda
+from tests.support.published import config_of, processor_of
 
 CUDA = torch.device("cuda")
-ONEVISION_GRID = [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)]
 LAYERS = 2
 TEXT_TOKENS = 1024
 # One type for each of the nine GPUs, with one of them where there is such a type.
 CARDS = list({(item.gpu, item.gpu_mib): item for item in sorted(INSTANCES, key=lambda item: -item.gpus)}.values())
-SHAPES = [
-    *MODELS,
-    *(replace(shape, weights="int8", kv="int8") for shape in MODELS),
-    replace(MODELS[1], weights="int8"),
+
+
+def _sizes(shape: Shape) -> tuple[object, ...]:
+    """Return the sizes of the text model."""
+    one = shape.checkpoint
+    return (one.text, one.hidden, one.layers, one.heads, one.kv_heads, one.intermediate, one.vocabulary)
+
+
+# One checkpoint of those that differ in their names, their contexts and what they do with clips only.
+DISTINCT = list({(one.tower, one.family.tiling, _sizes(one)): one for one in reversed(SHAPES)}.values())[::-1]
+IN_INT8 = [one for one in DISTINCT if one.family.type != "internvl" or one.name in ("InternVL3-8B", "InternVL3.5-8B")]
+CASES = [
+    *DISTINCT,
+    *(replace(shape, weights="int8", kv="int8") for shape in IN_INT8),
+    replace(SHAPES[1], weights="int8"),
 ]
 
 
-def config_of(shape: LlavaShape, tokenizer: Any, layers: int) -> Any:
-    """Return the configuration of a checkpoint, with `layers` language layers."""
-    kinds = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
-    text = kinds[shape.text](
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        vocab_size=shape.vocabulary,
-        max_position_embeddings=32768,
-        eos_token_id=None,
-    )
-    tower = {
-        "hidden_size": shape.tower.width,
-        "intermediate_size": shape.tower.inner,
-        "num_hidden_layers": shape.tower.layers,
-        "num_attention_heads": 16,
-        "patch_size": 14,
-    }
-    ids = {"image_token_index": tokenizer.convert_tokens_to_ids("<image>"), "tie_word_embeddings": False}
-    if shape.tower is not CLIP:
-        vision: Any = SiglipVisionConfig(**tower, image_size=384, vision_use_head=False)
-        ids["video_token_index"] = tokenizer.convert_tokens_to_ids("<video>")
-        return LlavaOnevisionConfig(vision_config=vision, text_config=text, image_grid_pinpoints=ONEVISION_GRID, **ids)
-    vision = CLIPVisionConfig(**tower, image_size=336, projection_dim=768)
-    return (LlavaNextConfig if shape.newline else LlavaConfig)(vision_config=vision, text_config=text, **ids)
-
-
-def processor_of(shape: LlavaShape, tokenizer: Any) -> Any:
-    """Return the processor of a checkpoint, with a small tokenizer."""
-    if shape.tower is not CLIP:
-        images = LlavaOnevisionImageProcessor(size={"height": 384, "width": 384}, image_grid_pinpoints=ONEVISION_GRID)
-        return PillowOnevisionProcessor(
-            images,
-            tokenizer,
-            num_image_tokens=729,
-            vision_feature_select_strategy="full",
-            chat_template=tiny_families.QWEN,
-        )
-    options = {
-        "patch_size": 14,
-        "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1,
-        "chat_template": tiny_families.VICUNA,
-    }
-    size: dict[str, Any] = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
-    if shape.newline:
-        grid = LlavaNextConfig().image_grid_pinpoints
-        return LlavaNextProcessor(LlavaNextImageProcessor(**size, image_grid_pinpoints=grid), tokenizer, **options)
-    return LlavaProcessor(CLIPImageProcessor(**size), tokenizer, **options)
-
-
-def loaded(shape: LlavaShape) -> tuple[Model, ChatTemplate]:
+def loaded(shape: Shape) -> tuple[Model, ChatTemplate]:
     """Return a model whose device is called CUDA, and its template."""
-    tokenizer = tiny_families._qwen_tokenizer() if shape.text == "qwen2" else tiny_families._llama_tokenizer()
+    processor = processor_of(shape)
     with torch.device("meta"):
-        made = AutoModelForImageTextToText.from_config(config_of(shape, tokenizer, LAYERS), dtype=torch.float16)
+        made = AutoModelForImageTextToText.from_config(config_of(shape, LAYERS, processor), dtype=torch.float16)
     model = Model(made)
     model.device = CUDA
     kv_dtype = torch.int8 if shape.kv == "int8" else None
-    model.kv_shape = replace(model.kv_shape, device=CUDA, layers=shape.layers, kv_dtype=kv_dtype)
-    return model, ChatTemplate(processor_of(shape, tokenizer))
+    model.kv_shape = replace(model.kv_shape, device=CUDA, layers=shape.checkpoint.layers, kv_dtype=kv_dtype)
+    return model, ChatTemplate(processor)
 
 
-def chat_on(card: Card, shape: LlavaShape, patch: pytest.MonkeyPatch, fused: bool = False) -> WarmUp:
+def chat_on(card: Card, shape: Shape, patch: pytest.MonkeyPatch, fused: bool = False) -> WarmUp:
     """Run what the engine runs when it starts on a card, with plain or with fused layers.
 
     Prompts have the longest pieces.
@@ -146,7 +90,11 @@ def chat_on(card: Card, shape: LlavaShape, patch: pytest.MonkeyPatch, fused: boo
 
     with meta_cuda(card):
         if fused:
-            for module in ("fused.layer", "cuda.layers"):  # a norm on the meta device has no numbers to compare
+            for module in (
+                "fused.layer",
+                "fused.head_norms",
+                "cuda.layers",
+            ):  # a norm on the meta device has no numbers to compare
                 patch.setattr(f"llava_sessions.engine.{module}.is_rms_norm", lambda norm: True)
             assert layers.fuse(model.text, pack_int8 if shape.weights == "int8" else layers.pack)
         if shape.weights == "int8":
@@ -159,18 +107,20 @@ def chat_on(card: Card, shape: LlavaShape, patch: pytest.MonkeyPatch, fused: boo
 
 def test_the_cards_are_all_kinds_of_gpus() -> None:
     assert len(CARDS) == len({(item.gpu, item.gpu_mib) for item in INSTANCES}) >= 8
-    assert len(MODELS) == 8
+    names = {shape.name for shape in SHAPES}
+    assert len(names) == len(SHAPES) > len(DISTINCT) >= 18
+    same = {(one.tower, one.family.tiling, _sizes(one), one.working_mib) for one in SHAPES}
+    assert len(same) == len(DISTINCT), "checkpoints of the same sizes take the same memory"
     assert any(item.gpus == 8 for item in CARDS)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape.name} {shape.weights} {shape.kv}")
-def test_the_budget_is_what_fits_and_what_capacity_promises(shape: LlavaShape, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", CASES, ids=lambda shape: f"{shape.name} {shape.weights} {shape.kv}")
+def test_the_budget_is_what_fits_and_what_capacity_promises(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     fitting = [card for card in CARDS if capacity.fit(shape, card, TEXT_TOKENS).on_gpu]
     small = min(fitting, key=lambda card: card.gpu_mib)  # its first chat must be admitted too
     found = chat_on(Card(small.cuda_bytes, shape.weights_bytes + CONTEXT_BYTES), shape, monkeypatch)
     measured = -(-found.working_bytes // MIB)
-    is_int8 = "int8" in (shape.weights, shape.kv)
-    listed = shape.int8_working_mib if is_int8 else shape.working_mib
+    listed = shape.working_mib
     assert measured == listed if shape.weights == shape.kv else measured <= listed
     spare = (2 + 1.25 * (listed - measured)) * MIB
     for instance in CARDS:
@@ -196,8 +146,8 @@ def test_the_budget_is_what_fits_and_what_capacity_promises(shape: LlavaShape, m
         assert promised // session_bytes == on_gpu
 
 
-@pytest.mark.parametrize("shape", MODELS, ids=lambda shape: shape.name)
-def test_a_batch_of_pictures_takes_no_more_than_is_reserved(shape: LlavaShape, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", DISTINCT, ids=lambda shape: shape.name)
+def test_a_batch_of_pictures_takes_no_more_than_is_reserved(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     model, template = loaded(shape)
     card = Card(400 * GIB, GIB)
     card.patch(monkeypatch)
@@ -205,23 +155,43 @@ def test_a_batch_of_pictures_takes_no_more_than_is_reserved(shape: LlavaShape, m
         (one,) = template.opening([("", Image.new("RGB", size))]).pictures
         pixels = one.inputs["pixel_values"]
         tiles = pixels.shape[1] if pixels.ndim == 5 else 1
-        with meta_cuda(card):
-            held_bytes = model.allocated_bytes()
-            model.peak_bytes()
-            features = model.encode_batch([one] * max(GPU_TILES // tiles, 1))
-            working_bytes = model.peak_bytes() - held_bytes - sum(rows.nbytes for rows in features)
-            del features
-        assert working_bytes <= shape.working_mib * MIB
+        batch = [one] * max(GPU_TILES // tiles, 1)
+        assert encode_bytes(model, card, batch) <= shape.working_mib * MIB
 
 
-@pytest.mark.parametrize("shape", [MODELS[0], MODELS[3], SHAPES[8]], ids=lambda shape: f"{shape.name} {shape.weights}")
-def test_fused_layers_take_no_more_temporary_memory(shape: LlavaShape, monkeypatch: pytest.MonkeyPatch) -> None:
+def encode_bytes(model: Model, card: Card, batch: list[PreparedPicture]) -> int:
+    """Return the bytes of temporary tensors at their peak while a batch is encoded."""
+    with meta_cuda(card):
+        held_bytes = model.allocated_bytes()
+        model.peak_bytes()
+        features = model.encode_batch(batch)
+        return model.peak_bytes() - held_bytes - sum(rows.nbytes for rows in features)
+
+
+@pytest.mark.parametrize("name", ["LLaVA-NeXT-Video-7B", "LLaVA-OneVision-7B", "InternVL3.5-8B"])
+def test_a_clip_takes_no_more_than_is_reserved(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clip of the most frames by default, which is encoded in pieces."""
+    (shape,) = (shape for shape in SHAPES if shape.name == name)
+    model, template = loaded(shape)
+    card = Card(400 * GIB, GIB)
+    card.patch(monkeypatch)
+    (clip,) = template.clip_opening("", [Image.new("RGB", (64, 64))]).pictures
+    frames = clip.inputs["pixel_values_videos"].repeat(RequestLimits().max_frames, 1)
+    working_bytes = encode_bytes(model, card, [replace(clip, inputs={"pixel_values_videos": frames})])
+    assert working_bytes <= shape.working_mib * MIB
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [SHAPES[0], SHAPES[3], replace(SHAPES[0], weights="int8", kv="int8")],
+    ids=lambda shape: f"{shape.name} {shape.weights}",
+)
+def test_fused_layers_take_no_more_temporary_memory(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     card = Card(40 * GIB, shape.weights_bytes + CONTEXT_BYTES)
-    listed = shape.int8_working_mib if shape.weights == "int8" else shape.working_mib
-    assert chat_on(card, shape, monkeypatch, fused=True).working_bytes <= listed * MIB
+    assert chat_on(card, shape, monkeypatch, fused=True).working_bytes <= shape.working_mib * MIB
 
 
-def possible_bytes(total_bytes: int, shape: LlavaShape) -> float:
+def possible_bytes(total_bytes: int, shape: Shape) -> float:
     """Return what fits: all but weights, CUDA's 0.4 GiB, temporary tensors with a margin, and 0.5 GiB."""
     return total_bytes - shape.weights_bytes - 0.9 * GIB - 1.25 * shape.working_mib * MIB
 
@@ -237,7 +207,7 @@ def possible_bytes(total_bytes: int, shape: LlavaShape) -> float:
 )
 def test_the_budget_on_24_gb(name: str, possible_gib: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against sums done by hand for a card of 22.3 GiB. Twice the peak of the first chat left 0 for two of them."""
-    (shape,) = (shape for shape in MODELS if shape.name == name)
+    (shape,) = (shape for shape in SHAPES if shape.name == name)
     card = Card(int(22.3 * GIB), shape.weights_bytes + int(0.4 * GIB))
     card.reserved_bytes = 6 * GIB
     card.patch(monkeypatch)
@@ -246,7 +216,7 @@ def test_the_budget_on_24_gb(name: str, possible_gib: float, monkeypatch: pytest
 
 
 def test_a_first_chat_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = MODELS[0]
+    shape = SHAPES[0]
     with pytest.raises(InsufficientMemory, match="use a larger device"):
         chat_on(Card(shape.weights_bytes + 600 * MIB, shape.weights_bytes), shape, monkeypatch)
 

@@ -303,7 +303,7 @@ NO_QUESTIONS = "<image>{% for m in messages if m['role'] == 'assistant' %}{{ m['
     [
         (None, "no chat template"),
         ("", "no chat template"),
-        (NO_IMAGE, "no image token"),
+        (NO_IMAGE, "no '<image>'"),
         (IMAGE_LAST, "before the question"),
         (NO_QUESTIONS, "before the question"),
         (FIRST_TURN_ONLY, "earlier answer once"),

@@ -17,11 +17,13 @@ import torch
 from deploy.pack import checkpoint_problems
 from llava_sessions.engine import checkpoint
 from llava_sessions.engine.engine import Engine
-from llava_sessions.engine.model import Model, load_weights
+from llava_sessions.engine.loading import load_weights
+from llava_sessions.engine.model import Model
 from llava_sessions.engine.process import load
 from llava_sessions.ipc.messages import AskSession, EngineSettings, Event, Finished, OpenSession, Sampling
 from llava_sessions.text.chat_template import ChatTemplate, TemplateError
-from llava_sessions.text.checkpoint import UnsupportedCheckpoint
+from llava_sessions.text.checkpoint import UnsupportedCheckpoint, refuse_unsupported
+from llava_sessions.text.families import families, refused, texts
 from llava_sessions.text.processors import load_processor
 from models.shapes.scenes import HELD_OUT_SEEDS, make_scene
 from tests.support import variants as v
@@ -94,11 +96,53 @@ REFUSED: dict[str, tuple[list[Change], str]] = {
         r"this is a LoRA adapter of some-org/llava-1\.5-7b-hf, not a checkpoint; merge it first",
     ),
     "LoRA adapter beside": ([v.add_adapter], r"a LoRA adapter of some-org/llava-1\.5-7b-hf is beside the checkpoint"),
+    "another family": (
+        [v.set_keys("config.json", model_type="bert")],
+        r"`model_type` must be llava, .* or \w+, got 'bert'$",
+    ),
+    "no family": (
+        [lambda folder: v.write(folder, "config.json", "{}")],
+        r"config\.json: `model_type` must be llava, .*, got None$",
+    ),
+    "another class": (
+        [v.set_keys("config.json", architectures=["LlavaLlama"])],
+        r"`architectures` must contain 'LlavaForConditionalGeneration', got \['LlavaLlama'\]",
+    ),
+    "text config a number": (
+        [v.set_keys("config.json", text_config=5)],
+        r"config\.json: `text_config` must be an object, got int",
+    ),
     "original layout": (
         [v.original_layout],
         r"'llava_llama' .* is the original LLaVA layout; .* twin llava-hf/llava-1\.5-7b-hf",
     ),
 }
+
+
+def kinds() -> Iterator[tuple[str, Change, str]]:
+    """Yield what families.toml refuses: a name, a change of config.json, and words of the problem."""
+    for kind, row in refused().items():
+        words = rf"got '{kind}'; {re.escape(row.title)} is not served: {re.escape(row.reason)}"
+        yield kind, v.set_keys("config.json", model_type=kind), words
+    for kind, family in families().items():
+        tower = {"model_type": family.towers[0]}
+        served = {"model_type": kind, "architectures": [family.class_name], "vision_config": tower}
+        other = next(one for one in families().values() if one.type != kind).class_name
+        yield (
+            f"{kind} by the class of another",
+            v.set_keys("config.json", **served | {"architectures": [other]}),
+            rf"`architectures` must contain '{family.class_name}', got \['{other}'\]",
+        )
+        for part, supported in (("vision_config", family.towers), ("text_config", texts())):
+            words = " or ".join(filter(None, [", ".join(supported[:-1]), supported[-1]]))
+            yield (
+                f"{kind} with another {part}",
+                v.set_keys("config.json", **served | {part: {"model_type": "bert"}}),
+                rf"config\.json: `{part}\.model_type` must be {words}, got 'bert'",
+            )
+
+
+REFUSED |= {name: ([change], words) for name, change, words in kinds()}
 
 
 def packing_problems(folder: Path, capsys: pytest.CaptureFixture) -> list[str]:
@@ -126,6 +170,47 @@ def test_what_can_not_be_served_is_refused_when_packing_and_at_start(
         load(settings(folder))
     if case != "patch size":  # its first picture finds that, in other words
         assert str(refused.value) == problems[0]
+
+
+def test_what_the_table_serves_is_refused_at_no_stage_of_packing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """By the files alone: tests/engine/test_families.py loads a tiny checkpoint of each family."""
+    folder = v.make_variant(tmp_path / "checkpoint")
+    for kind, family in families().items():
+        for text in texts():
+            for tower in family.towers:
+                v.set_keys(
+                    "config.json",
+                    model_type=kind,
+                    architectures=[family.class_name],
+                    vision_config={"model_type": tower},
+                    text_config={"model_type": text},
+                )(folder)
+                refuse_unsupported(folder)
+                assert checkpoint_problems(folder) == []
+        v.set_keys("config.json", vision_config=None, text_config=None, architectures=None)(folder)
+        refuse_unsupported(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "folder", "twin"),
+    [
+        ({"model_type": "internvl_chat"}, "InternVL3-1B", "OpenGVLab/InternVL3-1B-hf"),
+        (
+            {"model_type": "internvl_chat"},
+            "models--OpenGVLab--InternVL3_5-8B/snapshots/0a1",
+            "OpenGVLab/InternVL3_5-8B-HF",
+        ),
+        ({"model_type": "internvl_chat", "_name_or_path": "OpenGVLab/InternVL3-2B"}, "x", "OpenGVLab/InternVL3-2B-hf"),
+        ({"model_type": "internvl_chat"}, "InternVL2-8B", "of the organization OpenGVLab (named *-hf or *-HF)"),
+        ({"model_type": "llava_llama"}, "LLaVA-NeXT-Video-7B", "llava-hf/LLaVA-NeXT-Video-7B-hf"),
+        ({"model_type": "llava_llama"}, "llava-of-mine", "of the organization llava-hf (named *-hf)"),
+    ],
+)
+def test_the_authors_format_names_its_twin(config: dict, folder: str, twin: str, tmp_path: Path) -> None:
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedCheckpoint, match=re.escape(f"pack its twin {twin}") + "$"):
+        refuse_unsupported(tmp_path / folder)
 
 
 @pytest.mark.parametrize("part", ["", "text_config"])

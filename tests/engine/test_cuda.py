@@ -24,7 +24,8 @@ HAS_CUDA = torch.cuda.is_available()
 ON_CUDA = [pytest.mark.cuda, pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA device")]
 QUESTIONS = ["what is the red circle doing?", "and the blue square near it?", "two green stars?"]
 DTYPES = ["float32", "float16", "bfloat16"]
-FAMILY_NAMES = ["llava", "next-mistral", "onevision"]
+FAMILY_NAMES = ["llava", "next-mistral", "onevision", "internvl3.5"]
+_HEADS = (Heads(32, 32, 128), Heads(32, 8, 128), Heads(28, 4, 128), Heads(14, 2, 64), Heads(4, 2, 16))
 
 
 def on_cuda(*values: object) -> object:
@@ -51,6 +52,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         *(on_cuda(dtype, family) for dtype in DTYPES for family in FAMILY_NAMES),
         ("cpu", "float32", "next-mistral"),
         ("cpu", "float32", "onevision"),
+        ("cpu", "float32", "internvl3.5"),
     ],
 )
 def test_answers_in_a_shared_batch_are_those_of_transformers(
@@ -161,11 +163,7 @@ def test_seeded_sampling_does_not_depend_on_the_batch(tiny: Path, device: str) -
 @pytest.mark.parametrize(
     ("device", "heads", "dtype"),
     [
-        *(
-            on_cuda(heads, dtype)
-            for heads in (Heads(32, 32, 128), Heads(32, 8, 128), Heads(28, 4, 128), Heads(14, 2, 64), Heads(4, 2, 16))
-            for dtype in DTYPES
-        ),
+        *(on_cuda(heads, dtype) for heads in (*_HEADS, Heads(32, 8, 128, normed=True)) for dtype in DTYPES),
         ("cpu", Heads(4, 2, 16), "float32"),
     ],
     ids=str,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from deploy.sagemaker.capacity import GIB, MODELS
+from deploy.sagemaker.capacity import GIB, SHAPES
 from llava_sessions.engine.cuda import int8_linear
 from llava_sessions.engine.cuda.int8_linear import (
     SCRATCH_BYTES,
@@ -25,7 +25,6 @@ from llava_sessions.engine.formats.int8 import dequantize, quantize
 from llava_sessions.engine.fused.layer import FusedLayer
 from llava_sessions.engine.fused.operations import Activation, activate
 from tests.engine.test_budget import CUDA, config_of
-from tests.support import tiny_families
 from tests.support.interpreter import check_interpreted
 from tests.support.meta_cuda import Card, meta_cuda
 
@@ -139,8 +138,8 @@ def test_another_precision_than_16_bits_is_an_error_that_names_the_key(dtype: to
 
 def load(card: Card, layers: int) -> torch.nn.Module:
     """Load LLaVA-1.5-13B with fewer layers as `Model.load` does, the host's weights being on the CPU."""
-    shape = next(shape for shape in MODELS if shape.name == "LLaVA-1.5-13B")
-    config = config_of(shape, tiny_families._llama_tokenizer(), layers)
+    shape = next(shape for shape in SHAPES if shape.name == "LLaVA-1.5-13B")
+    config = config_of(shape, layers)
     with torch.device("meta"):
         made = AutoModelForImageTextToText.from_config(config, dtype=torch.float16)
     for parent in made.modules():  # on the host, in memory that is never written

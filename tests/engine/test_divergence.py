@@ -28,6 +28,7 @@ from tests.support.family import Family, make_family, noise
 
 STEPS = 8
 PICTURES = 6
+CLIPS = 3
 QUESTIONS = ["what is the red circle?", "and the blue square near it?", "two green stars?", "what", "what is near?"]
 # Device bytes in tokens of KV, host bytes in tokens of KV.
 BUDGETS = {"ample": (2**20, 2**20), "offloading": (768, 2**20), "dropping": (768, 64)}
@@ -35,11 +36,11 @@ BUDGETS = {"ample": (2**20, 2**20), "offloading": (768, 2**20), "dropping": (768
 
 @dataclass
 class Request:
-    """A question with its pictures, and the answer as far as the client keeps it."""
+    """A question with its pictures and clips, and the answer as far as the client keeps it."""
 
     token_ids: list[int]
     pictures: tuple[PreparedPicture, ...]
-    counts: list[int]  # image tokens of each picture
+    counts: list[int]  # feature tokens of each picture and clip
     answer_ids: list[int] = field(default_factory=list)
 
 
@@ -51,9 +52,9 @@ class Content:
     pictures: list[PreparedPicture] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)
 
-    def add(self, request: Request, image_token: int) -> None:
+    def add(self, request: Request, media_tokens: frozenset[int]) -> None:
         start = len(self.token_ids)
-        places = [start + at for at, token in enumerate(request.token_ids) if token == image_token]
+        places = [start + at for at, token in enumerate(request.token_ids) if token in media_tokens]
         for count in request.counts:
             self.spans.append((places[0], places[count - 1] + 1))
             places = places[count:]
@@ -99,7 +100,10 @@ class Clients:
         self.draw = draw
         model = family.model
         device, host = (tokens * model.kv_shape.token_bytes for tokens in BUDGETS[budget])
-        features = sum(count for of in (1, 2) for count in self.image_tokens(of)) * model.feature_bytes
+        counts = [count for of in (1, 2) for count in self.image_tokens(of)]
+        if family.takes_clips:
+            counts += family.image_tokens(family.prepare([], range(CLIPS)))
+        features = sum(counts) * model.feature_bytes
         self.engine = Engine(model, family.tokens.answer_text, DeviceBudget(device + features, host), 48)
         self.held: dict[str, Content] = {}  # by session
         self.running: dict[str, tuple[Request, list[int]]] = {}  # the question of a turn, and the expected answer
@@ -111,16 +115,15 @@ class Clients:
 
     def image_tokens(self, of: int) -> list[int]:
         """Return the image tokens of each picture if a question shows `of` pictures."""
-        tokens = self.family.tokens
-        prepared = [tokens.pictures.picture(*noise(seed), of) for seed in range(PICTURES)]
-        return [one.tokens[0].count(tokens.processor.image_token) for one in prepared]
+        prepared = [self.family.tokens.pictures.picture(*noise(seed), of) for seed in range(PICTURES)]
+        return [count for one in prepared for count in self.family.image_tokens(one)]
 
     def question(self) -> Request:
         seeds = self.draw.sample(range(PICTURES), self.draw.choice([0, 0, 1, 1, 2]))
-        tokens = self.family.tokens
-        prepared = tokens.prepare([noise(seed) for seed in seeds])
-        counts = [text.count(tokens.processor.image_token) for text in prepared.tokens]
-        return Request(tokens.prompt(None, self.draw.choice(QUESTIONS), prepared), prepared.pictures, counts)
+        clips = self.draw.sample(range(CLIPS), self.draw.choice([0, 0, 0, 1, 2])) if self.family.takes_clips else []
+        prepared = self.family.prepare(seeds, clips)
+        prompt = self.family.tokens.prompt(None, self.draw.choice(QUESTIONS), prepared)
+        return Request(prompt, prepared.pictures, self.family.image_tokens(prepared))
 
     def step(self, chat: Conversation) -> None:
         """Change the conversation in one of the ways of a client, and send all of it."""
@@ -148,7 +151,7 @@ class Clients:
         """Send the whole conversation as the next turn of its session, or of a new session that copies a prefix."""
         whole = Content()
         for request in chat.requests:
-            whole.add(request, self.family.tokens.image_token_id)
+            whole.add(request, self.family.tokens.media_token_ids)
         donor = chat.session
         if not donor or forks:
             self.count += 1
@@ -205,7 +208,7 @@ class Clients:
                 assert "Capacity" not in type(event).__name__, event
 
 
-@pytest.fixture(scope="module", params=["llava", "next-mistral", "onevision"])
+@pytest.fixture(scope="module", params=["llava", "next-mistral", "onevision", "next-video", "internvl"])
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     return make_family(request.param, tmp_path_factory.mktemp(request.param))
 

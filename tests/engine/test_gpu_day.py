@@ -120,8 +120,8 @@ class Wrong:
         return self._right.task(places)
 
     def __call__(self, task: Any, layer: int, *tensors: torch.Tensor) -> None:
-        qkv, cos, sin, out = tensors
-        self._right(task, layer, qkv, cos, sin if self._fault != "rotation" else -sin, out)
+        qkv, cos, sin, out, norms = tensors
+        self._right(task, layer, qkv, cos, sin if self._fault != "rotation" else -sin, out, norms)
         if self._fault == "company" and len(self._places) > 1:
             out[0] *= 1 + 2e-7
         if self._fault == "one row":

@@ -278,8 +278,8 @@ def test_compiled_attention_does_not_hide_a_number_that_is_not_finite(
 def test_compiled_attention_with_wrong_numbers_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     right = TokenAttention.__call__
 
-    def wrong(self, task, layer, qkv, cos, sin, out):
-        right(self, task, layer, qkv, cos, sin, out)
+    def wrong(self, task, layer, qkv, cos, sin, out, norms):
+        right(self, task, layer, qkv, cos, sin, out, norms)
         out.add_(0.1)
 
     monkeypatch.setattr(TokenAttention, "__call__", wrong)

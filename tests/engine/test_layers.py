@@ -15,9 +15,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from llava_sessions.engine.attention import Segment
 from llava_sessions.engine.cpu import amx, attention, linears, picture_layers
 from llava_sessions.engine.cpu import layers as cpu_layers
+from llava_sessions.engine.cpu.example_cache import example_norms
 from llava_sessions.engine.cpu.layer_stack import LayerStack
 from llava_sessions.engine.cpu.layers import compile_token_attention, fuse_layers
 from llava_sessions.engine.cpu.linears import PackedLinear, can_pack
+from llava_sessions.engine.fused.head_norms import HeadNorms
 from llava_sessions.engine.fused.layer import FusedLayer
 from llava_sessions.engine.kv import SessionKV
 from llava_sessions.engine.model import Model
@@ -150,12 +152,16 @@ def test_layers_of_another_kind_are_not_fused(change, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.bfloat16, 0.01), (torch.float32, 1e-5)])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 16), (6, 2, 64), (4, 1, 128)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "with_norms"),
+    [(4, 4, 16, False), (6, 2, 64, False), (4, 1, 128, False), (6, 2, 64, True), (4, 2, 24, True)],
+)
 def test_compiled_attention_equals_torchs(
-    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, allowed: float
+    heads: int, kv_heads: int, head_dim: int, with_norms: bool, dtype: torch.dtype, allowed: float
 ) -> None:
-    attend = compile_token_attention(heads, kv_heads, head_dim, dtype)
+    attend = compile_token_attention(heads, kv_heads, head_dim, dtype, with_norms=with_norms)
     assert attend is not None
+    norms = example_norms(head_dim, dtype) if with_norms else None
     torch.manual_seed(0)
     stored = (0, 1, 250, 255, 1001)
     rows = (3, 0, 1, 5, 4)  # row 2 belongs to another segment
@@ -170,9 +176,11 @@ def test_compiled_attention_equals_torchs(
     places = [
         (row, cache.data_ptr(), cache.shape[3], length) for row, cache, length in zip(rows, caches, stored, strict=True)
     ]
-    attend(attend.task(places), 1, qkv, cos, sin, out)
+    attend(attend.task(places), 1, qkv, cos, sin, out, norms)
     for row, cache, old, length in zip(rows, caches, before, stored, strict=True):
         numbers = qkv[row].float().view(1, width, head_dim)
+        if norms is not None:
+            HeadNorms(norms.weights.float(), norms.epsilon)(numbers[:, : heads + kv_heads], heads)
         attention.rotate(numbers[:, : heads + kv_heads], cos[row : row + 1].float(), sin[row : row + 1].float())
         query, key, value = numbers[0].split((heads, kv_heads, kv_heads))
         torch.testing.assert_close(cache[1, 0, :, length].float(), key, atol=allowed, rtol=allowed)

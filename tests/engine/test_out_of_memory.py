@@ -182,7 +182,7 @@ def loaded(tiny: Path) -> tuple[Any, Model, ChatTemplate]:
 
 # What must be among the places of the engine that allocate during `Chat.talk`.
 EXPECTED = {
-    "Model.encode_batch",
+    "encode",
     "Model.forward",
     "Model._embed",
     "KVShape.empty",

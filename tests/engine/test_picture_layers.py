@@ -6,13 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    InternVLVisionConfig,
+    InternVLVisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.internvl.modeling_internvl import InternVLVisionLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from llava_sessions.engine.cpu.linears import can_pack
 from llava_sessions.engine.cpu.picture_layers import FusedPictureLayer, fuse_layers
 from llava_sessions.engine.fused.operations import Activation
+from llava_sessions.engine.vision import encode
 from tests.support.family import make_family, noise
 from tests.support.tiny_families import FAMILIES
 
@@ -26,19 +35,29 @@ SIZES = {
     "image_size": 28,
     "patch_size": 7,
 }
-KINDS = ["clip", "siglip"]
+KINDS = ["clip", "siglip", "internvl"]
+ACTIVATIONS = {"onevision": Activation.GELU_TANH, "internvl": Activation.GELU}
 
 
 def make_tower(kind: str, **more: object) -> Any:
     """Return a random vision tower in float32, the same one in each call."""
     torch.manual_seed(0)
+    tower: Any
     if kind == "clip":
-        tower: Any = CLIPVisionModel(CLIPVisionConfig(**SIZES, **more))
+        tower = CLIPVisionModel(CLIPVisionConfig(**SIZES, **more))
+    elif kind == "internvl":
+        tower = InternVLVisionModel(InternVLVisionConfig(**SIZES, attention_bias=True, **more))
     else:
         tower = SiglipVisionModel(SiglipVisionConfig(**SIZES, vision_use_head=False, **more))
     for parameter in tower.encoder.parameters():  # norms and biases of which every number matters
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
     return tower.eval()
+
+
+def layers_of(tower: Any) -> torch.nn.ModuleList:
+    """Return the layers of a tower."""
+    layers: torch.nn.ModuleList = tower.encoder.layer if hasattr(tower.encoder, "layer") else tower.encoder.layers
+    return layers
 
 
 @torch.inference_mode()
@@ -76,16 +95,13 @@ def test_fused_layers_in_bfloat16_are_as_exact_as_plain_ones(kind: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_familys_tower_is_fused_and_gives_transformers_features(name: str, tmp_path: Any) -> None:
     family = make_family(name, tmp_path)
-    layers = family.model._model.model.vision_tower.encoder.layers
+    layers = layers_of(family.model._model.model.vision_tower)
     assert all(isinstance(layer, FusedPictureLayer) for layer in layers)
-    assert {layer.up.activation for layer in layers} == {
-        Activation.GELU_TANH if "onevision" in name else Activation.QUICK_GELU
-    }
+    expected_activations = {one for part, one in ACTIVATIONS.items() if part in name} or {Activation.QUICK_GELU}
+    assert {layer.up.activation for layer in layers} == expected_activations
     picture = family.tokens.opening([noise(1)]).pictures[0]
-    inputs = {key: torch.from_numpy(array) for key, array in picture.inputs.items()}
-    with torch.inference_mode():
-        expected = family.reference.model.get_image_features(**inputs, return_dict=True).pooler_output
-    torch.testing.assert_close(family.model.encode(picture), torch.cat(tuple(expected)), atol=2e-4, rtol=2e-4)
+    (expected,) = encode(family.reference.model, [picture], torch.float32, torch.device("cpu"))
+    torch.testing.assert_close(family.model.encode(picture), expected, atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +110,8 @@ def test_every_familys_tower_is_fused_and_gives_transformers_features(name: str,
         lambda layer: layer.self_attn.add_module("q_norm", torch.nn.Identity()),
         lambda layer: layer.add_module("scale", torch.nn.Identity()),
         lambda layer: setattr(layer.mlp, "activation_fn", torch.nn.ReLU()),
-        lambda layer: setattr(layer.mlp, "activation_fn", torch.nn.GELU()),
+        lambda layer: setattr(layer.mlp, "activation_fn", torch.nn.Tanh()),
+        lambda layer: layer.register_parameter("lambda_1", torch.nn.Parameter(torch.ones(64))),
         lambda layer: setattr(layer.self_attn, "k_proj", torch.nn.Linear(64, 64, bias=False)),
         lambda layer: setattr(layer, "layer_norm1", torch.nn.RMSNorm(64)),
         lambda layer: setattr(layer, "layer_norm2", torch.nn.LayerNorm(64, bias=False)),
@@ -104,7 +121,8 @@ def test_every_familys_tower_is_fused_and_gives_transformers_features(name: str,
         "another part of the attention",
         "another part",
         "another activation",
-        "exact gelu",
+        "an activation of both signs",
+        "a scale",
         "no bias of one",
         "another norm",
         "a norm without bias",
@@ -117,6 +135,12 @@ def test_a_layer_of_another_kind_is_not_fused(change: Any) -> None:
     before = list(layers)
     fuse_layers(layers)
     assert layers[1] is before[1]
+
+
+@pytest.mark.parametrize("more", [{"use_qk_norm": True}, {"norm_type": "rms_norm"}])
+def test_a_layer_of_the_largest_internvl_towers_stays_plain(more: dict[str, Any]) -> None:
+    tower = make_tower("internvl", **more)
+    assert fuse_layers(tower) == 0
 
 
 class NormAfterAttention(CLIPEncoderLayer):
@@ -143,13 +167,16 @@ def test_a_layer_with_the_same_parts_that_computes_something_else_is_not_fused(k
 
 
 @needs_packing
-@pytest.mark.parametrize(("kind", "plain"), [("clip", CLIPEncoderLayer), ("siglip", SiglipEncoderLayer)])
+@pytest.mark.parametrize(
+    ("kind", "plain"),
+    [("clip", CLIPEncoderLayer), ("siglip", SiglipEncoderLayer), ("internvl", InternVLVisionLayer)],
+)
 def test_layers_that_are_not_fused_work_next_to_fused_ones(kind: str, plain: type) -> None:
     tower = make_tower(kind)
-    tower.encoder.layers[1].mlp.activation_fn = torch.nn.GELU()
     expected = make_tower(kind)
-    expected.encoder.layers[1].mlp.activation_fn = torch.nn.GELU()
+    for each in (tower, expected):
+        layers_of(each)[1].mlp.activation_fn = torch.nn.ReLU()
     assert fuse_layers(tower) == 2
-    assert type(tower.encoder.layers[1]) is plain
+    assert type(layers_of(tower)[1]) is plain
     for one, other in zip(hidden_states(tower), hidden_states(expected), strict=True):
         torch.testing.assert_close(one, other, atol=2e-4, rtol=2e-4)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llava_sessions.engine.cuda.ragged import RaggedAttention
+from llava_sessions.engine.fused.head_norms import HeadNorms
 from tests.support.interpreter import check_interpreted
 
 pytest.importorskip("triton", reason="no wheel of Triton for this platform")
@@ -17,6 +18,8 @@ from tests.support.triton_driver import Cubin, absent_device  # it needs Triton
 LLAVA_7B = (32, 32, 128)
 MISTRAL_7B = (32, 8, 128)
 QWEN2_7B = (28, 4, 128)
+QWEN3_1B = (16, 8, 128)
+QWEN3_8B = (32, 8, 128)
 INT8 = torch.int8
 # Compute capability of a GPU (T4, A100, A10G, L4 and L40S, H100, B200), heads of a model, precision of its KV cache.
 TARGETS = [
@@ -31,6 +34,8 @@ TARGETS = [
     (100, LLAVA_7B, None),
     (100, QWEN2_7B, INT8),
 ]
+# The same for models with norms of the heads.
+NORMED_TARGETS = [(75, QWEN3_1B, None), (86, QWEN3_8B, INT8), (90, QWEN3_8B, None), (100, QWEN3_1B, INT8)]
 # Of a multiprocessor: threads, KiB of shared memory, and its part of the card's bandwidth in KB per microsecond. From
 # data sheets; 8.6 is an A10G, 8.9 an L40S.
 MULTIPROCESSORS = {
@@ -58,25 +63,33 @@ def attend(
     dtype: torch.dtype,
     kv_dtype: torch.dtype | None = None,
     lengths: tuple[int, ...] = (9,),
+    normed: bool = False,
 ) -> RaggedAttention:
-    """Launch attention in two layers."""
+    """Launch attention in two layers. `normed`: with norms of the heads."""
     count, kv_heads, head_dim = heads
     attention = RaggedAttention(*heads, dtype, torch.device("cpu"), kv_dtype=kv_dtype, layers=2)
     qkv = torch.empty(len(lengths), (count + 2 * kv_heads) * head_dim, dtype=dtype)
     cos = torch.empty(len(lengths), head_dim, dtype=dtype)
     out = torch.empty(len(lengths), count * head_dim, dtype=dtype)
     task = attention.task([(row, 4096, 1024, stored) for row, stored in enumerate(lengths)])
-    attention(task, 0, qkv, cos, cos, out)
-    attention(task, 1, qkv, cos, cos, out)
+    norms = HeadNorms(torch.empty(2, head_dim, dtype=dtype), 1e-6) if normed else None
+    attention(task, 0, qkv, cos, cos, out, norms)
+    attention(task, 1, qkv, cos, cos, out, norms)
     return attention
 
 
-@pytest.mark.parametrize(("capability", "heads", "kv_dtype"), TARGETS)
-def test_machine_code(capability: int, heads: tuple[int, int, int], kv_dtype: torch.dtype | None) -> None:
+@pytest.mark.parametrize(
+    ("capability", "heads", "kv_dtype", "normed"),
+    [*((*target, False) for target in TARGETS), *((*target, True) for target in NORMED_TARGETS)],
+)
+def test_machine_code(capability: int, heads: tuple[int, int, int], kv_dtype: torch.dtype | None, normed: bool) -> None:
     dtype = torch.bfloat16 if capability >= 80 else torch.float16
     with absent_device(capability) as device:
-        attend(heads, dtype, kv_dtype)
+        attend(heads, dtype, kv_dtype, normed=normed)
     attend_code, merge_code = device.cubins
+    # Constants of a kernel without norms, which therefore has no instruction for them.
+    are_constants = [device.launches[0].types[name] == "constexpr" for name in ("norm_weights", "epsilon")]
+    assert are_constants == 2 * [not normed]
     has_tensor_cores = heads[0] > heads[1] and capability >= 80
     assert (attend_code.count("HMMA") > 0) == has_tensor_cores
     # One iteration loads keys and values of 32 tokens, or of 16 without tensor cores, with vectors of 16 bytes. The
@@ -110,30 +123,33 @@ def resident_programs(capability: int, cubin: Cubin, threads: int) -> int:
 
 
 def test_two_launches_a_layer_for_any_number_of_sessions() -> None:
-    for lengths in ((300,), tuple(range(64))):
+    for lengths, normed in (((300,), False), (tuple(range(64)), False), ((300,), True)):
         with absent_device(80) as device:
-            attend(LLAVA_7B, torch.bfloat16, lengths=lengths)
+            attend(LLAVA_7B, torch.bfloat16, lengths=lengths, normed=normed)
         pieces = sum(stored // 128 + 1 for stored in lengths)
         grids = [(launch.name, launch.grid) for launch in device.launches]
         assert grids == 2 * [("attend", (pieces, 32, 1)), ("merge", (len(lengths), 32, 1))]
         assert len(device.cubins) == 2
 
 
-def test_the_compiled_form_of_the_first_launch_serves_all_launches() -> None:
+@pytest.mark.parametrize("normed", [False, True])
+def test_the_compiled_form_of_the_first_launch_serves_all_launches(normed: bool) -> None:
     with absent_device(80) as device:
-        attend(LLAVA_7B, torch.bfloat16)
+        attend(LLAVA_7B, torch.bfloat16, normed=normed)
     first, _, second, _ = device.launches
     assert (first.args[7], second.args[7]) == (0, 1)  # the layer
     assert len(first.args) == len(second.args)
-    assert first.args[8:] == second.args[8:]  # the constants are at the same places
+    assert (first.args[10] is not None) == normed  # the layer's own weights of the norms
+    assert first.args[11:] == second.args[11:]  # the constants are at the same places
     # Triton would otherwise compile for a multiple of 16 and for the number 1 (a step of one token) separately.
     assert {name: first.types[name] for name in ("tokens", "layer", "layers")} == {
         "tokens": "i32",
         "layer": "i32",
         "layers": "i32",
     }
+    pointers = {"qkv", "cos", "sin", "mixed_parts", "softmax_parts", "out", *(["norm_weights"] if normed else [])}
     for launch in device.launches:
-        assert launch.aligned == set(launch.types) & {"qkv", "cos", "sin", "mixed_parts", "softmax_parts", "out"}
+        assert launch.aligned == set(launch.types) & pointers
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from bench.gpu_day.models import LLAVA, MISTRAL, QWEN2, Shape, config_of, tokenizer_of
+from bench.gpu_day.models import LLAVA, MISTRAL, QWEN2, QWEN3, Shape, config_of, tokenizer_of
 from llava_sessions.engine import attention
 from llava_sessions.engine.attention import Segment
 from llava_sessions.engine.cuda import layers
 from llava_sessions.engine.device import takes_grouped_heads
+from llava_sessions.engine.fused import head_norms
 from llava_sessions.engine.fused import layer as fused_layer
 from llava_sessions.engine.kv import SessionKV
 from llava_sessions.engine.model import Model
@@ -70,7 +71,7 @@ def calls_of(shape: Shape, dtype: torch.dtype, is_fused: bool, patch: pytest.Mon
         made = AutoModelForImageTextToText.from_config(config_of(shape, tokenizer_of(shape), layers=1), dtype=dtype)
     model = Model(made)
     if is_fused:
-        for module in (fused_layer, layers):
+        for module in (fused_layer, head_norms, layers):
             patch.setattr(module, "is_rms_norm", lambda _: True)  # it compares numbers, and meta tensors have none
         assert layers.fuse(model.text)
     model.device = CUDA
@@ -85,8 +86,10 @@ def calls_of(shape: Shape, dtype: torch.dtype, is_fused: bool, patch: pytest.Mon
 
 
 def picture(shape: Shape) -> PreparedPicture:
-    """Return a picture of one tile, and the whole picture where the family has tiles."""
+    """Return a picture of one tile, and the whole picture where the family has tiles. InternVL's has the most tiles."""
     side = shape.picture_side
+    if shape.kind == "internvl":
+        return PreparedPicture("a", {"pixel_values": np.zeros((1, 13, 3, side, side), np.float32)})
     if shape.kind == "llava":
         return PreparedPicture("a", {"pixel_values": np.zeros((1, 3, side, side), np.float32)})
     inputs = {"pixel_values": np.zeros((1, 3, 3, side, side), np.float32), "image_sizes": np.array([[side, side]])}
@@ -97,7 +100,7 @@ def picture(shape: Shape) -> PreparedPicture:
 
 
 @pytest.mark.parametrize("is_fused", [False, True], ids=["transformers' layers", "fused layers"])
-@pytest.mark.parametrize("shape", [LLAVA, MISTRAL, QWEN2], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("shape", [LLAVA, MISTRAL, QWEN2, QWEN3], ids=lambda shape: shape.name)
 def test_no_call_of_the_engine_is_math(shape: Shape, is_fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in DTYPES:
         calls: dict[bool, set[Call]] = {}

@@ -23,7 +23,7 @@ from llava_sessions.ipc.messages import (
 )
 from llava_sessions.text.chat_template import ChatTemplate
 from llava_sessions.text.processors import load_processor
-from tests.support.family import joined, noise
+from tests.support.family import flat, joined, noise
 
 AMPLE = DeviceBudget(2**30, 2**30)
 # How far below the best one the logit of a chosen token may be, as a part of the range of all logits. On a CPU
@@ -104,7 +104,8 @@ class DeviceChats:
         """
         before, prompt = self._asked[name]
         ids = torch.tensor([before + prompt + answer], device=self.device)
-        arrays = joined(self.shown[name])
+        is_flat = self.reference.config.model_type == "internvl"
+        arrays = flat(self.shown[name]) if is_flat else joined(self.shown[name])
         inputs = {key: torch.from_numpy(array).to(self.device) for key, array in arrays.items()}
         logits = self.reference(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits[0].float()
         logits = logits[-len(answer) - 1 : -1]

@@ -73,6 +73,10 @@ HEAVY = (
     b'{"type": "start_session", "path": "' + b"a" * (1 << 22) + b'"}',
     b'{"type": "start_session", "images": [' + b'"AAAA",' * 100_000 + b'"AAAA"]}',
     b"[" * (1 << 20),
+    b'{"type": "start_session", "video": "' + b"AAAA" * (1 << 20) + b'"}',
+    b'{"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "data:video/jpeg;base64,'
+    + b"A," * (1 << 15)
+    + b'"}}]}]}',
 )
 QUESTIONS = ("Which shapes are there?", "How many shapes are there?", "What is in the middle?")
 
@@ -126,7 +130,11 @@ _plausible = {
     "path": st.sampled_from(
         ["https://127.0.0.1/a", "https://2130706433/", "s3://b/k", "/etc/passwd", "file:///x", "\n"]
     ),
-    "video": st.lists(st.just(SMALL), max_size=3),
+    "video": st.lists(st.just(SMALL), max_size=3)
+    | st.sampled_from(
+        ["data:video/mp4;base64,AAAAIGZ0eXBpc29t", "https://127.0.0.1/a.mp4", "s3://b/k", "/etc/passwd", "AAAA"]
+    ),
+    "video_frames": st.integers(0, 40),
     "prompt_text": st.sampled_from(QUESTIONS) | st.text(max_size=50),
     "stream": st.booleans(),
     "max_new_tokens": st.integers(1, 6),

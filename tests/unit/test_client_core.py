@@ -31,6 +31,7 @@ from llava_sessions_client import (
     Unavailable,
 )
 from llava_sessions_client.answers import Answer, Turn
+from llava_sessions_client.clips import Clip
 from llava_sessions_client.conversation import MAX_REPLAYS, Conversation
 from llava_sessions_client.effects import Call, Left, Piece, Sleep, Start
 from llava_sessions_client.errors import api_error
@@ -393,6 +394,57 @@ def test_an_instance_that_sagemaker_does_not_reach_is_lost_after_retries() -> No
     script = opened(*[gone] * 5)
     with pytest.raises(Unavailable):
         ask(script)
+
+
+# --- clips ------------------------------------------------------------------------------------------------------------
+
+
+FILE = Clip(b"clip", sampled_frames=3, name="a.mp4")
+FILE_URL = "data:video/mp4;base64,Y2xpcA=="
+FRAMES = Clip(frames=(PICTURE, PICTURE))
+
+
+def test_a_session_is_opened_on_a_clip_and_asked_about_others() -> None:
+    conversation = Conversation(settings(), (), clip=FILE)
+    script = Script(conversation, OPENED, answer("Two."), answer("Three."))
+    script.run(conversation.open())
+    for text, clip in (("Which?", FRAMES), ("And here?", None)):
+        script.run(conversation.ask(text, (PICTURE,), {}, stream=False, clip=clip))
+    opening, first, second = script.bodies
+    assert (opening["type"], opening["video"], opening["video_frames"]) == ("start_session", FILE_URL, 3)
+    assert "image" not in opening
+    assert (first["image"], first["video"]) == (PICTURE.base64, [PICTURE.base64] * 2)
+    assert "video_frames" not in first
+    assert "video" not in second
+    assert [turn.clip for turn in conversation.turns] == [FRAMES, None]
+
+
+def test_a_lost_session_is_opened_again_with_its_clips() -> None:
+    conversation = Conversation(settings(), (), on_lost="replay", clip=FRAMES)
+    lost = refusal(404, "session_not_found")
+    script = Script(conversation, OPENED, answer("Two."), lost, OPENED, answer("Three."))
+    script.run(conversation.open())
+    script.run(conversation.ask("Which?", (), {}, stream=False, clip=FILE))
+    assert script.run(conversation.ask("And here?", (), {}, stream=False)).replayed
+    again = script.bodies[3]
+    assert again["video"] == [PICTURE.base64] * 2
+    assert (again["history"][0]["video"], again["history"][0]["video_frames"]) == (FILE_URL, 3)
+
+
+@pytest.mark.parametrize(("clip", "sent"), [(None, []), (FRAMES, [FILE, FRAMES])])
+def test_a_rewrite_repeats_the_clip_of_the_open_if_the_server_needs_it(clip: Clip | None, sent: list[Clip]) -> None:
+    conversation = Conversation(settings(), (), clip=FILE)
+    script = Script(conversation, OPENED, answer("Two."), completion("Three."))
+    script.run(conversation.open())
+    script.run(conversation.ask("Which?", (), {}, stream=False, clip=clip))
+    script.run(conversation.rewrite(0, "And now?", {}, stream=False))
+    [message] = script.bodies[-1]["messages"]
+    parts = [{"type": "video_url", "video_url": {"url": one.data_url}} for one in sent]
+    if sent:
+        parts[0]["video_url"]["video_frames"] = 3
+        assert parts[1]["video_url"]["url"] == f"data:video/jpeg;base64,{PICTURE.base64},{PICTURE.base64}"
+    assert message["content"] == ([*parts, {"type": "text", "text": "And now?"}] if sent else "And now?")
+    assert conversation.turns == (Turn("And now?", conversation.turns[0].answer, (), clip),)
 
 
 # --- edits ------------------------------------------------------------------------------------------------------------

@@ -16,15 +16,16 @@ import pytest
 from moto import mock_aws
 from PIL import Image
 
-from llava_sessions_client import Endpoint, InvalidPicture, NotConfigured, Turn, load_picture, sources
+from llava_sessions_client import Endpoint, InvalidClip, InvalidPicture, NotConfigured, Turn, load_picture, sources
 from llava_sessions_client.answers import Answer
+from llava_sessions_client.clips import Clip, load_clip
 from llava_sessions_client.conversation import Conversation
 from llava_sessions_client.pictures import load_pictures, picture_of
 from llava_sessions_client.settings import Settings
 from llava_sessions_client.shrink import PictureLimits, fit, fit_together
 from llava_sessions_client.targets import SAGEMAKER_BODY_BYTES, settings_of
 from llava_sessions_client.terminal.picture import half_blocks
-from tests.support.client_script import OPENED, Script, settings
+from tests.support.client_script import OPENED, Script, answer, refusal, settings
 from tests.support.pictures import PNG, encode, two_colours
 
 NOISE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (200, 300, 3), dtype=np.uint8))
@@ -112,7 +113,7 @@ def test_what_is_no_picture_is_named(tmp_path: Path, web: str, monkeypatch: pyte
         ("data:image/png", "valid base64"),
         ("s3://bucket", "s3://BUCKET/KEY"),
         (f"{web}/a.txt", "got 10 bytes of something else"),
-        (f"{web}/none?secret", "must be a picture, got status 404"),
+        (f"{web}/none?secret", "must be available, got status 404"),
         (f"{web}/large.bin", "must have at most 2000 bytes"),
         ("http://127.0.0.1:9/a.png", "must be reachable"),
         ("https://", "must be reachable"),
@@ -193,6 +194,77 @@ def test_an_open_shrinks_the_pictures_of_its_history_too() -> None:
     assert len(str(body)) < limit
     assert len(conversation.notices) == 3
     assert all(turn.pictures[0].encoded_bytes < large.encoded_bytes for turn in conversation.turns)
+
+
+# --- clips ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_clip_is_a_file_or_frames(tmp_path: Path, web: str) -> None:
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"clip")
+    url = "data:video/mp4;base64,Y2xpcA=="
+    for source in (path, str(path), b"clip", bytearray(b"clip"), f"{web}/a.mp4", url, Clip(b"clip", sampled_frames=2)):
+        clip = load_clip(source, frames=3)
+        assert (clip.file, clip.sampled_frames, clip.video, clip.data_url) == (b"clip", 3, url, url)
+        assert (clip.size_bytes, clip.encoded_bytes) == (4, len("Y2xpcA=="))
+    assert load_clip(path).sampled_frames is None
+    assert load_clip(f"{web}/a.mp4?secret").name == f"{web}/a.mp4"
+    frames = load_clip([PNG, two_colours()])
+    assert frames.video == [frame.base64 for frame in frames.frames]
+    assert frames.data_url == f"data:video/jpeg;base64,{','.join(frames.video)}"
+    assert frames.encoded_bytes == sum(map(len, frames.video))
+
+
+def test_what_is_no_clip_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    sources_and_words = [
+        (str(tmp_path / "none.mp4"), None, "must be a readable file"),
+        (tmp_path / "empty.mp4", None, "must be a video file, got 0 bytes"),
+        ([], None, "one or more frames"),
+        ([PNG], 2, "of which none is sampled"),
+        ([b"no picture"], None, "got 10 bytes of something else"),
+        (5, None, "got int"),
+    ]
+    for source, frames, words in sources_and_words:
+        with pytest.raises(InvalidPicture, match=words):
+            load_clip(source, frames=frames)
+    with pytest.raises(InvalidPicture, match="absent without a `video`"):
+        Endpoint("http://127.0.0.1:9").open(video_frames=3)
+
+
+def limited(limit: int) -> Settings:
+    """Return settings whose requests have at most `limit` bytes."""
+    made = settings()
+    return Settings(made.timeouts, made.retries, made.limits, limit)
+
+
+def test_a_clip_stays_as_it_is_and_pictures_are_shrunk_into_the_rest() -> None:
+    large = picture_of(encode(NOISE, "PNG"), "noise.png")
+    frame = picture_of(encode(NOISE.resize((2100, 16)), "PNG"), "frame.png")
+    clip = Clip(frames=(frame,))
+    limit = clip.encoded_bytes + large.encoded_bytes // 2 + 16 * 1024
+    conversation = Conversation(limited(limit), (), clip=clip)
+    script = Script(conversation, OPENED, answer("Two."))
+    script.run(conversation.open())
+    script.run(conversation.ask("Which?", (large,), {}, stream=False, clip=clip))
+    opening, body = script.bodies
+    assert opening["video"] == body["video"] == [frame.base64]
+    assert len(body["image"]) < large.encoded_bytes
+    assert len(str(body)) < limit
+
+
+def test_a_clip_that_no_request_can_carry_is_rejected_before_it_is_sent() -> None:
+    clip = Clip(bytes(2**20), name="a.mp4")
+    conversation = Conversation(limited(2**20), (), clip=clip)
+    script = Script(conversation)
+    with pytest.raises(InvalidClip, match=r"must have at most 0\.7 MiB together, got 1\.0 MiB"):
+        script.run(conversation.open())
+    conversation = Conversation(limited(3 * 2**20), (), clip=clip)
+    script = Script(conversation, OPENED, refusal(503, "x"), answer("Two."))
+    script.run(conversation.open())
+    with pytest.raises(InvalidClip, match=r"at most 2\.\d MiB together, got 3\.0 MiB"):
+        script.run(conversation.ask("Which?", (), {}, stream=False, clip=Clip(bytes(3 * 2**20))))
+    assert len(script.bodies) == 1
 
 
 def test_sagemaker_and_http_have_their_own_payload_limit() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import socket
 import threading
@@ -36,6 +37,8 @@ from llava_sessions_client.effects import Limits
 from llava_sessions_client.http import HttpTransport
 from llava_sessions_client.http_async import AsyncHttpTransport
 from llava_sessions_client.sagemaker import SageMakerTransport
+from llava_sessions_client.sagemaker_async import ThreadedTransport
+from llava_sessions_client.terminal.command import parse_args
 from llava_sessions_client.terminal.talk import Talk
 from llava_sessions_client.wire import Reply, Request
 from llava_sessions_client.within import within
@@ -275,10 +278,50 @@ def test_llava_chat_drops_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     printed = capsys.readouterr()
     assert printed.out.endswith("Two.\n")
     assert printed.err.splitlines()[-3:] == [
-        "the next question shows the waiting pictures again; /drop drops them",
+        "the next question shows the waiting pictures and clip again; /drop drops them",
         f"dropped {path}",
-        "no pictures wait for the next question",
+        "nothing waits for the next question",
     ]
+
+
+def test_llava_chat_shows_a_clip_with_one_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    path = tmp_path / "a.mp4"
+    path.write_bytes(bytes(2**19))
+    script = f"/video {path}\nWhich?\nWhich?\nWhich?\n/video {path}\n/drop\n/history\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(script))
+    chat = chat_of(Scripted(refusal(415, "unsupported_media"), lines("Two."), lines("Three.")))
+    assert Talk().run(chat) == 1
+    assert ["video" in body for body in chat._transport.bodies] == [True, True, False]
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[0] == f"[{path}, clip of 0.5 MiB] is shown with the next question"
+    assert printed.err.splitlines()[-1] == f"dropped {path}"
+    assert printed.out.splitlines()[-4:] == [f"1. Which? [{path}]", "   Two.", "2. Which?", "   Three."]
+
+
+def test_llava_chat_is_opened_on_pictures_or_a_clip(capsys: Any) -> None:
+    options = parse_args(["http://h", "--video", "a.mp4", "--video-frames", "4"])
+    assert (options.pictures, options.video, options.video_frames) == ([], "a.mp4", 4)
+    with pytest.raises(SystemExit):
+        parse_args(["http://h", "a.png", "--video", "a.mp4"])
+    assert "on pictures or on a clip, got both" in capsys.readouterr().err
+
+
+def test_an_async_chat_shows_clips() -> None:
+    async def main() -> list[dict[str, Any]]:
+        scripted = Scripted(answer("Two."), lines("Three."))
+        transport = ThreadedTransport(scripted)
+        chat = AsyncChat(conversation(), transport, None, None)
+        await chat.ask("Which?", video=b"clip", video_frames=3)
+        async for _ in chat.stream("Which?", video=[PNG, PNG]):
+            pass
+        await transport.close()
+        return scripted.bodies
+
+    first, second = asyncio.run(main())
+    assert (first["video"], first["video_frames"]) == ("data:video/mp4;base64,Y2xpcA==", 3)
+    assert second["video"] == [base64.b64encode(PNG).decode()] * 2
 
 
 # --- time-outs --------------------------------------------------------------------------------------------------------

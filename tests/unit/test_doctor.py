@@ -41,7 +41,7 @@ from deploy.doctor.machine import Memory
 from deploy.doctor.sizes import Sizes, SizesError
 from deploy.pack import source
 from deploy.sagemaker import command as llava_deploy
-from deploy.sagemaker.capacity import MODELS
+from deploy.sagemaker.capacity import SHAPES as PUBLISHED
 from deploy.serve import haproxy, java
 from deploy.serve.ports import choose_ports, first_unprivileged
 from deploy.serve.processes import ServeError
@@ -242,7 +242,11 @@ def test_another_family_is_an_error_with_those_that_are_served(shapes: Path) -> 
     config = json.loads((shapes / "config.json").read_text())
     (shapes / "config.json").write_text(json.dumps(config | {"model_type": "qwen2_vl"}))
     errors = levels(checkpoint.check_checkpoint(Subject(model=str(shapes))))["error"]
-    assert "`model_type` must be one of llava, llava_next, llava_onevision, got 'qwen2_vl'" in errors
+    assert "got 'qwen2_vl'; Qwen2-VL is not served: its positions have three axes (M-RoPE)" in errors
+    assert f"choose a checkpoint of a served family in place of {shapes}: LLaVA-1.5, " in errors
+    (shapes / "config.json").write_text(json.dumps(config | {"model_type": "internvl_chat"}))
+    errors = levels(checkpoint.check_checkpoint(Subject(model=str(shapes))))["error"]
+    assert "->  give --model (MODEL=) the twin" in errors
 
 
 @pytest.mark.parametrize(
@@ -316,12 +320,12 @@ def test_sizes_are_those_of_the_published_checkpoint(tmp_path: Path) -> None:
     config["vision_config"] = {"image_size": 336, "patch_size": 14}
     (tmp_path / "config.json").write_text(json.dumps(config))
     sizes = Sizes.read(tmp_path)
-    assert sizes.kv_numbers * 2 == MODELS[0].kv_token_bytes
-    assert sizes.features_bytes("float16") == MODELS[0].features_bytes
-    tokens = MODELS[0].picture_tokens + 1024
-    assert sizes.session_bytes("float16") == MODELS[0].features_bytes + MODELS[0].kv_bytes(tokens)
+    assert sizes.kv_numbers * 2 == PUBLISHED[0].kv_token_bytes
+    assert sizes.features_bytes("float16") == PUBLISHED[0].features_bytes
+    tokens = PUBLISHED[0].picture_tokens + 1024
+    assert sizes.session_bytes("float16") == PUBLISHED[0].features_bytes + PUBLISHED[0].kv_bytes(tokens)
     int8 = sizes.session_bytes("float16", "int8") - sizes.features_bytes("float16")
-    assert int8 == MODELS[0].kv_bytes(tokens) * (128 + 4) // (128 * 2), "a scale of 4 bytes for 128 numbers"
+    assert int8 == PUBLISHED[0].kv_bytes(tokens) * (128 + 4) // (128 * 2), "a scale of 4 bytes for 128 numbers"
 
 
 def test_weights_in_int8_count_a_byte(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llava_sessions.chat.media import ClipSpan
 from llava_sessions.chat.transcript import BlobPool, OpenRecord, Transcript, TurnRecord
 from llava_sessions.journal import encoding
 from llava_sessions.journal.encoding import (
@@ -143,7 +144,7 @@ def sealed(whole: dict[str, Any]) -> bytes:
     ),
     st.dictionaries(
         st.sampled_from([*vars(opening), *vars(turn)]),
-        values,
+        values | st.lists(st.fixed_dictionaries(dict.fromkeys(["first", "blobs", "frames"], st.integers(0, 2)))),
         max_size=2,
     ),
 )
@@ -159,6 +160,8 @@ def test_a_hostile_record_is_read_or_damaged_and_nothing_else(record, envelope, 
         transcript, _ = read_transcript(key_of("chat"), [hostile] if number == 0 else [first, hostile], blobs.get)
     except Damaged:
         return
+    for message in transcript.media:
+        assert all(clip.blobs for clip in message.clips)
     for token in transcript.token_ids:
         assert type(token) is int
         assert token >= 0
@@ -196,19 +199,65 @@ def test_a_field_that_is_not_known_is_ignored(old, folder):
 
 @pytest.mark.parametrize(
     ("schema", "changes"),
-    [(1, {}), (2, {"base_turns": 0}), (2, {"base_turns": -1}), (2, {"groups": (1, 1)}), (2, {"history_turns": 1})],
+    [
+        (1, {}),
+        (2, {"base_turns": 0}),
+        (2, {"base_turns": -1}),
+        (2, {"groups": (1, 1)}),
+        (2, {"history_turns": 1}),
+        (3, {"clips": (ClipSpan(0, 2),)}),
+        (3, {"clips": (ClipSpan(1, 1, 8, DIGEST),), "groups": (1, 1)}),
+        (3, {"clips": (ClipSpan(1, 1, 8, DIGEST),), "base_turns": 0}),
+    ],
 )
 def test_what_an_older_version_would_misread_has_another_schema(schema: int, changes: dict[str, Any]) -> None:
     """Without these fields a record is another conversation: the older version is to reject it."""
     blobs = BlobPool()
     pictures = (blobs.get(PNG), blobs.get(b"another"))
-    if {"history_turns", "groups"} >= changes.keys():
+    if {"history_turns", "groups", "clips"} >= changes.keys():
         record = replace(OpenRecord("ls-1", OPENED_S, EXPIRES_S, None, "image", pictures, [1, 32000], 1), **changes)
         data, _ = encode(record, "ls-1", 0, "")
         assert read_transcript(key_of("ls-1"), [data], blobs.get)[0].opening == record
     else:
-        data, _ = encode(TurnRecord([1], [2], pictures, None, "", {}, **changes), "ls-1", 1, "")
+        first, checksum = encode(opening, "chat", 0, "")
+        added = TurnRecord([1], [2], pictures, None, "", {}, **changes)
+        data, _ = encode(added, "chat", 1, checksum)
+        assert read_transcript(key_of("chat"), [first, data], blobs.get)[0].log == (added,)
     assert json.loads(data[65:])["schema"] == schema
+
+
+@pytest.mark.parametrize(
+    "clips",
+    [
+        [{"first": 2, "blobs": 1}],  # outside the record
+        [{"first": 0, "blobs": 2}],  # in two messages
+        [{"first": 0, "blobs": 0}],
+        [{"first": 1, "blobs": 1}, {"first": 0, "blobs": 1}],
+        [{"first": -1, "blobs": 1}],
+        [{"first": 0}],
+        "clip",
+    ],
+)
+def test_a_clip_that_is_not_within_a_message_is_damage(clips: Any) -> None:
+    pictures = (blobs.get(PNG), blobs.get(b"another"))
+    record = replace(opening, pictures=pictures, groups=(1, 1), clips=(ClipSpan(0, 1),))
+    whole = json.loads(encode(record, "chat", 0, "")[0][65:])
+    whole["record"]["clips"] = clips
+    with pytest.raises(Damaged, match="field 'clips' is m"):
+        read_transcript(key_of("chat"), [sealed(whole)], blobs.get)
+
+
+def test_the_frames_of_a_file_are_one_blob() -> None:
+    record = replace(opening, pictures=(blobs.get(PNG), blobs.get(b"another")), clips=(ClipSpan(0, 2, frames=8),))
+    with pytest.raises(Damaged, match="field 'clips' is malformed"):
+        read_transcript(key_of("chat"), [encode(record, "chat", 0, "")[0]], blobs.get)
+
+
+@pytest.mark.parametrize("schema", [0, 4, None, "3"])
+def test_a_record_of_a_schema_that_is_not_known_is_damage(schema: Any) -> None:
+    whole = json.loads(encode(opening, "chat", 0, "")[0][65:])
+    with pytest.raises(Damaged, match="another schema than 1 to 3"):
+        read_transcript(key_of("chat"), [sealed({**whole, "schema": schema})], blobs.get)
 
 
 def test_a_session_without_pictures_has_another_schema() -> None:

@@ -14,7 +14,7 @@ from llava_sessions.protocol import replies
 from llava_sessions.protocol.constants import FORWARDED_API_HEADER, SESSION_HEADER
 from llava_sessions.protocol.openai import Chat, ChatMessage, Models, OpenAIForm, RefusedChat
 from llava_sessions.protocol.parsing import parse
-from llava_sessions.protocol.requests import PictureSource
+from llava_sessions.protocol.requests import ClipSource, PictureSource
 
 LIMITS = RequestLimits()
 PATH = {"url_path": "v1/chat/completions"}
@@ -214,6 +214,100 @@ def test_a_copy_without_pictures_keeps_the_rest() -> None:
     assert request.pictures == (PictureSource(path=URL),)
 
 
+# --- clips ---
+
+
+def clip(url: Any = "https://host/a.mp4", **options: Any) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": url, **options}}
+
+
+def test_a_clip_is_a_file_or_the_frames_of_a_data_url() -> None:
+    def read(part: Any) -> tuple[ClipSource, ...]:
+        message = chat(user([part, {"type": "text", "text": "What?"}])).messages[0]
+        assert (message.text, message.pictures) == ("What?", ())
+        return message.clips
+
+    file = PictureSource(path="https://host/a.mp4")
+    assert read(clip()) == (ClipSource(file=file, count=8),)
+    assert read({"type": "video_url", "video_url": "https://host/a.mp4"}) == read(clip())
+    assert read(clip(video_frames=3)) == (ClipSource(file=file, count=3),)
+    url = "data:video/mp4;base64,AAAA"
+    assert read(clip(url)) == (ClipSource(file=PictureSource(path=url), count=8),)
+    frames = ClipSource(frames=(PictureSource(image="AAAA"), PictureSource(image="BBBB")))
+    assert read(clip("data:video/jpeg;base64,AAAA,BBBB")) == (frames,)
+    assert read(clip("DATA:Video/JPEG;base64,AAAA,BBBB", video_frames=None)) == (frames,)
+    assert read(clip("data:video/jpeg;base64,AAAA")) == (ClipSource(frames=(PictureSource(image="AAAA"),)),)
+
+
+def test_a_message_has_pictures_and_clips() -> None:
+    first = user([clip("https://host/1.mp4"), IMAGE, {"type": "text", "text": "What?"}])
+    request = chat(first, user([clip("https://host/2.mp4")]), said(), user([IMAGE]))
+    assert request.pictures == (PictureSource(path=URL),) * 2
+    assert [one.file and one.file.path for one in request.clips] == ["https://host/1.mp4", "https://host/2.mp4"]
+    assert [(len(one.pictures), len(one.clips)) for one in request.messages] == [(1, 2), (0, 0), (1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("message", "param", "code", "text"),
+    [
+        (user([clip(None)]), "messages[0].content[0]", "invalid_request", "must have `video_url` as a string, or as"),
+        (user([clip(5)]), "messages[0].content[0]", "invalid_request", "must have `video_url` as a string, or as"),
+        (user([{"type": "video_url"}]), "messages[0].content[0]", "invalid_request", "must have `video_url` as a"),
+        (user([{"type": "video"}]), "messages[0].content[0].type", "invalid_request", "'image_url' or 'video_url'"),
+        (said([clip()]), "messages[0].content[0]", "invalid_request", "must be text in a message of role assistant"),
+        (
+            user([clip("data:video/jpeg;base64,A" + ",A" * 32)]),
+            "messages[0].content[0]",
+            "too_large",
+            "must have at most 32 frames, got 33",
+        ),
+    ],
+)
+def test_a_malformed_clip_is_refused(message: Any, param: str, code: str, text: str) -> None:
+    refused = refusal(message, user())
+    assert (refused.code, refused.param) == (code, param)
+    assert text in refused.message
+
+
+@pytest.mark.parametrize(
+    ("count", "actual"), [(0, "0"), (33, "33"), ("8", "a string of length 1"), (True, "true"), (1.5, "1.5")]
+)
+def test_a_malformed_number_of_frames_is_refused(count: Any, actual: str) -> None:
+    refused = refusal(user(), said(), user([clip(video_frames=count)]))
+    assert (refused.code, refused.param) == ("invalid_request", "messages[2].content[0].video_url.video_frames")
+    expected = "an integer from 1 to 32, with the URL of a file"
+    assert refused.message == f"`{refused.param}` must be {expected}, got {actual}"
+
+
+def test_frames_are_not_sampled_from_frames() -> None:
+    refused = refusal(user([clip("data:video/jpeg;base64,AAAA,BBBB", video_frames=1)]))
+    assert refused.param == "messages[0].content[0].video_url.video_frames"
+
+
+def test_clips_count_as_pictures() -> None:
+    assert conversation(user([clip(), IMAGE]), said(), user([clip()]), limits=SMALL)
+    refused = refusal(user([clip()] * 2), said(), user([clip(), IMAGE]), limits=SMALL)
+    assert refused.message == "`messages` must have at most 3 pictures and clips together, got more"
+    assert refused.code == "too_large"
+    refused = refusal(user([clip(), clip(), IMAGE]), limits=SMALL)
+    assert refused.message == "the last of `messages` must have at most 2 pictures and clips, got 3"
+
+
+def test_a_retry_has_the_same_clips() -> None:
+    def key(*urls: str, **options: Any) -> str | None:
+        return chat(user([clip(url, **options) for url in urls]), headers={**PATH, **INFERENCE_ID}).retry_key
+
+    one, two, frames = "https://host/1.mp4", "https://host/2.mp4", "data:video/jpeg;base64,AAAA"
+    assert key(one) == key(one) is not None
+    keys = [key(one), key(two), key(one, two), key(two, one), key(one, video_frames=2), key(frames), key(frames + ",A")]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_copy_without_pictures_has_no_clips() -> None:
+    copy = chat(user([clip(), {"type": "text", "text": "What?"}])).without_pictures()
+    assert (copy.clips, copy.messages[0].text) == ((), "What?")
+
+
 # --- where it is sent, and how the answer is streamed ---
 
 
@@ -322,7 +416,11 @@ REFUSED_MESSAGES: list[tuple[list[Any], str, str]] = [
     ([{"content": "x"}], "messages[0].role", "must be 'system', 'developer', 'user' or 'assistant', got null"),
     ([{"role": ["user"], "content": "x"}], "messages[0].role", "must be"),
     ([user(5)], "messages[0].content", "must be a string or an array of parts, got 5"),
-    ([user(["x"])], "messages[0].content[0]", "must be an object with `type` 'text' or 'image_url', got a string"),
+    (
+        [user(["x"])],
+        "messages[0].content[0]",
+        "must be an object with `type` 'text', 'image_url' or 'video_url', got a string",
+    ),
     ([user([{"type": "text"}])], "messages[0].content[0]", "must have `text` as a string, got null"),
     (
         [user([{"type": "image_url", "image_url": {}}])],
@@ -332,24 +430,28 @@ REFUSED_MESSAGES: list[tuple[list[Any], str, str]] = [
     (
         [user(), user([{"type": "input_audio", "input_audio": {}}])],
         "messages[1].content[0].type",
-        "must be 'text' or 'image_url', got 'input_audio'",
+        "must be 'text', 'image_url' or 'video_url', got 'input_audio'",
     ),
     (
         [user([{"type": "file", "file": {}}])],
         "messages[0].content[0].type",
-        "must be 'text' or 'image_url', got 'file'",
+        "must be 'text', 'image_url' or 'video_url', got 'file'",
     ),
     (
-        [user([{"type": "video_url", "video_url": {}}])],
+        [user([{"type": "video", "video": {}}])],
         "messages[0].content[0].type",
-        "must be 'text' or 'image_url', got",
+        "must be 'text', 'image_url' or 'video_url', got",
     ),
     ([user(), said([IMAGE]), user()], "messages[1].content[0]", "must be text in a message of role assistant, got"),
     ([system([IMAGE]), user()], "messages[0].content[0]", "must be text in a message of role system, got"),
     ([user(), {**said(), "tool_calls": [{}]}, user()], "messages[1].tool_calls", "must be absent, got an array"),
     ([user(), said()], "messages", "must end with a user's message, got one of role assistant"),
     ([system()], "messages", "must end with a user's message, got one of role system"),
-    ([user("  \n")], "messages", "must end with text that is not only white space, or with a picture, got neither"),
+    (
+        [user("  \n")],
+        "messages",
+        "must end with text that is not only white space, a picture or a clip, got none of them",
+    ),
     ([user("x\ud800")], "messages[0].content", "must be Unicode text, got a string of length 2"),
 ]
 
@@ -379,9 +481,12 @@ SMALL = RequestLimits(
     [
         ([user("a")] * 5, "`messages` must be an array of at most 4 objects, got an array of length 5"),
         ([user("a"), said("x" * 20), user("b")], "`messages` must have at most 20 characters together, got more"),
-        ([user([IMAGE] * 2), said("x"), user([IMAGE] * 2)], "`messages` must have at most 3 pictures together"),
+        (
+            [user([IMAGE] * 2), said("x"), user([IMAGE] * 2)],
+            "`messages` must have at most 3 pictures and clips together",
+        ),
         ([user("a" * 11)], "the last of `messages` must have at most 10 characters, got a string of length 11"),
-        ([user([IMAGE] * 3)], "the last of `messages` must have at most 2 pictures, got 3"),
+        ([user([IMAGE] * 3)], "the last of `messages` must have at most 2 pictures and clips, got 3"),
         ([user([{"type": "text", "text": ""}] * 57)], "`messages` must have fewer parts, got too many"),
     ],
 )
@@ -426,7 +531,7 @@ def test_a_session_is_opened_with_its_history() -> None:
 
 def test_an_open_by_the_container_standard_may_be_empty() -> None:
     opened = parse({"requestType": "NEW_SESSION"}, {HEADER: "NEW_SESSION"}, LIMITS)
-    assert (opened.pictures, opened.frames, opened.history, opened.resume) == ((), (), (), None)
+    assert (opened.pictures, opened.clip, opened.history, opened.resume) == ((), None, (), None)
 
 
 @pytest.mark.parametrize(

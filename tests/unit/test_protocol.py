@@ -17,7 +17,16 @@ from llava_sessions.protocol import fields as protocol_fields
 from llava_sessions.protocol import replies
 from llava_sessions.protocol.constants import SESSION_HEADER, SESSION_ID_MAX_CHARS
 from llava_sessions.protocol.parsing import Request, parse
-from llava_sessions.protocol.requests import Ask, Cancel, Close, Describe, Open, PictureSource, session_in_header
+from llava_sessions.protocol.requests import (
+    Ask,
+    Cancel,
+    ClipSource,
+    Close,
+    Describe,
+    Open,
+    PictureSource,
+    session_in_header,
+)
 
 LIMITS = RequestLimits()
 HEADER = SESSION_HEADER.lower()
@@ -486,17 +495,127 @@ def test_a_deadline_holds_for_whole_answers_unless_it_is_given():
             parse(ask(deadline_ms=wrong), {}, RequestLimits())
 
 
+TURN = {"prompt_text": "What is it?", "response_text": "A dog."}
+
+
+def clip_of(video: object, **fields: object) -> ClipSource | None:
+    """Return the clip of an open. It is also that of a question and of a turn of a history."""
+    opened = parse({"type": "start_session", "video": video, **fields}, {}, LIMITS).clip
+    assert parse(ask(video=video, **fields), {}, LIMITS).clip == opened
+    turns = [{**TURN, "video": video, **fields}]
+    assert parse({"type": "start_session", "history": turns}, {}, LIMITS).history[0].clip == opened
+    return opened
+
+
 def test_a_clip_is_a_list_of_frames():
-    opened = parse({"type": "start_session", "video": ["AAAA", "BBBB"]}, {}, RequestLimits())
-    assert [frame.image for frame in opened.frames] == ["AAAA", "BBBB"]
-    assert opened.pictures == ()
-    for wrong in ("AAAA", [], [5]):
-        with pytest.raises(Refused, match="video"):
-            parse({"type": "start_session", "video": wrong}, {}, RequestLimits())
-    with pytest.raises(Refused, match="1 to 2 strings, got an array of length 3"):
-        parse({"type": "start_session", "video": ["A"] * 3}, {}, RequestLimits(max_frames=2))
-    with pytest.raises(Refused, match="both"):
-        parse({"type": "start_session", "video": ["A"], "image": "A"}, {}, RequestLimits())
+    frames = (PictureSource(image="AAAA"), PictureSource(image="BBBB"))
+    clip = clip_of(["AAAA", "BBBB"])
+    assert clip == ClipSource(frames=frames)
+    assert clip.sources == frames
+    assert parse(ask(video=None), {}, LIMITS).clip is None
+
+
+@pytest.mark.parametrize(
+    ("video", "source"),
+    [
+        ("AAAAIGZ0eXA=", PictureSource(image="AAAAIGZ0eXA=")),
+        ("data:video/mp4;base64,AAAA", PictureSource(path="data:video/mp4;base64,AAAA")),
+        ("https://host/a.mp4", PictureSource(path="https://host/a.mp4")),
+        (" s3://bucket/a.webm", PictureSource(path=" s3://bucket/a.webm")),
+        ("/clips/a.mp4", PictureSource(path="/clips/a.mp4")),
+    ],
+)
+def test_a_clip_is_a_file(video, source):
+    clip = clip_of(video, video_frames=3)
+    assert clip == ClipSource(file=source, count=3)
+    assert clip.sources == (source,)
+    assert clip_of(video) == ClipSource(file=source, count=8)
+
+
+def test_an_operator_sets_the_default_number_of_frames():
+    body = {"type": "start_session", "video": "AAAA"}
+    assert parse(body, {}, RequestLimits(default_frames=5)).clip.count == 5
+
+
+@pytest.mark.parametrize(
+    ("video", "actual"),
+    [
+        ("", "an empty string"),
+        ([], "an empty array"),
+        ([5], "an array of length 1 (number)"),
+        (5, "5"),
+        ({"url": "x"}, "an object of length 1"),
+    ],
+)
+def test_a_malformed_clip_is_refused(video, actual):
+    expected = "a string (a video file) or an array of 1 to 32 strings (frames)"
+    for body in ({"type": "start_session", "video": video}, ask(video=video)):
+        refused = refusal(body)
+        assert (refused.code, refused.param) == ("invalid_request", "video")
+        assert refused.message == f"`video` must be {expected}, got {actual}"
+    refused = refusal({"type": "start_session", "history": [{**TURN, "video": video}]})
+    assert refused.message == f"`history[0].video` must be {expected}, got {actual}"
+
+
+@pytest.mark.parametrize("fields", [{"video": ["AAAA"]}, {"image": "AAAA"}])
+def test_frames_are_sampled_from_a_file_only(fields):
+    for body in ({"type": "start_session", **fields}, ask(**fields)):
+        refused = refusal({**body, "video_frames": 2})
+        assert (refused.code, refused.param) == ("invalid_request", "video_frames")
+        expected = "an integer from 1 to 32, with a `video` that is a file"
+        assert refused.message == f"`video_frames` must be {expected}, got 2"
+
+
+@pytest.mark.parametrize(("count", "actual"), [(0, "0"), (33, "33"), (True, "true"), (1.5, "1.5"), ("8", "a string")])
+def test_a_malformed_number_of_frames_is_refused(count, actual):
+    refused = refusal(ask(video="AAAA", video_frames=count))
+    assert refused.message.startswith("`video_frames` must be an integer from 1 to 32,")
+    assert f", got {actual}" in refused.message
+    turn = {**TURN, "video": "AAAA", "video_frames": count}
+    assert refusal({"type": "start_session", "history": [turn]}).param == "history[0].video_frames"
+
+
+def test_a_clip_of_too_many_frames_is_too_large():
+    limits = RequestLimits(max_frames=2, default_frames=2)
+    for body in ({"type": "start_session"}, ask()):
+        refused = refusal({**body, "video": ["A"] * 3}, limits=limits)
+        assert refused.code == "too_large"
+        assert "1 to 2 strings (frames), got an array of length 3" in refused.message
+
+
+def test_a_session_is_opened_on_pictures_or_a_clip():
+    refused = refusal({"type": "start_session", "video": ["A"], "image": "A"})
+    message = "a request that opens a session must have either pictures or a `video`, got both"
+    assert (refused.code, refused.message) == ("invalid_request", message)
+    for video in (["A"], "AAAA"):
+        assert "either `resume` or" in refusal({"type": "start_session", "video": video, "resume": "ls-1"}).message
+
+
+def test_a_clip_counts_as_a_picture_of_its_question():
+    limits = RequestLimits(max_pictures=2, max_history_pictures=3)
+    request = parse(ask(images=["A"], video="AAAA"), {}, limits)
+    assert (len(request.pictures), request.clip is not None) == (1, True)
+    refused = refusal(ask(images=["A"] * 2, video="AAAA"), limits=limits)
+    assert (refused.code, refused.param) == ("too_large", "video")
+    assert refused.message == "a question must have at most 2 pictures and clips, got 3"
+    turns = [{**TURN, "images": ["A", "A"], "video": "AAAA"}]
+    assert len(parse({"type": "start_session", "history": turns}, {}, limits).history) == 1
+    refused = refusal({"type": "start_session", "history": [*turns, {**TURN, "video": ["A"]}]}, limits=limits)
+    assert (refused.code, refused.param) == ("too_large", "history")
+
+
+def test_a_copy_without_pictures_has_neither_pictures_nor_clip():
+    request = parse(ask(image="AAAA", video="AAAA", video_frames=2, request_id=REQUEST_ID), {}, LIMITS)
+    copy = request.without_pictures()
+    assert (copy.pictures, copy.clip, copy.retry_key) == ((), None, request.retry_key)
+    assert copy.prompt_text == request.prompt_text
+
+
+def test_a_retry_has_the_same_clip():
+    def key(**fields):
+        return parse(ask(request_id=REQUEST_ID, **fields), {}, LIMITS).retry_key
+
+    assert len({key(), key(video="AAAA"), key(video=["AAAA"]), key(video="AAAA", video_frames=2)}) == 4
 
 
 def test_an_ask_without_options_takes_the_defaults():

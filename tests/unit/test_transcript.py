@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
-from llava_sessions.chat.transcript import BlobPool, OpenRecord, Transcript, TurnRecord, short_id
+from llava_sessions.chat.media import ClipSpan, MessageMedia, StoredClip, by_message, flattened
+from llava_sessions.chat.transcript import (
+    BEFORE_OPENING,
+    BlobPool,
+    OpenRecord,
+    Transcript,
+    TurnRecord,
+    short_id,
+)
 from llava_sessions.errors import Refused
 from llava_sessions.text.chat_template import OpenedOn
 
@@ -33,6 +42,45 @@ def test_the_first_prompt_follows_the_pictures_and_later_ones_do_not(transcript)
     assert transcript.opened_on == OpenedOn("image", 2)
     transcript.append(turn(5))
     assert transcript.opened_on is None
+
+
+def test_a_clip_is_one_medium_however_many_frames_it_has() -> None:
+    frame = BlobPool().get(b"frame")
+    opened = Transcript(OpenRecord("s", 0.0, 60.0, None, "video", (frame,) * 8, [1, 2, 2], 2))
+    assert opened.opened_on == OpenedOn("video", 1)
+    assert opened.media == (MessageMedia(clips=(StoredClip((frame,) * 8),)),)
+
+
+def test_pictures_and_clips_are_grouped_by_message() -> None:
+    pool = BlobPool()
+    one, two, file = (pool.get(data) for data in (b"one", b"two", b"file"))
+    messages = (
+        MessageMedia((one, two)),
+        MessageMedia((two,), (StoredClip((one, one)), StoredClip((file,), 8, "digest"))),
+        MessageMedia((), (StoredClip((one, two, one)),)),
+    )
+    flat = flattened([MessageMedia(), *messages])
+    assert flat.pictures == (one, two, two, one, one, file, one, two, one)
+    assert flat.groups == (2, 4, 3)
+    assert flat.clips == (ClipSpan(3, 2), ClipSpan(5, 1, 8, "digest"), ClipSpan(6, 3))
+    assert by_message(flat) == messages
+    for message in messages:
+        assert by_message(flattened([message])) == (message,)
+        assert flattened([message]).groups == ()
+
+
+def test_a_turn_that_replaces_the_opening_replaces_its_clip() -> None:
+    pool = BlobPool()
+    frame, file = pool.get(b"frame"), pool.get(b"file")
+    transcript = Transcript(OpenRecord("s", 0.0, 60.0, None, "video", (frame, frame), [1, 2, 2], 2))
+    shown = TurnRecord([3], [4], (file,), None, "", {}, clips=(ClipSpan(0, 1, 4),))
+    transcript.append(shown)
+    clip = MessageMedia(clips=(StoredClip((file,), 4),))
+    assert transcript.media == (MessageMedia(clips=(StoredClip((frame, frame)),)), clip)
+    transcript.append(replace(shown, base_turns=BEFORE_OPENING))
+    assert transcript.media == (clip,)
+    assert transcript.replaced_bytes == len(b"file")
+    assert transcript.log[0].media == ()
 
 
 def test_records_are_a_snapshot(transcript):

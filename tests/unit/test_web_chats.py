@@ -34,7 +34,7 @@ from web.answering import events
 from web.application import make_app
 from web.chats import Chats, Comparison, WebChat, alone
 from web.command import hosts_of
-from web.pictures import StoredPicture, render
+from web.pictures import StoredPicture, is_clip, render
 from web.problems import Problem, in_words
 
 
@@ -72,6 +72,7 @@ class ModelServer:
 
     def __init__(self) -> None:
         self.open: set[str] = set()
+        self.opens: list[dict[str, Any]] = []
         self.numbers = itertools.count()
         self.during: Callable[[], object] = lambda: None
         self.closing: Callable[[], object] = lambda: None
@@ -83,6 +84,7 @@ class ModelServer:
             self.open.remove(request.headers["X-Amzn-SageMaker-Session-Id"])
             return httpx.Response(200, json={"success": True})
         session_id = f"session-{next(self.numbers)}"
+        self.opens.append(body)
         self.during()
         self.open.add(session_id)
         announced = f"{session_id}; Expires=2030-01-01T00:00:00Z"
@@ -300,7 +302,7 @@ def ask(chat: WebChat) -> list[str]:
     """Ask a question, and return the names of the events of its answer."""
 
     async def names() -> list[str]:
-        stream = events(chat, lambda: chat.session.stream("Which?", images=chat.send_pending()), len(chat.turns))
+        stream = events(chat, lambda: chat.ask("Which?", {}), len(chat.turns))
         return [event.split("\n")[0].removeprefix("event: ") async for event in stream]
 
     return asyncio.run(names())
@@ -322,6 +324,55 @@ def test_a_picture_that_is_attached_during_an_answer_waits_for_the_next_question
     assert [(one.number, one.turn, one.pending) for one in chat.pictures[1:]] == [(1, 0, False), (2, None, True)]
     assert ask(chat) == ["piece", "end"]
     assert [(one.number, one.turn) for one in chat.pictures[1:]] == [(1, 0), (2, 1)]
+
+
+MP4 = b"\x00\x00\x00\x20ftypisom" + bytes(100)
+
+
+@pytest.mark.parametrize(
+    ("begin", "expected"),
+    [
+        (MP4, True),
+        (b"\x00\x00\x00\x14ftypqt  ", True),
+        (b"\x1a\x45\xdf\xa3", True),
+        (b"\x00\x00\x00\x20ftypheic", False),
+        (PNG, False),
+        (b"", False),
+    ],
+)
+def test_a_clip_is_known_by_its_content(begin: bytes, expected: bool) -> None:
+    assert is_clip(begin) == expected
+
+
+def test_a_clip_is_shown_with_its_question_beside_pictures() -> None:
+    transport = Streamed(lines("Red."), lines("Blue."))
+    chat = chat_of(transport)
+    attach(chat, MP4)
+    attach(chat, PNG)
+    with pytest.raises(Problem, match="at most one clip"):
+        attach(chat, MP4)
+
+    def during() -> None:
+        transport.during = lambda: None
+        attach(chat, MP4)  # waits for the next question
+
+    transport.during = during
+    assert ask(chat) == ["piece", "end"]
+    assert ask(chat) == ["piece", "end"]
+    assert [("image" in body, "video" in body) for body in transport.bodies] == [(True, True), (False, True)]
+    assert [(one.number, one.turn) for one in chat.pictures[1:]] == [(1, 0), (2, 0), (3, 1)]
+    assert chat.pictures[1].media_type == "image/png"
+    Image.open(io.BytesIO(chat.pictures[1].shown)).load()
+
+
+def test_a_chat_is_opened_again_on_its_clip() -> None:
+    server = ModelServer()
+    chats = server.chats()
+    chat = chats.open(MP4)
+    chats.reopen(chat)
+    assert chat.session.clip is not None
+    assert ["video" in body for body in server.opens] == [True, True]
+    assert server.opens[0]["video"] == server.opens[1]["video"]
 
 
 @pytest.mark.parametrize(

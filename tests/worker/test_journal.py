@@ -450,8 +450,8 @@ def test_a_record_of_another_course_of_the_same_session_is_noticed(journal, fold
 
 def test_another_schema_is_skipped(journal, folder, caplog):
     saved(journal, turns=0)
-    resealed(file_of(folder, "chat-1", 0), lambda whole: whole.update(schema=3))
-    assert_gone(folder, caplog, "record 0 has another schema than 1 and 2")
+    resealed(file_of(folder, "chat-1", 0), lambda whole: whole.update(schema=4))
+    assert_gone(folder, caplog, "record 0 has another schema than 1 to 3")
 
 
 @pytest.mark.parametrize(

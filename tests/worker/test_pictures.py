@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava_sessions.chat.media import MessageMedia, StoredClip
 from llava_sessions.chat.transcript import OpenRecord, Transcript, TurnRecord
 from llava_sessions.config import MediaLimits, RequestLimits
 from llava_sessions.errors import Refused
@@ -123,10 +124,11 @@ def test_one_decoded_picture_is_in_memory_at_a_time(template: ChatTemplate, proc
     opened = prepare.open(an_open(images=texts), SESSION_ID, None)
     executor.run_all()
     opening = opened.result()
+    blobs = opening.media.pictures
     record = OpenRecord(
-        "ls-1", NOW, NOW + 9, None, "image", opening.blobs, opening.opening.token_ids, opening.opening.image_tokens
+        "ls-1", NOW, NOW + 9, None, "image", blobs, opening.opening.token_ids, opening.opening.image_tokens
     )
-    turns = [TurnRecord([1], [2], (blob,), None, "", {}) for blob in opening.blobs]
+    turns = [TurnRecord([1], [2], (blob,), None, "", {}) for blob in blobs]
     transcript = Transcript(record, turns)
     asked = prepare.question(an_ask(prompt_text="and these?", images=texts), session_of(transcript, in_engine=True))
     rebuilt = prepare.resume("ls-1", None, transcript)
@@ -135,7 +137,7 @@ def test_one_decoded_picture_is_in_memory_at_a_time(template: ChatTemplate, proc
     assert len(rebuilt.result().pictures) == 16
     assert watched.alive == [1] * (8 + 8 + 16)
     watched.alive.clear()
-    prepare.prompts._loader.prepare_clip(opening.blobs[:1] * 3 + opening.blobs, None)
+    prepare.prompts._loader.prepare(MessageMedia(clips=(StoredClip(blobs[:1] * 3 + blobs),)), None)
     assert watched.alive == [1] * 11
 
 
@@ -212,7 +214,7 @@ def test_the_pixels_of_a_request_are_limited_by_its_headers(template: ChatTempla
 
 def test_a_clip_for_a_model_without_video_is_rejected_unread(template: ChatTemplate) -> None:
     error = rejected(template, an_open(video=["no base64!"] * 32))
-    assert (error.code, "a clip of 32 frames" in error.message) == ("unsupported_media", True)
+    assert (error.code, "got a clip" in error.message) == ("unsupported_media", True)
 
 
 ONE_PLACE = (
@@ -268,7 +270,7 @@ def test_encoded_pictures_beyond_the_budget_are_rejected_with_429(template: Chat
     gc.collect()
     again = prepare.open(an_open(image=text_of(data[2])), SESSION_ID, None)
     executor.run_all()
-    assert again.result().blobs[0].data == data[2]
+    assert again.result().media.pictures[0].data == data[2]
     assert journal.blobs.held_bytes == len(data[2])
 
 
@@ -286,7 +288,7 @@ def test_slow_hosts_delay_neither_journals_nor_rebuilds_nor_questions(template: 
     path = "https://slow.example/picture.png"
     blocked = [prepare.open(an_open(path=path), SESSION_ID, None) for _ in range(40)]
     opened = prepare.open(an_open(image=text_of(picture(2))), SESSION_ID, None).result(PATIENCE_S)
-    record = OpenRecord("ls-1", NOW, NOW + 9, None, "image", opened.blobs, opened.opening.token_ids, 1)
+    record = OpenRecord("ls-1", NOW, NOW + 9, None, "image", opened.media.pictures, opened.opening.token_ids, 1)
     transcript = Transcript(record)
     blocked += [
         prepare.question(an_ask(prompt_text="and?", path=path), session_of(transcript, in_engine=False))

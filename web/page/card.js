@@ -332,7 +332,7 @@ export class Card {
       try {
         this.chat = (await send("POST", `${this.path}/pictures`, file)).chat;
         this.banner(null);
-        announce("The picture is attached to the next question.");
+        announce("The file is attached to the next question.");
       } catch (problem) {
         this.banner(problem);
         return;

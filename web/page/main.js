@@ -197,7 +197,7 @@ function complain(text) {
   place.textContent = text;
 }
 
-/** Open a chat on the first picture; the others are attached to its first question. */
+/** Open a chat on the first picture or clip; the others are attached to its first question. */
 async function open(files, question = "") {
   if (!files.length || start?.hasAttribute("data-opening")) return;
   const objected = objection(files[0]);
@@ -207,7 +207,7 @@ async function open(files, question = "") {
   }
   complain("");
   start?.setAttribute("data-opening", "");
-  announce("The picture is being sent.");
+  announce("The file is being sent.");
   try {
     const card = add((await send("POST", "/api/chats", files[0])).chat);
     const wasAlone = visible.length === 0;

@@ -80,7 +80,7 @@ export function thumbnails(numbers, chatPath) {
 
 /** Make the element of one picture. */
 export function picture(number, chatPath) {
-  return make("img", { src: `${chatPath}/pictures/${number}`, alt: `Picture ${number + 1}`, decoding: "async" });
+  return make("img", { src: `${chatPath}/pictures/${number}`, alt: `Picture or clip ${number + 1}`, decoding: "async" });
 }
 
 function editor(turn, box, handlers) {

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"llava-chat needs {error.name}: pip install 'llava-sessions-client[chat]'", file=sys.stderr)
         return USAGE_ERROR
-    talk = Talk(options.max_new_tokens, options.temperature)
+    talk = Talk(options.max_new_tokens, options.temperature, options.region)
     try:
         endpoint = Endpoint(
             options.endpoint,
@@ -33,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             session_token=options.session_token,
             timeout_s=options.timeout,
         )
-        with endpoint.open(options.pictures, on_lost=options.on_lost) as chat:
+        opened = endpoint.open(
+            options.pictures, video=options.video, video_frames=options.video_frames, on_lost=options.on_lost
+        )
+        with opened as chat:
             return talk.run(chat)
     except SessionLost as error:
         talk.fail(f"the session is lost: {error}")
@@ -53,6 +56,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "endpoint", metavar="URL_OR_ENDPOINT", help="http://HOST:PORT, or the name of a SageMaker endpoint"
     )
     parser.add_argument("pictures", metavar="PICTURE", nargs="*", help="path, http(s):// URL or s3:// URI")
+    parser.add_argument(
+        "--video", metavar="CLIP", help="open the chat on a video file: path, http(s):// URL or s3:// URI"
+    )
+    parser.add_argument("--video-frames", type=int, metavar="N", help="frames that are sampled from CLIP")
     parser.add_argument("--region", metavar="NAME", help="AWS region (default: that of the AWS configuration)")
     parser.add_argument("--endpoint-url", metavar="URL", help="address of SageMaker Runtime, for the local endpoint")
     parser.add_argument("--session-token", metavar="TEXT", help="bind the session to this secret, 16 to 256 characters")
@@ -65,7 +72,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="limit of an answer (default: the server's)")
     parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (default)")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="of each question with its retries")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.pictures and options.video is not None:
+        parser.error("a chat must be opened on pictures or on a clip, got both")
+    return options
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ class Command:
 
 COMMANDS = (
     Command("image", "PATH_OR_URL", "show a picture with the next question"),
-    Command("drop", "", "drop the pictures that wait for the next question"),
+    Command("video", "PATH_OR_URL", "show a clip with the next question"),
+    Command("drop", "", "drop the pictures and the clip that wait for the next question"),
     Command("edit", "N TEXT", "replace question N and answer it; later turns are dropped"),
     Command("retry", "", "ask the last question again"),
     Command("history", "", "print the conversation with the numbers of its turns"),

@@ -11,13 +11,20 @@ from rich.table import Table
 
 from ..answers import Turn
 from ..chat import Chat
+from ..clips import Clip
+
+
+def clip_line(clip: Clip) -> str:
+    """Return the name and the size of a clip."""
+    return f"[{clip.name}, clip of {clip.size_bytes / 2**20:.1f} MiB]"
 
 
 def history_lines(chat: Chat) -> list[str]:
     """Return the conversation, each turn with its number."""
     lines = []
     for number, turn in enumerate(chat.turns, 1):
-        shown = f" [{', '.join(picture.name for picture in turn.pictures)}]" if turn.pictures else ""
+        names = _names(turn)
+        shown = f" [{', '.join(names)}]" if names else ""
         lines += [f"{number}. {turn.text}{shown}", f"   {turn.answer.text}"]
     return lines or ["no questions yet"]
 
@@ -54,14 +61,24 @@ def save(chat: Chat, path: Path) -> None:
     else:
         names = ", ".join(picture.name for picture in chat.pictures)
         parts = [f"Pictures: {names}"] if names else []
+        parts += [f"Clip: {chat.clip.name}"] if chat.clip is not None else []
         parts += [f"**{turn.text}**{_shown(turn)}\n\n{turn.answer.text}" for turn in chat.turns]
         text = "\n\n".join(parts)
     path.write_text(text + "\n", encoding="utf-8")
 
 
 def _shown(turn: Turn) -> str:
-    return f" ({', '.join(picture.name for picture in turn.pictures)})" if turn.pictures else ""
+    names = _names(turn)
+    return f" ({', '.join(names)})" if names else ""
+
+
+def _names(turn: Turn) -> list[str]:
+    """Return the names of the pictures and the clip of a question."""
+    clip = [] if turn.clip is None else [turn.clip.name]
+    return [*(picture.name for picture in turn.pictures), *clip]
 
 
 def _record(turn: Turn) -> dict[str, Any]:
-    return {"question": turn.text, "pictures": [picture.name for picture in turn.pictures], **asdict(turn.answer)}
+    clip = {} if turn.clip is None else {"clip": turn.clip.name}
+    names = [picture.name for picture in turn.pictures]
+    return {"question": turn.text, "pictures": names, **clip, **asdict(turn.answer)}

@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.text import Text
 
 from ..chat import AnswerStream, Chat
+from ..clips import Clip, load_clip
 from ..errors import ClientError, SessionLost
 from ..options import AskOptions
 from .commands import COMMANDS, UsageError, parse_line
 from .picture import show_picture
-from .report import history_lines, save, stats_table
+from .report import clip_line, history_lines, save, stats_table
 
 _CONTROL = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
@@ -27,7 +28,10 @@ _CONTROL = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(cod
 class Talk:
     """A chat between a person, or the lines of standard input, and a session."""
 
-    def __init__(self, max_new_tokens: int | None = None, temperature: float | None = None) -> None:
+    def __init__(
+        self, max_new_tokens: int | None = None, temperature: float | None = None, region: str | None = None
+    ) -> None:
+        """`region`: of the clips at `s3://`. The others are options of each question."""
         self._console = Console(highlight=False)
         self._errors = Console(stderr=True, highlight=False)
         self._options: AskOptions = {}
@@ -35,6 +39,8 @@ class Talk:
             self._options["max_new_tokens"] = max_new_tokens
         if temperature is not None:
             self._options["temperature"] = temperature
+        self._region = region
+        self._clip: Clip | None = None  # waits for the next question
         self._interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self._failed = False
 
@@ -52,8 +58,8 @@ class Talk:
             except (ClientError, UsageError, OSError) as error:
                 self.fail(str(error))
                 self._failed = True
-                if chat.waiting_pictures:
-                    self._note("the next question shows the waiting pictures again; /drop drops them")
+                if chat.waiting_pictures or self._clip is not None:
+                    self._note("the next question shows the waiting pictures and clip again; /drop drops them")
         return int(self._failed and not self._interactive)
 
     def fail(self, message: str) -> None:
@@ -84,10 +90,14 @@ class Talk:
         """Run a command or ask a question. Return False for the end of the chat."""
         command, argument = parse_line(line)
         if command is None:
-            self._print_answer(chat, chat.stream(argument, **self._options))
+            stream = chat.stream(argument, video=self._clip, **self._options)
+            self._print_answer(chat, stream)
+            if stream.answer.is_kept:
+                self._clip = None
             return True
         actions: dict[str, Callable[[Chat, str], None]] = {
             "image": self._add_image,
+            "video": self._add_video,
             "drop": self._drop,
             "edit": self._edit,
             "retry": lambda chat, _: self._print_answer(chat, chat.stream_retry(**self._options)),
@@ -107,9 +117,16 @@ class Talk:
         show_picture(self._console, chat.add_image(argument))
         self._note("shown with the next question")
 
+    def _add_video(self, chat: Chat, argument: str) -> None:
+        self._clip = load_clip(argument, region=self._region)
+        self._note(f"{clip_line(self._clip)} is shown with the next question")
+
     def _drop(self, chat: Chat, _: str) -> None:
-        names = ", ".join(picture.name for picture in chat.drop_images())
-        self._note(f"dropped {names}" if names else "no pictures wait for the next question")
+        names = [picture.name for picture in chat.drop_images()]
+        if self._clip is not None:
+            names.append(self._clip.name)
+        self._clip = None
+        self._note(f"dropped {', '.join(names)}" if names else "nothing waits for the next question")
 
     def _edit(self, chat: Chat, argument: str) -> None:
         number, _, text = argument.partition(" ")
@@ -130,6 +147,8 @@ class Talk:
         if self._interactive:
             for picture in chat.pictures:
                 show_picture(self._console, picture)
+            if chat.clip is not None:
+                self._note(clip_line(chat.clip))
             self._note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends the chat")
 
     def _print_answer(self, chat: Chat, stream: AnswerStream) -> None:

@@ -1,4 +1,4 @@
-"""The record of a session: the pictures that it was opened on, and each finished turn.
+"""The record of a session: the pictures or the clip that it was opened on, and each finished turn.
 
 A transcript holds everything that is needed to rebuild the session's KV cache, and everything that a retried request
 is answered from. Records are only ever appended. Lengths, positions and counts are derived from them.
@@ -6,107 +6,17 @@ is answered from. Records are only ever appended. Lengths, positions and counts 
 
 from __future__ import annotations
 
-import hashlib
-import threading
-import weakref
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..errors import Refused
 from ..text.chat_template import OpenedOn, Opening
+from .blobs import Blob as Blob
+from .blobs import BlobPool as BlobPool
+from .media import ClipSpan, MessageMedia, RecordMedia, StoredClip, by_message
 
 _SHORT_ID_CHARS = 8
 _ANSWERS_KEPT = 8
-# Sessions end, or expire, within seconds to minutes.
-_RETRY_AFTER_S = 5
-
-
-@dataclass(frozen=True, slots=True, weakref_slot=True)
-class Blob:
-    """The encoded bytes of a picture as the client sent them; `sha256` (hex) identifies them."""
-
-    sha256: str
-    data: bytes = field(repr=False, compare=False)
-
-
-class BlobPool:
-    """Keeps one object for equal pictures, as long as any session holds it, within a budget. Thread-safe."""
-
-    def __init__(self, max_bytes: int | None = None) -> None:
-        """`max_bytes`: of all pictures in memory; None for no limit."""
-        self._max_bytes = max_bytes
-        self._blobs: dict[str, _BlobRef] = {}
-        self._held_bytes = 0
-        self._lock = threading.Lock()
-        # A callback of the garbage collector may run while this thread holds the lock, so it only appends here.
-        self._collected: deque[_BlobRef] = deque()
-
-    def __len__(self) -> int:
-        """Return the number of pictures in memory."""
-        with self._lock:
-            self._drop_collected()
-            return len(self._blobs)
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of all pictures in memory."""
-        with self._lock:
-            self._drop_collected()
-            return self._held_bytes
-
-    def get(self, data: bytes) -> Blob:
-        """Return the blob of these bytes. Raise `Refused` (capacity) if the budget cannot hold it."""
-        return self._get(data, self._max_bytes)
-
-    def restore(self, data: bytes) -> Blob:
-        """Return the blob of a picture that a journal stored. It counts, and is never rejected.
-
-        Its session was acknowledged, so it must not fail because other sessions hold too much.
-        """
-        return self._get(data, None)
-
-    def _get(self, data: bytes, max_bytes: int | None) -> Blob:
-        made = Blob(hashlib.sha256(data).hexdigest(), data)
-        with self._lock:
-            self._drop_collected()
-            held = self._blobs.get(made.sha256)
-            blob = None if held is None else held()
-            if blob is not None:
-                return blob
-            if max_bytes is not None and self._held_bytes + len(data) > max_bytes:
-                raise _pool_is_full(max_bytes, self._held_bytes, len(data))
-            if held is not None:
-                self._held_bytes -= held.size_bytes
-            reference = self._blobs[made.sha256] = _BlobRef(made, self._collected.append)
-            reference.sha256 = made.sha256
-            reference.size_bytes = len(data)
-            self._held_bytes += len(data)
-            return made
-
-    def _drop_collected(self) -> None:
-        """Forget the pictures that no session holds any more. The caller holds the lock."""
-        while self._collected:
-            reference = self._collected.popleft()
-            if self._blobs.get(reference.sha256) is reference:
-                del self._blobs[reference.sha256]
-                self._held_bytes -= reference.size_bytes
-
-
-class _BlobRef(weakref.ref[Blob]):
-    """A weak reference to a blob that keeps the blob's key and size."""
-
-    sha256: str
-    size_bytes: int
-
-
-def _pool_is_full(max_bytes: int, held_bytes: int, needed_bytes: int) -> Refused:
-    message = (
-        f"The pictures of all sessions must have at most {max_bytes:,} bytes together; {held_bytes:,} bytes are held, "
-        f"and {needed_bytes:,} more are needed. Close a session or try again later."
-    )
-    return Refused("capacity", message, retry_after_s=_RETRY_AFTER_S)
 
 
 @dataclass(frozen=True)
@@ -114,10 +24,10 @@ class OpenRecord:
     """How a session began. `opened_at_s` and `expires_at_s` are seconds since the epoch.
 
     `token_digest` is the sha256 (hex) of the caller's session token, if one was given. `retry_key` identifies a retry
-    of the open. `kind` is "image" or "video". `pictures` are in the order of the prompt, and `token_ids` is the prompt
-    up to and including the last image token; empty for a session without pictures. `history_turns`: turns of a history
-    that the session was opened with; `token_ids` then ends with the last answer. `groups`: pictures per message of that
-    history, empty if all pictures are of one message.
+    of the open. `kind` is "image" or "video". `pictures` are the blobs in the order of the prompt, and `token_ids` is
+    the prompt up to and including the last image token; empty for a session without pictures. `history_turns`: turns of
+    a history that the session was opened with; `token_ids` then ends with the last answer. `groups`, `clips`: as in
+    `RecordMedia`. A session of kind "video" without `clips` was opened on one clip, whose frames are `pictures`.
     """
 
     session_id: str
@@ -131,6 +41,19 @@ class OpenRecord:
     retry_key: str | None = None
     history_turns: int = 0
     groups: tuple[int, ...] = ()
+    clips: tuple[ClipSpan, ...] = ()
+
+    @property
+    def opened_on(self) -> OpenedOn:
+        """The pictures of the opening, or its clip, which is one however many frames it has."""
+        return OpenedOn(self.kind, 1 if self.kind == "video" else len(self.pictures))
+
+    @property
+    def media(self) -> tuple[MessageMedia, ...]:
+        """The media of the opening, or of each message of its history that has some."""
+        if self.kind == "video" and not self.clips:
+            return (MessageMedia(clips=(StoredClip(self.pictures),)),)
+        return by_message(RecordMedia(self.pictures, self.groups, self.clips))
 
 
 @dataclass(frozen=True)
@@ -139,7 +62,7 @@ class TurnRecord:
 
     `answer_ids` are without the end-of-sequence token. `base_turns`: the turn follows the first so many turns, and
     replaces all later ones; `BEFORE_OPENING`: it replaces the opening too, and `prompt_ids` is the whole conversation.
-    None: it follows all turns. `groups`: pictures per message, empty if all pictures are of one message.
+    None: it follows all turns. `pictures`, `groups`, `clips`: as in `RecordMedia`.
     """
 
     prompt_ids: list[int]
@@ -150,6 +73,12 @@ class TurnRecord:
     facts: dict[str, Any]
     base_turns: int | None = None
     groups: tuple[int, ...] = ()
+    clips: tuple[ClipSpan, ...] = ()
+
+    @property
+    def media(self) -> tuple[MessageMedia, ...]:
+        """The media of each message that has some."""
+        return by_message(RecordMedia(self.pictures, self.groups, self.clips))
 
 
 # `TurnRecord.base_turns` of a turn that replaces the session's opening.
@@ -210,10 +139,10 @@ class Transcript:
         return self.opening.token_ids if self._opening_counts else []
 
     @property
-    def pictures(self) -> tuple[tuple[Blob, ...], ...]:
-        """The pictures of the conversation, grouped by message. A clip is one group of frames."""
-        groups = grouped(self.opening.pictures, self.opening.groups) if self._opening_counts else ()
-        return (*groups, *(group for turn in self._turns for group in grouped(turn.pictures, turn.groups)))
+    def media(self) -> tuple[MessageMedia, ...]:
+        """The media of the conversation, of each message that has some."""
+        opening = self.opening.media if self._opening_counts else ()
+        return (*opening, *(message for turn in self._turns for message in turn.media))
 
     @property
     def token_ids(self) -> list[int]:
@@ -254,10 +183,10 @@ class Transcript:
 
     @property
     def opened_on(self) -> OpenedOn | None:
-        """The pictures that the next prompt follows directly; None after the first turn."""
+        """The pictures or the clip that the next prompt follows directly; None after the first turn."""
         if self._turns or self.opening.history_turns:
             return None
-        return OpenedOn(self.opening.kind, len(self.opening.pictures))
+        return self.opening.opened_on
 
     def find_answer(self, retry_key: str) -> int | None:
         """Return the index in `log` of the turn with this retry key, among the latest turns with any, or None.
@@ -269,20 +198,8 @@ class Transcript:
         return next((index for index in latest if self._log[index].retry_key == retry_key), None)
 
 
-def grouped(pictures: tuple[Blob, ...], groups: tuple[int, ...]) -> tuple[tuple[Blob, ...], ...]:
-    """Return the pictures by message. `groups`: pictures per message; empty for one message."""
-    if not groups:
-        return (pictures,) if pictures else ()
-    found = []
-    start = 0
-    for count in groups:
-        found.append(pictures[start : start + count])
-        start += count
-    return tuple(found)
-
-
 def _without_tokens(turn: TurnRecord) -> TurnRecord:
-    return replace(turn, prompt_ids=[], answer_ids=[], pictures=(), groups=())
+    return replace(turn, prompt_ids=[], answer_ids=[], pictures=(), groups=(), clips=())
 
 
 def short_id(identity: str) -> str:

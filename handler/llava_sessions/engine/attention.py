@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 
 from .cpu import attention as cpu_attention
 from .device import takes_grouped_heads
+from .fused.head_norms import HeadNorms
 from .kv import SessionKV
 
 if TYPE_CHECKING:
@@ -37,12 +38,20 @@ class TokenAttention(Protocol):
         """
 
     def __call__(
-        self, task: Any, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor
+        self,
+        task: Any,
+        layer: int,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        out: torch.Tensor,
+        norms: HeadNorms | None = None,
     ) -> None:
         """Rotate the tokens' queries and keys, append keys and values to the caches, and attend to all stored tokens.
 
-        `qkv`: `[rows, (heads + 2 * kv_heads) * head_dim]`. `cos`, `sin`: `[rows, head_dim]`. All are contiguous. Writes
-        the tokens' rows of `out`, `[rows, heads * head_dim]`.
+        `qkv`: `[rows, (heads + 2 * kv_heads) * head_dim]`. `cos`, `sin`: `[rows, head_dim]`. All are contiguous.
+        `norms`: of the tokens' query and key heads, before the rotation, or None. Writes the tokens' rows of `out`,
+        `[rows, heads * head_dim]`.
         """
 
 
@@ -130,15 +139,17 @@ class PackedKV:
             span.kv.write(layer, span.stored, keys[0, :, span.start : span.end], values[0, :, span.start : span.end])
         return keys, values
 
-    def attend(self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Rotate, store and attend for a fused layer, see `fused.layer.Batch.attend`."""
+    def attend(
+        self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norms: HeadNorms | None = None
+    ) -> torch.Tensor:
+        """Norm, rotate, store and attend for a fused layer, see `fused.layer.Batch.attend`."""
         out = qkv.new_empty((len(qkv), self._heads * cos.shape[-1]))
         if self._token_attention is not None and self._task is not None:
-            self._token_attention(self._task, layer, qkv, cos, sin, out)
+            self._token_attention(self._task, layer, qkv, cos, sin, out, norms)
         if self._session_attention is not None and self._longer_task is not None:
-            self._session_attention(self._longer_task, layer, qkv, cos, sin, out)
+            self._session_attention(self._longer_task, layer, qkv, cos, sin, out, norms)
         for span in self.spans:
-            self._attend_span(span, layer, qkv, cos, sin, out)
+            self._attend_span(span, layer, qkv, cos, sin, out, norms)
         return out
 
     def _attend_span(
@@ -149,13 +160,17 @@ class PackedKV:
         cos: torch.Tensor,
         sin: torch.Tensor,
         out: torch.Tensor,
+        norms: HeadNorms | None,
     ) -> None:
         """As `attend`, for the rows of one session. Writes these rows of `out`."""
         rows = slice(span.start, span.end)
         head_dim = cos.shape[-1]
         kv_heads = span.kv.shape.kv_heads
         numbers = qkv[rows].view(span.end - span.start, -1, head_dim)
-        cpu_attention.rotate(numbers[:, : self._heads + kv_heads], cos[rows], sin[rows])
+        rotated = numbers[:, : self._heads + kv_heads]
+        if norms is not None:
+            norms(rotated, self._heads)
+        cpu_attention.rotate(rotated, cos[rows], sin[rows])
         queries, keys, values = numbers.transpose(0, 1).split((self._heads, kv_heads, kv_heads))
         span.kv.write(layer, span.stored, keys, values)
         attended = _attend(span, layer, queries[None], head_dim**-0.5)
@@ -177,10 +192,12 @@ class TokenBatch:
         self._heads = heads
         self.tasks = (task, None)
 
-    def attend(self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Rotate, store and attend, see `fused.layer.Batch.attend`."""
+    def attend(
+        self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norms: HeadNorms | None = None
+    ) -> torch.Tensor:
+        """Norm, rotate, store and attend, see `fused.layer.Batch.attend`."""
         out = qkv.new_empty((len(qkv), self._heads * cos.shape[-1]))
-        self._token_attention(self.tasks[0], layer, qkv, cos, sin, out)
+        self._token_attention(self.tasks[0], layer, qkv, cos, sin, out, norms)
         return out
 
 

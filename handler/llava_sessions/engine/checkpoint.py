@@ -8,6 +8,7 @@ the start of a server, the model without memory on torch's meta device.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -15,6 +16,15 @@ from typing import Any
 
 from ..errors import error_line
 from ..text.checkpoint import UnsupportedCheckpoint, end_token_ids, refuse_unsupported
+
+# Attributes of processors that count the image tokens of a picture.
+COUNTED_BY = (
+    "patch_size",
+    "vision_feature_select_strategy",
+    "num_additional_image_tokens",
+    "num_image_tokens",
+    "image_seq_length",
+)
 
 
 def main(stage: str, folder: str, system_prompt: str = "") -> None:
@@ -37,7 +47,7 @@ def try_loading(folder: Path, system_prompt: str = "") -> None:
 
     from ..text.chat_template import ChatTemplate, TemplateError
     from ..text.processors import load_processor
-    from .model import load_weights
+    from .loading import load_weights
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -59,17 +69,21 @@ def _compare_counts(template: Any, model: Any) -> None:
     import torch
     from PIL import Image
 
-    opening = template.opening([("checked", Image.new("RGB", (64, 48)))])
-    inputs = {name: torch.from_numpy(array) for name, array in opening.pictures[0].inputs.items()}
-    inputs["pixel_values"] = inputs["pixel_values"].to("meta", torch.float32)
-    with torch.inference_mode():
-        features = model.model.get_image_features(**inputs, return_dict=True).pooler_output
-    count = sum(len(part) for part in features)
-    if count != opening.image_tokens:
-        raise UnsupportedCheckpoint(
-            f"processor_config.json and config.json disagree: a picture has {opening.image_tokens} image tokens and "
-            f"{count} features (`patch_size`, `vision_feature_select_strategy`, `num_additional_image_tokens`)"
-        )
+    from ..errors import Refused
+    from .vision import encode
+
+    picture = Image.new("RGB", (64, 48))
+    openings = {"a picture": template.opening([("checked", picture)])}
+    with contextlib.suppress(Refused):  # the model takes no clips
+        openings["a clip of one frame"] = template.clip_opening("checked", [picture])
+    for noun, opening in openings.items():
+        (features,) = encode(model.model, opening.pictures, torch.float32, torch.device("meta"))
+        if len(features) != opening.image_tokens:
+            keys = ", ".join(f"`{key}`" for key in COUNTED_BY if hasattr(template.processor, key))
+            raise UnsupportedCheckpoint(
+                f"processor_config.json and config.json disagree: {noun} has {opening.image_tokens} image tokens and "
+                f"{len(features)} features ({keys})"
+            )
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ import torch
 
 from .attention import PackedKV, Segment, TokenAttention
 from .cuda import layers
+from .fused import head_norms
+from .fused.head_norms import HeadNorms
 from .fused.layer import FusedLayer, fits
 from .fused.linear import Pack
 from .kv import KVShape, SessionKV
@@ -83,14 +85,21 @@ def _ragged(heads: int, shape: KVShape) -> TokenAttention:
 
 
 def _attention_matches(text: Any, heads: int, shape: KVShape, attention: TokenAttention) -> bool:
-    """Return whether the attention computes and stores what torch's does, next to sessions with several new tokens."""
+    """Return whether the attention computes and stores what torch's does, next to sessions with several new tokens.
+
+    Head norms, if the model has any, get the weights of an example: those of a trained model may give scores so large
+    that the weights of a softmax depend on the last bits.
+    """
+    norms = head_norms.of_attention(text.layers[0].self_attn)
+    if norms is not None:
+        norms = HeadNorms(_wave((2, shape.head_dim), shape), norms.epsilon)
     rows = sum(new for _, new in _FOR_ATTENTION)
     qkv = _wave((rows, (heads + 2 * shape.kv_heads) * shape.head_dim), shape)
     (cos, sin), _ = _positions(_FOR_ATTENTION, text, qkv)
     results = []
     for each in (None, attention):
         segments = _segments(_FOR_ATTENTION, shape)
-        out = PackedKV(segments, heads, each).attend(0, qkv.clone(), cos[0], sin[0])
+        out = PackedKV(segments, heads, each).attend(0, qkv.clone(), cos[0], sin[0], norms)
         results.append([out, *_caches(segments)])
     return all(_is_close(got, expected, expected, shape) for expected, got in zip(*results, strict=True))
 

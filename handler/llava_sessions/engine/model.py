@@ -10,13 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 
 from ..ipc.messages import PreparedPicture
-from ..text.checkpoint import WEIGHTS, WEIGHTS_INDEX, UnsupportedCheckpoint
-from . import cuda_path
+from . import cuda_path, vision
 from .attention import TEXT_ATTENTION, VISION_ATTENTION, PackedKV, Segment, TokenAttention
 from .cpu import attention as cpu_attention
 from .cpu import int8_linears, layer_stack, layers, linears, picture_layers
@@ -29,19 +27,15 @@ from .device import native_dtype, on_device, prepare
 from .fused.layer import Batch, FusedLayer
 from .fused.linear import Pack
 from .kv import KVShape
-from .weight_files import check_memory, tensors_on_meta
+from .loading import load_weights
+from .weight_files import check_memory
 
 if TYPE_CHECKING:
     from .cpu.amx_sessions import SessionAttention  # importing it needs Numba
 
-SUPPORTED_MODEL_TYPES = ("llava", "llava_next", "llava_onevision")
-# Text models whose attention is causal over all earlier tokens and passes its keyword arguments on to ours.
-SUPPORTED_TEXT_TYPES = ("llama", "mistral", "qwen2")
 # Smallest KV of a token, in bytes, for which token attention is compiled. For less, the time that compiled attention
 # saves does not justify the compiler's time at each start of the engine.
 COMPILE_FROM_BYTES = 16 * 2**10
-# Rotary embeddings that depend on the longest position of a forward: sessions would change each other's numbers.
-_ROPE_BY_LENGTH = ("dynamic", "longrope")
 
 
 class Model:
@@ -70,9 +64,6 @@ class Model:
         self.context_tokens = _context_tokens(text)
         media = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))
         self.media_token_ids: frozenset[int] = frozenset(token for token in media if token is not None)
-        # Width and height of a picture that takes the most work: for families that cut tiles, the most tiles.
-        grids = getattr(model.config, "image_grid_pinpoints", None) or [(64, 64)]
-        self.largest_picture: tuple[int, int] = max(((w, h) for h, w in grids), key=lambda side: side[0] * side[1])
         self.eos_token_ids = _eos_token_ids(model) if end_token_ids is None else end_token_ids
         self._heads: int = text.num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // self._heads
@@ -114,15 +105,13 @@ class Model:
     def _compile_attention(self) -> None:
         """Compile attention for the CPU, and where possible whole layers."""
         shape = self.kv_shape
-        tokens = layers.compile_token_attention(
-            self._heads, shape.kv_heads, shape.head_dim, shape.dtype, shape.kv_dtype, shape.layers
-        )
+        sizes = (self._heads, shape.kv_heads, shape.head_dim, shape.dtype, shape.kv_dtype, shape.layers)
+        with_norms = self.text.layers[0].head_norms is not None
+        tokens = layers.compile_token_attention(*sizes, with_norms)
         if tokens is None:
             return
         self.token_attention = tokens
-        self.session_attention = cpu_attention.session_attention(
-            self._heads, shape.kv_heads, shape.head_dim, shape.dtype, shape.kv_dtype, shape.layers
-        )
+        self.session_attention = cpu_attention.session_attention(*sizes, with_norms)
         self.text.layers = layer_stack.stack_layers(self.text.layers, tokens, self.session_attention, shape)
 
     @classmethod
@@ -174,26 +163,12 @@ class Model:
         """Run vision tower and projector on one picture or clip; return features `[image tokens, hidden]`."""
         return self.encode_batch([picture])[0]
 
-    @torch.inference_mode()
     def encode_batch(self, pictures: Sequence[PreparedPicture]) -> list[torch.Tensor]:
         """Run vision tower and projector on one clip, or on pictures whose arrays have the same shapes.
 
         Returns the features of each, `[image tokens, hidden]` in memory of its own. On CUDA the work is only launched.
         """
-        arrays = pictures[0].inputs
-        if len(pictures) > 1:
-            arrays = {name: np.concatenate([picture.inputs[name] for picture in pictures]) for name in arrays}
-        # Transformers reads all arrays but the pixels on the host.
-        inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        for name in ("pixel_values", "pixel_values_videos"):
-            if name in inputs:
-                inputs[name] = inputs[name].to(self.device).to(self.dtype)
-        if "pixel_values_videos" in inputs:
-            clips: torch.Tensor = self._model.model.get_video_features(**inputs, return_dict=True).pooler_output
-            return [clip.clone() for clip in clips]  # of [1, tokens, hidden]
-        # A list of [tokens, hidden]; for tiled pictures it includes the newline features of the rows.
-        features = self._model.model.get_image_features(**inputs, return_dict=True).pooler_output
-        return [rows.clone() for rows in features]
+        return vision.encode(self._model.model, pictures, self.dtype, self.device)
 
     @torch.inference_mode()
     def forward(self, segments: list[Segment]) -> Predictions:
@@ -286,75 +261,6 @@ def _pack(model: Any, pack: Pack) -> None:
         model.lm_head = pack(model.lm_head)
 
 
-def load_weights(checkpoint: str | Path, dtype: torch.dtype, device: str) -> Any:
-    """Return the transformers model of a folder or hub ID.
-
-    With `device` "meta", no weights are read: the tensors of the files are compared with the model's by name and shape.
-    Raises `UnsupportedCheckpoint`, also if no file gives a tensor of the model: transformers would make it random.
-    """
-    config = AutoConfig.from_pretrained(checkpoint)
-    problem = _unsupported(config)
-    if problem:
-        raise UnsupportedCheckpoint(problem)
-    _drop_unused_vision_layers(config)
-    # Headers only: mapping a file into memory fails if it is larger than the machine's memory.
-    headers = tensors_on_meta(Path(checkpoint)) if device == "meta" else None
-    auto: Any = AutoModelForImageTextToText if headers is None else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-    made: Any = auto.from_pretrained(
-        checkpoint if headers is None else None,
-        state_dict=headers,
-        config=config,
-        dtype=dtype,
-        device_map={"": device},
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are reported below, by name
-    )
-    model, loaded = made
-    problems = _weight_problems(Path(checkpoint), loaded)
-    if problems:
-        raise UnsupportedCheckpoint(*problems)
-    return model
-
-
-def _weight_problems(folder: Path, loaded: dict[str, Any]) -> list[str]:
-    """Return what transformers reports of tensors that are missing or have another shape than the model's."""
-    file = WEIGHTS if (folder / WEIGHTS).is_file() or not (folder / WEIGHTS_INDEX).is_file() else WEIGHTS_INDEX
-    problems = []
-    missing = sorted(loaded["missing_keys"])
-    if missing:
-        unknown = sorted(name for name in loaded["unexpected_keys"] if "vision_" not in name)
-        found = f", and {len(unknown)} that the model does not know ({_some(unknown)})" if unknown else ""
-        problems.append(f"{file} lacks {len(missing)} tensors of the model ({_some(missing)}){found}")
-    mismatched = sorted(loaded["mismatched_keys"])
-    if mismatched:
-        name, found_shape, shape = mismatched[0][:3]
-        shapes = f"{name} must be {list(shape)} by config.json, got {list(found_shape)}"
-        problems.append(f"{file} has {len(mismatched)} tensors of another shape than the model's: {shapes}")
-    return problems
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _unsupported(config: Any) -> str | None:
-    """Return why the checkpoint of a config can't be served, or None if it can."""
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        return f"model_type is {config.model_type!r}; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
-    text = config.get_text_config()
-    if text.model_type not in SUPPORTED_TEXT_TYPES:
-        found = f"{config.model_type} around a text model of type {text.model_type!r}"
-        return f"{found}; supported: {', '.join(SUPPORTED_TEXT_TYPES)}"
-    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in _ROPE_BY_LENGTH:
-        return f"{text.model_type} text with rope_type {rope!r}, whose positions depend on the longest of a batch"
-    others = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if others:
-        found = f"{text.model_type} text with layers of type {', '.join(sorted(others))}"
-        return f"{found}; supported: full causal attention in every layer"
-    return None
-
-
 def _context_tokens(text: Any) -> int:
     """Return the longest conversation in tokens.
 
@@ -366,18 +272,6 @@ def _context_tokens(text: Any) -> int:
     window = getattr(text, "sliding_window", None) if slides else None
     longest: int = min(text.max_position_embeddings, window or text.max_position_embeddings)
     return longest
-
-
-def _drop_unused_vision_layers(config: Any) -> None:
-    """Change the config so that no vision layer is loaded after the last one whose output is used.
-
-    LLaVA uses the last but one. `hidden_states[n]` is the output of layer n, `hidden_states[0]` of the embeddings.
-    """
-    count = config.vision_config.num_hidden_layers
-    chosen = config.vision_feature_layer
-    used = [n if n >= 0 else count + 1 + n for n in (chosen if isinstance(chosen, list) else [chosen])]
-    config.vision_config.num_hidden_layers = max(used)
-    config.vision_feature_layer = used if isinstance(chosen, list) else used[0]
 
 
 def _eos_token_ids(model: Any) -> frozenset[int]:

@@ -41,6 +41,7 @@ from ..machine_memory import memory_bytes
 from ..text.chat_template import ChatTemplate
 from ..text.checkpoint import end_token_ids
 from ..text.processors import load_processor
+from ..text.tiles import largest_picture
 from .budget import DeviceBudget, InsufficientMemory, choose_budget, graphs_limit
 from .chunks import measure_pieces
 from .device import check_exists, share_cores
@@ -142,7 +143,7 @@ def warm_up(engine: Engine, template: ChatTemplate) -> WarmUp:
     model = engine.model
     held_bytes = model.allocated_bytes()
     # On CUDA the peak of the largest picture sizes the budget. On a CPU it is not measured, and a small one is faster.
-    size = model.largest_picture if model.device.type == "cuda" else (64, 64)
+    size = largest_picture(template.processor) if model.device.type == "cuda" else (64, 64)
     opening = template.opening([("warm-up", Image.new("RGB", size))])
     prompt_ids = template.prompt(opening.opened_on, "What is this?")
     engine.apply(OpenSession("warm-up", opening.token_ids, opening.pictures))

@@ -24,12 +24,17 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from ..chat.media import ClipSpan, RecordMedia, by_message
 from ..chat.transcript import BEFORE_OPENING, Blob, OpenRecord, Transcript, TurnRecord
 
 SCHEMA = 1
 # Of sessions without pictures, sessions with a history, and turns that replace others or show pictures in groups.
 CONVERSATION_SCHEMA = 2
 _CONVERSATION_FIELDS = {"history_turns", "groups", "base_turns"}
+# Of records with clips that are more than the frames of an opening.
+CLIP_SCHEMA = 3
+_CLIP_FIELDS = {"clips"}
+_SCHEMAS = (SCHEMA, CONVERSATION_SCHEMA, CLIP_SCHEMA)
 _DIGEST_CHARS = 64
 _NO_PICTURES = b'"pictures":[]'
 _PIECE_BYTES = 3 * 2**16  # a multiple of 3, so that no base64 in the middle is padded
@@ -94,6 +99,16 @@ class _Envelope(_Fields):
     record: dict[str, Any]
 
 
+class _ClipFields(_Fields):
+    first: _Count
+    blobs: _Count
+    frames: _Count = 0
+    digest: str = ""
+
+
+_Clips = Annotated[tuple[_ClipFields, ...], BeforeValidator(_as_tuple)]
+
+
 class _OpenFields(_Fields):
     opened_at_s: _Time
     expires_at_s: _Time
@@ -105,6 +120,7 @@ class _OpenFields(_Fields):
     retry_key: str | None
     history_turns: _Count = 0
     groups: _Groups = ()
+    clips: _Clips = ()
 
 
 class _TurnFields(_Fields):
@@ -116,6 +132,7 @@ class _TurnFields(_Fields):
     facts: dict[str, Any]
     base_turns: Annotated[int, Field(ge=BEFORE_OPENING)] | None = None
     groups: _Groups = ()
+    clips: _Clips = ()
 
 
 class _OwnerFields(_Fields):
@@ -144,11 +161,13 @@ def encode(
     `number` counts the records of the session from 0. `after` is the checksum of the previous record, or "".
     """
     model = _OpenFields if isinstance(record, OpenRecord) else _TurnFields
-    fields = model.model_construct(**{**vars(record), "pictures": []})
+    clips = tuple(_ClipFields.model_construct(**vars(span)) for span in record.clips)
+    fields = model.model_construct(**{**vars(record), "pictures": [], "clips": clips})
     # Fields of later versions are left out at their defaults, so that those records are as in earlier versions.
     dumped = fields.model_dump(exclude_defaults=True)
     is_empty = isinstance(record, OpenRecord) and not record.pictures
     schema = CONVERSATION_SCHEMA if is_empty or _CONVERSATION_FIELDS & dumped.keys() else SCHEMA
+    schema = CLIP_SCHEMA if _CLIP_FIELDS & dumped.keys() else schema
     whole: dict[str, Any] = {"schema": schema, "session_id": session_id, "number": number, "after": after}
     if epoch:
         whole["epoch"] = epoch
@@ -251,8 +270,8 @@ def _unseal(data: bytes, name: str) -> tuple[dict[str, Any], str]:
         whole = json.loads(body)
     except (ValueError, RecursionError):
         raise Damaged(f"{name} is no JSON") from None
-    if not isinstance(whole, dict) or whole.get("schema") not in (SCHEMA, CONVERSATION_SCHEMA):
-        raise Damaged(f"{name} has another schema than {SCHEMA} and {CONVERSATION_SCHEMA}")
+    if not isinstance(whole, dict) or whole.get("schema") not in _SCHEMAS:
+        raise Damaged(f"{name} has another schema than {SCHEMA} to {CLIP_SCHEMA}")
     return whole, checksum.decode("ascii")
 
 
@@ -269,14 +288,23 @@ def _envelope(body: dict[str, Any], number: int, key: str) -> _Envelope:
 
 def _open_record(envelope: _Envelope, blob: Callable[[bytes], Blob]) -> OpenRecord:
     fields = _validate(_OpenFields, envelope.record)
-    pictures = tuple(blob(picture) for picture in fields.pictures)
-    return OpenRecord(**{**dict(fields), "session_id": envelope.session_id, "pictures": pictures})
+    return OpenRecord(**{**dict(fields), "session_id": envelope.session_id, **_media_of(fields, blob)})
 
 
 def _turn_record(envelope: _Envelope, blob: Callable[[bytes], Blob]) -> TurnRecord:
     fields = _validate(_TurnFields, envelope.record)
+    return TurnRecord(**{**dict(fields), **_media_of(fields, blob)})
+
+
+def _media_of(fields: _OpenFields | _TurnFields, blob: Callable[[bytes], Blob]) -> dict[str, Any]:
+    """Return the fields of a record's media. Raise `Damaged` for a clip that is not within a message."""
     pictures = tuple(blob(picture) for picture in fields.pictures)
-    return TurnRecord(**{**dict(fields), "pictures": pictures})
+    clips = tuple(ClipSpan(**dict(span)) for span in fields.clips)
+    try:
+        by_message(RecordMedia(pictures, fields.groups, clips))
+    except ValueError:
+        raise Damaged("field 'clips' is malformed") from None
+    return {"pictures": pictures, "clips": clips}
 
 
 def _validate(model: type[_Model], fields: dict[str, Any]) -> _Model:

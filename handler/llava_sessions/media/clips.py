@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def read_clip_header(data: bytes, limits: MediaLimits) -> ClipHeader:
         return child.header()
 
 
-def clip_frames(data: bytes, limits: MediaLimits, count: int) -> Iterator[np.ndarray]:
+def clip_frames(data: bytes, limits: MediaLimits, count: int) -> Generator[np.ndarray, None, None]:
     """Yield at most `count` frames, evenly spaced: uint8 `[height, width, 3]`, RGB, upright, opaque, of square pixels.
 
     Frame k is the one that is shown in the middle of the k-th of `count` equal parts of the clip's time. A frame that
@@ -99,7 +99,7 @@ def clip_frames(data: bytes, limits: MediaLimits, count: int) -> Iterator[np.nda
     return _frames(data, _checked_format(data, limits), limits, count)
 
 
-def _frames(data: bytes, clip_format: str, limits: MediaLimits, count: int) -> Iterator[np.ndarray]:
+def _frames(data: bytes, clip_format: str, limits: MediaLimits, count: int) -> Generator[np.ndarray, None, None]:
     with _child(data, clip_format, limits, count) as child:
         child.header()
         for _ in range(count):

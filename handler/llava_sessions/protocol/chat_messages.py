@@ -11,14 +11,17 @@ from ..errors import describe
 from .bodies import shown
 from .fields import is_unicode
 from .openai import ChatMessage, RefusedChat
-from .requests import PictureSource
+from .requests import ClipSource, PictureSource
 
 Role = Literal["system", "user", "assistant"]
+Part = str | PictureSource | ClipSource
 
 ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+# The beginning of a data URL with the frames of a clip, separated by commas.
+_FRAMES_HEAD = "data:video/jpeg;base64,"
 # What joins the texts of one message, and those of successive messages of one role.
 _BETWEEN_TEXTS = "\n"
-# Text and picture parts of all messages, and for each message and picture that the limits allow.
+# Parts of all messages, for each message, picture and clip that the limits allow.
 _PARTS_PER_ITEM = 8
 # Fields of a message that call for what this server does not do, unless they are empty.
 UNSUPPORTED_FIELDS = ("tool_calls", "function_call", "audio")
@@ -31,6 +34,16 @@ class _Growing:
     role: Role
     texts: list[str] = field(default_factory=list)
     pictures: list[PictureSource] = field(default_factory=list)
+    clips: list[ClipSource] = field(default_factory=list)
+
+    def add(self, part: Part) -> None:
+        """Append a part of one of the messages."""
+        if isinstance(part, str):
+            self.texts.append(part)
+        elif isinstance(part, PictureSource):
+            self.pictures.append(part)
+        else:
+            self.clips.append(part)
 
 
 def read_messages(value: object, limits: RequestLimits, allow_system: bool) -> tuple[ChatMessage, ...]:
@@ -38,7 +51,7 @@ def read_messages(value: object, limits: RequestLimits, allow_system: bool) -> t
 
     Successive messages of one role become one. System messages at the start become the system message; a later one
     becomes text of the user's at its place. An assistant's message may come first. The last one is a user's, with text
-    or a picture.
+    or a picture or a clip.
     """
     if not isinstance(value, list) or not value:
         raise _refused("messages", "`messages` must be an array of 1 or more objects", value)
@@ -53,13 +66,11 @@ def read_messages(value: object, limits: RequestLimits, allow_system: bool) -> t
             role = "user"
         if not conversation or conversation[-1].role != role:
             conversation.append(_Growing(role))
-        for part in _parts(message, role, f"messages[{index}]", left):
-            if isinstance(part, str):
-                conversation[-1].texts.append(part)
-            else:
-                conversation[-1].pictures.append(part)
+        for part in _parts(message, role, f"messages[{index}]", limits):
+            left.take(part)
+            conversation[-1].add(part)
     result = tuple(
-        ChatMessage(one.role, _BETWEEN_TEXTS.join(filter(None, one.texts)), tuple(one.pictures))
+        ChatMessage(one.role, _BETWEEN_TEXTS.join(filter(None, one.texts)), tuple(one.pictures), tuple(one.clips))
         for one in conversation
         if one.role != "system" or any(one.texts)
     )
@@ -68,7 +79,7 @@ def read_messages(value: object, limits: RequestLimits, allow_system: bool) -> t
 
 
 class _Left:
-    """What the texts and pictures of the rest of a conversation may still have."""
+    """What the texts, pictures and clips of the rest of a conversation may still have."""
 
     def __init__(self, limits: RequestLimits) -> None:
         self._limits = limits
@@ -76,7 +87,7 @@ class _Left:
         self._chars = limits.max_history_chars
         self._pictures = limits.max_history_pictures
 
-    def take(self, part: str | PictureSource) -> None:
+    def take(self, part: Part) -> None:
         """Count a part. Raise `RefusedChat` if there are too many, or too much text."""
         self._parts -= 1
         if isinstance(part, str):
@@ -87,7 +98,9 @@ class _Left:
         if self._chars < 0:
             message = f"`messages` must have at most {limits.max_history_chars:,} characters together, got more"
         elif self._pictures < 0:
-            message = f"`messages` must have at most {limits.max_history_pictures:,} pictures together, got more"
+            message = (
+                f"`messages` must have at most {limits.max_history_pictures:,} pictures and clips together, got more"
+            )
         elif self._parts < 0:
             message = "`messages` must have fewer parts, got too many"
         else:
@@ -113,8 +126,8 @@ def _role(message: object, name: str, allow_system: bool) -> Role:
     return role
 
 
-def _parts(message: dict[str, Any], role: Role, name: str, left: _Left) -> Iterator[str | PictureSource]:
-    """Yield the texts and pictures of a message."""
+def _parts(message: dict[str, Any], role: Role, name: str, limits: RequestLimits) -> Iterator[Part]:
+    """Yield the texts, pictures and clips of a message."""
     content = message.get("content")
     where = f"{name}.content"
     if content is None:  # an answer that was stopped before its first token
@@ -123,30 +136,57 @@ def _parts(message: dict[str, Any], role: Role, name: str, left: _Left) -> Itera
         raise _refused(where, f"`{where}` must be a string or an array of parts", content)
     items: Iterable[object] = [{"type": "text", "text": content}] if isinstance(content, str) else content
     for index, item in enumerate(items):
-        part = _part(item, role, where if isinstance(content, str) else f"{where}[{index}]")
-        left.take(part)
-        yield part
+        yield _part(item, role, where if isinstance(content, str) else f"{where}[{index}]", limits)
 
 
-def _part(item: Any, role: Role, name: str) -> str | PictureSource:
+def _part(item: Any, role: Role, name: str, limits: RequestLimits) -> Part:
     match item:
         case {"type": "text", "text": str(text)}:
             if not is_unicode(text):
                 raise _refused(name, f"`{name}` must be Unicode text", text)
             return text
-        case {"type": "image_url", "image_url": str(url) | {"url": str(url)}}:
-            if role != "user":
-                raise _refused(name, f"`{name}` must be text in a message of role {role}", item)
+        case {"type": "image_url" | "video_url" as kind} if role != "user" and _url(item[kind]) is not None:
+            raise _refused(name, f"`{name}` must be text in a message of role {role}", item)
+        case {"type": "image_url", "image_url": value} if (url := _url(value)) is not None:
             return PictureSource(path=url)
+        case {"type": "video_url", "video_url": value} if (url := _url(value)) is not None:
+            return _clip(url, value.get("video_frames") if isinstance(value, dict) else None, name, limits)
         case {"type": "text"}:
             raise _refused(name, f"`{name}` must have `text` as a string", item.get("text"))
-        case {"type": "image_url"}:
-            expected = f"`{name}` must have `image_url` as a string, or as an object with `url`"
-            raise _refused(name, expected, item.get("image_url"))
+        case {"type": "image_url" | "video_url" as kind}:
+            expected = f"`{name}` must have `{kind}` as a string, or as an object with `url`"
+            raise _refused(name, expected, item.get(kind))
         case {"type": str(kind)}:
-            message = f"`{name}.type` must be 'text' or 'image_url', got {shown(kind)}"
+            message = f"`{name}.type` must be 'text', 'image_url' or 'video_url', got {shown(kind)}"
             raise RefusedChat("invalid_request", message, param=f"{name}.type")
-    raise _refused(name, f"`{name}` must be an object with `type` 'text' or 'image_url'", item)
+    raise _refused(name, f"`{name}` must be an object with `type` 'text', 'image_url' or 'video_url'", item)
+
+
+def _url(value: object) -> str | None:
+    """Return the URL of a picture or clip: a string, or the `url` of an object. None for anything else."""
+    url = value.get("url") if isinstance(value, dict) else value
+    return url if isinstance(url, str) else None
+
+
+def _clip(url: str, count: object, name: str, limits: RequestLimits) -> ClipSource:
+    """Return the clip at the URL of a file, or of the frames of a data URL: `data:video/jpeg;base64,FRAME,FRAME`.
+
+    `count`: how many frames of a file are sampled; None for the default.
+    """
+    is_file = url[: len(_FRAMES_HEAD)].lower() != _FRAMES_HEAD
+    if count is not None and not (is_file and type(count) is int and 1 <= count <= limits.max_frames):
+        expected = f"an integer from 1 to {limits.max_frames}, with the URL of a file"
+        param = f"{name}.video_url.video_frames"
+        raise _refused(param, f"`{param}` must be {expected}", count)
+    if is_file:
+        file = PictureSource(path=url)
+        return ClipSource(file=file, count=count if isinstance(count, int) else limits.default_frames)
+    payload = url[len(_FRAMES_HEAD) :]
+    frames = payload.count(",") + 1
+    if frames > limits.max_frames:
+        message = f"`{name}` must have at most {limits.max_frames} frames, got {frames:,}"
+        raise RefusedChat("too_large", message, param=name)
+    return ClipSource(frames=tuple(PictureSource(image=frame) for frame in payload.split(",")))
 
 
 def _check_last(conversation: tuple[ChatMessage, ...], limits: RequestLimits) -> None:
@@ -156,16 +196,15 @@ def _check_last(conversation: tuple[ChatMessage, ...], limits: RequestLimits) ->
         message = f"`messages` must end with a user's message, got one of role {role}"
         raise RefusedChat("invalid_request", message, param="messages")
     question = conversation[-1]
-    if not question.pictures and not question.text.strip():
-        message = "`messages` must end with text that is not only white space, or with a picture, got neither"
+    count = len(question.pictures) + len(question.clips)
+    if not count and not question.text.strip():
+        message = "`messages` must end with text that is not only white space, a picture or a clip, got none of them"
         raise RefusedChat("invalid_request", message, param="messages")
     if len(question.text) > limits.max_prompt_chars:
         expected = f"the last of `messages` must have at most {limits.max_prompt_chars:,} characters"
         raise _refused("messages", expected, question.text, "too_large")
-    if len(question.pictures) > limits.max_pictures:
-        message = (
-            f"the last of `messages` must have at most {limits.max_pictures} pictures, got {len(question.pictures)}"
-        )
+    if count > limits.max_pictures:
+        message = f"the last of `messages` must have at most {limits.max_pictures} pictures and clips, got {count}"
         raise RefusedChat("too_large", message, param="messages")
 
 

@@ -16,7 +16,7 @@ from ..errors import Refused, describe
 from .chat_messages import read_messages
 from .constants import FORWARDED_API_HEADER, NEW_SESSION, SESSION_HEADER, STREAMING_API
 from .fields import is_unicode
-from .openai import Chat, RefusedChat
+from .openai import Chat, ChatMessage, RefusedChat
 from .requests import session_in_header
 from .validation import Problem, add_retry_key, refusal, validated
 
@@ -62,6 +62,7 @@ NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "json_schema": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
+    "media_io_kwargs": ({},),
     "min_p": (0,),
     "mm_processor_kwargs": ({},),
     "mirostat": (0,),
@@ -91,6 +92,7 @@ NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "session_id": (),
     "type": (),
     "video": ([],),
+    "video_frames": (),
 }
 # Field of `Chat` -> the client's names of it; the first one that is present counts.
 OPTION_NAMES: dict[str, tuple[str, ...]] = {
@@ -145,10 +147,15 @@ def _content(chat: Chat) -> dict[str, Any]:
     """Return what decides the answer, with the pictures as digests: their text takes megabytes."""
     content: dict[str, Any] = {name: getattr(chat, name) for name in Chat.model_fields if name not in _FORM_FIELDS}
     content["messages"] = [
-        (message.role, message.text, [_digest(picture.path or "") for picture in message.pictures])
+        (message.role, message.text, [_digest(picture.path or "") for picture in message.pictures], _clips(message))
         for message in chat.messages
     ]
     return content
+
+
+def _clips(message: ChatMessage) -> list[tuple[int | None, list[str]]]:
+    """Return the number of sampled frames of each clip, and the digests of its frames or of its file."""
+    return [(clip.count, [_digest(one.image or one.path or "") for one in clip.sources]) for clip in message.clips]
 
 
 def _digest(text: str) -> str:

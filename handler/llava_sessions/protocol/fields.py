@@ -56,6 +56,23 @@ def _check_min_tokens(count: int, info: ValidationInfo) -> int:
     return count
 
 
+def _check_frames(count: int, info: ValidationInfo) -> int:
+    if count > limits_of(info).max_frames:
+        raise ValueError("above the limit")
+    return count
+
+
+def _check_sampled_frames(count: int | None, info: ValidationInfo) -> int | None:
+    """Return the number of frames to sample. The default is that of the configuration, for a file only."""
+    limits = limits_of(info)
+    has_file = isinstance(info.data.get("video"), str)
+    if count is None:
+        return limits.default_frames if has_file else None
+    if "video" in info.data and not has_file:
+        raise ValueError("without a file")
+    return count
+
+
 def _check_unicode(text: str) -> str:
     if not is_unicode(text):
         raise ValueError("a lone surrogate")
@@ -114,4 +131,11 @@ MinTokens = Annotated[int, Field(ge=0), AfterValidator(_check_min_tokens)]
 Answer = Annotated[str, AfterValidator(_check_unicode)]
 Stop = Annotated[tuple[str, ...], Field(fail_fast=True), BeforeValidator(_one_or_many), AfterValidator(_check_stop)]
 Images = Annotated[tuple[str, ...], Field(min_length=1, fail_fast=True), BeforeValidator(_at_most("max_pictures"))]
-Frames = Annotated[tuple[str, ...], Field(min_length=1, fail_fast=True), BeforeValidator(_at_most("max_frames"))]
+Frames = Annotated[int, Field(ge=1), AfterValidator(_check_frames)]
+# A file, or the frames of a clip.
+Video = Annotated[
+    Annotated[str, Field(min_length=1)] | Annotated[tuple[str, ...], Field(min_length=1, fail_fast=True)],
+    BeforeValidator(_at_most("max_frames")),
+]
+# Follows the field `video`. None with a clip of frames, and without a clip.
+SampledFrames = Annotated[Frames | None, AfterValidator(_check_sampled_frames), Field(validate_default=True)]

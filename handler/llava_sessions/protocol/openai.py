@@ -11,7 +11,7 @@ from ..errors import Refused
 from .constants import EVENT_STREAM_TYPE, STREAM_TYPE
 from .fields import SessionId
 from .replies import Body
-from .requests import BaseRequest, PictureSource, TurnRequest
+from .requests import BaseRequest, ClipSource, PictureSource, TurnRequest
 
 CHAT_PATH = "v1/chat/completions"
 MODELS_PATH = "v1/models"
@@ -29,11 +29,15 @@ class RefusedChat(Refused):
 
 @dataclass(frozen=True)
 class ChatMessage:
-    """The messages of one role that followed each other. `text` may be empty. Pictures precede the text."""
+    """The messages of one role that followed each other.
+
+    `text` may be empty. Pictures precede clips, and clips precede the text.
+    """
 
     role: Literal["system", "user", "assistant"]
     text: str
     pictures: tuple[PictureSource, ...] = ()
+    clips: tuple[ClipSource, ...] = ()
 
 
 class Chat(TurnRequest):
@@ -64,9 +68,15 @@ class Chat(TurnRequest):
         """Return the pictures of all messages in their order."""
         return tuple(picture for message in self.messages for picture in message.pictures)
 
+    @property
+    def clips(self) -> tuple[ClipSource, ...]:
+        """Return the clips of all messages in their order."""
+        return tuple(clip for message in self.messages for clip in message.clips)
+
     def without_pictures(self) -> Chat:
-        """Return a copy without the pictures, which may take 32 MiB. It has the same retry key."""
-        return self.model_copy(update={"messages": tuple(replace(message, pictures=()) for message in self.messages)})
+        """Return a copy without pictures and clips, which may take 32 MiB. It has the same retry key."""
+        messages = tuple(replace(message, pictures=(), clips=()) for message in self.messages)
+        return self.model_copy(update={"messages": messages})
 
 
 class Models(BaseRequest):

@@ -84,7 +84,7 @@ def _parse_native(payload: dict[str, Any], headers: Mapping[str, object], limits
     model = _model(payload)
     # A null counts as an absent field.
     fields = {name: value for name, value in payload.items() if value is not None and name in model.model_fields}
-    problems = [*_unknown_fields(payload, model), *_conflicts(payload, model, fields)]
+    problems = [*_unknown_fields(payload, model), *_conflicts(payload, model, fields, limits)]
     if model is not Open:
         problems += _merge_session_id(fields, headers)
     if model is Ask:
@@ -131,7 +131,9 @@ def _unknown_fields(payload: dict[str, Any], model: type[Native]) -> list[Proble
     return [Problem("", "invalid_request", message)]
 
 
-def _conflicts(payload: dict[str, Any], model: type[Native], fields: dict[str, Any]) -> Iterator[Problem]:
+def _conflicts(
+    payload: dict[str, Any], model: type[Native], fields: dict[str, Any], limits: RequestLimits
+) -> Iterator[Problem]:
     """Yield the problems of fields that exclude each other, and of an open on nothing.
 
     SageMaker's own example opens an empty session, by NEW_SESSION alone.
@@ -142,6 +144,11 @@ def _conflicts(payload: dict[str, Any], model: type[Native], fields: dict[str, A
         message = f"a request must have at most one of `image`, `images` and `path`, got {got}"
         yield Problem("image", "invalid_request", message)
     if model is not Open:
+        images = fields.get("images")
+        count = len(images) + 1 if isinstance(images, list) and "video" in fields else 0
+        if count == limits.max_pictures + 1:  # more of them are a problem of `images`
+            message = f"a question must have at most {limits.max_pictures} pictures and clips, got {count}"
+            yield Problem("video", "too_large", message)
         return
     if "resume" in fields and (pictures or fields.keys() & {"video", "history"}):
         message = "a request must have either `resume` or pictures, a `video` or a `history`, got both"

@@ -9,26 +9,29 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationInfo
 from pydantic_core import PydanticCustomError
 
+from ..media.limits import MAX_URL_CHARS, scheme_of
 from .constants import NEW_SESSION, SESSION_HEADER
 from .fields import (
     TOO_LARGE,
     Answer,
     ConfirmSeconds,
-    Frames,
     Images,
     MinTokens,
     NewTokens,
     Prompt,
     RequestId,
+    SampledFrames,
     SessionId,
     SessionToken,
     Stop,
+    Video,
     as_tuple,
     limits_of,
     without_expiry,
 )
 
 PICTURE_FIELDS = ("image", "images", "path")
+CLIP_FIELDS = ("video", "video_frames")
 PROMPT_EXPECTED = (
     "`{name}` must be Unicode text of 1 to {limits.max_prompt_chars} characters, not only white space, got {actual}"
 )
@@ -40,6 +43,23 @@ class PictureSource:
 
     image: str | None = None
     path: str | None = None
+
+
+@dataclass(frozen=True)
+class ClipSource:
+    """Where a clip comes from: its `frames`, in their order, or a video `file`.
+
+    `count`: how many frames of the file are sampled; None with frames.
+    """
+
+    frames: tuple[PictureSource, ...] = ()
+    file: PictureSource | None = None
+    count: int | None = None
+
+    @property
+    def sources(self) -> tuple[PictureSource, ...]:
+        """Return what is read for the clip: its frames, or its file alone."""
+        return self.frames if self.file is None else (self.file,)
 
 
 class BaseRequest(BaseModel):
@@ -62,6 +82,13 @@ class BaseRequest(BaseModel):
         "image": "`{name}` must be a string (base64 or a data URL), got {actual}",
         "images": "`{name}` must be an array of 1 to {limits.max_pictures} strings, got {actual}",
         "path": "`{name}` must be a string (a URL or an allowed path), got {actual}",
+        "video": (
+            "`{name}` must be a string (a video file) or an array of 1 to {limits.max_frames} strings (frames), "
+            "got {actual}"
+        ),
+        "video_frames": (
+            "`{name}` must be an integer from 1 to {limits.max_frames}, with a `video` that is a file, got {actual}"
+        ),
     }
 
 
@@ -92,12 +119,14 @@ class RetriableRequest(BaseRequest):
 
 
 class PastTurn(BaseRequest):
-    """A question of an earlier conversation with its pictures, and its answer."""
+    """A question of an earlier conversation with its pictures and its clip, and its answer."""
 
     prompt_text: Prompt
     image: str | None = None
     images: Images | None = None
     path: str | None = None
+    video: Video | None = None
+    video_frames: SampledFrames = None
     response_text: Answer
 
     expected: ClassVar[Mapping[str, str]] = {
@@ -111,6 +140,11 @@ class PastTurn(BaseRequest):
         """Return the pictures in the order in which they were sent."""
         return _sources(self.image, self.images, self.path)
 
+    @property
+    def clip(self) -> ClipSource | None:
+        """Return the clip, or None without one."""
+        return _clip(self.video, self.video_frames)
+
 
 def _check_turns(value: object, info: ValidationInfo) -> object:
     """Check the number of turns before any is read."""
@@ -122,7 +156,7 @@ def _check_turns(value: object, info: ValidationInfo) -> object:
 def _check_history(turns: tuple[PastTurn, ...], info: ValidationInfo) -> tuple[PastTurn, ...]:
     limits = limits_of(info)
     chars = sum(len(turn.prompt_text) + len(turn.response_text) for turn in turns)
-    pictures = sum(len(turn.pictures) for turn in turns)
+    pictures = sum(len(turn.pictures) + (turn.clip is not None) for turn in turns)
     if chars > limits.max_history_chars or pictures > limits.max_history_pictures:
         raise PydanticCustomError(TOO_LARGE, "too much text, or too many pictures")
     return turns
@@ -134,7 +168,7 @@ History = Annotated[
 
 
 class Open(RetriableRequest):
-    """Open a session on pictures, on the frames of a clip (`video`), or from another session (`resume`).
+    """Open a session on pictures, on a clip (`video`), or from another session (`resume`).
 
     `history`: earlier turns, which follow the session's own pictures and are prefilled as they are. `resume` is the ID
     of a session, which ends. If the open has a `session_token`, all later requests must have the same token. A resume
@@ -146,7 +180,8 @@ class Open(RetriableRequest):
     image: str | None = None
     images: Images | None = None
     path: str | None = None
-    video: Frames | None = None
+    video: Video | None = None
+    video_frames: SampledFrames = None
     history: History = ()
     resume: SessionId | None = None
     confirm_s: ConfirmSeconds | None = None
@@ -156,10 +191,10 @@ class Open(RetriableRequest):
     expected: ClassVar[Mapping[str, str]] = {
         **BaseRequest.expected,
         "session_id": "`session_id` must be absent from a request that opens a session, got {actual}",
-        "video": "`video` must be an array of 1 to {limits.max_frames} strings, got {actual}",
         "history": (
             "`history` must be an array of turns: at most {limits.max_history_messages} questions and answers of "
-            "{limits.max_history_chars} characters and {limits.max_history_pictures} pictures together, got {actual}"
+            "{limits.max_history_chars} characters and {limits.max_history_pictures} pictures and clips together, "
+            "got {actual}"
         ),
         "resume": "`resume` must be at most 226 letters, digits and inner hyphens, got {actual}",
         "confirm_s": "`confirm_s` must be an integer from 1 to 600, got {actual}",
@@ -171,9 +206,9 @@ class Open(RetriableRequest):
         return _sources(self.image, self.images, self.path)
 
     @property
-    def frames(self) -> tuple[PictureSource, ...]:
-        """Return the frames of the clip."""
-        return tuple(PictureSource(image=frame) for frame in self.video or ())
+    def clip(self) -> ClipSource | None:
+        """Return the clip, or None without one."""
+        return _clip(self.video, self.video_frames)
 
 
 class TurnRequest(RetriableRequest):
@@ -214,7 +249,7 @@ class TurnRequest(RetriableRequest):
 
 
 class Ask(TurnRequest):
-    """Run one turn of a session. Pictures are shown with the question."""
+    """Run one turn of a session. Pictures and a clip are shown with the question."""
 
     session_id: SessionId
     prompt_text: Prompt
@@ -222,6 +257,8 @@ class Ask(TurnRequest):
     image: str | None = None
     images: Images | None = None
     path: str | None = None
+    video: Video | None = None
+    video_frames: SampledFrames = None
 
     first: ClassVar[tuple[str, ...]] = ("session_id", "prompt_text")
     expected: ClassVar[Mapping[str, str]] = {
@@ -235,9 +272,14 @@ class Ask(TurnRequest):
         """Return the pictures in the order in which they were sent."""
         return _sources(self.image, self.images, self.path)
 
+    @property
+    def clip(self) -> ClipSource | None:
+        """Return the clip, or None without one."""
+        return _clip(self.video, self.video_frames)
+
     def without_pictures(self) -> Ask:
-        """Return a copy without the pictures, which may take 32 MiB. It has the same retry key."""
-        return self.model_copy(update=dict.fromkeys(PICTURE_FIELDS))
+        """Return a copy without pictures and clip, which may take 32 MiB. It has the same retry key."""
+        return self.model_copy(update=dict.fromkeys((*PICTURE_FIELDS, *CLIP_FIELDS)))
 
 
 class Close(BaseRequest):
@@ -275,3 +317,19 @@ def _sources(image: str | None, images: tuple[str, ...] | None, path: str | None
     if path is not None:
         return (PictureSource(path=path),)
     return tuple(PictureSource(image=image) for image in images or ())
+
+
+def _clip(video: str | tuple[str, ...] | None, count: int | None) -> ClipSource | None:
+    """Return the clip of a request: a file if `video` is a string, else frames."""
+    if video is None:
+        return None
+    if isinstance(video, str):
+        return ClipSource(file=_file(video), count=count)
+    return ClipSource(frames=tuple(PictureSource(image=frame) for frame in video))
+
+
+def _file(text: str) -> PictureSource:
+    """Return the source of a video file. No format of a video begins with a slash in base64, but JPEG does."""
+    start = text[:MAX_URL_CHARS].lstrip()
+    is_path = scheme_of(start) != "" or (start.startswith("/") and len(text) <= MAX_URL_CHARS)
+    return PictureSource(path=text) if is_path else PictureSource(image=text)

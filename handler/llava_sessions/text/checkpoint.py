@@ -9,17 +9,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from .families import families, refused, texts
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-VISION_TOWERS = ("clip_vision_model", "siglip_vision_model")
 # Files that quantizers write beside config.json, with the method's name.
 _QUANTIZER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
-# Repositories of the original layout whose twins have other names than NAME-hf.
+# Repositories of the authors' formats whose twins have other names than NAME-hf.
 _TWINS = {"llava-v1.5-7b": "llava-1.5-7b-hf", "llava-v1.5-13b": "llava-1.5-13b-hf"}
 _ORIGINAL_TYPES = ("llava_llama", "llava_mistral", "llava_mpt", "llava_qwen", "llava_qwen2", "llava_gemma")
 
@@ -56,22 +57,42 @@ def fingerprint(folder: Path) -> str:
 def refuse_unsupported(folder: Path) -> None:
     """Raise `UnsupportedCheckpoint` for a folder of a kind that this project does not serve."""
     problems = _adapter_problems(folder)
-    config = read_json(folder / CONFIG)
-    if config and not problems:
-        problems = _layout_problems(folder, config) or _quantization_problems(folder, config) or _tower_problems(config)
+    config = _read_object(folder / CONFIG)
+    if config is not None and not problems:
+        kind = kind_problem(config, folder)
+        problems = _layout_problems(folder, config) or ([kind] if kind else _quantization_problems(folder, config))
     if not problems:
         problems = _tokenizer_problems(folder)
     if problems:
         raise UnsupportedCheckpoint(*problems)
 
 
+def kind_problem(config: Mapping[str, Any], folder: Path | None = None) -> str | None:
+    """Return why a checkpoint with this config.json is of a kind that is not served, or None.
+
+    families.toml has the kinds: family, class, vision tower and text model. `folder` may give the name of a twin.
+    """
+    kind = config.get("model_type")
+    family = families().get(str(kind))
+    if family is None:
+        return _unknown_kind(kind, _names(config, folder))
+    classes = config.get("architectures") or [family.class_name]
+    if not isinstance(classes, list) or family.class_name not in classes:
+        return f"config.json: `architectures` must contain {family.class_name!r}, got {classes}"
+    parts = (("vision_config", family.towers, family.towers[0]), ("text_config", texts(), family.text))
+    for key, supported, usual in parts:
+        part = config.get(key) or {}
+        if not isinstance(part, Mapping):
+            return f"config.json: `{key}` must be an object, got {type(part).__name__}"
+        found = part.get("model_type", usual)
+        if found not in supported:
+            return f"config.json: `{key}.model_type` must be {_either(supported)}, got {found!r}"
+    return None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; empty if there is none."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return _read_object(path) or {}
 
 
 def end_token_ids(folder: Path, tokenizer_eos: int | None) -> frozenset[int]:
@@ -94,6 +115,14 @@ def end_token_ids(folder: Path, tokenizer_eos: int | None) -> frozenset[int]:
     return frozenset(ids)
 
 
+def _read_object(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def _adapter_problems(folder: Path) -> list[str]:
     if not (folder / "adapter_config.json").is_file():
         return []
@@ -112,14 +141,42 @@ def _layout_problems(folder: Path, config: dict[str, Any]) -> list[str]:
     if "mm_vision_tower" not in config and kind not in _ORIGINAL_TYPES:
         return []
     found = f"config.json: `model_type` {kind!r} with `architectures` {classes} is the original LLaVA layout"
-    names = [Path(str(config.get("_name_or_path") or "")).name, folder.name]
-    twin = next((f"llava-hf/{_twin(name)}" for name in names if name.startswith("llava-")), None)
+    twin = _twin(_names(config, folder))
     advice = f"pack its twin {twin}" if twin else "pack its twin of the organization llava-hf (named *-hf)"
     return [f"{found}; {advice}"]
 
 
-def _twin(name: str) -> str:
-    return _TWINS.get(name, f"{name}-hf")
+def _unknown_kind(kind: object, names: Sequence[str]) -> str:
+    """Return the problem of a `model_type` that is not served; `names`: of the checkpoint."""
+    problem = f"config.json: `model_type` must be {_either(families())}, got {kind!r}"
+    known = refused().get(str(kind))
+    if known is None:
+        return problem
+    twin = _twin(names) if known.remedy else None
+    remedy = f"pack its twin {twin}" if twin else known.remedy
+    return f"{problem}; {known.title} is not served: {known.reason}" + (f"; {remedy}" if remedy else "")
+
+
+def _names(config: Mapping[str, Any], folder: Path | None) -> list[str]:
+    """Return possible names of a checkpoint's repository: in its config, and of its folder, also in the hub's cache."""
+    parts = folder.parts if folder else ()
+    cached = [part.rpartition("--")[2] for part in parts if part.startswith("models--")]
+    return [Path(str(config.get("_name_or_path") or "")).name, *parts[-1:], *cached]
+
+
+def _twin(names: Sequence[str]) -> str | None:
+    """Return the ID on the hub of a published checkpoint in transformers' format, or None.
+
+    `names`: of a repository with the same model in its authors' format.
+    """
+    published = {hub_id.rpartition("/")[2].lower(): hub_id for family in families().values() for hub_id in family.ids}
+    twins = [_TWINS.get(name.lower(), f"{name.lower()}-hf") for name in names]
+    return next((published[twin] for twin in twins if twin in published), None)
+
+
+def _either(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _quantization_problems(folder: Path, config: dict[str, Any]) -> list[str]:
@@ -136,13 +193,6 @@ def _quantization_problems(folder: Path, config: dict[str, Any]) -> list[str]:
 
 def _quantized(where: str, method: str) -> str:
     return f"{where}: quantized weights ({method}) can't be served; pack the checkpoint in float16 or bfloat16"
-
-
-def _tower_problems(config: dict[str, Any]) -> list[str]:
-    tower = (config.get("vision_config") or {}).get("model_type", VISION_TOWERS[0])
-    if tower in VISION_TOWERS:
-        return []
-    return [f"config.json: `vision_config.model_type` must be {' or '.join(VISION_TOWERS)}, got {tower!r}"]
 
 
 def _tokenizer_problems(folder: Path) -> list[str]:

@@ -27,23 +27,28 @@ _COMPANION = np.zeros((8, 8, 3), np.uint8)
 
 @dataclass(frozen=True)
 class Prepared:
-    """The pictures of one request, prepared for the vision tower and for the prompt.
+    """The pictures and clips of one request, prepared for the vision tower and for the prompt.
 
-    `tokens`: per picture, the text with which the processor replaces its single image token.
+    `tokens`: per picture or clip, the text with which the processor replaces its single place in the template.
+    `kinds`: per picture or clip, "image" or "video".
     """
 
     pictures: tuple[PreparedPicture, ...] = ()
     tokens: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
 
 
 NOTHING = Prepared()
 
 
 def joined(parts: Iterable[Prepared]) -> Prepared:
-    """Return the pictures of all parts, in order."""
+    """Return the pictures and clips of all parts, in order."""
     every = list(parts)
-    pictures = tuple(picture for part in every for picture in part.pictures)
-    return Prepared(pictures, tuple(tokens for part in every for tokens in part.tokens))
+    return Prepared(
+        tuple(picture for part in every for picture in part.pictures),
+        tuple(tokens for part in every for tokens in part.tokens),
+        tuple(kind for part in every for kind in part.kinds),
+    )
 
 
 class PicturePreparer:
@@ -74,7 +79,7 @@ class PicturePreparer:
             inputs[_REQUEST_COUNTS] = np.array([of])
             # An untiled picture has other features than the same picture tiled, so it needs another key.
             key = key if of == 1 else f"{key}:untiled"
-        return Prepared((PreparedPicture(key, inputs),), (self._processor.replace_image_token(arrays, 0),))
+        return Prepared((PreparedPicture(key, inputs),), (self._processor.replace_image_token(arrays, 0),), ("image",))
 
     def frame(self, picture: Picture) -> np.ndarray:
         """Return one frame of a clip as the vision tower's input, `[1, 1, 3, height, width]`."""
@@ -84,7 +89,7 @@ class PicturePreparer:
     def clip(self, key: str, frames: Sequence[np.ndarray]) -> Prepared:
         """Return a clip of prepared frames. `key` identifies its content."""
         inputs = {_FRAMES: np.concatenate(frames, axis=1)}
-        return Prepared((PreparedPicture(key, inputs),), (self._processor.replace_video_token(inputs, 0),))
+        return Prepared((PreparedPicture(key, inputs),), (self._processor.replace_video_token(inputs, 0),), ("video",))
 
 
 class _Pixels(np.ndarray):

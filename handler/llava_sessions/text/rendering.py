@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import jinja2
+
 from ..errors import Refused, error_line
+from .media_tokens import MediaTokens, no_place
 from .tokenizer import placeholder
 
 
@@ -21,35 +24,54 @@ class OpenedOn:
     kind: str
     pictures: int
 
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of the pictures, or of the clip, as in `Prepared.kinds`."""
+        return [self.kind] * self.pictures
+
 
 @dataclass(frozen=True)
 class Message:
-    """One message of a conversation. Its `pictures` precede its text, which may be empty."""
+    """One message of a conversation. Its `pictures` precede its `clips`, and these its text, which may be empty."""
 
     role: Literal["system", "user", "assistant"]
     text: str
     pictures: int = 0
+    clips: int = 0
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of its pictures and clips, in order, as in `Prepared.kinds`."""
+        return ["image"] * self.pictures + ["video"] * self.clips
+
+
+# The question with which the places of a template are found.
+TRIAL_QUESTION = Message("user", "question")
 
 
 class Renderer:
     """Renders turns and whole conversations. Thread-safe.
 
-    `media_tokens`: the token that the template writes for each kind of content, "image" and perhaps "video".
+    `media`: the tokens of each kind of media that the template has places for, "image" and perhaps "video".
     """
 
-    def __init__(self, processor: Any, system_prompt: str) -> None:
-        """`system_prompt`: the operator's. Raises `TemplateError` for an unsuitable template."""
+    def __init__(self, processor: Any, system_prompt: str, media: MediaTokens) -> None:
+        """`system_prompt`: the operator's. `media`: of each kind that the processor takes.
+
+        Raises `TemplateError` for an unsuitable template.
+        """
         self._processor = processor
         self._system_prompt = system_prompt
-        self._image_token: str = processor.image_token
-        self.media_tokens = {"image": self._image_token}
-        if hasattr(processor, "video_processor"):
-            self.media_tokens["video"] = processor.video_token
+        self.media = media
         if not getattr(processor, "chat_template", None):
             raise TemplateError("the processor has no chat template (chat_template.jinja)")
+        if found := media.kinds(system_prompt):
+            raise TemplateError(f"`system_prompt` must not contain {media[found[0]].place!r}")
         # Whether the template takes a message's content as one string, as templates for text alone do.
         self._joins_content = False
         self._choose_content()
+        if "video" in media and not self._renders_clips():
+            self.media = MediaTokens({"image": media["image"]})
         self._has_system_place = self._renders_in_order("system", "user")
         self._takes_greeting = self._renders_in_order("assistant", "user")
 
@@ -67,14 +89,23 @@ class Renderer:
 
     def _check(self) -> None:
         """Raise `TemplateError` unless the template renders pictures, a question, an answer and a second question."""
-        before, after = self.first_turn("question")
-        if "question" not in after or self._image_token in after or self._image_token not in before:
+        _, after = self.first_turn(TRIAL_QUESTION, OpenedOn("image", 1))
+        if "question" not in after or self.media.kinds(after):
             raise TemplateError("it does not put the picture before the question")
-        later = self.later_turn("question")
+        later = self.later_turn(TRIAL_QUESTION)
         if "question" not in later:
             raise TemplateError("it does not render a second question")
-        if self._image_token in later:
-            raise TemplateError(f"it writes {self._image_token!r} for a question without a picture")
+        if self.media.kinds(later):
+            place = self.media["image"].place
+            raise TemplateError(f"it writes {place!r} for a question without a picture")
+
+    def _renders_clips(self) -> bool:
+        """Return whether the template has a place for a clip, before the question."""
+        try:
+            _, after = self.first_turn(TRIAL_QUESTION, OpenedOn("video", 1))
+        except Exception:  # a template raises what Jinja or its own code raises
+            return False
+        return "question" in after and not self.media.kinds(after)
 
     def _renders_in_order(self, first: str, second: str) -> bool:
         """Return whether the template renders the texts of these two roles in order."""
@@ -86,35 +117,41 @@ class Renderer:
             return False
         return texts[0] in rendered and rendered.rfind(texts[0]) < rendered.find(texts[1])
 
-    def turn(self, opened_on: OpenedOn | None, text: str, pictures: int) -> str:
-        """Render what follows the opening's pictures, or the last answer if `opened_on` is None."""
-        if opened_on is None:
-            return self.later_turn(text, pictures)
-        return self.first_turn(text, opened_on.kind, opened_on.pictures, pictures)[1]
+    def turn(self, opened_on: OpenedOn | None, question: Message) -> str:
+        """Render what follows the opening's pictures, or the last answer if `opened_on` is None.
 
-    def first_turn(
-        self, text: str, kind: str = "image", opened_pictures: int = 1, more_pictures: int = 0
-    ) -> tuple[str, str]:
-        """Render the first turn; return the parts before and after the end of the opening's last media token.
-
-        `opened_pictures`: pictures of the opening, of content type `kind`. `more_pictures`: pictures of the question.
+        Raises `Refused` if the template has no place for the question's pictures and clips.
         """
-        content = [{"type": kind}] * opened_pictures + [{"type": "image"}] * more_pictures
-        rendered = self._render([_message("user", text, content)])
-        token = self.media_tokens[kind]
-        parts = rendered.split(token)
-        if len(parts) <= opened_pictures:
-            raise TemplateError(f"the chat template renders no {kind} token for a user's {kind}")
-        return token.join(parts[:opened_pictures]) + token, token.join(parts[opened_pictures:])
+        try:
+            rendered = self.later_turn(question) if opened_on is None else self.first_turn(question, opened_on)[1]
+        except (TemplateError, jinja2.TemplateError):
+            if opened_on is not None and opened_on.kind == "video" and question.pictures:
+                raise _precedes_clip(question.pictures) from None
+            raise no_place(question.kinds, []) from None
+        if (places := self.media.kinds(rendered)) != question.kinds:
+            raise no_place(question.kinds, places)
+        return rendered
 
-    def later_turn(self, text: str, pictures: int = 0) -> str:
+    def first_turn(self, question: Message, opened_on: OpenedOn) -> tuple[str, str]:
+        """Render the first turn; return the parts before and after the end of the opening's last place.
+
+        The question also shows the opening, before its own pictures and clips. Raises `TemplateError` if the template
+        does not write the opening first.
+        """
+        rendered = self._render([_message("user", question.text, [*opened_on.kinds, *question.kinds])])
+        if self.media.kinds(rendered)[: opened_on.pictures] != opened_on.kinds:
+            token = self.media[opened_on.kind].place
+            raise TemplateError(f"the chat template writes no {token!r} where a user shows {opened_on.kind} content")
+        return self.media.split(rendered, opened_on.pictures)
+
+    def later_turn(self, question: Message) -> str:
         """Render the text between an earlier answer and the next one. It is the same for every turn but the first."""
         answer = placeholder()
         rendered = self._render(
             [
-                _message("user", "question", [{"type": "image"}]),
+                _message("user", TRIAL_QUESTION.text, ["image"]),
                 _message("assistant", answer),
-                _message("user", text, [{"type": "image"}] * pictures),
+                _message("user", question.text, question.kinds),
             ]
         )
         if rendered.count(answer) != 1:
@@ -126,7 +163,7 @@ class Renderer:
         prompts = "\n\n".join(filter(None, (self._system_prompt, system)))
         conversation = [_message("system", prompts), *messages] if prompts else messages
         if self._joins_content:
-            conversation = [{**one, "content": _joined(one["content"], self.media_tokens)} for one in conversation]
+            conversation = [{**one, "content": _joined(one["content"], self.media)} for one in conversation]
         rendered: str = self._processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
         return rendered
 
@@ -141,7 +178,7 @@ class Renderer:
                 return self._render(_contents(turns, opened_on), system)
             following = placeholder()
             rendered = self._render(_contents([*turns, Message("user", following)], opened_on), system)
-            end = self.later_turn(following)
+            end = self.later_turn(Message("user", following))
         except Exception:  # a template raises what Jinja or its own code raises
             message = "The messages must fit the model's chat template, got a conversation that it rejects."
             raise Refused("invalid_request", message) from None
@@ -167,27 +204,36 @@ class Renderer:
 
 
 def _contents(turns: Sequence[Message], opened_on: OpenedOn | None) -> list[dict[str, Any]]:
-    """Return messages as templates take them. The first question also shows the opening's pictures, before its own."""
-    opened = [{"type": opened_on.kind}] * opened_on.pictures if opened_on is not None else []
+    """Return messages as templates take them. The first question also shows the opening, before its own media."""
+    opened = opened_on.kinds if opened_on is not None else []
     contents = []
     for message in turns:
-        media = [{"type": "image"}] * message.pictures
+        kinds = message.kinds
         if message.role == "user":
-            media = [*opened, *media]
+            kinds = [*opened, *kinds]
             opened = []
-        contents.append(_message(message.role, message.text, media))
+        contents.append(_message(message.role, message.text, kinds))
     return contents
 
 
-def _message(role: str, text: str, media: Sequence[dict[str, str]] = ()) -> dict[str, Any]:
-    """Return a message as templates take it. One that shows media has no empty text."""
-    texts = [{"type": "text", "text": text}] if text or not media else []
-    return {"role": role, "content": [*media, *texts]}
+def _message(role: str, text: str, kinds: Sequence[str] = ()) -> dict[str, Any]:
+    """Return a message as templates take it. One that shows pictures or clips has no empty text."""
+    texts = [{"type": "text", "text": text}] if text or not kinds else []
+    return {"role": role, "content": [*({"type": kind} for kind in kinds), *texts]}
 
 
-def _joined(parts: list[dict[str, str]], media_tokens: dict[str, str]) -> str:
-    """Return the content of a message as LLaVA-1.5 was trained: each media token on a line before the text."""
-    return "".join(part["text"] if part["type"] == "text" else media_tokens[part["type"]] + "\n" for part in parts)
+def _joined(parts: list[dict[str, str]], media: MediaTokens) -> str:
+    """Return the content of a message as LLaVA-1.5 was trained: each place on a line before the text."""
+    return "".join(part["text"] if part["type"] == "text" else media[part["type"]].place + "\n" for part in parts)
+
+
+def _precedes_clip(pictures: int) -> Refused:
+    """Return the error for a template that writes the pictures of a message before its clips, as LLaVA's do."""
+    message = (
+        f"The first question after an opening on a clip must show no picture for this model, got {pictures}. Show "
+        "pictures with a later question, or open without the clip and show both with one question."
+    )
+    return Refused("invalid_request", message)
 
 
 def _in_words(error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import secrets
+from collections.abc import Collection
 from typing import Any
 
 _PLACEHOLDER_BYTES = 8
@@ -20,13 +21,18 @@ class PromptTokenizer:
     Not thread-safe: transformers' fast tokenizers keep settings of a call in shared state.
     """
 
-    def __init__(self, tokenizer: Any, image_token: str) -> None:
-        """`tokenizer`: of transformers, with `image_token` among its special tokens."""
+    def __init__(self, tokenizer: Any, image_token: str, places: Collection[str] = ()) -> None:
+        """`tokenizer`: of transformers, with `image_token` among its special tokens.
+
+        `places`: what the chat template writes for a picture or clip, which may be no token of the tokenizer.
+        """
         self._tokenizer = tokenizer
         # Encodes special tokens as text. A copy, because the switch is part of the tokenizer's state.
         self._literal = copy.deepcopy(tokenizer)
         self._literal.split_special_tokens = True
-        self._specials = _pattern_of_specials(tokenizer)
+        specials = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+        self._specials = _pattern(specials)
+        self._hidden = _pattern({*specials, *places})
         # Older forms of SentencePiece encode text after a special token like the start of a text.
         at_start = self._ids(tokenizer, "a")
         after_special = self._ids(tokenizer, image_token + "a")[1:]
@@ -68,7 +74,7 @@ class PromptTokenizer:
     def hide_specials(self, text: str) -> tuple[str, dict[str, str]]:
         """Replace the special tokens in a user's text by placeholders; return the text and `{placeholder: token}`.
 
-        After rendering, every special token in the result was written by the template.
+        After rendering, every special token and every place of a picture or clip was written by the template.
         """
         literals: dict[str, str] = {}
 
@@ -77,7 +83,7 @@ class PromptTokenizer:
             literals[hidden] = match.group()
             return hidden
 
-        return self._specials.sub(hide, text), literals
+        return self._hidden.sub(hide, text), literals
 
     def encode_after(self, anchor: str, rendered: str, literals: dict[str, str]) -> list[int]:
         """Return the token IDs of `rendered` in mid-conversation, directly after `anchor`.
@@ -115,10 +121,9 @@ class PromptTokenizer:
         return ids
 
 
-def _pattern_of_specials(tokenizer: Any) -> re.Pattern[str]:
-    """Return a pattern, with one group, of all tokens that the tokenizer cuts out of text before it applies merges."""
-    specials = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
-    longest_first = sorted(filter(None, specials), key=len, reverse=True)
+def _pattern(tokens: Collection[str]) -> re.Pattern[str]:
+    """Return a pattern, with one group, of tokens that are cut out of text before merges are applied."""
+    longest_first = sorted(filter(None, tokens), key=len, reverse=True)
     return re.compile("(" + ("|".join(map(re.escape, longest_first)) or r"(?!)") + ")")
 
 

@@ -72,12 +72,13 @@ class Answers:
         record = TurnRecord(
             prompt_ids=turn.prompt_ids,
             answer_ids=event.kept_ids,
-            pictures=turn.blobs,
+            pictures=turn.media.pictures,
             retry_key=turn.ask.stored_key,
             text=event.text,
             facts=facts,
             base_turns=turn.base_turns,
-            groups=turn.groups,
+            groups=turn.media.groups,
+            clips=turn.media.clips,
         )
         turn.record = record
         if turn.prompt is not None:

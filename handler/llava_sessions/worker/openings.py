@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from ..chat.media import RecordMedia
 from ..chat.transcript import OpenRecord, Transcript, short_id
 from ..errors import Refused
 from ..ipc.messages import CloseSession
@@ -312,19 +313,18 @@ def _new_transcript(opening: _Opening, prepared: PreparedOpen | Rebuild, context
     session.token_digest = digest_of(opening.request.session_token)
     if isinstance(prepared, Rebuild):
         source: OpenRecord | Opening = prepared.transcript.opening
-        blobs = prepared.transcript.opening.pictures
+        opening_record = prepared.transcript.opening
+        media = RecordMedia(opening_record.pictures, opening_record.groups, opening_record.clips)
         turns = prepared.transcript.turns
         pictures = prepared.pictures
         history_turns = prepared.transcript.opening.history_turns
-        groups = prepared.transcript.opening.groups
         scope = prepared.scope
     else:
         source = prepared.opening
-        blobs = prepared.blobs
+        media = prepared.media
         turns = ()
         pictures = prepared.opening.pictures
         history_turns = prepared.history_turns
-        groups = prepared.groups
         scope = context.preparer.prompts.scope(session.id, session.token_digest)
     record = OpenRecord(
         session_id=session.id,
@@ -332,12 +332,13 @@ def _new_transcript(opening: _Opening, prepared: PreparedOpen | Rebuild, context
         expires_at_s=session.expires_at_s,
         token_digest=session.token_digest,
         kind=source.kind,
-        pictures=blobs,
+        pictures=media.pictures,
         token_ids=source.token_ids,
         image_tokens=source.image_tokens,
         retry_key=opening.request.stored_key,
         history_turns=history_turns,
-        groups=groups,
+        groups=media.groups,
+        clips=media.clips,
     )
     return Rebuild(Transcript(record, turns), pictures, scope)
 

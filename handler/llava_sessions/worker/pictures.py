@@ -1,168 +1,181 @@
-"""A request's pictures: read, checked by their headers, then decoded and prepared one after another. Thread-safe."""
+"""A request's pictures and clips: read, checked by their headers, then decoded and prepared one after another.
+
+Thread-safe.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 
+from ..chat.media import MessageMedia, StoredClip
 from ..chat.transcript import Blob, BlobPool
 from ..config import MediaLimits
-from ..ipc.messages import PreparedPicture
 from ..media.budget import PixelBudget
-from ..media.decoder import load_bytes, read_header
-from ..media.limits import check_request_pixels
-from ..media.sources import read_base64, read_path
-from ..protocol.requests import PictureSource
+from ..media.clips import MAX_CHILDREN, clip_frames
+from ..media.decoder import load_bytes
+from ..media.limits import TOO_LARGE, MediaError, check_request_pixels
 from ..text.pictures import PicturePreparer, Prepared, joined
+from .known_media import KnownMedia, KnownMedium
+from .reading import Fetch, MediaReader
+from .sources import MediaSources
 
 T = TypeVar("T")
-Fetch = Callable[[str, MediaLimits], bytes]
+# The prepared clips of a request, by key. A clip that several of its messages show is decoded once.
+RequestClips = dict[str, KnownMedium]
 
 
-# Characters of the tokens of pictures that are remembered: about 1,000 pictures of 2,880 tokens.
-_KNOWN_CHARS = 20_000_000
-_KNOWN_TEXTS = 10_000
+class ClipChanged(Exception):
+    """The file of a stored clip gives other frames than when the clip was stored, or none."""
 
 
-class _KnownPictures:
-    """Pictures that were prepared before, without their arrays: their keys and tokens. Thread-safe.
+@dataclass(frozen=True)
+class LoadedMedia:
+    """The media of a message: prepared, and as they are stored."""
 
-    A picture that arrives as the same text again is found by the digest of the text: that takes a sixth of the time of
-    decoding base64.
-    """
-
-    def __init__(self) -> None:
-        self._known: OrderedDict[tuple[str, bool], Prepared] = OrderedDict()  # by key, and whether it is alone
-        self._chars = 0
-        self._by_text: OrderedDict[bytes, str] = OrderedDict()  # sha256 of a data URL: sha256 of its picture
-        self._lock = threading.Lock()
-
-    def sha256_of(self, text: bytes) -> str | None:
-        """Return the sha256 of the picture that the text with this digest encodes, or None if it is not known."""
-        with self._lock:
-            return self._by_text.get(text)
-
-    def add_text(self, text: bytes, sha256: str) -> None:
-        """Remember the picture of a text by its digest."""
-        with self._lock:
-            self._by_text[text] = sha256
-            self._by_text.move_to_end(text)
-            while len(self._by_text) > _KNOWN_TEXTS:
-                self._by_text.popitem(last=False)
-
-    def get(self, key: str, alone: bool) -> Prepared | None:
-        """Return a picture without arrays, or None if it is not known."""
-        with self._lock:
-            found = self._known.get((key, alone))
-            if found is not None:
-                self._known.move_to_end((key, alone))
-            return found
-
-    def add(self, key: str, alone: bool, prepared: Prepared) -> None:
-        """Remember a prepared picture."""
-        pictures = tuple(PreparedPicture(picture.key, {}) for picture in prepared.pictures)
-        with self._lock:
-            if (key, alone) in self._known:
-                return
-            self._known[key, alone] = Prepared(pictures, prepared.tokens)
-            self._chars += _chars(prepared)
-            while self._chars > _KNOWN_CHARS:
-                self._chars -= _chars(self._known.popitem(last=False)[1])
-
-
-def _chars(prepared: Prepared) -> int:
-    return sum(len(tokens) for tokens in prepared.tokens)
+    prepared: Prepared
+    media: MessageMedia
 
 
 class PictureLoader:
-    """Loads pictures. All threads together decode at most the pixels of one picture of the largest size."""
+    """Loads pictures and clips.
+
+    All threads together decode at most the pixels of one picture of the largest size. Of a clip, one decoded frame is
+    in memory at a time.
+    """
 
     def __init__(self, pictures: PicturePreparer, limits: MediaLimits, blobs: BlobPool, fetch: Fetch) -> None:
         """`fetch` reads https and s3 sources."""
         self._pictures = pictures
         self._limits = limits
-        self._blobs = blobs
-        self._fetch = fetch
         self._pixels = PixelBudget(limits.max_pixels)
-        self._known = _KnownPictures()
+        # A clip that waits for a child process must not hold pixels meanwhile.
+        self._clip_files = threading.BoundedSemaphore(MAX_CHILDREN)
+        self._known = KnownMedia()
+        self._reader = MediaReader(limits, blobs, fetch, self._known)
 
-    def load(self, sources: tuple[PictureSource, ...]) -> tuple[Blob, ...]:
-        """Return the encoded pictures of a request. Raise `MediaError` unless all headers are within the limits."""
-        blobs = tuple(self._blobs.get(_read(source, self._limits, self._fetch)) for source in sources)
-        check_request_pixels(sum(read_header(blob.data, self._limits).pixels for blob in blobs), self._limits)
-        return blobs
+    def load(self, sources: MediaSources) -> MessageMedia:
+        """Return the encoded media of one message. Raise `MediaError` unless all headers are within the limits."""
+        media = self._reader.read(sources)
+        pixels = [self._reader.pixels_of_picture(blob) for blob in media.pictures]
+        pixels += [self._reader.pixels_of_clip(clip) for clip in media.clips]
+        check_request_pixels(sum(pixels), self._limits)
+        return media
 
-    def load_conversation(
-        self, messages: Sequence[tuple[PictureSource, ...]], scope: str | None
-    ) -> tuple[tuple[Blob, ...], ...]:
-        """Return the encoded pictures of each message. The limit on pixels is for those that were not prepared before.
+    def load_conversation(self, messages: Iterable[MediaSources], scope: str | None) -> tuple[MessageMedia, ...]:
+        """Return the encoded media of each message. The limit on pixels is for those that were not prepared before.
 
         Raise `MediaError`.
         """
-        groups = tuple(tuple(self._load_again(one) for one in group) for group in messages)
-        new = {
-            blob.sha256: read_header(blob.data, self._limits).pixels
-            for group in groups
-            for blob in group
-            if self._known.get(picture_key(blob.sha256, scope), len(group) == 1) is None
-        }
+        found = tuple(self._reader.read(sources, is_repeated=True) for sources in messages)
+        new: dict[str, int] = {}
+        for media in found:
+            for blob in media.pictures:
+                key = picture_key(blob.sha256, scope)
+                if key not in new and self._known.get(key, len(media.pictures) == 1) is None:
+                    new[key] = self._reader.pixels_of_picture(blob)
+            for clip in media.clips:
+                key = clip_key(clip, scope)
+                if key not in new and self._known.get(key) is None:
+                    new[key] = self._reader.pixels_of_clip(clip)
         check_request_pixels(sum(new.values()), self._limits)
-        return groups
+        return found
 
-    def known(self, sources: tuple[PictureSource, ...], scope: str | None) -> Prepared | None:
-        """Return the pictures of one message without arrays and unread, or None unless all were prepared before."""
+    def known(self, sources: MediaSources, scope: str | None) -> Prepared | None:
+        """Return the media of one message without arrays and unread, or None unless all were prepared before."""
         parts = []
-        for source in sources:
-            text = _text_digest(source)
-            sha256 = None if text is None else self._known.sha256_of(text)
-            prepared = None if sha256 is None else self._known.get(picture_key(sha256, scope), len(sources) == 1)
-            if prepared is None:
+        for source in sources.pictures:
+            hashes = self._reader.known_hashes([source])
+            found = hashes and self._known.get(picture_key(hashes[0], scope), len(sources.pictures) == 1)
+            if not found:
                 return None
-            parts.append(prepared)
+            parts.append(found.prepared)
+        for clip in sources.clips:
+            hashes = self._reader.known_hashes(clip.sources)
+            found = hashes and self._known.get(_clip_key(hashes, clip.count or 0, scope))
+            if not found:
+                return None
+            parts.append(found.prepared)
         return joined(parts)
 
-    def _load_again(self, source: PictureSource) -> Blob:
-        """Read a picture that its client may send again."""
-        blob = self._blobs.get(_read(source, self._limits, self._fetch))
-        text = _text_digest(source)
-        if text is not None:
-            self._known.add_text(text, blob.sha256)
-        return blob
+    def prepare(
+        self, media: MessageMedia, scope: str | None, with_arrays: bool = True, clips: RequestClips | None = None
+    ) -> LoadedMedia:
+        """Prepare the media of one message. `scope`: as in `picture_key`.
 
-    def prepare(self, blobs: tuple[Blob, ...], scope: str | None, with_arrays: bool = True) -> Prepared:
-        """Prepare the pictures of one message. `scope`: as in `picture_key`.
-
-        Without `with_arrays`, pictures that were prepared before are not decoded again, and have no arrays.
+        Without `with_arrays`, media that were prepared before are not decoded again, and have no arrays. `clips`: those
+        of this request so far, which are not decoded again; new ones are added. Raise `ClipChanged` if the file of a
+        clip gives other frames than before.
         """
-        alone = len(blobs) == 1
+        clips = {} if clips is None else clips
+        parts = [self._picture(blob, len(media.pictures), scope, with_arrays) for blob in media.pictures]
+        shown = [self._clip(clip, scope, with_arrays, clips) for clip in media.clips]
+        stored = tuple(replace(clip, digest=one.digest) for clip, one in zip(media.clips, shown, strict=True))
+        prepared = joined([*parts, *(one.prepared for one in shown)])
+        return LoadedMedia(prepared, replace(media, clips=stored))
 
-        def prepare(sha256: str, pixels: np.ndarray) -> Prepared:
-            key = picture_key(sha256, scope)
-            prepared = self._pictures.picture(key, pixels, len(blobs))
-            self._known.add(key, alone, prepared)
-            return prepared
+    def _picture(self, blob: Blob, of: int, scope: str | None, with_arrays: bool) -> Prepared:
+        """Prepare one of the `of` pictures of a message."""
+        key = picture_key(blob.sha256, scope)
+        found = None if with_arrays else self._known.get(key, of == 1)
+        if found is not None:
+            return found.prepared
+        prepared = self._with_decoded(blob, lambda pixels: self._pictures.picture(key, pixels, of))
+        self._known.add(key, prepared, of == 1)
+        return prepared
 
-        def known(blob: Blob) -> Prepared | None:
-            return None if with_arrays else self._known.get(picture_key(blob.sha256, scope), alone)
+    def _clip(self, clip: StoredClip, scope: str | None, with_arrays: bool, clips: RequestClips) -> KnownMedium:
+        """Prepare a clip, and add it to those of the request."""
+        key = clip_key(clip, scope)
+        found = clips.get(key) or (None if with_arrays else self._known.get(key))
+        if found is None:
+            frames, digest = self._frames(clip)
+            found = KnownMedium(self._pictures.clip(key, frames), digest)
+            self._known.add(key, found.prepared, digest=digest)
+        clips[key] = found
+        if clip.digest not in ("", found.digest):
+            raise ClipChanged
+        return found
 
-        return joined(known(blob) or self._with_decoded(blob, prepare) for blob in blobs)
+    def _frames(self, clip: StoredClip) -> tuple[list[np.ndarray], str]:
+        """Return the prepared frames of a clip, and the digest of those of a file.
 
-    def prepare_clip(self, blobs: tuple[Blob, ...], scope: str | None) -> Prepared:
-        """Prepare the frames of a clip. `scope`: as in `picture_key`."""
-        pictures = self._pictures
-        frames = [self._with_decoded(blob, lambda _, pixels: pictures.frame(pixels)) for blob in blobs]
-        clip_key = hashlib.sha256(" ".join(picture_key(blob.sha256, scope) for blob in blobs).encode()).hexdigest()
-        return pictures.clip(clip_key, frames)
+        Raise `ClipChanged` if the file was decoded before and cannot be decoded any more.
+        """
+        if not clip.frames:
+            return [self._with_decoded(blob, self._pictures.frame) for blob in clip.blobs], ""
+        try:
+            return self._file_frames(clip)
+        except MediaError as error:
+            # A limit may be lower than before, or the machine too slow at the moment: that ends no session.
+            if clip.digest and error.code != TOO_LARGE:
+                raise ClipChanged from error
+            raise
 
-    def _with_decoded(self, blob: Blob, prepare: Callable[[str, np.ndarray], T]) -> T:
-        """Return what `prepare` makes of a picture's sha256 and pixels. Nothing else refers to the pixels."""
-        with self._pixels.reserve(read_header(blob.data, self._limits).pixels):
-            return prepare(blob.sha256, load_bytes(blob.data, self._limits).array())
+    def _file_frames(self, clip: StoredClip) -> tuple[list[np.ndarray], str]:
+        """Return the prepared frames of a file, and their digest."""
+        frames = []
+        digest = hashlib.sha256()
+        header = self._reader.header_of_file(clip)
+        decoded = clip_frames(clip.blobs[0].data, self._limits, clip.frames)
+        with self._clip_files, self._pixels.reserve(header.pixels), contextlib.closing(decoded):
+            for pixels in decoded:
+                digest.update(f"{pixels.shape} ".encode())
+                digest.update(np.ascontiguousarray(pixels).data)
+                frames.append(self._pictures.frame(pixels))
+                del pixels  # before the next frame is decoded
+        return frames, digest.hexdigest()
+
+    def _with_decoded(self, blob: Blob, prepare: Callable[[np.ndarray], T]) -> T:
+        """Return what `prepare` makes of a picture's pixels. Nothing else refers to the pixels."""
+        with self._pixels.reserve(self._reader.pixels_of_picture(blob)):
+            return prepare(load_bytes(blob.data, self._limits).array())
 
 
 def picture_key(sha256: str, scope: str | None) -> str:
@@ -174,15 +187,11 @@ def picture_key(sha256: str, scope: str | None) -> str:
     return sha256 if scope is None else hashlib.sha256(f"{scope} {sha256}".encode()).hexdigest()
 
 
-def _text_digest(source: PictureSource) -> bytes | None:
-    """Return the sha256 of a picture's text, or None for a picture that is elsewhere, whose bytes may change."""
-    text = source.image if source.image is not None else source.path
-    if text is None or (source.image is None and text[:5].lower() != "data:"):
-        return None
-    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
+def clip_key(clip: StoredClip, scope: str | None) -> str:
+    """Return the key of a clip, as `picture_key`. Of a file, each number of frames is another clip."""
+    return _clip_key([blob.sha256 for blob in clip.blobs], clip.frames, scope)
 
 
-def _read(source: PictureSource, limits: MediaLimits, fetch: Callable[[str, MediaLimits], bytes]) -> bytes:
-    if source.image is not None:
-        return read_base64(source.image, limits)
-    return read_path(source.path or "", limits, fetch)
+def _clip_key(hashes: Iterable[str], frames: int, scope: str | None) -> str:
+    keys = [picture_key(sha256, scope) for sha256 in hashes]
+    return hashlib.sha256(" ".join([*keys, *([str(frames)] if frames else [])]).encode()).hexdigest()

@@ -6,21 +6,22 @@ only then is one picture after another decoded, prepared for the engine and drop
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 from ..chat.transcript import Transcript
 from ..config import MediaLimits
 from ..journal.journal import Journal, Recovered
 from ..media.fetch import Fetcher
-from ..media.sources import is_remote
 from ..protocol.openai import Chat
-from ..protocol.requests import Ask, Open, PictureSource
+from ..protocol.requests import Ask, Open
 from ..text.chat_template import ChatTemplate
 from .pictures import PictureLoader
 from .prompts import PreparedChat, PreparedOpen, PreparedQuestion, PromptBuilder, QuestionedSession, Rebuild
+from .sources import MediaSources, all_sources
 
 _DECODING_THREADS = 4
+_CLIP_THREADS = 4
 _FETCHING_THREADS = 16
 _RESTORING_THREADS = 8
 # Apart from the others: most sessions that are looked up may be unknown.
@@ -30,9 +31,10 @@ INLINE_PROMPT_CHARS = 1024
 
 
 class Preparer:
-    """Runs preparations in thread pools: pictures that arrived with a request, remote pictures, and stored sessions.
+    """Runs preparations in thread pools: pictures that arrived with a request, files of clips, remote media, and
+    stored sessions.
 
-    The pools are apart, so that a slow host delays neither pictures that need no host nor a session's next turn.
+    The pools are apart, so that a slow host or a long clip delays neither pictures nor a session's next turn.
     """
 
     def __init__(
@@ -58,20 +60,19 @@ class Preparer:
         loader = PictureLoader(template.pictures, limits, journal.blobs, fetch or Fetcher())
         self.prompts = PromptBuilder(template, loader, share_pictures)
         self._decoding = executor or ThreadPoolExecutor(_DECODING_THREADS, thread_name_prefix="decode")
+        self._clip_files = executor or ThreadPoolExecutor(_CLIP_THREADS, thread_name_prefix="clip")
         self._fetching = executor or ThreadPoolExecutor(_FETCHING_THREADS, thread_name_prefix="fetch")
         self._restoring = executor or ThreadPoolExecutor(_RESTORING_THREADS, thread_name_prefix="restore")
         self._adopting = executor or ThreadPoolExecutor(_ADOPTING_THREADS, thread_name_prefix="adopt")
 
     def open(self, request: Open, session_id: str, token_digest: str | None) -> Future[PreparedOpen]:
         """Prepare a new session."""
-        pictures = (*request.pictures, *(picture for turn in request.history for picture in turn.pictures))
-        executor = self._fetching if _is_any_remote(pictures) else self._decoding
+        executor = self._executor_of(all_sources(request))
         return executor.submit(self.prompts.opening, request, self.prompts.scope(session_id, token_digest))
 
     def chat(self, chat: Chat, scope: str | None, with_arrays: bool) -> Future[PreparedChat]:
         """Prepare a conversation without a session header. `scope`, `with_arrays`: as in `PictureLoader.prepare`."""
-        executor = self._fetching if _is_any_remote(chat.pictures) else self._decoding
-        return executor.submit(self.prompts.chat, chat, scope, with_arrays)
+        return self._executor_of(all_sources(chat)).submit(self.prompts.chat, chat, scope, with_arrays)
 
     def resume(self, session_id: str, token_digest: str | None, transcript: Transcript | None) -> Future[Rebuild]:
         """Prepare another session's conversation, from its transcript or else from its journal.
@@ -103,12 +104,17 @@ class Preparer:
 
         Without a transcript it is read from the journal first. `with_arrays`: as in `PictureLoader.prepare`.
         """
+        sources = all_sources(ask)
         executor = self._restoring
-        if _is_any_remote(ask.pictures):
-            executor = self._fetching
-        elif ask.pictures and session.transcript is not None and session.in_engine:
-            executor = self._decoding
+        if sources.are_any_remote or (sources and session.transcript is not None and session.in_engine):
+            executor = self._executor_of(sources)
         return executor.submit(self._question, ask, session, with_arrays)
+
+    def _executor_of(self, sources: MediaSources) -> Executor:
+        """Return the pool for a request with these pictures and clips."""
+        if sources.are_any_remote:
+            return self._fetching
+        return self._clip_files if sources.have_file else self._decoding
 
     def _resume(self, session_id: str, token_digest: str | None, transcript: Transcript | None) -> Rebuild:
         return self.prompts.rebuild(transcript or self._journal.claim(session_id, self._clock(), token_digest))
@@ -121,7 +127,3 @@ class Preparer:
         if isinstance(ask, Chat):
             return self.prompts.rewriting_question(ask, session, transcript, with_arrays)
         return self.prompts.question(ask, session, transcript)
-
-
-def _is_any_remote(sources: Iterable[PictureSource]) -> bool:
-    return any(source.path is not None and is_remote(source.path) for source in sources)

@@ -7,39 +7,40 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ..chat.transcript import Blob, Transcript
+from ..chat.media import MessageMedia, RecordMedia, flattened
+from ..chat.transcript import Transcript
 from ..ipc.messages import OpenSession, PreparedPicture
 from ..journal.journal import NotFound
 from ..protocol.openai import Chat, ChatMessage
 from ..protocol.requests import Ask, Open
 from ..text.chat_template import ChatTemplate, Message, OpenedOn, Opening
-from ..text.pictures import NOTHING, Prepared
-from .pictures import PictureLoader
+from ..text.pictures import Prepared
+from .pictures import ClipChanged, LoadedMedia, PictureLoader, RequestClips
 from .prefixes import PictureSpan, Prompt, Rewrite, common_prefix, links_of, root_of
+from .sources import MediaSources, joined_sources, sources_of
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PreparedOpen:
-    """The pictures of a new session, as they were sent and as the engine takes them.
+    """The pictures and clips of a new session, as they are stored and as the engine takes them.
 
-    `history_turns`, `groups`: as in `OpenRecord`.
+    `history_turns`: as in `OpenRecord`.
     """
 
     opening: Opening
-    blobs: tuple[Blob, ...]
+    media: RecordMedia = field(default_factory=RecordMedia)
     history_turns: int = 0
-    groups: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Rebuild:
-    """A session's transcript, and all its pictures as the engine takes them. `scope`: as in `picture_key`."""
+    """A session's transcript, and its pictures and clips as the engine takes them. `scope`: as in `picture_key`."""
 
     transcript: Transcript
     pictures: tuple[PreparedPicture, ...]
@@ -61,17 +62,16 @@ class Rebuild:
 class PreparedQuestion:
     """The new tokens and pictures of a turn.
 
-    `prompt_ids`, `blobs`, `groups`: as in the turn's record. `pictures`: those that the engine is sent. `rebuild`: the
-    session to restore first; None if the engine holds it. `rewrite`: how the question of a whole conversation
+    `prompt_ids`, `media`: as in the turn's record. `pictures`: pictures and clips that the engine is sent. `rebuild`:
+    the session to restore first; None if the engine holds it. `rewrite`: how the question of a whole conversation
     continues the session; None for a question that follows all turns. `picture_keys`: of the whole conversation, with
     `rewrite`; else of `pictures`.
     """
 
     prompt_ids: list[int]
     pictures: tuple[PreparedPicture, ...] = ()
-    blobs: tuple[Blob, ...] = ()
+    media: RecordMedia = field(default_factory=RecordMedia)
     rebuild: Rebuild | None = None
-    groups: tuple[int, ...] = ()
     rewrite: Rewrite | None = None
     picture_keys: tuple[str, ...] = ()
 
@@ -112,96 +112,104 @@ class PromptBuilder:
         """Return the beginning of a new session."""
         if request.history:
             return self._open_with_history(request, scope)
-        kind = "video" if request.frames else "image"
-        sources = request.frames or request.pictures
+        sources = sources_of(request)
         if not sources:
-            return PreparedOpen(Opening([], (), 0), ())
-        self.template.check_opening(kind, len(sources))
-        blobs = self._loader.load(sources)
-        return PreparedOpen(self._opening(kind, blobs, scope), blobs)
+            return PreparedOpen(Opening([], (), 0))
+        kind = "video" if sources.clips else "image"
+        self.template.check_opening(kind, len(sources.pictures) or 1)
+        opening, media = self._opening(kind, self._loader.load(sources), scope)
+        return PreparedOpen(opening, _record_of_opening(media))
 
     def _open_with_history(self, request: Open, scope: str | None) -> PreparedOpen:
         """Prepare a session that begins with a conversation."""
         messages: list[ChatMessage] = []
         for number, turn in enumerate(request.history):
-            pictures = turn.pictures if number else (*request.pictures, *turn.pictures)
-            messages.append(ChatMessage("user", turn.prompt_text, pictures))
+            sources = sources_of(turn) if number else joined_sources(sources_of(request), sources_of(turn))
+            messages.append(ChatMessage("user", turn.prompt_text, sources.pictures, sources.clips))
             messages.append(ChatMessage("assistant", turn.response_text))
         conversation = self._conversation(messages, scope, with_arrays=True)
-        spans = self._spans(conversation.token_ids, conversation.prepared)
-        image_tokens = sum(span.end - span.start for span in spans)
+        spans = self._spans(conversation)
+        feature_ids = self.template.media_token_ids
+        places = [conversation.token_ids[span.start : span.end] for span in spans]
+        image_tokens = sum(token in feature_ids for place in places for token in place)
         opening = Opening(conversation.token_ids, conversation.pictures, image_tokens)
-        return PreparedOpen(opening, conversation.blobs, len(request.history), conversation.groups)
+        return PreparedOpen(opening, flattened(conversation.media), len(request.history))
 
-    def _opening(self, kind: str, blobs: tuple[Blob, ...], scope: str | None) -> Opening:
-        prepare = self._loader.prepare if kind == "image" else self._loader.prepare_clip
-        return self.template.opening_on(prepare(blobs, scope), kind)
+    def _opening(self, kind: str, media: MessageMedia, scope: str | None) -> tuple[Opening, MessageMedia]:
+        """Return the opening on pictures or on a clip, and its media as they are stored."""
+        loaded = self._loader.prepare(media, scope)
+        return self.template.opening_on(loaded.prepared, kind), loaded.media
 
     def chat(self, chat: Chat, scope: str | None, with_arrays: bool) -> PreparedChat:
         """Return a conversation without a session header. `with_arrays`: as in `PictureLoader.prepare`."""
         conversation = self._unread(chat.messages, scope) if not with_arrays else None
         conversation = conversation or self._conversation(chat.messages, scope, with_arrays)
-        spans = self._spans(conversation.token_ids, conversation.prepared)
+        spans = self._spans(conversation)
         links = links_of(root_of(chat.label, scope), conversation.token_ids, spans)
         return PreparedChat(Prompt(np.asarray(conversation.token_ids), spans, links), conversation.pictures)
 
     def _unread(self, messages: Sequence[ChatMessage], scope: str | None) -> _Conversation | None:
-        """Return a conversation whose pictures are all known, without reading them; None if one is not known."""
-        prepared = []
-        for message in messages:
-            known = self._loader.known(message.pictures, scope) if message.pictures else NOTHING
-            if known is None:
+        """Return a conversation whose pictures and clips are all known, without reading them; else None."""
+        known = []
+        for sources in _media_sources(messages):
+            prepared = self._loader.known(sources, scope)
+            if prepared is None:
                 return None
-            prepared += [known] if message.pictures else []
-        rendered = [Message(one.role, one.text, len(one.pictures)) for one in messages]
-        return _Conversation(self.template.conversation(rendered, prepared), tuple(prepared), ())
+            known.append(LoadedMedia(prepared, MessageMedia()))
+        token_ids = self.template.conversation(_rendered(messages), [one.prepared for one in known])
+        return _Conversation(token_ids, tuple(known))
 
     def _conversation(
-        self, messages: Sequence[ChatMessage], scope: str | None, with_arrays: bool, opened_on: OpenedOn | None = None
+        self,
+        messages: Sequence[ChatMessage],
+        scope: str | None,
+        with_arrays: bool,
+        opened_on: OpenedOn | None = None,
+        clips: RequestClips | None = None,
     ) -> _Conversation:
-        rendered = [Message(one.role, one.text, len(one.pictures)) for one in messages]
+        rendered = _rendered(messages)
         self.template.check_conversation(rendered, opened_on)  # before any picture is read
-        sources = [one.pictures for one in messages if one.pictures]
-        groups = self._loader.load_conversation(sources, scope)
-        prepared = [self._loader.prepare(group, scope, with_arrays) for group in groups]
-        return _Conversation(self.template.conversation(rendered, prepared, opened_on), tuple(prepared), groups)
+        media = self._loader.load_conversation(_media_sources(messages), scope)
+        clips = {} if clips is None else clips
+        loaded = [self._loader.prepare(one, scope, with_arrays, clips) for one in media]
+        token_ids = self.template.conversation(rendered, [one.prepared for one in loaded], opened_on)
+        return _Conversation(token_ids, tuple(loaded))
 
-    def _spans(self, token_ids: list[int], prepared: Sequence[Prepared], start: int = 0) -> tuple[PictureSpan, ...]:
-        """Return where the pictures are in a conversation. `start`: the token from which on they are searched."""
-        image_id = self.template.image_token_id
-        positions = [at for at in range(start, len(token_ids)) if token_ids[at] == image_id]
-        spans = []
-        for one in prepared:
-            for picture, tokens in zip(one.pictures, one.tokens, strict=True):
-                count = tokens.count(self.template.processor.image_token)
-                spans.append(PictureSpan(positions[0], positions[count - 1] + 1, picture.key))
-                del positions[:count]
-        return tuple(spans)
+    def _spans(self, conversation: _Conversation, before: Sequence[int] = ()) -> tuple[PictureSpan, ...]:
+        """Return where the pictures and clips of a conversation are, behind the tokens `before` it."""
+        token_ids = [*before, *conversation.token_ids]
+        places = self.template.spans(token_ids, conversation.prepared, len(before))
+        pictures = conversation.pictures
+        return tuple(PictureSpan(*place, picture.key) for place, picture in zip(places, pictures, strict=True))
 
     def question(self, ask: Ask, session: QuestionedSession, transcript: Transcript) -> PreparedQuestion:
         """Return a question that follows all turns, and the session before it unless the engine holds it."""
-        if ask.pictures:
-            self.template.check_question(transcript.opened_on, len(ask.pictures))
-        blobs = self._loader.load(ask.pictures)
-        rebuild = None if session.in_engine else self.rebuild(transcript)
-        prepared = self._loader.prepare(blobs, self.scope(ask.session_id, session.token_digest))
-        prompt_ids = self.template.prompt(transcript.opened_on, ask.prompt_text, prepared)
-        keys = keys_of(prepared.pictures)
-        return PreparedQuestion(prompt_ids, prepared.pictures, blobs, rebuild, picture_keys=keys)
+        sources = sources_of(ask)
+        if sources:
+            self.template.check_question(transcript.opened_on, len(sources.pictures), len(sources.clips))
+        media = self._loader.load(sources)
+        clips: RequestClips = {}
+        rebuild = None if session.in_engine else self.rebuild(transcript, clips)
+        loaded = self._loader.prepare(media, self.scope(ask.session_id, session.token_digest), clips=clips)
+        pictures = loaded.prepared.pictures
+        prompt_ids = self.template.prompt(transcript.opened_on, ask.prompt_text, loaded.prepared)
+        record = flattened([loaded.media])
+        return PreparedQuestion(prompt_ids, pictures, record, rebuild, picture_keys=keys_of(pictures))
 
     def rewriting_question(
         self, chat: Chat, session: QuestionedSession, transcript: Transcript, with_arrays: bool
     ) -> PreparedQuestion:
         """Prepare a question of a whole conversation in a session that was opened by name."""
         scope = self.scope(session.id, session.token_digest)
-        rebuild = None if session.in_engine else self.rebuild(transcript)
+        clips: RequestClips = {}
+        rebuild = None if session.in_engine else self.rebuild(transcript, clips)
         held_keys = session.picture_keys if rebuild is None else rebuild.picture_keys
         opened_on = self._opened_on(chat.messages, transcript)
-        conversation = self._conversation(chat.messages, scope, with_arrays or rebuild is not None, opened_on)
+        conversation = self._conversation(chat.messages, scope, with_arrays or rebuild is not None, opened_on, clips)
         opening_ids = transcript.opening.token_ids if opened_on is not None else []
-        opening_keys = held_keys[: _opening_pictures(transcript)] if opened_on is not None else ()
+        opening_keys = held_keys[: opened_on.pictures] if opened_on is not None else ()
         token_ids = [*opening_ids, *conversation.token_ids]
-        spans = self._spans(token_ids, conversation.prepared, len(opening_ids))
+        spans = self._spans(conversation, opening_ids)
         prompt = Prompt(np.asarray(token_ids), spans)
         kept = common_prefix(np.asarray(transcript.token_ids), held_keys[len(opening_keys) :], prompt)
         base_turns, base_end = transcript.base_of(kept)
@@ -210,9 +218,8 @@ class PromptBuilder:
         return PreparedQuestion(
             prompt_ids=token_ids[base_end:],
             pictures=sent,
-            blobs=conversation.blobs[first:],
+            media=flattened(conversation.media_from(first)),
             rebuild=rebuild,
-            groups=conversation.groups_from(first),
             rewrite=Rewrite(base_turns, kept, token_ids[kept:]),
             picture_keys=(*opening_keys, *(span.key for span in spans)),
         )
@@ -221,65 +228,83 @@ class PromptBuilder:
     def _opened_on(messages: tuple[ChatMessage, ...], transcript: Transcript) -> OpenedOn | None:
         """Return the opening that a conversation follows; None for a conversation that begins with its own tokens.
 
-        A first question without pictures is about those of the opening. One with pictures shows all of its own.
+        A first question without media is about those of the opening. One with pictures or clips shows all of its own.
         """
         record = transcript.opening
         question = next((message for message in messages if message.role == "user"), None)
-        if not transcript.opening_ids or record.history_turns or question is None or question.pictures:
+        if not transcript.opening_ids or record.history_turns or question is None or sources_of(question):
             return None
-        return OpenedOn(record.kind, _opening_pictures(transcript))
+        return record.opened_on
 
-    def rebuild(self, transcript: Transcript) -> Rebuild:
-        """Prepare a transcript's pictures. Raise `NotFound` if another model wrote the transcript."""
+    def rebuild(self, transcript: Transcript, clips: RequestClips | None = None) -> Rebuild:
+        """Prepare the pictures and clips of a transcript. `clips`: as in `PictureLoader.prepare`.
+
+        Raise `NotFound` if another model wrote the transcript, or if the file of a clip gives other frames than before.
+        """
         record = transcript.opening
         scope = self.scope(record.session_id, record.token_digest)
-        groups = transcript.pictures
-        pictures: list[PreparedPicture] = []
-        if transcript.opening_ids and record.pictures and not record.history_turns:
-            self.template.check_opening(record.kind, len(record.pictures))
-            opening = self._opening(record.kind, record.pictures, scope)
-            if opening.token_ids != record.token_ids:
-                log.error("journal_unfit reason=the checkpoint makes another prompt of the stored pictures")
-                raise NotFound(damaged=True)
-            pictures += opening.pictures
-            groups = groups[1:]
-        for group in groups:
-            pictures += self._loader.prepare(group, scope).pictures
-        return Rebuild(transcript, tuple(pictures), scope)
+        has_opening = bool(transcript.opening_ids and record.pictures and not record.history_turns)
+        media = transcript.media
+        if has_opening:
+            self.template.check_opening(record.kind, record.opened_on.pictures)
+        if any(message.clips for message in media):
+            self.template.check_opening("video", 1)
+        clips = {} if clips is None else clips
+        try:
+            loaded = [self._loader.prepare(message, scope, clips=clips) for message in media]
+        except ClipChanged:
+            raise _unfit("a clip's file gives other frames than before") from None
+        if has_opening and self.template.opening_on(loaded[0].prepared, record.kind).token_ids != record.token_ids:
+            raise _unfit("the checkpoint makes another prompt of the stored pictures")
+        return Rebuild(transcript, tuple(picture for one in loaded for picture in one.prepared.pictures), scope)
 
 
 @dataclass(frozen=True)
 class _Conversation:
-    """A conversation as token IDs, and its pictures by message."""
+    """A conversation as token IDs, and the media of each message that has some."""
 
     token_ids: list[int]
-    prepared: tuple[Prepared, ...]
-    blobs_by_message: tuple[tuple[Blob, ...], ...]
+    loaded: tuple[LoadedMedia, ...]
+
+    @property
+    def prepared(self) -> list[Prepared]:
+        return [one.prepared for one in self.loaded]
 
     @property
     def pictures(self) -> tuple[PreparedPicture, ...]:
         return tuple(picture for one in self.prepared for picture in one.pictures)
 
     @property
-    def blobs(self) -> tuple[Blob, ...]:
-        return tuple(blob for group in self.blobs_by_message for blob in group)
+    def media(self) -> tuple[MessageMedia, ...]:
+        return tuple(one.media for one in self.loaded)
 
-    @property
-    def groups(self) -> tuple[int, ...]:
-        return tuple(len(group) for group in self.blobs_by_message)
-
-    def groups_from(self, first: int) -> tuple[int, ...]:
-        """Return the pictures per message from picture `first` on, which is the first one of a message."""
-        counts = list(self.groups)
-        while first and counts:
-            first -= counts.pop(0)
-        return tuple(counts)
+    def media_from(self, first: int) -> tuple[MessageMedia, ...]:
+        """Return the media of the messages from picture or clip `first` on, which is the first one of a message."""
+        messages = list(self.loaded)
+        while first and messages:
+            first -= len(messages.pop(0).prepared.pictures)
+        return tuple(one.media for one in messages)
 
 
-def _opening_pictures(transcript: Transcript) -> int:
-    """Return the number of pictures that the engine holds for the opening: a clip is one."""
-    record = transcript.opening
-    return 1 if record.kind == "video" else len(record.pictures)
+def _rendered(messages: Sequence[ChatMessage]) -> list[Message]:
+    return [Message(one.role, one.text, len(one.pictures), len(one.clips)) for one in messages]
+
+
+def _media_sources(messages: Sequence[ChatMessage]) -> list[MediaSources]:
+    """Return the media of each message that has some."""
+    return [sources for message in messages if (sources := sources_of(message))]
+
+
+def _record_of_opening(media: MessageMedia) -> RecordMedia:
+    """Return the media of an opening as its record has them: frames alone are as in earlier versions."""
+    record = flattened([media])
+    return record if any(clip.frames for clip in media.clips) else replace(record, clips=())
+
+
+def _unfit(reason: str) -> NotFound:
+    """Return the error for a transcript that cannot be rebuilt. `reason` has no content of the session."""
+    log.error("journal_unfit reason=%s", reason)
+    return NotFound(damaged=True)
 
 
 def keys_of(pictures: Iterable[PreparedPicture]) -> tuple[str, ...]:

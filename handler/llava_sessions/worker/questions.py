@@ -22,6 +22,7 @@ from .pending import PendingRequest, session_moved
 from .preparation import INLINE_PROMPT_CHARS
 from .prompts import PreparedQuestion, QuestionedSession
 from .sessions import MAX_ENGINE_LOSSES, Session, Turn
+from .sources import sources_of
 from .states import TurnState
 from .turns import Turns
 
@@ -59,7 +60,7 @@ class Questions:
         turn = Turn(session, ask, pending)
         self._turns.add(turn)
         try:
-            is_short = isinstance(ask, Ask) and not ask.pictures and len(ask.prompt_text) <= INLINE_PROMPT_CHARS
+            is_short = isinstance(ask, Ask) and not sources_of(ask) and len(ask.prompt_text) <= INLINE_PROMPT_CHARS
             if isinstance(ask, Ask) and is_short and session.in_engine:
                 prompt_ids = context.preparer.template.prompt(session.known_transcript.opened_on, ask.prompt_text)
                 self._submit(turn, PreparedQuestion(prompt_ids))
@@ -174,8 +175,7 @@ class Questions:
             session.picture_keys = question.rebuild.picture_keys
             context.counters.rebuilds += 1
         turn.prompt_ids = question.prompt_ids
-        turn.blobs = question.blobs
-        turn.groups = question.groups
+        turn.media = question.media
         turn.base_turns = None if rewrite is None else rewrite.base_turns
         turn.kept_tokens = kept_tokens
         turn.crops = kept_tokens < held_tokens

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from ..chat.transcript import Blob, Transcript, TurnRecord
+from ..chat.media import RecordMedia
+from ..chat.transcript import Transcript, TurnRecord
 from ..errors import Refused
 from ..protocol.openai import Chat
 from ..protocol.replies import utc_text
@@ -35,7 +36,7 @@ class Turn(Stateful):
 
     `arrived_s`, `submitted_s` (to the engine) and `deadline_s` are times of the pump's clock; `deadline_s` is None
     without a deadline. `prepared`: the preparation, until it is done. `ask` has no pictures once it is admitted.
-    `record`: the answer, from STORING on. `groups`, `base_turns`: as in `TurnRecord`. `picture_keys`: of the whole
+    `record`: the answer, from STORING on. `media`, `base_turns`: as in `TurnRecord`. `picture_keys`: of the whole
     conversation. `prompt`: that of a conversation without a session header. `kept_tokens`: tokens of the session that
     the turn follows; `crops`: the engine drops all others. `avoids`: as in `PendingRequest`. `is_owned`: no other
     instance has the session, as far as the journal can be read (marks.py).
@@ -52,13 +53,12 @@ class Turn(Stateful):
         self.is_admitted = False
         self.is_owned = True
         self.prompt_ids: list[int] = []
-        self.groups: tuple[int, ...] = ()
+        self.media = RecordMedia()
         self.base_turns: int | None = None
         self.picture_keys: tuple[str, ...] = ()
         self.prompt: Prompt | None = None
         self.kept_tokens = 0
         self.crops = False
-        self.blobs: tuple[Blob, ...] = ()
         self.chunks: list[str] = []
         self.arrived_s = pending.arrived_s
         self.avoids = pending.avoids

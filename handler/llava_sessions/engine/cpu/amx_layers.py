@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numba import types
 
+from ..fused.head_norms import HeadNorms
 from ..fused.operations import RowNorm
 from . import amx, amx_linear, amx_sessions, compiled, token_attention
 from .amx_linear import ADDED, COUNTER, FIELDS, OUT, X
@@ -39,13 +40,15 @@ class CompiledLayers:
         self,
         parts: Sequence[Sequence[TileLinear]],
         norms: Sequence[tuple[RowNorm, RowNorm]],
+        head_norms: Sequence[HeadNorms | None],
         tokens: token_attention.TokenAttention,
         sessions: amx_sessions.SessionAttention | None,
     ) -> None:
         """`parts`: of each layer qkv, output, gate and up, down; all of one class, and of equal sizes in all layers.
 
-        `norms`: of each layer the one before attention and the one before the MLP. The layers are the first ones of the
-        KV caches. `tokens`, `sessions`: the attention of single new tokens, and that of several tokens of a session.
+        `norms`: of each layer the one before attention and the one before the MLP. `head_norms`: of each layer, or None
+        of all layers. The layers are the first ones of the KV caches. `tokens`, `sessions`: the attention of single new
+        tokens, and that of several tokens of a session.
         """
         first = parts[0]
         # Of the results between the parts: qkv, attention, hidden states, MLP.
@@ -53,7 +56,11 @@ class CompiledLayers:
         self._results: list[int] = []  # their addresses
         self._placed: tuple[int, ...] = ()
         self._most_inputs = max(part.in_features for part in first)
-        self._owners = parts, norms  # the task has their addresses
+        given = [layer.numbers for layer in head_norms if layer is not None]
+        numbers = torch.stack(given) if given else torch.empty(0)
+        # Address and bytes of the head norms of a layer, see `token_attention.place`.
+        self._head_norms = (numbers.data_ptr(), numbers[0].nbytes) if given else (0, 0)
+        self._owners = parts, norms, numbers  # the task has their addresses
         self._task = (ctypes.c_int64 * (_FIRST + len(parts) * _LAYER))()
         # The same memory by layer, linear and field.
         self._fields: np.ndarray = np.ctypeslib.as_array(self._task)[_FIRST:].reshape(len(parts), 4, FIELDS)
@@ -63,9 +70,8 @@ class CompiledLayers:
             for number, (linear, norm) in enumerate(zip(linears, before, strict=True)):
                 fields[number] = linear.fields(norm)
         self._workspace = first[0].loops.workspace
-        self._loops = _compile(
-            tokens.attend_all, None if sessions is None else sessions.attend_all, first[0].loops.product
-        )
+        attends = [each and each.attend_all(bool(given)) for each in (tokens, sessions)]
+        self._loops = _compile(*attends, first[0].loops.product)
 
     def __call__(self, rows: torch.Tensor, tasks: Tasks, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Map contiguous hidden states `[rows, hidden]` in bfloat16 to a new tensor of the same shape.
@@ -83,7 +89,7 @@ class CompiledLayers:
         for number, (place, attention_task) in enumerate(zip(_PLACES, tasks, strict=True)):
             self._task[1 + number] = 0
             if attention_task is not None:
-                place(attention_task, 0, qkv, cos.data_ptr(), sin.data_ptr(), attended)
+                place(attention_task, 0, qkv, cos.data_ptr(), sin.data_ptr(), attended, *self._head_norms)
                 self._task[1 + number] = ctypes.addressof(attention_task)
         self._fields[:, 0, X] = self._fields[:, _ATTENTION_OUTPUT, ADDED] = out.data_ptr()
         self._fields[:, _MLP_OUTPUT, OUT] = out.data_ptr()

@@ -1,4 +1,4 @@
-"""Attention of several new tokens of each session with AMX: rotation, store and attention in one call per layer."""
+"""Attention of several new tokens of each session with AMX: one call per layer norms, rotates, stores and attends."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ import numpy as np
 import torch
 from numba import types
 
+from ..fused.head_norms import HeadNorms
 from . import amx, amx_attention, compiled, int8_tokens
 from .amx_attention import STEP
+from .amx_product import norm_row
 from .amx_products import COLUMNS
-from .amx_vectors import Vectors, function
+from .amx_vectors import LANES, Vectors, function
 
 # Length of a task's head, and numbers per session behind it.
-_HEAD = 12
+_HEAD = 14
 _LAYER = 7
+# Address of the layer's head norms, and the bytes of a layer's head norms.
+_NORMS = 12
+_NORM_BYTES = 13
 _PLACE = 5
 
 
@@ -26,12 +31,11 @@ class SessionAttention:
     """Causal attention for one shape of heads, in bfloat16. Not thread-safe: calls share memory."""
 
     def __init__(self, heads: int, kv_heads: int, head_dim: int, int8_layers: int = 0) -> None:
-        """Compile the loops. `head_dim`: a multiple of 32. Raises what Numba raises.
+        """Compile nothing yet, see `attend_all`. `head_dim`: a multiple of 32.
 
         `int8_layers`: layers of a cache in int8, or 0 for caches in bfloat16.
         """
-        self.attend_all = _compile(heads, kv_heads, head_dim, int8_layers)
-        self._loops = compiled.as_c_function(self.attend_all)
+        self._int8_layers = int8_layers
         self._heads = heads
         self._kv_heads = kv_heads
         self._head_dim = head_dim
@@ -40,6 +44,14 @@ class SessionAttention:
         self._memory = amx_attention.Memory()
         self._configuration = amx.configuration(amx.ROWS)
         self._constants = amx_attention.softmax_numbers(head_dim**-0.5)
+
+    def attend_all(self, with_norms: bool) -> Any:
+        """Return the loops: a Numba function of the address of a task, which changes the tiles of its thread.
+
+        `with_norms`: of query and key heads. The first call for a new shape compiles the loops. Raises what Numba
+        raises.
+        """
+        return _compile(self._heads, self._kv_heads, self._head_dim, self._int8_layers, with_norms)
 
     def task(self, places: list[tuple[int, int, int, int, int]]) -> ctypes.Array[ctypes.c_int64]:
         """Return the arguments that all layers of one forward share. Valid until the next call.
@@ -71,20 +83,33 @@ class SessionAttention:
         cos: torch.Tensor,
         sin: torch.Tensor,
         out: torch.Tensor,
+        norms: HeadNorms | None = None,
     ) -> None:
         """Rotate queries and keys, append keys and values to the caches, and attend to all tokens up to each row's own.
 
         `qkv`: `[rows, (heads + 2 * kv_heads) * head_dim]`. `cos`, `sin`: `[rows, head_dim]`. All are contiguous
-        bfloat16. Writes the sessions' rows of `out`, `[rows, heads * head_dim]`.
+        bfloat16. `norms`: of the query and key heads, before the rotation, or None. Writes the sessions' rows of `out`,
+        `[rows, heads * head_dim]`. The first call with norms, and the first one without, compile the loops.
         """
-        place(task, layer, qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr())
-        compiled.run(self._loops, task)
+        loops = compiled.as_c_function(self.attend_all(norms is not None))
+        norms_at = 0 if norms is None else norms.numbers.data_ptr()
+        place(task, layer, qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), norms_at)
+        compiled.run(loops, task)
 
 
-def place(task: ctypes.Array[ctypes.c_int64], layer: int, qkv: int, cos: int, sin: int, out: int) -> None:
-    """Set the layer and the addresses of one call in a task."""
+def place(
+    task: ctypes.Array[ctypes.c_int64],
+    layer: int,
+    qkv: int,
+    cos: int,
+    sin: int,
+    out: int,
+    norms: int = 0,
+    norm_bytes: int = 0,
+) -> None:
+    """As `token_attention.place`."""
     task[0] = 0
-    task[_LAYER:_HEAD] = [layer, qkv, cos, sin, out]
+    task[_LAYER:_HEAD] = [layer, qkv, cos, sin, out, norms, norm_bytes]
 
 
 @numba.njit
@@ -92,6 +117,7 @@ def enter_layer(task, layer):
     """Set the next layer in the compiled loops. No thread may be at work on the task."""
     task[0] = 0
     task[_LAYER] = layer
+    task[_NORMS] += task[_NORM_BYTES]
 
 
 def _make_rotate(head_dim: int) -> Any:
@@ -110,26 +136,45 @@ def _make_rotate(head_dim: int) -> Any:
     return rotate()
 
 
-def _make_store(heads: int, kv_heads: int, head_dim: int, rotate: Any, copy: Any) -> Any:
+def _make_turn(head_dim: int, with_norms: bool) -> Any:
+    """Return the compiled norm, if `with_norms`, and rotation of a head of row `row` of the batch.
+
+    `turn(task, scratch, source, row, is_key, target)`: the head is rounded to bfloat16 after the norm.
+    """
+    rotate = _make_rotate(head_dim)
+    head_bytes = head_dim * 2
+    normed_at = amx_attention.Scratch(head_dim).sums  # not in use outside of the attention of a block
+    norm_bytes = (LANES + head_dim) * 4  # of a row of `HeadNorms.numbers`
+
+    @numba.njit
+    def turn(task, scratch, source, row, is_key, target):
+        if with_norms:
+            norm_row(source, scratch + normed_at, head_dim, 1, task[_NORMS] + is_key * norm_bytes)
+            source = scratch + normed_at
+        rotate(source, task[9] + row * head_bytes, task[10] + row * head_bytes, target)
+
+    return turn
+
+
+def _make_store(heads: int, kv_heads: int, head_dim: int, turn: Any, copy: Any) -> Any:
     """Return the compiled store of a KV head's new keys and values."""
     head_bytes = head_dim * 2
     row_bytes = (heads + 2 * kv_heads) * head_bytes
 
     @numba.njit
-    def store(task, row, rows, kv_head, keys, values):
+    def store(task, scratch, row, rows, kv_head, keys, values):
         for at in range(rows):
             source = task[8] + (row + at) * row_bytes + (heads + kv_head) * head_bytes
-            angles = (row + at) * head_bytes
-            rotate(source, task[9] + angles, task[10] + angles, keys + at * head_bytes)
+            turn(task, scratch, source, row + at, 1, keys + at * head_bytes)
             copy(source + kv_heads * head_bytes, values + at * head_bytes, 0, 0)
 
     return store
 
 
-def _make_take_plain(heads: int, kv_heads: int, head_dim: int, rotate: Any, copy: Any) -> Any:
+def _make_take_plain(heads: int, kv_heads: int, head_dim: int, turn: Any, copy: Any) -> Any:
     """Return the compiled store of a KV head's new tokens, which returns the addresses of all its keys and values."""
     head_bytes = head_dim * 2
-    store = _make_store(heads, kv_heads, head_dim, rotate, copy)
+    store = _make_store(heads, kv_heads, head_dim, turn, copy)
 
     @numba.njit
     def take(task, scratch, place, kv_head, wide):
@@ -137,13 +182,13 @@ def _make_take_plain(heads: int, kv_heads: int, head_dim: int, rotate: Any, copy
         size = capacity * head_bytes
         keys = address + (task[_LAYER] * 2 * kv_heads + kv_head) * size
         values = keys + kv_heads * size
-        store(task, row, rows, kv_head, keys + stored * head_bytes, values + stored * head_bytes)
+        store(task, scratch, row, rows, kv_head, keys + stored * head_bytes, values + stored * head_bytes)
         return keys, values
 
     return take
 
 
-def _make_take_int8(heads: int, kv_heads: int, head_dim: int, rotate: Any, layers: int) -> Any:
+def _make_take_int8(heads: int, kv_heads: int, head_dim: int, turn: Any, layers: int) -> Any:
     """As `_make_take_plain`, for caches in int8. The addresses are those of copies in bfloat16 in the scratch."""
     part = amx_attention.Scratch(head_dim)
     rows_at, values_at = part.rows, part.values
@@ -170,8 +215,7 @@ def _make_take_int8(heads: int, kv_heads: int, head_dim: int, rotate: Any, layer
         value_scales = key_scales + kv_heads * capacity * int8_tokens.SCALE_BYTES
         for at in range(rows):
             source = task[8] + (row + at) * row_bytes + (heads + kv_head) * head_bytes
-            angles = (row + at) * head_bytes
-            rotate(source, task[9] + angles, task[10] + angles, scratch + rows_at)
+            turn(task, scratch, source, row + at, 1, scratch + rows_at)
             store_one(scratch + rows_at, keys, key_scales, stored + at, wide)
             store_one(source + kv_heads * head_bytes, values, value_scales, stored + at, wide)
         copy_bytes = (task[2] - values_at) // 3  # see `SessionAttention.task`
@@ -213,7 +257,7 @@ def _make_pack(head_dim: int, copy: Any) -> Any:
     return pack
 
 
-def _make_run_block(heads: int, kv_heads: int, head_dim: int, rotate: Any, copy: Any) -> Any:
+def _make_run_block(heads: int, kv_heads: int, head_dim: int, turn: Any, copy: Any) -> Any:
     """Return the compiled attention of 32 columns: query head `column % group` of row `column // group`."""
     part = amx_attention.Scratch(head_dim)
     rows_at, values_at = part.rows, part.values
@@ -231,11 +275,10 @@ def _make_run_block(heads: int, kv_heads: int, head_dim: int, rotate: Any, copy:
         for at in range(COLUMNS):
             column = first + min(at, count - 1)
             target = scratch + rows_at + at * head_bytes
-            angles = (row + column // group) * head_bytes
             if at < count:
                 head = kv_head * group + column % group
                 source = task[8] + (row + column // group) * row_bytes + head * head_bytes
-                rotate(source, task[9] + angles, task[10] + angles, target)
+                turn(task, scratch, source, row + column // group, 0, target)
             else:
                 clear(target, 0, 0, 0)
             int_at(scratch + at // 16 * state_bytes + last_token_at)[at % 16] = stored + column // group
@@ -256,19 +299,19 @@ def _make_run_block(heads: int, kv_heads: int, head_dim: int, rotate: Any, copy:
 
 
 @functools.cache
-def _compile(heads: int, kv_heads: int, head_dim: int, int8_layers: int = 0) -> Any:
-    """Compile the loops. Returns a Numba function of the address of a task, which changes the tiles of its thread.
+def _compile(heads: int, kv_heads: int, head_dim: int, int8_layers: int, with_norms: bool) -> Any:
+    """Compile the loops, see `SessionAttention.attend_all`.
 
     A piece of work is a KV head of a session, or a slice of its columns. Slices of one head store the same numbers.
     """
-    rotate = _make_rotate(head_dim)
+    turn = _make_turn(head_dim, with_norms)
     copy = amx_attention.make_copy(head_dim, head_dim)
     if int8_layers:
-        take = _make_take_int8(heads, kv_heads, head_dim, rotate, int8_layers)
+        take = _make_take_int8(heads, kv_heads, head_dim, turn, int8_layers)
     else:
-        take = _make_take_plain(heads, kv_heads, head_dim, rotate, copy)
+        take = _make_take_plain(heads, kv_heads, head_dim, turn, copy)
     pack = _make_pack(head_dim, copy)
-    run_block = _make_run_block(heads, kv_heads, head_dim, rotate, copy)
+    run_block = _make_run_block(heads, kv_heads, head_dim, turn, copy)
     group = heads // kv_heads
 
     integers_at = compiled.pointer(types.int64)

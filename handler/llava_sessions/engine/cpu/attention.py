@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from ...text.tiles import tile_patches
 from .example_cache import ExampleCache
 
 if TYPE_CHECKING:
@@ -139,11 +140,8 @@ def full_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 
 def prepare_picture_attention(vision: Any, dtype: torch.dtype, device: torch.device) -> None:
     """Compile the attention of a vision tower, given its configuration, if `full_attention` will use it."""
-    side = getattr(vision, "image_size", 0)
-    patch = getattr(vision, "patch_size", 1)
-    if not (isinstance(side, int) and isinstance(patch, int)):
-        return
-    if dtype == torch.bfloat16 and device.type == "cpu" and (side // patch) ** 2 >= _MIN_AMX_PICTURE_ROWS:
+    rows = tile_patches(vision) or 0
+    if dtype == torch.bfloat16 and device.type == "cpu" and rows >= _MIN_AMX_PICTURE_ROWS:
         picture_attention(vision.hidden_size // vision.num_attention_heads)
 
 
@@ -171,11 +169,17 @@ def picture_attention(head_dim: int) -> PictureAttention | None:
 
 @torch.inference_mode()
 def session_attention(
-    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, kv_dtype: torch.dtype | None = None, layers: int = 1
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype | None = None,
+    layers: int = 1,
+    with_norms: bool = False,
 ) -> SessionAttention | None:
     """Return attention of several new tokens of each session that is compiled for AMX.
 
-    `kv_dtype`: of the caches, as in `KVShape`. `layers`: of a cache.
+    `kv_dtype`: of the caches, as in `KVShape`. `layers`: of a cache. `with_norms`: of query and key heads.
 
     Returns None without AMX, in float32, if `head_dim` is no multiple of 32, and, with a warning in the log, if
     compilation fails or if the result of a small example differs from torch's numbers.
@@ -189,7 +193,7 @@ def session_attention(
             return None
         compiled = amx_sessions.SessionAttention(heads, kv_heads, head_dim, layers if kv_dtype == torch.int8 else 0)
         cache = ExampleCache(layers, kv_heads, 56, head_dim, dtype, kv_dtype)
-        if amx_checks.sessions_match(compiled, heads, cache):
+        if amx_checks.sessions_match(compiled, heads, cache, with_norms):
             return compiled
         log.warning("session_attention_wrong heads=%d kv_heads=%d head_dim=%d", heads, kv_heads, head_dim)
     except Exception:  # any error of the compiler: torch's own attention is used instead

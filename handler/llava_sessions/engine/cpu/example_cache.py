@@ -1,4 +1,4 @@
-"""A small KV cache on which compiled attention is tried before it is used."""
+"""A small KV cache and head norms with which compiled attention is tried before it is used."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import torch
 
 from ..formats.int8 import dequantize, quantize
+from ..fused.head_norms import HeadNorms
 
 
 class ExampleCache:
@@ -48,3 +49,12 @@ class ExampleCache:
     def step(self) -> float:
         """Most that a number between -1.5 and 1.5 changes when it is stored, apart from rounding to `dtype`."""
         return 0.0 if len(self._parts) == 1 else 1.5 / 127
+
+
+def example_norms(head_dim: int, dtype: torch.dtype) -> HeadNorms:
+    """Return head norms whose weights all differ, with a large epsilon.
+
+    The weights are small, unlike those of a checkpoint: with small scores the softmax does not depend on the last bits
+    of queries and keys.
+    """
+    return HeadNorms(torch.linspace(0.2, 0.8, 2 * head_dim).view(2, head_dim).to(dtype), 0.1)

@@ -26,9 +26,17 @@ def fuse_layers(layers: torch.nn.ModuleList, pack: Pack = linears.pack) -> bool:
 
 @torch.inference_mode()
 def compile_token_attention(
-    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, kv_dtype: torch.dtype | None = None, layers: int = 1
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype | None = None,
+    layers: int = 1,
+    with_norms: bool = False,
 ) -> TokenAttention | None:
     """Return compiled attention of single tokens, see `TokenAttention`.
+
+    `with_norms`: of query and key heads.
 
     Returns None, with a warning in the log, if compilation fails or if the result differs from torch's numbers.
     """
@@ -37,7 +45,7 @@ def compile_token_attention(
 
         compiled = TokenAttention(heads, kv_heads, head_dim, dtype, kv_dtype, layers)
         cache = ExampleCache(layers, kv_heads, 8, head_dim, dtype, kv_dtype)
-        if matches_torch(compiled, cache, heads):
+        if matches_torch(compiled, cache, heads, with_norms):
             return compiled
         log.warning("token_attention_wrong heads=%d kv_heads=%d head_dim=%d", heads, kv_heads, head_dim)
     except Exception:  # any error of the compiler: torch's own attention is used instead

@@ -1,4 +1,4 @@
-"""Attention of single new tokens of many sessions, compiled: rotation, store and attention in one call per layer.
+"""Attention of single new tokens of many sessions, compiled: one call per layer norms, rotates, stores and attends.
 
 Torch has no fast call for this on a CPU. With one row of queries most vector lanes of oneDNN's products stay empty, and
 each session takes a dozen calls. Numba compiles the loops below when a model is loaded.
@@ -15,15 +15,18 @@ import numpy as np
 import torch
 from numba import types
 
+from ..fused.head_norms import HeadNorms
 from . import amx, compiled, int8_tokens, vector_attention, vectors
 
 # Below any score: where the search for the largest one starts.
 _LOWEST = np.float32(-3e38)
-# Length of a task's head: token count, longest session, layer, the addresses of qkv, cos, sin and out, and a counter of
-# the pieces of work that threads have taken.
-_HEAD = 8
+# Length of a task's head: token count, longest session, layer, the addresses of qkv, cos, sin and out, a counter of the
+# pieces of work that threads have taken, the address of the layer's head norms, and the bytes of a layer's head norms.
+_HEAD = 10
 _LAYER = 2
 _COUNTER = 7
+_NORMS = 8
+_NORM_BYTES = 9
 
 
 class TokenAttention:
@@ -38,13 +41,20 @@ class TokenAttention:
         kv_dtype: torch.dtype | None = None,
         layers: int = 0,
     ) -> None:
-        """Compile the loops. Takes one to two seconds for a new shape.
+        """Compile nothing yet, see `attend_all`.
 
         `dtype`: of queries, new keys and values, and results. `kv_dtype`: of the caches, as in `KVShape`. `layers`: of
         a cache, needed for int8 only.
         """
-        self.attend_all = _compile(heads, kv_heads, head_dim, dtype, layers if kv_dtype == torch.int8 else 0)
-        self._loops = compiled.as_c_function(self.attend_all)
+        self._shape = (heads, kv_heads, head_dim, dtype, layers if kv_dtype == torch.int8 else 0)
+
+    def attend_all(self, with_norms: bool) -> Any:
+        """Return the loops: a Numba function of the address of a task.
+
+        `with_norms`: of query and key heads. The first call for a new shape compiles the loops, which takes one to two
+        seconds. Raises what Numba raises.
+        """
+        return _compile(*self._shape, with_norms)
 
     def task(self, places: list[tuple[int, int, int, int]]) -> ctypes.Array[ctypes.c_int64]:
         """Return the arguments that all layers of one forward share.
@@ -64,19 +74,36 @@ class TokenAttention:
         cos: torch.Tensor,
         sin: torch.Tensor,
         out: torch.Tensor,
+        norms: HeadNorms | None = None,
     ) -> None:
         """Rotate the tokens' queries and keys, append keys and values to the caches, and attend to all stored tokens.
 
-        `qkv`: `[rows, (heads + 2 * kv_heads) * head_dim]`. `cos`, `sin`: `[rows, head_dim]`. All are contiguous. Writes
-        the tokens' rows of `out`, `[rows, heads * head_dim]`.
+        `qkv`: `[rows, (heads + 2 * kv_heads) * head_dim]`. `cos`, `sin`: `[rows, head_dim]`. All are contiguous.
+        `norms`: of the tokens' query and key heads, before the rotation, or None. Writes the tokens' rows of `out`,
+        `[rows, heads * head_dim]`. The first call with norms, and the first one without, compile the loops.
         """
-        place(task, layer, qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr())
-        compiled.run(self._loops, task)
+        loops = compiled.as_c_function(self.attend_all(norms is not None))
+        norms_at = 0 if norms is None else norms.numbers.data_ptr()
+        place(task, layer, qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), norms_at)
+        compiled.run(loops, task)
 
 
-def place(task: ctypes.Array[ctypes.c_int64], layer: int, qkv: int, cos: int, sin: int, out: int) -> None:
-    """Set the layer and the addresses of one call in a task."""
-    task[_LAYER:_HEAD] = [layer, qkv, cos, sin, out, 0]
+def place(
+    task: ctypes.Array[ctypes.c_int64],
+    layer: int,
+    qkv: int,
+    cos: int,
+    sin: int,
+    out: int,
+    norms: int = 0,
+    norm_bytes: int = 0,
+) -> None:
+    """Set the layer and the addresses of one call in a task.
+
+    `norms`: of `HeadNorms.numbers` of the layer, or 0. `norm_bytes`: from there to those of the next layer, needed by
+    `enter_layer` only.
+    """
+    task[_LAYER:_HEAD] = [layer, qkv, cos, sin, out, 0, norms, norm_bytes]
 
 
 @numba.njit
@@ -84,6 +111,7 @@ def enter_layer(task, layer):
     """Set the next layer in the compiled loops. No thread may be at work on the task."""
     task[_LAYER] = layer
     task[_COUNTER] = 0
+    task[_NORMS] += task[_NORM_BYTES]
 
 
 class _Format(NamedTuple):
@@ -136,7 +164,7 @@ def _stored(head_dim: int, numbers: _Format, int8_layers: int) -> _Stored:
 
 
 @functools.cache
-def _compile(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, int8_layers: int = 0) -> Any:
+def _compile(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, int8_layers: int, with_norms: bool) -> Any:
     """Compile the loops with all sizes as constants, so that the compiler unrolls and vectorizes them.
 
     `int8_layers`: layers of a cache in int8, or 0. Returns a Numba function of the address of a task.
@@ -148,7 +176,8 @@ def _compile(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, int8_
         attend = vector_attention.make_attend(head_dim, is_int8=int8_layers > 0)
     else:
         attend = _make_attend(head_dim, numbers.narrow, stored.wide, stored.times_scale)
-    run_piece = _make_run_piece(heads, kv_heads, head_dim, numbers, stored, attend)
+    rotate = (_make_norm_and_rotate if with_norms else _make_rotate)(head_dim, numbers)
+    run_piece = _make_run_piece(heads, kv_heads, head_dim, numbers, stored, rotate, attend)
     integers_at = compiled.pointer(types.int64)
 
     @numba.njit
@@ -169,15 +198,42 @@ def _compile(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, int8_
     return attend_all
 
 
-def _make_rotate(head_dim: int, wide: Any) -> Any:
-    """Return the compiled rotary embedding of one head, `[head_dim]`, to float32."""
+def _make_rotate(head_dim: int, numbers: _Format) -> Any:
+    """Return the compiled rotary embedding of one head, `[head_dim]`, to float32. `norm` is not used."""
     half = head_dim // 2
+    wide = numbers.wide
 
     @numba.njit(fastmath={"contract"})  # only this: numbers that are not finite must stay so
-    def rotate(source, cos, sin, out):
+    def rotate(source, norm, cos, sin, out):
         for d in range(half):
             low = wide(source[d])
             high = wide(source[half + d])
+            out[d] = low * wide(cos[d]) - high * wide(sin[d])
+            out[half + d] = high * wide(cos[half + d]) + low * wide(sin[half + d])
+
+    return rotate
+
+
+def _make_norm_and_rotate(head_dim: int, numbers: _Format) -> Any:
+    """As `_make_rotate`, after the norm of the head. `norm`: address of the head's row of `HeadNorms.numbers`.
+
+    The numbers after the norm are rounded as torch stores them.
+    """
+    half = head_dim // 2
+    wide, narrow = numbers.wide, numbers.narrow
+    floats_at = compiled.pointer(types.float32)
+
+    @numba.njit(fastmath={"contract", "reassoc"}, error_model="numpy")  # not more, as in `_make_rotate`
+    def rotate(source, norm, cos, sin, out):
+        given = numba.carray(floats_at(norm), (vectors.LANES + head_dim,))
+        weights = given[vectors.LANES :]
+        squares = np.float32(0)
+        for d in range(head_dim):
+            squares += wide(source[d]) * wide(source[d])
+        factor = np.float32(1) / np.sqrt(squares / np.float32(head_dim) + given[0])
+        for d in range(half):
+            low = wide(narrow(wide(source[d]) * factor * weights[d]))
+            high = wide(narrow(wide(source[half + d]) * factor * weights[half + d]))
             out[d] = low * wide(cos[d]) - high * wide(sin[d])
             out[half + d] = high * wide(cos[half + d]) + low * wide(sin[half + d])
 
@@ -234,18 +290,20 @@ def _make_attend(head_dim: int, narrow: Any, wide: Any, times_scale: Any) -> Any
     return attend
 
 
-def _make_run_piece(heads: int, kv_heads: int, head_dim: int, numbers: _Format, stored_as: _Stored, attend: Any) -> Any:
+def _make_run_piece(
+    heads: int, kv_heads: int, head_dim: int, numbers: _Format, stored_as: _Stored, rotate: Any, attend: Any
+) -> Any:
     """Return the compiled work on one KV head of one token: store its key and value, attend with its query heads."""
     width = heads + 2 * kv_heads
     group = heads // kv_heads
     scale = np.float32(head_dim**-0.5)
     at, item, wide, narrow = numbers
     stored_at, stored_item, _, layers, _, store = stored_as
-    rotate = _make_rotate(head_dim, wide)
+    key_norm = (vectors.LANES + head_dim) * 4  # bytes of a row of `HeadNorms.numbers`
 
     @numba.njit  # without fastmath, which would change the division of `store`
     def run_piece(task, place, kv_head, query, key, scores):
-        _, _, layer, qkv_at, cos_at, sin_at, out_at, _ = task
+        _, _, layer, qkv_at, cos_at, sin_at, out_at, _, norms, _ = task
         row, address, capacity, stored = place
         new = numba.carray(at(qkv_at + row * width * head_dim * item), (width, head_dim))
         cos = numba.carray(at(cos_at + row * head_dim * item), (head_dim,))
@@ -258,14 +316,14 @@ def _make_run_piece(heads: int, kv_heads: int, head_dim: int, numbers: _Format, 
         scales = address + layers * 2 * kv_heads * capacity * head_dim * stored_item
         key_scales = scales + before * int8_tokens.SCALE_BYTES
         value_scales = key_scales + kv_heads * capacity * int8_tokens.SCALE_BYTES
-        rotate(new[heads + kv_head], cos, sin, key)
+        rotate(new[heads + kv_head], norms + key_norm, cos, sin, key)
         for d in range(head_dim):
             key[d] = wide(narrow(key[d]))  # as torch stores it after its own rotation
             query[d] = wide(new[heads + kv_heads + kv_head, d])  # the value: no query is in use yet
         store(key, keys[stored], key_scales, stored)
         store(query, values[stored], value_scales, stored)
         for head in range(kv_head * group, (kv_head + 1) * group):
-            rotate(new[head], cos, sin, query)
+            rotate(new[head], norms, cos, sin, query)
             for d in range(head_dim):
                 query[d] *= scale
             attend(query, keys, values, key_scales, value_scales, stored + 1, scores, out[head])

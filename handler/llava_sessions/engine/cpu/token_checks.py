@@ -8,14 +8,17 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from . import attention
-from .example_cache import ExampleCache
+from .example_cache import ExampleCache, example_norms
 
 if TYPE_CHECKING:
     from .token_attention import TokenAttention  # importing it needs Numba
 
 
-def matches_torch(compiled: TokenAttention, cache: ExampleCache, heads: int) -> bool:
-    """Return whether the compiled attention stores and computes torch's numbers with an example's cache."""
+def matches_torch(compiled: TokenAttention, cache: ExampleCache, heads: int, with_norms: bool) -> bool:
+    """Return whether the compiled attention stores and computes torch's numbers with an example's cache.
+
+    `with_norms`: of query and key heads.
+    """
     kv_heads, head_dim, dtype = cache.kv_heads, cache.head_dim, cache.dtype
     stored = cache.capacity - 2
     width = heads + 2 * kv_heads
@@ -26,9 +29,13 @@ def matches_torch(compiled: TokenAttention, cache: ExampleCache, heads: int) -> 
     sin = angles.sin().to(dtype)
     out = torch.empty(2, heads * head_dim, dtype=dtype)
     layer = cache.layers - 1
-    compiled(compiled.task([(1, cache.address, cache.capacity, stored)]), layer, qkv, cos, sin, out)
+    norms = example_norms(head_dim, dtype) if with_norms else None
+    compiled(compiled.task([(1, cache.address, cache.capacity, stored)]), layer, qkv, cos, sin, out, norms)
     numbers = qkv.view(2, width, head_dim)
-    attention.rotate(numbers[:, : heads + kv_heads], cos, sin)
+    rotated = numbers[:, : heads + kv_heads]
+    if norms is not None:
+        norms(rotated, heads)
+    attention.rotate(rotated, cos, sin)
     query, key, value = numbers[1].float().split((heads, kv_heads, kv_heads))
     keys, values = cache.read(layer)[:, :, : stored + 1]
     for got, expected in ((keys[:, stored], key), (values[:, stored], value)):

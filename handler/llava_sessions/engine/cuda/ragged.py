@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..fused.head_norms import HeadNorms
+
 # Tokens of a piece: the work of one program of the first kernel. It is the same for all sessions, so that a session's
 # numbers do not depend on the other sessions of the step. A session of 7,000 tokens alone has 55 pieces, with 4 KV
 # heads 220 programs: enough for the 108 to 148 multiprocessors of a large GPU. A piece's result is 512 bytes of float32
@@ -111,7 +113,10 @@ class RaggedAttention:
             "BLOCK": min(64, (_PLAIN_TILE if is_plain else _TILE) // width),
             "ALIGN": self._align,
         }
-        self._attend = _Kernel(ragged_kernels.attend, attend_sizes, _PLAIN_WARPS if is_plain else _WARPS)
+        # For layers without and with norms of the heads.
+        self._attend, self._attend_normed = (
+            _Kernel(ragged_kernels.attend, attend_sizes, _PLAIN_WARPS if is_plain else _WARPS) for _ in range(2)
+        )
         self._merge = _Kernel(ragged_kernels.merge, sizes | {"HEADS": heads, "BLOCK": _MERGED}, _WARPS)
 
     def task(self, places: Sequence[Place]) -> RaggedTask:
@@ -176,18 +181,25 @@ class RaggedAttention:
         cos: torch.Tensor,
         sin: torch.Tensor,
         out: torch.Tensor,
+        norms: HeadNorms | None = None,
     ) -> None:
-        """Rotate the tokens' queries and keys, append keys and values to the caches, and attend to all stored tokens.
+        """Norm and rotate the tokens' queries and keys, append keys and values to the caches, and attend to all stored
+        tokens.
 
-        `qkv`: `[rows, (heads + 2 * kv_heads) * head_dim]`, not changed. `cos`, `sin`: `[rows, head_dim]`. All have
-        precision `dtype`, are contiguous and start at a multiple of 16 bytes, as torch allocates. Writes the tokens'
-        rows of `out`, `[rows, heads * head_dim]`. Raises ValueError for an address that is not aligned.
+        `qkv`: `[rows, (heads + 2 * kv_heads) * head_dim]`, not changed. `cos`, `sin`: `[rows, head_dim]`. `norms`: of
+        the query and key heads, or None; computed in float32 and rounded as transformers' `Qwen3RMSNorm` rounds. All
+        have precision `dtype`, are contiguous and start at a multiple of 16 bytes, as torch allocates. Writes the
+        tokens' rows of `out`, `[rows, heads * head_dim]`. Raises ValueError for an address that is not aligned.
         """
         if (qkv.data_ptr() | cos.data_ptr() | sin.data_ptr() | out.data_ptr()) % _ALIGNMENT:
             raise ValueError(f"`qkv`, `cos`, `sin` and `out` must be aligned to {_ALIGNMENT} bytes")
-        self._attend.launch(
+        kernel = self._attend if norms is None else self._attend_normed
+        weights = None if norms is None else norms.weights
+        epsilon = None if norms is None else norms.epsilon
+        kernel.launch(
             (task.pieces, self._kv_heads, 1),
             task.table, task.tokens, qkv, cos, sin, task.mixed, task.softmax, layer, self._layers, self._scale,
+            weights, epsilon,
         )  # fmt: skip
         self._merge.launch((task.tokens, self._heads, 1), task.table, task.mixed, task.softmax, out)
 

@@ -33,14 +33,29 @@ def capability() -> int:
 
 
 @triton.jit
-def _rotated(numbers, cos, sin, d, mask, HEAD_DIM: tl.constexpr):
-    """Return the rotary embedding of heads in float32. `numbers`: pointers to their first numbers."""
+def _normed(numbers, factor, weights, d, inside, dtype: tl.constexpr):
+    """Return the numbers of a head after its norm, in float32. Rounds to `dtype` before and after the weights."""
+    weight = tl.load(weights + d, mask=inside, other=0.0).to(tl.float32)
+    return ((numbers * factor).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _rotated(numbers, weights, epsilon, cos, sin, d, mask, HEAD_DIM: tl.constexpr):
+    """Return the rotary embedding of heads in float32, after their norm if there is one.
+
+    `numbers`: pointers to the heads' first numbers, `[..., 1]` or a scalar. `weights`: of the norm, or None.
+    """
     # This form of the partner's index keeps runs of consecutive addresses, so that its loads are vectors as well.
     partner = (d + HEAD_DIM // 2) % HEAD_DIM
     sign = tl.where(d < HEAD_DIM // 2, -1.0, 1.0)
     own = tl.load(numbers + d, mask=mask, other=0.0).to(tl.float32)
     other = tl.load(numbers + partner, mask=mask, other=0.0).to(tl.float32)
     inside = d < HEAD_DIM
+    if weights is not None:
+        dtype: tl.constexpr = numbers.dtype.element_ty
+        factor = tl.rsqrt(tl.sum(own * own, -1, keep_dims=True) / HEAD_DIM + epsilon)
+        own = _normed(own, factor, weights, d, inside, dtype)
+        other = _normed(other, factor, weights, partner, inside, dtype)
     cosines = tl.load(cos + d, mask=inside, other=0.0).to(tl.float32)
     sines = tl.load(sin + d, mask=inside, other=0.0).to(tl.float32)
     return own * cosines + sign * other * sines
@@ -171,13 +186,15 @@ def _with_token(top, total, mixed, score, value):
 
 @triton.jit(do_not_specialize=["tokens", "layer", "layers"], do_not_specialize_on_alignment=["table"])
 def attend(
-    table, tokens, qkv, cos, sin, mixed_parts, softmax_parts, layer, layers, scale,
+    table, tokens, qkv, cos, sin, mixed_parts, softmax_parts, layer, layers, scale, norm_weights, epsilon,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, QUANTIZED: tl.constexpr, PIECE: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Attend with the query heads of one KV head to one piece of a session. Grid: (pieces, KV heads).
 
-    `layers`: of a cache. `scale`: factor of scores, for powers of 2. `QUANTIZED`: the cache is int8 with scales.
+    `layers`: of a cache. `scale`: factor of scores, for powers of 2. `norm_weights`: of the norms of query and of key
+    heads, `[2, HEAD_DIM]` in the precision of `qkv`, or None: then the kernel has no instruction for norms. `epsilon`:
+    of these norms. `QUANTIZED`: the cache is int8 with scales.
     `ROWS`, `WIDTH`: `GROUP` and `HEAD_DIM`, rounded up to sizes that Triton takes; `ROWS` is 1 for a group of 1.
     `BLOCK`: tokens of an iteration. `ALIGN`: all keys and values start at a multiple of this number of bytes.
     """
@@ -197,7 +214,11 @@ def attend(
         numbers = qkv + row * (GROUP + 2) * KV_HEADS * HEAD_DIM
         cos += row * HEAD_DIM
         sin += row * HEAD_DIM
-        query = _rotated(numbers + (head * GROUP + g)[:, None] * HEAD_DIM, cos, sin, d[None, :], heads, HEAD_DIM)
+        key_weights = None
+        if norm_weights is not None:
+            key_weights = norm_weights + HEAD_DIM
+        queries = numbers + (head * GROUP + g)[:, None] * HEAD_DIM
+        query = _rotated(queries, norm_weights, epsilon, cos, sin, d[None, :], heads, HEAD_DIM)
         end = tl.minimum(start + PIECE, stored)
         if ROWS == 1:
             top, total, mixed = _attend_head(
@@ -211,7 +232,7 @@ def attend(
             )  # fmt: skip
         if start + PIECE > stored:  # the piece with the new token
             new = numbers + (GROUP * KV_HEADS + head) * HEAD_DIM
-            key = _rotated(new, cos, sin, d, inside, HEAD_DIM).to(dtype)
+            key = _rotated(new, key_weights, epsilon, cos, sin, d, inside, HEAD_DIM).to(dtype)
             value = tl.load(new + KV_HEADS * HEAD_DIM + d, mask=inside, other=0.0)
             key = _stored(key, keys, key_scales, stored, d, HEAD_DIM, QUANTIZED)
             value = _stored(value, values, value_scales, stored, d, HEAD_DIM, QUANTIZED)

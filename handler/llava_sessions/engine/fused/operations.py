@@ -20,6 +20,7 @@ class Activation(IntEnum):
     GATED_SILU = 1
     QUICK_GELU = 2
     GELU_TANH = 3
+    GELU = 4
 
 
 def activate(rows: torch.Tensor, activation: Activation) -> torch.Tensor:
@@ -29,6 +30,8 @@ def activate(rows: torch.Tensor, activation: Activation) -> torch.Tensor:
         return silu(gate).mul_(up)
     if activation is Activation.QUICK_GELU:
         return torch.sigmoid(1.702 * rows).mul_(rows)
+    if activation is Activation.GELU:
+        return gelu(rows)
     return gelu(rows, approximate="tanh") if activation is Activation.GELU_TANH else rows
 
 

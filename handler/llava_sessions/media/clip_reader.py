@@ -98,10 +98,10 @@ def video_stream(container: InputContainer) -> VideoStream:
     """Return the video track that is shown by default, else the first one. Cover pictures are not video.
 
     Packets of other tracks are not read. Raise `Rejected` if there is no such track, or none with an allowed codec;
-    `ValueError` for a damaged file without any track.
+    `DamagedError` if there is no track at all.
     """
-    if not container.streams:  # the end of the file, which describes the tracks, was cut off
-        raise ValueError("no tracks")
+    if not container.streams:
+        raise DamagedError
     hidden = Disposition.attached_pic | Disposition.timed_thumbnails
     tracks = [stream for stream in container.streams.video if not stream.disposition & hidden]
     if not tracks:

@@ -531,7 +531,7 @@ def test_a_session_is_opened_with_its_history() -> None:
 
 def test_an_open_by_the_container_standard_may_be_empty() -> None:
     opened = parse({"requestType": "NEW_SESSION"}, {HEADER: "NEW_SESSION"}, LIMITS)
-    assert (opened.pictures, opened.frames, opened.history, opened.resume) == ((), (), (), None)
+    assert (opened.pictures, opened.clip, opened.history, opened.resume) == ((), None, (), None)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def file_of(frames: int = 3, rate: Fraction = Fraction(4)) -> bytes:
         stream = output.add_stream("libx264", rate=rate)
         stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
         for number in range(frames):
-            pixels = np.full((32, 48, 3), 80 * number, np.uint8)
+            pixels = np.full((32, 48, 3), 20 * number, np.uint8)
             output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         output.mux(stream.encode())
     return held.getvalue()
@@ -132,3 +132,12 @@ def test_a_clip_above_the_limit_of_bytes_is_rejected(with_clips: Frontend) -> No
     status, code, message = rejected(with_clips, "question", large)
     assert (status, code) == (413, "too_large")
     assert f"{MediaLimits().max_clip_bytes} bytes" in message
+
+
+def test_the_first_question_about_an_opening_clip_shows_no_picture(with_clips: Frontend) -> None:
+    opened = json.loads(with_clips.answer(with_clips.row({"type": "start_session", "video": url_of(WHOLE)})).body)
+    reply = with_clips.answer(with_clips.ask_row(opened["session_id"], image=png()))
+    assert (reply.status, json.loads(reply.body)["error"]["code"]) == (400, "invalid_request")
+    for fields in ({"video": [png()]}, {"image": png()}):
+        assert with_clips.ask(opened["session_id"], **fields)["finish_reason"] in ("stop", "length")
+    with_clips.answer(with_clips.close_row(opened["session_id"]))

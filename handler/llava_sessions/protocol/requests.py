@@ -210,11 +210,6 @@ class Open(RetriableRequest):
         """Return the clip, or None without one."""
         return _clip(self.video, self.video_frames)
 
-    @property
-    def frames(self) -> tuple[PictureSource, ...]:
-        """Return the frames of a clip that is no file."""
-        return () if self.clip is None else self.clip.frames
-
 
 class TurnRequest(RetriableRequest):
     """Base of the requests that run one turn: how its answer is generated and sent.

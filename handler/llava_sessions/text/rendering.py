@@ -45,7 +45,8 @@ class Message:
         return ["image"] * self.pictures + ["video"] * self.clips
 
 
-_QUESTION = Message("user", "question")
+# The question with which the places of a template are found.
+TRIAL_QUESTION = Message("user", "question")
 
 
 class Renderer:
@@ -88,10 +89,10 @@ class Renderer:
 
     def _check(self) -> None:
         """Raise `TemplateError` unless the template renders pictures, a question, an answer and a second question."""
-        _, after = self.first_turn(_QUESTION, OpenedOn("image", 1))
+        _, after = self.first_turn(TRIAL_QUESTION, OpenedOn("image", 1))
         if "question" not in after or self.media.kinds(after):
             raise TemplateError("it does not put the picture before the question")
-        later = self.later_turn(_QUESTION)
+        later = self.later_turn(TRIAL_QUESTION)
         if "question" not in later:
             raise TemplateError("it does not render a second question")
         if self.media.kinds(later):
@@ -101,7 +102,7 @@ class Renderer:
     def _renders_clips(self) -> bool:
         """Return whether the template has a place for a clip, before the question."""
         try:
-            _, after = self.first_turn(_QUESTION, OpenedOn("video", 1))
+            _, after = self.first_turn(TRIAL_QUESTION, OpenedOn("video", 1))
         except Exception:  # a template raises what Jinja or its own code raises
             return False
         return "question" in after and not self.media.kinds(after)
@@ -148,7 +149,7 @@ class Renderer:
         answer = placeholder()
         rendered = self._render(
             [
-                _message("user", _QUESTION.text, ["image"]),
+                _message("user", TRIAL_QUESTION.text, ["image"]),
                 _message("assistant", answer),
                 _message("user", question.text, question.kinds),
             ]

@@ -66,10 +66,17 @@ def outcome_of_payload(body: Any, headers: dict[str, Any], limits: dict[str, int
     except Refused as refused:
         return {"status": refused.status, "code": refused.code}
     kind = type(request).__name__
-    fields = {name: _plain(getattr(request, name)) for name in _REQUESTS[kind]}
+    fields = {name: _plain(_value(request, name)) for name in _REQUESTS[kind]}
     if len(fields.get("prompt_text", "")) > 1_000:
         fields["prompt_text"] = f"{len(fields['prompt_text'])} characters"
     return {"request": kind, **fields}
+
+
+def _value(request: Any, name: str) -> Any:
+    """Return a field of a request. `frames` are those of its clip, as before clips could be files."""
+    if name == "frames":
+        return () if request.clip is None else request.clip.frames
+    return getattr(request, name)
 
 
 def outcome_of_configuration(model_yaml: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import functools
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from .job import HANDLER_DIR
@@ -43,7 +43,8 @@ class TextModel:
 
         heads = value("num_attention_heads", self.heads)
         hidden = value("hidden_size", self.hidden)
-        return TextModel(
+        return replace(
+            self,
             hidden=hidden,
             layers=value("num_hidden_layers", self.layers),
             heads=heads,

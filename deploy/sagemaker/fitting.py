@@ -14,6 +14,7 @@ from . import capacity, models
 from .account import Account
 from .instances import InstanceType
 from .output import format_size
+from .shapes import Shape
 
 CONFIG = "checkpoint/config.json"
 WEIGHTS = ".safetensors"
@@ -58,7 +59,7 @@ def _precisions(account: Account, address: models.ModelAddress) -> dict[str, cap
     return {name: "int8" if value == "int8" else "auto" for name, value in values.items()}
 
 
-def _remedy(shape: capacity.LlavaShape, instance: InstanceType) -> str:
+def _remedy(shape: Shape, instance: InstanceType) -> str:
     """Return what serves a model that does not fit an instance."""
     found = capacity.smallest(shape, TEXT_TOKENS)
     smallest = f"the smallest type that it fits is {found.name}" if found else "it fits no type of the table"
@@ -68,7 +69,7 @@ def _remedy(shape: capacity.LlavaShape, instance: InstanceType) -> str:
     return smallest
 
 
-def known_shape(config: dict[str, Any]) -> capacity.LlavaShape | None:
+def known_shape(config: dict[str, Any]) -> Shape | None:
     """Return the row of the table with the sizes of this config.json, or None."""
     family = families().get(str(config.get("model_type")))
     section = config.get("text_config") or {}
@@ -77,8 +78,11 @@ def known_shape(config: dict[str, Any]) -> capacity.LlavaShape | None:
         return None
     text = texts()[kind].with_values_of(section)
     sizes = (kind, text.hidden, text.layers, text.kv_heads)
-    names = [row.name for row in family.checkpoints if (row.text, row.hidden, row.layers, row.kv_heads) == sizes]
-    return next((shape for shape in capacity.MODELS if shape.name in names), None)
+    for shape in capacity.SHAPES:
+        row = shape.checkpoint
+        if shape.family == family and (row.text, row.hidden, row.layers, row.kv_heads) == sizes:
+            return shape
+    return None
 
 
 def _stored_bytes(config: dict[str, Any]) -> int:

@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText
 from deploy.doctor.sizes import Sizes
 from deploy.sagemaker import capacity
 from deploy.sagemaker.capacity import CONTEXT_BYTES, GIB, INSTANCES, MIB, SHAPES, Shape
+from llava_sessions.config import RequestLimits
 from llava_sessions.engine.budget import (
     GRAPHS_BYTES,
     DeviceBudget,
@@ -35,10 +36,11 @@ from llava_sessions.engine.model import Model
 from llava_sessions.engine.process import WarmUp, final_budget, measure, warm_up
 from llava_sessions.engine.scheduler import LONGEST_GPU_PIECE
 from llava_sessions.engine.weight_files import check_memory, weight_bytes
+from llava_sessions.ipc.messages import PreparedPicture
 from llava_sessions.text.chat_template import ChatTemplate
 from tests.support import tiny_families
 from tests.support.meta_cuda import Card, meta_cuda
-from tests.support.published import config_of, processor_of, tokenizer_of
+from tests.support.published import config_of, processor_of
 
 CUDA = torch.device("cuda")
 LAYERS = 2
@@ -65,14 +67,14 @@ CASES = [
 
 def loaded(shape: Shape) -> tuple[Model, ChatTemplate]:
     """Return a model whose device is called CUDA, and its template."""
-    tokenizer = tokenizer_of(shape)
+    processor = processor_of(shape)
     with torch.device("meta"):
-        made = AutoModelForImageTextToText.from_config(config_of(shape, LAYERS, tokenizer), dtype=torch.float16)
+        made = AutoModelForImageTextToText.from_config(config_of(shape, LAYERS, processor), dtype=torch.float16)
     model = Model(made)
     model.device = CUDA
     kv_dtype = torch.int8 if shape.kv == "int8" else None
     model.kv_shape = replace(model.kv_shape, device=CUDA, layers=shape.checkpoint.layers, kv_dtype=kv_dtype)
-    return model, ChatTemplate(processor_of(shape, tokenizer))
+    return model, ChatTemplate(processor)
 
 
 def chat_on(card: Card, shape: Shape, patch: pytest.MonkeyPatch, fused: bool = False) -> WarmUp:
@@ -153,13 +155,30 @@ def test_a_batch_of_pictures_takes_no_more_than_is_reserved(shape: Shape, monkey
         (one,) = template.opening([("", Image.new("RGB", size))]).pictures
         pixels = one.inputs["pixel_values"]
         tiles = pixels.shape[1] if pixels.ndim == 5 else 1
-        with meta_cuda(card):
-            held_bytes = model.allocated_bytes()
-            model.peak_bytes()
-            features = model.encode_batch([one] * max(GPU_TILES // tiles, 1))
-            working_bytes = model.peak_bytes() - held_bytes - sum(rows.nbytes for rows in features)
-            del features
-        assert working_bytes <= shape.working_mib * MIB
+        batch = [one] * max(GPU_TILES // tiles, 1)
+        assert encode_bytes(model, card, batch) <= shape.working_mib * MIB
+
+
+def encode_bytes(model: Model, card: Card, batch: list[PreparedPicture]) -> int:
+    """Return the bytes of temporary tensors at their peak while a batch is encoded."""
+    with meta_cuda(card):
+        held_bytes = model.allocated_bytes()
+        model.peak_bytes()
+        features = model.encode_batch(batch)
+        return model.peak_bytes() - held_bytes - sum(rows.nbytes for rows in features)
+
+
+@pytest.mark.parametrize("name", ["LLaVA-NeXT-Video-7B", "LLaVA-OneVision-7B", "InternVL3.5-8B"])
+def test_a_clip_takes_no_more_than_is_reserved(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clip of the most frames by default, which is encoded in pieces."""
+    (shape,) = (shape for shape in SHAPES if shape.name == name)
+    model, template = loaded(shape)
+    card = Card(400 * GIB, GIB)
+    card.patch(monkeypatch)
+    (clip,) = template.clip_opening("", [Image.new("RGB", (64, 64))]).pictures
+    frames = clip.inputs["pixel_values_videos"].repeat(RequestLimits().max_frames, 1)
+    working_bytes = encode_bytes(model, card, [replace(clip, inputs={"pixel_values_videos": frames})])
+    assert working_bytes <= shape.working_mib * MIB
 
 
 @pytest.mark.parametrize(

@@ -374,14 +374,16 @@ def test_a_picture_in_the_first_question_about_a_clip_needs_a_template_that_keep
         clips.check_conversation([question], opening.opened_on)
         assert clips.prompt(opening.opened_on, "What?", shown)
         return
-    for attempt in (
-        lambda: clips.check_question(opening.opened_on, 1),
-        lambda: clips.check_conversation([question], opening.opened_on),
-        lambda: clips.prompt(opening.opened_on, "What?", shown),
+    for attempt, why in (
+        (lambda: clips.check_question(opening.opened_on, 1), "must show no picture for this model, got 1"),
+        (lambda: clips.prompt(opening.opened_on, "What?", shown), "must show no picture for this model, got 1"),
+        (lambda: clips.check_conversation([question], opening.opened_on), "must fit|must begin"),
     ):
-        with pytest.raises(Refused) as refused:
+        with pytest.raises(Refused, match=why) as refused:
             attempt()
         assert refused.value.code == "invalid_request"
+    clips.check_question(None, 1)  # in a later turn
+    clips.check_question(OpenedOn("image", 0), 1, 1)  # both with one question
 
 
 def test_media_in_another_order_than_the_messages_are_an_error(clips: ChatTemplate) -> None:
@@ -432,6 +434,12 @@ def test_an_older_template_of_internvl_that_takes_lists_only_is_rejected(tmp_pat
     )
     with pytest.raises(TemplateError, match="writes no '<IMG_CONTEXT>' where a user shows image content"):
         ChatTemplate(internvl(tmp_path, template))
+
+
+@pytest.mark.parametrize("place", ["<IMG_CONTEXT>", "<video>"])
+def test_a_system_prompt_that_contains_a_place_is_rejected(tmp_path: Path, place: str) -> None:
+    with pytest.raises(TemplateError, match=f"`system_prompt` must not contain '{place}'"):
+        ChatTemplate(internvl(tmp_path), f"Never write {place}.")
 
 
 def test_a_template_without_a_place_for_clips_takes_pictures_only(tmp_path: Path) -> None:

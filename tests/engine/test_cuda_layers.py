@@ -29,7 +29,7 @@ from llava_sessions.engine.kv import KVShape, SessionKV
 from llava_sessions.engine.model import Model
 from tests.support.interpreter import check_interpreted
 from tests.support.meta_cuda import META, Card, meta_cuda
-from tests.support.tiny_families import FAMILIES, make_onevision
+from tests.support.tiny_families import FAMILIES, make_internvl35, make_onevision
 
 
 def test_in_tritons_interpreter() -> None:
@@ -154,6 +154,22 @@ def test_the_plain_layers_stay_if_a_fused_layer_is_wrong(
     model = plain_model(folder)
     use_layers(model, of(CompiledAttention))
     assert [message.partition(" ")[0] for message in caplog.messages] == ["fused_layer_wrong"]
+    assert model.token_attention is None
+
+
+class Unnormed(CompiledAttention):
+    """Attention that computes no head norms."""
+
+    def __call__(
+        self, task: Any, layer: int, qkv: Any, cos: Any, sin: Any, out: torch.Tensor, norms: HeadNorms | None = None
+    ) -> None:
+        super().__call__(task, layer, qkv, cos, sin, out, None)
+
+
+def test_the_plain_layers_stay_if_head_norms_are_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = plain_model(make_internvl35(tmp_path))
+    use_layers(model, of(Unnormed))
+    assert [message.partition(" ")[0] for message in caplog.messages] == ["ragged_attention_wrong"]
     assert model.token_attention is None
 
 

@@ -20,7 +20,7 @@ from llava_sessions.engine.attention import Segment
 from llava_sessions.engine.budget import choose_budget
 from llava_sessions.engine.engine import Engine
 from llava_sessions.engine.kv import GROWTH_TOKENS, KVShape, SessionKV
-from llava_sessions.engine.model import Model, UnsupportedCheckpoint
+from llava_sessions.engine.model import Model
 from llava_sessions.engine.process import warm_up
 from llava_sessions.engine.scheduler import plan
 from llava_sessions.ipc.messages import (
@@ -42,6 +42,7 @@ from llava_sessions.ipc.messages import (
     TurnFailed,
 )
 from llava_sessions.text.chat_template import ChatTemplate
+from llava_sessions.text.checkpoint import UnsupportedCheckpoint
 from tests.support.engine_chats import QUESTIONS, Chats, Reference
 from tests.support.tiny_llava import make_checkpoint
 
@@ -298,7 +299,7 @@ def test_lower_precisions_give_answers(tiny: Path) -> None:
 
 def test_another_model_family_is_rejected_by_its_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(UnsupportedCheckpoint, match=r"'bert'.*supported: llava"):
+    with pytest.raises(UnsupportedCheckpoint, match=r"must be llava, .*got 'bert'"):
         Model.load(tmp_path)
 
 

@@ -45,7 +45,15 @@ from llava_sessions.text.pictures import NOTHING, Prepared
 from llava_sessions.text.processors import load_processor
 from llava_sessions.text.tiles import largest_picture
 from tests.support.family import Family, frames, make_family, noise
-from tests.support.tiny_families import FAMILIES, MISTRAL, VICUNA, make_llava, make_next_mistral, make_onevision
+from tests.support.tiny_families import (
+    FAMILIES,
+    MISTRAL,
+    VICUNA,
+    make_llava,
+    make_next_mistral,
+    make_next_video,
+    make_onevision,
+)
 
 QUESTIONS = ["what is the red circle?", "and the <image> </s> blue square?", "two green stars ☃?"]
 CLIP_FAMILIES = ["onevision", "next-video", "internvl"]
@@ -123,7 +131,7 @@ def test_answers_equal_generate_in_a_shared_batch_with_several_and_with_later_pi
     if family.takes_clips:
         chats.open("clip", clip=0)
         chats.open("later", 1)
-        chats.open("long", clip=3, count=7)
+        chats.open("long", clip=3, count=9)  # more than the vision tower takes at once
         # After a clip, in the first turn, next to a picture; a known one; two at once.
         later_clips = {("clip", 2): [0], ("later", 0): [1], ("one", 1): [2], ("later", 2): [0, 1]}
     expected: dict[str, list[int]] = {}
@@ -332,26 +340,28 @@ def _newer(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("form", [_older, _legacy, _newer])
-@pytest.mark.parametrize("template", ["vicuna", "mistral"])
+@pytest.mark.parametrize("template", ["vicuna", "mistral", "clip"])
 def test_ids_equal_those_of_the_whole_conversation_in_every_form_of_sentencepiece(
     tmp_path: Path, template: str, form: Callable[[Tokenizer], None]
 ) -> None:
-    processor = load_processor(make_next_mistral(tmp_path))
-    processor.chat_template = VICUNA if template == "vicuna" else MISTRAL
+    takes_clip = template == "clip"
+    processor = load_processor((make_next_video if takes_clip else make_next_mistral)(tmp_path))
+    processor.chat_template = {"vicuna": VICUNA, "mistral": MISTRAL, "clip": processor.chat_template}[template]
     form(processor.tokenizer.backend_tokenizer)
     tokens = ChatTemplate(processor)
     messages: list[dict] = []
-    conversation = Conversation(tokens.opening([noise(1)]))
+    conversation = Conversation(tokens.clip_opening(*frames(0)) if takes_clip else tokens.opening([noise(1)]))
+    opened = [{"type": "video" if takes_clip else "image"}]
+    media = ([], [frames(0)[1]]) if takes_clip else ([noise(1)[1]], [])
     for turn, text in enumerate(["what is it?", "and now,\nthere?", "x"]):
-        content = [{"type": "image"}] * (turn == 0) + [{"type": "text", "text": text}]
-        messages.append({"role": "user", "content": content})
+        messages.append({"role": "user", "content": opened * (turn == 0) + [{"type": "text", "text": text}]})
         rendered = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        whole = processor(images=[noise(1)[1]], text=rendered)["input_ids"][0]
+        whole, _ = whole_of(processor, rendered, *media)
         assert conversation.token_ids + tokens.prompt(conversation.opened_on, text) == whole
         # The answer: its IDs in the whole conversation.
         messages.append({"role": "assistant", "content": [{"type": "text", "text": "a star"}]})
         answered = processor.apply_chat_template(messages, tokenize=False).removesuffix("</s> ").rstrip(" ")
-        ids = processor(images=[noise(1)[1]], text=answered)["input_ids"][0]
+        ids, _ = whole_of(processor, answered, *media)
         conversation.commit(tokens.prompt(conversation.opened_on, text), ids[len(whole) :])
 
 
@@ -428,7 +438,7 @@ def test_a_clip_is_rejected_by_a_family_without_clips(family: Family) -> None:
 
 @pytest.mark.parametrize("family", CLIP_FAMILIES, indirect=True)
 def test_features_and_tokens_of_clips_agree_for_any_number_and_size_of_frames(family: Family) -> None:
-    for count in (1, 2, 5):
+    for count in (1, 2, 9):
         for size in [(28, 28), (1, 3), (200, 13), (56, 57)]:
             pixels = [np.asarray(Image.effect_noise(size, 99).convert("RGB"))] * count
             prepared = family.tokens.prepare_clip(f"{count} {size}", pixels)

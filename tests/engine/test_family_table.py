@@ -14,7 +14,8 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from deploy.doctor.sizes import Sizes
 from deploy.pack import families as table
 from llava_sessions.text.chat_template import ChatTemplate
-from llava_sessions.text.processors import largest_picture, load_processor
+from llava_sessions.text.processors import load_processor
+from llava_sessions.text.tiles import largest_picture
 from tests.support.tiny_families import FAMILIES
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,14 +13,17 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from llava_sessions.engine.attention import TEXT_ATTENTION, PackedKV, Segment
-from llava_sessions.engine.cpu import amx, linears
+from llava_sessions.engine.cpu import amx, amx_layers, linears
 from llava_sessions.engine.cpu.amx_sessions import SessionAttention
 from llava_sessions.engine.cpu.attention import session_attention
+from llava_sessions.engine.cpu.layer_stack import LayerStack, stack_layers
 from llava_sessions.engine.cpu.layers import compile_token_attention, fuse_layers
 from llava_sessions.engine.cpu.token_attention import TokenAttention
 from llava_sessions.engine.fused.head_norms import HeadNorms
 from llava_sessions.engine.fused.layer import FusedLayer, fits
 from llava_sessions.engine.kv import KVShape, SessionKV
+from tests.engine import test_families
+from tests.support.family import make_family
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 32
 HIDDEN = 64  # half of the numbers of all query heads
@@ -39,14 +43,18 @@ def make_config() -> Qwen3Config:
     return config
 
 
-@pytest.fixture
-def layer() -> Any:
+def make_layer(index: int = 0) -> Any:
     """Return a layer of Qwen3 whose norms have different weights, as those of a trained model."""
-    torch.manual_seed(0)
-    made: Any = Qwen3DecoderLayer(make_config(), 0).eval().requires_grad_(False)
+    torch.manual_seed(index)
+    made: Any = Qwen3DecoderLayer(make_config(), index).eval().requires_grad_(False)
     for norm in (made.self_attn.q_norm, made.self_attn.k_norm, made.input_layernorm):
         norm.weight.uniform_(0.5, 1.5)
     return made
+
+
+@pytest.fixture
+def layer() -> Any:
+    return make_layer()
 
 
 @needs_packing
@@ -102,12 +110,22 @@ def test_other_norms_of_heads_are_not_fused(change: Callable[[Any], None], layer
 
 @needs_packing
 def test_layers_with_and_without_norms_are_not_fused_together(layer: Any) -> None:
-    other = Qwen3DecoderLayer(make_config(), 1).requires_grad_(False)
+    other = make_layer(1)
     del other.self_attn.q_norm, other.self_attn.k_norm
     layers = torch.nn.ModuleList([layer, other])
     assert all(fits(each, linears.packable) for each in layers)
     assert not fuse_layers(layers)
     assert list(layers) == [layer, other]
+
+
+@needs_packing
+def test_answers_with_compiled_attention_equal_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llava_sessions.engine.model.COMPILE_FROM_BYTES", 0)
+    family = make_family("internvl3.5", tmp_path)
+    assert family.model.token_attention is not None
+    test_families.test_answers_equal_generate_in_a_shared_batch_with_several_and_with_later_pictures(family)
+    for host_bytes in (2**30, 0):
+        test_families.test_answers_equal_generate_after_their_cache_left_the_device(family, host_bytes)
 
 
 def tokens() -> Any:
@@ -152,3 +170,21 @@ def test_compiled_attention_with_wrong_norms_is_not_used(
     monkeypatch.setattr(kind, "__call__", lambda *given: right(*given[:-1], wrong(given[-1])))
     assert make() is None
     assert "attention_wrong" in caplog.text
+
+
+@pytest.mark.skipif(not amx.is_available(), reason="this CPU has no AMX")
+def test_each_layer_of_one_call_has_its_own_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial compares one call with one call per layer, for single tokens and for several tokens of a session."""
+    made = torch.nn.ModuleList(make_layer(index).bfloat16() for index in range(2))
+    assert fuse_layers(made)
+    shape = KVShape(2, KV_HEADS, HEAD_DIM, torch.bfloat16, torch.device("cpu"), torch.int8)
+    (stack,) = stack_layers(made, tokens(), sessions(), shape)
+    assert isinstance(stack, LayerStack)
+    right = amx_layers._PLACES
+    for wrong in range(2):
+        places = list(right)
+        places[wrong] = lambda *given, place=right[wrong]: place(
+            *given[:-1], 0
+        )  # the first layer's norms for all layers
+        monkeypatch.setattr(amx_layers, "_PLACES", tuple(places))
+        assert stack_layers(made, tokens(), sessions(), shape) is made

@@ -12,16 +12,17 @@ from typing import Any
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForImageTextToText
 
 from llava_sessions.engine.budget import DeviceBudget
 from llava_sessions.engine.engine import Engine
+from llava_sessions.engine.loading import load_weights
 from llava_sessions.engine.model import Model
 from llava_sessions.ipc.messages import AskSession, Finished, OpenSession, Sampling
 from llava_sessions.text.chat_template import ChatTemplate
 from llava_sessions.text.processors import load_processor
 from tests.support.engine_chats import noise
 from tests.support.meta_cuda import Card, meta_cuda
+from tests.support.tiny_families import FAMILIES
 
 CUDA = torch.device("cuda")
 SAMPLINGS = [
@@ -49,17 +50,21 @@ class Waits(TorchFunctionMode):
         self.waits += 1
 
 
-@pytest.fixture
-def template(tiny: Path) -> ChatTemplate:
-    return ChatTemplate(load_processor(tiny))
+@pytest.fixture(scope="module", params=["llava", "internvl", "internvl3.5"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny checkpoint. InternVL3's has dynamic RoPE, whose update in transformers reads the positions."""
+    return FAMILIES[request.param](tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture
-def engine(tiny: Path, template: ChatTemplate, monkeypatch: pytest.MonkeyPatch) -> Engine:
+def template(folder: Path) -> ChatTemplate:
+    return ChatTemplate(load_processor(folder))
+
+
+@pytest.fixture
+def engine(folder: Path, template: ChatTemplate) -> Engine:
     """An engine whose device is called CUDA."""
-    with torch.device("meta"):
-        made = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(tiny), dtype=torch.float16)
-    model = Model(made)
+    model = Model(load_weights(folder, torch.float16, "meta"))
     model.device = CUDA
     model.kv_shape = replace(model.kv_shape, device=CUDA)
     model.eos_token_ids = frozenset({3})

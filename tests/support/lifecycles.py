@@ -12,11 +12,13 @@ import hashlib
 import io
 import json
 import logging
+import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cache
+from pathlib import Path
 
 from PIL import Image
 
@@ -26,7 +28,7 @@ from llava_sessions.ipc.messages import Command, OpenFailed, OutOfCapacity, Repo
 from llava_sessions.journal.journal import Journal
 from llava_sessions.protocol.constants import CLOSED_SESSION_HEADER, NEW_SESSION, SESSION_HEADER
 from llava_sessions.text.chat_template import ChatTemplate, OpenedOn
-from llava_sessions.text.pictures import NOTHING
+from llava_sessions.text.pictures import NOTHING, Prepared
 from llava_sessions.text.processors import load_processor
 from llava_sessions.torchserve.batch import Reply, Row
 from llava_sessions.torchserve.sequences import RETURN_S
@@ -39,6 +41,7 @@ from llava_sessions.worker.pump import SILENCE_S, SILENT_SWEEPS
 from llava_sessions.worker.sessions import GRACE_S, MAX_ENGINE_LOSSES, SessionTable
 from tests.support.fake_engine import END_TOKEN, FakeEngine, answer_of, text_of
 from tests.support.manual import ManualExecutor, MemoryStore
+from tests.support.tiny_families import make_internvl
 
 START_S = 1_800_000_000.0
 TTL_S = 500.0
@@ -48,6 +51,7 @@ PREFILL_STEPS = 3
 TURNS_AT_ONCE = 2
 PROMPTS = ("Which shapes?", "How many?", "Where is it?")
 COLOURS = ("red", "blue")
+CLIP = "red blue"  # a clip of two frames
 CONTEXT_TOKENS = 4096
 DEADLINE_S = RequestLimits().default_deadline_ms / 1e3
 # Rounds in which everything is done that waits. No request may need more.
@@ -61,8 +65,9 @@ class Broken(AssertionError):
 
 @cache
 def template() -> ChatTemplate:
-    """The chat template of models/shapes."""
-    return ChatTemplate(load_processor("models/shapes"))
+    """The chat template of a tiny InternVL3, which takes pictures and clips in any order."""
+    with tempfile.TemporaryDirectory() as folder:
+        return ChatTemplate(load_processor(make_internvl(Path(folder))))
 
 
 @cache
@@ -77,25 +82,46 @@ def _no_fetch(url: str, limits: MediaLimits) -> bytes:
     raise AssertionError("nothing here is remote")
 
 
+def shown(colour: str) -> dict[str, object]:
+    """The fields of a request that shows a picture of a colour, or a clip of one frame for each of several."""
+    return {"image": png(colour)} if colour != CLIP else {"video": [png(one) for one in CLIP.split()]}
+
+
 @cache
 def _key(colour: str) -> str:
-    return hashlib.sha256(base64.b64decode(png(colour))).hexdigest()
+    keys = [hashlib.sha256(base64.b64decode(png(one))).hexdigest() for one in colour.split()]
+    return keys[0] if colour != CLIP else hashlib.sha256(" ".join(keys).encode()).hexdigest()
+
+
+@cache
+def _prepared(colour: str) -> Prepared:
+    pictures = [Image.new("RGB", (8, 8), one) for one in colour.split()]
+    if colour == CLIP:
+        return template().prepare_clip(_key(colour), pictures)
+    return template().prepare([(_key(colour), pictures[0])])
 
 
 @cache
 def _opening_ids(colour: str) -> tuple[int, ...]:
-    return tuple(template().opening([(_key(colour), Image.new("RGB", (8, 8), colour))]).token_ids)
+    return tuple(template().opening_on(_prepared(colour), _kind(colour)).token_ids)
 
 
 @cache
-def _prompt_ids(prompt: str, is_first: bool, colour: str | None) -> tuple[int, ...]:
-    shown = template().prepare([(_key(colour), Image.new("RGB", (8, 8), colour))]) if colour else NOTHING
-    return tuple(template().prompt(OpenedOn("image", 1) if is_first else None, prompt, shown))
+def _prompt_ids(prompt: str, opened_on: str | None, colour: str | None) -> tuple[int, ...]:
+    first = OpenedOn(_kind(opened_on), 1) if opened_on else None
+    return tuple(template().prompt(first, prompt, _prepared(colour) if colour else NOTHING))
+
+
+def _kind(colour: str) -> str:
+    return "video" if colour == CLIP else "image"
 
 
 @dataclass(frozen=True)
 class Question:
-    """What a client asks. Two questions with the same `request_id` are retries of each other."""
+    """What a client asks. Two questions with the same `request_id` are retries of each other.
+
+    `colour`: of the picture that it shows, or `CLIP`.
+    """
 
     prompt: str
     request_id: str | None
@@ -113,7 +139,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A picture and the finished turns."""
+    """A picture or a clip, and the finished turns."""
 
     colour: str
     turns: tuple[Turn, ...] = ()
@@ -128,10 +154,10 @@ class Conversation:
         ids: list[int] = list(_opening_ids(self.colour))
         keys = [_key(self.colour)]
         for number, turn in enumerate(self.turns):
-            ids += _prompt_ids(turn.question.prompt, number == 0, turn.question.colour)
+            ids += _prompt_ids(turn.question.prompt, None if number else self.colour, turn.question.colour)
             ids += [token for token in turn.made if token != END_TOKEN]
             keys += [_key(turn.question.colour)] if turn.question.colour else []
-        ids += _prompt_ids(question.prompt, not self.turns, question.colour)
+        ids += _prompt_ids(question.prompt, None if self.turns else self.colour, question.colour)
         keys += [_key(question.colour)] if question.colour else []
         return tuple(answer_of(ids, keys, MAX_NEW_TOKENS))
 
@@ -450,11 +476,12 @@ class World:
 
     def op_open(self, n: int) -> None:
         """Open a session: without retry, with a retry key, or behind the literal NEW_SESSION."""
-        body = {"type": "start_session", "image": png(COLOURS[n % 2])}
+        colour = CLIP if n == 5 else COLOURS[n % 2]
+        body = {"type": "start_session", **shown(colour)}
         if n % 3 == 1:
             body["request_id"] = f"open-{self._rows:016}"
             self._opens.append(body)
-        self._open(self._instance(n // 6), body, COLOURS[n % 2], NEW_SESSION if n % 3 == 2 else None)
+        self._open(self._instance(n // 6), body, colour, NEW_SESSION if n % 3 == 2 else None)
 
     def op_reopen(self, n: int) -> None:
         """Repeat an open or a resume that has a retry key, at the same instance."""
@@ -464,7 +491,8 @@ class World:
             home = 0 if known is None else known.home
             old = next((chat for chat in self.chats if chat.session_id == body.get("resume")), None)
             if old is None:
-                self._open(self.instances[home], body, COLOURS[0] if body["image"] == png(COLOURS[0]) else COLOURS[1])
+                colour = next(one for one in (*COLOURS, CLIP) if shown(one).items() <= body.items())
+                self._open(self.instances[home], body, colour)
             else:
                 self.resume(self.instances[home], body, old)
 
@@ -485,7 +513,8 @@ class World:
             self.settle()
         if self.chats:
             request_id = f"ask-{self._rows:016}" if n % 2 else None
-            question = Question(PROMPTS[n % len(PROMPTS)], request_id, COLOURS[1] if n % 5 == 4 else None)
+            colour = (None, None, None, CLIP if n > 5 else None, COLOURS[1])[n % 5]
+            question = Question(PROMPTS[n % len(PROMPTS)], request_id, colour)
             chat = self._chat(n)
             if request_id:
                 self._questions.append((chat, question))
@@ -750,7 +779,7 @@ class World:
         if question.request_id:
             body["request_id"] = question.request_id
         if question.colour:
-            body["image"] = png(question.colour)
+            body |= shown(question.colour)
         home = chat.home if at is None else at
         asked = self.send(home, "ask", body, chat.session_id, chat=chat, question=question, is_stream=is_stream)
         self._asked.append(asked)

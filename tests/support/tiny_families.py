@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
@@ -43,6 +44,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from deploy.sagemaker.shapes import Shape
 from llava_sessions.text.processors.internvl import PillowInternVLProcessor
 from llava_sessions.text.processors.next_video import PillowNextVideoProcessor
 from llava_sessions.text.processors.onevision import PillowOnevisionProcessor
@@ -296,7 +298,7 @@ def make_next_video(folder: Path, **more: object) -> Path:
     return folder
 
 
-def internvl_tokenizer() -> Qwen2Tokenizer:
+def _internvl_tokenizer() -> Qwen2Tokenizer:
     """Return Qwen's tokenizer with the tokens of InternVL."""
     return _qwen_tokenizer(
         start_image_token="<img>",
@@ -307,7 +309,7 @@ def internvl_tokenizer() -> Qwen2Tokenizer:
 
 
 def _make_internvl(folder: Path, kind: type[PreTrainedConfig], **more: object) -> Path:
-    tokenizer = internvl_tokenizer()
+    tokenizer = _internvl_tokenizer()
     vision = InternVLVisionConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -376,6 +378,75 @@ def _read(folder: Path, name: str) -> dict:
 
 def _write(folder: Path, name: str, content: dict) -> None:
     (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+# --- processors of the published checkpoints, with small tokenizers ---
+
+
+def _options(shape: Shape) -> dict[str, Any]:
+    return {
+        "patch_size": shape.tower.patch_size,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+    }
+
+
+def _sides(shape: Shape) -> dict[str, Any]:
+    side = shape.tower.image_size
+    return {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+
+
+def _published_llava(shape: Shape) -> LlavaProcessor:
+    images = CLIPImageProcessor(**_sides(shape))
+    return LlavaProcessor(images, _llama_tokenizer(), **_options(shape), chat_template=VICUNA)
+
+
+def _published_next(shape: Shape) -> LlavaNextProcessor:
+    images = LlavaNextImageProcessor(**_sides(shape), image_grid_pinpoints=GRIDS["llava_next"])
+    return LlavaNextProcessor(images, _llama_tokenizer(), **_options(shape), chat_template=VICUNA)
+
+
+def _published_next_video(shape: Shape) -> PillowNextVideoProcessor:
+    images = LlavaNextImageProcessor(**_sides(shape), image_grid_pinpoints=GRIDS["llava_next_video"])
+    tokenizer = _llama_tokenizer(video_token="<video>")
+    return PillowNextVideoProcessor(images, tokenizer, **_options(shape), chat_template=VICUNA_VIDEO)
+
+
+def _published_onevision(shape: Shape) -> PillowOnevisionProcessor:
+    square = {"height": shape.tower.image_size, "width": shape.tower.image_size}
+    return PillowOnevisionProcessor(
+        LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=GRIDS["llava_onevision"]),
+        _qwen_tokenizer(image_token="<image>", video_token="<video>"),
+        num_image_tokens=shape.tower.side**2,
+        vision_feature_select_strategy="full",
+        chat_template=QWEN,
+    )
+
+
+def _published_internvl(shape: Shape) -> PillowInternVLProcessor:
+    images = GotOcr2ImageProcessorPil(size={"height": shape.tower.image_size, "width": shape.tower.image_size})
+    tokens = shape.family.tokens_of_tile(shape.tower.side)
+    return PillowInternVLProcessor(images, _internvl_tokenizer(), tokens, chat_template=INTERNVL)
+
+
+PUBLISHED: dict[str, Callable[[Shape], Any]] = {
+    "llava": _published_llava,
+    "llava_next": _published_next,
+    "llava_next_video": _published_next_video,
+    "llava_onevision": _published_onevision,
+    "internvl": _published_internvl,
+}
+GRIDS = {
+    "llava_next": LlavaNextConfig().image_grid_pinpoints,
+    "llava_next_video": LlavaNextVideoConfig().image_grid_pinpoints,
+    "llava_onevision": [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)],
+}
+# What the configurations of the towers have besides their sizes.
+TOWERS: dict[str, dict[str, Any]] = {
+    "clip_vision_model": {"projection_dim": 768},
+    "siglip_vision_model": {"vision_use_head": False},
+    "internvl_vision": {"attention_bias": True},
+}
 
 
 FAMILIES: dict[str, Callable[[Path], Path]] = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ from deploy.pack import families as kit
 from deploy.sagemaker import fitting
 from llava_sessions.text import families as handler
 
+REPO = Path(__file__).resolve().parents[2]
+CONTRIBUTING = REPO / "CONTRIBUTING.md"
+TABLE_FILE = "handler/llava_sessions/text/families.toml"
 CHECKPOINTS = [(family, row) for family in kit.families().values() for row in family.checkpoints]
 
 
@@ -56,6 +61,33 @@ def test_every_name_in_the_table_has_its_row() -> None:
     assert len(ids) == len(set(ids))
 
 
+def test_a_further_family_touches_the_files_of_the_checklist_only() -> None:
+    """CONTRIBUTING.md has it. The code of a family is in the modules of its processor, and in no other."""
+    section = re.search(r"## A further model family\n(.*?)\n## ", CONTRIBUTING.read_text(encoding="utf-8"), re.DOTALL)[
+        1
+    ]
+    rows = re.findall(r"^\| ([\w ]+) \| (.+?) \|", section, re.MULTILINE)
+    files = {file for part, file in rows if part != "part" and file != "none"}
+    processors = "handler/llava_sessions/text/processors"
+    assert files == {f"`{name}`" for name in (TABLE_FILE, f"{processors}/NAME.py", "tests/support/tiny_families.py")}
+    assert [part for part, _ in rows[1:]] == ["config check", "processor", "features", "template", "tests"]
+    assert all(
+        (REPO / path).is_file() for path in re.findall(r"`([\w/]+\.(?:py|toml|md))`", section) if "NAME" not in path
+    )
+
+    modules = [path for folder in ("handler", "deploy") for path in sorted((REPO / folder).rglob("*.py"))]
+    own = {f"{family.processor}.py" for family in kit.families().values()}
+    names = {name for family in kit.families().values() for name in (family.type, family.class_name)} - {"llava"}
+    found = [
+        (path.relative_to(REPO), node.value)
+        for path in modules
+        if path.parent != REPO / processors or path.name not in own
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in names
+    ]
+    assert found == []
+
+
 @pytest.mark.parametrize(("family", "row"), CHECKPOINTS, ids=lambda one: getattr(one, "name", ""))
 def test_the_doctor_reads_the_sizes_of_a_published_checkpoint(
     family: kit.Family, row: kit.Checkpoint, tmp_path: Path
@@ -67,7 +99,8 @@ def test_the_doctor_reads_the_sizes_of_a_published_checkpoint(
     assert sizes.kv_numbers == row.layers * 2 * row.kv_heads * head_dim
     assert sizes.picture_tokens == family.tokens_of_picture(kit.towers()[family.towers[0]].side)
     shape = fitting.known_shape(config)
-    assert shape is None or shape.name == row.name
+    assert shape is not None
+    assert shape.checkpoint == row
 
 
 @pytest.mark.parametrize(

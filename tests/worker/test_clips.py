@@ -17,7 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
+from llava_sessions.chat.media import ClipSpan
+from llava_sessions.chat.transcript import BlobPool, OpenRecord, Transcript, TurnRecord
 from llava_sessions.config import MediaLimits, RequestLimits
+from llava_sessions.errors import Refused
 from llava_sessions.journal.journal import Journal
 from llava_sessions.journal.stores import DirectoryStore
 from llava_sessions.media.clips import clip_frames
@@ -289,7 +292,9 @@ def test_a_conversation_with_clips_is_continued_forked_and_edited(
     check_chat(family, chat(front, messages), plain)
 
 
-def test_a_conversation_rewrites_a_session_that_shows_clips(family: Family, tmp_path: Path) -> None:
+def test_a_conversation_rewrites_a_session_that_shows_clips(
+    family: Family, tmp_path: Path, decodings: list[int]
+) -> None:
     """With a session header: the crop in front of a clip, and the journal of the rewritten session."""
     store = DirectoryStore(str(tmp_path))
     front = Frontend(family.model, family.tokens, journal=Journal([store]))
@@ -310,8 +315,10 @@ def test_a_conversation_rewrites_a_session_that_shows_clips(family: Family, tmp_
     last = chat(front, moved, session)
     check(family, front, session, other, other)
     restarted = Frontend(family.model, family.tokens, journal=Journal([store]), first_row=100)
+    decodings.clear()
     chat(restarted, [*moved, said(last), shows(QUESTIONS[2])], session)
     check(family, restarted, session, other, other)
+    assert decodings == [FRAMES]
 
 
 # --- a file that is decoded again ---
@@ -460,6 +467,19 @@ def test_a_long_clip_delays_no_picture_and_no_host_delays_a_clip(
     released.set()
     for one in (*remote, *clips):
         assert one.result(PATIENCE_S).opening.pictures
+
+
+def test_a_stored_clip_is_rejected_by_a_model_without_video(processor: Any) -> None:
+    """The operator may have changed the checkpoint."""
+    blob = BlobPool().get(FILE)
+    opened = OpenRecord("session-1", NOW, NOW + 9, None, "image", (), [], 0)
+    turn = TurnRecord([1], [2], (blob,), None, "", {}, clips=(ClipSpan(0, 1, FRAMES, "digest"),))
+    prepare, executor = preparer(ChatTemplate(load_processor("models/shapes")))
+    resumed = prepare.resume("session-1", None, Transcript(opened, [turn]))
+    executor.run_all()
+    with pytest.raises(Refused) as caught:
+        resumed.result()
+    assert caught.value.code == "unsupported_media"
 
 
 def test_the_frames_of_an_opening_are_stored_as_before(processor: Any) -> None:

@@ -409,13 +409,14 @@ def test_without_sharing_nothing_of_another_request_is_found(model: Model, token
 
 def test_a_picture_is_read_and_decoded_once(front: Frontend, monkeypatch: pytest.MonkeyPatch) -> None:
     from llava_sessions.worker import pictures as loading
+    from llava_sessions.worker import reading
 
     decoded = []
     load_bytes = loading.load_bytes
     monkeypatch.setattr(loading, "load_bytes", lambda data, limits: decoded.append(data) or load_bytes(data, limits))
     read = []
-    read_picture = loading.read_picture
-    monkeypatch.setattr(loading, "read_picture", lambda *given: read.append(given) or read_picture(*given))
+    read_picture = reading.read_picture
+    monkeypatch.setattr(reading, "read_picture", lambda *given: read.append(given) or read_picture(*given))
     messages = [user(QUESTIONS[0], "red")]
     for _ in range(3):
         messages += [answered(text_of(chat(front, messages))), user(QUESTIONS[1])]

@@ -19,9 +19,9 @@ from ..ipc.messages import PreparedPicture
 from .answer_text import AnswerText
 from .media_tokens import MediaToken, MediaTokens, no_place
 from .pictures import NOTHING, Picture, PicturePreparer, Prepared, joined
+from .rendering import TRIAL_QUESTION, Renderer
 from .rendering import Message as Message
 from .rendering import OpenedOn as OpenedOn
-from .rendering import Renderer
 from .rendering import TemplateError as TemplateError
 from .tokenizer import ANSWER_END, PromptTokenizer
 
@@ -83,7 +83,7 @@ class ChatTemplate:
         opened_on = OpenedOn(kind, 1 if kind == "video" else pictures)
         with self.lock:
             try:
-                before, after = self._renderer.first_turn(Message("user", "question"), opened_on)
+                before, after = self._renderer.first_turn(TRIAL_QUESTION, opened_on)
             except (TemplateError, jinja2.TemplateError):
                 raise no_place(opened_on.kinds, []) from None
         if found := self._media.kinds(after):
@@ -95,7 +95,7 @@ class ChatTemplate:
         Needs no picture, so it comes before any is read. The code is "unsupported_media" if the model takes no clips,
         and "invalid_request" if the template has no place for them, such as for a picture after a clip in one message.
         """
-        question = Message("user", "question", pictures, clips)
+        question = replace(TRIAL_QUESTION, pictures=pictures, clips=clips)
         self._media.check(question.kinds)
         with self.lock:
             self._renderer.turn(opened_on, question)
@@ -121,7 +121,7 @@ class ChatTemplate:
         feature_ids = self.media_token_ids
         opened_on = OpenedOn(kind, len(prepared.pictures))
         with self.lock:
-            before, _ = self._renderer.first_turn(Message("user", "question"), opened_on)
+            before, _ = self._renderer.first_turn(TRIAL_QUESTION, opened_on)
             ids = self._encoder.encode_start(self._media.expand(before, prepared))
         while ids and ids[-1] not in feature_ids:
             ids.pop()  # the expansion's tail, and the end token that some tokenizers append to their input
@@ -201,7 +201,7 @@ class ChatTemplate:
         short = [replace(message, text=message.text and "text") for message in messages]
         rendered = self._renderer.conversation(short, opened_on)
         if opened_on is not None and opened_on.pictures:
-            before, _ = self._renderer.first_turn(Message("user", "question"), opened_on)
+            before, _ = self._renderer.first_turn(TRIAL_QUESTION, opened_on)
             if not rendered.startswith(before):
                 raise _precedes_opening()
             kinds = [*opened_on.kinds, *kinds]

@@ -45,7 +45,8 @@ class Message:
         return ["image"] * self.pictures + ["video"] * self.clips
 
 
-_QUESTION = Message("user", "question")
+# The question with which the places of a template are found.
+TRIAL_QUESTION = Message("user", "question")
 
 
 class Renderer:
@@ -64,6 +65,8 @@ class Renderer:
         self.media = media
         if not getattr(processor, "chat_template", None):
             raise TemplateError("the processor has no chat template (chat_template.jinja)")
+        if found := media.kinds(system_prompt):
+            raise TemplateError(f"`system_prompt` must not contain {media[found[0]].place!r}")
         # Whether the template takes a message's content as one string, as templates for text alone do.
         self._joins_content = False
         self._choose_content()
@@ -86,10 +89,10 @@ class Renderer:
 
     def _check(self) -> None:
         """Raise `TemplateError` unless the template renders pictures, a question, an answer and a second question."""
-        _, after = self.first_turn(_QUESTION, OpenedOn("image", 1))
+        _, after = self.first_turn(TRIAL_QUESTION, OpenedOn("image", 1))
         if "question" not in after or self.media.kinds(after):
             raise TemplateError("it does not put the picture before the question")
-        later = self.later_turn(_QUESTION)
+        later = self.later_turn(TRIAL_QUESTION)
         if "question" not in later:
             raise TemplateError("it does not render a second question")
         if self.media.kinds(later):
@@ -99,7 +102,7 @@ class Renderer:
     def _renders_clips(self) -> bool:
         """Return whether the template has a place for a clip, before the question."""
         try:
-            _, after = self.first_turn(_QUESTION, OpenedOn("video", 1))
+            _, after = self.first_turn(TRIAL_QUESTION, OpenedOn("video", 1))
         except Exception:  # a template raises what Jinja or its own code raises
             return False
         return "question" in after and not self.media.kinds(after)
@@ -122,6 +125,8 @@ class Renderer:
         try:
             rendered = self.later_turn(question) if opened_on is None else self.first_turn(question, opened_on)[1]
         except (TemplateError, jinja2.TemplateError):
+            if opened_on is not None and opened_on.kind == "video" and question.pictures:
+                raise _precedes_clip(question.pictures) from None
             raise no_place(question.kinds, []) from None
         if (places := self.media.kinds(rendered)) != question.kinds:
             raise no_place(question.kinds, places)
@@ -144,7 +149,7 @@ class Renderer:
         answer = placeholder()
         rendered = self._render(
             [
-                _message("user", _QUESTION.text, ["image"]),
+                _message("user", TRIAL_QUESTION.text, ["image"]),
                 _message("assistant", answer),
                 _message("user", question.text, question.kinds),
             ]
@@ -220,6 +225,15 @@ def _message(role: str, text: str, kinds: Sequence[str] = ()) -> dict[str, Any]:
 def _joined(parts: list[dict[str, str]], media: MediaTokens) -> str:
     """Return the content of a message as LLaVA-1.5 was trained: each place on a line before the text."""
     return "".join(part["text"] if part["type"] == "text" else media[part["type"]].place + "\n" for part in parts)
+
+
+def _precedes_clip(pictures: int) -> Refused:
+    """Return the error for a template that writes the pictures of a message before its clips, as LLaVA's do."""
+    message = (
+        f"The first question after an opening on a clip must show no picture for this model, got {pictures}. Show "
+        "pictures with a later question, or open without the clip and show both with one question."
+    )
+    return Refused("invalid_request", message)
 
 
 def _in_words(error: Exception) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -18,15 +18,17 @@ from ..chat.media import MessageMedia, StoredClip
 from ..chat.transcript import Blob, BlobPool
 from ..config import MediaLimits
 from ..media.budget import PixelBudget
-from ..media.clips import MAX_CHILDREN, ClipHeader, clip_frames, read_clip_header
-from ..media.decoder import load_bytes, read_header
+from ..media.clips import MAX_CHILDREN, clip_frames
+from ..media.decoder import load_bytes
 from ..media.limits import TOO_LARGE, MediaError, check_request_pixels
-from ..protocol.requests import ClipSource, PictureSource
 from ..text.pictures import PicturePreparer, Prepared, joined
 from .known_media import KnownMedia, KnownMedium
-from .sources import Fetch, MediaSources, read_clip, read_picture, text_digest
+from .reading import Fetch, MediaReader
+from .sources import MediaSources
 
 T = TypeVar("T")
+# The prepared clips of a request, by key. A clip that several of its messages show is decoded once.
+RequestClips = dict[str, KnownMedium]
 
 
 class ClipChanged(Exception):
@@ -52,18 +54,17 @@ class PictureLoader:
         """`fetch` reads https and s3 sources."""
         self._pictures = pictures
         self._limits = limits
-        self._blobs = blobs
-        self._fetch = fetch
         self._pixels = PixelBudget(limits.max_pixels)
         # A clip that waits for a child process must not hold pixels meanwhile.
         self._clip_files = threading.BoundedSemaphore(MAX_CHILDREN)
         self._known = KnownMedia()
+        self._reader = MediaReader(limits, blobs, fetch, self._known)
 
     def load(self, sources: MediaSources) -> MessageMedia:
         """Return the encoded media of one message. Raise `MediaError` unless all headers are within the limits."""
-        media = self._read(sources)
-        pixels = [self._pixels_of_picture(blob) for blob in media.pictures]
-        pixels += [self._pixels_of_clip(clip) for clip in media.clips]
+        media = self._reader.read(sources)
+        pixels = [self._reader.pixels_of_picture(blob) for blob in media.pictures]
+        pixels += [self._reader.pixels_of_clip(clip) for clip in media.clips]
         check_request_pixels(sum(pixels), self._limits)
         return media
 
@@ -72,17 +73,17 @@ class PictureLoader:
 
         Raise `MediaError`.
         """
-        found = tuple(self._read(sources, is_repeated=True) for sources in messages)
+        found = tuple(self._reader.read(sources, is_repeated=True) for sources in messages)
         new: dict[str, int] = {}
         for media in found:
             for blob in media.pictures:
                 key = picture_key(blob.sha256, scope)
                 if key not in new and self._known.get(key, len(media.pictures) == 1) is None:
-                    new[key] = self._pixels_of_picture(blob)
+                    new[key] = self._reader.pixels_of_picture(blob)
             for clip in media.clips:
                 key = clip_key(clip, scope)
                 if key not in new and self._known.get(key) is None:
-                    new[key] = self._pixels_of_clip(clip)
+                    new[key] = self._reader.pixels_of_clip(clip)
         check_request_pixels(sum(new.values()), self._limits)
         return found
 
@@ -90,82 +91,34 @@ class PictureLoader:
         """Return the media of one message without arrays and unread, or None unless all were prepared before."""
         parts = []
         for source in sources.pictures:
-            hashes = self._known_hashes([source])
+            hashes = self._reader.known_hashes([source])
             found = hashes and self._known.get(picture_key(hashes[0], scope), len(sources.pictures) == 1)
             if not found:
                 return None
             parts.append(found.prepared)
         for clip in sources.clips:
-            hashes = self._known_hashes(clip.sources)
+            hashes = self._reader.known_hashes(clip.sources)
             found = hashes and self._known.get(_clip_key(hashes, clip.count or 0, scope))
             if not found:
                 return None
             parts.append(found.prepared)
         return joined(parts)
 
-    def _known_hashes(self, sources: Iterable[PictureSource]) -> list[str] | None:
-        """Return the sha256 of each picture or file, unread, or None unless all are known."""
-        found = []
-        for source in sources:
-            text = text_digest(source)
-            sha256 = None if text is None else self._known.sha256_of(text)
-            if sha256 is None:
-                return None
-            found.append(sha256)
-        return found
-
-    def _read(self, sources: MediaSources, is_repeated: bool = False) -> MessageMedia:
-        """Read the media of one message. `is_repeated`: the client may send it again."""
-        pictures = tuple(self._read_one(source, read_picture, is_repeated) for source in sources.pictures)
-        return MessageMedia(pictures, tuple(self._read_clip(clip, is_repeated) for clip in sources.clips))
-
-    def _read_clip(self, clip: ClipSource, is_repeated: bool) -> StoredClip:
-        read = read_picture if clip.file is None else read_clip
-        return StoredClip(tuple(self._read_one(one, read, is_repeated) for one in clip.sources), clip.count or 0)
-
-    def _read_one(
-        self, source: PictureSource, read: Callable[[PictureSource, MediaLimits, Fetch], bytes], is_repeated: bool
-    ) -> Blob:
-        blob = self._blobs.get(read(source, self._limits, self._fetch))
-        text = text_digest(source) if is_repeated else None
-        if text is not None:
-            self._known.add_text(text, blob.sha256)
-        return blob
-
-    def _pixels_of_picture(self, blob: Blob) -> int:
-        return read_header(blob.data, self._limits).pixels
-
-    def _pixels_of_clip(self, clip: StoredClip) -> int:
-        """Return the pixels of the frames that are shown."""
-        if not clip.frames:
-            return sum(self._pixels_of_picture(blob) for blob in clip.blobs)
-        header = self._header_of(clip)
-        return header.pixels * min(clip.frames, header.frames)
-
-    def _header_of(self, clip: StoredClip) -> ClipHeader:
-        return self._known.header_of(clip.blobs[0], lambda data: read_clip_header(data, self._limits))
-
-    def prepare(self, media: MessageMedia, scope: str | None, with_arrays: bool = True) -> LoadedMedia:
+    def prepare(
+        self, media: MessageMedia, scope: str | None, with_arrays: bool = True, clips: RequestClips | None = None
+    ) -> LoadedMedia:
         """Prepare the media of one message. `scope`: as in `picture_key`.
 
-        Without `with_arrays`, media that were prepared before are not decoded again, and have no arrays. Raise
-        `ClipChanged` if the file of a clip gives other frames than before.
+        Without `with_arrays`, media that were prepared before are not decoded again, and have no arrays. `clips`: those
+        of this request so far, which are not decoded again; new ones are added. Raise `ClipChanged` if the file of a
+        clip gives other frames than before.
         """
-        return self.prepare_all([media], scope, with_arrays)[0]
-
-    def prepare_all(
-        self, messages: Sequence[MessageMedia], scope: str | None, with_arrays: bool = True
-    ) -> list[LoadedMedia]:
-        """Do as `prepare` for each message. A clip that several messages show is decoded once."""
-        clips: dict[str, KnownMedium] = {}
-        loaded = []
-        for media in messages:
-            parts = [self._picture(blob, len(media.pictures), scope, with_arrays) for blob in media.pictures]
-            shown = [self._clip(clip, scope, with_arrays, clips) for clip in media.clips]
-            stored = tuple(replace(clip, digest=one.digest) for clip, one in zip(media.clips, shown, strict=True))
-            prepared = joined([*parts, *(one.prepared for one in shown)])
-            loaded.append(LoadedMedia(prepared, replace(media, clips=stored)))
-        return loaded
+        clips = {} if clips is None else clips
+        parts = [self._picture(blob, len(media.pictures), scope, with_arrays) for blob in media.pictures]
+        shown = [self._clip(clip, scope, with_arrays, clips) for clip in media.clips]
+        stored = tuple(replace(clip, digest=one.digest) for clip, one in zip(media.clips, shown, strict=True))
+        prepared = joined([*parts, *(one.prepared for one in shown)])
+        return LoadedMedia(prepared, replace(media, clips=stored))
 
     def _picture(self, blob: Blob, of: int, scope: str | None, with_arrays: bool) -> Prepared:
         """Prepare one of the `of` pictures of a message."""
@@ -177,17 +130,15 @@ class PictureLoader:
         self._known.add(key, prepared, of == 1)
         return prepared
 
-    def _clip(
-        self, clip: StoredClip, scope: str | None, with_arrays: bool, loaded: dict[str, KnownMedium]
-    ) -> KnownMedium:
-        """Prepare a clip. `loaded`: those of this request, by key; a new one is added."""
+    def _clip(self, clip: StoredClip, scope: str | None, with_arrays: bool, clips: RequestClips) -> KnownMedium:
+        """Prepare a clip, and add it to those of the request."""
         key = clip_key(clip, scope)
-        found = loaded.get(key) or (None if with_arrays else self._known.get(key))
+        found = clips.get(key) or (None if with_arrays else self._known.get(key))
         if found is None:
             frames, digest = self._frames(clip)
             found = KnownMedium(self._pictures.clip(key, frames), digest)
             self._known.add(key, found.prepared, digest=digest)
-        loaded[key] = found
+        clips[key] = found
         if clip.digest not in ("", found.digest):
             raise ClipChanged
         return found
@@ -211,7 +162,7 @@ class PictureLoader:
         """Return the prepared frames of a file, and their digest."""
         frames = []
         digest = hashlib.sha256()
-        header = self._header_of(clip)
+        header = self._reader.header_of_file(clip)
         decoded = clip_frames(clip.blobs[0].data, self._limits, clip.frames)
         with self._clip_files, self._pixels.reserve(header.pixels), contextlib.closing(decoded):
             for pixels in decoded:
@@ -223,7 +174,7 @@ class PictureLoader:
 
     def _with_decoded(self, blob: Blob, prepare: Callable[[np.ndarray], T]) -> T:
         """Return what `prepare` makes of a picture's pixels. Nothing else refers to the pixels."""
-        with self._pixels.reserve(self._pixels_of_picture(blob)):
+        with self._pixels.reserve(self._reader.pixels_of_picture(blob)):
             return prepare(load_bytes(blob.data, self._limits).array())
 
 

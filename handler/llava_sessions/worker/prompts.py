@@ -19,7 +19,7 @@ from ..protocol.openai import Chat, ChatMessage
 from ..protocol.requests import Ask, Open
 from ..text.chat_template import ChatTemplate, Message, OpenedOn, Opening
 from ..text.pictures import Prepared
-from .pictures import ClipChanged, LoadedMedia, PictureLoader
+from .pictures import ClipChanged, LoadedMedia, PictureLoader, RequestClips
 from .prefixes import PictureSpan, Prompt, Rewrite, common_prefix, links_of, root_of
 from .sources import MediaSources, joined_sources, sources_of
 
@@ -160,12 +160,18 @@ class PromptBuilder:
         return _Conversation(token_ids, tuple(known))
 
     def _conversation(
-        self, messages: Sequence[ChatMessage], scope: str | None, with_arrays: bool, opened_on: OpenedOn | None = None
+        self,
+        messages: Sequence[ChatMessage],
+        scope: str | None,
+        with_arrays: bool,
+        opened_on: OpenedOn | None = None,
+        clips: RequestClips | None = None,
     ) -> _Conversation:
         rendered = _rendered(messages)
         self.template.check_conversation(rendered, opened_on)  # before any picture is read
         media = self._loader.load_conversation(_media_sources(messages), scope)
-        loaded = self._loader.prepare_all(media, scope, with_arrays)
+        clips = {} if clips is None else clips
+        loaded = [self._loader.prepare(one, scope, with_arrays, clips) for one in media]
         token_ids = self.template.conversation(rendered, [one.prepared for one in loaded], opened_on)
         return _Conversation(token_ids, tuple(loaded))
 
@@ -182,8 +188,9 @@ class PromptBuilder:
         if sources:
             self.template.check_question(transcript.opened_on, len(sources.pictures), len(sources.clips))
         media = self._loader.load(sources)
-        rebuild = None if session.in_engine else self.rebuild(transcript)
-        loaded = self._loader.prepare(media, self.scope(ask.session_id, session.token_digest))
+        clips: RequestClips = {}
+        rebuild = None if session.in_engine else self.rebuild(transcript, clips)
+        loaded = self._loader.prepare(media, self.scope(ask.session_id, session.token_digest), clips=clips)
         pictures = loaded.prepared.pictures
         prompt_ids = self.template.prompt(transcript.opened_on, ask.prompt_text, loaded.prepared)
         record = flattened([loaded.media])
@@ -194,10 +201,11 @@ class PromptBuilder:
     ) -> PreparedQuestion:
         """Prepare a question of a whole conversation in a session that was opened by name."""
         scope = self.scope(session.id, session.token_digest)
-        rebuild = None if session.in_engine else self.rebuild(transcript)
+        clips: RequestClips = {}
+        rebuild = None if session.in_engine else self.rebuild(transcript, clips)
         held_keys = session.picture_keys if rebuild is None else rebuild.picture_keys
         opened_on = self._opened_on(chat.messages, transcript)
-        conversation = self._conversation(chat.messages, scope, with_arrays or rebuild is not None, opened_on)
+        conversation = self._conversation(chat.messages, scope, with_arrays or rebuild is not None, opened_on, clips)
         opening_ids = transcript.opening.token_ids if opened_on is not None else []
         opening_keys = held_keys[: opened_on.pictures] if opened_on is not None else ()
         token_ids = [*opening_ids, *conversation.token_ids]
@@ -228,23 +236,24 @@ class PromptBuilder:
             return None
         return record.opened_on
 
-    def rebuild(self, transcript: Transcript) -> Rebuild:
-        """Prepare the pictures and clips of a transcript.
+    def rebuild(self, transcript: Transcript, clips: RequestClips | None = None) -> Rebuild:
+        """Prepare the pictures and clips of a transcript. `clips`: as in `PictureLoader.prepare`.
 
         Raise `NotFound` if another model wrote the transcript, or if the file of a clip gives other frames than before.
         """
-        try:
-            return self._rebuild(transcript)
-        except ClipChanged:
-            raise _unfit("a clip's file gives other frames than before") from None
-
-    def _rebuild(self, transcript: Transcript) -> Rebuild:
         record = transcript.opening
         scope = self.scope(record.session_id, record.token_digest)
         has_opening = bool(transcript.opening_ids and record.pictures and not record.history_turns)
+        media = transcript.media
         if has_opening:
             self.template.check_opening(record.kind, record.opened_on.pictures)
-        loaded = self._loader.prepare_all(transcript.media, scope)
+        if any(message.clips for message in media):
+            self.template.check_opening("video", 1)
+        clips = {} if clips is None else clips
+        try:
+            loaded = [self._loader.prepare(message, scope, clips=clips) for message in media]
+        except ClipChanged:
+            raise _unfit("a clip's file gives other frames than before") from None
         if has_opening and self.template.opening_on(loaded[0].prepared, record.kind).token_ids != record.token_ids:
             raise _unfit("the checkpoint makes another prompt of the stored pictures")
         return Rebuild(transcript, tuple(picture for one in loaded for picture in one.prepared.pictures), scope)

@@ -1,18 +1,12 @@
-"""The pictures and clips that a request brings: where they are, and how they are read. Thread-safe."""
+"""The pictures and clips that the messages of a request bring: where each of them is. Pure."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..config import MediaLimits
-from ..media.limits import clip_file_limits
-from ..media.sources import is_remote, read_base64, read_path
+from ..media.sources import is_remote
 from ..protocol.openai import Chat, ChatMessage
 from ..protocol.requests import Ask, ClipSource, Open, PastTurn, PictureSource
-
-Fetch = Callable[[str, MediaLimits], bytes]
 
 
 @dataclass(frozen=True)
@@ -60,23 +54,3 @@ def joined_sources(*parts: MediaSources) -> MediaSources:
     """Return the media of several messages as those of one."""
     pictures = tuple(picture for part in parts for picture in part.pictures)
     return MediaSources(pictures, tuple(clip for part in parts for clip in part.clips))
-
-
-def text_digest(source: PictureSource) -> bytes | None:
-    """Return the sha256 of a picture's text, or None for a picture that is elsewhere, whose bytes may change."""
-    text = source.image if source.image is not None else source.path
-    if text is None or (source.image is None and text[:5].lower() != "data:"):
-        return None
-    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
-
-
-def read_picture(source: PictureSource, limits: MediaLimits, fetch: Fetch) -> bytes:
-    """Return the encoded bytes of a picture. Raise `MediaError`."""
-    if source.image is not None:
-        return read_base64(source.image, limits)
-    return read_path(source.path or "", limits, fetch)
-
-
-def read_clip(source: PictureSource, limits: MediaLimits, fetch: Fetch) -> bytes:
-    """Return the encoded bytes of a clip's file. Raise `MediaError`."""
-    return read_picture(source, clip_file_limits(limits), fetch)

@@ -91,7 +91,7 @@ def stack_layers(
         norms = [layer.norms for layer in fused]
         compiled = CompiledLayers(parts, norms, [layer.head_norms for layer in fused], tokens, sessions)
         stack = LayerStack(fused, compiled)
-        if _whole_matches_parts(stack, tokens, heads):
+        if _whole_matches_parts(stack, tokens, sessions, heads):
             return torch.nn.ModuleList([stack])
         log.warning("compiled_layers_wrong")
     except Exception:  # any error of the compiler
@@ -107,16 +107,23 @@ def _are_alike(parts: Sequence[Sequence[linears.TileLinear]]) -> bool:
 
 
 class _Example:
-    """Two sessions with one new token each, as a `Batch`, on KV caches of their own."""
+    """Sessions as a `Batch`, on KV caches of their own: two with one new token each, and one with several new tokens.
 
-    def __init__(self, layers: int, tokens: TokenAttention, heads: Heads) -> None:
-        stored = 5
-        size = (layers, heads.kv_heads, stored + 1, heads.head_dim)
-        self._caches = [ExampleCache(*size, heads.dtype, heads.kv_dtype) for _ in range(2)]
-        task = tokens.task([(row, cache.address, stored + 1, stored) for row, cache in enumerate(self._caches)])
+    The latter only with compiled attention for it. `rows`: new tokens of all sessions.
+    """
+
+    def __init__(self, layers: int, tokens: TokenAttention, sessions: SessionAttention | None, heads: Heads) -> None:
+        stored, more = 5, 3
+        size = (layers, heads.kv_heads, stored + more, heads.head_dim)
+        self._caches = [ExampleCache(*size, heads.dtype, heads.kv_dtype) for _ in range(3)]
+        first, second, third = (cache.address for cache in self._caches)
+        task = tokens.task([(0, first, stored + more, stored), (1, second, stored + more, stored)])
+        longer = None if sessions is None else sessions.task([(2, more, third, stored + more, stored)])
+        self.rows = 2 if sessions is None else 2 + more
         self._kv_width = 2 * heads.kv_heads * heads.head_dim
         self._tokens = tokens
-        self.tasks = (task, None)
+        self._sessions = sessions
+        self.tasks = (task, longer)
 
     def attend(
         self, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norms: HeadNorms | None = None
@@ -124,15 +131,17 @@ class _Example:
         """As `Batch.attend`."""
         out = qkv.new_empty(len(qkv), qkv.shape[1] - self._kv_width)
         self._tokens(self.tasks[0], layer, qkv, cos, sin, out, norms)
+        if self._sessions is not None and self.tasks[1] is not None:
+            self._sessions(self.tasks[1], layer, qkv, cos, sin, out, norms)
         return out
 
 
-def _whole_matches_parts(stack: LayerStack, tokens: TokenAttention, heads: Heads) -> bool:
+def _whole_matches_parts(
+    stack: LayerStack, tokens: TokenAttention, sessions: SessionAttention | None, heads: Heads
+) -> bool:
     """Return whether the layers give the same numbers in one call and part by part."""
-    count = len(stack.layers)
-    rows = torch.linspace(-9, 9, 2 * stack.hidden).cos().view(1, 2, -1).to(heads.dtype)
-    angles = torch.linspace(0, 3, heads.head_dim // 2).repeat(1, 2, 2)
+    first, second = (_Example(len(stack.layers), tokens, sessions, heads) for _ in range(2))
+    rows = torch.linspace(-9, 9, first.rows * stack.hidden).cos().view(1, first.rows, -1).to(heads.dtype)
+    angles = torch.linspace(0, 3, heads.head_dim // 2).repeat(1, first.rows, 2)
     position = (angles.cos().to(heads.dtype), angles.sin().to(heads.dtype))
-    whole = stack(rows, position, _Example(count, tokens, heads))
-    parts = stack.run_parts(rows, position, _Example(count, tokens, heads))
-    return torch.equal(whole, parts)
+    return torch.equal(stack(rows, position, first), stack.run_parts(rows, position, second))

@@ -192,9 +192,9 @@ def attend(
 ):  # fmt: skip
     """Attend with the query heads of one KV head to one piece of a session. Grid: (pieces, KV heads).
 
-    `layers`: of a cache. `scale`: factor of scores, for powers of 2. `norm_weights`: of the norms of a query's and of a
-    key's head, `[2, HEAD_DIM]` in the precision of `qkv`, or None; the kernel without norms has no instruction for them.
-    `epsilon`: of these norms. `QUANTIZED`: the cache is int8 with scales.
+    `layers`: of a cache. `scale`: factor of scores, for powers of 2. `norm_weights`: of the norms of query and of key
+    heads, `[2, HEAD_DIM]` in the precision of `qkv`, or None: then the kernel has no instruction for norms. `epsilon`:
+    of these norms. `QUANTIZED`: the cache is int8 with scales.
     `ROWS`, `WIDTH`: `GROUP` and `HEAD_DIM`, rounded up to sizes that Triton takes; `ROWS` is 1 for a group of 1.
     `BLOCK`: tokens of an iteration. `ALIGN`: all keys and values start at a multiple of this number of bytes.
     """

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoProcessor
 
 from ..checkpoint import UnsupportedCheckpoint, read_json, refuse_unsupported
 from ..families import families
+from ..tiles import largest_picture as largest_picture
 from ..tiles import tile_patches
 
 

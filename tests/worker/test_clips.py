@@ -8,6 +8,7 @@ import json
 import threading
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -453,20 +454,43 @@ def test_a_long_clip_delays_no_picture_and_no_host_delays_a_clip(
         yield from clip_frames(*given)
 
     def fetch(url: str, limits: MediaLimits) -> bytes:
+        if url.endswith(".png"):
+            return base64.b64decode(png("red"))
         assert limits.max_bytes == MediaLimits().max_clip_bytes
         assert released.wait(PATIENCE_S)
         return FILE
 
     prepare = Preparer(ChatTemplate(processor), MediaLimits(), Journal(), lambda: NOW, fetch=fetch)
-    remote = [prepare.open(parsed(video="https://slow.example/a.mp4"), "session-1", None) for _ in range(20)]
-    assert prepare.open(parsed(video=in_base64(FILE)), "session-1", None).result(PATIENCE_S).opening.pictures
+    remote = [prepare.open(parsed(video="https://slow.example/a.mp4"), "session-1", None) for _ in range(17)]
+    opened = prepare.open(parsed(video=in_base64(FILE)), "session-1", None).result(PATIENCE_S)
     monkeypatch.setattr(loading, "clip_frames", slow)
-    clips = [prepare.open(parsed(video=in_base64(FILE)), "session-1", None) for _ in range(10)]
-    assert prepare.open(parsed(image=png("red")), "session-1", None).result(PATIENCE_S).opening.pictures
-    assert not any(one.done() for one in (*remote, *clips))
+    waiting: list[Future[Any]] = [prepare.open(parsed(video=in_base64(FILE)), "session-1", None) for _ in range(5)]
+    media = opened.media
+    shown = Transcript(
+        OpenRecord(
+            "session-1",
+            NOW,
+            NOW + 9,
+            None,
+            "video",
+            media.pictures,
+            opened.opening.token_ids,
+            1,
+            None,
+            0,
+            (),
+            media.clips,
+        )
+    )
+    waiting += [prepare.resume("session-1", None, shown) for _ in range(9)]
+    plain = Transcript(OpenRecord("session-1", NOW, NOW + 9, None, "image", (), [], 0))
+    for fields in ({"image": png("red")}, {"path": "https://quick.example/a.png"}):
+        assert prepare.open(parsed(**fields), "session-1", None).result(PATIENCE_S).opening.pictures
+    assert prepare.resume("session-1", None, plain).result(PATIENCE_S).transcript is plain
+    assert not any(one.done() for one in (*remote, *waiting))
     released.set()
-    for one in (*remote, *clips):
-        assert one.result(PATIENCE_S).opening.pictures
+    for one in (*remote, *waiting):
+        assert one.result(PATIENCE_S)
 
 
 def test_a_stored_clip_is_rejected_by_a_model_without_video(processor: Any) -> None:

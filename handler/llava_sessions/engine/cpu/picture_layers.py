@@ -2,7 +2,8 @@
 
 `fuse_layers` replaces any layer that has the structure and the numbers of CLIP's and SigLIP's, or of InternVL's, which
 scales the numbers before both residual additions. Other layers stay unchanged. Queries, keys and values are one linear;
-both norms, the activation and, without scales, both residual additions are part of linears. Measurements: bench/README.md, "The CPU's fast paths one by one".
+both norms, the activation and, without scales, both residual additions are part of linears. Measurements:
+bench/README.md, "The CPU's fast paths one by one".
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ def _parts_of(layer: Any) -> _Parts | None:
     if not fits or activation is None:
         return None
     scales = [getattr(layer, name).detach() for name in names.scales] or [None, None]
-    return _Parts(names, projections, output, *norms, layer.mlp, activation, (scales[0], scales[1]))
+    return _Parts(names, projections, output, norms[0], norms[1], layer.mlp, activation, (scales[0], scales[1]))
 
 
 def _is_layer_norm(norm: Any) -> bool:

@@ -204,6 +204,21 @@ def test_a_file_that_is_no_picture_is_refused_in_words(visit: Visit, tmp_path: P
     expect(visit.page.locator(".chat")).to_have_count(0)
 
 
+def test_a_clip_is_sent_and_the_answer_of_a_model_for_pictures_is_shown(visit: Visit, tmp_path: Path) -> None:
+    visit.may_fail = True
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(b"\x00\x00\x00\x20ftypisom" + bytes(100))
+    with visit.page.expect_file_chooser() as chooser:
+        visit.page.locator("[data-choose]").click()
+    chooser.value.set_files(clip)
+    expect(visit.page.locator("[data-problem]")).to_contain_text("got a clip")
+    visit.open()
+    with visit.page.expect_file_chooser() as chooser:
+        visit.page.locator(".chat [data-choose]").click()
+    chooser.value.set_files(clip)
+    expect(visit.page.locator(".attached img")).to_have_count(1)
+
+
 # --- how it is used and how it looks ---
 
 

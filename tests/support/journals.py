@@ -14,6 +14,7 @@ import boto3
 import pytest
 from moto import mock_aws
 
+from llava_sessions.chat.media import MessageMedia, RecordMedia, StoredClip, flattened
 from llava_sessions.chat.transcript import BlobPool, OpenRecord, Transcript, TurnRecord
 from llava_sessions.journal.encoding import key_of, read_transcript
 from llava_sessions.journal.journal import Journal, NotFound, SaveOutcome
@@ -37,8 +38,11 @@ def opening(journal: Journal, session_id: str = "chat-1", **changes: Any) -> Tra
 def add_turn(story: Transcript, blobs: BlobPool) -> Transcript:
     number = len(story.turns)
     words = f"{story.opening.session_id} says {number} — ünï\ud800"
-    shown = (blobs.get(f"{story.opening.session_id} shows {number}".encode()),) if number % 2 else ()
-    story.append(TurnRecord([number, 5], [9] * number, shown, f"key {number}", words, {"usage": {"n": number}}))
+    picture = blobs.get(f"{story.opening.session_id} shows {number}".encode())
+    media = [MessageMedia((picture,), (StoredClip((picture, picture)), StoredClip((picture,), 8, TOKEN_DIGEST)))]
+    shown = flattened(media) if number % 2 else RecordMedia()
+    turn = TurnRecord([number, 5], [9] * number, shown.pictures, f"key {number}", words, {"usage": {"n": number}})
+    story.append(replace(turn, clips=shown.clips))
     return story
 
 

@@ -31,6 +31,7 @@ from .clip_reader import (
     ReadLimits,
     Rejected,
     Sampler,
+    check_complete,
     check_pixels,
     decoder_of,
     display_matrix,
@@ -118,6 +119,7 @@ def _send(connection: socket.socket, message: dict[str, Any], rows: list[memoryv
 
 def _messages(data: bytes, count: int, limits: ReadLimits) -> Iterator[tuple[dict[str, Any], list[memoryview]]]:
     """Yield the header, then each frame with its rows."""
+    check_complete(data, limits)
     with opened(data, limits) as container:
         stream = video_stream(container)
         width, height = stream.codec_context.width, stream.codec_context.height
@@ -127,7 +129,7 @@ def _messages(data: bytes, count: int, limits: ReadLimits) -> Iterator[tuple[dic
         clip = Clip.read(container, stream, data, limits)
         yield {"width": width, "height": height, "seconds": clip.seconds, "frames": len(clip.times)}, []
         if count:
-            for frame in Sampler(clip, decoder_of(stream, limits), count).frames():
+            for frame in Sampler(clip, decoder_of(stream), count).frames():
                 yield _picture(frame, stream, limits)
 
 

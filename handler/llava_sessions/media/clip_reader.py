@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 from typing import NoReturn
 
 import av
@@ -77,7 +78,6 @@ def opened(data: bytes, limits: ReadLimits) -> InputContainer:
         "format_whitelist": demuxer,
         "protocol_whitelist": "",
         "max_streams": str(_MAX_STREAMS),
-        "max_pixels": str(limits.max_pixels),
         "threads": "1",
     }
     return av.open(
@@ -99,10 +99,10 @@ def video_stream(container: InputContainer) -> VideoStream:
     """Return the video track that is shown by default, else the first one. Cover pictures are not video.
 
     Packets of other tracks are not read. Raise `Rejected` if there is no such track, or none with an allowed codec;
-    `ValueError` for a damaged file without any track.
+    `DamagedError` if there is no track at all.
     """
-    if not container.streams:  # the end of the file, which describes the tracks, was cut off
-        raise ValueError("no tracks")
+    if not container.streams:
+        raise DamagedError
     hidden = Disposition.attached_pic | Disposition.timed_thumbnails
     tracks = [stream for stream in container.streams.video if not stream.disposition & hidden]
     if not tracks:
@@ -110,8 +110,8 @@ def video_stream(container: InputContainer) -> VideoStream:
         raise Rejected(UNSUPPORTED_MEDIA, f"the clip must have a video track, got {got}")
     known = [stream for stream in tracks if stream.codec_context is not None and _codec(stream) in _CODECS]
     if not known:
-        names = ", ".join(_CODECS.values())
-        raise Rejected(UNSUPPORTED_MEDIA, f"the clip must have a video codec of {names}, got another codec")
+        names = " or ".join(", ".join(_CODECS.values()).rsplit(", ", 1))
+        raise Rejected(UNSUPPORTED_MEDIA, f"the clip's video must be {names}, got another codec")
     chosen = next((stream for stream in known if stream.disposition & Disposition.default), known[0])
     for stream in container.streams:
         if stream.index != chosen.index:
@@ -153,7 +153,7 @@ class Clip:
                 raise DamagedError
             packets.append(packet)
             check_frames(len(packets), limits)
-        if _is_cut_off(stream, data, limits):
+        if any(entry.pos + entry.size > len(data) for entry in stream.index_entries):
             raise DamagedError
         times, end = _time_line(packets)
         seconds = float((end - times[0]) * (stream.time_base or 0))
@@ -181,14 +181,33 @@ def _time_line(packets: list[Packet[VideoStream]]) -> tuple[list[int], int]:
     return times, end
 
 
-def _is_cut_off(stream: VideoStream, data: bytes, limits: ReadLimits) -> bool:
-    """Return whether the end of the file is missing: the index of MP4 or the segment of Matroska goes on behind it."""
-    if _DEMUXERS[limits.format] == _MATROSKA:
-        return _segment_end(data) > len(data)
-    return any(entry.pos + entry.size > len(data) for entry in stream.index_entries)
-
-
+_BOXES_OF_CLIPS = (b"moov", b"moof", b"mdat")
 _SEGMENT = b"\x18\x53\x80\x67"
+
+
+def check_complete(data: bytes, limits: ReadLimits) -> None:
+    """Raise `DamagedError` if the end of a file is missing. FFmpeg would read the rest as a shorter clip.
+
+    A recording that is not finished, which has no length, is complete at any end of a block.
+    """
+    end = _segment_end(data) if _DEMUXERS[limits.format] == _MATROSKA else _boxes_end(data)
+    if end > len(data):
+        raise DamagedError
+
+
+def _boxes_end(data: bytes) -> int:
+    """Return where the boxes of an MP4 file end. Layout: ISO/IEC 14496-12, 4.2."""
+    start = 0
+    while start + 16 <= len(data):
+        size, kind, large_size = struct.unpack_from(">I4sQ", data, start)
+        if size == 1:
+            size = large_size
+        elif size == 0:  # to the end of the file
+            break
+        if start + size > len(data):
+            return start + size if kind in _BOXES_OF_CLIPS else 0  # others behind the clip are not its data
+        start += max(size, 8)
+    return 0
 
 
 def _segment_end(data: bytes) -> int:
@@ -238,14 +257,13 @@ def square_size(width: int, height: int, stream: VideoStream) -> tuple[int, int]
     return (round(width * ratio), height) if ratio > 1 else (width, round(height / ratio))
 
 
-def decoder_of(stream: VideoStream, limits: ReadLimits) -> VideoCodecContext:
+def decoder_of(stream: VideoStream) -> VideoCodecContext:
     """Return the decoder of a track, with one thread: the file's bytes bound its work."""
     decoder = stream.codec_context
     alpha_decoder = _ALPHA_DECODERS.get(_codec(stream))
     if alpha_decoder is not None and stream.metadata.get("alpha_mode") == "1":
         with_alpha = av.CodecContext.create(alpha_decoder, "r")
         decoder = with_alpha if isinstance(with_alpha, VideoCodecContext) else decoder
-    decoder.options = {"max_pixels": str(limits.max_pixels)}
     decoder.flags |= av.codec.context.Flags.bitexact
     decoder.thread_count = 1
     return decoder
@@ -259,7 +277,9 @@ class Sampler:
         self._clip = clip
         self._decoder = decoder
         self._wanted = clip.sampled_times(count)
-        self._keys = [index for index, packet in enumerate(clip.packets) if packet.is_keyframe]
+        keys = sorted((packet.pts or 0, index) for index, packet in enumerate(clip.packets) if packet.is_keyframe)
+        self._key_times = [time for time, _ in keys]
+        self._keys = list(accumulate((index for _, index in keys), max))  # the last one that appears at each of them
         self._frames: Iterator[VideoFrame] = iter(())
         self._next = 0  # packet that is decoded next
         self._held: VideoFrame | None = None  # decoded, and later than the last chosen frame
@@ -275,7 +295,7 @@ class Sampler:
 
     def _frame(self, time: int) -> VideoFrame:
         """Return the frame that is shown at `time`."""
-        starts = self._starts(time)
+        starts = [0, *self._keys[: bisect_right(self._key_times, time)]]
         if starts[-1] >= self._next:
             self._restart(starts[-1], skips=True)
         frame = self._advance(time)
@@ -295,11 +315,6 @@ class Sampler:
         if self._held is None:
             raise DamagedError
         return self._held  # the first frame that can be decoded
-
-    def _starts(self, time: int) -> list[int]:
-        """Return the packets at which decoding for `time` may start, the best last: the first one, and key frames."""
-        packets = self._clip.packets
-        return [0, *(index for index in self._keys if (packets[index].pts or 0) <= time)]
 
     def _restart(self, index: int, *, skips: bool) -> None:
         """Decode from packet `index` on. `skips`: without frames to which nothing refers and that are not chosen."""

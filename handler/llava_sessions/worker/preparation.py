@@ -21,8 +21,9 @@ from .prompts import PreparedChat, PreparedOpen, PreparedQuestion, PromptBuilder
 from .sources import MediaSources, all_sources
 
 _DECODING_THREADS = 4
-_CLIP_THREADS = 4
 _FETCHING_THREADS = 16
+# Most of them wait: few files are decoded at once (media/clips.py), and those that are known need no decoding.
+_CLIP_THREADS = 16
 _RESTORING_THREADS = 8
 # Apart from the others: most sessions that are looked up may be unknown.
 _ADOPTING_THREADS = 8
@@ -31,10 +32,10 @@ INLINE_PROMPT_CHARS = 1024
 
 
 class Preparer:
-    """Runs preparations in thread pools: pictures that arrived with a request, files of clips, remote media, and
-    stored sessions.
+    """Runs preparations in thread pools: media that arrived with a request, remote media, and stored sessions.
 
-    The pools are apart, so that a slow host or a long clip delays neither pictures nor a session's next turn.
+    Requests with the file of a clip have pools of their own. So a slow host or a long clip delays neither pictures nor
+    the next turn of another session.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Preparer:
         self._decoding = executor or ThreadPoolExecutor(_DECODING_THREADS, thread_name_prefix="decode")
         self._clip_files = executor or ThreadPoolExecutor(_CLIP_THREADS, thread_name_prefix="clip")
         self._fetching = executor or ThreadPoolExecutor(_FETCHING_THREADS, thread_name_prefix="fetch")
+        self._fetching_files = executor or ThreadPoolExecutor(_FETCHING_THREADS, thread_name_prefix="fetch-clip")
         self._restoring = executor or ThreadPoolExecutor(_RESTORING_THREADS, thread_name_prefix="restore")
         self._adopting = executor or ThreadPoolExecutor(_ADOPTING_THREADS, thread_name_prefix="adopt")
 
@@ -79,7 +81,8 @@ class Preparer:
 
         The future fails with `Refused` (session_not_found) or a `JournalError`.
         """
-        return self._restoring.submit(self._resume, session_id, token_digest, transcript)
+        executor = self._clip_files if _has_file(transcript) else self._restoring
+        return executor.submit(self._resume, session_id, token_digest, transcript)
 
     def claim(self, session_id: str, token_digest: str | None) -> Future[Transcript]:
         """Read a session's journal and become its owner. The future fails with a `JournalError`."""
@@ -108,12 +111,14 @@ class Preparer:
         executor = self._restoring
         if sources.are_any_remote or (sources and session.transcript is not None and session.in_engine):
             executor = self._executor_of(sources)
+        elif sources.have_file or (not session.in_engine and _has_file(session.transcript)):
+            executor = self._clip_files
         return executor.submit(self._question, ask, session, with_arrays)
 
     def _executor_of(self, sources: MediaSources) -> Executor:
         """Return the pool for a request with these pictures and clips."""
         if sources.are_any_remote:
-            return self._fetching
+            return self._fetching_files if sources.have_file else self._fetching
         return self._clip_files if sources.have_file else self._decoding
 
     def _resume(self, session_id: str, token_digest: str | None, transcript: Transcript | None) -> Rebuild:
@@ -127,3 +132,8 @@ class Preparer:
         if isinstance(ask, Chat):
             return self.prompts.rewriting_question(ask, session, transcript, with_arrays)
         return self.prompts.question(ask, session, transcript, with_arrays)
+
+
+def _has_file(transcript: Transcript | None) -> bool:
+    """Return whether a session shows the file of a clip. False if only the journal knows that."""
+    return transcript is not None and any(clip.frames for message in transcript.media for clip in message.clips)

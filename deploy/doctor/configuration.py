@@ -58,6 +58,7 @@ DEFAULTS = {  # of the handler; a test compares them
     "session_ttl_s": 1200.0,
     "default_deadline_ms": 55_000,
     "max_bytes": 10 * 2**20,
+    "max_clip_bytes": 20 * 2**20,
     "max_pixels": 40_000_000,
     "max_request_pixels": 200_000_000,
 }
@@ -151,10 +152,12 @@ def _limit_findings(llava: Mapping[str, Any]) -> Iterator[Finding]:
             f"`llava.limits.default_deadline_ms` is {deadline_ms:.0f}: SageMaker gives up after {SAGEMAKER_LIMIT_MS}"
         )
         yield warning("configuration", found, "set it to 55000 for an endpoint, and stream longer answers")
-    picture, fits = _value(media, "max_bytes"), MAX_BODY_BYTES * 3 // 4  # in base64
-    if picture > fits:
-        found = f"`llava.media.max_bytes` is {picture:.0f}, and a request holds a picture of at most {fits}"
-        yield warning("configuration", found, "lower it, or let clients send larger pictures by URL")
+    fits = MAX_BODY_BYTES * 3 // 4  # in base64
+    for key, kind in (("max_bytes", "picture"), ("max_clip_bytes", "clip")):
+        size = _value(media, key)
+        if size > fits:
+            found = f"`llava.media.{key}` is {size:.0f}, and a request holds a {kind} of at most {fits}"
+            yield warning("configuration", found, f"lower it, or let clients send larger {kind}s by URL")
     one, every = _value(media, "max_pixels"), _value(media, "max_request_pixels")
     if one > every:
         found = f"`llava.media.max_pixels` ({one:.0f}) is above `llava.media.max_request_pixels` ({every:.0f})"

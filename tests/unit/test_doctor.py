@@ -491,6 +491,7 @@ def test_every_contradiction_of_a_configuration_is_named(tmp_path: Path) -> None
         "journal_s3_prefix": "s3://bucket",
         "default_deadline_ms": "90000",
         "max_bytes": "31457280",
+        "max_clip_bytes": "41943040",
         "max_request_pixels": "1000",
         "local_roots": "[/no/such/folder]",
         "prefill_chunk_tokens": "0",
@@ -512,6 +513,7 @@ def test_every_contradiction_of_a_configuration_is_named(tmp_path: Path) -> None
         "`llava.journal_dir` and `llava.journal_s3_prefix` are both set",
         "`llava.limits.default_deadline_ms` is 90000: SageMaker gives up after 60000",
         "`llava.media.max_bytes` is 31457280, and a request holds a picture of at most 25165824",
+        "`llava.media.max_clip_bytes` is 41943040, and a request holds a clip of at most 25165824",
         "`llava.media.max_pixels` (40000000) is above `llava.media.max_request_pixels` (1000)",
         "`llava.media.local_roots` has /no/such/folder, which is not a folder",
     ):

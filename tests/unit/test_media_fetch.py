@@ -21,6 +21,7 @@ from PIL import Image
 
 from llava_sessions.config import MediaLimits
 from llava_sessions.media.fetch import Fetcher, resolve_host
+from llava_sessions.media.limits import clip_file_limits
 from tests.support.pictures import LIMITS, PATIENCE_S, PNG, encode, load_path, rejected
 from tests.support.private_hosts import PRIVATE_HOSTS
 from tests.support.tls_server import (
@@ -389,6 +390,20 @@ def test_a_body_that_is_too_long_is_aborted_while_it_streams(server: TlsServer, 
     limits = MediaLimits(max_bytes=200_000)
     rejected("too_large", "200000 bytes", lambda: fetcher(f"https://{NAME}/a.png", limits))
     assert stopped.wait(PATIENCE_S), "the connection is still open"
+
+
+def test_a_clip_is_fetched_by_the_rules_of_pictures(server: TlsServer, fetcher: Fetcher) -> None:
+    limits = clip_file_limits(MediaLimits(max_bytes=10, max_clip_bytes=1000))
+    server.answers["/a.mp4"] = ok(bytes(1000))
+    assert fetcher(f"https://{NAME}/a.mp4", limits) == bytes(1000)
+    assert "\r\nAccept: video/mp4, " in server.requests[-1]
+    server.answers["/b.mp4"] = ok(bytes(1001))
+    rejected("too_large", "the clip must be at most 1000 bytes", lambda: fetcher(f"https://{NAME}/b.mp4", limits))
+    server.answers["/moved"] = redirect("https://169.254.169.254/a.mp4")
+    rejected("invalid_request", "public addresses only", lambda: fetcher(f"https://{NAME}/moved", limits))
+    rejected("invalid_request", "must be one that this server allows", lambda: fetcher("s3://other/a.mp4", limits))
+    other = clip_file_limits(MediaLimits(allowed_hosts=("other.example",)))
+    rejected("invalid_request", "this server allows", lambda: fetcher(f"https://{NAME}/a.mp4", other))
 
 
 def test_a_declared_length_is_used_only_to_reject_early(server: TlsServer, fetcher: Fetcher) -> None:

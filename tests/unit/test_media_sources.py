@@ -14,7 +14,8 @@ import pytest
 
 from llava_sessions.config import MediaLimits
 from llava_sessions.media import sources
-from llava_sessions.media.sources import is_remote, read_base64
+from llava_sessions.media.limits import clip_file_limits
+from llava_sessions.media.sources import is_remote, read_base64, read_path
 from tests.support.pictures import LIMITS, PNG, load_base64, load_path, rejected
 
 # ---- base64 and data URLs
@@ -85,6 +86,28 @@ def test_the_size_is_checked_before_base64_is_decoded() -> None:
         rejected("too_large", words, lambda text=text: load_path(f"data:;base64,{text}", limits))
     # Invalid and too long: the length is checked first.
     rejected("too_large", "bytes", lambda: read_base64("!" * 5000, limits))
+
+
+def test_a_clip_has_its_own_limit_and_word() -> None:
+    limits = clip_file_limits(MediaLimits(max_bytes=1, max_clip_bytes=300))
+    assert len(read_base64(base64.b64encode(bytes(300)).decode(), limits)) == 300
+    text = base64.b64encode(bytes(301)).decode()
+    rejected("too_large", "the clip must be at most 300 bytes, got 301 bytes", lambda: read_base64(text, limits))
+    rejected("too_large", "the clip must be at most 8792 characters", lambda: read_base64("A" * 8793, limits))
+    rejected("invalid_request", "the clip must not be empty", lambda: read_path("data:video/mp4;base64,", limits))
+    rejected("invalid_request", "the clip must be valid base64", lambda: read_base64("data:video/mp4;base64,!", limits))
+    rejected("invalid_request", "the clip must be base64", lambda: read_base64(1, limits))  # type: ignore[arg-type]
+
+
+def test_a_clip_obeys_the_rules_of_local_paths(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "a.mp4").write_bytes(b"x" * 9)
+    limits = MediaLimits(max_bytes=1, max_clip_bytes=9, local_roots=(str(tmp_path / "root"),))
+    assert read_path(f"{tmp_path}/root/a.mp4", clip_file_limits(limits)) == b"x" * 9
+    outside = "inside an allowed directory"
+    rejected("invalid_request", outside, lambda: read_path(f"{tmp_path}/a.mp4", clip_file_limits(limits)))
+    small = clip_file_limits(limits.model_copy(update={"max_clip_bytes": 8}))
+    rejected("too_large", "the clip must be at most 8 bytes", lambda: read_path(f"{tmp_path}/root/a.mp4", small))
 
 
 class _Unread(str):
@@ -287,10 +310,10 @@ def test_local_paths_that_are_no_readable_file_are_rejected(shelf: Path) -> None
 def test_the_package_imports_only_config_and_its_own_modules() -> None:
     folder = str(Path(sources.__file__).parents[2])
     code = (
-        f"import sys; sys.path.insert(0, {folder!r})\nimport llava_sessions.media.sources\n"
+        f"import sys; sys.path.insert(0, {folder!r})\nimport llava_sessions.media.sources, llava_sessions.media.clips\n"
         "ours = {name for name in sys.modules if name.startswith('llava_sessions.')}\n"
         "others = {name for name in ours if name.split('.')[1] not in ('media', 'config', 'errors')}\n"
-        "others |= {'torch', 'transformers', 'ts', 'boto3'} & set(sys.modules)\n"
+        "others |= {'torch', 'transformers', 'ts', 'boto3', 'av'} & set(sys.modules)\n"
         "assert not others, others\n"
     )
     subprocess.run([sys.executable, "-I", "-c", code], check=True, timeout=60)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
@@ -49,11 +49,15 @@ class FeatureStore:
 
 @dataclass
 class SessionPicture:
-    """A picture of a session: `prepared` until it is encoded, `features` from then on."""
+    """A picture of a session: `prepared` until it is encoded, `features` from then on.
+
+    `pieces`: the rest of a clip's encoding between two steps of the engine, see `vision.clip_pieces`.
+    """
 
     key: str
     prepared: PreparedPicture | None
     features: Features | None = None
+    pieces: Iterator[torch.Tensor | None] | None = None
 
     @property
     def image_tokens(self) -> int:
@@ -66,6 +70,7 @@ class SessionPicture:
             self.features = store.get(self.key)
         if self.features is not None:
             self.prepared = None
+            self.pieces = None
 
 
 @dataclass(eq=False)

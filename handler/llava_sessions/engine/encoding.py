@@ -6,7 +6,10 @@ import logging
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from ..ipc.messages import PreparedPicture
+from . import vision
 from .content import Features, FeatureStore, SessionPicture, check_feature_count
 from .device import Stopwatch
 from .failures import Failures
@@ -53,7 +56,7 @@ class PictureEncoder:
         self.most_tiles = GPU_TILES if model.device.type == "cuda" else 1
 
     def encode_next(self) -> bool:
-        """Encode one batch of pictures; return whether there was one.
+        """Encode one batch of pictures, or some frames of a clip; return whether there was one.
 
         An error of a batch is not assigned to a picture: the first picture is then encoded alone. Its failure ends the
         turn that shows it, or the opening.
@@ -76,14 +79,33 @@ class PictureEncoder:
         return bool(batch)
 
     def _encode(self, batch: list[_Waiting]) -> None:
-        """Give the pictures of a batch their features. Raises the errors of the model; nothing is then changed."""
-        prepared = [waiting.picture.prepared for waiting in batch]
+        """Give the pictures of a batch their features. Raises the errors of the model; nothing is then changed.
+
+        A clip gets its features with its last piece.
+        """
         watch = Stopwatch(self._model.device)
-        encoded = self._model.encode_batch([_checked(arrays) for arrays in prepared])
+        encoded = self._run(batch)
         watch.stop()
-        for waiting, rows in zip(batch, encoded, strict=True):
+        if not encoded:
+            batch[0].session.encodings.append(watch)
+        for waiting, rows in zip(batch if encoded else (), encoded, strict=True):
             self._accept(waiting, Features(rows), watch)
         self._device_memory.bound_pool()
+
+    def _run(self, batch: list[_Waiting]) -> list[torch.Tensor]:
+        """Return the features of a batch. Of a clip encode the next piece; return an empty list before the last one."""
+        first = batch[0].picture
+        prepared = [_checked(waiting.picture.prepared) for waiting in batch]
+        if not vision.is_clip(prepared[0]):
+            return self._model.encode_batch(prepared)
+        if first.pieces is None:
+            first.pieces = vision.clip_pieces(self._model.vision, prepared[0], self._model.dtype, self._model.device)
+        try:
+            rows = next(first.pieces)
+        except Exception:
+            first.pieces = None
+            raise
+        return [] if rows is None else [rows]
 
     def _accept(self, waiting: _Waiting, features: Features, watch: Stopwatch) -> None:
         """Store the features of a picture. Their wrong number is an error of this picture alone."""
@@ -96,6 +118,7 @@ class PictureEncoder:
             self._fail(waiting, error)
             return
         picture.prepared = None
+        picture.pieces = None
         self._features.add(picture.key, features)
         session.encodings.append(watch)
 

@@ -1,16 +1,21 @@
-"""Features of a clip in pieces of few frames: the temporary memory of an encode does not grow with the clip."""
+"""Features of a clip in pieces of few frames.
+
+The temporary memory of an encode does not grow with the clip, and the caller can do other work between two pieces.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 
 def encode_in_pieces(
     encode: Callable[[torch.Tensor], torch.Tensor], frames: torch.Tensor, most_frames: int
-) -> torch.Tensor:
-    """Return the features `[tokens, hidden]` of a clip, from calls of `encode` with at most `most_frames` frames.
+) -> Iterator[torch.Tensor | None]:
+    """Encode the frames of a clip by calls of `encode` with at most `most_frames` frames.
+
+    Yield None after each piece but the last one, and then the features `[tokens, hidden]` of the clip.
 
     `frames`: `[frames, 3, height, width]`, at least one. `most_frames`: at least 2. `encode` maps consecutive frames to
     features `[tokens, hidden]`. The tokens of a frame must not depend on other frames, and each frame must have as many
@@ -19,19 +24,26 @@ def encode_in_pieces(
 
     Raises ValueError if no such number fits, and the errors of `encode`.
     """
-    if len(frames) <= most_frames:
-        return encode(frames)
     sizes = _piece_sizes(len(frames), most_frames)
-    pieces = [encode(part) for part in frames.split(sizes)]
+    pieces = []
+    for part in frames.split(sizes):
+        if pieces:
+            yield None
+        pieces.append(encode(part))
+    if len(pieces) == 1:
+        yield pieces[0]
+        return
     closing = _closing_tokens(sizes[0], len(pieces[0]), sizes[-1], len(pieces[-1]))
-    return torch.cat([*(piece[: len(piece) - closing] for piece in pieces[:-1]), pieces[-1]])
+    yield torch.cat([*(piece[: len(piece) - closing] for piece in pieces[:-1]), pieces[-1]])
 
 
 def _piece_sizes(frames: int, most_frames: int) -> list[int]:
-    """Return the frames of each piece. The last piece has fewer than the first one."""
+    """Return the frames of each piece. If there are several, the last one has fewer than the first one."""
     full, rest = divmod(frames, most_frames)
     if rest:
         return [most_frames] * full + [rest]
+    if full == 1:
+        return [most_frames]
     return [most_frames] * (full - 1) + [most_frames - 1, 1]
 
 

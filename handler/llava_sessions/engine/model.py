@@ -57,6 +57,7 @@ class Model:
         text = model.config.get_text_config()
         self._model = model.eval()
         self.text: Any = model.model.language_model
+        self.vision: Any = model.model  # what the functions of `vision` take
         self.text.set_attn_implementation(TEXT_ATTENTION)
         model.model.vision_tower.set_attn_implementation(VISION_ATTENTION)
         self.device: torch.device = model.device
@@ -168,7 +169,7 @@ class Model:
 
         Returns the features of each, `[image tokens, hidden]` in memory of its own. On CUDA the work is only launched.
         """
-        return vision.encode(self._model.model, pictures, self.dtype, self.device)
+        return vision.encode(self.vision, pictures, self.dtype, self.device)
 
     @torch.inference_mode()
     def forward(self, segments: list[Segment]) -> Predictions:

@@ -38,7 +38,7 @@ def frame_settings(folder: Path) -> dict[str, Any]:
     nested = read_json(folder / "processor_config.json")
     files = (read_json(folder / f"{name}.json") for name in ("video_preprocessor_config", "preprocessor_config"))
     candidates: Iterable[Any] = (nested.get("video_processor"), *files, nested.get("image_processor"))
-    found = next((one for one in candidates if one), {})
+    found: dict[str, Any] = next((one for one in candidates if one), {})
     return {name: found[name] for name in _SETTINGS if found.get(name) is not None}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from transformers import BatchFeature, GotOcr2ImageProcessorPil, InternVLProcessor
@@ -27,22 +27,22 @@ class PillowInternVLProcessor(PillowClips, InternVLProcessor):
         chat_template: str | None = None,
         **_: Any,
     ) -> None:
-        super().__init__(  # type: ignore[no-untyped-call]  # transformers does not annotate it
-            image_processor, tokenizer, image_seq_length=image_seq_length, chat_template=chat_template
-        )
+        super().__init__(image_processor, tokenizer, image_seq_length=image_seq_length, chat_template=chat_template)
         self.frame_processor = image_processor
 
     @classmethod
-    def from_pretrained(cls, checkpoint: Any, *args: Any, **kwargs: Any) -> PillowInternVLProcessor:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
         """Return the processor of a folder, with the settings of its video processor."""
-        processor: PillowInternVLProcessor = super().from_pretrained(checkpoint, *args, **kwargs)
-        processor.frame_processor = GotOcr2ImageProcessorPil(**frame_settings(Path(checkpoint)))
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        processor.frame_processor = GotOcr2ImageProcessorPil(**frame_settings(Path(pretrained_model_name_or_path)))
         return processor
 
     def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> BatchFeature:
         """Prepare pictures and clips, see the class. With a text, as transformers' class."""
+        arrays: BatchFeature
         if text is not None:
-            return super().__call__(images=images, text=text, videos=videos, **kwargs)
+            arrays = super().__call__(images=images, text=text, videos=videos, **kwargs)
+            return arrays
         arrays = super(InternVLProcessor, self).__call__(images=images, videos=videos, **kwargs)
         if "pixel_values" in arrays:
             if len(arrays["num_patches"]) != 1:
@@ -50,8 +50,10 @@ class PillowInternVLProcessor(PillowClips, InternVLProcessor):
             arrays["pixel_values"] = arrays["pixel_values"][None]
         return arrays
 
-    def validate_inputs(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> None:
-        """As transformers' class, which requires a text."""
+    def validate_inputs(
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> None:
+        """As transformers' class, which requires a text. There is no audio."""
         if text is not None:
             super().validate_inputs(images=images, text=text, videos=videos, **kwargs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from transformers import CLIPImageProcessorPil, LlavaNextProcessor
@@ -47,10 +47,10 @@ class PillowNextVideoProcessor(PillowClips, LlavaNextProcessor):
         self.frame_processor = CLIPImageProcessorPil(size=image_processor.size, crop_size=image_processor.crop_size)
 
     @classmethod
-    def from_pretrained(cls, checkpoint: Any, *args: Any, **kwargs: Any) -> PillowNextVideoProcessor:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
         """Return the processor of a folder, with the settings of its video processor."""
-        processor: PillowNextVideoProcessor = super().from_pretrained(checkpoint, *args, **kwargs)
-        processor.frame_processor = CLIPImageProcessorPil(**frame_settings(Path(checkpoint)))
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        processor.frame_processor = CLIPImageProcessorPil(**frame_settings(Path(pretrained_model_name_or_path)))
         return processor
 
     def frame(self, frame: Any, input_data_format: str | None) -> np.ndarray:

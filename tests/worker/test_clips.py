@@ -526,7 +526,8 @@ def test_a_long_clip_delays_no_picture_and_no_host_delays_a_clip(
         assert released.wait(PATIENCE_S)
         return FILE
 
-    prepare = Preparer(ChatTemplate(processor), MediaLimits(), Journal(), lambda: NOW, fetch=fetch)
+    limits = MediaLimits(max_pixels=4 * 48 * 48)  # as many as the four clips that are decoded at once
+    prepare = Preparer(ChatTemplate(processor), limits, Journal(), lambda: NOW, fetch=fetch)
     remote = [prepare.open(parsed(video="https://slow.example/a.mp4"), "session-1", None) for _ in range(17)]
     opened = prepare.open(parsed(video=in_base64(FILE)), "session-1", None).result(PATIENCE_S)
     monkeypatch.setattr(loading, "clip_frames", slow)

@@ -46,8 +46,8 @@ class LoadedMedia:
 class PictureLoader:
     """Loads pictures and clips.
 
-    All threads together decode at most the pixels of one picture of the largest size. Of a clip, one decoded frame is
-    in memory at a time.
+    All threads together decode at most the pixels of one picture of the largest size, and hold as many of frames of
+    clips' files. Of a clip, one decoded frame is in memory at a time.
     """
 
     def __init__(self, pictures: PicturePreparer, limits: MediaLimits, blobs: BlobPool, fetch: Fetch) -> None:
@@ -55,6 +55,8 @@ class PictureLoader:
         self._pictures = pictures
         self._limits = limits
         self._pixels = PixelBudget(limits.max_pixels)
+        # A clip holds pixels for as long as it is decoded, up to `clip_timeout_s`: pictures must not wait for that.
+        self._clip_pixels = PixelBudget(limits.max_pixels)
         # A clip that waits for a child process must not hold pixels meanwhile.
         self._clip_files = threading.BoundedSemaphore(MAX_CHILDREN)
         self._known = KnownMedia()
@@ -164,7 +166,7 @@ class PictureLoader:
         digest = hashlib.sha256()
         header = self._reader.header_of_file(clip)
         decoded = clip_frames(clip.blobs[0].data, self._limits, clip.frames)
-        with self._clip_files, self._pixels.reserve(header.pixels), contextlib.closing(decoded):
+        with self._clip_files, self._clip_pixels.reserve(header.pixels), contextlib.closing(decoded):
             for pixels in decoded:
                 digest.update(f"{pixels.shape} ".encode())
                 digest.update(np.ascontiguousarray(pixels).data)

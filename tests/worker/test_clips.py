@@ -25,13 +25,14 @@ from llava_sessions.config import MediaLimits, RequestLimits
 from llava_sessions.errors import Refused
 from llava_sessions.journal.journal import Journal
 from llava_sessions.journal.stores import DirectoryStore
-from llava_sessions.media.clips import clip_frames
+from llava_sessions.media.clips import ClipHeader, clip_frames, read_clip_header
 from llava_sessions.media.limits import MediaError
 from llava_sessions.protocol.parsing import parse
 from llava_sessions.text.chat_template import ChatTemplate, Message
 from llava_sessions.text.pictures import Prepared, joined
 from llava_sessions.text.processors import load_processor
 from llava_sessions.worker import pictures as loading
+from llava_sessions.worker import reading
 from llava_sessions.worker.preparation import Preparer
 from tests.support.family import Family, flat, make_family
 from tests.support.manual import ManualExecutor
@@ -472,8 +473,15 @@ def test_all_headers_are_checked_before_a_clip_is_decoded(processor: Any, decodi
 
 
 def test_a_clip_is_decoded_once_in_a_request_and_never_again_while_it_is_known(
-    processor: Any, decodings: list[int]
+    processor: Any, decodings: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    headers = []
+
+    def counted(data: bytes, limits: MediaLimits) -> ClipHeader:
+        headers.append(data)
+        return read_clip_header(data, limits)
+
+    monkeypatch.setattr(reading, "read_clip_header", counted)
     prepare, executor = preparer(ChatTemplate(processor))
     messages = [shows("what?", file_part(FILE)), {"role": "assistant", "content": "a"}, shows("and?", file_part(FILE))]
     chat = parse({"model": "m", "messages": messages}, CHAT, RequestLimits())
@@ -486,7 +494,9 @@ def test_a_clip_is_decoded_once_in_a_request_and_never_again_while_it_is_known(
     executor.run_all()
     assert [bool(picture.inputs) for picture in second.result().pictures] == [False, False]
     assert second.result().prompt.spans == first.result().prompt.spans
-    assert decodings == [FRAMES, FRAMES]  # of another scope: the time must not show that the clip was known
+    # Of another scope: the time must not show that the clip was known.
+    assert decodings == [FRAMES, FRAMES]
+    assert headers == [FILE, FILE]
     assert {one.key for one in third.result().pictures}.isdisjoint(one.key for one in first.result().pictures)
 
 

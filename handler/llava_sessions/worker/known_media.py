@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..chat.blobs import Blob
 from ..ipc.messages import PreparedPicture
 from ..media.clips import ClipHeader
 from ..text.pictures import Prepared
@@ -26,6 +26,15 @@ class KnownMedium:
     digest: str = ""
 
 
+def picture_key(sha256: str, scope: str | None) -> str:
+    """Return the key by which sessions share a picture's features and prefix: only sessions of the same scope do.
+
+    The scope is the digest of the session's token. Otherwise the time of an open would show a caller whether another
+    caller has shown the same picture.
+    """
+    return sha256 if scope is None else hashlib.sha256(f"{scope} {sha256}".encode()).hexdigest()
+
+
 class KnownMedia:
     """The keys and tokens of pictures and clips.
 
@@ -37,18 +46,21 @@ class KnownMedia:
         self._known: OrderedDict[tuple[str, bool], KnownMedium] = OrderedDict()  # by key, and whether it is alone
         self._chars = 0
         self._by_text: OrderedDict[bytes, str] = OrderedDict()  # sha256 of a data URL: sha256 of its picture
-        self._headers: OrderedDict[str, ClipHeader] = OrderedDict()  # by the sha256 of the file
+        self._headers: OrderedDict[str, ClipHeader] = OrderedDict()  # by the key of the file
         self._lock = threading.Lock()
 
-    def header_of(self, blob: Blob, read: Callable[[bytes], ClipHeader]) -> ClipHeader:
-        """Return the header of a clip's file. A header takes `read` a child process, so it is read once."""
+    def header_of(self, key: str, read: Callable[[], ClipHeader]) -> ClipHeader:
+        """Return the header of a clip's file. A header takes `read` a child process, so it is read once.
+
+        `key`: of the file within its scope, as `picture_key`.
+        """
         with self._lock:
-            found = self._headers.get(blob.sha256)
+            found = self._headers.get(key)
         if found is not None:
             return found
-        header = read(blob.data)
+        header = read()
         with self._lock:
-            self._headers[blob.sha256] = header
+            self._headers[key] = header
             while len(self._headers) > _KNOWN_HEADERS:
                 self._headers.popitem(last=False)
         return header

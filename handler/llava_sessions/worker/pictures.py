@@ -22,7 +22,7 @@ from ..media.clips import MAX_CHILDREN, clip_frames
 from ..media.decoder import load_bytes
 from ..media.limits import TOO_LARGE, MediaError, check_request_pixels
 from ..text.pictures import PicturePreparer, Prepared, joined
-from .known_media import KnownMedia, KnownMedium
+from .known_media import KnownMedia, KnownMedium, picture_key
 from .reading import Fetch, MediaReader
 from .sources import MediaSources
 
@@ -62,11 +62,14 @@ class PictureLoader:
         self._known = KnownMedia()
         self._reader = MediaReader(limits, blobs, fetch, self._known)
 
-    def load(self, sources: MediaSources) -> MessageMedia:
-        """Return the encoded media of one message. Raise `MediaError` unless all headers are within the limits."""
+    def load(self, sources: MediaSources, scope: str | None) -> MessageMedia:
+        """Return the encoded media of one message. `scope`: as in `picture_key`.
+
+        Raise `MediaError` unless all headers are within the limits.
+        """
         media = self._reader.read(sources)
         pixels = [self._reader.pixels_of_picture(blob) for blob in media.pictures]
-        pixels += [self._reader.pixels_of_clip(clip) for clip in media.clips]
+        pixels += [self._reader.pixels_of_clip(clip, scope) for clip in media.clips]
         check_request_pixels(sum(pixels), self._limits)
         return media
 
@@ -85,7 +88,7 @@ class PictureLoader:
             for clip in media.clips:
                 key = clip_key(clip, scope)
                 if key not in new and self._known.get(key) is None:
-                    new[key] = self._reader.pixels_of_clip(clip)
+                    new[key] = self._reader.pixels_of_clip(clip, scope)
         check_request_pixels(sum(new.values()), self._limits)
         return found
 
@@ -137,7 +140,7 @@ class PictureLoader:
         key = clip_key(clip, scope)
         found = clips.get(key) or (None if with_arrays else self._known.get(key))
         if found is None:
-            frames, digest = self._frames(clip)
+            frames, digest = self._frames(clip, scope)
             found = KnownMedium(self._pictures.clip(key, frames), digest)
             self._known.add(key, found.prepared, digest=digest)
         clips[key] = found
@@ -145,7 +148,7 @@ class PictureLoader:
             raise ClipChanged
         return found
 
-    def _frames(self, clip: StoredClip) -> tuple[list[np.ndarray], str]:
+    def _frames(self, clip: StoredClip, scope: str | None) -> tuple[list[np.ndarray], str]:
         """Return the prepared frames of a clip, and the digest of those of a file.
 
         Raise `ClipChanged` if the file was decoded before and cannot be decoded any more.
@@ -153,18 +156,18 @@ class PictureLoader:
         if not clip.frames:
             return [self._with_decoded(blob, self._pictures.frame) for blob in clip.blobs], ""
         try:
-            return self._file_frames(clip)
+            return self._file_frames(clip, scope)
         except MediaError as error:
             # A limit may be lower than before, or the machine too slow at the moment: that ends no session.
             if clip.digest and error.code != TOO_LARGE:
                 raise ClipChanged from error
             raise
 
-    def _file_frames(self, clip: StoredClip) -> tuple[list[np.ndarray], str]:
+    def _file_frames(self, clip: StoredClip, scope: str | None) -> tuple[list[np.ndarray], str]:
         """Return the prepared frames of a file, and their digest."""
         frames = []
         digest = hashlib.sha256()
-        header = self._reader.header_of_file(clip)
+        header = self._reader.header_of_file(clip, scope)
         decoded = clip_frames(clip.blobs[0].data, self._limits, clip.frames)
         with self._clip_files, self._clip_pixels.reserve(header.pixels), contextlib.closing(decoded):
             for pixels in decoded:
@@ -178,15 +181,6 @@ class PictureLoader:
         """Return what `prepare` makes of a picture's pixels. Nothing else refers to the pixels."""
         with self._pixels.reserve(self._reader.pixels_of_picture(blob)):
             return prepare(load_bytes(blob.data, self._limits).array())
-
-
-def picture_key(sha256: str, scope: str | None) -> str:
-    """Return the key by which sessions share a picture's features and prefix: only sessions of the same scope do.
-
-    The scope is the digest of the session's token. Otherwise the time of an open would show a caller whether another
-    caller has shown the same picture.
-    """
-    return sha256 if scope is None else hashlib.sha256(f"{scope} {sha256}".encode()).hexdigest()
 
 
 def clip_key(clip: StoredClip, scope: str | None) -> str:

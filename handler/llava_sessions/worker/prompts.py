@@ -119,7 +119,7 @@ class PromptBuilder:
             return PreparedOpen(Opening([], (), 0))
         kind = "video" if sources.clips else "image"
         self.template.check_opening(kind, len(sources.pictures) or 1)
-        opening, media = self._opening(kind, self._loader.load(sources), scope)
+        opening, media = self._opening(kind, self._loader.load(sources, scope), scope)
         return PreparedOpen(opening, _record_of_opening(media))
 
     def _open_with_history(self, request: Open, scope: str | None) -> PreparedOpen:
@@ -197,10 +197,11 @@ class PromptBuilder:
                 self.template.check_question(transcript.opened_on, len(sources.pictures), len(sources.clips))
             except PicturesPrecedeOpening:
                 return self._question_before_opening(ask, session, transcript, with_arrays)
-        media = self._loader.load(sources)
+        scope = self.scope(ask.session_id, session.token_digest)
+        media = self._loader.load(sources, scope)
         clips: RequestClips = {}
         rebuild = None if session.in_engine else self.rebuild(transcript, clips)
-        loaded = self._loader.prepare(media, self.scope(ask.session_id, session.token_digest), clips=clips)
+        loaded = self._loader.prepare(media, scope, clips=clips)
         pictures = loaded.prepared.pictures
         prompt_ids = self.template.prompt(transcript.opened_on, ask.prompt_text, loaded.prepared)
         record = flattened([loaded.media])
@@ -230,11 +231,11 @@ class PromptBuilder:
         sources = sources_of(ask)
         message = Message("user", ask.prompt_text, len(sources.pictures), 1 + len(sources.clips))
         self.template.check_conversation([message])
-        media = self._loader.load(sources)
+        scope = self.scope(session.id, session.token_digest)
+        media = self._loader.load(sources, scope)
         clips: RequestClips = {}
         rebuild = None if session.in_engine else self.rebuild(transcript, clips)
         shown = replace(media, clips=(*transcript.media[0].clips, *media.clips))
-        scope = self.scope(session.id, session.token_digest)
         try:
             loaded = self._loader.prepare(shown, scope, with_arrays or rebuild is not None, clips)
         except ClipChanged:

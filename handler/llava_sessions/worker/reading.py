@@ -13,7 +13,7 @@ from ..media.decoder import read_header
 from ..media.limits import clip_file_limits
 from ..media.sources import read_base64, read_path
 from ..protocol.requests import ClipSource, PictureSource
-from .known_media import KnownMedia
+from .known_media import KnownMedia, picture_key
 from .sources import MediaSources
 
 Fetch = Callable[[str, MediaLimits], bytes]
@@ -50,16 +50,17 @@ class MediaReader:
         """Return the pixels that a picture's header declares. Raise `MediaError`."""
         return read_header(blob.data, self._limits).pixels
 
-    def pixels_of_clip(self, clip: StoredClip) -> int:
-        """Return the pixels of the frames of a clip that are shown. Raise `MediaError`."""
+    def pixels_of_clip(self, clip: StoredClip, scope: str | None) -> int:
+        """Return the pixels of the frames of a clip that are shown. `scope`: as in `picture_key`. Raise `MediaError`."""
         if not clip.frames:
             return sum(self.pixels_of_picture(blob) for blob in clip.blobs)
-        header = self.header_of_file(clip)
+        header = self.header_of_file(clip, scope)
         return header.pixels * min(clip.frames, header.frames)
 
-    def header_of_file(self, clip: StoredClip) -> ClipHeader:
-        """Return the header of a clip that is a file. Raise `MediaError`."""
-        return self._known.header_of(clip.blobs[0], lambda data: read_clip_header(data, self._limits))
+    def header_of_file(self, clip: StoredClip, scope: str | None) -> ClipHeader:
+        """Return the header of a clip that is a file. `scope`: as in `picture_key`. Raise `MediaError`."""
+        (blob,) = clip.blobs
+        return self._known.header_of(picture_key(blob.sha256, scope), lambda: read_clip_header(blob.data, self._limits))
 
     def _read_clip(self, clip: ClipSource, is_repeated: bool) -> StoredClip:
         read = read_picture if clip.file is None else read_clip

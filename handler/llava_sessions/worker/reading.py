@@ -51,7 +51,7 @@ class MediaReader:
         return read_header(blob.data, self._limits).pixels
 
     def pixels_of_clip(self, clip: StoredClip, scope: str | None) -> int:
-        """Return the pixels of the frames of a clip that are shown. `scope`: as in `picture_key`. Raise `MediaError`."""
+        """Return the pixels of the shown frames of a clip. `scope`: as in `picture_key`. Raise `MediaError`."""
         if not clip.frames:
             return sum(self.pixels_of_picture(blob) for blob in clip.blobs)
         header = self.header_of_file(clip, scope)

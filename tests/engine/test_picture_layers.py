@@ -92,6 +92,14 @@ def test_fused_layers_in_bfloat16_are_as_exact_as_plain_ones(kind: str) -> None:
 
 
 @needs_packing
+def test_a_layer_of_the_size_of_published_ones_is_fused() -> None:
+    """The weights are stored as float16, whose product sums in another order than that of the plain layer."""
+    sizes: dict[str, int] = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 1}
+    tower = CLIPVisionModel(CLIPVisionConfig(**SIZES | sizes)).bfloat16().float()
+    assert fuse_layers(tower) == 1
+
+
+@needs_packing
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_familys_tower_is_fused_and_gives_transformers_features(name: str, tmp_path: Any) -> None:
     family = make_family(name, tmp_path)

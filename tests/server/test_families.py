@@ -19,8 +19,9 @@ from deploy.serve.torchserve import TorchServe
 from llava_sessions.chat.transcript import Conversation
 from llava_sessions.config import MediaLimits
 from llava_sessions.media.clips import clip_frames
-from llava_sessions.text.chat_template import Message
+from llava_sessions.text.chat_template import Message, OpenedOn
 from llava_sessions.text.pictures import Prepared, joined
+from llava_sessions_client import Answer, Endpoint, InvalidRequest, load_clip
 from tests.support.chats import PatientChat, client
 from tests.support.clips import clip
 from tests.support.encoding import to_png
@@ -155,6 +156,33 @@ def test_an_edited_conversation_with_clips_in_openais_words(served: Served, http
     check(first, ("assistant", answer, ()), ("user", "and the other one?", (other,)))
     check(first, ("assistant", answer, ()), ("user", "which star?", ()))  # the question is another one
     check(("user", "what was it?", (picture, other)), ("assistant", answer, ()), ("user", "which star?", ()))
+
+
+def test_the_python_client_opens_asks_and_edits_with_clips(served: Served) -> None:
+    tokens = served.family.tokens
+    opened, shown = served.clip(FILE, 4), served.clip(OTHER, 4)
+
+    def check(answer: Answer, prompt: list[int], *media: Prepared) -> None:
+        assert answer.usage.prompt_tokens == len(prompt)
+        found = tokens.answer_text()
+        said = [found.push(token) for token in served.generate(prompt, list(media)) if token not in ends]
+        assert answer.text == ("".join(said) + found.finish()).strip()
+
+    ends = served.family.model.eos_token_ids
+    opening = tokens.opening_on(opened, "video")
+    with Endpoint(served.server.url, timeout_s=60).open(video=FILE, video_frames=4) as chat:
+        answer = chat.ask("what is it?", video=OTHER, video_frames=4, max_new_tokens=TOKENS)
+        check(answer, opening.token_ids + tokens.prompt(OpenedOn("video", 1), "what is it?", shown), opened, shown)
+        edited = chat.edit(0, "what was it?", max_new_tokens=TOKENS)
+        whole = [Message("user", "what was it?", clips=2)]
+        check(edited, tokens.conversation(whole, [joined([opened, shown])]), joined([opened, shown]))
+        history = chat.turns
+    with Endpoint(served.server.url, timeout_s=60).open(video=load_clip(FILE, frames=4), history=history) as chat:
+        again = chat.ask("and now?", max_new_tokens=TOKENS)
+        assert again.usage.prompt_tokens > edited.usage.prompt_tokens + edited.usage.completion_tokens
+        with pytest.raises(InvalidRequest, match="clip"):
+            chat.ask("and this?", video=to_png(noise(7)[1]))
+        assert chat.ask("and then?", max_new_tokens=1).usage.completion_tokens == 1
 
 
 def content(text: str, media: tuple[tuple[bytes, str], ...]) -> list[dict]:

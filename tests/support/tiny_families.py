@@ -308,7 +308,7 @@ def _internvl_tokenizer() -> Qwen2Tokenizer:
     )
 
 
-def _make_internvl(folder: Path, kind: type[PreTrainedConfig], **more: object) -> Path:
+def _make_internvl(folder: Path, kind: type[PreTrainedConfig], tower: dict | None = None, **more: object) -> Path:
     tokenizer = _internvl_tokenizer()
     vision = InternVLVisionConfig(
         hidden_size=32,
@@ -318,6 +318,7 @@ def _make_internvl(folder: Path, kind: type[PreTrainedConfig], **more: object) -
         attention_bias=True,
         image_size=[_TILE, _TILE],
         patch_size=[7, 7],
+        **(tower or {}),
     )
     config = InternVLConfig(
         vision_config=vision,
@@ -328,11 +329,11 @@ def _make_internvl(folder: Path, kind: type[PreTrainedConfig], **more: object) -
     )
     model = InternVLForConditionalGeneration(config)
     # The initial values are constants, or so small that a layer has no effect.
-    tower = model.model.vision_tower
-    for weight in tower.parameters():
+    made = model.model.vision_tower
+    for weight in made.parameters():
         if weight.ndim >= 2:
             torch.nn.init.normal_(weight, std=0.3)
-    for layer in tower.encoder.layer:
+    for layer in made.encoder.layer:
         torch.nn.init.uniform_(layer.lambda_1, 0.5, 1.5)
         torch.nn.init.uniform_(layer.lambda_2, 0.5, 1.5)
     for name, weight in model.model.language_model.named_parameters():
@@ -354,7 +355,10 @@ def _make_internvl(folder: Path, kind: type[PreTrainedConfig], **more: object) -
 
 
 def make_internvl(folder: Path, **more: object) -> Path:
-    """InternVL3: Qwen2 text with dynamic RoPE, untied heads; 4 tokens a tile or frame, at most 13 tiles a picture."""
+    """InternVL3: Qwen2 text with dynamic RoPE, untied heads; 4 tokens a tile or frame, at most 13 tiles a picture.
+
+    `more`: of the text's config; `tower`: of the vision tower's.
+    """
     torch.manual_seed(5)
     rope = {"rope_type": "dynamic", "factor": 2.0}
     _make_internvl(folder, Qwen2Config, rope_parameters={**rope, "rope_theta": 1e6}, **more)

@@ -11,9 +11,12 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -172,6 +175,84 @@ def test_hub_id_that_cannot_be_fetched_says_so(job: PackJob, monkeypatch: pytest
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(PackError, match=r"(?s)nobody/no-such-model is neither a folder nor.*offline\?"):
         kit.pack_model(replace(job, model="nobody/no-such-model"))
+
+
+class Hub(ThreadingHTTPServer):
+    """A hub with one repository, whose files are those of a folder. `fetched`: the names of files by GET."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _HubRequest)
+        self.folder = folder
+        self.fetched: list[str] = []
+
+
+class _HubRequest(BaseHTTPRequestHandler):
+    """One request of the hub's client, of a repository org/name."""
+
+    server: Hub
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        path = urlsplit(self.path).path
+        sha = "a" * 40
+        files = sorted(file for file in self.server.folder.iterdir())
+        if path == "/api/models/org/name/revision/main":
+            body = json.dumps({"id": "org/name", "sha": sha, "siblings": []}).encode()
+        elif path == f"/api/models/org/name/tree/{sha}":
+            sizes = [{"type": "file", "path": one.name, "size": one.stat().st_size, "oid": one.name} for one in files]
+            body = json.dumps(sizes).encode()
+        else:
+            name = path.removeprefix(f"/org/name/resolve/{sha}/")
+            body = (self.server.folder / name).read_bytes()
+            if self.command == "GET":
+                self.server.fetched.append(name)
+        self.send_response(200)
+        for key, value in {"Content-Length": len(body), "ETag": f'"{path}"', "X-Repo-Commit": sha}.items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    server = Hub(checkpoint)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    files = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", files)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_weights_of_a_hub_id_are_fetched_only_for_a_kind_that_is_served(hub: Hub, job: PackJob) -> None:
+    hub_job = replace(job, model="org/name", handler=REPO / "handler", try_loading=False)
+    config = json.loads((hub.folder / "config.json").read_text())
+    write_json(hub.folder / "config.json", config | {"model_type": "internvl_chat"})
+    with pytest.raises(PackError, match="InternVL in its authors' own format is not served"):
+        kit.pack_model(hub_job)
+    assert "config.json" in hub.fetched
+    assert "model.safetensors" not in hub.fetched
+
+
+def test_a_hub_id_is_fetched_and_packed(hub: Hub, job: PackJob) -> None:
+    sizes, _ = kit.read_archive(kit.pack_model(replace(job, model="org/name")).archive, "no-archive")
+    assert set(sizes) == TRAVELS
+    assert hub.fetched.count("model.safetensors") == 1
+    assert "pytorch_model.bin" not in hub.fetched
 
 
 def test_packing_again_replaces_the_archive_whole(job: PackJob) -> None:

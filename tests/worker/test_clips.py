@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import random
 import threading
 import weakref
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ from tests.support.family import Family, flat, make_family
 from tests.support.manual import ManualExecutor
 from tests.support.pump_frontend import NOW, QUESTIONS, Frontend, code, png
 from tests.support.tiny_families import make_next_video
+from tests.worker.test_conversation_lives import agree
 
 FRAMES = 3
 PATIENCE_S = 60.0
@@ -65,6 +67,7 @@ def in_base64(data: bytes) -> str:
 FILE = file_of(1)
 OTHER = file_of(2, frames=4, container="webm")
 COLOURS = ("red", "green", "blue")
+Plain = list[tuple[str, str, list[Prepared]]]  # role, text and media of each message
 
 
 @pytest.fixture(scope="module", params=["next-video", "internvl"])
@@ -244,7 +247,7 @@ def cached(completion: dict[str, Any]) -> int:
     return count
 
 
-def check_chat(family: Family, completion: dict[str, Any], messages: list[tuple[str, str, list[Prepared]]]) -> None:
+def check_chat(family: Family, completion: dict[str, Any], messages: Plain) -> None:
     """Assert that a completion is `generate`'s. `messages`: role, text and media of each message."""
     shown = [joined(media) for _, _, media in messages if media]
     rendered = [
@@ -255,7 +258,8 @@ def check_chat(family: Family, completion: dict[str, Any], messages: list[tuple[
     tokens = completion["usage"]["completion_tokens"]
     assert completion["usage"]["prompt_tokens"] == len(prompt)
     ids = generated(family, prompt, shown, tokens)
-    assert said(completion)["content"] == family.tokens.tokenizer.decode(ids, skip_special_tokens=True)
+    text = family.tokens.tokenizer.decode(ids, skip_special_tokens=True)
+    assert said(completion)["content"].strip() == text.strip()  # white space before an answer is not sent
 
 
 def test_a_conversation_with_clips_is_continued_forked_and_edited(
@@ -263,7 +267,7 @@ def test_a_conversation_with_clips_is_continued_forked_and_edited(
 ) -> None:
     clip, frames, red = clip_of(family, FILE), clip_of_frames(family), picture_of(family, "red")
     messages = [shows(QUESTIONS[0], file_part(FILE))]
-    plain: list[tuple[str, str, list[Prepared]]] = [("user", QUESTIONS[0], [clip])]
+    plain: Plain = [("user", QUESTIONS[0], [clip])]
     first = chat(front, messages)
     check_chat(family, first, plain)
 
@@ -320,6 +324,68 @@ def test_a_conversation_rewrites_a_session_that_shows_clips(
     chat(restarted, [*moved, said(last), shows(QUESTIONS[2])], session)
     check(family, restarted, session, other, other)
     assert decodings == [FRAMES]
+
+
+class Life:
+    """A conversation with and without a session header, whose messages show random media."""
+
+    def __init__(self, family: Family, front: Frontend, draw: random.Random) -> None:
+        self.family = family
+        self.front = front
+        self.draw = draw
+        self.session = open_on_file(front)
+        self.messages = [shows(QUESTIONS[0], file_part(FILE))]
+        self.plain: Plain = [("user", QUESTIONS[0], [clip_of(family, FILE)])]
+
+    def question(self) -> None:
+        """Add a question with random media. A first one without media would show the clip of the named session."""
+        picture = (picture_part("red"), picture_of(self.family, "red"))
+        colours = tuple(self.draw.sample(COLOURS, FRAMES))
+        frames = (frames_part(*colours), clip_of_frames(self.family, colours))
+        file = (file_part(OTHER), clip_of(self.family, OTHER))
+        choices = [[picture], [frames], [file], [picture, frames], [picture, file, frames]]
+        media = self.draw.choice([[], [], *choices] if self.messages else choices)
+        text = self.draw.choice(QUESTIONS)
+        self.messages.append(shows(text, *(part for part, _ in media)))
+        self.plain.append(("user", text, [prepared for _, prepared in media]))
+
+    def send(self, session: str | None = None) -> None:
+        completion = chat(self.front, self.messages, session)
+        check_chat(self.family, completion, self.plain)
+        self.messages.append(said(completion))
+        self.plain.append(("assistant", said(completion)["content"], []))
+        self.question()
+
+    def send_by_name(self) -> None:
+        self.send(self.session)
+
+    def edit(self) -> None:
+        """Replace an earlier question, and all that follows."""
+        at = self.draw.randrange(0, len(self.messages), 2)
+        del self.messages[at:], self.plain[at:]
+        self.question()
+        self.send(self.draw.choice([self.session, None]))
+
+    def lose_the_engine(self) -> None:
+        self.front.lose_engine()
+        self.front.bring_engine()
+
+    def resume(self) -> None:
+        self.session = open_with(self.front, resume=self.session)
+
+
+def test_random_conversations_with_clips_equal_generate(family: Family, tmp_path: Path) -> None:
+    draw = random.Random(1)
+    front = Frontend(family.model, family.tokens, journal=Journal([DirectoryStore(str(tmp_path))]))
+    front.table.max_implicit = 2  # so that sessions are evicted too
+    life = Life(family, front, draw)
+    for _ in range(14):
+        draw.choice([life.send, life.send_by_name, life.send_by_name, life.edit, life.lose_the_engine, life.resume])()
+        front.exchange()
+        while front.engine.has_work:
+            front.step()
+            front.exchange()
+        agree(front)
 
 
 # --- a file that is decoded again ---

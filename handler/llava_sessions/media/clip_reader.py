@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 from typing import NoReturn
 
 import av
@@ -276,7 +277,9 @@ class Sampler:
         self._clip = clip
         self._decoder = decoder
         self._wanted = clip.sampled_times(count)
-        self._keys = [index for index, packet in enumerate(clip.packets) if packet.is_keyframe]
+        keys = sorted((packet.pts or 0, index) for index, packet in enumerate(clip.packets) if packet.is_keyframe)
+        self._key_times = [time for time, _ in keys]
+        self._keys = list(accumulate((index for _, index in keys), max))  # the last one that appears at each of them
         self._frames: Iterator[VideoFrame] = iter(())
         self._next = 0  # packet that is decoded next
         self._held: VideoFrame | None = None  # decoded, and later than the last chosen frame
@@ -292,7 +295,7 @@ class Sampler:
 
     def _frame(self, time: int) -> VideoFrame:
         """Return the frame that is shown at `time`."""
-        starts = self._starts(time)
+        starts = [0, *self._keys[: bisect_right(self._key_times, time)]]
         if starts[-1] >= self._next:
             self._restart(starts[-1], skips=True)
         frame = self._advance(time)
@@ -312,11 +315,6 @@ class Sampler:
         if self._held is None:
             raise DamagedError
         return self._held  # the first frame that can be decoded
-
-    def _starts(self, time: int) -> list[int]:
-        """Return the packets at which decoding for `time` may start, the best last: the first one, and key frames."""
-        packets = self._clip.packets
-        return [0, *(index for index in self._keys if (packets[index].pts or 0) <= time)]
 
     def _restart(self, index: int, *, skips: bool) -> None:
         """Decode from packet `index` on. `skips`: without frames to which nothing refers and that are not chosen."""

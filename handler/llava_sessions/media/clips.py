@@ -35,9 +35,10 @@ MAX_CHILDREN = 4
 _CHILDREN = threading.BoundedSemaphore(MAX_CHILDREN)
 _MODULE = "llava_sessions.media.clip_child"
 _PACKAGE_FOLDER = str(Path(__file__).resolve().parents[2])
-# Variables of the child, besides PYTHONPATH. It reads hostile files and needs no credentials.
+# Variables of the worker that the child has too. It reads hostile files and needs no credentials.
 _VARIABLES = ("PATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-_MAX_MESSAGE_BYTES = 4096
+_MAX_MESSAGE_BYTES = 300
+_CODES = (INVALID_REQUEST, TOO_LARGE, UNSUPPORTED_MEDIA)
 _BASE_BYTES = 384 * 2**20
 # Of a decoder: 16 reference frames and those of its threads, 3 bytes for a pixel of 10 bits in 4:2:0.
 _DECODER_BYTES_PER_PIXEL = 64
@@ -188,6 +189,7 @@ class _Child:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env=_environment(),
+                start_new_session=True,  # a signal to the worker's group is not for the child
             )
             on_error.pop_all()
         self._socket = ours
@@ -198,7 +200,9 @@ class _Child:
         message = self._message()
         width, height = self._size(message)
         seconds, frames = message.get("seconds"), message.get("frames")
-        if not isinstance(seconds, float) or not isinstance(frames, int):
+        if not isinstance(seconds, float) or not 0 <= seconds <= self._limits.max_clip_s:
+            raise self._damaged()
+        if not isinstance(frames, int) or not 1 <= frames <= self._limits.max_clip_frames:
             raise self._damaged()
         return ClipHeader(self._format, width, height, seconds, frames)
 
@@ -238,7 +242,7 @@ class _Child:
             raise self._damaged()
         if "code" in message:
             code, text = message["code"], message.get("message")
-            if code not in (INVALID_REQUEST, TOO_LARGE, UNSUPPORTED_MEDIA) or not isinstance(text, str):
+            if code not in _CODES or not isinstance(text, str) or not text.isprintable():
                 raise self._damaged()
             raise MediaError(code, text)
         return message
@@ -295,7 +299,7 @@ def _environment() -> dict[str, str]:
     """Return the child's variables. The folder of the package comes first, wherever the archive was unpacked."""
     variables = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
     path = os.pathsep.join(filter(None, [_PACKAGE_FOLDER, os.environ.get("PYTHONPATH")]))
-    return {**variables, "PYTHONPATH": path}
+    return {**variables, "PYTHONPATH": path, "MALLOC_ARENA_MAX": "1"}  # an arena of glibc maps 64 MiB
 
 
 def _memory_bytes(limits: MediaLimits) -> int:

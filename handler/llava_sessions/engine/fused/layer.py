@@ -1,6 +1,6 @@
 """Fused decoder layer: four linears and few small operations, on a CPU and on CUDA.
 
-`FusedLayer` replaces any decoder layer that has the structure and the numbers of Llama's, or of Qwen3's, which has norms
+`FusedLayer` replaces any decoder layer that has the structure and the numbers of Llama's, or of Qwen3's with its norms
 of query and key heads. Other layers stay unchanged. Queries, keys and values are one linear, gate and up projection
 another, and each residual addition is part of the linear in front of it. The kind of linears depends on the device, see
 `Pack`. Measurements on a CPU: bench/README.md, "The CPU's fast paths one by one".

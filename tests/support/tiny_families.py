@@ -346,7 +346,9 @@ def _make_internvl(folder: Path, kind: type[PreTrainedConfig], tower: dict | Non
     _save(model, processor, folder)
     # As published: a file for each processor, with the classes that need torchvision.
     saved = _read(folder, "processor_config")
-    images = saved.pop("image_processor") | {"image_processor_type": "GotOcr2ImageProcessorFast"}
+    unset = ("crop_size", "device", "do_center_crop", "do_pad", "input_data_format", "return_tensors", "size_divisor")
+    images = saved.pop("image_processor") | dict.fromkeys(unset)
+    images |= {"image_processor_type": "GotOcr2ImageProcessorFast", "crop_to_patches": False, "default_to_square": True}
     _write(folder, "processor_config", saved | {"processor_class": "InternVLProcessor"})
     _write(folder, "preprocessor_config", images)
     video = {"video_processor_type": "InternVLVideoProcessor", "size": size, **deviation}

@@ -3,38 +3,22 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
-import numpy as np
 import pytest
 import torch
 
 from llava_sessions.config import MediaLimits
 from llava_sessions.torchserve.batch import Row
+from tests.support.clips import clip
 from tests.support.family import Family, make_family
 from tests.support.pump_frontend import QUESTIONS, Frontend, png
 
 CHAT = {"url_path": "v1/chat/completions"}
 FORMS = ("open", "question", "history", "messages", "messages of a session")
-
-
-def file_of(frames: int = 3, rate: Fraction = Fraction(4)) -> bytes:
-    """Return a short MP4 of grey frames."""
-    held = io.BytesIO()
-    with av.open(held, "w", format="mp4") as output:
-        stream = output.add_stream("libx264", rate=rate)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        for number in range(frames):
-            pixels = np.full((32, 48, 3), 20 * number, np.uint8)
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        output.mux(stream.encode())
-    return held.getvalue()
 
 
 def in_base64(data: bytes) -> str:
@@ -103,7 +87,8 @@ def test_a_model_for_pictures_rejects_clips_unread(pictures_only: Frontend, form
     assert "got a clip" in message
 
 
-WHOLE = file_of()
+WHOLE = clip(frames=3, width=48, height=32)
+TOO_LONG_S = 2 * int(MediaLimits().max_clip_s)
 FAULTS = {
     "truncated": (url_of(WHOLE[: len(WHOLE) // 2]), 400, "invalid_request"),
     "bytes behind a signature": (url_of(WHOLE[:32] + bytes(200)), 400, "invalid_request"),
@@ -113,7 +98,7 @@ FAULTS = {
     "forbidden path": ("/etc/passwd", 400, "invalid_request"),
     "a picture": (f"data:video/mp4;base64,{png()}", 415, "unsupported_media"),
     "text": (url_of(b"no clip at all, but text"), 415, "unsupported_media"),
-    "too long": (url_of(file_of(2, Fraction(1, 2 * int(MediaLimits().max_clip_s)))), 413, "too_large"),
+    "too long": (url_of(clip(frames=2, width=48, height=32, rate=1, times=(0, TOO_LONG_S))), 413, "too_large"),
     "a damaged frame": ([png(), png()[:40]], 400, "invalid_request"),
     "a clip among frames": ([png(), in_base64(WHOLE)], 415, "unsupported_media"),
     "too many frames": ([png()] * 33, 413, "too_large"),
@@ -134,10 +119,8 @@ def test_a_clip_above_the_limit_of_bytes_is_rejected(with_clips: Frontend) -> No
     assert f"{MediaLimits().max_clip_bytes} bytes" in message
 
 
-def test_the_first_question_about_an_opening_clip_shows_no_picture(with_clips: Frontend) -> None:
+def test_questions_about_an_opening_clip_show_pictures_and_clips(with_clips: Frontend) -> None:
     opened = json.loads(with_clips.answer(with_clips.row({"type": "start_session", "video": url_of(WHOLE)})).body)
-    reply = with_clips.answer(with_clips.ask_row(opened["session_id"], image=png()))
-    assert (reply.status, json.loads(reply.body)["error"]["code"]) == (400, "invalid_request")
-    for fields in ({"video": [png()]}, {"image": png()}):
+    for fields in ({"image": png()}, {"video": [png()]}, {"image": png()}):
         assert with_clips.ask(opened["session_id"], **fields)["finish_reason"] in ("stop", "length")
     with_clips.answer(with_clips.close_row(opened["session_id"]))

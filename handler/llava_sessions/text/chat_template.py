@@ -22,6 +22,7 @@ from .pictures import NOTHING, Picture, PicturePreparer, Prepared, joined
 from .rendering import TRIAL_QUESTION, Renderer
 from .rendering import Message as Message
 from .rendering import OpenedOn as OpenedOn
+from .rendering import PicturesPrecedeOpening as PicturesPrecedeOpening
 from .rendering import TemplateError as TemplateError
 from .tokenizer import ANSWER_END, PromptTokenizer
 
@@ -93,7 +94,8 @@ class ChatTemplate:
         """Raise `Refused` if the next turn cannot show this many pictures and clips. `opened_on`: as in `prompt`.
 
         Needs no picture, so it comes before any is read. The code is "unsupported_media" if the model takes no clips,
-        and "invalid_request" if the template has no place for them, such as for a picture after a clip in one message.
+        and "invalid_request" if the template has no place for them. Raises `PicturesPrecedeOpening` for pictures that
+        the template writes before the clip of the opening: `conversation` has them in one message with that clip.
         """
         question = replace(TRIAL_QUESTION, pictures=pictures, clips=clips)
         self._media.check(question.kinds)

@@ -13,6 +13,10 @@ from .media_tokens import MediaTokens, no_place
 from .tokenizer import placeholder
 
 
+class PicturesPrecedeOpening(Refused):
+    """The template writes the pictures of a question before the clip that the session was opened on."""
+
+
 class TemplateError(Exception):
     """The checkpoint's chat template or tokenizer can't be used for chats about pictures. The message names why."""
 
@@ -120,13 +124,14 @@ class Renderer:
     def turn(self, opened_on: OpenedOn | None, question: Message) -> str:
         """Render what follows the opening's pictures, or the last answer if `opened_on` is None.
 
-        Raises `Refused` if the template has no place for the question's pictures and clips.
+        Raises `Refused` if the template has no place for the question's pictures and clips, and
+        `PicturesPrecedeOpening` if it writes the pictures before the clip of the opening.
         """
         try:
             rendered = self.later_turn(question) if opened_on is None else self.first_turn(question, opened_on)[1]
         except (TemplateError, jinja2.TemplateError):
             if opened_on is not None and opened_on.kind == "video" and question.pictures:
-                raise _precedes_clip(question.pictures) from None
+                raise _precedes_opening(question.pictures) from None
             raise no_place(question.kinds, []) from None
         if (places := self.media.kinds(rendered)) != question.kinds:
             raise no_place(question.kinds, places)
@@ -227,13 +232,10 @@ def _joined(parts: list[dict[str, str]], media: MediaTokens) -> str:
     return "".join(part["text"] if part["type"] == "text" else media[part["type"]].place + "\n" for part in parts)
 
 
-def _precedes_clip(pictures: int) -> Refused:
+def _precedes_opening(pictures: int) -> PicturesPrecedeOpening:
     """Return the error for a template that writes the pictures of a message before its clips, as LLaVA's do."""
-    message = (
-        f"The first question after an opening on a clip must show no picture for this model, got {pictures}. Show "
-        "pictures with a later question, or open without the clip and show both with one question."
-    )
-    return Refused("invalid_request", message)
+    message = f"The first question about a clip must show no picture after it for this model, got {pictures}."
+    return PicturesPrecedeOpening("invalid_request", message)
 
 
 def _in_words(error: Exception) -> str:

@@ -131,7 +131,7 @@ class Preparer:
         transcript = session.transcript or self._claim(session.id, session.token_digest)
         if isinstance(ask, Chat):
             return self.prompts.rewriting_question(ask, session, transcript, with_arrays)
-        return self.prompts.question(ask, session, transcript)
+        return self.prompts.question(ask, session, transcript, with_arrays)
 
 
 def _has_file(transcript: Transcript | None) -> bool:

@@ -17,13 +17,15 @@ from ..ipc.messages import OpenSession, PreparedPicture
 from ..journal.journal import NotFound
 from ..protocol.openai import Chat, ChatMessage
 from ..protocol.requests import Ask, Open
-from ..text.chat_template import ChatTemplate, Message, OpenedOn, Opening
+from ..text.chat_template import ChatTemplate, Message, OpenedOn, Opening, PicturesPrecedeOpening
 from ..text.pictures import Prepared
 from .pictures import ClipChanged, LoadedMedia, PictureLoader, RequestClips
 from .prefixes import PictureSpan, Prompt, Rewrite, common_prefix, links_of, root_of
 from .sources import MediaSources, joined_sources, sources_of
 
 log = logging.getLogger(__name__)
+
+_OTHER_FRAMES = "a clip's file gives other frames than before"
 
 
 @dataclass(frozen=True)
@@ -182,11 +184,19 @@ class PromptBuilder:
         pictures = conversation.pictures
         return tuple(PictureSpan(*place, picture.key) for place, picture in zip(places, pictures, strict=True))
 
-    def question(self, ask: Ask, session: QuestionedSession, transcript: Transcript) -> PreparedQuestion:
-        """Return a question that follows all turns, and the session before it unless the engine holds it."""
+    def question(
+        self, ask: Ask, session: QuestionedSession, transcript: Transcript, with_arrays: bool = False
+    ) -> PreparedQuestion:
+        """Return a question that follows all turns, and the session before it unless the engine holds it.
+
+        `with_arrays`: as in `PictureLoader.prepare`, for a clip of the opening that the question shows again.
+        """
         sources = sources_of(ask)
         if sources:
-            self.template.check_question(transcript.opened_on, len(sources.pictures), len(sources.clips))
+            try:
+                self.template.check_question(transcript.opened_on, len(sources.pictures), len(sources.clips))
+            except PicturesPrecedeOpening:
+                return self._question_before_opening(ask, session, transcript, with_arrays)
         media = self._loader.load(sources)
         clips: RequestClips = {}
         rebuild = None if session.in_engine else self.rebuild(transcript, clips)
@@ -208,6 +218,44 @@ class PromptBuilder:
         conversation = self._conversation(chat.messages, scope, with_arrays or rebuild is not None, opened_on, clips)
         opening_ids = transcript.opening.token_ids if opened_on is not None else []
         opening_keys = held_keys[: opened_on.pictures] if opened_on is not None else ()
+        return self._rewriting(conversation, transcript, rebuild, held_keys, opening_ids, opening_keys)
+
+    def _question_before_opening(
+        self, ask: Ask, session: QuestionedSession, transcript: Transcript, with_arrays: bool
+    ) -> PreparedQuestion:
+        """Prepare a first question whose pictures the template writes before the clip that the session was opened on.
+
+        The question shows the clip too, after its own pictures, and replaces the opening.
+        """
+        sources = sources_of(ask)
+        message = Message("user", ask.prompt_text, len(sources.pictures), 1 + len(sources.clips))
+        self.template.check_conversation([message])
+        media = self._loader.load(sources)
+        clips: RequestClips = {}
+        rebuild = None if session.in_engine else self.rebuild(transcript, clips)
+        shown = replace(media, clips=(*transcript.media[0].clips, *media.clips))
+        scope = self.scope(session.id, session.token_digest)
+        try:
+            loaded = self._loader.prepare(shown, scope, with_arrays or rebuild is not None, clips)
+        except ClipChanged:
+            raise _unfit(_OTHER_FRAMES) from None
+        conversation = _Conversation(self.template.conversation([message], [loaded.prepared]), (loaded,))
+        held_keys = session.picture_keys if rebuild is None else rebuild.picture_keys
+        return self._rewriting(conversation, transcript, rebuild, held_keys)
+
+    def _rewriting(
+        self,
+        conversation: _Conversation,
+        transcript: Transcript,
+        rebuild: Rebuild | None,
+        held_keys: Sequence[str],
+        opening_ids: Sequence[int] = (),
+        opening_keys: Sequence[str] = (),
+    ) -> PreparedQuestion:
+        """Return a conversation as a question that continues the longest prefix that the session has in common with it.
+
+        `opening_ids`, `opening_keys`: of the opening that the conversation follows.
+        """
         token_ids = [*opening_ids, *conversation.token_ids]
         spans = self._spans(conversation, opening_ids)
         prompt = Prompt(np.asarray(token_ids), spans)
@@ -253,7 +301,7 @@ class PromptBuilder:
         try:
             loaded = [self._loader.prepare(message, scope, clips=clips) for message in media]
         except ClipChanged:
-            raise _unfit("a clip's file gives other frames than before") from None
+            raise _unfit(_OTHER_FRAMES) from None
         if has_opening and self.template.opening_on(loaded[0].prepared, record.kind).token_ids != record.token_ids:
             raise _unfit("the checkpoint makes another prompt of the stored pictures")
         return Rebuild(transcript, tuple(picture for one in loaded for picture in one.prepared.pictures), scope)

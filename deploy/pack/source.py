@@ -10,7 +10,7 @@ from .errors import PackError, say
 from .job import PackJob
 from .loading import loading_problems
 
-WEIGHTS = "*.safetensors"
+_WEIGHT_FILES = "*.safetensors"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -28,9 +28,9 @@ def find_checkpoint(job: PackJob, system_prompt: str) -> Path | None:
         say(f"{model} is no folder: it is used as a hub ID, which the server loads when it starts")
         return None
     else:
-        # The weights are fetched only for a kind that is served: the large part.
+        # The weights are large: they are fetched only for a kind that is served.
         _refuse(model, loading_problems(job.handler, _download(model), "files"))
-        folder = _download(model, WEIGHTS)
+        folder = _download(model, _WEIGHT_FILES)
     say(f"checking {folder} ...")
     # In this order: a kind that is not served is named, and not the files that it does not have.
     problems = loading_problems(job.handler, folder, "files") or checkpoint_problems(folder)

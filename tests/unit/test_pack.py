@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -200,7 +201,7 @@ class _HubRequest(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path = urlsplit(self.path).path
         sha = "a" * 40
-        files = sorted(file for file in self.server.folder.iterdir())
+        files = sorted(self.server.folder.iterdir())
         if path == "/api/models/org/name/revision/main":
             body = json.dumps({"id": "org/name", "sha": sha, "siblings": []}).encode()
         elif path == f"/api/models/org/name/tree/{sha}":
@@ -212,8 +213,9 @@ class _HubRequest(BaseHTTPRequestHandler):
             if self.command == "GET":
                 self.server.fetched.append(name)
         self.send_response(200)
-        for key, value in {"Content-Length": len(body), "ETag": f'"{path}"', "X-Repo-Commit": sha}.items():
-            self.send_header(key, str(value))
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{zlib.crc32(body):x}"')  # the client names its files by it
+        self.send_header("X-Repo-Commit", sha)
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body)

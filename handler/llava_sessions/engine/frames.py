@@ -25,7 +25,7 @@ def encode_in_pieces(
     Raises ValueError if no such number fits, and the errors of `encode`.
     """
     sizes = _piece_sizes(len(frames), most_frames)
-    pieces = []
+    pieces: list[torch.Tensor] = []
     for part in frames.split(sizes):
         if pieces:
             yield None

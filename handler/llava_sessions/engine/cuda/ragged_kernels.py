@@ -177,6 +177,26 @@ def _attend_group(
 
 
 @triton.jit
+def _attend_heads(
+    query, keys, values, key_scales, value_scales, start, end, stored, scale, dtype: tl.constexpr,
+    HEAD_DIM: tl.constexpr, QUANTIZED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
+    """As `_attend_head` for `ROWS` of 1, else as `_attend_group`."""
+    if ROWS == 1:
+        top, total, mixed = _attend_head(
+            query, keys, values, key_scales, value_scales, start, end, stored, scale,
+            HEAD_DIM, QUANTIZED, WIDTH, BLOCK, ALIGN,
+        )  # fmt: skip
+    else:
+        top, total, mixed = _attend_group(
+            query, keys, values, key_scales, value_scales, start, end, stored, scale, dtype,
+            HEAD_DIM, QUANTIZED, ROWS, WIDTH, BLOCK, ALIGN,
+        )  # fmt: skip
+    return top, total, mixed
+
+
+@triton.jit
 def _with_token(top, total, mixed, score, value):
     """Return the state of a softmax, see `_attend_head`, after one more token with its `score`, `[ROWS]`, and value."""
     higher = tl.maximum(top, score)
@@ -220,16 +240,10 @@ def attend(
         queries = numbers + (head * GROUP + g)[:, None] * HEAD_DIM
         query = _rotated(queries, norm_weights, epsilon, cos, sin, d[None, :], heads, HEAD_DIM)
         end = tl.minimum(start + PIECE, stored)
-        if ROWS == 1:
-            top, total, mixed = _attend_head(
-                query, keys, values, key_scales, value_scales, start, end, stored, scale,
-                HEAD_DIM, QUANTIZED, WIDTH, BLOCK, ALIGN,
-            )  # fmt: skip
-        else:
-            top, total, mixed = _attend_group(
-                query, keys, values, key_scales, value_scales, start, end, stored, scale, dtype,
-                HEAD_DIM, QUANTIZED, ROWS, WIDTH, BLOCK, ALIGN,
-            )  # fmt: skip
+        top, total, mixed = _attend_heads(
+            query, keys, values, key_scales, value_scales, start, end, stored, scale, dtype,
+            HEAD_DIM, QUANTIZED, ROWS, WIDTH, BLOCK, ALIGN,
+        )  # fmt: skip
         if start + PIECE > stored:  # the piece with the new token
             new = numbers + (GROUP * KV_HEADS + head) * HEAD_DIM
             key = _rotated(new, key_weights, epsilon, cos, sin, d, inside, HEAD_DIM).to(dtype)

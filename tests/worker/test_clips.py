@@ -469,6 +469,7 @@ def test_all_headers_are_checked_before_a_clip_is_decoded(processor: Any, decodi
         with pytest.raises(MediaError) as caught:
             opened.result()
         assert caught.value.code == error, caught.value.message
+        assert "max_request_pixels" not in limits or "the pictures and clips of a request" in caught.value.message
     assert decodings == []
     prepare, executor = preparer(template, max_request_pixels=6 * 48 * 48, max_bytes=len(FILE) - 1)
     opened = prepare.open(parsed(video=in_base64(FILE), video_frames=32), "session-1", None)

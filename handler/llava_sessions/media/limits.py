@@ -39,10 +39,11 @@ def scheme_of(source: str) -> str:
 
 
 def check_request_pixels(pixels: int, limits: MediaLimits) -> None:
-    """Raise `MediaError` if the pictures of one request have more than `limits.max_request_pixels` together."""
+    """Raise `MediaError` if the pictures and frames of one request have more than `limits.max_request_pixels` together."""
     if pixels > limits.max_request_pixels:
         most = limits.max_request_pixels
-        raise MediaError(TOO_LARGE, f"the pictures of a request must have at most {most} pixels together, got {pixels}")
+        expected = f"the pictures and clips of a request must have at most {most} pixels together"
+        raise MediaError(TOO_LARGE, f"{expected}, got {pixels}")
 
 
 class ClipFileLimits(MediaLimits):

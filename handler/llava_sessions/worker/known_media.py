@@ -50,7 +50,7 @@ class KnownMedia:
         self._lock = threading.Lock()
 
     def header_of(self, key: str, read: Callable[[], ClipHeader]) -> ClipHeader:
-        """Return the header of a clip's file. `read` starts a child process, so the header is remembered.
+        """Return the header of a clip's file. `read` takes a child process: its result is kept.
 
         `key`: of the file within its scope, as `picture_key`.
         """

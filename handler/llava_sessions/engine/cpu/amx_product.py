@@ -113,29 +113,7 @@ def product_2x2(x, x_stride, w, blocks, c, is_new, fetch, step):
 
 
 @numba.njit
-def _gelu(x):
-    """Return `x` times the normal distribution's integral up to `x`.
-
-    The integral is computed by formula 7.1.26 of Abramowitz and Stegun's Handbook of Mathematical Functions, whose
-    error is below 1.5e-7.
-    """
-    zero = vectors.splat(np.float32(0))
-    one = vectors.splat(np.float32(1))
-    size = vectors.largest(x, zero - x)
-    t = vectors.divided(one, vectors.fused(size, vectors.splat(np.float32(0.23164189)), one))
-    tail = vectors.splat(np.float32(0.530702715))
-    tail = vectors.fused(tail, t, vectors.splat(np.float32(-0.7265760135)))
-    tail = vectors.fused(tail, t, vectors.splat(np.float32(0.7107068705)))
-    tail = vectors.fused(tail, t, vectors.splat(np.float32(-0.142248368)))
-    tail = vectors.fused(tail, t, vectors.splat(np.float32(0.127414796)))
-    tail = tail * t * vectors.exp(x * x * vectors.splat(np.float32(-0.5)))
-    return vectors.largest(x, zero) - size * tail
-
-
-@numba.njit
 def _activated(x, activation):
-    if activation == 4:
-        return _gelu(x)
     one = vectors.splat(np.float32(1))
     if activation == 2:
         z = x * vectors.splat(np.float32(-1.702))

@@ -39,7 +39,7 @@ def scheme_of(source: str) -> str:
 
 
 def check_request_pixels(pixels: int, limits: MediaLimits) -> None:
-    """Raise `MediaError` if the pictures and frames of one request have more than `limits.max_request_pixels` together."""
+    """Raise `MediaError` if the media of one request have more than `limits.max_request_pixels` together."""
     if pixels > limits.max_request_pixels:
         most = limits.max_request_pixels
         expected = f"the pictures and clips of a request must have at most {most} pixels together"

@@ -151,7 +151,7 @@ METRICS = (
         "llava_media_held_bytes",
         "gauge",
         "bytes",
-        "Encoded pictures of all sessions in the worker's memory.",
+        "Encoded pictures and clips of all sessions in the worker's memory.",
         in_torchserve=True,
     ),
     Metric("llava_opens_total", "counter", "count", "Sessions that were opened by name, resumed ones included."),

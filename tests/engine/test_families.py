@@ -477,6 +477,10 @@ def test_features_and_image_tokens_agree_for_odd_sizes(family: Family) -> None:
         np.testing.assert_array_equal(own, same["pixel_values"], str(size))
 
 
+def test_template_and_model_have_the_same_feature_tokens(family: Family) -> None:
+    assert family.tokens.media_token_ids == family.model.media_token_ids
+
+
 def test_a_prompt_without_pictures_needs_nothing_prepared(family: Family) -> None:
     conversation = Conversation(family.tokens.opening([noise(1)]))
     assert family.tokens.prepare([]) == NOTHING == Prepared()

@@ -197,6 +197,16 @@ def test_an_internvl_whose_files_contradict_each_other_is_refused(
         try_loading(internvl)
 
 
+def test_the_video_token_of_internvl_needs_no_embedding(internvl: Path) -> None:
+    """As in the published checkpoints; every other token needs one."""
+    text = AutoConfig.from_pretrained(internvl).text_config
+    processor = load_processor(internvl)
+    assert processor.tokenizer.convert_tokens_to_ids(["<video>", "</img>"]) == [text.vocab_size, text.vocab_size - 2]
+    set_keys("config.json", "text_config", vocab_size=text.vocab_size - 1)(internvl)
+    with pytest.raises(UnsupportedCheckpoint, match=rf"`text_config.vocab_size` must be {text.vocab_size} or more"):
+        load_processor(internvl)
+
+
 def test_a_next_video_whose_frames_have_another_size_is_refused(next_video: Path) -> None:
     sizes = {"size": {"shortest_edge": 42}, "crop_size": {"height": 42, "width": 42}}
     set_keys("video_preprocessor_config.json", **sizes)(next_video)

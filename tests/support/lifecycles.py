@@ -476,7 +476,7 @@ class World:
 
     def op_open(self, n: int) -> None:
         """Open a session: without retry, with a retry key, or behind the literal NEW_SESSION."""
-        colour = CLIP if n == 5 else COLOURS[n % 2]
+        colour = CLIP if n in (5, 7) else COLOURS[n % 2]
         body = {"type": "start_session", **shown(colour)}
         if n % 3 == 1:
             body["request_id"] = f"open-{self._rows:016}"

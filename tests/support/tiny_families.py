@@ -114,7 +114,7 @@ def _qwen_tokenizer(**media: str) -> Qwen2Tokenizer:
     """Return a byte-level BPE tokenizer without a start token. `media`: special tokens by name."""
     level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     vocabulary, merges = _train(level, ["<|endoftext|>"], alphabet=pre_tokenizers.ByteLevel.alphabet())
-    extra = {**media, "start_token": "<|im_start|>"}
+    extra = {"start_token": "<|im_start|>", **media}
     return Qwen2Tokenizer(vocabulary, merges, eos_token="<|im_end|>", extra_special_tokens=extra)
 
 
@@ -138,9 +138,9 @@ def _text(kind: type[PreTrainedConfig], tokenizer: PreTrainedTokenizerBase, kv_h
         "num_attention_heads": 4,
         "num_key_value_heads": kv_heads,
         "max_position_embeddings": 2048,
+        "vocab_size": len(tokenizer),
     }
     return kind(
-        vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -165,7 +165,7 @@ def _save(model: PreTrainedModel, processor: object, folder: Path) -> Path:
     tokenizer = processor.tokenizer
     media = ("<image>", "<video>", "<img>", "</img>", "<IMG_CONTEXT>")
     never = [*map(tokenizer.convert_tokens_to_ids, media), tokenizer.eos_token_id]
-    never = [token for token in never if token is not None]
+    never = [token for token in never if token is not None and token < len(model.lm_head.weight)]
     model.lm_head.weight.data[never] = 0
     model.bfloat16().save_pretrained(folder)  # the published precision
     processor.save_pretrained(folder)
@@ -346,7 +346,9 @@ def _make_internvl(folder: Path, kind: type[PreTrainedConfig], tower: dict | Non
     _save(model, processor, folder)
     # As published: a file for each processor, with the classes that need torchvision.
     saved = _read(folder, "processor_config")
-    images = saved.pop("image_processor") | {"image_processor_type": "GotOcr2ImageProcessorFast"}
+    unset = ("crop_size", "device", "do_center_crop", "do_pad", "input_data_format", "return_tensors", "size_divisor")
+    images = saved.pop("image_processor") | dict.fromkeys(unset)
+    images |= {"image_processor_type": "GotOcr2ImageProcessorFast", "crop_to_patches": False, "default_to_square": True}
     _write(folder, "processor_config", saved | {"processor_class": "InternVLProcessor"})
     _write(folder, "preprocessor_config", images)
     video = {"video_processor_type": "InternVLVideoProcessor", "size": size, **deviation}
@@ -360,8 +362,10 @@ def make_internvl(folder: Path, **more: object) -> Path:
     `more`: of the text's config; `tower`: of the vision tower's.
     """
     torch.manual_seed(5)
-    rope = {"rope_type": "dynamic", "factor": 2.0}
-    _make_internvl(folder, Qwen2Config, rope_parameters={**rope, "rope_theta": 1e6}, **more)
+    rope = {"rope_type": "dynamic", "type": "dynamic", "factor": 2.0}
+    # As published: the last token of the tokenizer, "<video>", has no embedding.
+    rows = _internvl_tokenizer().convert_tokens_to_ids("<video>")
+    _make_internvl(folder, Qwen2Config, rope_parameters={**rope, "rope_theta": 1e6}, **{"vocab_size": rows, **more})
     # As published: keys of older versions of transformers.
     config = _read(folder, "config")
     del config["text_config"]["rope_parameters"]

@@ -185,6 +185,7 @@ def test_a_life_with_clips_equals_generate(family: Family, tmp_path: Path) -> No
     assert len(restarted.table.get(resumed, restarted.now_s, None).known_transcript.turns) == 5
 
 
+@pytest.mark.parametrize("family", ["internvl"], indirect=True)
 def test_a_history_shows_clips(family: Family, tmp_path: Path) -> None:
     store = DirectoryStore(str(tmp_path))
     front = Frontend(family.model, family.tokens, journal=Journal([store]))
@@ -202,6 +203,7 @@ def test_a_history_shows_clips(family: Family, tmp_path: Path) -> None:
     check(family, front, session, *shown)
 
 
+@pytest.mark.parametrize("family", ["internvl"], indirect=True)
 def test_a_clip_of_fewer_frames_is_shown_whole(family: Family, front: Frontend) -> None:
     session = open_on_file(front, file_of(7, frames=2, container="webm"))
     ask(front, session)
@@ -297,6 +299,7 @@ def test_a_conversation_with_clips_is_continued_forked_and_edited(
     check_chat(family, chat(front, messages), plain)
 
 
+@pytest.mark.parametrize("family", ["internvl"], indirect=True)
 def test_a_conversation_rewrites_a_session_that_shows_clips(
     family: Family, tmp_path: Path, decodings: list[int]
 ) -> None:
@@ -379,7 +382,7 @@ def test_random_conversations_with_clips_equal_generate(family: Family, tmp_path
     front = Frontend(family.model, family.tokens, journal=Journal([DirectoryStore(str(tmp_path))]))
     front.table.max_implicit = 2  # so that sessions are evicted too
     life = Life(family, front, draw)
-    for _ in range(14):
+    for _ in range(9):
         draw.choice([life.send, life.send_by_name, life.send_by_name, life.edit, life.lose_the_engine, life.resume])()
         front.exchange()
         while front.engine.has_work:
@@ -391,6 +394,7 @@ def test_random_conversations_with_clips_equal_generate(family: Family, tmp_path
 # --- a file that is decoded again ---
 
 
+@pytest.mark.parametrize("family", ["next-video"], indirect=True)
 def test_a_clip_that_gives_other_frames_ends_its_session(
     family: Family, front: Frontend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -406,6 +410,7 @@ def test_a_clip_that_gives_other_frames_ends_its_session(
     assert front.table.find(session) is None
 
 
+@pytest.mark.parametrize("family", ["next-video"], indirect=True)
 @pytest.mark.parametrize(("error", "is_kept"), [("invalid_request", False), ("too_large", True)])
 def test_a_clip_that_cannot_be_decoded_again_ends_its_session_unless_a_limit_did_it(
     family: Family, front: Frontend, monkeypatch: pytest.MonkeyPatch, error: str, is_kept: bool

@@ -16,17 +16,17 @@ _RETRY_AFTER_S = 5
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class Blob:
-    """The encoded bytes of a picture as the client sent them; `sha256` (hex) identifies them."""
+    """The encoded bytes of a picture or of a clip's file, as the client sent them; `sha256` (hex) identifies them."""
 
     sha256: str
     data: bytes = field(repr=False, compare=False)
 
 
 class BlobPool:
-    """Keeps one object for equal pictures, as long as any session holds it, within a budget. Thread-safe."""
+    """Keeps one object for equal pictures or files, as long as any session holds it, within a budget. Thread-safe."""
 
     def __init__(self, max_bytes: int | None = None) -> None:
-        """`max_bytes`: of all pictures in memory; None for no limit."""
+        """`max_bytes`: of all pictures and files in memory; None for no limit."""
         self._max_bytes = max_bytes
         self._blobs: dict[str, _BlobRef] = {}
         self._held_bytes = 0
@@ -35,14 +35,14 @@ class BlobPool:
         self._collected: deque[_BlobRef] = deque()
 
     def __len__(self) -> int:
-        """Return the number of pictures in memory."""
+        """Return the number of pictures and files in memory."""
         with self._lock:
             self._drop_collected()
             return len(self._blobs)
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of all pictures in memory."""
+        """Bytes of all pictures and files in memory."""
         with self._lock:
             self._drop_collected()
             return self._held_bytes
@@ -52,7 +52,7 @@ class BlobPool:
         return self._get(data, self._max_bytes)
 
     def restore(self, data: bytes) -> Blob:
-        """Return the blob of a picture that a journal stored. It counts, and is never rejected.
+        """Return the blob of a picture or file that a journal stored. It counts, and is never rejected.
 
         Its session was acknowledged, so it must not fail because other sessions hold too much.
         """
@@ -77,7 +77,7 @@ class BlobPool:
             return made
 
     def _drop_collected(self) -> None:
-        """Forget the pictures that no session holds any more. The caller holds the lock."""
+        """Forget the blobs that no session holds any more. The caller holds the lock."""
         while self._collected:
             reference = self._collected.popleft()
             if self._blobs.get(reference.sha256) is reference:
@@ -94,7 +94,7 @@ class _BlobRef(weakref.ref[Blob]):
 
 def _pool_is_full(max_bytes: int, held_bytes: int, needed_bytes: int) -> Refused:
     message = (
-        f"The pictures of all sessions must have at most {max_bytes:,} bytes together; {held_bytes:,} bytes are held, "
-        f"and {needed_bytes:,} more are needed. Close a session or try again later."
+        f"The pictures and clips of all sessions must have at most {max_bytes:,} bytes together; {held_bytes:,} bytes "
+        f"are held, and {needed_bytes:,} more are needed. Close a session or try again later."
     )
     return Refused("capacity", message, retry_after_s=_RETRY_AFTER_S)

@@ -97,7 +97,7 @@ def _use_default_rope(text: Any) -> None:
     reads the largest position of each forward on the host.
     """
     if _rope_type(text) == _DYNAMIC_ROPE:
-        others = {name: value for name, value in text.rope_parameters.items() if name != "factor"}
+        others = {name: value for name, value in text.rope_parameters.items() if name not in ("factor", "type")}
         text.rope_parameters = others | {"rope_type": "default"}
 
 

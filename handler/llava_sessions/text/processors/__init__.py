@@ -68,8 +68,8 @@ def _check_token_ids(processor: Any, config: Any, saved: Mapping[str, Any]) -> N
 
     `saved`: config.json as it is, for the spelling of its keys.
     """
-    tokens = len(processor.tokenizer)
     rows = config.get_text_config().vocab_size
+    tokens = _prompt_tokens(processor, config)
     if tokens > rows:
         raise UnsupportedCheckpoint(f"config.json: `text_config.vocab_size` must be {tokens} or more, got {rows}")
     for kind in ("image", "video"):
@@ -83,3 +83,16 @@ def _check_token_ids(processor: Any, config: Any, saved: Mapping[str, Any]) -> N
             raise UnsupportedCheckpoint(
                 f"config.json: `{key}` must be the tokenizer's ID of {token!r}, {found}, got {expected}"
             )
+
+
+def _prompt_tokens(processor: Any, config: Any) -> int:
+    """Return the embeddings that prompts need: one more than the largest ID of a token in them.
+
+    No prompt has the video token of a model whose config has none: the processor replaces it by image tokens. In the
+    InternVL3 checkpoints its ID is the only one without an embedding.
+    """
+    ids = dict(processor.tokenizer.get_added_vocab())
+    if getattr(config, "video_token_id", None) is None:
+        ids.pop(getattr(processor, "video_token", None), None)
+    tokens: int = max(processor.tokenizer.vocab_size, *(number + 1 for number in ids.values()))
+    return tokens

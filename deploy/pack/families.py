@@ -35,7 +35,10 @@ class TextModel:
     head_norms: bool = False
 
     def with_values_of(self, text_config: Mapping[str, Any]) -> TextModel:
-        """Return the sizes of a `text_config`: these where it omits a key, and no None."""
+        """Return the sizes of a `text_config`: these where it omits a key, and no None.
+
+        `num_key_value_heads` null: as many as heads, as in transformers.
+        """
 
         def value(key: str, usual: int) -> int:
             found = text_config.get(key)
@@ -43,12 +46,14 @@ class TextModel:
 
         heads = value("num_attention_heads", self.heads)
         hidden = value("hidden_size", self.hidden)
+        is_null = text_config.get("num_key_value_heads", heads) is None
+        kv_heads = heads if is_null else value("num_key_value_heads", self.kv_heads or heads)
         return replace(
             self,
             hidden=hidden,
             layers=value("num_hidden_layers", self.layers),
             heads=heads,
-            kv_heads=value("num_key_value_heads", self.kv_heads or heads),
+            kv_heads=kv_heads,
             context=value("max_position_embeddings", self.context),
             head_dim=value("head_dim", self.head_dim or hidden // heads),
         )

@@ -108,6 +108,10 @@ REFUSED: dict[str, tuple[list[Change], str]] = {
         [v.set_keys("config.json", architectures=["LlavaLlama"])],
         r"`architectures` must contain 'LlavaForConditionalGeneration', got \['LlavaLlama'\]",
     ),
+    "a class that is no list": (
+        [v.set_keys("config.json", architectures=5)],
+        r"config\.json: `architectures` must contain 'LlavaForConditionalGeneration', got 5$",
+    ),
     "text config a number": (
         [v.set_keys("config.json", text_config=5)],
         r"config\.json: `text_config` must be an object, got int",

@@ -36,6 +36,13 @@ def test_sizes_of_a_text_model_that_config_json_omits(kind: str) -> None:
     assert sizes.head_dim == (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])  # Mistral's class takes no null
+def test_a_text_model_without_a_number_of_kv_heads_has_as_many_as_heads(kind: str) -> None:
+    sizes = {"num_attention_heads": 16, "num_key_value_heads": None}
+    assert table.texts()[kind].with_values_of(sizes).kv_heads == 16
+    assert CONFIG_MAPPING[kind](**sizes).num_key_value_heads == 16
+
+
 @pytest.mark.parametrize("kind", table.families())
 def test_parts_of_a_family_that_config_json_omits(kind: str) -> None:
     family = table.families()[kind]

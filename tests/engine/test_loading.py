@@ -151,7 +151,7 @@ def openings(template: ChatTemplate) -> dict[str, Opening]:
 def test_what_does_not_fit_is_rejected_before_it_is_encoded(
     name: str, internvl: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The features of all tiles and frames count, though text tokens stand between those of a clip."""
+    """The features of all tiles and frames count, though text tokens are between those of a clip."""
     template = ChatTemplate(load_processor(internvl))
     model = Model.load(internvl, "float32", "cpu")
     opening = openings(template)[name]

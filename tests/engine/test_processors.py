@@ -16,6 +16,8 @@ from transformers.models.llava_next_video.modeling_llava_next_video import Llava
 from transformers.utils.import_utils import is_torchvision_available
 
 from llava_sessions.engine.checkpoint import try_loading
+from llava_sessions.engine.process import load
+from llava_sessions.ipc.messages import EngineSettings
 from llava_sessions.text.checkpoint import UnsupportedCheckpoint
 from llava_sessions.text.processors import load_processor
 from llava_sessions.text.processors.clips import frame_settings
@@ -210,6 +212,17 @@ def test_a_next_video_whose_frames_have_another_size_is_refused(next_video: Path
     set_keys("video_preprocessor_config.json", **sizes)(next_video)
     with pytest.raises(UnsupportedCheckpoint):
         try_loading(next_video)
+
+
+def test_a_server_does_not_start_on_frames_of_another_size(next_video: Path, internvl: Path) -> None:
+    """A hub ID is not loaded when it is packed."""
+    sizes = {"size": {"shortest_edge": 42}, "crop_size": {"height": 42, "width": 42}}
+    set_keys("video_preprocessor_config.json", **sizes)(next_video)
+    set_keys("video_preprocessor_config.json", size={"height": 56, "width": 56})(internvl)
+    with pytest.raises(ValueError, match=r"42\*42"):
+        load(EngineSettings(str(next_video), "", "float32", "cpu", None))
+    with pytest.raises(UnsupportedCheckpoint, match="a clip of one frame has 4 image tokens and 16 features"):
+        load(EngineSettings(str(internvl), "", "float32", "cpu", None))
 
 
 def test_an_odd_number_of_patches_is_pooled_as_the_model_pools_it(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ the start of a server, the model without memory on torch's meta device.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ def try_loading(folder: Path, system_prompt: str = "") -> None:
     from ..text.chat_template import ChatTemplate, TemplateError
     from ..text.processors import load_processor
     from .loading import load_weights
+    from .vision import encode
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -55,7 +56,12 @@ def try_loading(folder: Path, system_prompt: str = "") -> None:
         template = ChatTemplate(load_processor(folder), system_prompt)
         end_token_ids(folder, template.tokenizer.eos_token_id)
         model = load_weights(folder, torch.float32, "meta")
-        _compare_counts(template, model)
+
+        def features(picture: Any) -> Any:
+            return encode(model.model, [picture], torch.float32, torch.device("meta"))[0]
+
+        _compare_counts(template, "a picture", template.opening([("checked", _picture())]), features)
+        check_clips(template, features)
     except TemplateError as error:
         raise UnsupportedCheckpoint(str(error)) from error
     except (UnsupportedCheckpoint, MemoryError):
@@ -64,26 +70,31 @@ def try_loading(folder: Path, system_prompt: str = "") -> None:
         raise UnsupportedCheckpoint(f"it can't be loaded: {error_line(error)}") from error
 
 
-def _compare_counts(template: Any, model: Any) -> None:
-    """Raise `UnsupportedCheckpoint` if the vision tower makes another number of features than the prompt has tokens."""
-    import torch
+def check_clips(template: Any, encode: Callable[[Any], Any]) -> None:
+    """Raise `UnsupportedCheckpoint` if a clip of one frame has another number of features than feature tokens.
+
+    Does nothing for a model without clips. `template`: a `ChatTemplate`. `encode`: as `Model.encode`, whose errors are
+    raised: the vision tower may not take frames of their size.
+    """
+    if template.takes_clips:
+        _compare_counts(template, "a clip of one frame", template.clip_opening("checked", [_picture()]), encode)
+
+
+def _picture() -> Any:
     from PIL import Image
 
-    from ..errors import Refused
-    from .vision import encode
+    return Image.new("RGB", (64, 48))
 
-    picture = Image.new("RGB", (64, 48))
-    openings = {"a picture": template.opening([("checked", picture)])}
-    with contextlib.suppress(Refused):  # the model takes no clips
-        openings["a clip of one frame"] = template.clip_opening("checked", [picture])
-    for noun, opening in openings.items():
-        (features,) = encode(model.model, opening.pictures, torch.float32, torch.device("meta"))
-        if len(features) != opening.image_tokens:
-            keys = ", ".join(f"`{key}`" for key in COUNTED_BY if hasattr(template.processor, key))
-            raise UnsupportedCheckpoint(
-                f"processor_config.json and config.json disagree: {noun} has {opening.image_tokens} image tokens and "
-                f"{len(features)} features ({keys})"
-            )
+
+def _compare_counts(template: Any, noun: str, opening: Any, encode: Callable[[Any], Any]) -> None:
+    """Raise `UnsupportedCheckpoint` if the vision tower makes another number of features than the prompt has tokens."""
+    features = len(encode(opening.pictures[0]))
+    if features != opening.image_tokens:
+        keys = ", ".join(f"`{key}`" for key in COUNTED_BY if hasattr(template.processor, key))
+        raise UnsupportedCheckpoint(
+            f"processor_config.json and config.json disagree: {noun} has {opening.image_tokens} image tokens and "
+            f"{features} features ({keys})"
+        )
 
 
 if __name__ == "__main__":

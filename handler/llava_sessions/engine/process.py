@@ -43,6 +43,7 @@ from ..text.checkpoint import end_token_ids
 from ..text.processors import load_processor
 from ..text.tiles import largest_picture
 from .budget import DeviceBudget, InsufficientMemory, choose_budget, graphs_limit
+from .checkpoint import check_clips
 from .chunks import measure_pieces
 from .device import check_exists, share_cores
 from .engine import Engine
@@ -100,6 +101,8 @@ def load(settings: EngineSettings) -> Engine:
     model = Model.load(
         settings.checkpoint, settings.dtype, settings.device, end_ids, settings.weights, settings.kv_dtype
     )
+    # Packing does not load a hub ID. The first chat below shows a picture only.
+    check_clips(template, model.encode)
     return start(model, template, settings)
 
 

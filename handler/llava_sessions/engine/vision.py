@@ -1,8 +1,8 @@
 """Features of pictures and clips, by transformers' `get_image_features` and `get_video_features`.
 
-There is no code of a family here. Where tiles come without `image_sizes`, the model takes all tiles of its pictures as
-`pixel_values` `[tiles, 3, height, width]` and returns the features of each tile. Without `get_video_features` it takes
-all frames of a clip in the same way.
+There is no code of a family here. If a picture's tiles have no `image_sizes`, the model takes all tiles of its pictures
+as `pixel_values` `[tiles, 3, height, width]` and returns the features of each tile. Without `get_video_features` it
+takes all frames of a clip in the same way.
 """
 
 from __future__ import annotations

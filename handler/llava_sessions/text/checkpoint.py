@@ -137,7 +137,7 @@ def _adapter_problems(folder: Path) -> list[str]:
 def _layout_problems(folder: Path, config: dict[str, Any]) -> list[str]:
     """Recognize the layout of the original LLaVA code, which transformers can't load."""
     kind = str(config.get("model_type"))
-    classes = [str(name) for name in config.get("architectures") or []]
+    classes = config.get("architectures") or []
     if "mm_vision_tower" not in config and kind not in _ORIGINAL_TYPES:
         return []
     found = f"config.json: `model_type` {kind!r} with `architectures` {classes} is the original LLaVA layout"

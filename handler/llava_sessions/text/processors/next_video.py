@@ -14,9 +14,9 @@ from .clips import PillowClips, frame_settings
 class PillowNextVideoProcessor(PillowClips, LlavaNextProcessor):
     """LLaVA-NeXT's processor, which prepares this family's pictures as well, with clips.
 
-    A frame is resized and cropped as the checkpoint's video processor says, by CLIP's image processor: it has the same
-    steps and the same defaults as transformers' `LlavaNextVideoVideoProcessor`, which needs torchvision. Frames are not
-    cut into tiles.
+    CLIP's image processor resizes and crops a frame with the settings of the checkpoint's video processor. It has the
+    same steps and the same defaults as transformers' `LlavaNextVideoVideoProcessor`, which needs torchvision. Frames
+    are not cut into tiles.
     """
 
     def __init__(

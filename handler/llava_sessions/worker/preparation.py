@@ -22,7 +22,7 @@ from .sources import MediaSources, all_sources
 
 _DECODING_THREADS = 4
 _FETCHING_THREADS = 16
-# Most of them wait: few files are decoded at once (media/clips.py), and those that are known need no decoding.
+# More than the files that are decoded at once (media/clips.py): a request whose clips are known needs no decoding.
 _CLIP_THREADS = 16
 _RESTORING_THREADS = 8
 # Apart from the others: most sessions that are looked up may be unknown.

@@ -30,12 +30,12 @@ from ..config import MediaLimits
 from .decoder import sniff_format
 from .limits import INVALID_REQUEST, TOO_LARGE, UNSUPPORTED_MEDIA, MediaError, check_size, clip_file_limits
 
-# Children of a worker at once; a further caller waits. Each may take as much memory as `_memory_bytes` returns.
+# Children of a worker at once; other callers wait. Each child may take as much memory as `_memory_bytes` returns.
 MAX_CHILDREN = 4
 _CHILDREN = threading.BoundedSemaphore(MAX_CHILDREN)
 _MODULE = "llava_sessions.media.clip_child"
 _PACKAGE_FOLDER = str(Path(__file__).resolve().parents[2])
-# Variables of the worker that the child has too. It reads hostile files and needs no credentials.
+# Variables of the worker that the child has too. A child reads hostile files and needs no credentials.
 _VARIABLES = ("PATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 _MAX_MESSAGE_BYTES = 300
 _CODES = (INVALID_REQUEST, TOO_LARGE, UNSUPPORTED_MEDIA)

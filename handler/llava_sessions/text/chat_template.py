@@ -78,7 +78,7 @@ class ChatTemplate:
     def check_opening(self, kind: str, pictures: int) -> None:
         """Raise `Refused` if no session can be opened on this many pictures, or on a clip if `kind` is "video".
 
-        `pictures`: for a clip, any number. Needs no picture, so it comes before any is decoded.
+        `pictures`: for a clip, any number. Needs no decoded picture.
         """
         self._media.check([kind])
         opened_on = OpenedOn(kind, 1 if kind == "video" else pictures)
@@ -93,7 +93,7 @@ class ChatTemplate:
     def check_question(self, opened_on: OpenedOn | None, pictures: int, clips: int = 0) -> None:
         """Raise `Refused` if the next turn cannot show this many pictures and clips. `opened_on`: as in `prompt`.
 
-        Needs no picture, so it comes before any is read. The code is "unsupported_media" if the model takes no clips,
+        Needs no picture. The code is "unsupported_media" if the model takes no clips,
         and "invalid_request" if the template has no place for them. Raises `PicturesPrecedeOpening` for pictures that
         the template writes before the clip of the opening: `conversation` has them in one message with that clip.
         """

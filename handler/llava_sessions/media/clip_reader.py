@@ -1,6 +1,6 @@
 """Open the file of a clip with FFmpeg and decode chosen frames of it. Runs in `clip_child` only: FFmpeg may crash.
 
-Uses the standard library and PyAV, so that a child starts in a tenth of a second.
+Uses the standard library and PyAV only, so that a child starts quickly.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from llava_sessions.config import HandlerConfig
-from llava_sessions.ipc.messages import EngineSettings
+from llava_sessions.ipc.messages import CloseSession, EngineSettings
 from llava_sessions.worker import devices, engines
 from llava_sessions.worker.engines import EngineLost, EngineStartError, EngineUp, FromEngine
 from llava_sessions.worker.inbox import Inbox
@@ -187,11 +187,13 @@ def test_an_error_of_a_supervisor_is_the_loss_of_its_engine(tmp_path: Path, monk
     settings = [EngineSettings(str(tmp_path), "", "float32", "cpu", 256, engines=2) for _ in range(2)]
     supervisors = EngineSupervisors(settings, inbox, 60, lambda: None, None, BreaksOnce)
     supervisors.launch()
-    supervisors.wait()
-    os.kill(supervisors.pids[0], signal.SIGKILL)
+    (first, _) = supervisors.wait()
+    ended = supervisors.pids[0]
+    first.client.submit(CloseSession([]))  # ends it with a TypeError: its pipe is closed a moment before its end
     # A new engine has none of the sessions: without the loss the worker would go on asking it for them.
     lost, up = (inbox.get(PATIENCE_S) for _ in range(2))
     assert (lost.engine, lost.item.reason) == (0, "RuntimeError: a test")
+    assert not psutil.pid_exists(ended), "not even as a zombie"
     assert (up.engine, type(up.item)) == (0, EngineUp)
     supervisors.stop()
 

@@ -321,6 +321,7 @@ class EngineSupervisor:
             self._client = None
             client.close()
             process.kill()
+            process.exit_reason()  # waits for the end: the process must not stay as a zombie
             self._announce_loss(f"{type(error).__name__}: {error}")
             raise
         self._announce_loss(reason)

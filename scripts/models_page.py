@@ -109,7 +109,7 @@ def _one_of_each_gpu() -> list[InstanceType]:
 
 
 def _refused() -> Iterator[str]:
-    yield "## What is refused\n"
+    yield "## Refused models\n"
     yield "`build_mar.sh`, `llava-deploy doctor` and the server refuse all other models by the same table:\n"
     yield "| model | `model_type` | why | what to pack |\n|---|---|---|---|"
     for one in refused().values():

@@ -68,7 +68,7 @@ def row(front: Frontend, form: str, session: str, video: str | list[str]) -> Row
 
 
 def rejected(front: Frontend, form: str, video: str | list[str]) -> tuple[int, str, str]:
-    """Return status, code and message of a rejected request. The open session beside it must answer afterwards."""
+    """Return status, code and message of a rejected request. Another open session must answer afterwards."""
     session = front.open()
     reply = front.answer(row(front, form, session, video))
     error: dict[str, Any] = json.loads(reply.body)["error"]

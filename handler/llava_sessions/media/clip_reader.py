@@ -276,7 +276,7 @@ class Sampler:
         """`count`: frames to choose, as in `Clip.sampled_times`."""
         self._clip = clip
         self._decoder = decoder
-        self._wanted = clip.sampled_times(count)
+        self._chosen = clip.sampled_times(count)
         keys = sorted((packet.pts or 0, index) for index, packet in enumerate(clip.packets) if packet.is_keyframe)
         self._key_times = [time for time, _ in keys]
         self._keys = list(accumulate((index for _, index in keys), max))  # the last one that appears at each of them
@@ -287,7 +287,7 @@ class Sampler:
     def frames(self) -> Iterator[VideoFrame]:
         """Yield the chosen frames. Raise `DamagedError` or PyAV's errors."""
         last: int | None = None
-        for time in self._wanted:
+        for time in self._chosen:
             frame = self._frame(time)
             if frame.pts != last:
                 last = frame.pts
@@ -345,11 +345,11 @@ class Sampler:
 
     def _decoded(self, skips: bool) -> Iterator[VideoFrame]:
         """Yield frames in the order of their times."""
-        wanted = frozenset(self._wanted)
+        chosen = frozenset(self._chosen)
         while self._next < len(self._clip.packets):
             packet = self._clip.packets[self._next]
             self._next += 1
-            self._decoder.skip_frame = "NONREF" if skips and packet.pts not in wanted else "DEFAULT"
+            self._decoder.skip_frame = "NONREF" if skips and packet.pts not in chosen else "DEFAULT"
             yield from self._decoder.decode(packet)
         yield from self._decoder.decode(None)
 
